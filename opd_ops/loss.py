@@ -1,0 +1,160 @@
+# `selective_opd_loss`: score every valid position, select the best share, train on those alone.
+#
+#   L = 1/|M| sum_{t in M} l_t,  M the selected positions, l the divergence       arXiv 2605.26844 eq. 6; 2604.14084 eq. 9
+#
+# Not here: the two halves (scoring.py), the divergences (divergences.py), statistics and gradients (backends/).
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from opd_ops import checks
+from opd_ops.divergences import Divergence
+from opd_ops.inputs import LinearHead
+from opd_ops.metrics import loss_metrics
+from opd_ops.scoring import DEFAULT_WORKSPACE_BYTES, prepare, select_positions
+from opd_ops.selectors import Selector
+from opd_ops.stats import TokenStats
+
+
+class SelectiveOPDOutput(NamedTuple):
+    """What `selective_opd_loss` returns; (...) is the positions' shape."""
+
+    loss: Tensor  # 0-dim, connected to the graph even when nothing is selected
+    selected: Tensor  # (...) bool
+    scores: Tensor  # (...) -inf where not valid
+    stats: TokenStats  # columns (...), 0 where not valid
+    metrics: dict[str, Tensor]  # detached 0-dim tensors
+
+
+def selective_opd_loss(
+    student: Tensor | LinearHead,
+    teacher: Tensor | LinearHead,
+    *,
+    mask: Tensor | None = None,
+    selector: str | Selector = "teachability",
+    fraction: float = 0.05,
+    scope: str = "batch",
+    divergence: str | Divergence = "reverse_kl",
+    top_k: int = 16,
+    temperature: float = 1.0,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    ignore_index: int = -100,
+    cu_seqlens: Tensor | None = None,
+    num_items_in_batch: Tensor | float | None = None,
+    denominator: str = "selected",
+    vocab_size: int | None = None,
+    process_group: object = None,
+    generator: torch.Generator | None = None,
+    backend: str = "auto",
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    check_finite: bool = False,
+) -> SelectiveOPDOutput:
+    """Reverse KL from student to teacher, on the best-scored share of the student's tokens.
+
+    With p = softmax(student / temperature), q likewise for the teacher, and M the ceil(fraction * n_valid) valid positions
+    with the highest score:
+        loss = 1/|M| sum_{t in M} sum_v p[t,v] (log p[t,v] - log q[t,v])          [nats]
+    (arXiv 2605.26844, eqs. 6, 12, 13.) Positions outside M receive a gradient of exactly zero, scores carry none, and the
+    teacher never receives any. Row i predicts target i: the caller has shifted.
+
+    Args:
+        student: (..., V) logits, or a `LinearHead`, whose logits are then never materialised whole.
+        teacher: The same for the teacher, with the same leading dimensions.
+        mask: (...), any dtype, non-zero on the tokens the student wrote; None: all. Other rows may hold anything.
+        selector: What makes a position worth training on: a name of selectors.py, or a callable `TokenStats -> scores`.
+        fraction: Share of the valid positions to train on, in (0, 1]; 1.0 is plain distillation.
+        scope: "batch": one budget; "sequence": one per sequence (last leading dimension, or the spans of `cu_seqlens`).
+        divergence: "reverse_kl", "forward_kl", or a `Divergence`.
+        top_k: K of the supports, 1 <= K <= V.
+        temperature: Divides both models' logits; > 0. The loss is not scaled back by its square.
+        labels, shift_labels: (...) targets, unshifted as in Hugging Face or already shifted (these win): positions whose
+            target is `ignore_index` are not valid. With a mask, both must allow a position.
+        cu_seqlens: (n_sequences + 1,) boundaries of packed sequences in the flattened positions.
+        num_items_in_batch: The host trainer's count of valid tokens over all micro-batches (and ranks).
+        denominator: "selected": mean over M; with `num_items_in_batch` the sum is divided by
+            `num_items_in_batch * n_selected / n_valid`. "valid": divided by n_valid, or by `num_items_in_batch`.
+        vocab_size: Common vocabulary to slice both models to; None: the smaller, with one warning if they differ.
+        process_group: Vocabulary-parallel group; only None is supported yet.
+        generator: For the selectors that draw ("random", "multinomial"). Under activation checkpointing leave it None:
+            the recomputation must draw the same, and only torch's own generators are rewound for it.
+        backend: "auto", "torch" (streamed, any device), "eager" (the readable oracle, full tensors).
+        workspace_bytes: The most scratch memory the call may hold beyond inputs, outputs and required gradients.
+        check_finite: Raise where a valid position has no finite softmax, instead of the rules below.
+    Returns: `SelectiveOPDOutput`: `loss`, fp32 scalar; `selected`, `scores`, `stats` of the mask's shape; `metrics`.
+        fp64 inputs give fp64 results.
+    Raises:
+        ValueError: shapes, devices or numbers that do not fit ("fraction: got 1.5, expected a number in (0, 1]").
+        TypeError: logits that are not floating point, or something that is no tensor.
+    Non-finite logits: -inf is a masked vocabulary entry. Where the divergence is infinite (p > 0, q = 0) the stats say so and
+        the position is not selected. A NaN of the student at a valid position makes the loss NaN. A NaN of the teacher makes
+        the position invalid, counted in `metrics["n_teacher_nonfinite"]`.
+    Host synchronisations on a GPU: one for the list of valid rows (none without a mask), one for that of selected rows.
+    Example: a student equal to its teacher has nothing to learn.
+        >>> logits = torch.randn(6, 32)
+        >>> selective_opd_loss(logits, logits).loss
+        tensor(0.)
+    """
+    checks.check_fraction(fraction)
+    checks.check_choice("scope", scope, checks.SCOPES)
+    checks.check_choice("denominator", denominator, checks.DENOMINATORS)
+    checks.check_num_items(num_items_in_batch)
+    call = prepare(
+        student,
+        teacher,
+        mask=mask,
+        labels=labels,
+        shift_labels=shift_labels,
+        ignore_index=ignore_index,
+        selector=selector,
+        divergence=divergence,
+        top_k=top_k,
+        temperature=temperature,
+        cu_seqlens=cu_seqlens,
+        vocab_size=vocab_size,
+        process_group=process_group,
+        generator=generator,
+        backend=backend,
+        workspace_bytes=workspace_bytes,
+        check_finite=check_finite,
+    )
+    scores, stats = call.run()
+    selected = select_positions(
+        scores,
+        mask=stats.valid,
+        fraction=fraction,
+        scope=scope,
+        cu_seqlens=cu_seqlens,
+        keep_one_per_sequence=getattr(call.selector, "keep_one_per_sequence", False),
+    )
+    rows = selected.flatten().nonzero().squeeze(1)
+    losses = call.backend.selected_divergence(
+        call.student,
+        call.teacher,
+        rows,
+        stats.take(rows),
+        divergence=call.divergence,
+        workspace_bytes=workspace_bytes,
+    )
+    loss_sum = losses.sum()
+    loss = loss_sum / _denominator(selected, stats.valid, num_items_in_batch, denominator)
+    loss = loss * _poison(scores, stats)
+    metrics = loss_metrics(loss, loss_sum, selected, scores, stats, call.given, call.divergence)
+    return SelectiveOPDOutput(loss, selected, scores, stats, metrics)
+
+
+def _denominator(selected: Tensor, valid: Tensor, num_items: Tensor | float | None, kind: str) -> Tensor:
+    """What the sum over the selected positions is divided by, 0-dim fp64; 1 where nothing is selected."""
+    n_selected, n_valid = selected.sum().double(), valid.sum().double()
+    share = n_selected / n_valid.clamp_min(1) if kind == "selected" else torch.ones_like(n_valid)
+    total = n_valid if num_items is None else torch.as_tensor(num_items, dtype=torch.float64, device=valid.device)
+    return torch.where(n_selected > 0, total * share, 1.0)
+
+
+def _poison(scores: Tensor, stats: TokenStats) -> Tensor:
+    """1, or NaN where a student's softmax or a score at a valid position is not a number: a blown-up model never hides."""
+    bad = stats.valid & (~torch.isfinite(stats.student_logsumexp) | scores.isnan())
+    return torch.where(bad.any(), torch.nan, 1.0)

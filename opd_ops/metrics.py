@@ -1,0 +1,51 @@
+# The `metrics` of a call: what a training loop logs, as detached 0-dim tensors that stay on the device.
+#
+#   Means in nats over the valid or the selected positions, and the raw sums and counts they are made of, so that a host can
+#   sum over micro-batches and ranks before it divides.
+#
+# Not here: the loss and its denominator (loss.py).
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from opd_ops.divergences import Divergence
+from opd_ops.stats import TokenStats
+
+
+@torch.no_grad()
+def loss_metrics(
+    loss: Tensor,
+    loss_sum: Tensor,
+    selected: Tensor,
+    scores: Tensor,
+    stats: TokenStats,
+    given: Tensor | None,
+    divergence: Divergence,
+) -> dict[str, Tensor]:
+    """`given` is the caller's mask as bool, or None: what teacher NaNs then took away is counted against it."""
+    n_valid, n_selected = stats.valid.sum(), selected.sum()
+    n_given = torch.full_like(n_valid, selected.numel()) if given is None else given.sum()
+    infinite = stats.valid & (getattr(stats, divergence.column) == torch.inf)
+    sums = {
+        "kl_selected": (stats.reverse_kl, selected, n_selected),
+        "kl_all": (stats.reverse_kl, stats.valid, n_valid),
+        "entropy_selected": (stats.student_entropy, selected, n_selected),
+        "entropy": (stats.student_entropy, stats.valid, n_valid),
+        "teacher_entropy": (stats.teacher_entropy, stats.valid, n_valid),
+        "support_mass_selected": (stats.support_mass, selected, n_selected),
+        "support_mass": (stats.support_mass, stats.valid, n_valid),
+    }
+    metrics = {"loss": loss.detach(), "loss_sum": loss_sum.detach()}
+    for name, (column, among, count) in sums.items():
+        total = torch.where(among, column, 0).sum()
+        metrics[name] = total / count.clamp_min(1)
+        metrics[f"{name}_sum"] = total
+    lowest = torch.where(selected, scores, torch.inf).flatten()
+    return metrics | {
+        "n_valid": n_valid,
+        "n_selected": n_selected,
+        "n_infinite": infinite.sum(),  # valid, but the divergence there is +inf: never selected
+        "n_teacher_nonfinite": n_given - n_valid,
+        "score_threshold": torch.cat((lowest, lowest.new_full((1,), torch.inf))).amin(),  # +inf: nothing selected
+    }

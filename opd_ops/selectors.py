@@ -1,0 +1,243 @@
+# Selectors: statistics to one score per position, one short function per paper equation.
+#
+#   teachability            Norm(D) Norm(C)                      arXiv 2605.26844 (TA) eq. 12
+#   teachability+entropy    h + a - h a, a = teachability        TA eq. 16, h = Norm(H)
+#   incompatibility         Norm(D) (1 - Norm(C))                TA eq. 5, the control
+#   compatibility           Norm(C)                              TA eq. 15
+#   entropy                 H                                    TA eq. 14, arXiv 2604.14084 (TIP)
+#   divergence              D                                    TA's divergence baseline
+#   divergence-reverse-kl   KL(p||q)                             TIP's "div-only"
+#   tip                     h + d - h d                          TIP eq. 7; h, d clipped min-max of H, min-max of KL(p||q)
+#   overconfident           KL(q||p) (1 - h)                     TIP section 7.3, Q3
+#   multinomial             H^alpha JSD^gamma, sampled           TIP table 3
+#   teachability-released   TA's released code, where it differs from the paper
+#   random, all, prefix     controls
+#   Norm(z) = clip((z - Q.05) / (Q.95 - Q.05 + eps), 0, 1), TA eq. 11, over the valid positions of the whole batch.
+#
+# A selector is a callable TokenStats -> scores, so a user's own is on the same footing; `needs` names optional columns.
+# Everything is computed in fp64 and without looking at a value on the host. Infinite statistics (student or teacher logits
+# of -inf) stay out of the fit of a normaliser and count as its largest value.
+# Not here: how many positions are kept and which win a tie (selection.py).
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from opd_ops.stats import TokenStats
+
+Selector = Callable[[TokenStats], Tensor]
+EPSILON = 1e-8
+RELEASED_RANGE = 1e-12  # TA's released normaliser has no epsilon: a range below this gives 0
+
+
+# --- normalisers -----------------------------------------------------------------------------------------------------
+
+
+def _quantile(z: Tensor, among: Tensor, level: float) -> Tensor:
+    """The linearly interpolated quantile of z[among], (1,); +inf when nothing is among."""
+    ordered = torch.where(among, z, math.inf).flatten().sort().values
+    if not len(ordered):
+        return z.new_full((1,), math.inf)
+    place = level * (among.sum().view(1) - 1).clamp_min(0).double()
+    low, high = ordered.gather(0, place.floor().long()), ordered.gather(0, place.ceil().long())
+    return torch.where(low == high, low, torch.lerp(low, high, place - place.floor()))
+
+
+def _fit(z: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    z = z.double()
+    return z, valid & torch.isfinite(z)
+
+
+def quantile_norm(z: Tensor, valid: Tensor, *, epsilon: float = EPSILON) -> Tensor:
+    """TA eq. 11: clip((z - Q.05) / (Q.95 - Q.05 + epsilon), 0, 1); a constant z gives 0."""
+    z, fitted = _fit(z, valid)
+    low, high = _quantile(z, fitted, 0.05), _quantile(z, fitted, 0.95)
+    return _infinite_is_one(z, (z - low) / (high - low + epsilon))
+
+
+def released_norm(z: Tensor, valid: Tensor) -> Tensor:
+    """The normaliser of TA's released code: no epsilon, and 0 where the range is below 1e-12."""
+    z, fitted = _fit(z, valid)
+    low, high = _quantile(z, fitted, 0.05), _quantile(z, fitted, 0.95)
+    flat = high - low < RELEASED_RANGE
+    return _infinite_is_one(z, torch.where(flat, 0.0, (z - low) / torch.where(flat, 1.0, high - low)))
+
+
+def minmax_norm(z: Tensor, valid: Tensor, *, clip: float | None = None) -> Tensor:
+    """TIP section 6: (z - min) / (max - min) after z <- min(z, its `clip` quantile); a constant z gives 0."""
+    z, fitted = _fit(z, valid)
+    if clip is not None:
+        z = torch.minimum(z, _quantile(z, fitted, clip))
+    low, high = _quantile(z, fitted, 0.0), _quantile(z, fitted, 1.0)
+    flat = high <= low
+    return _infinite_is_one(z, torch.where(flat, 0.0, (z - low) / torch.where(flat, 1.0, high - low)))
+
+
+def _infinite_is_one(z: Tensor, scaled: Tensor) -> Tensor:
+    return torch.where(z == math.inf, 1.0, scaled.clamp(0, 1))
+
+
+def _soft_or(a: Tensor, b: Tensor) -> Tensor:
+    return a + b - a * b
+
+
+# --- statistics to scores --------------------------------------------------------------------------------------------
+
+
+def teachability(stats: TokenStats) -> Tensor:
+    """Norm(D) Norm(C): the teacher disagrees, within what the student already considers (TA eq. 12)."""
+    return quantile_norm(stats.union_kl, stats.valid) * quantile_norm(stats.support_mass, stats.valid)
+
+
+def teachability_entropy(stats: TokenStats) -> Tensor:
+    """Soft-or of Norm(H) and teachability (TA eq. 16)."""
+    return _soft_or(quantile_norm(stats.student_entropy, stats.valid), teachability(stats))
+
+
+def incompatibility(stats: TokenStats) -> Tensor:
+    """Norm(D) (1 - Norm(C)): disagreement outside the student's support, TA's control (eq. 5)."""
+    return quantile_norm(stats.union_kl, stats.valid) * (1 - quantile_norm(stats.support_mass, stats.valid))
+
+
+def compatibility(stats: TokenStats) -> Tensor:
+    """Norm(C) (TA eq. 15)."""
+    return quantile_norm(stats.support_mass, stats.valid)
+
+
+def entropy(stats: TokenStats) -> Tensor:
+    """H of the student (TA eq. 14, TIP)."""
+    return stats.student_entropy
+
+
+def divergence(stats: TokenStats) -> Tensor:
+    """D, the union KL: TA's divergence baseline."""
+    return stats.union_kl
+
+
+def divergence_reverse_kl(stats: TokenStats) -> Tensor:
+    """KL(p||q): TIP's div-only."""
+    return stats.reverse_kl
+
+
+def tip(stats: TokenStats) -> Tensor:
+    """Soft-or of the student's entropy (clipped at its 98th percentile) and KL(p||q), each min-max scaled (TIP eq. 7)."""
+    h = minmax_norm(stats.student_entropy, stats.valid, clip=0.98)
+    return _soft_or(h, minmax_norm(stats.reverse_kl, stats.valid))
+
+
+def overconfident(stats: TokenStats) -> Tensor:
+    """KL(q||p) (1 - h): low entropy, high disagreement (TIP section 7.3, Q3)."""
+    confident = 1 - minmax_norm(stats.student_entropy, stats.valid, clip=0.98)
+    # An infinite KL(q||p) ranks first, and inf * 0 would be NaN.
+    return stats.forward_kl.double().clamp_max(torch.finfo(torch.float32).max) * confident
+
+
+def everything(stats: TokenStats) -> Tensor:
+    """Equal scores: with fraction=1, plain distillation; below, the earliest positions."""
+    return torch.zeros_like(stats.student_entropy)
+
+
+@dataclass(frozen=True)
+class TeachabilityReleased:
+    """TA's released code: D from the two top-K lists alone, C its lower bound on S ∩ T, a normaliser without epsilon.
+
+    After the budget the best position of every response that kept none is added (`keep_one_per_sequence`).
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"released_kl"})
+    keep_one_per_sequence: ClassVar[bool] = True
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        assert stats.released_kl is not None
+        return released_norm(stats.released_kl, stats.valid) * released_norm(stats.overlap_mass, stats.valid)
+
+
+@dataclass(frozen=True)
+class Multinomial:
+    """Draws positions without replacement with weight H^alpha JSD^gamma (TIP table 3).
+
+    The scores are log-weights plus Gumbel noise, whose n largest are such a draw; the plain mean over the kept positions,
+    without importance weights, is the loss. Constant factors of the weights (1 / ln V, 1 / ln 2) cancel.
+    """
+
+    alpha: float = 1.0
+    gamma: float = 1.0
+    generator: torch.Generator | None = None
+    needs: ClassVar[frozenset[str]] = frozenset({"jsd"})
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        assert stats.jsd is not None
+        # A floor, so that positions of weight 0 come last instead of never: the budget is always met.
+        log_h = stats.student_entropy.double().clamp_min(1e-30).log()
+        log_j = stats.jsd.double().clamp_min(1e-30).log()
+        uniform = _uniform(stats, self.generator)
+        return self.alpha * log_h + self.gamma * log_j - (-uniform.clamp(1e-300, 1.0).log()).clamp_min(1e-300).log()
+
+
+@dataclass(frozen=True)
+class Random:
+    """Uniform scores, from `generator` or torch's own."""
+
+    generator: torch.Generator | None = None
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        return _uniform(stats, self.generator)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """1 - position / length: the earliest valid positions of every sequence; position counts valid ones only."""
+
+    sequence_ids: Tensor | None = None  # of the mask's shape; None: one sequence per row of the last dimension
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        valid = stats.valid.flatten()
+        ids = torch.zeros_like(valid, dtype=torch.long) if self.sequence_ids is None else self.sequence_ids.flatten()
+        length = torch.zeros(valid.numel() + 1, dtype=torch.long, device=valid.device).index_add(0, ids, valid.long())
+        before = length.cumsum(0) - length  # valid positions of earlier sequences: ids do not decrease
+        position = valid.cumsum(0) - 1 - before[ids]
+        return (1 - position.double() / length[ids].clamp_min(1)).view(stats.valid.shape)
+
+
+def _uniform(stats: TokenStats, generator: torch.Generator | None) -> Tensor:
+    """U(0, 1) per position, masked ones included, so that a draw does not depend on the mask."""
+    device = stats.valid.device if generator is None else generator.device
+    return torch.rand(stats.valid.shape, dtype=torch.float64, device=device, generator=generator).to(stats.valid.device)
+
+
+SELECTORS: dict[str, Selector] = {
+    "teachability": teachability,
+    "teachability+entropy": teachability_entropy,
+    "teachability-released": TeachabilityReleased(),
+    "incompatibility": incompatibility,
+    "compatibility": compatibility,
+    "entropy": entropy,
+    "divergence": divergence,
+    "divergence-reverse-kl": divergence_reverse_kl,
+    "tip": tip,
+    "overconfident": overconfident,
+    "multinomial": Multinomial(),
+    "random": Random(),
+    "all": everything,
+    "prefix": Prefix(),
+}
+
+
+def resolve_selector(selector: str | Selector, *, generator: torch.Generator | None, sequence_ids: Tensor) -> Selector:
+    """The selector of that name, given the call's generator and sequences; a callable as it is."""
+    if callable(selector):
+        return selector
+    known = ", ".join(SELECTORS)
+    if not isinstance(selector, str):
+        raise TypeError(f"selector: got {type(selector).__name__}, expected a callable or one of: {known}")
+    if selector not in SELECTORS:
+        raise ValueError(f"selector: got {selector!r}, expected a callable or one of: {known}")
+    found = SELECTORS[selector]
+    if isinstance(found, (Multinomial, Random)) and found.generator is None:
+        return type(found)(generator=generator)
+    return Prefix(sequence_ids) if isinstance(found, Prefix) else found

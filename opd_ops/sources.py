@@ -1,0 +1,85 @@
+# `Source`: one model's logits as a backend reads them, whether they are stored (dense) or computed (a head).
+#
+#   x = dense row, or hidden @ weight[:V].T + bias[:V];  logits = softcap(scale * x) / temperature
+#   V is the common vocabulary: both models are sliced to it before any softmax, never padded.
+#
+# Not here: what is computed from the logits (backends/), the checks on the arguments (checks.py).
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from opd_ops.inputs import LinearHead
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How stored numbers become logits: everything of a source but its tensors."""
+
+    is_head: bool
+    vocab_size: int
+    temperature: float
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class Source(NamedTuple):
+    """One side of the call: its tensors and their transform."""
+
+    transform: Transform
+    leading: Tensor  # dense logits (..., V') or hidden states (..., D): its leading dimensions are the positions
+    weight: Tensor | None = None  # (V', D)
+    bias: Tensor | None = None  # (V',)
+
+    @staticmethod
+    def of(side: Tensor | LinearHead, vocab_size: int, temperature: float) -> Source:
+        if isinstance(side, LinearHead):
+            transform = Transform(True, vocab_size, temperature, float(side.scale), side.softcap)
+            return Source(transform, side.hidden, side.weight, side.bias)
+        return Source(Transform(False, vocab_size, temperature), side)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(t for t in (self.leading, self.weight, self.bias) if t is not None)
+
+    def detach(self) -> Source:
+        """The same logits, cut off from the graph."""
+        return Source(self.transform, *(t.detach() for t in self.tensors))
+
+
+def compute_dtype(*sources: Source) -> torch.dtype:
+    """fp32, or fp64 if any input is fp64: what every backend computes in."""
+    is_double = any(t.dtype == torch.float64 for source in sources for t in source.tensors)
+    return torch.float64 if is_double else torch.float32
+
+
+def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
+    """(n, last) copy of the given positions of (..., last), for any strides and without flattening the whole."""
+    if tensor.dim() == 2:
+        return tensor[rows]
+    if tensor.dim() == 1:
+        return tensor.expand(len(rows), -1)
+    return tensor[torch.unravel_index(rows, tensor.shape[:-1])]
+
+
+def finish_logits(x: Tensor, transform: Transform) -> Tensor:
+    """Scale, soft-cap and temperature, in place: raw head outputs or dense logits become the model's logits."""
+    if transform.scale != 1.0:
+        x.mul_(transform.scale)
+    if transform.softcap is not None:
+        x.div_(transform.softcap).tanh_().mul_(transform.softcap)
+    if transform.temperature != 1.0:
+        x.div_(transform.temperature)
+    return x
+
+
+def logit_slope(logits: Tensor, transform: Transform) -> Tensor | float:
+    """d logits / d x of `finish_logits`, given its outcome: a number, or (n, B) where there is a soft-cap."""
+    slope = transform.scale / transform.temperature
+    if transform.softcap is None:
+        return slope
+    tanh = logits * (transform.temperature / transform.softcap)
+    return tanh.square_().neg_().add_(1.0).mul_(slope)

@@ -1,0 +1,51 @@
+# `TokenStats`: what is known of each position after one pass over both models' logits.
+#
+#   With p = softmax(student), q = softmax(teacher) after temperature, scale and soft-cap; S, T the top-K ids of the
+#   student and of the teacher, order (logit descending, id ascending); U = S ∪ T.          [all in nats]
+#   Sources: arXiv 2605.26844 (TA) eqs. 9, 10, 17; arXiv 2604.14084 (TIP) eq. 3.
+#
+# Not here: how the columns are computed (backends/), what is made of them (selectors.py).
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+OPTIONAL_COLUMNS = frozenset({"jsd", "released_kl"})
+
+
+class TokenStats(NamedTuple):
+    """Per-position statistics, each of the mask's shape; fp32 (fp64 for fp64 inputs), 0 where not valid.
+
+    `jsd` and `released_kl` cost extra work and are None unless the selector asks for them.
+    """
+
+    valid: Tensor  # bool: mask non-zero and the teacher's logits finite enough to have a softmax
+    student_entropy: Tensor  # H(p) = -sum p log p
+    teacher_entropy: Tensor  # H(q)
+    reverse_kl: Tensor  # KL(p || q); +inf where p > 0 meets q = 0
+    forward_kl: Tensor  # KL(q || p); +inf where q > 0 meets p = 0
+    student_logsumexp: Tensor  # log sum exp of the student's logits; NaN marks a blown-up student
+    teacher_logsumexp: Tensor
+    logsumexp_gap: Tensor  # student_logsumexp - teacher_logsumexp, not by that subtraction: gradients need its digits
+    support_mass: Tensor  # C = sum over S of q, q over the full vocabulary (TA eq. 10)
+    student_support_mass: Tensor  # sum over S of p
+    overlap_mass: Tensor  # sum over S ∩ T of q: the lower bound on C known from two top-K lists (TA eq. 17)
+    union_kl: Tensor  # D = KL(q || p), both renormalised on U (TA eq. 9)
+    jsd: Tensor | None = None  # Jensen-Shannon divergence, beta = 1/2
+    released_kl: Tensor | None = None  # D as the released TA code has it; see selectors.py::teachability_released
+
+    def take(self, rows: Tensor) -> TokenStats:
+        """The same columns at `rows` of the flattened positions."""
+        return TokenStats(*(None if column is None else column.reshape(-1)[rows] for column in self))
+
+    def spread(self, rows: Tensor | None, shape: torch.Size) -> TokenStats:
+        """Put (n,) columns at `rows` of `shape` (None: every position, in order); zero wherever they are not valid."""
+        return TokenStats(*(None if column is None else self._spread(column, rows, shape) for column in self))
+
+    def _spread(self, column: Tensor, rows: Tensor | None, shape: torch.Size) -> Tensor:
+        kept = torch.where(self.valid, column, torch.zeros_like(column))
+        if rows is None:
+            return kept.view(shape)
+        return column.new_zeros(shape.numel()).index_copy(0, rows, kept).view(shape)

@@ -1,0 +1,31 @@
+# Packaging of `opd_ops` (what a user imports) and `opd_kernels` (its Triton kernels): honest ranges, no pins.
+#
+# Not here: the exact versions that the project's own virtual environment uses (constraints.txt), tool settings
+# (pyproject.toml).
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "opd_ops" / "__init__.py").read_text())[1]
+
+setup(
+    name="opd-ops",
+    version=VERSION,
+    description="Selective on-policy distillation: exact token statistics, selection and reverse KL in bounded memory",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["opd_ops", "opd_ops.*"]), "opd_kernels"],
+    package_dir={"opd_kernels": "kernels/opd_kernels"},
+    package_data={"opd_ops": ["py.typed"]},
+    install_requires=["torch>=2.8"],
+    extras_require={
+        "demo": ["transformers>=5.0", "accelerate>=1.10", "gguf>=0.17", "matplotlib>=3.8", "rich>=13"],
+        "bench": ["trl==1.16.0", "liger-kernel==0.8.5", "matplotlib>=3.8", "rich>=13", "psutil>=5.9"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "numpy>=1.26"],
+        "lint": ["ruff>=0.12", "mypy>=1.15"],
+    },
+)
