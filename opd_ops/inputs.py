@@ -65,7 +65,7 @@ class LinearHead:
             )
         if self.bias is not None and self.bias.shape != (self.weight.shape[0],):
             raise ValueError(
-                f"LinearHead.bias: got shape {tuple(self.bias.shape)}, expected ({self.weight.shape[0]},), one per vocabulary entry"
+                f"LinearHead.bias: got shape {tuple(self.bias.shape)}, expected ({self.weight.shape[0]},), one per entry"
             )
         for name, number in (("scale", self.scale), ("softcap", self.softcap)):
             if number is None and name == "softcap":

@@ -140,8 +140,8 @@ def selective_opd_loss(
         workspace_bytes=workspace_bytes,
     )
     loss_sum = losses.sum()
-    loss = loss_sum / _denominator(selected, stats.valid, num_items_in_batch, denominator)
-    loss = loss * _poison(scores, stats)
+    total = _denominator(selected, stats.valid, num_items_in_batch, denominator)
+    loss = loss_sum / total.to(loss_sum.dtype) * _poison(scores, stats)
     metrics = loss_metrics(loss, loss_sum, selected, scores, stats, call.given, call.divergence)
     return SelectiveOPDOutput(loss, selected, scores, stats, metrics)
 

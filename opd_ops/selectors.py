@@ -39,13 +39,13 @@ RELEASED_RANGE = 1e-12  # TA's released normaliser has no epsilon: a range below
 
 
 def _quantile(z: Tensor, among: Tensor, level: float) -> Tensor:
-    """The linearly interpolated quantile of z[among], (1,); +inf when nothing is among."""
+    """The linearly interpolated quantile of z[among], 0-dim; +inf when nothing is among."""
     ordered = torch.where(among, z, math.inf).flatten().sort().values
     if not len(ordered):
-        return z.new_full((1,), math.inf)
+        return z.new_full((), math.inf)
     place = level * (among.sum().view(1) - 1).clamp_min(0).double()
     low, high = ordered.gather(0, place.floor().long()), ordered.gather(0, place.ceil().long())
-    return torch.where(low == high, low, torch.lerp(low, high, place - place.floor()))
+    return torch.where(low == high, low, torch.lerp(low, high, place - place.floor())).squeeze(0)
 
 
 def _fit(z: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,6 +65,14 @@ def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
     return tensor[torch.unravel_index(rows, tensor.shape[:-1])]
 
 
+def put_rows(tensor: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Write (n, last) values to the given positions of (..., last), in place, for any strides."""
+    if tensor.dim() == 1:
+        tensor.unsqueeze(0)[rows] = values.to(tensor.dtype)
+    else:
+        tensor[torch.unravel_index(rows, tensor.shape[:-1])] = values.to(tensor.dtype)
+
+
 def finish_logits(x: Tensor, transform: Transform) -> Tensor:
     """Scale, soft-cap and temperature, in place: raw head outputs or dense logits become the model's logits."""
     if transform.scale != 1.0:

@@ -7,6 +7,7 @@
 # Not here: how the columns are computed (backends/), what is made of them (selectors.py).
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -38,14 +39,19 @@ class TokenStats(NamedTuple):
 
     def take(self, rows: Tensor) -> TokenStats:
         """The same columns at `rows` of the flattened positions."""
-        return TokenStats(*(None if column is None else column.reshape(-1)[rows] for column in self))
+        return self._map(lambda column: column.reshape(-1)[rows])
 
     def spread(self, rows: Tensor | None, shape: torch.Size) -> TokenStats:
         """Put (n,) columns at `rows` of `shape` (None: every position, in order); zero wherever they are not valid."""
-        return TokenStats(*(None if column is None else self._spread(column, rows, shape) for column in self))
 
-    def _spread(self, column: Tensor, rows: Tensor | None, shape: torch.Size) -> Tensor:
-        kept = torch.where(self.valid, column, torch.zeros_like(column))
-        if rows is None:
-            return kept.view(shape)
-        return column.new_zeros(shape.numel()).index_copy(0, rows, kept).view(shape)
+        def place(column: Tensor) -> Tensor:
+            kept = torch.where(self.valid, column, torch.zeros_like(column))
+            if rows is None:
+                return kept.view(shape)
+            return column.new_zeros(shape.numel()).index_copy(0, rows, kept).view(shape)
+
+        return self._map(place)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> TokenStats:
+        columns = self._asdict().items()
+        return TokenStats(**{name: function(column) for name, column in columns if column is not None})

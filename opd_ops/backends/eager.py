@@ -46,7 +46,8 @@ def kl(a_logits: Tensor, b_logits: Tensor) -> Tensor:
     # where() before the product: a zero weight times an infinite difference would be NaN, forward and backward.
     log_a = torch.log_softmax(a_logits, dim=-1)
     difference = torch.where(absent, 0, log_a) - torch.where(absent, 0, torch.log_softmax(b_logits, dim=-1))
-    return (log_a.exp() * difference).sum(-1)
+    # a > 0 by definition wherever the difference is infinite, even if exp underflows.
+    return torch.where(difference == math.inf, math.inf, log_a.exp() * difference).sum(-1)
 
 
 def reverse_kl(s: Tensor, u: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from opd_ops.backends.running import RunningSums, block_sums, row_jsd
 from opd_ops.backends.supports import Support, support_columns
 from opd_ops.backends.tiling import Grid, gradient_grid, score_grid
 from opd_ops.divergences import Divergence
-from opd_ops.sources import Source, Transform, compute_dtype, finish_logits, logit_slope, take_rows
+from opd_ops.sources import Source, Transform, compute_dtype, finish_logits, logit_slope, put_rows, take_rows
 from opd_ops.stats import OPTIONAL_COLUMNS, TokenStats
 
 
@@ -95,20 +95,29 @@ def _tile_stats(
     rows = slice(0, len(student.rows))
     chunks = list(_slices(rows, grid.chunk))
     sums = RunningSums(rows.stop, student.rows.device)
-    lists: list[Support] = []  # the student's, the teacher's
+    lists: tuple[Support, Support] | None = None  # the student's, the teacher's
     out: dict[str, Tensor] = {}
     for block in _slices(slice(0, student.source.transform.vocab_size), grid.columns):
         s, u = student.read(rows, block, buffers[0]), teacher.read(rows, block, buffers[1])
-        found = [Support.of_block(own, other, top_k, block.start, chunks) for own, other in ((s, u), (u, s))]
-        lists = [old.merge(new, top_k) for old, new in zip(lists, found, strict=True)] if lists else found
+        found = (
+            Support.of_block(s, u, top_k, block.start, chunks),
+            Support.of_block(u, s, top_k, block.start, chunks),
+        )
+        lists = found if lists is None else (lists[0].merge(found[0], top_k), lists[1].merge(found[1], top_k))
         if "jsd" in columns:  # the grid has one block, as wide as the vocabulary
             out["jsd"] = torch.cat([row_jsd(s[chunk], u[chunk]) for chunk in chunks])
         top, top_other = found[0].own[:, 0], found[0].other[:, 0]
         for chunk in chunks:
             gap, weight = (x[: s[chunk].numel()].view_as(s[chunk]) for x in scratch)
             sums.add(chunk, block_sums(s[chunk], u[chunk], top[chunk], top_other[chunk], gap, weight))
+    assert lists is not None
     out |= sums.columns()
-    return out | support_columns(*lists, out["student_logsumexp"], out["teacher_logsumexp"], columns)
+    s_lse, t_lse = out["student_logsumexp"], out["teacher_logsumexp"]
+    parts = [
+        support_columns(lists[0].rows(part), lists[1].rows(part), s_lse[part], t_lse[part], columns)
+        for part in _slices(rows, grid.list_rows)
+    ]
+    return out | {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 @dataclass(frozen=True)
@@ -188,17 +197,17 @@ class _Selected:
     def logit_gradient(self) -> tuple[Tensor]:
         """Gradient of dense logits: the selected rows filled in, all others exactly zero."""
         logits = self.student.source.leading
-        dense = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
-        by_row = dense.view(-1, logits.shape[-1])
+        dense = torch.zeros_like(logits)  # of the same strides, else autograd would copy it to a leaf of other strides
         for block in self.blocks():
             for group in self.groups():
-                by_row[self.student.rows[group], block] = self.dlogits(group, block).to(dense.dtype)
+                put_rows(dense[..., block], self.student.rows[group], self.dlogits(group, block))
         return (dense,)
 
     def head_gradients(self, needs: Sequence[bool]) -> list[Tensor | None]:
         """Gradients of hidden, weight and bias, each only if needed, in the parameters' dtypes."""
         source, rows_hidden = self.student.source, self.student.hidden
-        assert source.weight is not None and rows_hidden is not None
+        assert source.weight is not None
+        assert rows_hidden is not None
         dhidden = torch.zeros_like(rows_hidden) if needs[0] else None  # in the compute dtype over all blocks
         dweight = torch.zeros(source.weight.shape, dtype=source.weight.dtype, device=rows_hidden.device) if needs[1] else None
         dbias = torch.zeros(len(source.weight), dtype=self.dtype, device=rows_hidden.device) if any(needs[2:]) else None
@@ -208,22 +217,21 @@ class _Selected:
             for group in self.groups():
                 dlogits = self.dlogits(group, block)
                 if dhidden is not None and w is not None:
-                    dhidden[group].addmm_(dlogits, w)
+                    torch.addmm(dhidden[group], dlogits, w, out=dhidden[group])
                 if accumulated is not None:
-                    accumulated.addmm_(dlogits.T, rows_hidden[group], beta=0.0 if group.start == 0 else 1.0)
+                    beta = 0.0 if group.start == 0 else 1.0
+                    torch.addmm(accumulated, dlogits.T, rows_hidden[group], beta=beta, out=accumulated)
                 if dbias is not None:
                     dbias[block] += dlogits.sum(0)
             if dweight is not None and accumulated is not None and accumulated.dtype != dweight.dtype:
                 dweight[block] = accumulated.to(dweight.dtype)
-        gradients = [None if dhidden is None else self._scatter(dhidden, source.leading), dweight]
-        if source.bias is not None:
-            gradients.append(None if dbias is None else dbias.to(source.bias.dtype))
-        return gradients
-
-    def _scatter(self, dhidden: Tensor, hidden: Tensor) -> Tensor:
-        out = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-        out.view(-1, hidden.shape[-1])[self.student.rows] = dhidden.to(hidden.dtype)
-        return out
+        dleading = None
+        if dhidden is not None:
+            dleading = torch.zeros_like(source.leading)
+            put_rows(dleading, self.student.rows, dhidden)
+        if source.bias is None:
+            return [dleading, dweight]
+        return [dleading, dweight, None if dbias is None else dbias.to(source.bias.dtype)]
 
 
 def selected_divergence(
@@ -242,4 +250,5 @@ def selected_divergence(
     teacher = teacher.detach()
     plan = _Plan(student.transform, teacher.transform, len(student.tensors), divergence, workspace_bytes)
     constants = getattr(stats, divergence.column), stats.student_logsumexp, stats.logsumexp_gap
-    return _SelectedDivergence.apply(plan, rows, *constants, *student.tensors, *teacher.tensors)
+    losses: Tensor = _SelectedDivergence.apply(plan, rows, *constants, *student.tensors, *teacher.tensors)
+    return losses

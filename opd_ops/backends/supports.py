@@ -43,6 +43,9 @@ class Support(NamedTuple):
         columns = columns.gather(1, order)
         return Support(columns + first_id, values.gather(1, order), other.gather(1, columns))
 
+    def rows(self, part: slice) -> Support:
+        return Support(self.ids[part], self.own[part], self.other[part])
+
     def merge(self, later: Support, k: int) -> Support:
         """Top-k of two lists; every id of `later` is larger than those here, so stability orders ties by id."""
         own = torch.cat((self.own, later.own), 1)

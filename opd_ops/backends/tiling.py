@@ -15,10 +15,13 @@ from opd_ops.sources import Source, compute_dtype
 
 # A matmul of 55 rows runs at 0.65 x the speed of one of 256, which is within 10 % of the best (benchmarks/LOG.md).
 HEAD_ROWS = 512
-MIN_COLUMNS = 256
+MIN_COLUMNS = 256  # the least a block may be, and one row of it the least a tile may be, however small the workspace
 # Element-wise passes over one chunk should find it in cache; a chunk must still outweigh the cost of a torch call.
 CHUNK_ELEMENTS = 1 << 19
 CANDIDATE_BYTES = 40  # ids, both logits and the sort's own copies, per number that the top-K sorts
+LIST_BYTES = 96  # of both models' lists per row and K, twice while two blocks' are merged
+UNION_BYTES = 160  # per row and K: the union as fp64 logits and probabilities
+PAIR_BYTES = 9  # per row and pair of ids: equal or not, and a probability in fp64
 GRADIENT_BUFFERS = 7  # blocks of logits alive at once in the backward: both logits, mask, slope and temporaries
 
 
@@ -26,6 +29,7 @@ class Grid(NamedTuple):
     rows: int
     columns: int
     chunk: int
+    list_rows: int  # rows of top-K lists to compare at a time
     cast_columns: int  # columns of a weight to convert at a time, where its dtype is not the compute dtype
 
 
@@ -33,26 +37,29 @@ def score_grid(student: Source, teacher: Source, n: int, *, top_k: int, whole_ro
     """Tile of the score pass over n rows; `whole_rows` keeps every block as wide as the vocabulary."""
     size, vocab = compute_dtype(student, teacher).itemsize, student.transform.vocab_size
     has_head = student.transform.is_head or teacher.transform.is_head
-    elements = max(1, workspace_bytes // 2 // ((2 if has_head else 3) * size))  # dense logits: one more copy, uncast
+    copies = 2 if has_head else 3  # dense logits: one more, uncast
+    elements = max(MIN_COLUMNS, workspace_bytes // 2 // (copies * size))
     rows = max(1, elements // vocab)
     if has_head and not whole_rows:
         rows = max(rows, min(HEAD_ROWS, elements // MIN_COLUMNS))
-    rows = max(1, min(rows, n, _rows_of_hidden(student, teacher, workspace_bytes // 8, size)))
+    eighth = workspace_bytes // 8
+    rows = max(1, min(rows, n, _rows_of_hidden(student, teacher, eighth, size), eighth // (LIST_BYTES * top_k)))
     columns = vocab if whole_rows else _even(vocab, elements // rows)
-    scratch = min(CHUNK_ELEMENTS, workspace_bytes // 8 // (2 * size)) // columns
-    candidates = workspace_bytes // 8 // (CANDIDATE_BYTES * sorted_per_row(columns, min(top_k, columns)))
+    scratch = min(CHUNK_ELEMENTS, eighth // (2 * size)) // columns
+    candidates = eighth // (CANDIDATE_BYTES * sorted_per_row(columns, min(top_k, columns)))
     chunk = max(1, min(rows, scratch, candidates))
-    return Grid(rows, columns, chunk, _cast_columns(student, teacher, workspace_bytes // 8, size))
+    list_rows = max(1, min(rows, eighth // (UNION_BYTES * top_k + PAIR_BYTES * top_k**2)))
+    return Grid(rows, columns, chunk, list_rows, _cast_columns(student, teacher, eighth, size))
 
 
 def gradient_grid(student: Source, teacher: Source, m: int, *, workspace_bytes: int) -> Grid:
     """Groups of selected rows and blocks of the vocabulary for the backward over m rows."""
     size, vocab = compute_dtype(student, teacher).itemsize, student.transform.vocab_size
-    elements = max(1, workspace_bytes // 2 // (GRADIENT_BUFFERS * size))
+    elements = max(MIN_COLUMNS, workspace_bytes // 2 // (GRADIENT_BUFFERS * size))
     rows = max(1, min(m, elements // MIN_COLUMNS))
     cast_columns = _cast_columns(student, teacher, workspace_bytes // 8, size)
     columns = _even(vocab, min(elements // rows, cast_columns))
-    return Grid(rows, columns, rows, columns)
+    return Grid(rows, columns, rows, rows, columns)
 
 
 def _even(total: int, most: int) -> int:

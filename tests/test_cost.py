@@ -1,0 +1,111 @@
+# What a call costs: matmul units, live bytes, bytes saved for backward; counted, never timed.
+#
+#   units: 2 N V D FLOP each; two heads cost 2 + 4 rho forward and backward together, 2 + 3 rho with a frozen student head
+#   bytes: peak of what the call allocates <= workspace + O(N) + what the selected rows need + required gradients
+#   Run: make test ARGS=tests/test_cost.py
+#
+# Not here: seconds and resident memory (benchmarks/compare.py).
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from opd_ops import LinearHead, score_positions, selective_opd_loss
+from tests.cases import head_pair, leaf, leaf_head, logit_pair
+from tests.meters import LiveBytes, saved_bytes
+
+VOCAB, DIM = 3001, 32
+FRACTION = 0.05
+
+
+def heads(n, dtype=torch.float32, **options):
+    return head_pair((n,), VOCAB, student_dim=DIM, teacher_dim=DIM, dtype=dtype, **options)
+
+
+def count_units(student, teacher, n, **options):
+    with FlopCounterMode(display=False) as counter:
+        selective_opd_loss(student, teacher, workspace_bytes=2**20, **options).loss.backward()
+    return counter.get_total_flops() / (2 * n * VOCAB * DIM)
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.25, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_heads_cost_two_plus_four_rho_units(fraction, dtype):
+    student, teacher = heads(200, dtype)
+    assert count_units(leaf_head(student), teacher, 200, fraction=fraction) == pytest.approx(2 + 4 * fraction, rel=1e-12)
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.25, 1.0])
+def test_a_frozen_student_head_costs_two_plus_three_rho_units(fraction):
+    student, teacher = heads(200)
+    frozen = LinearHead(leaf(student.hidden), student.weight)
+    assert count_units(frozen, teacher, 200, fraction=fraction) == pytest.approx(2 + 3 * fraction, rel=1e-12)
+
+
+def test_masked_rows_cost_nothing():
+    student, teacher = heads(200)
+    mask = torch.arange(200) % 2
+    units = count_units(leaf_head(student), teacher, 200, fraction=FRACTION, mask=mask)
+    assert units == pytest.approx((2 + 4 * FRACTION) / 2, rel=1e-12)
+
+
+def test_optional_statistics_cost_no_further_sweep():
+    student, teacher = heads(200)
+    units = count_units(leaf_head(student), teacher, 200, fraction=FRACTION, selector="multinomial")
+    assert units == pytest.approx(2 + 4 * FRACTION, rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [200, 600, 1800])
+@pytest.mark.parametrize("workspace_bytes", [2**20, 2**22])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_peak_is_workspace_plus_gradients_plus_order_n(n, workspace_bytes, dtype):
+    student, teacher = heads(n, dtype)
+    student = leaf_head(student)
+    with LiveBytes() as meter:
+        selective_opd_loss(student, teacher, fraction=FRACTION, workspace_bytes=workspace_bytes).loss.backward()
+    size = student.weight.element_size()
+    required = size * (student.weight.numel() + student.hidden.numel())
+    selected = 4 * n * FRACTION * 3 * DIM  # both hidden states and dH of the selected rows in fp32
+    per_position = 8 * 60 * n  # statistics, masks, sort keys and their fp64 temporaries: some 60 numbers a position
+    assert meter.peak > required
+    assert meter.peak - required <= workspace_bytes + selected + per_position
+    assert meter.largest <= max(workspace_bytes // 4, student.weight.numel())
+
+
+@pytest.mark.parametrize("n", [250, 500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_peak_is_workspace_plus_the_gradient(n, dtype):
+    student, teacher = logit_pair(n, VOCAB, dtype=dtype)
+    student = leaf(student.view(10, -1, VOCAB).transpose(0, 1))  # no layout may cost a copy of all logits
+    teacher = teacher.view(10, -1, VOCAB).transpose(0, 1)
+    with LiveBytes() as meter:
+        selective_opd_loss(student, teacher, fraction=FRACTION, workspace_bytes=2**19).loss.backward()
+    required = student.numel() * student.element_size()
+    assert meter.peak - required <= 2**19 + 8 * 60 * n
+
+
+def test_scores_alone_make_no_tensor_of_all_logits():
+    student, teacher = heads(2000)
+    with LiveBytes() as meter:
+        score_positions(student, teacher, workspace_bytes=2**22)
+    assert meter.largest < 2000 * VOCAB / 10
+    assert meter.peak <= 2**22 + 8 * 60 * 2000
+
+
+@pytest.mark.parametrize("n", [200, 800])
+def test_saved_for_backward_is_a_few_numbers_per_selected_row(n):
+    student, teacher = heads(n, bias=True)
+    student = leaf_head(student)
+    inputs = [t for head in (student, teacher) for t in (head.hidden, head.weight, head.bias)]
+    with saved_bytes(inputs) as saved:
+        loss = selective_opd_loss(student, teacher, fraction=FRACTION, workspace_bytes=2**20).loss
+    assert 0 < saved["bytes"] <= 32 * FRACTION * n + 64  # row number, loss, log-sum-exp, gap; and the scalars of the mean
+    loss.backward()
+
+
+def test_nothing_of_the_workspace_outlives_the_forward():
+    student, teacher = heads(1000)
+    student = leaf_head(student)
+    with LiveBytes() as meter:
+        out = selective_opd_loss(student, teacher, fraction=FRACTION, workspace_bytes=2**21)
+        assert meter.live <= 200 * 1000
+    assert out.loss.requires_grad
