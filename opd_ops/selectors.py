@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -193,7 +193,7 @@ class Random:
 class Prefix:
     """1 - position / length: the earliest valid positions of every sequence; position counts valid ones only."""
 
-    sequence_ids: Tensor | None = None  # of the mask's shape; None: one sequence per row of the last dimension
+    sequence_ids: Tensor | None = None  # of the mask's shape, not decreasing; None: those of the call, or one sequence in all
 
     def __call__(self, stats: TokenStats) -> Tensor:
         valid = stats.valid.flatten()
@@ -229,15 +229,16 @@ SELECTORS: dict[str, Selector] = {
 
 
 def resolve_selector(selector: str | Selector, *, generator: torch.Generator | None, sequence_ids: Tensor) -> Selector:
-    """The selector of that name, given the call's generator and sequences; a callable as it is."""
-    if callable(selector):
-        return selector
-    known = ", ".join(SELECTORS)
-    if not isinstance(selector, str):
-        raise TypeError(f"selector: got {type(selector).__name__}, expected a callable or one of: {known}")
-    if selector not in SELECTORS:
-        raise ValueError(f"selector: got {selector!r}, expected a callable or one of: {known}")
-    found = SELECTORS[selector]
-    if isinstance(found, (Multinomial, Random)) and found.generator is None:
-        return type(found)(generator=generator)
-    return Prefix(sequence_ids) if isinstance(found, Prefix) else found
+    """The selector of that name, or a callable as it is, given the call's generator and sequences where it has none."""
+    if not callable(selector):
+        known = ", ".join(SELECTORS)
+        if not isinstance(selector, str):
+            raise TypeError(f"selector: got {type(selector).__name__}, expected a callable or one of: {known}")
+        if selector not in SELECTORS:
+            raise ValueError(f"selector: got {selector!r}, expected a callable or one of: {known}")
+        selector = SELECTORS[selector]
+    if isinstance(selector, (Multinomial, Random)) and selector.generator is None:
+        return replace(selector, generator=generator)
+    if isinstance(selector, Prefix) and selector.sequence_ids is None:
+        return replace(selector, sequence_ids=sequence_ids)
+    return selector

@@ -209,7 +209,9 @@ class _Selected:
         assert source.weight is not None
         assert rows_hidden is not None
         dhidden = torch.zeros_like(rows_hidden) if needs[0] else None  # in the compute dtype over all blocks
-        dweight = torch.zeros(source.weight.shape, dtype=source.weight.dtype, device=rows_hidden.device) if needs[1] else None
+        dweight = torch.empty_like(source.weight) if needs[1] else None
+        if dweight is not None:  # each block is written whole; entries beyond the common vocabulary, or with no row, are not
+            dweight[source.transform.vocab_size if len(rows_hidden) else 0 :].zero_()
         dbias = torch.zeros(len(source.weight), dtype=self.dtype, device=rows_hidden.device) if any(needs[2:]) else None
         for block in self.blocks():
             w = self.student.weight(block) if dhidden is not None else None

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from opd_ops.backends.supports import sorted_per_row
+from opd_ops.backends.supports import ranked_per_row
 from opd_ops.sources import Source, compute_dtype
 
 # A matmul of 55 rows runs at 0.65 x the speed of one of 256, which is within 10 % of the best (benchmarks/LOG.md).
@@ -18,7 +18,7 @@ HEAD_ROWS = 512
 MIN_COLUMNS = 256  # the least a block may be, and one row of it the least a tile may be, however small the workspace
 # Element-wise passes over one chunk should find it in cache; a chunk must still outweigh the cost of a torch call.
 CHUNK_ELEMENTS = 1 << 19
-CANDIDATE_BYTES = 40  # ids, both logits and the sort's own copies, per number that the top-K sorts
+CANDIDATE_BYTES = 64  # ids, logits, keys and their temporaries, per number that the top-K ranks
 LIST_BYTES = 96  # of both models' lists per row and K, twice while two blocks' are merged
 UNION_BYTES = 160  # per row and K: the union as fp64 logits and probabilities
 PAIR_BYTES = 9  # per row and pair of ids: equal or not, and a probability in fp64
@@ -46,7 +46,7 @@ def score_grid(student: Source, teacher: Source, n: int, *, top_k: int, whole_ro
     rows = max(1, min(rows, n, _rows_of_hidden(student, teacher, eighth, size), eighth // (LIST_BYTES * top_k)))
     columns = vocab if whole_rows else _even(vocab, elements // rows)
     scratch = min(CHUNK_ELEMENTS, eighth // (2 * size)) // columns
-    candidates = eighth // (CANDIDATE_BYTES * sorted_per_row(columns, min(top_k, columns)))
+    candidates = eighth // (CANDIDATE_BYTES * ranked_per_row(columns, min(top_k, columns)))
     chunk = max(1, min(rows, scratch, candidates))
     list_rows = max(1, min(rows, eighth // (UNION_BYTES * top_k + PAIR_BYTES * top_k**2)))
     return Grid(rows, columns, chunk, list_rows, _cast_columns(student, teacher, eighth, size))
