@@ -104,7 +104,7 @@ def test_prefix_counts_valid_positions_of_each_sequence():
     torch.testing.assert_close(packed, torch.tensor([1, 1 / 2, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]))
 
 
-@pytest.mark.parametrize("selector", ["random", "multinomial"])
+@pytest.mark.parametrize("selector", ["random", "multinomial", Multinomial(alpha=0.5)])
 def test_drawing_selectors_follow_their_generator(selector, case):
     student, teacher, mask = case
 

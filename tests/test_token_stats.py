@@ -177,3 +177,12 @@ def test_no_positions():
     scores, stats = score_positions(student, teacher, mask=torch.zeros(4))
     assert bool((scores == -math.inf).all())
     assert not stats.teacher_entropy.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_negative_zero_ties_with_zero(dtype):
+    student, teacher = logit_pair(5, 300, scale=1.0, dtype=dtype)
+    student = student.clamp_max(0.0)  # half the row is the maximum, 0.0
+    student[:, ::3] = torch.where(student[:, ::3] == 0, -0.0, student[:, ::3])
+    assert (1 / student == -math.inf).any()
+    compare(student, teacher, workspace_bytes=SMALL)
