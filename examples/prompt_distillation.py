@@ -1,0 +1,187 @@
+# On-policy prompt distillation on real weights: a student without an instruction learns from itself with one.
+#
+#   loss = 1/|M| sum_{t in M} KL(student || teacher) at position t of the student's own answers;  M: the best-scored 5 %
+#   (arXiv 2605.26844, eqs. 6, 12, 13). Teacher: SmolLM2-135M-Instruct told to answer like a pirate. Student: a trainable
+#   copy of the same weights, never told. Both score the same sampled tokens from hidden states: no logits are stored.
+#
+# Held-out forward KL(teacher || student), nats per token: on 16 questions never trained on, each with one answer sampled
+#   from the untrained student with the run's seed. The contexts stay the same before and after and for every selector, so
+#   only the model changes between two numbers (the fixed-context diagnostic of arXiv 2605.26844, section 3).
+# You will see: a progress bar; that KL before and after; two greedy answers before and after; tokens.html (the answers of
+#   the first and the last step, every token with its score, the selected ones outlined) and kl.png. On 2 CPU cores, in 4
+#   minutes and 5 GB of memory.
+# Run: make demo, or make demo ARGS="--selector entropy --fraction 0.1". The same seed gives the same numbers.
+#
+# Not here: sampling and alignment (rollouts.py), questions (prompts.py), weights (smollm2.py), flags (settings.py), what is
+# shown (run_report.py, token_report.py).
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from rich.console import Console
+
+from examples import run_report, smollm2, token_report
+from examples.prompts import HELD_OUT, INSTRUCTION, TRAINING
+from examples.rollouts import Rollouts, head_over, sample
+from examples.run_report import Record
+from examples.settings import Settings, parse_settings
+from opd_ops import LinearHead, SelectiveOPDOutput, score_positions, selective_opd_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+N_ANSWERS = 2  # held-out questions whose greedy answers are shown
+N_EVALUATIONS = 5  # of the held-out KL, evenly over the steps
+
+
+class Pair(NamedTuple):
+    """The two models, which read with one tokenizer."""
+
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def train_step(
+    pair: Pair, optimizer: torch.optim.Optimizer, questions: Sequence[str], settings: Settings, generator: torch.Generator
+) -> tuple[Rollouts, SelectiveOPDOutput]:
+    """The method: the student answers, both models score its tokens, the best-scored share of them trains it."""
+    rollouts = sample(pair.student, pair.tokenizer, questions, settings.max_new_tokens)
+    student_head = head_over(pair.student, pair.tokenizer, rollouts)
+    with torch.no_grad():
+        teacher_head = head_over(pair.teacher, pair.tokenizer, rollouts, instruction=INSTRUCTION)
+    output = selective_opd_loss(
+        student_head,
+        teacher_head,
+        mask=rollouts.mask,
+        selector=settings.selector,
+        fraction=settings.fraction,
+        divergence=settings.divergence,
+        generator=generator,
+    )
+    optimizer.zero_grad()
+    output.loss.backward()  # reaches the head's weight too, and with it the embedding that is tied to it
+    optimizer.step()
+    return rollouts, output
+
+
+@torch.no_grad()
+def held_out_kl(pair: Pair, held_out: Rollouts, teacher_head: LinearHead) -> float:
+    """Mean forward KL(teacher || student) over the valid positions of the fixed answers, in nats."""
+    student_head = head_over(pair.student, pair.tokenizer, held_out)
+    _, stats = score_positions(student_head, teacher_head, mask=held_out.mask)
+    return stats.forward_kl[stats.valid].mean().item()
+
+
+def question_batches(size: int, generator: torch.Generator) -> Iterator[list[str]]:
+    """Endless batches from shuffled passes over the training questions."""
+    queue: list[str] = []
+    while True:
+        while len(queue) < size:
+            queue += [TRAINING[i] for i in torch.randperm(len(TRAINING), generator=generator).tolist()]
+        yield queue[:size]
+        queue = queue[size:]
+
+
+def run(settings: Settings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, console: Console) -> Record:
+    """Train a copy of `model`, report, write both files. `model` is the teacher and stays as it is."""
+    torch.manual_seed(settings.seed)  # generate() draws from torch's own generator
+    generator = torch.Generator().manual_seed(settings.seed)  # the order of the questions, selectors that draw
+    pair = Pair(copy.deepcopy(model).requires_grad_(True), model.requires_grad_(False), tokenizer)
+    optimizer = torch.optim.AdamW(pair.student.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+
+    held_out = sample(pair.student, tokenizer, HELD_OUT, settings.max_new_tokens)
+    with torch.no_grad():
+        teacher_head = head_over(pair.teacher, tokenizer, held_out, instruction=INSTRUCTION)
+    record = Record(held_out_kl={0: held_out_kl(pair, held_out, teacher_head)})
+    console.print(f"Held-out forward KL(teacher || student) before: {record.held_out_kl[0]:.4f} nats")
+    record.answers["before"] = greedy_answers(pair.student, tokenizer, settings)
+
+    with run_report.StepProgress(console) as progress:
+        task = progress.add_task("", total=settings.steps, status="sampling the first answers")
+        batches = question_batches(settings.batch_size, generator)
+        evaluated = {-(-settings.steps * i // N_EVALUATIONS) for i in range(1, N_EVALUATIONS + 1)}  # the last one included
+        for step, questions in enumerate(islice(batches, settings.steps), start=1):
+            start = time.perf_counter()
+            rollouts, output = train_step(pair, optimizer, questions, settings, generator)
+            record.add(output, time.perf_counter() - start)
+            if step in (1, settings.steps):
+                record.pages.append(page_batch(step, rollouts, output, tokenizer))
+            if step in evaluated:
+                record.held_out_kl[step] = held_out_kl(pair, held_out, teacher_head)
+                progress.console.print(f"step {step:3}: held-out KL {record.held_out_kl[step]:.4f}", highlight=False)
+            progress.update(task, advance=1, status=record.status())
+
+    console.print(f"Held-out forward KL(teacher || student) after:  {record.held_out_kl[settings.steps]:.4f} nats")
+    record.answers["after"] = greedy_answers(pair.student, tokenizer, settings)
+    record.answers["teacher"] = greedy_answers(pair.teacher, tokenizer, settings, INSTRUCTION)
+    console.print(run_report.answers_table(HELD_OUT, record.answers))
+    return record
+
+
+def greedy_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, instruction: str | None = None
+) -> list[str]:
+    """To the first held-out questions: what training changed, in words."""
+    questions = HELD_OUT[:N_ANSWERS]
+    rollouts = sample(model, tokenizer, questions, settings.max_new_tokens, greedy=True, instruction=instruction)
+    return tokenizer.batch_decode(rollouts.tokens, skip_special_tokens=True)
+
+
+def page_batch(
+    step: int, rollouts: Rollouts, output: SelectiveOPDOutput, tokenizer: PreTrainedTokenizerBase
+) -> token_report.Batch:
+    """The tokens of one step as text, for the page."""
+    rows = zip(rollouts.tokens, rollouts.mask, strict=True)
+    texts = [[tokenizer.decode([i]) for i in tokens[mask].tolist()] for tokens, mask in rows]
+    return token_report.Batch(
+        f"Step {step}, after {step - 1} updates", rollouts.questions, texts, output._replace(loss=output.loss.detach())
+    )
+
+
+def outcome(settings: Settings, record: Record) -> str:
+    before, after = record.held_out_kl[0], record.held_out_kl[settings.steps]
+    trained, sampled = record.total("n_selected"), record.total("n_valid")
+    change = f"Held-out KL {before:.3f} -> {after:.3f} nats"
+    return f"{change} after {settings.steps} steps on {trained:,} of {sampled:,} sampled tokens."
+
+
+def write_files(settings: Settings, record: Record) -> None:
+    """tokens.html and kl.png."""
+    facts = {"model": "SmolLM2-135M-Instruct", "instruction, teacher only": INSTRUCTION}
+    facts |= {name.replace("_", " "): str(value) for name, value in asdict(settings).items() if name != "out"}
+    answers = [
+        {"question": question, **{who: texts[i] for who, texts in record.answers.items()}}
+        for i, question in enumerate(HELD_OUT[:N_ANSWERS])
+    ]
+    page = token_report.render(record.pages, facts, answers, outcome(settings, record))
+    (settings.out / "tokens.html").write_text(page, encoding="utf-8")
+    run_report.plot(record, settings.out / "kl.png")
+
+
+def main(arguments: Sequence[str] | None = None) -> Record:
+    """Read the flags, load the weights, train, write; everything that can be refused is refused before loading."""
+    began, settings, console = time.perf_counter(), parse_settings(arguments), Console()
+    try:
+        model, tokenizer = smollm2.load_model()
+    except (ModuleNotFoundError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+    record = run(settings, model, tokenizer, console)
+    write_files(settings, record)
+    console.print(
+        f"{outcome(settings, record)} {time.perf_counter() - began:.0f} s. "
+        f"See {settings.out}/tokens.html and {settings.out}/kl.png",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return record
+
+
+if __name__ == "__main__":
+    main()

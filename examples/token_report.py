@@ -1,0 +1,156 @@
+# The page `tokens.html`: sampled tokens coloured by their score, the selected ones outlined, their statistics on hover.
+#
+#   shade of a token = (score - lowest) / (highest - lowest) over the finite scores of its batch
+#   The statistics are the columns of TokenStats, arXiv 2605.26844 eqs. 9, 10; each is named again in the page.
+#
+# One file with its style and its dozen lines of script inside: it needs no network and can be sent as it is.
+# Not here: what is computed (opd_ops/), the training loop (prompt_distillation.py).
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import NamedTuple
+
+from opd_ops import SelectiveOPDOutput
+
+MOST_ROLLOUTS = 8  # per batch: enough to read
+
+
+class Batch(NamedTuple):
+    """One training step as the page shows it; row b, column i of `output` belongs to token i of completion b."""
+
+    title: str
+    questions: Sequence[str]
+    tokens: Sequence[Sequence[str]]  # the text of each sampled token, its valid ones only
+    output: SelectiveOPDOutput  # positions (questions, longest completion)
+
+
+def render(batches: Sequence[Batch], settings: Mapping[str, str], answers: Sequence[Mapping[str, str]], outcome: str) -> str:
+    """The whole page. `answers`: one mapping from heading to text per held-out question; `outcome`: the run in a sentence."""
+    facts = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in settings.items())
+    sections = "".join(_section(batch) for batch in batches)
+    parts = {"facts": facts, "sections": sections, "answers": _table(answers), "outcome": escape(outcome.replace("->", "→"))}
+    return _PAGE.format(style=_STYLE, script=_SCRIPT, **parts)
+
+
+def _section(batch: Batch) -> str:
+    out = batch.output
+    finite = out.scores[out.scores.isfinite()]
+    low, high = (finite.min().item(), finite.max().item()) if len(finite) else (0.0, 0.0)
+    shown = min(len(batch.tokens), MOST_ROLLOUTS)
+    rest = f"The first {shown} of {len(batch.tokens)} answers are shown." if shown < len(batch.tokens) else ""
+    rollouts = "".join(_rollout(batch, row, low, high) for row in range(shown))
+    m = {name: value.item() for name, value in out.metrics.items()}
+    return (
+        f"<section><h2>{escape(batch.title)}</h2>"
+        f'<p class="sum"><span>{m["n_selected"]:.0f} of {m["n_valid"]:.0f} tokens selected</span>'
+        f"<span>reverse KL: {m['kl_selected']:.2f} nats on the selected, {m['kl_all']:.2f} on all</span>"
+        f'<span class="scale">shade: score {low:.2f} <i class="ramp"></i> {high:.2f}</span></p>'
+        f"{f'<p>{rest}</p>' if rest else ''}{rollouts}</section>"
+    )
+
+
+def _rollout(batch: Batch, row: int, low: float, high: float) -> str:
+    tokens = "".join(_token(batch, row, i, text, low, high) for i, text in enumerate(batch.tokens[row]))
+    n = int(batch.output.selected[row].sum())
+    return (
+        f"<article><h3>{escape(batch.questions[row])}<small>{n} of {len(batch.tokens[row])} selected</small></h3>"
+        f'<p class="tokens">{tokens}</p></article>'
+    )
+
+
+def _token(batch: Batch, row: int, i: int, text: str, low: float, high: float) -> str:
+    out = batch.output
+    score, selected = out.scores[row, i].item(), bool(out.selected[row, i])
+    shade = (score - low) / (high - low) if high > low and low <= score <= high else 0.0
+    hover = "\n".join((f"token {text!r}", "SELECTED: trained on" if selected else "not selected", *_lines(out, row, i)))
+    # A line break is drawn as a sign and then made, so that it can be seen, coloured and outlined like any token.
+    body = escape(text).replace("\n", "↵<br>")
+    name = "t sel" if selected else "t"
+    return f'<span class="{name}" tabindex="0" style="--s:{shade:.3f}" data-hover="{escape(hover)}">{body}</span>'
+
+
+def _lines(out: SelectiveOPDOutput, row: int, i: int) -> list[str]:
+    """The statistics of one position, a line each."""
+    columns = {
+        "student entropy": (out.stats.student_entropy, "nats"),
+        "teacher entropy": (out.stats.teacher_entropy, "nats"),
+        "reverse KL(student‖teacher)": (out.stats.reverse_kl, "nats"),
+        "forward KL(teacher‖student)": (out.stats.forward_kl, "nats"),
+        "support mass C": (out.stats.support_mass, ""),
+        "union KL D": (out.stats.union_kl, "nats"),
+    }
+    lines = [f"score: {out.scores[row, i].item():.3f}"]
+    return lines + [f"{name}: {column[row, i].item():.3f} {unit}".rstrip() for name, (column, unit) in columns.items()]
+
+
+def _table(answers: Sequence[Mapping[str, str]]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in (answers[0] if answers else ()))
+    rows = "".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row.values()) + "</tr>" for row in answers)
+    return f"<section><h2>Held-out questions, greedy answers</h2><table><tr>{head}</tr>{rows}</table></section>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Selected tokens</title><style>{style}</style></head><body>
+<h1>Which tokens were trained on</h1>
+<p class="how"><b>How to read it.</b> Each span is one token that the student sampled; it has no instruction, its teacher has
+one. <span class="t demo" style="--s:.9">The stronger the shade</span>, the higher the token's score; a
+<span class="t sel demo" style="--s:.9">heavy outline</span> marks a selected token: the loss trains on those and on nothing
+else. Hover over a token, or move to it with the Tab key, for its numbers.</p>
+<p><b>What came of it.</b> {outcome}</p>
+<dl>{facts}</dl>
+{sections}{answers}
+<section class="words"><h2>The numbers</h2>
+<p>p is the student's distribution at that position, q the teacher's, both over the whole vocabulary; S and T are the ids of
+their K largest logits. <b>Entropy</b>: −Σ p log p, −Σ q log q. <b>Reverse KL</b>: Σ p log(p/q), what the loss lowers unless
+another divergence is set. <b>Forward KL</b>: Σ q log(q/p). <b>Support mass C</b>: Σ<sub>S</sub> q, the share of the teacher's
+belief that lies on what the student already considers. <b>Union KL D</b>: KL(q‖p) with both renormalised on S ∪ T.
+The teachability score is Norm(D)·Norm(C): the two disagree, and on tokens within the student's reach. Norm is fitted on
+each batch, so scores of two batches are not comparable; the divergences are.</p></section>
+<div id="card" role="status" hidden></div><script>{script}</script></body></html>
+"""
+
+# Both schemes keep at least 4.5 : 1 between text and every shade; selection is a line, not a colour alone.
+_STYLE = """
+:root{color-scheme:light dark;--bg:#fff;--fg:#1a1a1a;--dim:#595959;--line:#d0d0d0;--hot:#f59e0b;--ring:#1a1a1a;--card:#fff}
+@media(prefers-color-scheme:dark){:root{--bg:#16181c;--fg:#ececec;--dim:#a8adb5;--line:#3a3f47;--hot:#a05008;--ring:#fff;
+--card:#24272d}}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:1100px;padding:24px;background:var(--bg);color:var(--fg);font:16px/1.5 system-ui,sans-serif}
+h1{font-size:26px;margin:0 0 8px}h2{font-size:19px;margin:28px 0 6px}
+h3{font-size:15px;margin:0 0 2px}h3 small{font-weight:400;color:var(--dim);margin-left:10px}
+dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:8px 18px;margin:16px 0;padding:12px 14px;
+border:1px solid var(--line);border-radius:8px}
+dt{font-size:12px;color:var(--dim)}dd{margin:0;font-size:14px;overflow-wrap:anywhere}
+.sum{display:flex;flex-wrap:wrap;gap:4px 24px;margin:0 0 10px;font-size:14px;color:var(--dim)}
+.scale{display:inline-flex;align-items:center;gap:8px}
+.ramp{width:120px;height:12px;border:1px solid var(--line);background:linear-gradient(90deg,var(--bg),var(--hot))}
+article{padding:10px 0;border-top:1px solid var(--line)}
+.tokens{margin:0;font-size:17px;line-height:1.85;white-space:pre-wrap;overflow-wrap:anywhere}
+.t{padding:2px 0;border-radius:3px;background:color-mix(in srgb,var(--hot) calc(var(--s)*100%),var(--bg));cursor:default}
+.sel{outline:2px solid var(--ring);font-weight:600;position:relative}
+.tokens .t:hover,.tokens .t:focus{text-decoration:underline 2px}
+.demo{padding:1px 4px}
+#card{position:absolute;z-index:2;max-width:340px;padding:8px 12px;border:1px solid var(--ring);border-radius:6px;
+background:var(--card);font:13px/1.5 ui-monospace,monospace;white-space:pre-wrap;pointer-events:none}
+table{border-collapse:collapse;width:100%;font-size:14px}
+th,td{text-align:left;vertical-align:top;padding:6px 10px;border:1px solid var(--line)}
+.words p{font-size:14px;color:var(--dim)}
+"""
+
+_SCRIPT = """
+const card = document.getElementById("card");
+function show(event) {
+  const token = event.target.closest("[data-hover]");
+  card.hidden = !token;
+  if (!token) return;
+  card.textContent = token.dataset.hover;
+  const box = token.getClientRects()[0], page = document.documentElement;
+  card.style.left = scrollX + Math.max(8, Math.min(box.left, page.clientWidth - card.offsetWidth - 8)) + "px";
+  const below = box.bottom + card.offsetHeight + 12 < page.clientHeight;
+  card.style.top = scrollY + (below ? box.bottom + 8 : box.top - card.offsetHeight - 8) + "px";
+}
+for (const name of ["mouseover", "focusin"]) document.addEventListener(name, show);
+document.addEventListener("keydown", (event) => { if (event.key === "Escape") card.hidden = true; });
+"""

