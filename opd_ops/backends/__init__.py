@@ -1,10 +1,12 @@
 # The interface that every backend implements, and which one a call uses.
 #
 # A backend is a module with the two functions of `Backend`; all policy (checks, selection, reduction) is outside it.
-# Not here: the backends themselves: eager.py (the specification), streamed.py (any device).
+# Not here: the backends themselves: eager.py (the specification), streamed.py (any device), triton.py (dense logits on GPUs).
 from __future__ import annotations
 
 import logging
+import os
+from importlib import import_module
 from typing import Protocol, cast
 
 from torch import Tensor
@@ -40,14 +42,47 @@ class Backend(Protocol):
 
 _BACKENDS = {"torch": streamed, "eager": eager}
 KNOWN = ("auto", "eager", "torch", "triton")
+OLDEST_TRITON = (3, 6)
+DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
 
 
-def resolve_backend(name: str) -> Backend:
-    """The backend of that name. One chosen by name that cannot run raises; there is no silent fallback."""
+def check_backend(name: str) -> None:
     if name not in KNOWN:
         raise ValueError(f"backend: got {name!r}, expected one of: {', '.join(KNOWN)}")
-    if name == "triton":
-        raise ValueError("backend: got 'triton', whose kernels are not part of this version; use 'torch' or 'auto'")
-    chosen = "torch" if name == "auto" else name
-    _log.debug("backend %r: using %r", name, chosen)
-    return cast(Backend, _BACKENDS[chosen])
+
+
+def resolve_backend(name: str, student: Source, teacher: Source, *, divergence: Divergence, top_k: int) -> Backend:
+    """The backend of that name. One chosen by name that cannot run raises; there is no silent fallback.
+
+    "auto" is "triton" where that can run on a GPU (dense logits on both sides, see triton.py's `refusal`), else "torch".
+    """
+    check_backend(name)
+    device = student.leading.device.type
+    chosen, because = name, "chosen by name"
+    if name == "triton" or (name == "auto" and device in DEVICES):
+        reason = _without_triton(device) or import_module("opd_ops.backends.triton").refusal(
+            student, teacher, divergence=divergence, top_k=top_k
+        )
+        if reason and name == "triton":
+            raise ValueError(f"backend: got 'triton', but {reason}")
+        chosen, because = ("torch", reason) if reason else ("triton", f"dense logits on {device}")
+    elif name == "auto":
+        chosen, because = "torch", f"the device is {device}"
+    _log.debug("backend %r: using %r (%s)", name, chosen, because)
+    return cast(Backend, import_module("opd_ops.backends.triton") if chosen == "triton" else _BACKENDS[chosen])
+
+
+def _without_triton(device: str) -> str | None:
+    """Why no Triton kernel can run on the device, or None."""
+    try:
+        found = str(import_module("triton").__version__)  # its distribution has another name on ROCm and XPU
+    except ImportError:
+        return "triton is not installed; pip install 'opd-ops[triton]', or use 'torch'"
+    if tuple(int(x) for x in found.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton {found} is installed, expected {'.'.join(map(str, OLDEST_TRITON))} or newer; upgrade it, or use 'torch'"
+    if device not in DEVICES and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return (
+            f"the logits are on {device}, expected one of: {', '.join(DEVICES)}; use 'torch' there "
+            "(on a CPU kernels run only interpreted, for tests: TRITON_INTERPRET=1)"
+        )
+    return None

@@ -1,0 +1,219 @@
+# The Triton backend, `backend="triton"`: dense logits of both models, statistics and gradients from opd_kernels.
+#
+#   score + support kernels  -> the columns of TokenStats, two reads of N V logits
+#   gradient kernel          -> d loss / d logits on the selected rows, every other row zero
+#   (statistics and gradients are those of stats.py and divergences.py)
+#
+# Nothing of size V is saved. The backward scores the M selected rows again (M / N of the score pass) for the normalisers that
+# the gradient needs to more digits than TokenStats keeps; so it depends on nothing but its inputs, and a forward without a
+# backward pays nothing for it. The reported loss is the score pass's own column.
+# Logits are read where they lie, in any leading layout (table.py). Launches are cut so that scratch fits `workspace_bytes`.
+# The optional columns run in torch: released_kl on the kernels' top-K lists (supports.py), jsd on tiles of whole rows
+# (running.py), since only a sampling selector asks for it.
+#
+# Not here: the kernels (opd_kernels), heads (streamed.py).
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from opd_kernels.forward_kl import forward_kl_grad
+from opd_kernels.reverse_kl import reverse_kl_grad
+from opd_kernels.score import GROUP, Score, score_fwd
+from opd_kernels.support import support_fwd
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from opd_ops.backends.running import row_jsd
+from opd_ops.backends.supports import Support, support_columns
+from opd_ops.backends.table import Layout
+from opd_ops.backends.tiling import PAIR_BYTES, UNION_BYTES
+from opd_ops.divergences import Divergence, ForwardKL, ReverseKL
+from opd_ops.sources import Source, Transform, finish_logits, take_rows
+from opd_ops.stats import TokenStats
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_TOP_K = 128
+GRADIENTS: dict[type[Divergence], Callable[..., Tensor]] = {ReverseKL: reverse_kl_grad, ForwardKL: forward_kl_grad}
+JSD_BUFFERS = 10  # fp32 rows of V alive at once in row_jsd
+LIST_BYTES = 40  # per row and K: both lists' ids, logits and places
+ROW_BYTES = 512  # per row: columns, partial sums of split rows and rounding up
+
+
+def refusal(student: Source, teacher: Source, *, divergence: Divergence, top_k: int) -> str | None:
+    """Why this backend cannot run the call and what to do instead, or None."""
+    for name, source in (("student", student), ("teacher", teacher)):
+        if source.transform.is_head:
+            return f"{name} is a LinearHead, which runs on backend='torch'; pass logits, or use that"
+        if source.leading.dtype not in DTYPES:
+            return f"{name} has dtype {source.leading.dtype}, expected fp32, bf16 or fp16; 'torch' and 'eager' take it"
+        if Layout.of(source.leading) is None:
+            return (
+                f"{name} has strides {source.leading.stride()}, expected stride 1 along the vocabulary and no memory shared "
+                "between positions; pass .contiguous() logits, or use 'torch'"
+            )
+    layouts = [Layout.of(source.leading) for source in (student, teacher)]
+    if layouts[0] and layouts[1] and layouts[0].steps != layouts[1].steps:
+        return (
+            f"student and teacher lay their positions out differently (strides {student.leading.stride()} and "
+            f"{teacher.leading.stride()}); pass .contiguous() logits on both sides, or use 'torch'"
+        )
+    if type(divergence) not in GRADIENTS:
+        return f"divergence is {type(divergence).__name__}, which has no kernel; use 'torch'"
+    if top_k > MAX_TOP_K:
+        return f"top_k is {top_k}, expected at most {MAX_TOP_K}; use 'torch'"
+    return None
+
+
+def _launcher_options(student: Transform, teacher: Transform) -> dict[str, Any]:
+    return {
+        "vocab_size": student.vocab_size,
+        "temperature": student.temperature,
+        "s_scale": student.scale,
+        "t_scale": teacher.scale,
+        "s_softcap": student.softcap,
+        "t_softcap": teacher.softcap,
+    }
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Launches go to the current device, which need not be that of the tensors."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
+def _parts(n: int, bytes_per_row: int, workspace_bytes: int) -> Iterator[slice]:
+    size = max(1, workspace_bytes // bytes_per_row)
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
+def _score_bytes(vocab_size: int, top_k: int = 0) -> int:
+    """Scratch per row of a score launch: group maxima of both models in fp32 at most, lists, columns."""
+    return -(-vocab_size // int(GROUP)) * 8 + LIST_BYTES * top_k + ROW_BYTES
+
+
+@torch.no_grad()
+def token_stats(
+    student: Source, teacher: Source, rows: Tensor, *, top_k: int, columns: frozenset[str], workspace_bytes: int
+) -> TokenStats:
+    """All statistics of the given positions, (n,) each."""
+    layout = Layout.of(student.leading)
+    tables = [Layout.of(x.leading).table(x.leading.detach()) for x in (student, teacher)]  # type: ignore[union-attr]
+    assert layout is not None
+    places, options = layout.rows(rows), _launcher_options(student.transform, teacher.transform)
+    names = (*_SCORE_COLUMNS, *_SUPPORT_COLUMNS, *sorted(columns & {"released_kl"}))
+    out = {name: torch.empty(len(rows), device=rows.device) for name in names}
+    with _on(rows.device):
+        for part in _parts(len(rows), _score_bytes(options["vocab_size"], top_k), workspace_bytes):
+            score = score_fwd(*tables, places[part], **options)
+            lists = support_fwd(*tables, places[part], score, top_k=top_k, **options)
+            for name in _SCORE_COLUMNS:
+                out[name][part] = getattr(score, name)
+            for name in _SUPPORT_COLUMNS:
+                out[name][part] = getattr(lists, name)
+            if "released_kl" in columns:
+                out["released_kl"][part] = _released_kl(lists, score, workspace_bytes)
+    if "jsd" in columns:
+        out["jsd"] = _jsd(student, teacher, rows, workspace_bytes)
+    return TokenStats(valid=torch.isfinite(out["teacher_logsumexp"]), **out)
+
+
+_SUPPORT_COLUMNS = ("support_mass", "student_support_mass", "overlap_mass", "union_kl")
+_SCORE_COLUMNS = (
+    "student_entropy",
+    "teacher_entropy",
+    "reverse_kl",
+    "forward_kl",
+    "student_logsumexp",
+    "teacher_logsumexp",
+    "logsumexp_gap",
+)
+
+
+def _released_kl(lists: Any, score: Score, workspace_bytes: int) -> Tensor:
+    """From the kernels' lists; pairs of their ids are compared, hence parts."""
+    n, _, k = lists.ids.shape
+    s_at_s, t_at_s, s_at_t, t_at_t = lists.logits.unbind(1)
+    found = Support(lists.s_ids, s_at_s, t_at_s), Support(lists.t_ids, t_at_t, s_at_t)
+    lse = score.student_logsumexp.double(), score.teacher_logsumexp.double()
+    out = torch.empty(n, device=lists.ids.device)
+    for part in _parts(n, UNION_BYTES * k + PAIR_BYTES * k**2, workspace_bytes // 2):
+        both = found[0].rows(part), found[1].rows(part)
+        out[part] = support_columns(*both, lse[0][part], lse[1][part], frozenset({"released_kl"}))["released_kl"]
+    return out
+
+
+def _jsd(student: Source, teacher: Source, rows: Tensor, workspace_bytes: int) -> Tensor:
+    vocab = student.transform.vocab_size
+    out = torch.empty(len(rows), device=rows.device)
+    for part in _parts(len(rows), JSD_BUFFERS * 4 * vocab, workspace_bytes):
+        s, u = (
+            finish_logits(take_rows(source.leading[..., :vocab], rows[part]).float(), source.transform)
+            for source in (student.detach(), teacher)
+        )
+        out[part] = row_jsd(s, u).float()
+    return out
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the backward needs beside tensors."""
+
+    student: Transform
+    teacher: Transform
+    gradient: Callable[..., Tensor]
+    workspace_bytes: int
+
+
+class _SelectedDivergence(torch.autograd.Function):
+    """(M,) losses whose gradient with respect to the student's logits is computed in the backward, from the inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, rows: Tensor, losses: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+        ctx.plan = plan
+        ctx.save_for_backward(rows, student, teacher)
+        return losses.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
+        rows, student, teacher = ctx.saved_tensors
+        layout, other = Layout.of(student), Layout.of(teacher)
+        assert layout is not None
+        assert other is not None
+        out, gradient = layout.zeros(student)
+        tables = layout.table(student), other.table(teacher)
+        _write_gradient(ctx.plan, tables, layout.rows(rows), dlosses.contiguous(), out)
+        return None, None, None, gradient, None
+
+
+def _write_gradient(plan: _Plan, tables: tuple[Tensor, Tensor], places: Tensor, weights: Tensor, out: Tensor) -> None:
+    """The weighted gradient into `out`, a table of the student's rows, at `places`; no other row is touched."""
+    options = _launcher_options(plan.student, plan.teacher)
+    with _on(out.device):
+        for part in _parts(len(places), _score_bytes(options["vocab_size"]), plan.workspace_bytes):
+            columns = score_fwd(*tables, places[part], **options).columns
+            plan.gradient(*tables, places[part], weights[part], columns, out=out, **options)
+
+
+def selected_divergence(
+    student: Source,
+    teacher: Source,
+    rows: Tensor,
+    stats: TokenStats,
+    *,
+    divergence: Divergence,
+    workspace_bytes: int,
+) -> Tensor:
+    """(M,) the divergence at the selected positions, connected to the student's logits.
+
+    `stats` are the selected positions' own, as `token_stats` computed them from the same tensors.
+    """
+    plan = _Plan(student.transform, teacher.transform, GRADIENTS[type(divergence)], workspace_bytes)
+    losses: Tensor = _SelectedDivergence.apply(
+        plan, rows, getattr(stats, divergence.column), student.leading, teacher.leading.detach()
+    )
+    return losses
