@@ -51,6 +51,7 @@ def selective_opd_loss(
     generator: torch.Generator | None = None,
     backend: str = "auto",
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    inplace_backward: bool = False,
     check_finite: bool = False,
 ) -> SelectiveOPDOutput:
     """Reverse KL from student to teacher, on the best-scored share of the student's tokens.
@@ -84,6 +85,8 @@ def selective_opd_loss(
         backend: "triton" (dense logits on a GPU), "torch" (streamed, any device), "eager" (the readable oracle, full
             tensors); "auto": "triton" where it can run, else "torch".
         workspace_bytes: The most scratch memory the call may hold beyond inputs, outputs and required gradients.
+        inplace_backward: Let the gradient overwrite the student's logits (backend "triton"), which spares a tensor of their
+            size. Refused for a leaf, a view, logits without a gradient or shared with the teacher; a second backward raises.
         check_finite: Raise where a valid position has no finite softmax, instead of the rules below.
     Returns: `SelectiveOPDOutput`: `loss`, fp32 scalar; `selected`, `scores`, `stats` of the mask's shape; `metrics`.
         fp64 inputs give fp64 results.
@@ -121,7 +124,10 @@ def selective_opd_loss(
         backend=backend,
         workspace_bytes=workspace_bytes,
         check_finite=check_finite,
+        inplace_backward=inplace_backward,
     )
+    if inplace_backward:
+        checks.check_inplace_backward(call.student.leading, call.teacher.leading)
     scores, stats = call.run()
     selected = select_positions(
         scores,
@@ -139,6 +145,7 @@ def selective_opd_loss(
         stats.take(rows),
         divergence=call.divergence,
         workspace_bytes=workspace_bytes,
+        inplace=inplace_backward,
     )
     loss_sum = losses.sum()
     total = _denominator(selected, stats.valid, num_items_in_batch, denominator)

@@ -92,6 +92,7 @@ def prepare(
     backend: str,
     workspace_bytes: int,
     check_finite: bool,
+    inplace_backward: bool = False,
 ) -> Scoring:
     """Check all that scoring depends on; raises before any work."""
     check_backend(backend)
@@ -103,7 +104,7 @@ def prepare(
     checks.check_cu_seqlens(cu_seqlens, shape)
     valid = checks.valid_positions(shape, device, mask, labels, shift_labels, ignore_index)
     ids = sequence_ids(shape, cu_seqlens, device).view(shape)
-    found_backend = resolve_backend(backend, *sources, divergence=found_divergence, top_k=top_k)
+    found_backend = resolve_backend(backend, *sources, divergence=found_divergence, top_k=top_k, inplace=inplace_backward)
     found_selector = resolve_selector(selector, generator=generator, sequence_ids=ids)
     return Scoring(*sources, valid, found_selector, found_divergence, top_k, found_backend, workspace_bytes, bool(check_finite))
 

@@ -212,6 +212,67 @@ def test_nothing_of_the_size_of_the_logits_is_saved():
     assert saved["bytes"] < 300
 
 
+# in place
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("vocab_size", [None, 120])
+def test_inplace_backward_gives_the_same_gradient_in_the_student_s_memory(vocab_size, divergence):
+    student, teacher = (x.view(2, 3, 131) for x in logit_pair(6, 131, dtype=torch.bfloat16))
+    apart, base = leaf(student), leaf(student)
+    options = {"divergence": divergence, "vocab_size": vocab_size, "mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}
+    backward(apart.clone(), teacher, **options)
+    logits = base.clone()
+    where = []
+    logits.register_hook(lambda gradient: where.append(gradient.data_ptr()))
+    loss = selective_opd_loss(logits, teacher, fraction=0.5, backend="triton", inplace_backward=True, **options).loss
+    assert torch.equal(logits, student)
+    loss.backward()
+    assert where == [logits.data_ptr()]
+    assert torch.equal(base.grad, apart.grad)
+    assert base.grad.any()
+
+
+def test_inplace_backward_raises_where_the_logits_are_used_twice():
+    student, teacher = logit_pair(3, 131)
+    options = {"fraction": 0.5, "backend": "triton", "inplace_backward": True}
+    logits = leaf(student).clone()
+    loss = selective_opd_loss(logits, teacher, **options).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"inplace_backward: the backward ran a second time.*retain_graph"):
+        loss.backward()
+    logits = leaf(student).clone()
+    pair = [selective_opd_loss(logits, teacher, **options).loss for _ in range(2)]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (pair[0] + pair[1]).backward()
+    logits = leaf(student).clone()
+    squared = logits.square().sum()  # saves the logits
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (squared + selective_opd_loss(logits, teacher, **options).loss).backward()
+
+
+def test_inplace_backward_rejects_logits_that_others_may_read():
+    student, teacher = logit_pair(4, 131)
+    options = {"backend": "triton", "inplace_backward": True}
+    made = leaf(student).clone()
+    cases = [
+        (student, teacher, "do not require a gradient"),
+        (leaf(student), teacher, "are a leaf"),
+        (made[:2], teacher[:2], "are a view"),
+        (made, made.detach(), "share their memory with the teacher's"),
+    ]
+    for s, t, message in cases:
+        with pytest.raises(ValueError, match=f"inplace_backward: got True, but the student's logits {message}"):
+            selective_opd_loss(s, t, **options)
+    with torch.no_grad():
+        assert selective_opd_loss(student, teacher, **options).loss > 0
+    for backend in ("torch", "eager"):
+        with pytest.raises(ValueError, match=f"only backend='triton' has; this call uses '{backend}'"):
+            selective_opd_loss(made, teacher, backend=backend, inplace_backward=True)
+    with pytest.raises(ValueError, match=r"this call uses 'torch' \(the device is cpu\)"):
+        selective_opd_loss(made, teacher, inplace_backward=True)
+
+
 # which backend
 
 

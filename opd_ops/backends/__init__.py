@@ -36,11 +36,16 @@ class Backend(Protocol):
         *,
         divergence: Divergence,
         workspace_bytes: int,
+        inplace: bool,
     ) -> Tensor:
-        """(M,) divergence at the rows, differentiable in the student's tensors; `stats` are those rows' own."""
+        """(M,) divergence at the rows, differentiable in the student's tensors; `stats` are those rows' own.
+
+        `inplace`: the gradient overwrites the student's logits; True reaches only the backends of `INPLACE`.
+        """
 
 
 _BACKENDS = {"torch": streamed, "eager": eager}
+INPLACE = ("triton",)
 KNOWN = ("auto", "eager", "torch", "triton")
 OLDEST_TRITON = (3, 6)
 DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
@@ -51,7 +56,9 @@ def check_backend(name: str) -> None:
         raise ValueError(f"backend: got {name!r}, expected one of: {', '.join(KNOWN)}")
 
 
-def resolve_backend(name: str, student: Source, teacher: Source, *, divergence: Divergence, top_k: int) -> Backend:
+def resolve_backend(
+    name: str, student: Source, teacher: Source, *, divergence: Divergence, top_k: int, inplace: bool = False
+) -> Backend:
     """The backend of that name. One chosen by name that cannot run raises; there is no silent fallback.
 
     "auto" is "triton" where that can run on a GPU (dense logits on both sides, see triton.py's `refusal`), else "torch".
@@ -68,6 +75,8 @@ def resolve_backend(name: str, student: Source, teacher: Source, *, divergence: 
         chosen, because = ("torch", reason) if reason else ("triton", f"dense logits on {device}")
     elif name == "auto":
         chosen, because = "torch", f"the device is {device}"
+    if inplace and chosen not in INPLACE:
+        raise ValueError(f"inplace_backward: got True, which only backend='triton' has; this call uses {chosen!r} ({because})")
     _log.debug("backend %r: using %r (%s)", name, chosen, because)
     return cast(Backend, import_module("opd_ops.backends.triton") if chosen == "triton" else _BACKENDS[chosen])
 

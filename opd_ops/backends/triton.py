@@ -7,6 +7,7 @@
 # Nothing of size V is saved. The backward scores the M selected rows again (M / N of the score pass) for the normalisers that
 # the gradient needs to more digits than TokenStats keeps; so it depends on nothing but its inputs, and a forward without a
 # backward pays nothing for it. The reported loss is the score pass's own column.
+# With `inplace` the gradient is written over the student's logits: no second tensor of their size.
 # Logits are read where they lie, in any leading layout (table.py). Launches are cut so that scratch fits `workspace_bytes`.
 # The optional columns run in torch: released_kl on the kernels' top-K lists (supports.py), jsd on tiles of whole rows
 # (running.py), since only a sampling selector asks for it.
@@ -166,6 +167,7 @@ class _Plan:
     teacher: Transform
     gradient: Callable[..., Tensor]
     workspace_bytes: int
+    inplace: bool
 
 
 class _SelectedDivergence(torch.autograd.Function):
@@ -173,20 +175,30 @@ class _SelectedDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, rows: Tensor, losses: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
-        ctx.plan = plan
+        ctx.plan, ctx.spent = plan, False
         ctx.save_for_backward(rows, student, teacher)
         return losses.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.spent:
+            raise RuntimeError(
+                "inplace_backward: the backward ran a second time, but the first one overwrote the student's logits with "
+                "their gradient; pass inplace_backward=False to use retain_graph=True"
+            )
         rows, student, teacher = ctx.saved_tensors
+        ctx.spent = ctx.plan.inplace
         layout, other = Layout.of(student), Layout.of(teacher)
         assert layout is not None
         assert other is not None
-        out, gradient = layout.zeros(student)
         tables = layout.table(student), other.table(teacher)
+        out, gradient = (tables[0], student.detach()) if ctx.plan.inplace else layout.zeros(student)
         _write_gradient(ctx.plan, tables, layout.rows(rows), dlosses.contiguous(), out)
+        if ctx.plan.inplace:
+            selected = torch.zeros(layout.shape.numel(), dtype=torch.bool, device=rows.device).index_fill(0, rows, True)
+            # Also tells autograd of the write: whoever else saved these logits for a backward to come gets an error.
+            gradient.masked_fill_(~selected.view(layout.shape).unsqueeze(-1), 0.0)
         return None, None, None, gradient, None
 
 
@@ -207,12 +219,13 @@ def selected_divergence(
     *,
     divergence: Divergence,
     workspace_bytes: int,
+    inplace: bool,
 ) -> Tensor:
     """(M,) the divergence at the selected positions, connected to the student's logits.
 
     `stats` are the selected positions' own, as `token_stats` computed them from the same tensors.
     """
-    plan = _Plan(student.transform, teacher.transform, GRADIENTS[type(divergence)], workspace_bytes)
+    plan = _Plan(student.transform, teacher.transform, GRADIENTS[type(divergence)], workspace_bytes, inplace)
     losses: Tensor = _SelectedDivergence.apply(
         plan, rows, getattr(stats, divergence.column), student.leading, teacher.leading.detach()
     )
