@@ -1,4 +1,5 @@
-# How to run everything: `make demo`, `make test`, `make lint`, `make bench`. Each creates .venv on its own.
+# How to run everything: `make demo`, `make test`, `make lint`, `make bench`, `make roofline`; each creates .venv on
+# its own. `make gpu` runs on the python it is given.
 #
 # Not here: versions (constraints.txt), extras (setup.py), what the commands do (README.md, CONTRIBUTING.md).
 
@@ -9,7 +10,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 export HF_HUB_OFFLINE := 1
 export PIP_CONSTRAINT := $(abspath constraints.txt)
 
-.PHONY: demo test test-triton36 lint bench roofline clean
+.PHONY: demo test test-triton36 lint bench roofline gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.prompt_distillation $(ARGS)
@@ -20,7 +21,7 @@ test: $(VENV)/.test $(VENV)/.demo
 
 # The kernels once more on the oldest triton they support: put before the virtual environment's own, which stays as it is.
 test-triton36: $(VENV)/.test $(VENV)/.triton36
-	PYTHONPATH=$(abspath $(VENV)/triton36) $(BIN)/python -m pytest tests/test_kernel_*.py tests/test_static_roofline.py
+	PYTHONPATH=$(abspath $(VENV)/triton36) $(BIN)/python -m pytest tests/test_kernel_*.py tests/test_triton.py tests/test_static_roofline.py
 
 roofline: $(VENV)/.test
 	$(BIN)/python -m benchmarks.static_roofline $(ARGS)
@@ -32,6 +33,10 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.compare $(ARGS)
+
+# On a machine with a GPU: its own python, with its own torch and triton, no network, no virtual environment.
+gpu:
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache build *.egg-info
