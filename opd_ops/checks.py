@@ -117,7 +117,9 @@ def check_inplace_backward(student: Tensor, teacher: Tensor) -> None:
     if not torch.is_grad_enabled():
         return
     reason = None
-    if not student.requires_grad:
+    if torch.compiler.is_compiling():
+        reason = "are traced by torch.compile"
+    elif not student.requires_grad:
         reason = "do not require a gradient"
     elif student.is_leaf:
         reason = "are a leaf, whose values belong to the caller"

@@ -41,9 +41,12 @@ class Scoring:
     def shape(self) -> torch.Size:
         return self.student.leading.shape[:-1]
 
-    @torch.no_grad()
     def run(self) -> tuple[Tensor, TokenStats]:
-        """Scores and statistics, both of the positions' shape."""
+        """Scores and statistics, both of the positions' shape, without a graph."""
+        with torch.no_grad():  # no decorator: torch.compile cannot trace a decorated method
+            return self._run()
+
+    def _run(self) -> tuple[Tensor, TokenStats]:
         device = self.student.leading.device
         everything = torch.arange(self.shape.numel(), device=device)
         # One of the two host synchronisations of a call: the list of valid rows has a length.

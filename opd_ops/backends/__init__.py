@@ -9,6 +9,7 @@ import os
 from importlib import import_module
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor
 
 from opd_ops.backends import eager, streamed
@@ -67,9 +68,7 @@ def resolve_backend(
     device = student.leading.device.type
     chosen, because = name, "chosen by name"
     if name == "triton" or (name == "auto" and device in DEVICES):
-        reason = _without_triton(device) or import_module("opd_ops.backends.triton").refusal(
-            student, teacher, divergence=divergence, top_k=top_k
-        )
+        reason = _without_triton(device) or _triton_refusal(student, teacher, divergence, top_k)
         if reason and name == "triton":
             raise ValueError(f"backend: got 'triton', but {reason}")
         chosen, because = ("torch", reason) if reason else ("triton", f"dense logits on {device}")
@@ -77,10 +76,28 @@ def resolve_backend(
         chosen, because = "torch", f"the device is {device}"
     if inplace and chosen not in INPLACE:
         raise ValueError(f"inplace_backward: got True, which only backend='triton' has; this call uses {chosen!r} ({because})")
-    _log.debug("backend %r: using %r (%s)", name, chosen, because)
-    return cast(Backend, import_module("opd_ops.backends.triton") if chosen == "triton" else _BACKENDS[chosen])
+    if not torch.compiler.is_compiling():  # a traced call cannot log
+        _log.debug("backend %r: using %r (%s)", name, chosen, because)
+    if chosen == "triton":
+        from opd_ops.backends import triton
+
+        return cast(Backend, triton)
+    return cast(Backend, _BACKENDS[chosen])
 
 
+def drops_weightless_rows(backend: Backend) -> bool:
+    """Whether a row whose loss gets weight 0 has a gradient of exactly zero whatever it holds, NaN included."""
+    return not any(backend is other for other in _BACKENDS.values())
+
+
+def _triton_refusal(student: Source, teacher: Source, divergence: Divergence, top_k: int) -> str | None:
+    from opd_ops.backends import triton  # importing opd_ops needs torch alone
+
+    return triton.refusal(student, teacher, divergence=divergence, top_k=top_k)
+
+
+# A property of the machine: looked up while tracing.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _without_triton(device: str) -> str | None:
     """Why no Triton kernel can run on the device, or None."""
     try:

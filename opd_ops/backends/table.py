@@ -33,7 +33,8 @@ class Layout(NamedTuple):
         if shape.numel() <= 1:
             return Layout(shape, (0,) * len(shape), shape.numel(), ALIGNED)
         reach = vocab  # elements that the dimensions so far span
-        for stride, size in sorted(zip(strides, shape, strict=True)):
+        for dim in sorted(range(len(shape)), key=lambda dim: strides[dim]):
+            stride, size = strides[dim], shape[dim]
             if size > 1 and stride < reach:
                 return None
             reach = max(reach, stride * (size - 1) + reach)

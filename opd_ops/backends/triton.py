@@ -1,6 +1,6 @@
 # The Triton backend, `backend="triton"`: dense logits of both models, statistics and gradients from opd_kernels.
 #
-#   score + support kernels  -> the columns of TokenStats, two reads of N V logits
+#   score + support kernels  -> the columns of TokenStats; both models' logits are read once
 #   gradient kernel          -> d loss / d logits on the selected rows, every other row zero
 #   (statistics and gradients are those of stats.py and divergences.py)
 #
@@ -12,12 +12,11 @@
 # The optional columns run in torch: released_kl on the kernels' top-K lists (supports.py), jsd on tiles of whole rows
 # (running.py), since only a sampling selector asks for it.
 #
-# Not here: the kernels (opd_kernels), heads (streamed.py).
+# Not here: the kernels (opd_kernels), the same launches as operators for torch.compile (triton_ops.py), heads (streamed.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,15 +32,15 @@ from opd_ops.backends.supports import Support, support_columns
 from opd_ops.backends.table import Layout
 from opd_ops.backends.tiling import PAIR_BYTES, UNION_BYTES
 from opd_ops.divergences import Divergence, ForwardKL, ReverseKL
-from opd_ops.sources import Source, Transform, finish_logits, take_rows
+from opd_ops.sources import Source, finish_logits, take_rows
 from opd_ops.stats import TokenStats
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_TOP_K = 128
-GRADIENTS: dict[type[Divergence], Callable[..., Tensor]] = {ReverseKL: reverse_kl_grad, ForwardKL: forward_kl_grad}
+GRADIENTS: dict[str, Callable[..., Tensor]] = {"reverse_kl": reverse_kl_grad, "forward_kl": forward_kl_grad}
 JSD_BUFFERS = 10  # fp32 rows of V alive at once in row_jsd
 LIST_BYTES = 40  # per row and K: both lists' ids, logits and places
-ROW_BYTES = 512  # per row: columns, partial sums of split rows and rounding up
+ROW_BYTES = 3072  # per row: columns, and the sums of a row split into 64 parts
 
 
 def refusal(student: Source, teacher: Source, *, divergence: Divergence, top_k: int) -> str | None:
@@ -62,22 +61,16 @@ def refusal(student: Source, teacher: Source, *, divergence: Divergence, top_k: 
             f"student and teacher lay their positions out differently (strides {student.leading.stride()} and "
             f"{teacher.leading.stride()}); pass .contiguous() logits on both sides, or use 'torch'"
         )
-    if type(divergence) not in GRADIENTS:
+    if type(divergence) not in (ReverseKL, ForwardKL):
         return f"divergence is {type(divergence).__name__}, which has no kernel; use 'torch'"
     if top_k > MAX_TOP_K:
         return f"top_k is {top_k}, expected at most {MAX_TOP_K}; use 'torch'"
     return None
 
 
-def _launcher_options(student: Transform, teacher: Transform) -> dict[str, Any]:
-    return {
-        "vocab_size": student.vocab_size,
-        "temperature": student.temperature,
-        "s_scale": student.scale,
-        "t_scale": teacher.scale,
-        "s_softcap": student.softcap,
-        "t_softcap": teacher.softcap,
-    }
+def _launcher_options(vocab_size: int, temperature: float) -> dict[str, Any]:
+    plain = {"s_scale": 1.0, "t_scale": 1.0, "s_softcap": None, "t_softcap": None}  # scale and soft-cap belong to heads
+    return {"vocab_size": vocab_size, "temperature": temperature, **plain}
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -96,30 +89,29 @@ def _score_bytes(vocab_size: int, top_k: int = 0) -> int:
     return -(-vocab_size // int(GROUP)) * 8 + LIST_BYTES * top_k + ROW_BYTES
 
 
-@torch.no_grad()
 def token_stats(
     student: Source, teacher: Source, rows: Tensor, *, top_k: int, columns: frozenset[str], workspace_bytes: int
 ) -> TokenStats:
     """All statistics of the given positions, (n,) each."""
-    layout = Layout.of(student.leading)
-    tables = [Layout.of(x.leading).table(x.leading.detach()) for x in (student, teacher)]  # type: ignore[union-attr]
-    assert layout is not None
-    places, options = layout.rows(rows), _launcher_options(student.transform, teacher.transform)
-    names = (*_SCORE_COLUMNS, *_SUPPORT_COLUMNS, *sorted(columns & {"released_kl"}))
-    out = {name: torch.empty(len(rows), device=rows.device) for name in names}
-    with _on(rows.device):
-        for part in _parts(len(rows), _score_bytes(options["vocab_size"], top_k), workspace_bytes):
-            score = score_fwd(*tables, places[part], **options)
-            lists = support_fwd(*tables, places[part], score, top_k=top_k, **options)
-            for name in _SCORE_COLUMNS:
-                out[name][part] = getattr(score, name)
-            for name in _SUPPORT_COLUMNS:
-                out[name][part] = getattr(lists, name)
-            if "released_kl" in columns:
-                out["released_kl"][part] = _released_kl(lists, score, workspace_bytes)
-    if "jsd" in columns:
-        out["jsd"] = _jsd(student, teacher, rows, workspace_bytes)
-    return TokenStats(valid=torch.isfinite(out["teacher_logsumexp"]), **out)
+    released = "released_kl" in columns
+    launch = launch_columns
+    if torch.compiler.is_compiling():
+        from opd_ops.backends.triton_ops import token_columns as launch
+    with torch.no_grad():  # no decorator: torch.compile cannot trace a decorated function of a module it is handed
+        table = launch(
+            student.leading.detach(),
+            teacher.leading.detach(),
+            rows,
+            top_k,
+            released,
+            workspace_bytes,
+            student.transform.vocab_size,
+            student.transform.temperature,
+        )
+        out = dict(zip(column_names(released), table.unbind(0), strict=True))
+        if "jsd" in columns:
+            out["jsd"] = _jsd(student, teacher, rows, workspace_bytes)
+        return TokenStats(valid=torch.isfinite(out["teacher_logsumexp"]), **out)
 
 
 _SUPPORT_COLUMNS = ("support_mass", "student_support_mass", "overlap_mass", "union_kl")
@@ -132,6 +124,44 @@ _SCORE_COLUMNS = (
     "teacher_logsumexp",
     "logsumexp_gap",
 )
+
+
+def column_names(released: bool) -> tuple[str, ...]:
+    return (*_SCORE_COLUMNS, *_SUPPORT_COLUMNS, *(("released_kl",) if released else ()))
+
+
+def launch_columns(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Tensor,
+    top_k: int,
+    released: bool,
+    workspace_bytes: int,
+    vocab_size: int,
+    temperature: float,
+) -> Tensor:
+    """(columns, n) statistics of the given positions, in the order of `column_names`."""
+    layout, tables = _tables(student, teacher)
+    places, options = layout.rows(rows), _launcher_options(vocab_size, temperature)
+    names = column_names(released)
+    out = torch.empty((len(names), len(rows)), device=rows.device)
+    with _on(rows.device):
+        for part in _parts(len(rows), _score_bytes(vocab_size, top_k), workspace_bytes):
+            score = score_fwd(*tables, places[part], **options)
+            lists = support_fwd(*tables, places[part], score, top_k=top_k, **options)
+            for i, name in enumerate(names):
+                if name == "released_kl":
+                    out[i, part] = _released_kl(lists, score, workspace_bytes)
+                else:
+                    out[i, part] = getattr(score if name in _SCORE_COLUMNS else lists, name)
+    return out
+
+
+def _tables(student: Tensor, teacher: Tensor) -> tuple[Layout, tuple[Tensor, Tensor]]:
+    layout, other = Layout.of(student), Layout.of(teacher)
+    assert layout is not None
+    assert other is not None
+    return layout, (layout.table(student.detach()), other.table(teacher.detach()))
 
 
 def _released_kl(lists: Any, score: Score, workspace_bytes: int) -> Tensor:
@@ -159,24 +189,42 @@ def _jsd(student: Source, teacher: Source, rows: Tensor, workspace_bytes: int) -
     return out
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What the backward needs beside tensors."""
-
-    student: Transform
-    teacher: Transform
-    gradient: Callable[..., Tensor]
-    workspace_bytes: int
-    inplace: bool
+def launch_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    kind: str,
+    workspace_bytes: int,
+    vocab_size: int,
+    temperature: float,
+    *,
+    inplace: bool = False,
+) -> Tensor:
+    """The gradient of the losses weighted, of the student's shape: a new tensor, or the student itself."""
+    layout, tables = _tables(student, teacher)
+    out, gradient = (tables[0], student.detach()) if inplace else layout.zeros(student)
+    places, options, weights = layout.rows(rows), _launcher_options(vocab_size, temperature), weights.contiguous()
+    with _on(out.device):
+        for part in _parts(len(places), _score_bytes(vocab_size), workspace_bytes):
+            columns = score_fwd(*tables, places[part], **options).columns
+            GRADIENTS[kind](*tables, places[part], weights[part], columns, out=out, **options)
+    if inplace:
+        selected = torch.zeros(layout.shape.numel(), dtype=torch.bool, device=rows.device).index_fill(0, rows, True)
+        # Also tells autograd of the write: whoever else saved these logits for a backward to come gets an error.
+        gradient.masked_fill_(~selected.view(layout.shape).unsqueeze(-1), 0.0)
+    return gradient
 
 
 class _SelectedDivergence(torch.autograd.Function):
     """(M,) losses whose gradient with respect to the student's logits is computed in the backward, from the inputs."""
 
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, rows: Tensor, losses: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
-        ctx.plan, ctx.spent = plan, False
-        ctx.save_for_backward(rows, student, teacher)
+    def forward(
+        ctx: Any, inplace: bool, options: tuple[Any, ...], rows: Tensor, losses: Tensor, student: Tensor, teacher: Tensor
+    ) -> Tensor:
+        ctx.inplace, ctx.options, ctx.spent = inplace, options, False
+        ctx.save_for_backward(student, teacher, rows)
         return losses.clone()
 
     @staticmethod
@@ -187,28 +235,13 @@ class _SelectedDivergence(torch.autograd.Function):
                 "inplace_backward: the backward ran a second time, but the first one overwrote the student's logits with "
                 "their gradient; pass inplace_backward=False to use retain_graph=True"
             )
-        rows, student, teacher = ctx.saved_tensors
-        ctx.spent = ctx.plan.inplace
-        layout, other = Layout.of(student), Layout.of(teacher)
-        assert layout is not None
-        assert other is not None
-        tables = layout.table(student), other.table(teacher)
-        out, gradient = (tables[0], student.detach()) if ctx.plan.inplace else layout.zeros(student)
-        _write_gradient(ctx.plan, tables, layout.rows(rows), dlosses.contiguous(), out)
-        if ctx.plan.inplace:
-            selected = torch.zeros(layout.shape.numel(), dtype=torch.bool, device=rows.device).index_fill(0, rows, True)
-            # Also tells autograd of the write: whoever else saved these logits for a backward to come gets an error.
-            gradient.masked_fill_(~selected.view(layout.shape).unsqueeze(-1), 0.0)
-        return None, None, None, gradient, None
-
-
-def _write_gradient(plan: _Plan, tables: tuple[Tensor, Tensor], places: Tensor, weights: Tensor, out: Tensor) -> None:
-    """The weighted gradient into `out`, a table of the student's rows, at `places`; no other row is touched."""
-    options = _launcher_options(plan.student, plan.teacher)
-    with _on(out.device):
-        for part in _parts(len(places), _score_bytes(options["vocab_size"]), plan.workspace_bytes):
-            columns = score_fwd(*tables, places[part], **options).columns
-            plan.gradient(*tables, places[part], weights[part], columns, out=out, **options)
+        student, teacher, rows = ctx.saved_tensors
+        kind, workspace_bytes, vocab_size, temperature = ctx.options
+        gradient = launch_gradient(
+            student, teacher, rows, dlosses, kind, workspace_bytes, vocab_size, temperature, inplace=ctx.inplace
+        )
+        ctx.spent = ctx.inplace
+        return None, None, None, None, gradient, None
 
 
 def selected_divergence(
@@ -225,8 +258,12 @@ def selected_divergence(
 
     `stats` are the selected positions' own, as `token_stats` computed them from the same tensors.
     """
-    plan = _Plan(student.transform, teacher.transform, GRADIENTS[type(divergence)], workspace_bytes, inplace)
-    losses: Tensor = _SelectedDivergence.apply(
-        plan, rows, getattr(stats, divergence.column), student.leading, teacher.leading.detach()
-    )
-    return losses
+    options = divergence.name, workspace_bytes, student.transform.vocab_size, student.transform.temperature
+    logits, losses = (student.leading, teacher.leading.detach()), getattr(stats, divergence.column)
+    if torch.compiler.is_compiling():
+        from opd_ops.backends.triton_ops import selected_losses
+
+        compiled: Tensor = selected_losses(*logits, rows, losses, *options)
+        return compiled
+    eager: Tensor = _SelectedDivergence.apply(inplace, options, rows, losses, *logits)
+    return eager
