@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -79,23 +79,20 @@ class RunningSums:
         zero = torch.zeros(n, dtype=torch.float64, device=device)
         never = torch.zeros(n, dtype=torch.bool, device=device)
         nothing = ModelSums(torch.full_like(zero, -math.inf), zero, zero, zero)
-        # Each leaf is written in place, block by block, so none may share its memory with another.
-        self._sums = _convert(BlockSums(nothing, nothing, zero, never, never), torch.clone)
+        self._sums = BlockSums(nothing, nothing, zero, never, never)
 
-    def add(self, rows: slice, block: BlockSums) -> None:
-        """Join one more block of the given rows."""
-        a, b = _convert(self._sums, lambda x: x[rows]), _convert(block, _widen)
+    def add(self, parts: Sequence[BlockSums]) -> None:
+        """Join one more block, given in parts that are consecutive rows."""
+        a, b = self._sums, _concatenate(parts)
         # The centre follows the student's running arg-max: it stays where the student's mass is.
         centre = torch.where(b.student.maximum > a.student.maximum, b.centre, a.centre)
-        joined = BlockSums(
+        self._sums = BlockSums(
             _join(a.student, b.student, a.centre - centre, b.centre - centre),
             _join(a.teacher, b.teacher, a.centre - centre, b.centre - centre),
             centre,
             a.p_without_q | b.p_without_q,
             a.q_without_p | b.q_without_p,
         )
-        for running, new in zip(_leaves(self._sums), _leaves(joined), strict=True):
-            running[rows] = new
 
     def columns(self) -> dict[str, Tensor]:
         """The full-vocabulary columns of `TokenStats`, (n,) fp64."""
@@ -141,14 +138,20 @@ def _join(a: ModelSums, b: ModelSums, a_shift: Tensor, b_shift: Tensor) -> Model
     return ModelSums(maximum, z, x, gap)
 
 
-def _convert(sums: BlockSums, function: Callable[[Tensor], Tensor]) -> BlockSums:
-    student, teacher = (ModelSums(*map(function, model)) for model in sums[:2])
-    return BlockSums(student, teacher, *map(function, sums[2:]))
+def _concatenate(parts: Sequence[BlockSums]) -> BlockSums:
+    """The rows of all parts, widened to fp64."""
 
+    def cat(tensors: Sequence[Tensor]) -> Tensor:
+        joined = torch.cat(tuple(tensors))
+        return joined.double() if joined.is_floating_point() else joined
 
-def _widen(x: Tensor) -> Tensor:
-    return x.double() if x.is_floating_point() else x
+    def model(sums: Sequence[ModelSums]) -> ModelSums:
+        return ModelSums(*(cat(column) for column in zip(*sums, strict=True)))
 
-
-def _leaves(sums: BlockSums) -> tuple[Tensor, ...]:
-    return (*sums.student, *sums.teacher, *sums[2:])
+    return BlockSums(
+        model([part.student for part in parts]),
+        model([part.teacher for part in parts]),
+        cat([part.centre for part in parts]),
+        cat([part.p_without_q for part in parts]),
+        cat([part.q_without_p for part in parts]),
+    )

@@ -107,9 +107,11 @@ def _tile_stats(
         if "jsd" in columns:  # the grid has one block, as wide as the vocabulary
             out["jsd"] = torch.cat([row_jsd(s[chunk], u[chunk]) for chunk in chunks])
         top, top_other = found[0].own[:, 0], found[0].other[:, 0]
+        of_chunks = []
         for chunk in chunks:
             gap, weight = (x[: s[chunk].numel()].view_as(s[chunk]) for x in scratch)
-            sums.add(chunk, block_sums(s[chunk], u[chunk], top[chunk], top_other[chunk], gap, weight))
+            of_chunks.append(block_sums(s[chunk], u[chunk], top[chunk], top_other[chunk], gap, weight))
+        sums.add(of_chunks)
     assert lists is not None
     out |= sums.columns()
     s_lse, t_lse = out["student_logsumexp"], out["teacher_logsumexp"]

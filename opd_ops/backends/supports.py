@@ -70,7 +70,7 @@ def _best(values: Tensor, ids: Tensor, k: int) -> Tensor:
 def _candidates(x: Tensor, k: int) -> Tensor:
     """(n, k * G) columns of (n, B) that contain the row's top-k; those >= B are padding of the last group."""
     n, width = x.shape
-    group = max(1, math.isqrt(width // k))  # minimises B/G + k*G, what gets ranked
+    group = _group_size(width, k)
     whole = width // group * group
     maxima = x[:, :whole].view(n, -1, group).amax(-1) if group > 1 else x[:, :whole]
     if whole < width:
@@ -80,9 +80,16 @@ def _candidates(x: Tensor, k: int) -> Tensor:
     return (best.unsqueeze(-1) * group + torch.arange(group, device=x.device)).flatten(1)
 
 
+def _group_size(width: int, k: int) -> int:
+    """G: a power of two, because maxima over 32 or 64 neighbours run five times as fast as over 22; near sqrt(B / k), which
+    minimises B/G + k*G, what gets ranked. A narrow block is ranked whole."""
+    best = math.isqrt(width // k)
+    return 1 if best < 8 else max(32, 1 << (best.bit_length() - 1))
+
+
 def ranked_per_row(width: int, k: int) -> int:
     """How many numbers `Support.of_block` ranks per row: what its scratch memory is proportional to."""
-    group = max(1, math.isqrt(width // k))
+    group = _group_size(width, k)
     return width // group + 1 + k * group
 
 

@@ -1,7 +1,8 @@
 # Sizes of the streamed backend's tiles and blocks: the only place that divides up `workspace_bytes`.
 #
 #   A tile is `rows` positions; the vocabulary is cut into blocks of `columns`; element-wise work runs on `chunk` rows of it.
-#   Shares of the workspace: one half to the logits of a block, the rest to scratch, cast weights and top-K candidates.
+#   Shares of the workspace in the score pass: 5/8 to the logits of a block, 1/8 each to hidden states and cast weights,
+#   1/16 each to scratch, top-K candidates and top-K lists (less than all, the rest is slack for small temporaries).
 #
 # Not here: what is done on a tile (streamed.py).
 from __future__ import annotations
@@ -38,17 +39,17 @@ def score_grid(student: Source, teacher: Source, n: int, *, top_k: int, whole_ro
     size, vocab = compute_dtype(student, teacher).itemsize, student.transform.vocab_size
     has_head = student.transform.is_head or teacher.transform.is_head
     copies = 2 if has_head else 3  # dense logits: one more, uncast
-    elements = max(MIN_COLUMNS, workspace_bytes // 2 // (copies * size))
+    elements = max(MIN_COLUMNS, 5 * (workspace_bytes // 8) // (copies * size))
     rows = max(1, elements // vocab)
     if has_head and not whole_rows:
         rows = max(rows, min(HEAD_ROWS, elements // MIN_COLUMNS))
-    eighth = workspace_bytes // 8
-    rows = max(1, min(rows, n, _rows_of_hidden(student, teacher, eighth, size), eighth // (LIST_BYTES * top_k)))
+    eighth, sixteenth = workspace_bytes // 8, workspace_bytes // 16
+    rows = max(1, min(rows, n, _rows_of_hidden(student, teacher, eighth, size), sixteenth // (LIST_BYTES * top_k)))
     columns = vocab if whole_rows else _even(vocab, elements // rows)
-    scratch = min(CHUNK_ELEMENTS, eighth // (2 * size)) // columns
-    candidates = eighth // (CANDIDATE_BYTES * ranked_per_row(columns, min(top_k, columns)))
+    scratch = min(CHUNK_ELEMENTS, sixteenth // (2 * size)) // columns
+    candidates = sixteenth // (CANDIDATE_BYTES * ranked_per_row(columns, min(top_k, columns)))
     chunk = max(1, min(rows, scratch, candidates))
-    list_rows = max(1, min(rows, eighth // (UNION_BYTES * top_k + PAIR_BYTES * top_k**2)))
+    list_rows = max(1, min(rows, sixteenth // (UNION_BYTES * top_k + PAIR_BYTES * top_k**2)))
     return Grid(rows, columns, chunk, list_rows, _cast_columns(student, teacher, eighth, size))
 
 
