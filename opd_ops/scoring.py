@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opd_ops import checks
-from opd_ops.backends import Backend, resolve_backend
+from opd_ops.backends import Backend, check_backend, resolve_backend
 from opd_ops.divergences import Divergence, resolve_divergence
 from opd_ops.inputs import LinearHead
 from opd_ops.selection import select, sequence_ids
@@ -41,9 +41,12 @@ class Scoring:
     def shape(self) -> torch.Size:
         return self.student.leading.shape[:-1]
 
-    @torch.no_grad()
     def run(self) -> tuple[Tensor, TokenStats]:
-        """Scores and statistics, both of the positions' shape."""
+        """Scores and statistics, both of the positions' shape, without a graph."""
+        with torch.no_grad():  # no decorator: torch.compile cannot trace a decorated method
+            return self._run()
+
+    def _run(self) -> tuple[Tensor, TokenStats]:
         device = self.student.leading.device
         everything = torch.arange(self.shape.numel(), device=device)
         # One of the two host synchronisations of a call: the list of valid rows has a length.
@@ -92,9 +95,11 @@ def prepare(
     backend: str,
     workspace_bytes: int,
     check_finite: bool,
+    inplace_backward: bool = False,
 ) -> Scoring:
     """Check all that scoring depends on; raises before any work."""
-    found_backend, found_divergence = resolve_backend(backend), resolve_divergence(divergence)
+    check_backend(backend)
+    found_divergence = resolve_divergence(divergence)
     sources = checks.check_sources(student, teacher, vocab_size, temperature, process_group)
     shape, device = sources[0].leading.shape[:-1], sources[0].leading.device
     checks.check_top_k(top_k, sources[0].transform.vocab_size)
@@ -102,6 +107,7 @@ def prepare(
     checks.check_cu_seqlens(cu_seqlens, shape)
     valid = checks.valid_positions(shape, device, mask, labels, shift_labels, ignore_index)
     ids = sequence_ids(shape, cu_seqlens, device).view(shape)
+    found_backend = resolve_backend(backend, *sources, divergence=found_divergence, top_k=top_k, inplace=inplace_backward)
     found_selector = resolve_selector(selector, generator=generator, sequence_ids=ids)
     return Scoring(*sources, valid, found_selector, found_divergence, top_k, found_backend, workspace_bytes, bool(check_finite))
 

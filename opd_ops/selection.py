@@ -34,9 +34,25 @@ def budget(n_valid: Tensor, fraction: float) -> Tensor:
     0.1 * 30 is 3.0000000000000004 in floating point. So the fraction is read as the ratio the user wrote, the simplest one
     that is within a millionth, and the product is of integers.
     """
-    ratio = Fraction(fraction).limit_denominator(1_000_000)
-    n = -((-n_valid * ratio.numerator) // ratio.denominator)
+    numerator, denominator = _ratio(fraction)
+    n = -((-n_valid * numerator) // denominator)
     return torch.minimum(n.clamp_min(1), n_valid)
+
+
+def most_selected(n: int, fraction: float) -> int:
+    """The budget of n positions in one sequence if all are valid: as many as can be selected."""
+    numerator, denominator = _ratio(fraction)
+    return min(n, max(1, -((-n * numerator) // denominator)))
+
+
+def _ratio(fraction: float) -> tuple[int, int]:
+    found: tuple[int, int] = _simplest(fraction)
+    return found
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _simplest(fraction: float) -> tuple[int, int]:
+    return Fraction(fraction).limit_denominator(1_000_000).as_integer_ratio()
 
 
 def select(

@@ -1,13 +1,16 @@
 # Settings of every test: one thread, because the tensors are small and threads would only wait for each other, no network,
-# and the same hypothesis examples on every machine.
+# the same hypothesis examples on every machine, and Triton kernels run by its interpreter, on the CPU.
 #
-# Not here: inputs (cases.py), comparisons (tolerances.py).
+# Not here: inputs (cases.py), comparisons (tolerances.py), kernels compiled for a GPU (benchmarks/gpu.py).
 import os
 
 import hypothesis
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before interpreter.py
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
+
+from tests import interpreter  # noqa: E402, F401

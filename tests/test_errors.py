@@ -22,7 +22,6 @@ ARGUMENTS = [
     ({"divergence": "kl"}, ValueError, "divergence: got 'kl', expected one of: forward_kl, reverse_kl"),
     ({"divergence": 3}, TypeError, "divergence: got int"),
     ({"backend": "cuda"}, ValueError, "backend: got 'cuda', expected one of: auto, eager, torch, triton"),
-    ({"backend": "triton"}, ValueError, "backend: got 'triton', whose kernels are not part of this version"),
     ({"scope": "row"}, ValueError, "scope: got 'row', expected one of: batch, sequence"),
     ({"denominator": "mean"}, ValueError, "denominator: got 'mean', expected one of: selected, valid"),
     ({"top_k": 21}, ValueError, "top_k: got 21, expected at most the vocabulary size, 20"),

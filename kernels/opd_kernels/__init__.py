@@ -1,5 +1,6 @@
-# Where the Triton kernels will live: device code and launchers only, no autograd, no defaults, no policy.
+# Triton device code of opd_ops and the launchers that allocate and launch it: score.py, support.py,
+# reverse_kl.py, forward_kl.py; helpers they share in device.py, block sizes in tiles.py.
 #
-#   One fused sweep per position over both models' logits gives the columns of opd_ops/stats.py::TokenStats.
+# Importing this package does not import triton; importing one of its modules does.
 #
-# Not here yet: any kernel. Until they arrive every call runs on opd_ops/backends/streamed.py, on any device.
+# Not here: autograd, defaults, policy, checks of user input (opd_ops).

@@ -134,8 +134,10 @@ def selected_divergence(
     *,
     divergence: Divergence,
     workspace_bytes: int,
+    inplace: bool,
 ) -> Tensor:
     """(M,) the divergence at the selected positions, connected to the student by autograd itself."""
+    assert not inplace
     dtype = compute_dtype(student, teacher)
     s, u = logits(student, rows, dtype), logits(teacher.detach(), rows, dtype)
     return DIVERGENCES[divergence.name](s, u)

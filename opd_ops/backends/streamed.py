@@ -246,11 +246,13 @@ def selected_divergence(
     *,
     divergence: Divergence,
     workspace_bytes: int,
+    inplace: bool,
 ) -> Tensor:
     """(M,) the divergence at the selected positions, connected to the student's tensors.
 
     `stats` are the selected positions' own, as `token_stats` computed them from the same tensors.
     """
+    assert not inplace
     teacher = teacher.detach()
     plan = _Plan(student.transform, teacher.transform, len(student.tensors), divergence, workspace_bytes)
     constants = getattr(stats, divergence.column), stats.student_logsumexp, stats.logsumexp_gap

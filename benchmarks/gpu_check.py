@@ -1,0 +1,146 @@
+# Correctness of every kernel on the device, compiled, against the float64 specification on the same device.
+#
+#   Cases: stored types, row strides that allow 128-bit loads and such that do not, gathered rows, split rows, transforms,
+#   a common vocabulary below the last dimension, -inf in whole leading blocks, ties. Bounds: tests/tolerances.py.
+#
+# Not here: the same kernels interpreted (tests/test_kernel_*.py), timing (gpu_timing.py).
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from opd_kernels.forward_kl import forward_kl_grad
+from opd_kernels.reverse_kl import reverse_kl_grad
+from opd_kernels.score import score_fwd
+from opd_kernels.support import SUPPORT_COLUMNS, support_fwd
+from torch import Tensor
+
+from benchmarks.gpu_timing import Bench
+from opd_ops.backends import eager
+from tests import kernel_oracle as oracle
+from tests.cases import logit_pair
+from tests.tolerances import assert_within, relative_error
+
+# One rounding to the stored type, of a gradient that is otherwise as exact as fp32 allows.
+GRADIENT = {torch.float32: 1e-4, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+class Case(NamedTuple):
+    name: str
+    n: int
+    width: int  # of the stored rows
+    vocab: int
+    dtype: torch.dtype = torch.bfloat16
+    top_k: int = 16
+    scale: float = 4.0
+    noise: float = 1.0
+    rows: tuple[int, ...] | None = None
+    change: Callable[[Tensor, Tensor], None] | None = None
+    transform: dict[str, Any] = {}  # noqa: RUF012
+
+
+def _mask(s: Tensor, t: Tensor) -> None:
+    half = s.shape[1] // 2
+    s[:, :half] = t[:, :half] = -torch.inf
+
+
+def _ties(s: Tensor, t: Tensor) -> None:
+    s.round_()
+    t.round_()
+
+
+def cases(small: bool) -> list[Case]:
+    vocab, odd, many = (160, 131, 2) if small else (151_936, 50_257, 600)
+    found = [Case(str(dtype)[6:], 8 if not small else 1, vocab, vocab, dtype) for dtype in GRADIENT]
+    found += [
+        Case("odd row stride", min(many, 8), odd, odd),
+        Case("one program per row", many, vocab, vocab),
+        Case("rows gathered", 6, vocab, vocab, rows=(5, 0)),
+        Case("vocabulary below the width", 3, vocab + 64, vocab),
+        Case("leading half -inf", 2, vocab, vocab, change=_mask),
+        Case("ties, K = 100", 2, vocab, vocab, top_k=100, change=_ties),
+        Case("K = 1", 2, vocab, vocab, top_k=1),
+        Case("close models", 2, vocab, vocab, torch.float32, noise=1e-3),
+        Case("logits of scale 60", 2, vocab, vocab, torch.float32, scale=60.0, noise=0.01),
+        Case("temperature and scales", 2, vocab, vocab, transform={"temperature": 0.7, "s_scale": 0.5, "t_scale": 1.5}),
+        Case("soft-caps", 2, vocab, vocab, transform={"s_softcap": 30.0, "t_softcap": 50.0}),
+    ]
+    return found
+
+
+def run(bench: Bench) -> list[dict[str, Any]]:
+    """One row per kernel and case; `failure` is None or what was wrong."""
+    out = []
+    for number, case in enumerate(cases(bench.dry)):
+        s, t = logit_pair(case.n, case.width, scale=case.scale, noise=case.noise, seed=number, dtype=case.dtype)
+        if case.change is not None:
+            case.change(s, t)
+        s, t = s.to(bench.device), t.to(bench.device)
+        for kernel, check in (("score", check_score), ("support", check_support), *GRADIENT_CHECKS):
+            try:
+                check(case, s, t)
+                failure = None
+            except AssertionError as error:
+                failure = str(error).splitlines()[0]
+            out.append({"kernel": kernel, "case": case.name, "failure": failure})
+    return out
+
+
+def _launch(case: Case, s: Tensor) -> tuple[Tensor | None, dict[str, Any]]:
+    rows = None if case.rows is None else torch.tensor(case.rows, dtype=torch.int32, device=s.device)
+    return rows, {**oracle.COMMON, **case.transform, "vocab_size": case.vocab}
+
+
+def _double(case: Case, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    pick = slice(None) if case.rows is None else list(case.rows)
+    _, common = _launch(case, s)
+    return (
+        oracle.logit(s[pick, : case.vocab], common["s_scale"], common["s_softcap"], common["temperature"]),
+        oracle.logit(t[pick, : case.vocab], common["t_scale"], common["t_softcap"], common["temperature"]),
+    )
+
+
+def check_score(case: Case, s: Tensor, t: Tensor) -> None:
+    rows, common = _launch(case, s)
+    oracle.assert_statistics(score_fwd(s, t, rows, **common), *_double(case, s, t))
+
+
+def check_support(case: Case, s: Tensor, t: Tensor) -> None:
+    rows, common = _launch(case, s)
+    support = support_fwd(s, t, rows, score_fwd(s, t, rows, **common), top_k=case.top_k, **common)
+    pick = slice(None) if case.rows is None else list(case.rows)
+    ids = [eager.top_k_ids(x[pick, : case.vocab].float(), case.top_k) for x in (s, t)]
+    assert torch.equal(support.s_ids.long(), ids[0]), "the student's ids differ"
+    assert torch.equal(support.t_ids.long(), ids[1]), "the teacher's ids differ"
+    want = oracle.support(*_double(case, s, t), *ids)
+    for name in SUPPORT_COLUMNS:
+        assert_within(getattr(support, name), want[name], absolute=1e-6, relative=1e-5, name=name)
+
+
+def _check_gradient(kind: str, kernel: Callable[..., Tensor]) -> Callable[[Case, Tensor, Tensor], None]:
+    def check(case: Case, s: Tensor, t: Tensor) -> None:
+        rows, common = _launch(case, s)
+        pick = list(range(case.n)) if case.rows is None else list(case.rows)
+        weights = torch.linspace(0.5, 2.0, len(pick), device=s.device)
+        columns = score_fwd(s, t, rows, **common).columns
+        out = torch.full_like(s, torch.nan)
+        losses = kernel(s, t, rows, weights, columns, out=out, **common)
+        want, kl = oracle.gradient(kind, s[pick, : case.vocab], t[pick, : case.vocab], weights, **case.transform)
+        assert_within(losses, kl, absolute=1e-6, relative=1e-4, name="loss")
+        error = relative_error(out[pick, : case.vocab], want)
+        smallest = max(kl.min().item(), 1e-12)
+        bound = max(GRADIENT[case.dtype], 3e-6 / (2 * smallest) ** 0.5 if smallest < 1e-3 else 0.0)
+        assert error <= bound, f"relative error of the gradient {error:.2e} > {bound:.2e}"
+        assert not out[pick, case.vocab :].any(), "columns beyond the vocabulary are not zero"
+        together = s.clone()
+        kernel(together, t, rows, weights, columns, out=together, **common)
+        assert torch.equal(together[pick], out[pick]), "in place differs from out of place"
+
+    return check
+
+
+GRADIENT_CHECKS = (
+    ("reverse_kl", _check_gradient("reverse_kl", reverse_kl_grad)),
+    ("forward_kl", _check_gradient("forward_kl", forward_kl_grad)),
+)

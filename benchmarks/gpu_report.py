@@ -1,0 +1,154 @@
+# The files of a GPU run: everything as JSON, a CSV per table, one page of Markdown, and bandwidth against V and N as PNG.
+#
+#   Every file names device, driver, versions, commit and clocks; a dry run says that it is no measurement.
+#
+# Not here: what is measured (gpu_check.py, gpu_timing.py, gpu_sweep.py).
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+import opd_ops
+from benchmarks.gpu_timing import Bench
+
+TABLES = ("check", "score", "loss", "sweep")
+CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu", "power.draw")
+
+
+def environment(bench: Bench, commit: str | None) -> dict[str, Any]:
+    root = Path(__file__).parents[1]
+    name = "dry run" if bench.dry else torch.cuda.get_device_name(bench.device)
+    return {
+        "dry_run": bench.dry,
+        "device": name,
+        "slug": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
+        "date": datetime.date.today().isoformat(),
+        "driver": _nvidia("driver_version"),
+        "clocks_before": clocks(),
+        "commit": commit or _run("git", "-C", str(root), "rev-parse", "HEAD") or "unknown",
+        "uncommitted_changes": bool(_run("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")),
+        "versions": {
+            "opd_ops": opd_ops.__version__,
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "cuda": torch.version.cuda or torch.version.hip,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def clocks() -> dict[str, str]:
+    return {name: _nvidia(name) for name in CLOCKS}
+
+
+def _nvidia(query: str) -> str:
+    return (_run("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader") or "unknown").splitlines()[0]
+
+
+def _run(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def title(found: dict[str, Any]) -> str:
+    about = found["environment"]
+    versions = ", ".join(f"{name} {value}" for name, value in about["versions"].items())
+    warning = "DRY RUN, NOT A MEASUREMENT: interpreted on a CPU at sizes of no meaning. " if about["dry_run"] else ""
+    changed = " with uncommitted changes" if about["uncommitted_changes"] else ""
+    return f"{warning}{about['device']}, driver {about['driver']}, {versions}, commit {about['commit']}{changed}"
+
+
+def write(found: dict[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
+    for name in TABLES:
+        if found.get(name):
+            _csv(folder / f"{name}.csv", found[name])
+    plotted = "score" in found and plot(found, folder / "bandwidth.png")
+    (folder / "gpu.md").write_text(markdown(found, plotted))
+    if not found["environment"]["dry_run"]:
+        print(f"written to {folder}")
+
+
+def _csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def markdown(found: dict[str, Any], plotted: bool) -> str:
+    about = found["environment"]
+    lines = [f"# {about['device']}, {about['date']}", "", title(found), ""]
+    lines += [f"Clocks before: {about['clocks_before']}; after: {about.get('clocks_after')}.", ""]
+    if "check" in found:
+        failed = [row for row in found["check"] if row["failure"]]
+        lines += [f"{len(found['check'])} comparisons of the kernels with float64 on the device, {len(failed)} failed.", ""]
+    if "score" in found:
+        lines += ["## Score pass: both rows read once, as a share of a device copy", ""]
+        lines += _table(found["score"], {
+            "N": "n", "V": "vocab", "dtype": "dtype", "ms": "median_ms", "min": "min_ms", "max": "max_ms",
+            "GB/s": "gb_per_s", "copy GB/s": "copy_gb_per_s", "share": "share", "note": "note",
+        })  # fmt: skip
+        lines += ["![bandwidth](bandwidth.png)", ""] if plotted else ["No plot: matplotlib is not installed.", ""]
+    if "loss" in found:
+        lines += ["## Selective loss, forward and backward to dense logits, 5 % by teachability", ""]
+        lines += _table(found["loss"], {
+            "method": "method", "N": "n", "V": "vocab", "ms": "median_ms", "min": "min_ms", "max": "max_ms",
+            "peak bytes": "peak_bytes", "loss": "loss", "note": "note",
+        })  # fmt: skip
+    if "sweep" in found:
+        lines += ["## Launch table against others", ""]
+        columns = {"kernel": "kernel", "tile": "tile", "shipped": "shipped", "ms": "median_ms", "min": "min_ms", "note": "note"}
+        lines += _table(sorted(found["sweep"], key=lambda r: (r["kernel"], r.get("median_ms", 1e9))), columns)
+    return "\n".join(lines)
+
+
+def _table(rows: list[dict[str, Any]], columns: dict[str, str]) -> list[str]:
+    def text(value: Any) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    return lines + [f"| {' | '.join(text(row.get(key)) for key in columns.values())} |" for row in rows] + [""]
+
+
+def plot(found: dict[str, Any], path: Path) -> bool:
+    """False if matplotlib is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in found["score"] if "gb_per_s" in row]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    for axis, (along, over) in zip(axes, (("vocab", "n"), ("n", "vocab")), strict=True):
+        for value in sorted({row[over] for row in rows}):
+            points = sorted((row[along], row["gb_per_s"]) for row in rows if row[over] == value)
+            axis.plot(*zip(*points, strict=True), marker="o", label=f"{'N' if over == 'n' else 'V'} = {value:,}")
+        if rows:
+            copy = sorted(row["copy_gb_per_s"] for row in rows)[len(rows) // 2]
+            axis.axhline(copy, color="grey", linestyle="--", label="device copy (median)")
+        axis.set_xlabel("vocabulary V" if along == "vocab" else "positions N")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("GB/s, both rows of logits read once")
+    note = "DRY RUN, not a measurement" if found["environment"]["dry_run"] else found["environment"]["device"]
+    figure.suptitle(f"Score pass: {note}")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return True

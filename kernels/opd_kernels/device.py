@@ -1,0 +1,167 @@
+# Device helpers that two or more kernels share: the model's transform of a stored logit, the
+# logarithm of a ratio near one, and the integer key that orders logits.
+#
+# A stored logit x stands for  softcap * tanh(scale * x / softcap) / T,  or  scale * x / T  without
+# soft-cap (LinearHead in opd_ops/inputs.py). Kernels never form that number. They hold
+#   z = _transform(x)  and one multiplier  k,  so that  2^(k (z - z_ref)) = e^(logit - logit_ref):
+#   without soft-cap  z = x,                          k = scale * log2(e) / T
+#   with soft-cap     z = softcap * tanh(scale * x / softcap),  k = log2(e) / T
+#
+# tanh makes a stored -inf the logit -softcap / T. Order is that of the stored logits either way.
+# Python floats may arrive as fp64 (torch.compile before 2.15), hence the casts.
+#
+# Not here: kernels and launchers (score.py, support.py, reverse_kl.py, forward_kl.py); block sizes
+# (tiles.py).
+import math
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2_E = math.log2(math.e)
+LN_2 = tl.constexpr(math.log(2.0))
+# FLOOR is the running maximum of a lane that has seen nothing but -inf; VOID the exponent of -inf.
+# Both are finite, so that their products with 0 are 0, and so far apart that the difference of two
+# exponents exceeds VOID / 2 only where one of the two logits is -inf and the other is not.
+FLOOR = tl.constexpr(-(2.0**90))
+VOID = tl.constexpr(-(2.0**120))
+
+
+class Transform(NamedTuple):
+    """How one model's stored logits become logits: the four numbers its kernels take."""
+
+    k: float  # multiplier of z in the base-2 exponent
+    pre: float  # scale / softcap, the argument of tanh; unused without soft-cap
+    cap: float  # softcap; unused without soft-cap
+    has_cap: bool
+
+
+def transform(scale: float, softcap: float | None, temperature: float) -> Transform:
+    assert min(scale, temperature) > 0, "order of the stored logits must be that of the logits"
+    if softcap is None:
+        return Transform(scale * LOG2_E / temperature, 0.0, 0.0, False)
+    return Transform(LOG2_E / temperature, scale / softcap, float(softcap), True)
+
+
+@triton.jit
+def _transform(x, pre, cap, HAS_CAP: tl.constexpr):
+    z = x.to(tl.float32)
+    if HAS_CAP:
+        # tanh(a) = (1 - e) / (1 + e) with e = 2^(-2.885 |a|) <= 1, where 1 - e is exact near a = 0:
+        # five times the accuracy of 1 - 2 / (1 + e^2a). |error| < 2^-22 cap.
+        a = tl.cast(pre, tl.float32) * z
+        e = tl.exp2(-2.8853900817779268 * tl.abs(a))
+        th = (1.0 - e) / (1.0 + e)
+        z = tl.cast(cap, tl.float32) * tl.where(a < 0, -th, th)
+    return z
+
+
+@triton.jit
+def _transform_slope(z, pre, cap, HAS_CAP: tl.constexpr):
+    # dz/dx up to the factor that k already carries: 1 without soft-cap (k holds scale / T); with
+    # it scale (1 - (z / cap)^2), scale = pre * cap.
+    slope = tl.full(z.shape, 1.0, tl.float32)
+    if HAS_CAP:
+        cap = tl.cast(cap, tl.float32)
+        slope = (tl.cast(pre, tl.float32) * cap) * (1.0 - (z / cap) * (z / cap))
+    return slope
+
+
+@triton.jit
+def _log_ratio(a, b):
+    # log(a / b) for a, b >= 0. log2 of the hardware has an absolute error of 2^-22 near one, as
+    # large as the KL of two models that agree; there the series 2 atanh(w), w = (a - b)/(a + b),
+    # is used: |w| < 0.2 keeps the dropped term 2 w^13/13 below 2^-32.
+    w = (a - b) / (a + b)
+    w2 = w * w
+    series = 1.0 + w2 * (0.33333334 + w2 * (0.2 + w2 * (0.14285715 + w2 * (0.11111111 + w2 * 0.09090909))))
+    return tl.where(tl.abs(w) < 0.2, 2.0 * w * series, (tl.log2(a) - tl.log2(b)) * LN_2)
+
+
+@triton.jit
+def _order_key(x, SHIFT: tl.constexpr):
+    # int32 that orders as the float does, -0 and +0 being equal; the low SHIFT bits, which are
+    # constant for the stored type, are dropped. NaN orders beyond the infinity of its sign.
+    z = x.to(tl.float32)
+    z = tl.where(z == 0.0, 0.0, z)
+    bits = z.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
+
+
+@triton.jit
+def _count(flags):
+    return tl.sum(tl.sum(flags.to(tl.int32), 1), 0)
+
+
+@triton.jit
+def _kth_key(keys, K, BITS: tl.constexpr):
+    # The K-th largest of int32 keys in [-2^(BITS-1), 2^(BITS-1)), one bit a round from the top:
+    # BITS counts and no sort. At least K keys are expected.
+    kth = tl.where(_count(keys >= 0) >= K, 0, -(2 ** (BITS - 1)))
+    for i in range(1, BITS):
+        trial = kth + (1 << (BITS - 1 - i))
+        kth = tl.where(_count(keys >= trial) >= K, trial, kth)
+    return kth
+
+
+@triton.jit
+def _pick(keys, K, BITS: tl.constexpr):
+    # The K largest of (A, B) keys, equal ones in row-major order first: which they are, and their
+    # place 0 .. K-1 in that order. Both running counts share one scan: at most 2^15 keys.
+    kth = _kth_key(keys, K, BITS)
+    packed = (keys > kth).to(tl.int32) * 65536 + (keys == kth).to(tl.int32)
+    in_row = tl.sum(packed, 1)
+    counts = tl.cumsum(packed, 1) + (tl.cumsum(in_row, 0) - in_row)[:, None]
+    missing = K - (tl.sum(in_row, 0) >> 16)
+    level_count = counts & 0xFFFF
+    place = (counts >> 16) + tl.minimum(level_count, missing) - 1
+    return (packed > 1) | ((packed == 1) & (level_count <= missing)), place
+
+
+@triton.jit
+def _log2_prob(z, k, ref, log2z):
+    # log2 softmax, from the reference and the log-normaliser of score.py
+    return tl.fma(z - ref, k, tl.broadcast_to(-log2z, z.shape))
+
+
+@triton.jit
+def _tokens(s, t, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm,
+            CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr):  # fmt: skip
+    # p, q, the gap log p - log q in nats, and dz/dx of the student, per token of a block. With one
+    # multiplier the stored logits are subtracted first, which is exact where they are close.
+    s_ref, s_log2z, t_ref, t_log2z, gap_log2z = norm
+    z_s = _transform(s, pre_s, cap_s, CAP_S)
+    z_t = _transform(t, pre_t, cap_t, CAP_T)
+    p = tl.exp2(_log2_prob(z_s, k_s, s_ref, s_log2z))
+    q = tl.exp2(_log2_prob(z_t, k_t, t_ref, t_log2z))
+    if SAME_K:
+        gap = ((z_s - z_t) - (s_ref - t_ref)) * k_s - gap_log2z
+    else:
+        gap = ((z_s - s_ref) * k_s - (z_t - t_ref) * k_t) - gap_log2z
+    return p, q, gap * LN_2, _transform_slope(z_s, pre_s, cap_s, CAP_S)
+
+
+@triton.jit
+def _difference(p, q, gap):
+    # p - q = -p expm1(-gap): by a polynomial good to 2^-22 where |gap| < 1/2, so that close models
+    # lose no digits; elsewhere the subtraction is as good. Also right where p or q is 0.
+    x = -gap
+    series = tl.fma(x, 1.9841270e-4, tl.full(x.shape, 1.3888889e-3, tl.float32))
+    series = tl.fma(series, x, tl.full(x.shape, 8.3333333e-3, tl.float32))
+    series = tl.fma(series, x, tl.full(x.shape, 4.1666667e-2, tl.float32))
+    series = tl.fma(series, x, tl.full(x.shape, 0.16666667, tl.float32))
+    series = tl.fma(series, x, tl.full(x.shape, 0.5, tl.float32))
+    series = tl.fma(series, x, tl.full(x.shape, 1.0, tl.float32))
+    return tl.where((tl.abs(gap) < 0.5) & (p > 0.0), -p * (x * series), p - q)
+
+
+@triton.jit
+def _load_normalisers(score_ptr, n, i):
+    # s_ref, s_log2z, t_ref, t_log2z, log2z_gap of row i of score.py's (12, n) columns
+    return (
+        tl.load(score_ptr + 7 * n + i),
+        tl.load(score_ptr + 8 * n + i),
+        tl.load(score_ptr + 9 * n + i),
+        tl.load(score_ptr + 10 * n + i),
+        tl.load(score_ptr + 11 * n + i),
+    )

@@ -1,0 +1,281 @@
+# Support: exact top-K of both models and the statistics that live on it.
+#
+#   S, T: ids of the K largest logits of student and teacher, order (logit descending, id ascending)
+#   support_mass C = sum_S q                    (arXiv:2605.26844 eq. 10; q over the whole vocabulary)
+#   student_support_mass = sum_S p,  overlap_mass = sum_{S & T} q       (eq. 17)
+#   union_kl D = KL(q|U || p|U), U = S | T, both renormalised on U      (eq. 9, forward KL)
+#
+# Shapes: n rows, V vocabulary, NG = ceil(V / 128) groups, K <= 128, K <= V
+#   s, t       (N, V)      in   stored logits; rows (n,) in, or None
+#   group_max  (n, NG, 2)  in   score.py
+#   columns    (12, n)     in   score.py
+#   ids        (n, 2, K)   out  int32, S then T, in order
+#   logits     (n, 4, K)   out  fp32 after scale, soft-cap and temperature: s at S, t at S, s at T, t at T
+#   columns    (4, n)      out  fp32, the order of SUPPORT_COLUMNS
+#
+# Three kernels, a launch boundary where a thread needs what another one wrote:
+#   groups  (2n programs)  the K groups of largest maximum, ties to the lower group. They hold the
+#           top-K: an element outside them is preceded by K group maxima, each larger, or equal and of lower id.
+#   topk    (n programs, once per model)  the K largest of those 128 K logits, ties to the lower id,
+#           as places among the candidates.
+#   stats   (n programs)   puts each list in order by counting, gathers, reduces.
+# Traffic: 2 NG maxima, 2 * 128 K logits, 8 K gathered ones per row: about 2 % of the row at K = 16.
+#
+# Numerics
+#   Selection compares integers (device.py: _order_key), so it is exact for any values. It ranks
+#   the stored logits: the order of the logits, scale being positive and tanh strictly increasing,
+#   without the ties that rounding a soft-cap would add. -inf ranks last, by id; NaN beyond the
+#   infinities, and K different ids inside the vocabulary come out all the same.
+#   On U, D = sum q(log q - log p) + sum p - sum q: the last two are equal but for the rounding of
+#   the normalisers, whose effect on the first they cancel. Clamped at 0.
+#   D = +inf if some id of U has t > -inf and s = -inf; both -inf contribute 0.
+#
+# Not here: what K is for (opd_ops/selectors.py), full-vocabulary statistics (score.py).
+# Specification: opd_ops/backends/eager.py. Tests: tests/test_kernel_support.py.
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tiles
+from .device import LN_2, _log2_prob, _order_key, _pick, _transform, transform
+from .score import GROUP, Score
+
+SUPPORT_COLUMNS = ("support_mass", "student_support_mass", "overlap_mass", "union_kl")
+INT_MIN = tl.constexpr(-(2**31))
+# stored type -> (low bits that are constant once it is fp32, bits of the key)
+KEY_BITS = {torch.bfloat16: (16, 16), torch.float16: (13, 19), torch.float32: (0, 32)}
+
+
+class Support(NamedTuple):
+    ids: Tensor  # (n, 2, K) int32, S and T in order
+    logits: Tensor  # (n, 4, K) fp32: s at S, t at S, s at T, t at T
+    columns: Tensor  # (4, n) fp32, the order of SUPPORT_COLUMNS
+
+    @property
+    def s_ids(self) -> Tensor:
+        return self.ids[:, 0]
+
+    @property
+    def t_ids(self) -> Tensor:
+        return self.ids[:, 1]
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name in SUPPORT_COLUMNS:
+            return self.columns[SUPPORT_COLUMNS.index(name)]
+        raise AttributeError(name)
+
+
+@triton.jit(do_not_specialize=["n_groups", "KG"])
+def _support_groups_fwd_kernel(
+    gmax_ptr, groups_ptr, n_groups, KG, NG: tl.constexpr, LINE: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr
+):
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid // 2
+    side = pid % 2
+    g = tl.arange(0, NG // LINE)[:, None] * LINE + tl.arange(0, LINE)[None, :]  # (NG / LINE, LINE)
+    x = tl.load(gmax_ptr + row * n_groups * 2 + side + g * 2, mask=g < n_groups, other=float("-inf"))
+    keys = tl.where(g < n_groups, _order_key(x, SHIFT), INT_MIN >> SHIFT)
+    picked, place = _pick(keys, KG, BITS)
+    tl.store(groups_ptr + pid * KG + place, g, mask=picked)
+
+
+@triton.jit(do_not_specialize=["n", "K", "KG"])
+def _support_topk_fwd_kernel(
+    x_ptr, rows_ptr, groups_ptr, found_ptr, stride_xn, V, K, KG, side,
+    HAS_ROWS: tl.constexpr, GROUP: tl.constexpr, KGP: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid
+    if HAS_ROWS:
+        row = tl.load(rows_ptr + pid).to(tl.int64)
+    j = tl.arange(0, KGP)
+    group = tl.load(groups_ptr + (pid * 2 + side) * KG + j, mask=j < KG, other=0)
+    ids = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (KGP, GROUP), ascending
+    inside = (j < KG)[:, None] & (ids < V)
+    x = tl.load(x_ptr + row * stride_xn + ids, mask=inside, other=float("-inf"))
+    keys = tl.where(inside, _order_key(x, SHIFT), INT_MIN >> SHIFT)
+    picked, place = _pick(keys, K, BITS)
+    tl.store(found_ptr + (pid * 2 + side) * K + place, j[:, None] * GROUP + tl.arange(0, GROUP)[None, :], mask=picked)
+
+
+@triton.jit
+def _list(x_row, found_ptr, groups_ptr, j, mask_k, GROUP: tl.constexpr):
+    # ids and logits of entries j of an unordered list; masked entries: largest int32, lowest key
+    place = tl.load(found_ptr + j, mask=mask_k, other=0)
+    group = tl.load(groups_ptr + place // GROUP, mask=mask_k, other=0)
+    ids = tl.where(mask_k, group * GROUP + place % GROUP, 2147483647)
+    x = tl.load(x_row + ids, mask=mask_k, other=float("-inf"))
+    return ids, tl.where(mask_k, _order_key(x, 0), INT_MIN)
+
+
+@triton.jit
+def _before(keys, ids, chunk_keys, chunk_ids):
+    # how many of the chunk precede each entry in (logit descending, id ascending)
+    a, b = chunk_keys[None, :], keys[:, None]
+    before = (a > b) | ((a == b) & (chunk_ids[None, :] < ids[:, None]))
+    return tl.sum(before.to(tl.int32), 1)
+
+
+@triton.jit
+def _place_lists(
+    s_row, t_row, found_row, groups_row, s_ids, s_keys, t_ids, t_keys, K, KG,
+    GROUP: tl.constexpr, KP: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    # Place of each entry in its ordered list, and how often its id stands in the other list. By
+    # chunks, since K * K comparisons at once do not fit the registers at K = 128.
+    s_place = tl.zeros((KP,), tl.int32)
+    t_place = tl.zeros((KP,), tl.int32)
+    s_in_t = tl.zeros((KP,), tl.int32)
+    t_in_s = tl.zeros((KP,), tl.int32)
+    for c in range(0, KP, CHUNK):
+        j = c + tl.arange(0, CHUNK)
+        s_c, s_key_c = _list(s_row, found_row, groups_row, j, j < K, GROUP)
+        t_c, t_key_c = _list(t_row, found_row + K, groups_row + KG, j, j < K, GROUP)
+        s_place += _before(s_keys, s_ids, s_key_c, s_c)
+        t_place += _before(t_keys, t_ids, t_key_c, t_c)
+        s_in_t += tl.sum((s_ids[:, None] == t_c[None, :]).to(tl.int32), 1)
+        t_in_s += tl.sum((t_ids[:, None] == s_c[None, :]).to(tl.int32), 1)
+    return s_place, t_place, s_in_t, t_in_s
+
+
+@triton.jit
+def _union_terms(a, b, keep):
+    # per id of U: q (log2 q - log2 p), q, p, and whether q > 0 = p
+    both = keep & (a > float("-inf")) & (b > float("-inf"))
+    nan = keep & ((a != a) | (b != b))
+    p = tl.where(keep, tl.exp2(a), 0.0)
+    q = tl.where(keep, tl.exp2(b), 0.0)
+    term = tl.where(both | nan, q * (b - a), 0.0)
+    lost = keep & (a == float("-inf")) & (b > float("-inf"))
+    return term, q, p, lost
+
+
+@triton.jit
+def _union_kl(s_at_s, t_at_s, s_at_t, t_at_t, keep_s, keep_t, k_s, k_t):
+    low = float("-inf")
+    top_s = tl.maximum(tl.max(tl.where(keep_s, s_at_s, low), 0), tl.max(tl.where(keep_t, s_at_t, low), 0))
+    top_t = tl.maximum(tl.max(tl.where(keep_s, t_at_s, low), 0), tl.max(tl.where(keep_t, t_at_t, low), 0))
+    a_s = (s_at_s - top_s) * k_s
+    b_s = (t_at_s - top_t) * k_t
+    a_t = (s_at_t - top_s) * k_s
+    b_t = (t_at_t - top_t) * k_t
+    z_s = tl.sum(tl.where(keep_s, tl.exp2(a_s), 0.0), 0) + tl.sum(tl.where(keep_t, tl.exp2(a_t), 0.0), 0)
+    z_t = tl.sum(tl.where(keep_s, tl.exp2(b_s), 0.0), 0) + tl.sum(tl.where(keep_t, tl.exp2(b_t), 0.0), 0)
+    u = _union_terms(a_s - tl.log2(z_s), b_s - tl.log2(z_t), keep_s)
+    v = _union_terms(a_t - tl.log2(z_s), b_t - tl.log2(z_t), keep_t)
+    kl = tl.sum(u[0] * LN_2 + (u[2] - u[1]), 0) + tl.sum(v[0] * LN_2 + (v[2] - v[1]), 0)
+    kl = tl.maximum(kl, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    lost = tl.sum(u[3].to(tl.int32), 0) + tl.sum(v[3].to(tl.int32), 0)
+    return tl.where((lost > 0) & (kl == kl), float("inf"), kl)
+
+
+@triton.jit(do_not_specialize=["n", "K", "KG"])
+def _support_stats_fwd_kernel(
+    s_ptr, t_ptr, rows_ptr, groups_ptr, found_ptr, score_ptr, ids_ptr, logits_ptr, out_ptr,
+    stride_sn, stride_tn, n, K, KG,
+    k_s, pre_s, cap_s, k_t, pre_t, cap_t,
+    HAS_ROWS: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, GROUP: tl.constexpr, KP: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    k_s = tl.cast(k_s, tl.float32)
+    k_t = tl.cast(k_t, tl.float32)
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid
+    if HAS_ROWS:
+        row = tl.load(rows_ptr + pid).to(tl.int64)
+    j = tl.arange(0, KP)
+    mask_k = j < K
+    s_row = s_ptr + row * stride_sn
+    t_row = t_ptr + row * stride_tn
+    found_row = found_ptr + pid * 2 * K
+    groups_row = groups_ptr + pid * 2 * KG
+    s_ids, s_keys = _list(s_row, found_row, groups_row, j, mask_k, GROUP)
+    t_ids, t_keys = _list(t_row, found_row + K, groups_row + KG, j, mask_k, GROUP)
+    s_place, t_place, s_in_t, t_in_s = _place_lists(
+        s_row, t_row, found_row, groups_row, s_ids, s_keys, t_ids, t_keys, K, KG, GROUP, KP, CHUNK
+    )
+    x_ss = tl.load(s_row + s_ids, mask=mask_k, other=float("-inf"))
+    x_ts = tl.load(t_row + s_ids, mask=mask_k, other=float("-inf"))
+    x_st = tl.load(s_row + t_ids, mask=mask_k, other=float("-inf"))
+    x_tt = tl.load(t_row + t_ids, mask=mask_k, other=float("-inf"))
+    s_at_s = _transform(x_ss, pre_s, cap_s, CAP_S)
+    t_at_s = _transform(x_ts, pre_t, cap_t, CAP_T)
+    s_at_t = _transform(x_st, pre_s, cap_s, CAP_S)
+    t_at_t = _transform(x_tt, pre_t, cap_t, CAP_T)
+
+    tl.store(ids_ptr + pid * 2 * K + s_place, s_ids, mask=mask_k)
+    tl.store(ids_ptr + pid * 2 * K + K + t_place, t_ids, mask=mask_k)
+    logits_row = logits_ptr + pid * 4 * K
+    tl.store(logits_row + s_place, s_at_s * k_s * LN_2, mask=mask_k)
+    tl.store(logits_row + K + s_place, t_at_s * k_t * LN_2, mask=mask_k)
+    tl.store(logits_row + 2 * K + t_place, s_at_t * k_s * LN_2, mask=mask_k)
+    tl.store(logits_row + 3 * K + t_place, t_at_t * k_t * LN_2, mask=mask_k)
+
+    s_ref = tl.load(score_ptr + 7 * n + pid)
+    s_log2z = tl.load(score_ptr + 8 * n + pid)
+    t_ref = tl.load(score_ptr + 9 * n + pid)
+    t_log2z = tl.load(score_ptr + 10 * n + pid)
+    q_s = tl.where(mask_k, tl.exp2(_log2_prob(t_at_s, k_t, t_ref, t_log2z)), 0.0)
+    p_s = tl.where(mask_k, tl.exp2(_log2_prob(s_at_s, k_s, s_ref, s_log2z)), 0.0)
+    tl.store(out_ptr + pid, tl.sum(q_s, 0))
+    tl.store(out_ptr + n + pid, tl.sum(p_s, 0))
+    tl.store(out_ptr + 2 * n + pid, tl.sum(tl.where(s_in_t > 0, q_s, 0.0), 0))
+    kl = _union_kl(s_at_s, t_at_s, s_at_t, t_at_t, mask_k, mask_k & (t_in_s == 0), k_s, k_t)
+    # a NaN that no list holds still shows in the normalisers
+    known = (s_log2z == s_log2z) & (t_log2z == t_log2z)
+    tl.store(out_ptr + 3 * n + pid, tl.where(known, kl, float("nan")))
+
+
+def support_fwd(
+    student: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary
+    teacher: Tensor,  # (N, >= vocab_size)
+    rows: Tensor | None,  # (n,), the rows given to score_fwd
+    score: Score,
+    *,
+    top_k: int,
+    vocab_size: int,
+    temperature: float,
+    s_scale: float,
+    t_scale: float,
+    s_softcap: float | None,
+    t_softcap: float | None,
+) -> Support:
+    """Both supports in order, their logits, and the columns of SUPPORT_COLUMNS."""
+    assert 1 <= top_k <= min(128, vocab_size), f"top_k: got {top_k}, expected 1 .. min(128, {vocab_size})"
+    n, n_groups, _ = score.group_max.shape
+    new = {"device": student.device}
+    ids = torch.empty((n, 2, top_k), dtype=torch.int32, **new)
+    logits = torch.empty((n, 4, top_k), dtype=torch.float32, **new)
+    columns = torch.empty((len(SUPPORT_COLUMNS), n), dtype=torch.float32, **new)
+    if n == 0:
+        return Support(ids, logits, columns)
+    n_picked = min(top_k, n_groups)
+    groups = torch.empty((n, 2, n_picked), dtype=torch.int32, **new)
+    found = torch.empty_like(ids)  # places among the 128 n_picked candidates
+    shift, bits = KEY_BITS[score.group_max.dtype]
+    tile = tiles.support(top_k, n_groups)
+    _support_groups_fwd_kernel[(2 * n,)](
+        score.group_max, groups, n_groups, n_picked,
+        NG=max(GROUP, triton.next_power_of_2(n_groups)), LINE=GROUP, SHIFT=shift, BITS=bits,
+        num_warps=tile.groups_warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    for side, x in enumerate((student, teacher)):
+        shift, bits = KEY_BITS[x.dtype]
+        _support_topk_fwd_kernel[(n,)](
+            x, rows, groups, found, x.stride(0), vocab_size, top_k, n_picked, side,
+            HAS_ROWS=rows is not None, GROUP=GROUP, KGP=triton.next_power_of_2(n_picked), SHIFT=shift,
+            BITS=bits, num_warps=tile.topk_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    s = transform(s_scale, s_softcap, temperature)
+    t = transform(t_scale, t_softcap, temperature)
+    _support_stats_fwd_kernel[(n,)](
+        student, teacher, rows, groups, found, score.columns, ids, logits, columns,
+        student.stride(0), teacher.stride(0), n, top_k, n_picked, s.k, s.pre, s.cap, t.k, t.pre, t.cap,
+        HAS_ROWS=rows is not None, CAP_S=s.has_cap, CAP_T=t.has_cap, GROUP=GROUP, KP=triton.next_power_of_2(top_k),
+        CHUNK=min(16, triton.next_power_of_2(top_k)),
+        num_warps=tile.stats_warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    return Support(ids, logits, columns)

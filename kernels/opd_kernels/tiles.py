@@ -1,0 +1,75 @@
+# Launch table: the one place that chooses block sizes and warps, per kernel, stored type and device.
+#
+# Every reason below is a static count (python -m benchmarks.static_roofline): registers, spills and
+# instructions per pair for sm_80, sm_90 and sm_100. None has been measured on a GPU yet.
+#
+# Not here: kernels; autotuning, which there is none of.
+import functools
+from typing import NamedTuple
+
+import torch
+
+MAX_PARTS = 64
+_warp_size = 64 if torch.version.hip else 32
+
+
+def set_warp_size(size: int) -> None:
+    """For compiling ahead of time for another device than the one at hand."""
+    global _warp_size
+    _warp_size = size
+
+
+class Tile(NamedTuple):
+    constants: dict  # the compile-time block sizes of the kernel
+    num_warps: int
+
+
+class SupportTile(NamedTuple):
+    groups_warps: int
+    topk_warps: int
+    stats_warps: int
+
+
+def score(s_dtype: torch.dtype, t_dtype: torch.dtype) -> Tile:
+    """128 threads, each 32 logits of each model an iteration: blocks of 4096.
+
+    VEC is a 128-bit load. R * VEC = 32 spreads what an iteration does once per lane (rescaling, the
+    fold of VEC sums, two maxima) over 32 pairs: 22.8 instructions a pair and 128 registers, four
+    programs an SM. 16 pairs: 24.5 and 80 registers; 64 pairs: 21.4 but 168 registers, three programs.
+    QUAD = 4 makes one load of 4 neighbours 64 bytes, two full sectors, of one group of 128.
+    """
+    vec = 4 if s_dtype == t_dtype == torch.float32 else 8
+    return Tile({"R": 32 // vec, "GROUPS": 32, "QUAD": 4, "VEC": vec}, num_warps=128 // _warp_size)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cuda":  # ROCm calls itself cuda
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 1 if device.type == "cpu" else 64
+
+
+def score_parts(n: int, vocab_size: int, tile: Tile, device: torch.device) -> int:
+    """Programs per row: 1 from two rows a multiprocessor on, else enough for four programs each."""
+    units = _multiprocessors(device)
+    if n >= 2 * units:
+        return 1
+    block = 128 * tile.constants["GROUPS"]
+    return max(1, min(-(-4 * units // n), vocab_size // block, MAX_PARTS))
+
+
+def support(top_k: int, n_groups: int) -> SupportTile:
+    """Keys a thread: 16 of the groups' 2048 (V = 152k), 16-32 of the candidates' 128 K, more
+    would spill at K = 128; fewer make the barrier of each of the 16-32 counting rounds longer. The
+    lists themselves are short: 16-32 comparisons a thread and chunk.
+    """
+    scale = 32 / _warp_size
+    groups_warps = 4 if n_groups <= 4096 else 8
+    topk_warps = 4 if top_k <= 16 else 8 if top_k <= 64 else 16
+    stats_warps = 1 if top_k <= 32 else 4
+    return SupportTile(*(max(1, int(w * scale)) for w in (groups_warps, topk_warps, stats_warps)))
+
+
+def grad() -> Tile:
+    """128 threads with two 128-bit loads of each model in flight; three streams, no reuse."""
+    return Tile({"BLOCK_V": 2048}, num_warps=128 // _warp_size)

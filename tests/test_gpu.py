@@ -1,0 +1,57 @@
+# The GPU benchmark as far as a CPU shows it: every line runs interpreted, and nothing is written that looks measured.
+#
+#   Run: make test ARGS=tests/test_gpu.py
+#
+# Not here: the figures, which need a GPU (`make gpu`).
+import json
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_check, gpu_methods
+from tests.cases import logit_pair
+from tests.tolerances import relative_error
+
+
+def test_a_dry_run_runs_every_part_and_says_that_it_is_no_measurement(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results")
+    assert gpu.main(["--dry-run", "--out", str(tmp_path / "out")]) == 0
+    assert "DRY RUN, NOT A MEASUREMENT" in capsys.readouterr().out
+    assert not gpu.RESULTS.exists()
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"gpu.json", "gpu.md", "check.csv", "score.csv", "loss.csv", "sweep.csv", "bandwidth.png"}
+    page = (tmp_path / "out" / "gpu.md").read_text()
+    assert "DRY RUN, NOT A MEASUREMENT" in page
+    found = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert not [row for row in found["check"] if row["failure"]]
+    assert {row["kernel"] for row in found["check"]} == {"score", "support", "reverse_kl", "forward_kl"}
+    assert all("median_ms" in row for part in ("score", "loss", "sweep") for row in found[part])
+    assert sum(row["shipped"] for row in found["sweep"]) == 3
+    assert found["environment"]["commit"]
+
+
+def test_a_wrong_kernel_stops_the_run_before_anything_is_timed(tmp_path, monkeypatch, capsys):
+    def wrong(*_):
+        raise AssertionError("values differ")
+
+    monkeypatch.setattr(gpu_check, "check_score", wrong)
+    monkeypatch.setattr(gpu_check, "check_support", lambda *_: None)
+    monkeypatch.setattr(gpu_check, "GRADIENT_CHECKS", ())
+    assert gpu.main(["--dry-run", "--out", str(tmp_path / "out")]) == 1
+    assert "score bfloat16: values differ" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["ours", "compiled", "chunked autograd"])
+def test_the_methods_compute_the_same_loss_and_gradient_as_eager(method):
+    student, teacher = logit_pair(8, 300)
+    want, want_gradient = gpu_methods.eager(student, teacher)
+    loss, gradient = gpu_methods.METHODS[method](student, teacher)
+    assert loss.item() == pytest.approx(want.item(), rel=1e-4)
+    assert relative_error(gradient, want_gradient) < 1e-4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so():
+    with pytest.raises(SystemExit, match="no CUDA or ROCm device found"):
+        gpu.main([])
