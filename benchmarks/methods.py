@@ -57,7 +57,7 @@ def floor(heads: Heads, settings: Settings) -> Outcome:
     return Outcome(None)
 
 
-# Within 10 % of the fastest of 256 to 2048 rows by 1024 to 20,480 columns at the default hidden sizes (LOG.md).
+# Within 15 % of the fastest tile tried, and within noise of it at the larger hidden size (LOG.md).
 FLOOR_ROWS, FLOOR_COLUMNS = 1024, 8192
 
 

@@ -140,9 +140,8 @@ def page_batch(
     """The tokens of one step as text, for the page."""
     rows = zip(rollouts.tokens, rollouts.mask, strict=True)
     texts = [[tokenizer.decode([i]) for i in tokens[mask].tolist()] for tokens, mask in rows]
-    return token_report.Batch(
-        f"Step {step}, after {step - 1} updates", rollouts.questions, texts, output._replace(loss=output.loss.detach())
-    )
+    title = f"Step {step}: the student after {step - 1} updates" if step > 1 else "Step 1: the student before any update"
+    return token_report.Batch(title, rollouts.questions, texts, output._replace(loss=output.loss.detach()))
 
 
 def outcome(settings: Settings, record: Record) -> str:
