@@ -15,13 +15,16 @@ export PIP_CONSTRAINT := $(abspath constraints.txt)
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.prompt_distillation $(ARGS)
 
+# Whole files to a process, because what is slow is built once a file.
+PARALLEL := --numprocesses 2 --dist loadfile
+
 test: $(VENV)/.test $(VENV)/.demo
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(or $(ARGS),$(PARALLEL))
 	$(if $(ARGS),,$(MAKE) test-triton36)
 
 # The kernels once more on the oldest triton they support: put before the virtual environment's own, which stays as it is.
 test-triton36: $(VENV)/.test $(VENV)/.triton36
-	PYTHONPATH=$(abspath $(VENV)/triton36) $(BIN)/python -m pytest tests/test_kernel_*.py tests/test_triton.py tests/test_static_roofline.py
+	PYTHONPATH=$(abspath $(VENV)/triton36) $(BIN)/python -m pytest $(PARALLEL) tests/test_kernel_*.py tests/test_triton.py tests/test_static_roofline.py
 
 roofline: $(VENV)/.test
 	$(BIN)/python -m benchmarks.static_roofline $(ARGS)

@@ -26,7 +26,7 @@ setup(
         "triton": ["triton>=3.6"],
         "demo": ["transformers>=5.0", "accelerate>=1.10", "gguf>=0.17", "matplotlib>=3.8", "rich>=13"],
         "bench": ["trl==1.16.0", "liger-kernel==0.8.5", "matplotlib>=3.8", "rich>=13", "psutil>=5.9"],
-        "test": ["pytest>=8", "hypothesis>=6.100", "numpy>=1.26", "matplotlib>=3.8", "triton>=3.6"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "numpy>=1.26", "matplotlib>=3.8", "triton>=3.6"],
         "lint": ["ruff>=0.12", "mypy>=1.15"],
     },
 )

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from opd_ops import score_positions
+from opd_ops.backends.tiling import score_grid
+from opd_ops.sources import Source
 from tests.cases import head_pair, logit_pair, to_double
 from tests.test_eager import _Everything
 from tests.tolerances import HEAD_ABSOLUTE, assert_stats, assert_within
@@ -98,6 +100,16 @@ def test_masked_vocabulary_entries_are_legal(workspace_bytes):
     _, stats = compare(student, teacher, top_k=32, workspace_bytes=workspace_bytes)
     assert stats.reverse_kl[1] == stats.forward_kl[0] == math.inf
     assert bool(stats.reverse_kl[[0, 2, 3]].isfinite().all())
+
+
+def test_minus_infinity_in_some_rows_of_a_block_leaves_the_others_alone():
+    student, teacher = logit_pair(64, 4099)
+    student[20, 100:200] = -math.inf
+    teacher[21, 3000:3001] = -math.inf
+    sides = Source.of(student, 4099, 1.0), Source.of(teacher, 4099, 1.0)
+    grid = score_grid(*sides, 64, top_k=16, whole_rows=False, workspace_bytes=2**21)
+    assert 3 * grid.chunk < grid.rows  # some chunks are summed again with masks, some are not
+    compare(student, teacher, workspace_bytes=2**21)
 
 
 def test_reverse_kl_is_infinite_even_where_the_student_s_probability_underflows():

@@ -4,12 +4,12 @@
 #   with g = s-u the gap, Delta = logsumexp(s) - logsumexp(u), and m, c constants of the row     (algebra of TokenStats)
 #
 # Numerics: the textbook one-pass KL, E_p[s-u] - Delta, subtracts two large numbers. Here each block centres its gap at c,
-#   the gap at the block's own arg-max of s, before anything is summed; s-u is exact where the models nearly agree; and
+#   the gap at the arg-max of s so far, before anything is summed; s-u is exact where the models nearly agree; and
 #   blocks are joined in fp64. What is left to subtract is then as small as the KL itself.
-# Non-finite: -inf logits make g infinite or NaN, so such a block is summed with those entries masked, and "p > 0 met
-#   q = 0" is kept as a flag per row, because e^{s-m} may have underflowed there.
+# Non-finite: -inf logits make g infinite or NaN, so such rows are summed with those entries masked, and "p > 0 met q = 0"
+#   is kept as a flag per row, because e^{s-m} may have underflowed there.
 #
-# Not here: the top-K supports (supports.py), tiles and matmuls (streamed.py).
+# Not here: the top-K lists (top_k.py), tiles and matmuls (streamed.py).
 from __future__ import annotations
 
 import math
@@ -39,32 +39,75 @@ class BlockSums(NamedTuple):
     q_without_p: Tensor
 
 
-def block_sums(s: Tensor, u: Tensor, top: Tensor, top_other: Tensor, gap: Tensor, weight: Tensor) -> BlockSums:
-    """Sums of one (n, B) block; destroys `s` and `u`.
+def block_sums(s: Tensor, u: Tensor, s_top: Tensor, u_at_s_top: Tensor, u_top: Tensor, scratch: Tensor) -> BlockSums:
+    """Sums of one block.
 
     Args:
-        s, u: (n, B) logits. gap, weight: scratch of the same shape.
-        top, top_other: (n,) the block's largest student logit and the teacher's logit there.
+        s, u: (n, B) logits.
+        s_top, u_at_s_top: (n,) the largest student logit of this and all earlier blocks, and the teacher's logit there.
+        u_top: (n,) the largest teacher logit of this and all earlier blocks.
+        scratch: (3 C,), C >= B: C // B rows are summed at a time.
     """
-    centre = torch.nan_to_num(top - top_other, nan=0.0, posinf=0.0, neginf=0.0)
-    torch.sub(s, u, out=gap).sub_(centre.unsqueeze(1))
-    s_absent = t_absent = None
-    p_without_q = q_without_p = torch.zeros_like(top, dtype=torch.bool)
-    # On a CPU one look spares four passes of masks; on a device it would synchronise, so there masks are the rule.
-    if s.device.type != "cpu" or not bool(torch.isfinite(gap.sum())):
-        s_absent, t_absent = s == -math.inf, u == -math.inf
-        p_without_q, q_without_p = (t_absent & ~s_absent).any(1), (s_absent & ~t_absent).any(1)
-        gap.masked_fill_(s_absent | t_absent, 0.0)
-    teacher_top = u.amax(1)
-    student = _model_sums(s, top, s_absent, gap, weight)
-    return BlockSums(student, _model_sums(u, teacher_top, t_absent, gap, weight), centre, p_without_q, q_without_p)
+    n, width = s.shape
+    centre = torch.nan_to_num(s_top - u_at_s_top, nan=0.0, posinf=0.0, neginf=0.0)
+    references = torch.stack((_finite(s_top), _finite(u_top), centre)).unsqueeze(2)
+    sums = s.new_empty(6, n)
+    absent = torch.zeros(2, n, dtype=torch.bool, device=s.device)
+    step = min(n, scratch.numel() // (3 * width))
+    work = scratch[: 3 * step * width].view(3, step, width).unbind()
+    # All views are made here: made chunk by chunk, they cost as much as a pass over the logits.
+    chunks = [_Chunk(*views) for views in zip(*(x.split(step) for x in (s, u, *references, *sums, *absent)), strict=True)]
+    # On a CPU one look at the outcome spares the masks; on a device it would synchronise, so there masks are the rule.
+    with_absent = chunks
+    if s.device.type == "cpu":
+        for chunk in chunks:
+            chunk.sum(work, masked=False)
+        finite = torch.isfinite(sums).all(0)
+        with_absent = (
+            [] if bool(finite.all()) else [c for c, ok in zip(chunks, finite.split(step), strict=True) if not ok.all()]
+        )
+    for chunk in with_absent:
+        chunk.sum(work, masked=True)
+    return BlockSums(ModelSums(s_top, *sums[:3]), ModelSums(u_top, *sums[3:]), centre, *absent)
 
 
-def _model_sums(x: Tensor, maximum: Tensor, absent: Tensor | None, gap: Tensor, weight: Tensor) -> ModelSums:
-    torch.exp(x.sub_(_finite(maximum).unsqueeze(1)), out=weight)
-    if absent is not None:
-        x.masked_fill_(absent, 0.0)  # 0 * -inf would be NaN
-    return ModelSums(maximum, weight.sum(1), x.mul_(weight).sum(1), weight.mul_(gap).sum(1))
+class _Chunk(NamedTuple):
+    """Some rows of a block, and views of where their sums go."""
+
+    s: Tensor  # (c, B)
+    u: Tensor
+    s_reference: Tensor  # (c, 1)
+    u_reference: Tensor
+    centre: Tensor
+    s_z: Tensor  # (c,)
+    s_x: Tensor
+    s_gap: Tensor
+    u_z: Tensor
+    u_x: Tensor
+    u_gap: Tensor
+    p_without_q: Tensor
+    q_without_p: Tensor
+
+    def sum(self, work: Sequence[Tensor], *, masked: bool) -> None:
+        """Compute the sums; `masked` leaves out -inf logits and sets the flags. `work`: three buffers of (c or more, B)."""
+        gap, shifted, weight = work if len(self.s) == len(work[0]) else (buffer[: len(self.s)] for buffer in work)
+        torch.sub(self.s, self.u, out=gap).sub_(self.centre)
+        s_absent = u_absent = None
+        if masked:
+            s_absent, u_absent = self.s == -math.inf, self.u == -math.inf
+            torch.any(u_absent & ~s_absent, 1, out=self.p_without_q)
+            torch.any(s_absent & ~u_absent, 1, out=self.q_without_p)
+            gap.masked_fill_(s_absent | u_absent, 0.0)
+        for logits, reference, absent, z, x, of_gap in (
+            (self.s, self.s_reference, s_absent, self.s_z, self.s_x, self.s_gap),
+            (self.u, self.u_reference, u_absent, self.u_z, self.u_x, self.u_gap),
+        ):
+            torch.exp(torch.sub(logits, reference, out=shifted), out=weight)
+            if absent is not None:
+                shifted.masked_fill_(absent, 0.0)  # 0 * -inf would be NaN
+            torch.sum(weight, 1, out=z)
+            torch.sum(shifted.mul_(weight), 1, out=x)
+            torch.sum(weight.mul_(gap), 1, out=of_gap)
 
 
 def _finite(maximum: Tensor) -> Tensor:
@@ -81,9 +124,9 @@ class RunningSums:
         nothing = ModelSums(torch.full_like(zero, -math.inf), zero, zero, zero)
         self._sums = BlockSums(nothing, nothing, zero, never, never)
 
-    def add(self, parts: Sequence[BlockSums]) -> None:
-        """Join one more block, given in parts that are consecutive rows."""
-        a, b = self._sums, _concatenate(parts)
+    def add(self, block: BlockSums) -> None:
+        """Join the sums of one more block."""
+        a, b = self._sums, _widened(block)
         # The centre follows the student's running arg-max: it stays where the student's mass is.
         centre = torch.where(b.student.maximum > a.student.maximum, b.centre, a.centre)
         self._sums = BlockSums(
@@ -138,20 +181,7 @@ def _join(a: ModelSums, b: ModelSums, a_shift: Tensor, b_shift: Tensor) -> Model
     return ModelSums(maximum, z, x, gap)
 
 
-def _concatenate(parts: Sequence[BlockSums]) -> BlockSums:
-    """The rows of all parts, widened to fp64."""
-
-    def cat(tensors: Sequence[Tensor]) -> Tensor:
-        joined = torch.cat(tuple(tensors))
-        return joined.double() if joined.is_floating_point() else joined
-
-    def model(sums: Sequence[ModelSums]) -> ModelSums:
-        return ModelSums(*(cat(column) for column in zip(*sums, strict=True)))
-
-    return BlockSums(
-        model([part.student for part in parts]),
-        model([part.teacher for part in parts]),
-        cat([part.centre for part in parts]),
-        cat([part.p_without_q for part in parts]),
-        cat([part.q_without_p for part in parts]),
-    )
+def _widened(block: BlockSums) -> BlockSums:
+    """The same sums in fp64."""
+    student, teacher = (ModelSums(*(column.double() for column in sums)) for sums in block[:2])
+    return BlockSums(student, teacher, block.centre.double(), block.p_without_q, block.q_without_p)

@@ -7,7 +7,7 @@
 # The loss value is the score pass's own column, so the forward does no second matmul. Its normalisers make the backward one
 # sweep: every vocabulary block is finished alone, dW is written once, in one fp32 accumulation over all rows, and nothing of
 # size V is saved. Nothing is computed in the forward that the backward scales: retain_graph recomputes.
-# Not here: sums of a block (running.py), top-K (supports.py), the size of tiles and blocks (tiling.py).
+# Not here: sums of a block (running.py), top-K (top_k.py, supports.py), the size of tiles and blocks (tiling.py).
 from __future__ import annotations
 
 import math
@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from opd_ops.backends import pages
 from opd_ops.backends.running import RunningSums, block_sums, row_jsd
-from opd_ops.backends.supports import Support, support_columns
+from opd_ops.backends.supports import support_columns
 from opd_ops.backends.tiling import Grid, gradient_grid, score_grid
+from opd_ops.backends.top_k import TopK, extended
 from opd_ops.divergences import Divergence
 from opd_ops.sources import Source, Transform, compute_dtype, finish_logits, logit_slope, put_rows, take_rows
 from opd_ops.stats import OPTIONAL_COLUMNS, TokenStats
@@ -39,10 +41,10 @@ class _Rows:
         assert self.source.weight is not None
         return self.source.weight[columns].to(self.dtype)
 
-    def read(self, group: slice, columns: slice, out: Tensor) -> Tensor:
-        """(n, B) logits of some of the rows, written into the flat buffer `out`."""
+    def read(self, group: slice, columns: slice, out: Tensor, *, by_column: bool = False) -> Tensor:
+        """(n, B) logits of some of the rows, written into the flat buffer `out`, row by row or column by column."""
         n, width = group.stop - group.start, columns.stop - columns.start
-        block = out[: n * width].view(n, width)
+        block = out[: n * width].view(width, n).T if by_column else out[: n * width].view(n, width)
         if self.hidden is None:
             block.copy_(take_rows(self.source.leading[..., columns], self.rows[group]))
             return finish_logits(block, self.source.transform)
@@ -67,8 +69,8 @@ def token_stats(
     dtype = compute_dtype(student, teacher)
     grid = score_grid(student, teacher, len(rows), top_k=top_k, whole_rows="jsd" in columns, workspace_bytes=workspace_bytes)
     size = grid.rows * grid.columns
-    buffers = [torch.empty(size, dtype=dtype, device=rows.device) for _ in range(2)]
-    scratch = [torch.empty(grid.chunk * grid.columns, dtype=dtype, device=rows.device) for _ in range(2)]
+    buffers = [pages.empty((size,), dtype, rows.device) for _ in range(2)]
+    scratch = torch.empty(3 * grid.chunk * grid.columns, dtype=dtype, device=rows.device)
     out = {name: torch.zeros(len(rows), dtype=dtype, device=rows.device) for name in _computed(columns)}
     with torch.autocast(rows.device.type, enabled=False):
         for part in _slices(slice(0, len(rows)), grid.rows):
@@ -89,34 +91,28 @@ def _tile_stats(
     top_k: int,
     columns: frozenset[str],
     buffers: list[Tensor],
-    scratch: list[Tensor],
+    scratch: Tensor,
 ) -> dict[str, Tensor]:
     """The columns of one tile of rows, (n,) fp64 each, from one sweep over the vocabulary."""
     rows = slice(0, len(student.rows))
-    chunks = list(_slices(rows, grid.chunk))
     sums = RunningSums(rows.stop, student.rows.device)
-    lists: tuple[Support, Support] | None = None  # the student's, the teacher's
+    s_list: TopK | None = None
+    t_list: TopK | None = None
     out: dict[str, Tensor] = {}
     for block in _slices(slice(0, student.source.transform.vocab_size), grid.columns):
         s, u = student.read(rows, block, buffers[0]), teacher.read(rows, block, buffers[1])
-        found = (
-            Support.of_block(s, u, top_k, block.start, chunks),
-            Support.of_block(u, s, top_k, block.start, chunks),
-        )
-        lists = found if lists is None else (lists[0].merge(found[0], top_k), lists[1].merge(found[1], top_k))
+        s_list = extended(s_list, s, u, top_k, block.start, grid.candidates)
+        t_list = extended(t_list, u, s, top_k, block.start, grid.candidates)
         if "jsd" in columns:  # the grid has one block, as wide as the vocabulary
-            out["jsd"] = torch.cat([row_jsd(s[chunk], u[chunk]) for chunk in chunks])
-        top, top_other = found[0].own[:, 0], found[0].other[:, 0]
-        of_chunks = []
-        for chunk in chunks:
-            gap, weight = (x[: s[chunk].numel()].view_as(s[chunk]) for x in scratch)
-            of_chunks.append(block_sums(s[chunk], u[chunk], top[chunk], top_other[chunk], gap, weight))
-        sums.add(of_chunks)
-    assert lists is not None
+            out["jsd"] = torch.cat([row_jsd(s[chunk], u[chunk]) for chunk in _slices(rows, grid.chunk)])
+        best = s_list.own[:, 0], s_list.other[:, 0], t_list.own[:, 0]
+        sums.add(block_sums(s, u, *best, scratch))
+    assert s_list is not None
+    assert t_list is not None
     out |= sums.columns()
     s_lse, t_lse = out["student_logsumexp"], out["teacher_logsumexp"]
     parts = [
-        support_columns(lists[0].rows(part), lists[1].rows(part), s_lse[part], t_lse[part], columns)
+        support_columns(s_list.rows(part), t_list.rows(part), s_lse[part], t_lse[part], columns)
         for part in _slices(rows, grid.list_rows)
     ]
     return out | {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -174,10 +170,11 @@ class _Selected:
         self.grid = gradient_grid(student, teacher, len(rows), workspace_bytes=plan.workspace_bytes)
         self.student = _Rows(student, rows, self.dtype, self.grid.cast_columns)
         self.teacher = _Rows(teacher, rows, self.dtype, self.grid.cast_columns)
+        self.by_column = student.transform.is_head and teacher.transform.is_head
         self.divergence = plan.divergence
         self.losses, self.lse, self.gap, self.dlosses = (x.unsqueeze(1) for x in (losses, lse, gap, dlosses))
         size = self.grid.rows * self.grid.columns
-        self.buffers = [torch.empty(size, dtype=self.dtype, device=rows.device) for _ in range(2)]
+        self.buffers = [pages.empty((size,), self.dtype, rows.device) for _ in range(2)]
 
     def blocks(self) -> Iterator[slice]:
         return _slices(slice(0, self.student.source.transform.vocab_size), self.grid.columns)
@@ -187,8 +184,9 @@ class _Selected:
 
     def dlogits(self, group: slice, block: slice) -> Tensor:
         """(n, B) gradient of the weighted losses with respect to the student's raw logits, before scale and soft-cap."""
-        s = self.student.read(group, block, self.buffers[0])
-        u = self.teacher.read(group, block, self.buffers[1])
+        # Few rows: a matmul whose result has them as its columns is up to 1.6 x as fast (benchmarks/LOG.md).
+        s = self.student.read(group, block, self.buffers[0], by_column=self.by_column)
+        u = self.teacher.read(group, block, self.buffers[1], by_column=self.by_column)
         absent = s == -math.inf
         slope = logit_slope(s, self.student.source.transform)
         log_ratio = torch.sub(s, u, out=u).sub_(self.gap[group])
@@ -211,7 +209,7 @@ class _Selected:
         assert source.weight is not None
         assert rows_hidden is not None
         dhidden = torch.zeros_like(rows_hidden) if needs[0] else None  # in the compute dtype over all blocks
-        dweight = torch.empty_like(source.weight) if needs[1] else None
+        dweight = pages.empty(source.weight.shape, source.weight.dtype, source.weight.device) if needs[1] else None
         if dweight is not None:  # each block is written whole; entries beyond the common vocabulary, or with no row, are not
             dweight[source.transform.vocab_size if len(rows_hidden) else 0 :].zero_()
         dbias = torch.zeros(len(source.weight), dtype=self.dtype, device=rows_hidden.device) if any(needs[2:]) else None

@@ -1,8 +1,8 @@
 # Sizes of the streamed backend's tiles and blocks: the only place that divides up `workspace_bytes`.
 #
 #   A tile is `rows` positions; the vocabulary is cut into blocks of `columns`; element-wise work runs on `chunk` rows of it.
-#   Shares of the workspace in the score pass: 5/8 to the logits of a block, 1/8 each to hidden states and cast weights,
-#   1/16 each to scratch, top-K candidates and top-K lists (less than all, the rest is slack for small temporaries).
+#   Shares of the workspace in the score pass: 9/16 to the logits of a block, 1/4 to hidden states and cast weights, 1/16 each
+#   to scratch, top-K candidates and top-K lists.
 #
 # Not here: what is done on a tile (streamed.py).
 from __future__ import annotations
@@ -11,16 +11,16 @@ from typing import NamedTuple
 
 import torch
 
-from opd_ops.backends.supports import ranked_per_row
+from opd_ops.backends.top_k import PRUNED_GROUP, ranked_per_row
 from opd_ops.sources import Source, compute_dtype
 
-# A matmul of 55 rows runs at 0.65 x the speed of one of 256, which is within 10 % of the best (benchmarks/LOG.md).
-HEAD_ROWS = 512
+# The fewer rows, the slower the matmul: 256 rows run at 0.75 x the speed of 768 or 1024, 55 at half of it (benchmarks/LOG.md).
+HEAD_ROWS = 1024
 MIN_COLUMNS = 256  # the least a block may be, and one row of it the least a tile may be, however small the workspace
-# Element-wise passes over one chunk should find it in cache; a chunk must still outweigh the cost of a torch call.
-CHUNK_ELEMENTS = 1 << 19
+# Element-wise passes over one chunk should find it in a CPU's cache; a chunk must still outweigh the cost of a torch call.
+CHUNK_ELEMENTS = 1 << 18
 CANDIDATE_BYTES = 64  # ids, logits, keys and their temporaries, per number that the top-K ranks
-LIST_BYTES = 96  # of both models' lists per row and K, twice while two blocks' are merged
+LIST_BYTES = 128  # of both models' lists per row and K, and of one while a block's newcomers are merged into it
 UNION_BYTES = 160  # per row and K: the union as fp64 logits and probabilities
 PAIR_BYTES = 9  # per row and pair of ids: equal or not, and a probability in fp64
 GRADIENT_BUFFERS = 7  # blocks of logits alive at once in the backward: both logits, mask, slope and temporaries
@@ -29,7 +29,8 @@ GRADIENT_BUFFERS = 7  # blocks of logits alive at once in the backward: both log
 class Grid(NamedTuple):
     rows: int
     columns: int
-    chunk: int
+    chunk: int  # rows of element-wise work at a time
+    candidates: int  # logits that the top-K may rank at a time
     list_rows: int  # rows of top-K lists to compare at a time
     cast_columns: int  # columns of a weight to convert at a time, where its dtype is not the compute dtype
 
@@ -39,18 +40,23 @@ def score_grid(student: Source, teacher: Source, n: int, *, top_k: int, whole_ro
     size, vocab = compute_dtype(student, teacher).itemsize, student.transform.vocab_size
     has_head = student.transform.is_head or teacher.transform.is_head
     copies = 2 if has_head else 3  # dense logits: one more, uncast
-    elements = max(MIN_COLUMNS, 5 * (workspace_bytes // 8) // (copies * size))
-    rows = max(1, elements // vocab)
+    elements = max(MIN_COLUMNS, 9 * (workspace_bytes // 16) // (copies * size))
+    quarter, sixteenth = workspace_bytes // 4, workspace_bytes // 16
+    cast_columns = _cast_columns(student, teacher, quarter // 2, size)
+    hidden_share = quarter if cast_columns == vocab else quarter // 2
+    rows = elements // vocab
     if has_head and not whole_rows:
         rows = max(rows, min(HEAD_ROWS, elements // MIN_COLUMNS))
-    eighth, sixteenth = workspace_bytes // 8, workspace_bytes // 16
-    rows = max(1, min(rows, n, _rows_of_hidden(student, teacher, eighth, size), sixteenth // (LIST_BYTES * top_k)))
-    columns = vocab if whole_rows else _even(vocab, elements // rows)
-    scratch = min(CHUNK_ELEMENTS, sixteenth // (2 * size)) // columns
-    candidates = sixteenth // (CANDIDATE_BYTES * ranked_per_row(columns, min(top_k, columns)))
-    chunk = max(1, min(rows, scratch, candidates))
+    rows = max(1, min(rows, n, _rows_of_hidden(student, teacher, hidden_share, size), sixteenth // (LIST_BYTES * top_k)))
+    rows = _even(max(n, 1), rows)
+    columns = vocab if whole_rows else _even(vocab, elements // rows, multiple=PRUNED_GROUP)
+    scratch = sixteenth // (3 * size)
+    if student.leading.device.type == "cpu":
+        scratch = min(scratch, CHUNK_ELEMENTS)
+    chunk = max(1, min(rows, scratch // columns))
+    candidates = max(ranked_per_row(columns, min(top_k, columns)), sixteenth // CANDIDATE_BYTES)
     list_rows = max(1, min(rows, sixteenth // (UNION_BYTES * top_k + PAIR_BYTES * top_k**2)))
-    return Grid(rows, columns, chunk, list_rows, _cast_columns(student, teacher, eighth, size))
+    return Grid(rows, columns, chunk, candidates, list_rows, cast_columns)
 
 
 def gradient_grid(student: Source, teacher: Source, m: int, *, workspace_bytes: int) -> Grid:
@@ -60,13 +66,16 @@ def gradient_grid(student: Source, teacher: Source, m: int, *, workspace_bytes: 
     rows = max(1, min(m, elements // MIN_COLUMNS))
     cast_columns = _cast_columns(student, teacher, workspace_bytes // 8, size)
     columns = _even(vocab, min(elements // rows, cast_columns))
-    return Grid(rows, columns, rows, rows, columns)
+    return Grid(rows, columns, chunk=rows, candidates=0, list_rows=rows, cast_columns=columns)
 
 
-def _even(total: int, most: int) -> int:
-    """The smallest width that cuts `total` into as few blocks as `most` allows: no thin last block."""
-    blocks = -(-total // max(1, min(most, total)))
-    return -(-total // blocks)
+def _even(total: int, most: int, multiple: int = 1) -> int:
+    """The smallest width that cuts `total` into as few blocks as `most` allows, so that the last is not thin; rounded up to a
+    multiple where that stays within `most`."""
+    most = max(1, min(most, total))
+    width = -(-total // -(-total // most))
+    rounded = -(-width // multiple) * multiple
+    return rounded if rounded <= most else width
 
 
 def _rows_of_hidden(student: Source, teacher: Source, byte_budget: int, size: int) -> int:

@@ -28,9 +28,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opd_ops.backends.running import row_jsd
-from opd_ops.backends.supports import Support, support_columns
+from opd_ops.backends.supports import support_columns
 from opd_ops.backends.table import Layout
 from opd_ops.backends.tiling import PAIR_BYTES, UNION_BYTES
+from opd_ops.backends.top_k import TopK
 from opd_ops.divergences import Divergence, ForwardKL, ReverseKL
 from opd_ops.sources import Source, finish_logits, take_rows
 from opd_ops.stats import TokenStats
@@ -168,7 +169,7 @@ def _released_kl(lists: Any, score: Score, workspace_bytes: int) -> Tensor:
     """From the kernels' lists; pairs of their ids are compared, hence parts."""
     n, _, k = lists.ids.shape
     s_at_s, t_at_s, s_at_t, t_at_t = lists.logits.unbind(1)
-    found = Support(lists.s_ids, s_at_s, t_at_s), Support(lists.t_ids, t_at_t, s_at_t)
+    found = TopK(lists.s_ids, s_at_s, t_at_s), TopK(lists.t_ids, t_at_t, s_at_t)
     lse = score.student_logsumexp.double(), score.teacher_logsumexp.double()
     out = torch.empty(n, device=lists.ids.device)
     for part in _parts(n, UNION_BYTES * k + PAIR_BYTES * k**2, workspace_bytes // 2):
