@@ -2,6 +2,7 @@
 #
 #   teachability of every position (D on the union of both top-16 lists, C the teacher's mass on the student's), the best 5 %,
 #   reverse KL on those. A method returns the loss and its gradient with respect to the student's logits.
+#   ours, in place: with inplace_backward, the gradient replaces the student's logits.
 #   eager: full fp32 log-softmaxes without a graph, then the selected rows with one. compiled: torch.compile of its two halves.
 #   chunked autograd: as the TIP repository has it, chunks of 512 positions through full log-softmaxes that autograd keeps.
 #
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +28,28 @@ def ours(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     logits = student.detach().requires_grad_()
     loss = selective_opd_loss(logits, teacher, fraction=FRACTION, top_k=TOP_K, backend="triton").loss
     return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+
+def ours_in_place(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Leaves the gradient in the memory of `student`."""
+    anchor = torch.zeros((), device=student.device, requires_grad=True)
+    logits = _Produced.apply(anchor, student.data)
+    loss = selective_opd_loss(logits, teacher, fraction=FRACTION, top_k=TOP_K, backend="triton", inplace_backward=True).loss
+    loss.backward()
+    return loss.detach(), student
+
+
+class _Produced(torch.autograd.Function):
+    """Logits as a model gives them, no leaf, without the copy that an operation would make."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, logits: Tensor) -> Tensor:
+        ctx.mark_dirty(logits)
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        return None, None
 
 
 def eager(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,6 +118,7 @@ def _reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 METHODS: dict[str, Method] = {
     "ours": ours,
+    "ours, in place": ours_in_place,
     "eager": eager,
     "compiled": compiled,
     "chunked autograd": chunked_autograd,

@@ -3,7 +3,8 @@
 #   score: bytes counted are both rows read once, 2 N V itemsize; the copy reads and writes the same bytes once each, so
 #          share = (2 N V itemsize / t_score) / (bytes read and written by the copy / t_copy)
 #   loss:  forward and backward to the logits, N = 8192, V = 151,936, 5 % by teachability; peak is the most memory allocated
-#          during one call, over what was allocated before it; the gradient that the caller asked for is in it
+#          during one call, over what was allocated before it; the gradient that the caller asked for is in it, but for the
+#          method that writes it over the logits
 # Variants are interleaved, medians of `rounds` after one warm-up; input sets rotate so that L2 does not serve them. Logits are
 # normal, of scale 4.5 (entropy 1 to 3 nats), the teacher the student plus noise. A size that does not fit is a row saying so.
 #
@@ -45,13 +46,17 @@ class Bench:
         device = torch.device("cpu") if options.dry_run else torch.device("cuda", torch.cuda.current_device())
         return Bench(device, DTYPES[options.dtype], options.rounds, options.dry_run)
 
-    def milliseconds(self, variants: dict[str, Callable[[int], Any]]) -> dict[str, list[float]]:
-        """Each variant's times over the rounds, A B C A B C; a variant gets the round's number."""
+    def milliseconds(
+        self, variants: dict[str, Callable[[int], Any]], before: Callable[[], Any] = lambda: None
+    ) -> dict[str, list[float]]:
+        """Each variant's times over the rounds, A B C A B C; a variant gets the round's number. `before` each, untimed."""
         for run in variants.values():
+            before()
             run(0)
         times: dict[str, list[float]] = {name: [] for name in variants}
         for i in range(self.rounds):
             for name, run in variants.items():
+                before()
                 times[name].append(self._time(lambda run=run, i=i: run(i)))
         return times
 
@@ -130,13 +135,20 @@ def loss_table(bench: Bench) -> list[dict[str, Any]]:
     """One row per method; a method that fails is a row with its error's first line."""
     n, V = (3, 160) if bench.dry else (8192, 151_936)
     student, teacher = bench.logits(n, V)
+    kept = student.clone()  # a method may overwrite the logits
+
+    def restore() -> None:
+        student.copy_(kept)
+
     out, times = [], {}
     for name, method in METHODS.items():
         row: dict[str, Any] = {"method": name, "n": n, "vocab": V, "dtype": str(bench.dtype)[6:]}
+        restore()
         try:
             loss, gradient = method(student, teacher)  # also compiles
-            row |= {"loss": loss.item(), "gradient_norm": gradient.float().norm().item()}
+            row |= {"loss": loss.item(), "gradient_norm": _norm(gradient)}
             del loss, gradient
+            restore()
             row["peak_bytes"] = bench.peak_bytes(lambda method=method: method(student, teacher))
             times[name] = method
         except (RuntimeError, ValueError) as error:
@@ -144,11 +156,27 @@ def loss_table(bench: Bench) -> list[dict[str, Any]]:
             if not bench.dry:
                 torch.cuda.empty_cache()
         out.append(row)
-    measured = bench.milliseconds({name: lambda i, m=m: m(student, teacher) for name, m in times.items()})
+    measured = bench.milliseconds({name: lambda i, m=m: m(student, teacher) for name, m in times.items()}, restore)
     for row in out:
         if row["method"] in measured:
             row |= summary(measured[row["method"]])
+    _compare_to_eager(out)
+    for row in out:
         print(
             f"loss {row['method']}: " + (row.get("note") or f"{row['median_ms']:.2f} ms, peak {row['peak_bytes']}"), flush=True
         )
     return out
+
+
+def _norm(gradient: Tensor) -> float:
+    """In fp32, without an fp32 copy of the whole."""
+    return sum(float(part.float().square().sum()) for part in gradient.split(512)) ** 0.5
+
+
+def _compare_to_eager(rows: list[dict[str, Any]]) -> None:
+    eager = next(row for row in rows if row["method"] == "eager")
+    for row in rows:
+        if "median_ms" in row and "median_ms" in eager:
+            row["speed_to_eager"] = eager["median_ms"] / row["median_ms"]
+        if row.get("peak_bytes") is not None and eager.get("peak_bytes"):
+            row["peak_to_eager"] = row["peak_bytes"] / eager["peak_bytes"]

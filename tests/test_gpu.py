@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_check, gpu_methods
+from benchmarks import gpu, gpu_check, gpu_methods, gpu_timing
 from tests.cases import logit_pair
 from tests.tolerances import relative_error
 
@@ -28,6 +28,20 @@ def test_a_dry_run_runs_every_part_and_says_that_it_is_no_measurement(tmp_path, 
     assert all("median_ms" in row for part in ("score", "loss", "sweep") for row in found[part])
     assert sum(row["shipped"] for row in found["sweep"]) == 3
     assert found["environment"]["commit"]
+    speeds = {row["method"]: row["speed_to_eager"] for row in found["loss"]}
+    assert speeds["eager"] == 1.0
+    assert set(speeds) == set(gpu_methods.METHODS)
+
+
+def test_ratios_to_eager_are_its_time_over_theirs_and_their_peak_over_its():
+    rows = [
+        {"method": "ours", "median_ms": 2.0, "peak_bytes": 5},
+        {"method": "eager", "median_ms": 20.0, "peak_bytes": 100},
+        {"method": "compiled", "note": "out of memory"},
+    ]
+    gpu_timing._compare_to_eager(rows)
+    assert [row.get("speed_to_eager") for row in rows] == [10.0, 1.0, None]
+    assert [row.get("peak_to_eager") for row in rows] == [0.05, 1.0, None]
 
 
 def test_a_wrong_kernel_stops_the_run_before_anything_is_timed(tmp_path, monkeypatch, capsys):
@@ -42,7 +56,7 @@ def test_a_wrong_kernel_stops_the_run_before_anything_is_timed(tmp_path, monkeyp
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("method", ["ours", "compiled", "chunked autograd"])
+@pytest.mark.parametrize("method", ["ours", "ours, in place", "compiled", "chunked autograd"])
 def test_the_methods_compute_the_same_loss_and_gradient_as_eager(method):
     student, teacher = logit_pair(8, 300)
     want, want_gradient = gpu_methods.eager(student, teacher)
