@@ -104,6 +104,11 @@ def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of: {', '.join(known)}")
 
 
+def check_generator(generator: object) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: got {generator!r}, expected a torch.Generator or None")
+
+
 def check_num_items(value: Tensor | float | int | None) -> None:
     if value is None or (isinstance(value, Tensor) and value.dim() == 0):
         return  # a tensor's value stays on its device
@@ -141,11 +146,15 @@ def valid_positions(
     labels: Tensor | None = None,
     shift_labels: Tensor | None = None,
     ignore_index: int = -100,
+    sequence_ids: Tensor | None = None,
 ) -> Tensor | None:
     """Bool of `shape`, or None for all: the mask's non-zeros, less what the labels ignore.
 
-    Row i predicts target i, so `labels` (unshifted, as in Hugging Face) are shifted here; `shift_labels` win.
+    Row i predicts target i, so `labels` (unshifted, as in Hugging Face) are shifted here; `shift_labels` win. With the
+    `sequence_ids` of packed rows, the last row of each has no target: the next label is another sequence's.
     """
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: got {ignore_index!r}, expected an integer")
     valid = None if mask is None else _positions("mask", mask, shape, device) != 0
     targets = None
     if shift_labels is not None:
@@ -155,6 +164,9 @@ def valid_positions(
         if not labels.dim():
             raise ValueError("labels: got a 0-dim tensor, expected at least one dimension to shift along")
         targets = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+        if sequence_ids is not None:
+            ends = sequence_ids[..., 1:] != sequence_ids[..., :-1]
+            targets[..., :-1].masked_fill_(ends, ignore_index)
     if targets is None:
         return valid
     kept = targets != ignore_index
@@ -176,7 +188,8 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, shape: torch.Size) -> None:
     if cu_seqlens is None:
         return
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError("cu_seqlens: expected an int32 or int64 tensor")
+        came = f"dtype {cu_seqlens.dtype}" if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"cu_seqlens: got {came}, expected an int32 or int64 tensor")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
         raise ValueError(f"cu_seqlens: got shape {tuple(cu_seqlens.shape)}, expected (n_sequences + 1,)")
     if cu_seqlens.device.type == "cpu":

@@ -70,7 +70,7 @@ class LinearHead:
         for name, number in (("scale", self.scale), ("softcap", self.softcap)):
             if number is None and name == "softcap":
                 continue
-            if not isinstance(number, (int, float)) or not math.isfinite(number) or number <= 0:
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number) or number <= 0:
                 raise ValueError(f"LinearHead.{name}: got {number!r}, expected a finite number > 0")
 
     @classmethod

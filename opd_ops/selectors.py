@@ -32,6 +32,7 @@ from opd_ops.stats import TokenStats
 
 Selector = Callable[[TokenStats], Tensor]
 EPSILON = 1e-8
+ROUNDING_ULPS = 8
 RELEASED_RANGE = 1e-12  # TA's released normaliser has no epsilon: a range below this gives 0
 
 
@@ -53,11 +54,19 @@ def _fit(z: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     return z, valid & torch.isfinite(z)
 
 
+def _rounding(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
+    """The range that a constant in `dtype` may show; a normaliser would blow it up into a ranking."""
+    return ROUNDING_ULPS * torch.finfo(dtype).eps * torch.maximum(low.abs(), high.abs())
+
+
 def quantile_norm(z: Tensor, valid: Tensor, *, epsilon: float = EPSILON) -> Tensor:
     """TA eq. 11: clip((z - Q.05) / (Q.95 - Q.05 + epsilon), 0, 1); a constant z gives 0."""
+    dtype = z.dtype
     z, fitted = _fit(z, valid)
     low, high = _quantile(z, fitted, 0.05), _quantile(z, fitted, 0.95)
-    return _infinite_is_one(z, (z - low) / (high - low + epsilon))
+    rounding = _rounding(low, high, dtype)
+    constant = (high - low <= rounding) & ((z - low).abs() <= rounding)
+    return _infinite_is_one(z, torch.where(constant, 0.0, (z - low) / (high - low + epsilon)))
 
 
 def released_norm(z: Tensor, valid: Tensor) -> Tensor:
@@ -70,16 +79,17 @@ def released_norm(z: Tensor, valid: Tensor) -> Tensor:
 
 def minmax_norm(z: Tensor, valid: Tensor, *, clip: float | None = None) -> Tensor:
     """TIP section 6: (z - min) / (max - min) after z <- min(z, its `clip` quantile); a constant z gives 0."""
+    dtype = z.dtype
     z, fitted = _fit(z, valid)
     if clip is not None:
         z = torch.minimum(z, _quantile(z, fitted, clip))
     low, high = _quantile(z, fitted, 0.0), _quantile(z, fitted, 1.0)
-    flat = high <= low
+    flat = (high <= low) | (high - low <= _rounding(low, high, dtype))
     return _infinite_is_one(z, torch.where(flat, 0.0, (z - low) / torch.where(flat, 1.0, high - low)))
 
 
 def _infinite_is_one(z: Tensor, scaled: Tensor) -> Tensor:
-    return torch.where(z == math.inf, 1.0, scaled.clamp(0, 1))
+    return torch.where(z.isnan(), z, torch.where(z == math.inf, 1.0, scaled.clamp(0, 1)))
 
 
 def _soft_or(a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,5 @@
+# Tests, one file per subject; run from the repository's root: `make test`.
+#
+#   cases.py inputs; tolerances.py bounds; meters.py counted cost; interpreter.py and kernel_oracle.py for the kernels
+#
+# Not here: anything timed (benchmarks/).

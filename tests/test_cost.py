@@ -71,6 +71,33 @@ def test_head_peak_is_workspace_plus_gradients_plus_order_n(n, workspace_bytes, 
     assert meter.largest <= max(workspace_bytes // 4, student.weight.numel())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_peak_keeps_to_the_workspace_when_every_row_is_selected(dtype):
+    n, dim, workspace_bytes = 3000, 256, 2**20
+    student, teacher = head_pair((n,), 400, student_dim=dim, teacher_dim=dim, dtype=dtype)
+    student = leaf_head(student)
+    with LiveBytes() as meter:
+        selective_opd_loss(student, teacher, fraction=1.0, workspace_bytes=workspace_bytes).loss.backward()
+    required = student.weight.element_size() * (student.weight.numel() + student.hidden.numel())
+    sums = 4 * n * dim if dtype == torch.bfloat16 else 0  # the gradient of 16-bit hidden states, before it is rounded
+    assert meter.peak > required
+    assert meter.peak - required <= workspace_bytes + sums + 8 * 60 * n
+
+
+@pytest.mark.parametrize("case", ["plateau", "rising"])
+@pytest.mark.parametrize("top_k", [16, 128])
+def test_logits_that_do_not_pay_to_prune_cost_no_more_memory(case, top_k):
+    n, vocab, workspace_bytes = 256, 20_000, 2**24
+    student, teacher = logit_pair(n, vocab)
+    if case == "plateau":
+        student[:, : 128 * top_k] = teacher[:, : 128 * top_k] = 30.0
+    else:
+        student, teacher = student.sort(1).values, teacher.sort(1).values
+    with LiveBytes() as meter:
+        score_positions(student, teacher, top_k=top_k, backend="torch", workspace_bytes=workspace_bytes)
+    assert meter.peak <= workspace_bytes + 8 * 60 * n
+
+
 @pytest.mark.parametrize("n", [100, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_peak_is_workspace_plus_the_gradient(n, dtype):

@@ -117,6 +117,15 @@ def test_teachability_released_adds_the_best_of_every_sequence_left_out():
     assert torch.equal(out.selected, select_positions(out.scores, mask=mask, fraction=0.04, keep_one_per_sequence=True))
 
 
+def test_labels_of_packed_rows_give_the_last_row_of_each_no_target():
+    student, teacher = logit_pair(10, 131)
+    labels, cu_seqlens = torch.arange(10), torch.tensor([0, 4, 4, 5, 10])
+    out = selective_opd_loss(student, teacher, labels=labels, cu_seqlens=cu_seqlens)
+    assert out.stats.valid.int().tolist() == [1, 1, 1, 0, 0, 1, 1, 1, 1, 0]
+    shifted = selective_opd_loss(student, teacher, shift_labels=labels, cu_seqlens=cu_seqlens)
+    assert bool(shifted.stats.valid.all())
+
+
 def test_labels_give_the_mask_as_in_hugging_face():
     student, teacher, _ = batch()
     labels = torch.randint(0, 131, (4, 10), generator=generator(1))

@@ -70,6 +70,27 @@ def test_a_constant_normalises_to_zero(normaliser):
     assert not normaliser(z, valid)[valid].any()
 
 
+@pytest.mark.parametrize("normaliser", [quantile_norm, minmax_norm])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_constant_with_the_noise_of_rounding_normalises_to_zero(normaliser, dtype):
+    noise = torch.finfo(dtype).eps * torch.randint(-2, 3, (200,), generator=generator(0))
+    z = (1 + noise.double()).to(dtype)
+    assert len(z.unique()) > 2
+    assert not normaliser(z, torch.ones(200, dtype=torch.bool)).any()
+
+
+def test_outliers_of_a_constant_still_normalise_to_one():
+    z = torch.full((200,), 0.3)
+    z[7] = 0.3001
+    assert quantile_norm(z, torch.ones(200, dtype=torch.bool)).nonzero().tolist() == [[7]]
+
+
+def test_a_normaliser_keeps_nan():
+    z = torch.tensor([0.3, 0.3, math.nan, 0.3])
+    for normaliser in (quantile_norm, minmax_norm):
+        assert normaliser(z, torch.ones(4, dtype=torch.bool)).isnan().tolist() == [False, False, True, False]
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 19, 100])
 def test_quantiles_are_those_of_numpy(n):
     z = torch.randn(n + 5, generator=generator(n), dtype=torch.float64)

@@ -112,6 +112,16 @@ def test_minus_infinity_in_some_rows_of_a_block_leaves_the_others_alone():
     compare(student, teacher, workspace_bytes=2**21)
 
 
+@pytest.mark.parametrize("backend", ["eager", "torch", "triton"])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_nan_of_either_sign_in_the_student_reaches_the_support_statistics(sign, backend):
+    student, teacher = logit_pair(8, 300)
+    student[3, 5] = math.copysign(math.nan, sign)  # inf - inf and 0 * inf have the sign bit set on common processors
+    scores, stats = score_positions(student, teacher, backend=backend)
+    for column in (stats.union_kl, stats.student_support_mass, stats.reverse_kl, scores):
+        assert torch.equal(column.isnan(), torch.arange(8) == 3)
+
+
 def test_reverse_kl_is_infinite_even_where_the_student_s_probability_underflows():
     student, teacher = logit_pair(2, 64, scale=1.0)
     student[0, 5], teacher[0, 5] = -300.0, -math.inf

@@ -25,7 +25,8 @@ def logits(source: Source, rows: Tensor, dtype: torch.dtype) -> Tensor:
     transform = source.transform
     x = take_rows(source.leading, rows).to(dtype)
     if source.weight is not None:
-        x = x @ source.weight.to(dtype).T
+        with torch.autocast(rows.device.type, enabled=False):  # which would take the product in 16 bits
+            x = x @ source.weight.to(dtype).T
     if source.bias is not None:
         x = x + source.bias.to(dtype)
     x = transform.scale * x[:, : transform.vocab_size]

@@ -2,7 +2,9 @@
 #
 #   A fresh tensor on a CPU is mapped page by page at its first write. At 4 KiB a page that took 0.3 s for a gradient of
 #   519 MiB, four times the matmul that filled it; at 2 MiB a page 0.1 s (benchmarks/LOG.md). Linux gives large pages to
-#   those who ask; elsewhere, and on other devices, this is `torch.empty`.
+#   those who ask; elsewhere, and on other devices, this is `torch.empty`. The storage cannot be resized.
+#
+# Not here: how large the buffers are (tiling.py).
 from __future__ import annotations
 
 import contextlib

@@ -34,7 +34,15 @@ class _Rows:
 
     def __init__(self, source: Source, rows: Tensor, dtype: torch.dtype, cast_columns: int) -> None:
         self.source, self.rows, self.dtype, self.cast_columns = source, rows, dtype, cast_columns
-        self.hidden = take_rows(source.leading, rows).to(dtype) if source.transform.is_head else None  # (n, D)
+        self._group: slice | None = None
+        self._hidden: Tensor | None = None
+
+    def hidden(self, group: slice) -> Tensor:
+        """(n, D) hidden states of some of the rows, kept until other rows are asked for."""
+        if self._hidden is None or group != self._group:
+            self._hidden = None  # two groups' at once would exceed the workspace
+            self._group, self._hidden = group, take_rows(self.source.leading, self.rows[group]).to(self.dtype)
+        return self._hidden
 
     def weight(self, columns: slice) -> Tensor:
         """(B, D) of the head in the compute dtype; a view where it has that dtype already."""
@@ -45,12 +53,12 @@ class _Rows:
         """(n, B) logits of some of the rows, written into the flat buffer `out`, row by row or column by column."""
         n, width = group.stop - group.start, columns.stop - columns.start
         block = out[: n * width].view(width, n).T if by_column else out[: n * width].view(n, width)
-        if self.hidden is None:
+        if not self.source.transform.is_head:
             block.copy_(take_rows(self.source.leading[..., columns], self.rows[group]))
             return finish_logits(block, self.source.transform)
         for part in _slices(columns, self.cast_columns):
             into = block[:, part.start - columns.start : part.stop - columns.start]
-            torch.mm(self.hidden[group], self.weight(part).T, out=into)
+            torch.mm(self.hidden(group), self.weight(part).T, out=into)
         if self.source.bias is not None:
             block.add_(self.source.bias[columns])
         return finish_logits(block, self.source.transform)
@@ -205,35 +213,50 @@ class _Selected:
 
     def head_gradients(self, needs: Sequence[bool]) -> list[Tensor | None]:
         """Gradients of hidden, weight and bias, each only if needed, in the parameters' dtypes."""
-        source, rows_hidden = self.student.source, self.student.hidden
+        source, rows = self.student.source, self.student.rows
         assert source.weight is not None
-        assert rows_hidden is not None
-        dhidden = torch.zeros_like(rows_hidden) if needs[0] else None  # in the compute dtype over all blocks
+        dleading = torch.zeros_like(source.leading) if needs[0] else None
+        sums, places = dleading, rows
+        if dleading is not None and dleading.dtype != self.dtype:  # 16 bits would round after every block
+            sums = torch.zeros((len(rows), source.leading.shape[-1]), dtype=self.dtype, device=rows.device)
+            places = torch.arange(len(rows), device=rows.device)
         dweight = pages.empty(source.weight.shape, source.weight.dtype, source.weight.device) if needs[1] else None
         if dweight is not None:  # each block is written whole; entries beyond the common vocabulary, or with no row, are not
-            dweight[source.transform.vocab_size if len(rows_hidden) else 0 :].zero_()
-        dbias = torch.zeros(len(source.weight), dtype=self.dtype, device=rows_hidden.device) if any(needs[2:]) else None
+            dweight[source.transform.vocab_size if len(rows) else 0 :].zero_()
+        dbias = torch.zeros(len(source.weight), dtype=self.dtype, device=rows.device) if any(needs[2:]) else None
         for block in self.blocks():
-            w = self.student.weight(block) if dhidden is not None else None
+            w = self.student.weight(block) if sums is not None else None
             accumulated = None if dweight is None else dweight[block].to(self.dtype)  # a view where the dtypes agree
             for group in self.groups():
                 dlogits = self.dlogits(group, block)
-                if dhidden is not None and w is not None:
-                    torch.addmm(dhidden[group], dlogits, w, out=dhidden[group])
+                if sums is not None and w is not None:
+                    dhidden = take_rows(sums, places[group])
+                    put_rows(sums, places[group], _add_product(dhidden, dlogits, w))
                 if accumulated is not None:
                     beta = 0.0 if group.start == 0 else 1.0
-                    torch.addmm(accumulated, dlogits.T, rows_hidden[group], beta=beta, out=accumulated)
+                    torch.addmm(accumulated, dlogits.T, self.student.hidden(group), beta=beta, out=accumulated)
                 if dbias is not None:
                     dbias[block] += dlogits.sum(0)
             if dweight is not None and accumulated is not None and accumulated.dtype != dweight.dtype:
                 dweight[block] = accumulated.to(dweight.dtype)
-        dleading = None
-        if dhidden is not None:
-            dleading = torch.zeros_like(source.leading)
-            put_rows(dleading, self.student.rows, dhidden)
+        if dleading is not None and sums is not None and sums is not dleading:
+            put_rows(dleading, rows, sums)
         if source.bias is None:
             return [dleading, dweight]
         return [dleading, dweight, None if dbias is None else dbias.to(source.bias.dtype)]
+
+
+# Below this many rows the vendor's matmul splits a long sum badly: 51 rows run 1.4 x as fast with a share of it a thread.
+FEW_ROWS = 128
+
+
+def _add_product(total: Tensor, dlogits: Tensor, w: Tensor) -> Tensor:
+    """total + dlogits @ w, in place: (n, D) of (n, B) and (B, D)."""
+    shares = torch.get_num_threads() if w.device.type == "cpu" else 1
+    if shares == 1 or len(w) % shares or len(total) > FEW_ROWS or not (dlogits.T.is_contiguous() and w.is_contiguous()):
+        return torch.addmm(total, dlogits, w, out=total)
+    of_shares = torch.bmm(dlogits.T.view(shares, -1, len(total)).mT, w.view(shares, -1, w.shape[1]))
+    return total.add_(of_shares.sum(0))
 
 
 def selected_divergence(

@@ -2,7 +2,8 @@
 #
 #   A tile is `rows` positions; the vocabulary is cut into blocks of `columns`; element-wise work runs on `chunk` rows of it.
 #   Shares of the workspace in the score pass: 9/16 to the logits of a block, 1/4 to hidden states and cast weights, 1/16 each
-#   to scratch, top-K candidates and top-K lists.
+#   to scratch, top-K candidates and top-K lists. In the backward: 1/2 to blocks of logits, 1/4 to hidden states and their
+#   gradient, 1/8 to cast weights.
 #
 # Not here: what is done on a tile (streamed.py).
 from __future__ import annotations
@@ -47,7 +48,10 @@ def score_grid(student: Source, teacher: Source, n: int, *, top_k: int, whole_ro
     rows = elements // vocab
     if has_head and not whole_rows:
         rows = max(rows, min(HEAD_ROWS, elements // MIN_COLUMNS))
-    rows = max(1, min(rows, n, _rows_of_hidden(student, teacher, hidden_share, size), sixteenth // (LIST_BYTES * top_k)))
+    rows = max(
+        1,
+        min(rows, n, _rows_of_hidden(student, teacher, byte_budget=hidden_share, size=size), sixteenth // (LIST_BYTES * top_k)),
+    )
     rows = _even(max(n, 1), rows)
     columns = vocab if whole_rows else _even(vocab, elements // rows, multiple=PRUNED_GROUP)
     scratch = sixteenth // (3 * size)
@@ -63,9 +67,15 @@ def gradient_grid(student: Source, teacher: Source, m: int, *, workspace_bytes: 
     """Groups of selected rows and blocks of the vocabulary for the backward over m rows."""
     size, vocab = compute_dtype(student, teacher).itemsize, student.transform.vocab_size
     elements = max(MIN_COLUMNS, workspace_bytes // 2 // (GRADIENT_BUFFERS * size))
-    rows = max(1, min(m, elements // MIN_COLUMNS))
+    # Both models' hidden states and the student's gradient of them: a group at a time.
+    rows = max(
+        1,
+        min(
+            m, elements // MIN_COLUMNS, _rows_of_hidden(student, student, teacher, byte_budget=workspace_bytes // 4, size=size)
+        ),
+    )
     cast_columns = _cast_columns(student, teacher, workspace_bytes // 8, size)
-    columns = _even(vocab, min(elements // rows, cast_columns))
+    columns = _even(vocab, min(elements // rows, cast_columns), multiple=PRUNED_GROUP)
     return Grid(rows, columns, chunk=rows, candidates=0, list_rows=rows, cast_columns=columns)
 
 
@@ -78,8 +88,8 @@ def _even(total: int, most: int, multiple: int = 1) -> int:
     return rounded if rounded <= most else width
 
 
-def _rows_of_hidden(student: Source, teacher: Source, byte_budget: int, size: int) -> int:
-    width = sum(source.leading.shape[-1] for source in (student, teacher) if source.transform.is_head)
+def _rows_of_hidden(*sources: Source, byte_budget: int, size: int) -> int:
+    width = sum(source.leading.shape[-1] for source in sources if source.transform.is_head)
     return max(1, byte_budget // (width * size)) if width else torch.iinfo(torch.int64).max
 
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 PRUNED_GROUP = 64  # maxima over 64 neighbours cost little more than over 128 and find half as much to read again (LOG.md)
-# Beyond these multiples of K, per row, a block is not worth pruning: ties, or logits that rise with the id.
-MOST_GROUPS, MOST_NEWCOMERS = 2, 4
+# Beyond these multiples of K a block is not worth pruning (ties, or logits that rise with the id), nor is there memory for it:
+# groups to look into and newcomers found, per row on average; newcomers of any one row.
+MOST_GROUPS, MOST_FOUND, MOST_OF_ROW = 2, 2, 3
 LAST_ID = 2**31 - 1  # of padding: sorts behind every id of equal logit
 
 
@@ -81,12 +82,13 @@ def _pruned(own: Tensor, other: Tensor, found: TopK | None, k: int, first_id: in
     # Places count through the block row by row.
     first = row * width + group * PRUNED_GROUP
     at_a_time = max(1, candidates // PRUNED_GROUP)
-    places = [
-        _members_not_below(own, of_first, bar.index_select(0, of_row))
-        for of_first, of_row in zip(*(x.split(at_a_time) for x in (first, row)), strict=True)
-        if len(of_first)
-    ]
-    place = places[0] if len(places) == 1 else torch.cat([first.new_empty(0), *places])
+    places, room = [first.new_empty(0)], MOST_FOUND * n * k
+    for of_first, of_row in zip(first.split(at_a_time), row.split(at_a_time), strict=True):
+        places.append(_members_not_below(own, of_first, bar.index_select(0, of_row)) if len(of_first) else of_first)
+        room -= len(places[-1])
+        if room < 0:
+            return None
+    place = torch.cat(places)
     if whole < width:
         row, column = _not_below(own[:, whole:], bar)
         place = torch.cat((place, row * width + (column + whole))).sort().values
@@ -94,7 +96,7 @@ def _pruned(own: Tensor, other: Tensor, found: TopK | None, k: int, first_id: in
     row = place.div(width, rounding_mode="floor")
     counts = torch.bincount(row, minlength=n)
     fewest, most = (int(x) for x in counts.aminmax())
-    if most > MOST_NEWCOMERS * k or (found is None and fewest < k):
+    if most > MOST_OF_ROW * k or (found is None and fewest < k):
         return None
     before = counts.cumsum(0).sub_(counts)
     slot = torch.arange(len(row)).sub_(before.index_select(0, row)).add_(row, alpha=most)
@@ -141,9 +143,10 @@ def _best(values: Tensor, ids: Tensor, k: int) -> Tensor:
     sort. fp64 takes the sort.
     """
     if values.dtype == torch.float32:
-        bits = (values + 0.0).view(torch.int32).long()  # + 0.0: -0.0 equals 0.0
-        ordered = bits ^ ((bits >> 63) & 0x7FFFFFFF)  # increasing in the value, negative ones too
-        return torch.topk((ordered << 32) | (0x7FFFFFFF - ids), k, dim=1).indices
+        # + 0.0: -0.0 equals 0.0. A NaN may have either sign, and comes first with both.
+        bits = torch.nan_to_num(values + 0.0, nan=math.nan, posinf=math.inf, neginf=-math.inf).view(torch.int32).long()
+        key = (bits >> 63).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # increasing in the value, negative ones too
+        return torch.topk(key.bitwise_left_shift_(32).bitwise_or_(0x7FFFFFFF - ids), k, dim=1).indices
     by_id = torch.argsort(ids, dim=1)
     by_value = torch.sort(values.gather(1, by_id), dim=1, descending=True, stable=True).indices[:, :k]
     return by_id.gather(1, by_value)
