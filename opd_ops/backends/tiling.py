@@ -1,9 +1,9 @@
 # Sizes of the streamed backend's tiles and blocks: the only place that divides up `workspace_bytes`.
 #
 #   A tile is `rows` positions; the vocabulary is cut into blocks of `columns`; element-wise work runs on `chunk` rows of it.
-#   Shares of the workspace in the score pass: 9/16 to the logits of a block, 1/4 to hidden states and cast weights, 1/16 each
-#   to scratch, top-K candidates and top-K lists. In the backward: 1/2 to blocks of logits, 1/4 to hidden states and their
-#   gradient, 1/8 to cast weights.
+#   Shares of the workspace in the score pass: 9/16 to the logits of a block, and what is left of 1/4 for hidden states and cast
+#   weights; 1/16 each to scratch, top-K candidates and top-K lists. In the backward: 1/2 to blocks of logits, 1/4 to hidden
+#   states and their gradient, 1/8 to cast weights.
 #
 # Not here: what is done on a tile (streamed.py).
 from __future__ import annotations
@@ -53,6 +53,8 @@ def score_grid(student: Source, teacher: Source, n: int, *, top_k: int, whole_ro
         min(rows, n, _rows_of_hidden(student, teacher, byte_budget=hidden_share, size=size), sixteenth // (LIST_BYTES * top_k)),
     )
     rows = _even(max(n, 1), rows)
+    if has_head and not whole_rows:  # what the hidden states leave makes the blocks wider
+        elements += max(0, hidden_share - rows * _hidden_width(student, teacher) * size) // (copies * size)
     columns = vocab if whole_rows else _even(vocab, elements // rows, multiple=PRUNED_GROUP)
     scratch = sixteenth // (3 * size)
     if student.leading.device.type == "cpu":
@@ -89,8 +91,12 @@ def _even(total: int, most: int, multiple: int = 1) -> int:
 
 
 def _rows_of_hidden(*sources: Source, byte_budget: int, size: int) -> int:
-    width = sum(source.leading.shape[-1] for source in sources if source.transform.is_head)
+    width = _hidden_width(*sources)
     return max(1, byte_budget // (width * size)) if width else torch.iinfo(torch.int64).max
+
+
+def _hidden_width(*sources: Source) -> int:
+    return sum(source.leading.shape[-1] for source in sources if source.transform.is_head)
 
 
 def _cast_columns(student: Source, teacher: Source, byte_budget: int, size: int) -> int:
