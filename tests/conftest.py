@@ -1,10 +1,12 @@
-# Settings of every test: one thread, because the tensors are small and threads would only wait for each other, no network,
-# the same hypothesis examples on every machine, and Triton kernels run by its interpreter, on the CPU.
+# Settings of every test: one thread, because the tensors are small and threads would only wait for each other (two for a test
+# that asks for `two_threads`), no network, the same hypothesis examples on every machine, and Triton kernels run by its
+# interpreter, on the CPU.
 #
 # Not here: inputs (cases.py), comparisons (tolerances.py), kernels compiled for a GPU (benchmarks/gpu.py).
 import os
 
 import hypothesis
+import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,3 +16,11 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 
 from tests import interpreter  # noqa: E402, F401
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

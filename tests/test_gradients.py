@@ -247,6 +247,21 @@ def test_activation_checkpointing_gives_the_same_gradient(use_reentrant):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("vocab", [4096, 4097])  # an odd block cannot be shared out evenly
+@pytest.mark.parametrize("fraction", [0.1, 1.0])  # few rows, which are shared out, and more
+def test_gradient_of_heads_matches_eager_fp64_on_two_threads(two_threads, monkeypatch, fraction, vocab):
+    shared = []
+    product = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: shared.append(a.shape) or product(a, b))
+    student, teacher = head_pair((200,), vocab)
+    got, want = leaf_head(student), leaf_head(student, torch.float64)
+    selective_opd_loss(got, teacher, fraction=fraction, backend="torch", selector="prefix").loss.backward()
+    selective_opd_loss(want, to_double(teacher), fraction=fraction, backend="eager", selector="prefix").loss.backward()
+    for a, b in zip(gradients(got), gradients(want), strict=True):
+        assert_gradient(a, b)
+    assert bool(shared) == (fraction == 0.1 and vocab == 4096)
+
+
 @pytest.mark.parametrize("backend", ["eager", "torch"])
 def test_autocast_does_not_change_the_result(backend):
     student, teacher = head_pair((9,), 130)

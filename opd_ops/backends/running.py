@@ -63,9 +63,9 @@ def block_sums(s: Tensor, u: Tensor, s_top: Tensor, u_at_s_top: Tensor, u_top: T
         for chunk in chunks:
             chunk.sum(work, masked=False)
         finite = torch.isfinite(sums).all(0)
-        with_absent = (
-            [] if bool(finite.all()) else [c for c, ok in zip(chunks, finite.split(step), strict=True) if not ok.all()]
-        )
+        with_absent = []
+        if not bool(finite.all()):
+            with_absent = [chunk for chunk, ok in zip(chunks, finite.split(step), strict=True) if not bool(ok.all())]
     for chunk in with_absent:
         chunk.sum(work, masked=True)
     return BlockSums(ModelSums(s_top, *sums[:3]), ModelSums(u_top, *sums[3:]), centre, *absent)
@@ -111,7 +111,7 @@ class _Chunk(NamedTuple):
 
 
 def _finite(maximum: Tensor) -> Tensor:
-    """A maximum that may be subtracted: 0 for an all -inf block, whose every e^{x-m} is then 0 and not NaN."""
+    """A maximum that may be subtracted: 0 where all logits so far are -inf, whose every e^{x-m} is then 0 and not NaN."""
     return torch.where(maximum == -math.inf, 0.0, maximum)
 
 

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from opd_ops.backends import pages
 from opd_ops.backends.running import RunningSums, block_sums, row_jsd
 from opd_ops.backends.supports import support_columns
-from opd_ops.backends.tiling import Grid, gradient_grid, score_grid
+from opd_ops.backends.tiling import ScoreGrid, gradient_grid, score_grid
 from opd_ops.backends.top_k import TopK, extended
 from opd_ops.divergences import Divergence
 from opd_ops.sources import Source, Transform, compute_dtype, finish_logits, logit_slope, put_rows, take_rows
@@ -95,7 +95,7 @@ def _computed(columns: frozenset[str]) -> list[str]:
 def _tile_stats(
     student: _Rows,
     teacher: _Rows,
-    grid: Grid,
+    grid: ScoreGrid,
     top_k: int,
     columns: frozenset[str],
     buffers: list[Tensor],
@@ -176,8 +176,8 @@ class _Selected:
     ) -> None:
         self.dtype = compute_dtype(student, teacher)
         self.grid = gradient_grid(student, teacher, len(rows), workspace_bytes=plan.workspace_bytes)
-        self.student = _Rows(student, rows, self.dtype, self.grid.cast_columns)
-        self.teacher = _Rows(teacher, rows, self.dtype, self.grid.cast_columns)
+        self.student = _Rows(student, rows, self.dtype, self.grid.columns)
+        self.teacher = _Rows(teacher, rows, self.dtype, self.grid.columns)
         self.by_column = student.transform.is_head and teacher.transform.is_head
         self.divergence = plan.divergence
         self.losses, self.lse, self.gap, self.dlosses = (x.unsqueeze(1) for x in (losses, lse, gap, dlosses))
@@ -253,10 +253,11 @@ FEW_ROWS = 128
 def _add_product(total: Tensor, dlogits: Tensor, w: Tensor) -> Tensor:
     """total + dlogits @ w, in place: (n, D) of (n, B) and (B, D)."""
     shares = torch.get_num_threads() if w.device.type == "cpu" else 1
-    if shares == 1 or len(w) % shares or len(total) > FEW_ROWS or not (dlogits.T.is_contiguous() and w.is_contiguous()):
-        return torch.addmm(total, dlogits, w, out=total)
-    of_shares = torch.bmm(dlogits.T.view(shares, -1, len(total)).mT, w.view(shares, -1, w.shape[1]))
-    return total.add_(of_shares.sum(0))
+    fits = shares * w.shape[1] <= len(w)  # the shares' products take no more than a block of logits: the workspace has room
+    laid_out = len(w) % shares == 0 and dlogits.T.is_contiguous() and w.is_contiguous()
+    if shares > 1 and len(total) <= FEW_ROWS and fits and laid_out:
+        return total.add_(torch.bmm(dlogits.T.view(shares, -1, len(total)).mT, w.view(shares, -1, w.shape[1])).sum(0))
+    return torch.addmm(total, dlogits, w, out=total)
 
 
 def selected_divergence(

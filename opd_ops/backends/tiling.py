@@ -27,7 +27,7 @@ PAIR_BYTES = 9  # per row and pair of ids: equal or not, and a probability in fp
 GRADIENT_BUFFERS = 7  # blocks of logits alive at once in the backward: both logits, mask, slope and temporaries
 
 
-class Grid(NamedTuple):
+class ScoreGrid(NamedTuple):
     rows: int
     columns: int
     chunk: int  # rows of element-wise work at a time
@@ -36,7 +36,12 @@ class Grid(NamedTuple):
     cast_columns: int  # columns of a weight to convert at a time, where its dtype is not the compute dtype
 
 
-def score_grid(student: Source, teacher: Source, n: int, *, top_k: int, whole_rows: bool, workspace_bytes: int) -> Grid:
+class GradientGrid(NamedTuple):
+    rows: int
+    columns: int  # of the vocabulary, and of a weight to convert at a time
+
+
+def score_grid(student: Source, teacher: Source, n: int, *, top_k: int, whole_rows: bool, workspace_bytes: int) -> ScoreGrid:
     """Tile of the score pass over n rows; `whole_rows` keeps every block as wide as the vocabulary."""
     size, vocab = compute_dtype(student, teacher).itemsize, student.transform.vocab_size
     has_head = student.transform.is_head or teacher.transform.is_head
@@ -48,11 +53,8 @@ def score_grid(student: Source, teacher: Source, n: int, *, top_k: int, whole_ro
     rows = elements // vocab
     if has_head and not whole_rows:
         rows = max(rows, min(HEAD_ROWS, elements // MIN_COLUMNS))
-    rows = max(
-        1,
-        min(rows, n, _rows_of_hidden(student, teacher, byte_budget=hidden_share, size=size), sixteenth // (LIST_BYTES * top_k)),
-    )
-    rows = _even(max(n, 1), rows)
+    of_hidden = _rows_of_hidden(student, teacher, byte_budget=hidden_share, size=size)
+    rows = _even(max(n, 1), min(rows, of_hidden, sixteenth // (LIST_BYTES * top_k)))
     if has_head and not whole_rows:  # what the hidden states leave makes the blocks wider
         elements += max(0, hidden_share - rows * _hidden_width(student, teacher) * size) // (copies * size)
     columns = vocab if whole_rows else _even(vocab, elements // rows, multiple=PRUNED_GROUP)
@@ -62,23 +64,19 @@ def score_grid(student: Source, teacher: Source, n: int, *, top_k: int, whole_ro
     chunk = max(1, min(rows, scratch // columns))
     candidates = max(ranked_per_row(columns, min(top_k, columns)), sixteenth // CANDIDATE_BYTES)
     list_rows = max(1, min(rows, sixteenth // (UNION_BYTES * top_k + PAIR_BYTES * top_k**2)))
-    return Grid(rows, columns, chunk, candidates, list_rows, cast_columns)
+    return ScoreGrid(rows, columns, chunk, candidates, list_rows, cast_columns)
 
 
-def gradient_grid(student: Source, teacher: Source, m: int, *, workspace_bytes: int) -> Grid:
+def gradient_grid(student: Source, teacher: Source, m: int, *, workspace_bytes: int) -> GradientGrid:
     """Groups of selected rows and blocks of the vocabulary for the backward over m rows."""
     size, vocab = compute_dtype(student, teacher).itemsize, student.transform.vocab_size
     elements = max(MIN_COLUMNS, workspace_bytes // 2 // (GRADIENT_BUFFERS * size))
     # Both models' hidden states and the student's gradient of them: a group at a time.
-    rows = max(
-        1,
-        min(
-            m, elements // MIN_COLUMNS, _rows_of_hidden(student, student, teacher, byte_budget=workspace_bytes // 4, size=size)
-        ),
-    )
+    of_hidden = _rows_of_hidden(student, student, teacher, byte_budget=workspace_bytes // 4, size=size)
+    rows = max(1, min(m, elements // MIN_COLUMNS, of_hidden))
     cast_columns = _cast_columns(student, teacher, workspace_bytes // 8, size)
     columns = _even(vocab, min(elements // rows, cast_columns), multiple=PRUNED_GROUP)
-    return Grid(rows, columns, chunk=rows, candidates=0, list_rows=rows, cast_columns=columns)
+    return GradientGrid(rows, columns)
 
 
 def _even(total: int, most: int, multiple: int = 1) -> int:

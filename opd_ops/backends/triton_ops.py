@@ -16,20 +16,7 @@ from torch import Tensor
 from opd_ops.backends import triton
 from opd_ops.backends.table import Layout
 
-
-@torch.library.custom_op("opd_ops::token_columns", mutates_args=())
-def token_columns(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Tensor,
-    top_k: int,
-    released: bool,
-    workspace_bytes: int,
-    vocab_size: int,
-    temperature: float,
-) -> Tensor:
-    """(columns, n), in the order of triton.py::column_names."""
-    return triton.launch_columns(student, teacher, rows, top_k, released, workspace_bytes, vocab_size, temperature)
+token_columns = torch.library.custom_op("opd_ops::token_columns", triton.launch_columns, mutates_args=())
 
 
 @token_columns.register_fake
