@@ -4,8 +4,10 @@
 #
 # Not here: anything else; importing this needs torch alone.
 from opd_ops.divergences import Divergence, ForwardKL, ReverseKL
+from opd_ops.float8 import Float8Rows
 from opd_ops.inputs import LinearHead
 from opd_ops.loss import SelectiveOPDOutput, selective_opd_loss
+from opd_ops.rollout import RolloutRecorder, StudentStats
 from opd_ops.scoring import score_positions, select_positions
 from opd_ops.selectors import Multinomial, Selector
 from opd_ops.stats import TokenStats
@@ -14,12 +16,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Divergence",
+    "Float8Rows",
     "ForwardKL",
     "LinearHead",
     "Multinomial",
     "ReverseKL",
+    "RolloutRecorder",
     "SelectiveOPDOutput",
     "Selector",
+    "StudentStats",
     "TokenStats",
     "score_positions",
     "select_positions",

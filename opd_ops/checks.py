@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from opd_ops.inputs import LinearHead, positions_shape, vocabulary
+from opd_ops.rollout import StudentStats
 from opd_ops.sources import Source
 
 SCOPES = ("batch", "sequence")
@@ -107,6 +108,26 @@ def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
 def check_generator(generator: object) -> None:
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: got {generator!r}, expected a torch.Generator or None")
+
+
+def check_student_stats(stats: object, student: Source, top_k: int) -> None:
+    """Of the call's positions, with K of at least `top_k`, over the vocabulary that the call compares."""
+    if not isinstance(stats, StudentStats):
+        raise TypeError(f"student_stats: got {type(stats).__name__}, expected StudentStats")
+    shape, device, vocab = student.leading.shape[:-1], student.leading.device, student.transform.vocab_size
+    for name in ("logsumexp", "entropy"):
+        _positions(f"student_stats.{name}", getattr(stats, name), shape, device)
+    for name in ("ids", "logprobs"):
+        if getattr(stats, name).device != device:
+            raise ValueError(f"student_stats.{name}: is on {getattr(stats, name).device}, the student is on {device}")
+    if stats.ids.shape[-1] < top_k:
+        raise ValueError(f"student_stats: got {stats.ids.shape[-1]} ids a position, expected at least top_k = {top_k}")
+    own = student.leading.shape[-1] if student.weight is None else len(student.weight)
+    if own != vocab:
+        raise ValueError(
+            f"student_stats: are over the student's own vocabulary of {own}, but the call compares the first {vocab} entries; "
+            "pass no student_stats"
+        )
 
 
 def check_num_items(value: Tensor | float | int | None) -> None:

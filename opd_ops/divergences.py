@@ -60,6 +60,11 @@ class ForwardKL(Divergence):
         return torch.where(log_ratio > -1.0, -p * torch.expm1(-log_ratio), p - q)
 
 
+def weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
+    """sum w l over positions, 0-dim; weight 0 leaves a position out, whatever its loss."""
+    return torch.where(weights == 0, 0, losses * weights).sum()
+
+
 DIVERGENCES: dict[str, Divergence] = {d.name: d for d in (ReverseKL(), ForwardKL())}
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from opd_ops.float8 import Float8Rows
+
 _LORA_ATTRIBUTES = ("lora_A", "lora_embedding_A", "base_layer")
 
 
@@ -32,6 +34,8 @@ class LinearHead:
         bias: (V,) or None.
         scale: Multiplies the logits before the soft-cap; finite and > 0.
         softcap: Bound of the logits, > 0, or None.
+        float8: `Float8Rows.of(weight)`, kept by the caller for `score_dtype="float8"`; None: made in every such call. It must
+            be of this very weight, or positions are ranked by another model.
     Raises:
         ValueError: shapes, devices or numbers that do not fit, or a head wrapped by LoRA.
         TypeError: something else than a floating-point tensor.
@@ -42,6 +46,7 @@ class LinearHead:
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    float8: Float8Rows | None = None
 
     def __post_init__(self) -> None:
         _refuse_module(self.weight)
@@ -72,6 +77,14 @@ class LinearHead:
                 continue
             if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number) or number <= 0:
                 raise ValueError(f"LinearHead.{name}: got {number!r}, expected a finite number > 0")
+
+        if self.float8 is not None and not isinstance(self.float8, Float8Rows):
+            raise TypeError(f"LinearHead.float8: got {type(self.float8).__name__}, expected Float8Rows.of(weight) or None")
+        if self.float8 is not None and self.float8.values.shape != Float8Rows.shape_of(self.weight):
+            raise ValueError(
+                f"LinearHead.float8: got values of shape {tuple(self.float8.values.shape)}, expected "
+                f"{Float8Rows.shape_of(self.weight)}: Float8Rows.of(weight) of this weight"
+            )
 
     @classmethod
     def from_module(cls, hidden: Tensor, head: nn.Module, *, scale: float = 1.0, softcap: float | None = None) -> LinearHead:

@@ -5,20 +5,24 @@
 # Not here: the two halves (scoring.py), the divergences (divergences.py), statistics and gradients (backends/).
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from opd_ops import checks
-from opd_ops.backends import drops_weightless_rows
+from opd_ops.backends import drops_weightless_rows, scores_selected_rows
 from opd_ops.divergences import Divergence
 from opd_ops.inputs import LinearHead
 from opd_ops.metrics import loss_metrics
+from opd_ops.rollout import StudentStats
 from opd_ops.scoring import DEFAULT_WORKSPACE_BYTES, Scoring, prepare, select_positions
 from opd_ops.selection import most_selected
 from opd_ops.selectors import Selector
 from opd_ops.stats import TokenStats
+
+SHORTLIST = 2  # positions that are scored again exactly after a ranking in 8 bits, in multiples of the budget
 
 
 class SelectiveOPDOutput(NamedTuple):
@@ -53,6 +57,8 @@ def selective_opd_loss(
     generator: torch.Generator | None = None,
     backend: str = "auto",
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    score_dtype: str | None = None,
+    student_stats: StudentStats | None = None,
     inplace_backward: bool = False,
     check_finite: bool = False,
 ) -> SelectiveOPDOutput:
@@ -87,6 +93,11 @@ def selective_opd_loss(
         backend: "triton" (dense logits on a GPU), "torch" (streamed, any device), "eager" (the readable oracle, full
             tensors); "auto": "triton" where it can run, else "torch".
         workspace_bytes: The most scratch memory the call may hold beyond inputs, outputs and required gradients.
+        score_dtype: Precision of a head's logits while they rank positions, on "triton": None: the head's own; "float32";
+            "float8" (Hopper or newer): 8 bits rank all positions, and the best 2 n are ranked again by fp32 logits. What is
+            trained on comes from fp32 logits with each of them.
+        student_stats: `StudentStats` of these positions, from the rollout: scoring then reads the teacher alone. Not for
+            selectors that need the student's whole row.
         inplace_backward: Let the gradient overwrite the student's logits (backend "triton"), which spares a tensor of their
             size. Refused for a leaf, a view, logits without a gradient or shared with the teacher; a second backward raises.
         check_finite: Raise where a valid position has no finite softmax, instead of the rules below.
@@ -126,33 +137,42 @@ def selective_opd_loss(
         generator=generator,
         backend=backend,
         workspace_bytes=workspace_bytes,
+        score_dtype=score_dtype,
+        student_stats=student_stats,
         check_finite=check_finite,
         inplace_backward=inplace_backward,
     )
     if inplace_backward:
         checks.check_inplace_backward(call.student.leading, call.teacher.leading)
-    scores, stats = call.run()
-    selected = select_positions(
+    select = partial(select_positions, scope=scope, cu_seqlens=cu_seqlens)
+
+    def shortlist(scores: Tensor, stats: TokenStats) -> Tensor:
+        return select(scores, mask=stats.valid, fraction=min(1.0, SHORTLIST * fraction))
+
+    scores, stats = call.run(shortlist)
+    selected = select(
         scores,
         mask=stats.valid,
         fraction=fraction,
-        scope=scope,
-        cu_seqlens=cu_seqlens,
         keep_one_per_sequence=getattr(call.selector, "keep_one_per_sequence", False),
     )
     rows, kept = _rows_of(selected, fraction, scope, call)
-    losses = call.backend.selected_divergence(
+    if call.known is not None and not scores_selected_rows(call.backend, call.student, call.teacher):
+        rows, selected, stats = call.with_whole_rows(rows, selected, stats)
+    weights = torch.ones_like(scores.flatten()[rows]) if kept is None else kept.to(scores.dtype)
+    loss_sum, losses = call.backend.selected_loss(
         call.student,
         call.teacher,
         rows,
+        weights,
         stats.take(rows),
         divergence=call.divergence,
         workspace_bytes=workspace_bytes,
         inplace=inplace_backward,
     )
-    if kept is not None:
-        losses = torch.where(kept, losses, 0)
-    loss_sum = losses.sum()
+    if kept is None:  # what is trained on may be known to more digits than what ranked it
+        stats = stats.with_column(call.divergence.column, rows, losses)
+        selected = selected & (getattr(stats, call.divergence.column) != torch.inf)
     total = _denominator(selected, stats.valid, num_items_in_batch, denominator)
     loss = loss_sum / total.to(loss_sum.dtype) * _poison(scores, stats)
     metrics = loss_metrics(loss, loss_sum, selected, scores, stats, call.given, call.divergence)

@@ -6,21 +6,24 @@
 # Not here: selectors (selectors.py), budget and ties (selection.py), how statistics are computed (backends/).
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from opd_ops import checks
-from opd_ops.backends import Backend, check_backend, resolve_backend
+from opd_ops import checks, float8
+from opd_ops.backends import Backend, Needs, check_backend, known_student, resolve_backend
 from opd_ops.divergences import Divergence, resolve_divergence
 from opd_ops.inputs import LinearHead
+from opd_ops.rollout import StudentStats
 from opd_ops.selection import select, sequence_ids
-from opd_ops.selectors import Selector, resolve_selector
+from opd_ops.selectors import Selector, check_known_student, check_ranks_twice, resolve_selector
 from opd_ops.sources import Source
 from opd_ops.stats import OPTIONAL_COLUMNS, TokenStats
 
 DEFAULT_WORKSPACE_BYTES = 512 * 2**20
+SCORE_DTYPES = {"float32": torch.float32, "float8": float8.DTYPE}
 
 
 @dataclass(frozen=True)
@@ -30,39 +33,90 @@ class Scoring:
     student: Source
     teacher: Source
     given: Tensor | None  # bool mask of the positions' shape; None: all
+    known: StudentStats | None  # the student's statistics, from the rollout
     selector: Selector
     divergence: Divergence
     top_k: int
     backend: Backend
     workspace_bytes: int
+    score_dtype: torch.dtype | None
     check_finite: bool
 
     @property
     def shape(self) -> torch.Size:
         return self.student.leading.shape[:-1]
 
-    def run(self) -> tuple[Tensor, TokenStats]:
-        """Scores and statistics, both of the positions' shape, without a graph."""
-        with torch.no_grad():  # no decorator: torch.compile cannot trace a decorated method
-            return self._run()
+    def run(self, shortlist: Callable[[Tensor, TokenStats], Tensor] | None = None) -> tuple[Tensor, TokenStats]:
+        """Scores and statistics, both of the positions' shape, without a graph.
 
-    def _run(self) -> tuple[Tensor, TokenStats]:
-        device = self.student.leading.device
-        everything = torch.arange(self.shape.numel(), device=device)
-        # One of the two host synchronisations of a call: the list of valid rows has a length.
-        rows = everything if self.given is None else self.given.flatten().nonzero().squeeze(1)
+        `shortlist`: which positions to score again exactly, of a first ranking in 8 bits; all others then score -inf.
+        """
+        with torch.no_grad():  # no decorator: torch.compile cannot trace a decorated method
+            # One of the two host synchronisations of a call: the list of valid rows has a length.
+            everything = torch.arange(self.shape.numel(), device=self.student.leading.device)
+            rows = everything if self.given is None else self.given.flatten().nonzero().squeeze(1)
+            stats = self._stats(rows).spread(None if self.given is None else rows, self.shape)
+            if self.score_dtype == float8.DTYPE and shortlist is not None:
+                best = shortlist(self._scores(stats), stats)
+                exact = self._exactly()._stats(best.flatten().nonzero().squeeze(1))
+                stats = stats.replaced(best, exact)
+                scores = torch.where(best, self._scores(stats), -torch.inf)
+            else:
+                scores = self._scores(stats)
+            if self.check_finite:
+                self._refuse_nonfinite(stats)
+            return scores, stats
+
+    def _exactly(self) -> Scoring:
+        """The same call with fp32 logits."""
+        return replace(self, score_dtype=torch.float32)
+
+    def with_whole_rows(self, rows: Tensor, selected: Tensor, stats: TokenStats) -> tuple[Tensor, Tensor, TokenStats]:
+        """The selected rows scored again from both models, less those whose divergence turns out to be infinite.
+
+        Statistics from the rollout do not hold the divergence. One more host synchronisation.
+        """
+        with torch.no_grad():
+            exact = replace(self._exactly(), known=None)._stats(rows)
+            finite = getattr(exact, self.divergence.column) != torch.inf
+            stats = stats.replaced(selected, exact)
+            selected = selected.masked_scatter(selected, finite)
+            return rows[finite], selected, stats
+
+    def _stats(self, rows: Tensor) -> TokenStats:
+        student, teacher = self.student, self.teacher
+        if self.score_dtype == float8.DTYPE:
+            student, teacher = student if self.known else student.in_float8(), teacher.in_float8()
         needs = frozenset(getattr(self.selector, "needs", ())) & OPTIONAL_COLUMNS
-        stats = self.backend.token_stats(
-            self.student, self.teacher, rows, top_k=self.top_k, columns=needs, workspace_bytes=self.workspace_bytes
-        ).spread(None if self.given is None else rows, self.shape)
-        if self.check_finite:
-            self._refuse_nonfinite(stats)
+        if self.known is not None:
+            return known_student.token_stats(
+                self.backend,
+                student,
+                teacher,
+                rows,
+                self.known,
+                top_k=self.top_k,
+                columns=needs,
+                workspace_bytes=self.workspace_bytes,
+                score_dtype=self.score_dtype,
+            )
+        return self.backend.token_stats(
+            student,
+            teacher,
+            rows,
+            top_k=self.top_k,
+            columns=needs,
+            workspace_bytes=self.workspace_bytes,
+            score_dtype=self.score_dtype,
+        )
+
+    def _scores(self, stats: TokenStats) -> Tensor:
         scores = self.selector(stats)
         if not isinstance(scores, Tensor) or scores.shape != self.shape:
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(f"selector: returned {got}, expected a tensor of scores of shape {tuple(self.shape)}")
         trainable = stats.valid & (getattr(stats, self.divergence.column) != torch.inf)
-        return torch.where(trainable, scores.to(stats.reverse_kl.dtype), -torch.inf), stats
+        return torch.where(trainable, scores.to(stats.reverse_kl.dtype), -torch.inf)
 
     def _refuse_nonfinite(self, stats: TokenStats) -> None:
         given = torch.ones_like(stats.valid) if self.given is None else self.given
@@ -94,6 +148,8 @@ def prepare(
     generator: torch.Generator | None,
     backend: str,
     workspace_bytes: int,
+    score_dtype: str | None,
+    student_stats: StudentStats | None,
     check_finite: bool,
     inplace_backward: bool = False,
 ) -> Scoring:
@@ -104,13 +160,33 @@ def prepare(
     shape, device = sources[0].leading.shape[:-1], sources[0].leading.device
     checks.check_top_k(top_k, sources[0].transform.vocab_size)
     checks.check_integer("workspace_bytes", workspace_bytes, least=1)
+    if score_dtype is not None:
+        checks.check_choice("score_dtype", score_dtype, tuple(SCORE_DTYPES))
     checks.check_cu_seqlens(cu_seqlens, shape)
     ids = sequence_ids(shape, cu_seqlens, device).view(shape)
     valid = checks.valid_positions(shape, device, mask, labels, shift_labels, ignore_index, None if cu_seqlens is None else ids)
     checks.check_generator(generator)
-    found_backend = resolve_backend(backend, *sources, divergence=found_divergence, top_k=top_k, inplace=inplace_backward)
+    found_dtype = None if score_dtype is None else SCORE_DTYPES[score_dtype]
+    needs = Needs(divergence=found_divergence, top_k=top_k, inplace=inplace_backward, float8=found_dtype == float8.DTYPE)
+    found_backend = resolve_backend(backend, *sources, needs)
     found_selector = resolve_selector(selector, generator=generator, sequence_ids=ids)
-    return Scoring(*sources, valid, found_selector, found_divergence, top_k, found_backend, workspace_bytes, bool(check_finite))
+    if found_dtype == float8.DTYPE:
+        check_ranks_twice(found_selector)
+    if student_stats is not None:
+        checks.check_student_stats(student_stats, sources[0], top_k)
+        check_known_student(found_selector)
+    return Scoring(
+        *sources,
+        given=valid,
+        known=student_stats,
+        selector=found_selector,
+        divergence=found_divergence,
+        top_k=top_k,
+        backend=found_backend,
+        workspace_bytes=workspace_bytes,
+        score_dtype=found_dtype,
+        check_finite=bool(check_finite),
+    )
 
 
 def score_positions(
@@ -128,12 +204,15 @@ def score_positions(
     generator: torch.Generator | None = None,
     backend: str = "auto",
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    score_dtype: str | None = None,
+    student_stats: StudentStats | None = None,
     check_finite: bool = False,
 ) -> tuple[Tensor, TokenStats]:
     """How much each position is worth training on, without a graph: the first half of `selective_opd_loss`.
 
     Arguments are those of `selective_opd_loss`. `divergence` is the loss that will be applied: a position where it is
-    infinite scores -inf, so that it is never selected; `stats` keep the true value.
+    infinite scores -inf, so that it is never selected; `stats` keep the true value. With `score_dtype="float8"` all scores are
+    those of the first ranking, in 8 bits; `selective_opd_loss` scores its shortlist again.
 
     Returns: `scores` (...) fp32, -inf where not valid; `stats`, `TokenStats` of the same shape.
     """
@@ -151,6 +230,8 @@ def score_positions(
         generator=generator,
         backend=backend,
         workspace_bytes=workspace_bytes,
+        score_dtype=score_dtype,
+        student_stats=student_stats,
         check_finite=check_finite,
     ).run()
 

@@ -252,3 +252,29 @@ def resolve_selector(selector: str | Selector, *, generator: torch.Generator | N
     if isinstance(selector, Prefix) and selector.sequence_ids is None:
         return replace(selector, sequence_ids=sequence_ids)
     return selector
+
+
+WHOLE_ROW = (divergence_reverse_kl, tip, overconfident)  # need a KL over the vocabulary, or below, the JSD
+
+
+def check_known_student(selector: Selector) -> None:
+    """Refuse a selector that needs the student's whole row where only its rollout statistics are known."""
+    if selector in WHOLE_ROW or isinstance(selector, Multinomial):
+        fits = ", ".join(name for name, x in SELECTORS.items() if x not in WHOLE_ROW and not isinstance(x, Multinomial))
+        raise ValueError(
+            f"selector: got {_name(selector)!r}, which needs the student's whole row, but with student_stats only its "
+            f"log-sum-exp, entropy and top-K are known; expected one of: {fits}; or pass no student_stats"
+        )
+
+
+def check_ranks_twice(selector: Selector) -> None:
+    """Refuse a selector that draws where positions are ranked twice: the second draw would be another one."""
+    if isinstance(selector, (Multinomial, Random)):
+        raise ValueError(
+            f"selector: got {_name(selector)!r}, which draws at random, but score_dtype='float8' ranks twice; "
+            "pass score_dtype=None"
+        )
+
+
+def _name(selector: Selector) -> str:
+    return next((name for name, x in SELECTORS.items() if x is selector or (type(x) is type(selector) is not type(tip))), "")

@@ -6,12 +6,14 @@
 # Not here: what is computed from the logits (backends/), the checks on the arguments (checks.py).
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from opd_ops.float8 import Float8Rows
 from opd_ops.inputs import LinearHead
 
 
@@ -33,13 +35,27 @@ class Source(NamedTuple):
     leading: Tensor  # dense logits (..., V') or hidden states (..., D): its leading dimensions are the positions
     weight: Tensor | None = None  # (V', D)
     bias: Tensor | None = None  # (V',)
+    float8: Float8Rows | None = None  # the weight in 8 bits, read only by a score pass in 8 bits
 
     @staticmethod
     def of(side: Tensor | LinearHead, vocab_size: int, temperature: float) -> Source:
         if isinstance(side, LinearHead):
             transform = Transform(True, vocab_size, temperature, float(side.scale), side.softcap)
-            return Source(transform, side.hidden, side.weight, side.bias)
+            return Source(transform, side.hidden, side.weight, side.bias, side.float8)
         return Source(Transform(False, vocab_size, temperature), side)
+
+    @staticmethod
+    def made(transform: Transform, tensors: Sequence[Tensor]) -> Source:
+        """The source whose `tensors` these are."""
+        leading, weight, bias = (*tensors, None, None)[:3]
+        assert leading is not None
+        return Source(transform, leading, weight, bias)
+
+    def in_float8(self) -> Source:
+        """The same with its head's weight in 8 bits, made now unless the caller keeps it; dense logits stay as they are."""
+        if self.weight is None or self.float8 is not None:
+            return self
+        return self._replace(float8=Float8Rows.of(self.weight))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -47,7 +63,7 @@ class Source(NamedTuple):
 
     def detach(self) -> Source:
         """The same logits, cut off from the graph."""
-        return Source(self.transform, *(t.detach() for t in self.tensors))
+        return Source.made(self.transform, [t.detach() for t in self.tensors])._replace(float8=self.float8)
 
 
 def compute_dtype(*sources: Source) -> torch.dtype:

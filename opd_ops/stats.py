@@ -19,7 +19,8 @@ OPTIONAL_COLUMNS = frozenset({"jsd", "released_kl"})
 class TokenStats(NamedTuple):
     """Per-position statistics, each of the mask's shape; fp32 (fp64 for fp64 inputs), 0 where not valid.
 
-    `jsd` and `released_kl` cost extra work and are None unless the selector asks for them.
+    `jsd` and `released_kl` cost extra work and are None unless the selector asks for them. With `student_stats` the columns
+    that take the student's whole row, `reverse_kl` and `forward_kl`, are NaN where that was not read.
     """
 
     valid: Tensor  # bool: mask non-zero and the teacher's logits finite enough to have a softmax
@@ -52,6 +53,28 @@ class TokenStats(NamedTuple):
 
         return self._map(place)
 
+    def with_column(self, name: str, rows: Tensor, values: Tensor) -> TokenStats:
+        """These columns, but for one of them at `rows` of the flattened positions."""
+        column = getattr(self, name)
+        return self._replace(**{name: column.flatten().index_copy(0, rows, values.to(column.dtype)).view(column.shape)})
+
+    def replaced(self, where: Tensor, columns: TokenStats) -> TokenStats:
+        """These columns, but at the positions of the bool `where`, in order, those of `columns`."""
+        found = {}
+        for name, column in self._asdict().items():
+            if column is not None:
+                found[name] = column.masked_scatter(where, getattr(columns, name))
+        return TokenStats(**found)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> TokenStats:
         columns = self._asdict().items()
         return TokenStats(**{name: function(column) for name, column in columns if column is not None})
+
+
+class OwnStats(NamedTuple):
+    """One model's statistics at some positions, from its logits alone."""
+
+    logsumexp: Tensor  # (n,)
+    entropy: Tensor  # (n,)
+    ids: Tensor  # (n, K) top-K in order
+    logits: Tensor  # (n, K) of these ids

@@ -3,6 +3,7 @@
 # interpreter, on the CPU.
 #
 # Not here: inputs (cases.py), comparisons (tolerances.py), kernels compiled for a GPU (benchmarks/gpu.py).
+import gc
 import os
 
 import hypothesis
@@ -15,7 +16,19 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
-from tests import interpreter  # noqa: E402, F401
+from tests import interpreter  # noqa: E402
+
+
+@pytest.fixture
+def prompt_launches(monkeypatch):
+    """The interpreter leaves a launch's tensors in a reference cycle: for tests that count live bytes, collect it at once."""
+    launch = interpreter.interpreter.GridExecutor.__call__
+
+    def launch_and_collect(self, *args, **kwargs):
+        launch(self, *args, **kwargs)
+        gc.collect()
+
+    monkeypatch.setattr(interpreter.interpreter.GridExecutor, "__call__", launch_and_collect)
 
 
 @pytest.fixture

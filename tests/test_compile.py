@@ -17,7 +17,7 @@ from tests.cases import leaf, logit_pair
 
 OPTIONS = 2**20, 130, 0.7  # workspace_bytes, vocab_size, temperature
 OPERATORS = {
-    "token_columns": lambda s, t, rows: (s, t, rows, 8, True, *OPTIONS),
+    "token_columns": lambda s, t, rows: (s, t, rows, 8, "jsd,released_kl", *OPTIONS),
     "divergence_gradient": lambda s, t, rows: (s, t, rows, torch.ones(2), "reverse_kl", *OPTIONS),
     "selected_losses": lambda s, t, rows: (leaf(s), t, rows, torch.ones(2), "forward_kl", *OPTIONS),
 }

@@ -12,12 +12,12 @@ import sys
 import pytest
 import torch
 
-from opd_ops import Divergence, backends, score_positions, selective_opd_loss
-from opd_ops.backends import resolve_backend, streamed
+from opd_ops import Divergence, LinearHead, backends, score_positions, selective_opd_loss
+from opd_ops.backends import Needs, resolve_backend, streamed
 from opd_ops.backends import triton as triton_backend
 from opd_ops.divergences import ReverseKL
 from opd_ops.sources import Source
-from tests.cases import head_pair, leaf, logit_pair
+from tests.cases import head_pair, leaf, logit_pair, to_double
 from tests.meters import saved_bytes
 from tests.test_eager import _Everything
 from tests.tolerances import assert_gradient, assert_stats, relative_error, small_kl_bound
@@ -267,7 +267,7 @@ def test_inplace_backward_rejects_logits_that_others_may_read():
     with torch.no_grad():
         assert selective_opd_loss(student, teacher, **options).loss > 0
     for backend in ("torch", "eager"):
-        with pytest.raises(ValueError, match=f"only backend='triton' has; this call uses '{backend}'"):
+        with pytest.raises(ValueError, match=f"only backend='triton' has, for dense logits; this call uses '{backend}'"):
             selective_opd_loss(made, teacher, backend=backend, inplace_backward=True)
     with pytest.raises(ValueError, match=r"this call uses 'torch' \(the device is cpu\)"):
         selective_opd_loss(made, teacher, inplace_backward=True)
@@ -284,9 +284,15 @@ class _Other(Divergence):
 
 
 LOGITS = torch.zeros(4, 3, 20)
+MIXED = LinearHead(torch.zeros(4, 3, 8), torch.zeros(20, 8, dtype=torch.bfloat16))
 REFUSED = [
-    (head_pair((4, 3), 20)[0], LOGITS, {}, "student is a LinearHead, which runs on backend='torch'"),
-    (LOGITS, head_pair((4, 3), 20)[1], {}, "teacher is a LinearHead"),
+    (
+        MIXED,
+        LOGITS,
+        {},
+        r"student has hidden states of torch\.float32 and a weight of torch\.bfloat16, expected one dtype; pass hidden\.to",
+    ),
+    (LOGITS, to_double(head_pair((4, 3), 20)[1]), {}, r"teacher has dtype torch\.float64"),
     (
         LOGITS.double(),
         LOGITS,
@@ -330,12 +336,12 @@ def test_auto_takes_triton_on_a_gpu_where_it_can_run_and_says_so(monkeypatch, ca
         caplog.clear()
         with caplog.at_level(logging.DEBUG, "opd_ops"):
             sources = Source.of(student, 20, 1.0), Source.of(teacher, 20, 1.0)
-            return resolve_backend("auto", *sources, divergence=ReverseKL(), top_k=16)
+            return resolve_backend("auto", *sources, Needs(ReverseKL(), top_k=16))
 
     assert chosen(LOGITS, LOGITS) is streamed
     assert "using 'torch' (the device is cpu)" in caplog.text
     monkeypatch.setattr(backends, "DEVICES", ("cpu",))
     assert chosen(LOGITS, LOGITS) is triton_backend
-    assert "using 'triton' (dense logits on cpu)" in caplog.text
+    assert "using 'triton' (the device is cpu)" in caplog.text
     assert chosen(LOGITS.double(), LOGITS) is streamed
     assert "using 'torch' (student has dtype torch.float64" in caplog.text

@@ -1,21 +1,22 @@
 # The interface that every backend implements, and which one a call uses.
 #
 # A backend is a module with the two functions of `Backend`; all policy (checks, selection, reduction) is outside it.
-# Not here: the backends themselves: eager.py (the specification), streamed.py (any device), triton.py (dense logits on GPUs).
+# Not here: the backends themselves: eager.py (the specification), streamed.py (any device), triton.py (GPUs).
 from __future__ import annotations
 
 import logging
 import os
 from importlib import import_module
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from opd_ops import float8
 from opd_ops.backends import eager, streamed
 from opd_ops.divergences import Divergence
 from opd_ops.sources import Source
-from opd_ops.stats import TokenStats
+from opd_ops.stats import OwnStats, TokenStats
 
 _log = logging.getLogger("opd_ops")
 
@@ -24,22 +25,39 @@ class Backend(Protocol):
     """What a backend does with rows (int64 numbers of flattened positions) of two sources."""
 
     def token_stats(
-        self, student: Source, teacher: Source, rows: Tensor, *, top_k: int, columns: frozenset[str], workspace_bytes: int
-    ) -> TokenStats:
-        """(n,) columns for the rows, without a graph; optional columns only if named in `columns`."""
-
-    def selected_divergence(
         self,
         student: Source,
         teacher: Source,
         rows: Tensor,
+        *,
+        top_k: int,
+        columns: frozenset[str],
+        workspace_bytes: int,
+        score_dtype: torch.dtype | None,
+    ) -> TokenStats:
+        """(n,) columns for the rows, without a graph; optional columns only if named in `columns`.
+
+        `score_dtype`: of a head's logits, where a backend would otherwise keep them in the head's own 16 bits.
+        """
+
+    def own_stats(
+        self, source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int, score_dtype: torch.dtype | None
+    ) -> OwnStats:
+        """One model's statistics at the rows, without a graph."""
+
+    def selected_loss(
+        self,
+        student: Source,
+        teacher: Source,
+        rows: Tensor,
+        weights: Tensor,
         stats: TokenStats,
         *,
         divergence: Divergence,
         workspace_bytes: int,
         inplace: bool,
-    ) -> Tensor:
-        """(M,) divergence at the rows, differentiable in the student's tensors; `stats` are those rows' own.
+    ) -> tuple[Tensor, Tensor]:
+        """sum weights l over the rows, differentiable in the student's tensors, and l, (M,); `stats` are those rows' own.
 
         `inplace`: the gradient overwrites the student's logits; True reaches only the backends of `INPLACE`.
         """
@@ -57,25 +75,41 @@ def check_backend(name: str) -> None:
         raise ValueError(f"backend: got {name!r}, expected one of: {', '.join(KNOWN)}")
 
 
-def resolve_backend(
-    name: str, student: Source, teacher: Source, *, divergence: Divergence, top_k: int, inplace: bool = False
-) -> Backend:
+class Needs(NamedTuple):
+    """What a call asks of its backend beside its sources."""
+
+    divergence: Divergence
+    top_k: int
+    inplace: bool = False
+    float8: bool = False
+
+
+def resolve_backend(name: str, student: Source, teacher: Source, needs: Needs) -> Backend:
     """The backend of that name. One chosen by name that cannot run raises; there is no silent fallback.
 
-    "auto" is "triton" where that can run on a GPU (dense logits on both sides, see triton.py's `refusal`), else "torch".
+    "auto" is "triton" where that can run on a GPU (see triton.py's `refusal`), else "torch".
     """
     check_backend(name)
     device = student.leading.device.type
     chosen, because = name, "chosen by name"
     if name == "triton" or (name == "auto" and device in DEVICES):
-        reason = _without_triton(device) or _triton_refusal(student, teacher, divergence, top_k)
+        reason = _without_triton(device) or _triton_refusal(student, teacher, needs)
         if reason and name == "triton":
             raise ValueError(f"backend: got 'triton', but {reason}")
-        chosen, because = ("torch", reason) if reason else ("triton", f"dense logits on {device}")
+        chosen, because = ("torch", reason) if reason else ("triton", f"the device is {device}")
     elif name == "auto":
         chosen, because = "torch", f"the device is {device}"
-    if inplace and chosen not in INPLACE:
-        raise ValueError(f"inplace_backward: got True, which only backend='triton' has; this call uses {chosen!r} ({because})")
+    if needs.inplace and (chosen not in INPLACE or student.transform.is_head or teacher.transform.is_head):
+        raise ValueError(
+            "inplace_backward: got True, which only backend='triton' has, for dense logits; "
+            f"this call uses {chosen!r} ({because})"
+        )
+    if needs.float8:
+        reason = (
+            because if chosen != "triton" else float8.refusal(*(x.weight for x in (student, teacher) if x.weight is not None))
+        )
+        if reason is not None:
+            raise ValueError(f"score_dtype: got 'float8', which needs backend='triton' on Hopper or newer, but {reason}")
     if not torch.compiler.is_compiling():  # a traced call cannot log
         _log.debug("backend %r: using %r (%s)", name, chosen, because)
     if chosen == "triton":
@@ -90,10 +124,16 @@ def drops_weightless_rows(backend: Backend) -> bool:
     return not any(backend is other for other in _BACKENDS.values())
 
 
-def _triton_refusal(student: Source, teacher: Source, divergence: Divergence, top_k: int) -> str | None:
+def scores_selected_rows(backend: Backend, student: Source, teacher: Source) -> bool:
+    """Whether `selected_loss` finds the rows' statistics itself, and needs none that are known of them."""
+    has_head = student.transform.is_head or teacher.transform.is_head
+    return has_head and not any(backend is other for other in _BACKENDS.values())
+
+
+def _triton_refusal(student: Source, teacher: Source, needs: Needs) -> str | None:
     from opd_ops.backends import triton  # importing opd_ops needs torch alone
 
-    return triton.refusal(student, teacher, divergence=divergence, top_k=top_k)
+    return triton.refusal(student, teacher, divergence=needs.divergence, top_k=needs.top_k)
 
 
 # A property of the machine: looked up while tracing.

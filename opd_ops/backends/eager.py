@@ -13,9 +13,9 @@ import math
 import torch
 from torch import Tensor
 
-from opd_ops.divergences import Divergence
+from opd_ops.divergences import Divergence, weighted_sum
 from opd_ops.sources import Source, compute_dtype, take_rows
-from opd_ops.stats import TokenStats
+from opd_ops.stats import OwnStats, TokenStats
 
 RELEASED_FLOOR = 1e-12  # what the released TA code puts for an id missing from a list
 
@@ -97,9 +97,16 @@ def released_kl(s: Tensor, u: Tensor, in_s: Tensor, in_t: Tensor) -> Tensor:
 
 @torch.no_grad()
 def token_stats(
-    student: Source, teacher: Source, rows: Tensor, *, top_k: int, columns: frozenset[str], workspace_bytes: int
+    student: Source,
+    teacher: Source,
+    rows: Tensor,
+    *,
+    top_k: int,
+    columns: frozenset[str],
+    workspace_bytes: int,
+    score_dtype: torch.dtype | None,
 ) -> TokenStats:
-    """All statistics of the given positions, (n,) each. `workspace_bytes` is not honoured: this is the oracle."""
+    """All statistics of the given positions, (n,) each. This is the oracle: `workspace_bytes`, `score_dtype` change nothing."""
     dtype = compute_dtype(student, teacher)
     s, u = logits(student, rows, dtype), logits(teacher, rows, dtype)
     q = torch.softmax(u, dim=-1)
@@ -124,21 +131,31 @@ def token_stats(
     )
 
 
+@torch.no_grad()
+def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int, score_dtype: torch.dtype | None) -> OwnStats:
+    """One model's statistics at the rows, from its logits alone."""
+    x = logits(source, rows, compute_dtype(source))
+    ids = top_k_ids(x, top_k)
+    return OwnStats(torch.logsumexp(x, -1), entropy(x), ids, x.gather(1, ids))
+
+
 DIVERGENCES = {"reverse_kl": reverse_kl, "forward_kl": forward_kl}
 
 
-def selected_divergence(
+def selected_loss(
     student: Source,
     teacher: Source,
     rows: Tensor,
+    weights: Tensor,
     stats: TokenStats,
     *,
     divergence: Divergence,
     workspace_bytes: int,
     inplace: bool,
-) -> Tensor:
-    """(M,) the divergence at the selected positions, connected to the student by autograd itself."""
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of the divergence over the positions, connected to the student by autograd itself, and its terms."""
     assert not inplace
     dtype = compute_dtype(student, teacher)
     s, u = logits(student, rows, dtype), logits(teacher.detach(), rows, dtype)
-    return DIVERGENCES[divergence.name](s, u)
+    losses = DIVERGENCES[divergence.name](s, u)
+    return weighted_sum(losses, weights), losses.detach()

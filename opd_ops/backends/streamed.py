@@ -24,9 +24,9 @@ from opd_ops.backends.running import RunningSums, block_sums, row_jsd
 from opd_ops.backends.supports import support_columns
 from opd_ops.backends.tiling import ScoreGrid, gradient_grid, score_grid
 from opd_ops.backends.top_k import TopK, extended
-from opd_ops.divergences import Divergence
+from opd_ops.divergences import Divergence, weighted_sum
 from opd_ops.sources import Source, Transform, compute_dtype, finish_logits, logit_slope, put_rows, take_rows
-from opd_ops.stats import OPTIONAL_COLUMNS, TokenStats
+from opd_ops.stats import OPTIONAL_COLUMNS, OwnStats, TokenStats
 
 
 class _Rows:
@@ -71,9 +71,16 @@ def _slices(within: slice, size: int) -> Iterator[slice]:
 
 @torch.no_grad()
 def token_stats(
-    student: Source, teacher: Source, rows: Tensor, *, top_k: int, columns: frozenset[str], workspace_bytes: int
+    student: Source,
+    teacher: Source,
+    rows: Tensor,
+    *,
+    top_k: int,
+    columns: frozenset[str],
+    workspace_bytes: int,
+    score_dtype: torch.dtype | None,
 ) -> TokenStats:
-    """All statistics of the given positions, (n,) each, from one sweep of both heads."""
+    """All statistics of the given positions, (n,) each, from one sweep of both heads; always in the compute dtype."""
     dtype = compute_dtype(student, teacher)
     grid = score_grid(student, teacher, len(rows), top_k=top_k, whole_rows="jsd" in columns, workspace_bytes=workspace_bytes)
     size = grid.rows * grid.columns
@@ -86,6 +93,33 @@ def token_stats(
             for name, column in _tile_stats(sides[0], sides[1], grid, top_k, columns, buffers, scratch).items():
                 out[name][part] = column
     return TokenStats(valid=torch.isfinite(out["teacher_logsumexp"]), **out)
+
+
+@torch.no_grad()
+def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int, score_dtype: torch.dtype | None) -> OwnStats:
+    """One model's statistics at the rows, from one sweep of its head."""
+    dtype = compute_dtype(source)
+    grid = score_grid(source, source, len(rows), top_k=top_k, whole_rows=False, workspace_bytes=workspace_bytes)
+    buffer = pages.empty((grid.rows * grid.columns,), dtype, rows.device)
+    scratch = torch.empty(3 * grid.chunk * grid.columns, dtype=dtype, device=rows.device)
+    found = []
+    with torch.autocast(rows.device.type, enabled=False):
+        for part in _slices(slice(0, len(rows)), grid.rows):
+            side = _Rows(source.detach(), rows[part], dtype, grid.cast_columns)
+            everyone, sums = slice(0, len(side.rows)), RunningSums(len(side.rows), rows.device)
+            best: TopK | None = None
+            for block in _slices(slice(0, source.transform.vocab_size), grid.columns):
+                u = side.read(everyone, block, buffer)
+                best = extended(best, u, u, top_k, block.start, grid.candidates)
+                top = best.own[:, 0]
+                sums.add(block_sums(u, u, top, top, top, scratch))  # as both models: its price is that of two
+            assert best is not None
+            columns = sums.columns()
+            found.append(OwnStats(columns["teacher_logsumexp"], columns["teacher_entropy"], best.ids, best.own))
+    if not found:
+        none = torch.empty(0, dtype=dtype, device=rows.device)
+        return OwnStats(none, none, rows.new_empty(0, top_k), none.view(0, 1).expand(0, top_k))
+    return OwnStats(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
 def _computed(columns: frozenset[str]) -> list[str]:
@@ -152,7 +186,7 @@ class _SelectedDivergence(torch.autograd.Function):
         plan: _Plan = ctx.plan
         rows, losses, lse, gap, *tensors = ctx.saved_tensors
         split = plan.n_student
-        student, teacher = Source(plan.student, *tensors[:split]), Source(plan.teacher, *tensors[split:])
+        student, teacher = Source.made(plan.student, tensors[:split]), Source.made(plan.teacher, tensors[split:])
         needs = ctx.needs_input_grad[5 : 5 + split]
         selected = _Selected(student, teacher, rows, losses, lse, gap, dlosses, plan)
         with torch.autocast(rows.device.type, enabled=False):
@@ -260,23 +294,25 @@ def _add_product(total: Tensor, dlogits: Tensor, w: Tensor) -> Tensor:
     return torch.addmm(total, dlogits, w, out=total)
 
 
-def selected_divergence(
+def selected_loss(
     student: Source,
     teacher: Source,
     rows: Tensor,
+    weights: Tensor,
     stats: TokenStats,
     *,
     divergence: Divergence,
     workspace_bytes: int,
     inplace: bool,
-) -> Tensor:
-    """(M,) the divergence at the selected positions, connected to the student's tensors.
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of the divergence over the selected positions, connected to the student's tensors, and its (M,) terms.
 
     `stats` are the selected positions' own, as `token_stats` computed them from the same tensors.
     """
     assert not inplace
     teacher = teacher.detach()
     plan = _Plan(student.transform, teacher.transform, len(student.tensors), divergence, workspace_bytes)
-    constants = getattr(stats, divergence.column), stats.student_logsumexp, stats.logsumexp_gap
-    losses: Tensor = _SelectedDivergence.apply(plan, rows, *constants, *student.tensors, *teacher.tensors)
-    return losses
+    losses = getattr(stats, divergence.column)
+    constants = losses, stats.student_logsumexp, stats.logsumexp_gap
+    connected: Tensor = _SelectedDivergence.apply(plan, rows, *constants, *student.tensors, *teacher.tensors)
+    return weighted_sum(connected, weights), losses

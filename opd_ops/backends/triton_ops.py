@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from opd_ops.backends import triton
+from opd_ops.backends.launches import column_names
 from opd_ops.backends.table import Layout
 
 token_columns = torch.library.custom_op("opd_ops::token_columns", triton.launch_columns, mutates_args=())
 
 
 @token_columns.register_fake
-def _(student: Tensor, teacher: Tensor, rows: Tensor, top_k: int, released: bool, *_: Any) -> Tensor:
-    return torch.empty((len(triton.column_names(released)), rows.shape[0]), device=rows.device)
+def _(student: Tensor, teacher: Tensor, rows: Tensor, top_k: int, optional: str, *_: Any) -> Tensor:
+    names = column_names(frozenset(filter(None, optional.split(","))))
+    return torch.empty((len(names), rows.shape[0]), device=rows.device)
 
 
 @torch.library.custom_op("opd_ops::divergence_gradient", mutates_args=())

@@ -1,0 +1,124 @@
+# What every launch of the kernels from here shares: options, scratch per row, the columns of TokenStats from two tables.
+#
+#   A table is (N, V) stored logits of one model, unit stride along V; what a stored number stands for is in the options.
+#
+# Launches are cut into parts of rows so that scratch fits `workspace_bytes`.
+# Not here: dense logits as tables (triton.py, table.py), tiles of a head's logits (triton_heads.py), kernels (opd_kernels).
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from opd_kernels.forward_kl import forward_kl_grad
+from opd_kernels.reverse_kl import reverse_kl_grad
+from opd_kernels.score import GROUP, Score, score_fwd
+from opd_kernels.support import SUPPORT_COLUMNS, Support, support_fwd
+from torch import Tensor
+
+from opd_ops.backends.running import row_jsd
+from opd_ops.backends.supports import support_columns
+from opd_ops.backends.tiling import PAIR_BYTES, UNION_BYTES
+from opd_ops.backends.top_k import TopK
+from opd_ops.sources import Transform, finish_logits
+
+GRADIENTS: dict[str, Callable[..., Tensor]] = {"reverse_kl": reverse_kl_grad, "forward_kl": forward_kl_grad}
+SCORE_COLUMNS = (
+    "student_entropy",
+    "teacher_entropy",
+    "reverse_kl",
+    "forward_kl",
+    "student_logsumexp",
+    "teacher_logsumexp",
+    "logsumexp_gap",
+)
+JSD_BUFFERS = 10  # fp32 rows of V alive at once in row_jsd
+LIST_BYTES = 40  # per row and K: both lists' ids, logits and places
+ROW_BYTES = 3072  # per row: columns, and the sums of a row split into 64 parts
+
+
+def launch_options(student: Transform, teacher: Transform) -> dict[str, Any]:
+    """The keywords that every launcher takes."""
+    return {
+        "vocab_size": student.vocab_size,
+        "temperature": student.temperature,
+        "s_scale": student.scale,
+        "t_scale": teacher.scale,
+        "s_softcap": student.softcap,
+        "t_softcap": teacher.softcap,
+    }
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Launches go to the current device, which need not be that of the tensors."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
+def parts(n: int, bytes_per_row: int, workspace_bytes: int) -> Iterator[slice]:
+    size = max(1, workspace_bytes // bytes_per_row)
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
+def score_bytes(vocab_size: int, top_k: int = 0) -> int:
+    """Scratch per row of a score launch: group maxima of both models in fp32 at most, lists, columns."""
+    return -(-vocab_size // int(GROUP)) * 8 + LIST_BYTES * top_k + ROW_BYTES
+
+
+def column_names(columns: frozenset[str]) -> tuple[str, ...]:
+    """The columns of TokenStats that are computed, in order; `columns` are the optional ones wanted."""
+    return (*SCORE_COLUMNS, *SUPPORT_COLUMNS, *sorted(columns))
+
+
+def write_columns(
+    out: Tensor,
+    tables: tuple[Tensor, Tensor],
+    rows: Tensor | None,
+    transforms: tuple[Transform, Transform],
+    *,
+    columns: frozenset[str],
+    top_k: int,
+    workspace_bytes: int,
+) -> None:
+    """Fill `out`, (columns, n) in the order of `column_names`, with the statistics of the tables' rows (None: all, in order).
+
+    `workspace_bytes` bounds the scratch of the optional columns, which comes on top of `score_bytes` a row.
+    """
+    options = launch_options(*transforms)
+    score = score_fwd(*tables, rows, **options)
+    lists = support_fwd(*tables, rows, score, top_k=top_k, **options)
+    for name, column in zip(column_names(columns), out, strict=True):
+        if name == "released_kl":
+            column.copy_(_released_kl(lists, score, workspace_bytes))
+        elif name == "jsd":
+            column.copy_(_jsd(tables, rows, transforms, workspace_bytes))
+        else:
+            column.copy_(getattr(score if name in SCORE_COLUMNS else lists, name))
+
+
+def _released_kl(lists: Support, score: Score, workspace_bytes: int) -> Tensor:
+    """From the kernels' lists; pairs of their ids are compared, hence parts."""
+    n, _, k = lists.ids.shape
+    s_at_s, t_at_s, s_at_t, t_at_t = lists.logits.unbind(1)
+    found = TopK(lists.s_ids, s_at_s, t_at_s), TopK(lists.t_ids, t_at_t, s_at_t)
+    lse = score.student_logsumexp.double(), score.teacher_logsumexp.double()
+    out = torch.empty(n, device=lists.ids.device)
+    for part in parts(n, UNION_BYTES * k + PAIR_BYTES * k**2, workspace_bytes):
+        both = found[0].rows(part), found[1].rows(part)
+        out[part] = support_columns(*both, lse[0][part], lse[1][part], frozenset({"released_kl"}))["released_kl"]
+    return out
+
+
+def _jsd(
+    tables: tuple[Tensor, Tensor], rows: Tensor | None, transforms: tuple[Transform, Transform], workspace_bytes: int
+) -> Tensor:
+    """In torch, on some whole rows at a time: only a sampling selector asks for it."""
+    vocab = transforms[0].vocab_size
+    out = torch.empty(len(tables[0]) if rows is None else len(rows), device=tables[0].device)
+    for part in parts(len(out), JSD_BUFFERS * 4 * vocab, workspace_bytes):
+        taken = (table[part] if rows is None else table[rows[part]] for table in tables)
+        copies = (x[:, :vocab].to(torch.float32, copy=True) for x in taken)
+        s, u = (finish_logits(x, transform) for x, transform in zip(copies, transforms, strict=True))
+        out[part] = row_jsd(s, u).float()
+    return out

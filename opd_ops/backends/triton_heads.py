@@ -1,0 +1,318 @@
+# The Triton backend where a model is a LinearHead: logits a tile at a time, bounded by the vendor's matmul.
+#
+#   score      tiles of rows x whole vocabulary: matmul into a reused buffer, score and support kernels on it     2 units
+#   selected   the chosen rows again with fp32 logits (2 rho), the gradient kernel on them, then dH and dW (2 rho)
+#   (one unit = 2 N V D FLOP; statistics and gradients are those of stats.py and divergences.py)
+#
+# A 16-bit head's score tile holds 16-bit logits, which rank positions. What is trained on, and the loss that is reported, comes
+# from fp32 logits of the selected rows: 16 bits there would put several per cent of error into the gradient.
+# The gradient is computed in the forward, next to the loss, because both need these logits: a backward that recomputed them
+# would pay 2 rho more. Rows are weighted by at most 1 and the sum is scaled in the backward, so that fp16 gradients keep their
+# digits. A second backward computes them again.
+# Memory: groups of rows. The 16-bit logit gradients of all groups are kept for one weight gradient, rounded once, if they fit
+# half of the workspace; if not, the weight gradient takes a second look at the logits (2 rho), by blocks of the vocabulary.
+# Deterministic: no atomics, sums in a fixed order. No host synchronisation.
+#
+# Not here: the kernels (opd_kernels), dense logits on both sides (triton.py), fp32 heads on any device (streamed.py).
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from opd_kernels.score import COLUMNS, score_fwd
+from opd_kernels.support import support_fwd
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from opd_ops import float8
+from opd_ops.backends.launches import GRADIENTS, column_names, launch_options, on_device, score_bytes, write_columns
+from opd_ops.backends.matmul import fp32_product, head_product
+from opd_ops.divergences import weighted_sum
+from opd_ops.float8 import Float8Rows
+from opd_ops.sources import Source, Transform, put_rows, take_rows
+from opd_ops.stats import OwnStats
+
+ALIGNED = 64  # elements: rows of a buffer begin at whole 128-byte lines, so that kernels load 128 bits at a time
+MATMUL_ROWS = 128  # rows of the vendor's own tile: a multiple of it wastes none
+
+
+class _Side:
+    """Some positions of one model, whose stored logits are copied or computed into a buffer."""
+
+    def __init__(self, source: Source, rows: Tensor, cast_bytes: int, score_dtype: torch.dtype | None = None) -> None:
+        self.source, self.rows, self.cast_bytes = source, rows, cast_bytes
+        self.in_float8 = source.transform.is_head and score_dtype == float8.DTYPE
+        self.tile_dtype = source.leading.dtype
+        if source.transform.is_head and score_dtype is not None:
+            self.tile_dtype = torch.bfloat16 if self.in_float8 else score_dtype
+
+    def hidden(self, part: slice) -> Tensor:
+        return take_rows(self.source.leading, self.rows[part])
+
+    def read(self, part: slice, columns: slice, out: Tensor) -> Tensor:
+        """Stored logits (n, B) of a part of the rows, in `out`."""
+        leading, weight, bias = self.source.leading, self.source.weight, self.source.bias
+        if weight is None:
+            return out.copy_(take_rows(leading[..., columns], self.rows[part]))
+        of_bias = None if bias is None else bias[columns]
+        return head_product(self.hidden(part), weight[columns], of_bias, out, cast_bytes=self.cast_bytes)
+
+    def tile(self, part: slice, out: Tensor) -> Tensor:
+        """Stored logits (n, V) of a part of the rows, as positions are ranked by them, in `out` of `_buffer`."""
+        vocab = self.source.transform.vocab_size
+        if not self.in_float8:
+            return self.read(part, slice(0, vocab), out[:, :vocab])
+        assert self.source.float8 is not None
+        values, scales = (x[: out.shape[1]] for x in self.source.float8)
+        float8.product(Float8Rows.of(self.hidden(part)), Float8Rows(values, scales), out)
+        return out[:, :vocab] if self.source.bias is None else out[:, :vocab].add_(self.source.bias[:vocab])
+
+    def row_bytes(self) -> int:
+        """What `read` holds per row beside `out`: the row itself, and widened where the device cannot widen sums."""
+        return self.source.leading.shape[-1] * (self.source.leading.element_size() + (12 if self.in_float8 else 4))
+
+
+def _padded(vocab_size: int) -> int:
+    return -(-vocab_size // ALIGNED) * ALIGNED
+
+
+def _buffer(rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(rows, V or a little more), so that every row is aligned."""
+    return torch.empty((rows, _padded(vocab_size)), dtype=dtype, device=device)
+
+
+def _groups(n: int, bytes_per_row: int, workspace_bytes: int) -> tuple[int, Iterator[slice]]:
+    """How many rows at a time, and the slices."""
+    size = max(1, min(n, workspace_bytes // bytes_per_row))
+    if MATMUL_ROWS < size < n:
+        size -= size % MATMUL_ROWS
+    return size, (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+def launch_columns(
+    student: Source,
+    teacher: Source,
+    rows: Tensor,
+    top_k: int,
+    columns: frozenset[str],
+    workspace_bytes: int,
+    score_dtype: torch.dtype | None,
+) -> Tensor:
+    """(columns, n) statistics of the given positions, in the order of `column_names`.
+
+    `score_dtype`: of a head while it ranks; None: its own.
+    """
+    vocab, transforms = student.transform.vocab_size, (student.transform, teacher.transform)
+    share = 7 * (workspace_bytes // 16) if columns else 15 * (workspace_bytes // 16)  # 1/16 for widened weights
+    sides = [_Side(source, rows, workspace_bytes // 16, score_dtype) for source in (student, teacher)]
+    per_row = score_bytes(vocab, top_k) + sum(side.row_bytes() + side.tile_dtype.itemsize * _padded(vocab) for side in sides)
+    size, groups = _groups(len(rows), per_row, share)
+    out = torch.empty((len(column_names(columns)), len(rows)), device=rows.device)
+    with on_device(rows.device), torch.autocast(rows.device.type, enabled=False):
+        buffers = [_buffer(size, vocab, side.tile_dtype, rows.device) for side in sides]
+        for group in groups:
+            n = group.stop - group.start
+            s, u = (side.tile(group, buffer[:n]) for side, buffer in zip(sides, buffers, strict=True))
+            options: dict[str, Any] = {"columns": columns, "top_k": top_k, "workspace_bytes": workspace_bytes // 2}
+            write_columns(out[:, group], (s, u), None, transforms, **options)
+    return out
+
+
+def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int, score_dtype: torch.dtype | None) -> OwnStats:
+    """One model's statistics at the rows, from its logits alone."""
+    vocab, n = source.transform.vocab_size, len(rows)
+    side = _Side(source, rows, workspace_bytes // 16, score_dtype)
+    per_row = score_bytes(vocab, top_k) + side.row_bytes() + side.tile_dtype.itemsize * _padded(vocab)
+    size, groups = _groups(n, per_row, 15 * (workspace_bytes // 16))
+    ids = torch.empty((n, top_k), dtype=torch.long, device=rows.device)
+    lse, entropy = torch.empty((2, n), device=rows.device)
+    out = OwnStats(lse, entropy, ids, torch.empty((n, top_k), device=rows.device))
+    options = launch_options(source.transform, source.transform)
+    with torch.no_grad(), on_device(rows.device), torch.autocast(rows.device.type, enabled=False):
+        buffer = _buffer(size, vocab, side.tile_dtype, rows.device)
+        for group in groups:
+            u = side.tile(group, buffer[: group.stop - group.start])
+            # Given as both models: the second load of a line finds it in the cache.
+            score = score_fwd(u, u, None, **options)
+            lists = support_fwd(u, u, None, score, top_k=top_k, **options)
+            of_group = OwnStats(score.teacher_logsumexp, score.teacher_entropy, lists.t_ids, lists.logits[:, 3])
+            for column, values in zip(out, of_group, strict=True):
+                column[group] = values
+    return out
+
+
+class _Plan(NamedTuple):
+    """What the loss needs beside tensors."""
+
+    student: Transform
+    teacher: Transform
+    n_student: int  # tensors of the student, before the teacher's
+    kind: str  # of GRADIENTS
+    workspace_bytes: int
+    differentiable: bool
+
+    def sources(self, tensors: Sequence[Tensor]) -> tuple[Source, Source]:
+        split = self.n_student
+        return Source.made(self.student, tensors[:split]), Source.made(self.teacher, tensors[split:])
+
+
+class _SelectedLoss(torch.autograd.Function):
+    """sum of weights l and the (M,) losses l, with the gradient of the sum computed beside it."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, rows: Tensor, weights: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.plan, ctx.gradients = plan, None
+        ctx.save_for_backward(rows, weights, *tensors)
+        ctx.needs = [plan.differentiable and need for need in ctx.needs_input_grad[3 : 3 + plan.n_student]]
+        losses, ctx.gradients = _SelectedRows(plan, rows, weights, tensors).run(ctx.needs)
+        ctx.mark_non_differentiable(losses)
+        # An infinite divergence that the score pass could not see (16 bits, or the student's row unread) is left out.
+        return weighted_sum(losses, weights.masked_fill(losses == torch.inf, 0)), losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weights, *tensors = ctx.saved_tensors
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:  # handed out, and perhaps overwritten, by an earlier backward
+            _, gradients = _SelectedRows(ctx.plan, rows, weights, tensors).run(ctx.needs)
+        factor = (dtotal * _largest(weights)).view(1)  # one dimension, or it would be rounded to 16 bits first
+        for gradient in gradients:
+            if gradient is not None:
+                torch.mul(gradient, factor, out=gradient)
+        return (None,) * 3 + tuple(gradients) + (None,) * (len(tensors) - len(gradients))
+
+
+def _largest(weights: Tensor) -> Tensor:
+    """The largest magnitude of the weights, 0-dim; 1 where there is none."""
+    largest = torch.cat((weights.abs(), weights.new_zeros(1))).amax()
+    return torch.where(largest > 0, largest, 1.0)
+
+
+class _SelectedRows:
+    """The selected rows' fp32 logits, a group at a time, and what follows from them."""
+
+    def __init__(self, plan: _Plan, rows: Tensor, weights: Tensor, tensors: Sequence[Tensor]) -> None:
+        self.student, self.teacher = plan.sources([tensor.detach() for tensor in tensors])
+        self.rows, self.unit = rows, (weights / _largest(weights)).float()
+        self.gradient, self.column = GRADIENTS[plan.kind], COLUMNS.index(plan.kind)
+        self.workspace_bytes, self.vocab = plan.workspace_bytes, plan.student.vocab_size
+        self.sides = [_Side(source, rows, plan.workspace_bytes // 16) for source in (self.student, self.teacher)]
+        self.options = launch_options(plan.student, plan.teacher)
+
+    def run(self, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+        """(M,) losses, and the gradients of their sum, weighted by at most 1, for those student tensors that need one."""
+        with on_device(self.rows.device), torch.autocast(self.rows.device.type, enabled=False):
+            return self._run(needs)
+
+    def _run(self, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+        m, device, is_head = len(self.rows), self.rows.device, self.student.transform.is_head
+        needs_weight = is_head and needs[1]
+        dtype = self.student.leading.dtype if is_head else torch.float32
+        narrow = dtype != torch.float32 and any(needs)  # fp32 gradients overwrite the student's fp32 logits
+        budget = 15 * (self.workspace_bytes // 16)
+        row_width, narrow_bytes = _padded(self.vocab), 2 * _padded(self.vocab) if narrow else 0
+        per_row = 8 * row_width + score_bytes(self.vocab) + sum(side.row_bytes() for side in self.sides)
+        keep = needs_weight and narrow and m * narrow_bytes <= budget // 2
+        if keep:
+            size, groups = _groups(m, per_row, budget - m * (narrow_bytes + 2 * self.student.leading.shape[-1]))
+        else:
+            size, groups = _groups(m, per_row + narrow_bytes, budget)
+        buffers = [_buffer(size, self.vocab, torch.float32, device)[:, : self.vocab] for _ in self.sides]
+        narrowed = _buffer(m if keep else size, self.vocab, dtype, device)[:, : self.vocab] if narrow else None
+        out = _Gradients.of(self.student, needs, m)
+        score = torch.empty((len(COLUMNS), m), device=device)
+        for group in groups:
+            n = group.stop - group.start
+            s, u = (x.read(group, slice(0, self.vocab), b[:n]) for x, b in zip(self.sides, buffers, strict=True))
+            columns = score_fwd(s, u, None, **self.options).columns
+            score[:, group] = columns
+            if any(needs):
+                d = s if narrowed is None else narrowed[group] if keep else narrowed[:n]
+                self.gradient(s, u, None, self.unit[group], columns, out=d, **self.options)
+                out.add(self.student, self.rows[group], d)
+                if needs_weight and not narrow:
+                    out.add_weight(d, self.sides[0].hidden(group), first=group.start == 0)
+        if keep and m and narrowed is not None:
+            del buffers, s, u
+            out.add_weight(narrowed, self.sides[0].hidden(slice(0, m)), first=True)
+        elif needs_weight and narrow and m:
+            del buffers, narrowed, s, u, d
+            self._second_look(score, out)
+        return score[self.column], out.in_order(self.student)
+
+    def _second_look(self, score: Tensor, out: _Gradients) -> None:
+        """The weight gradient by blocks of the vocabulary, each rounded once; the normalisers are known."""
+        m, device, dim = len(self.rows), self.rows.device, self.student.leading.shape[-1]
+        dtype = self.student.leading.dtype
+        size, _ = _groups(m, sum(side.row_bytes() for side in self.sides) + 4 * dim, self.workspace_bytes // 4)
+        width = self.workspace_bytes // 2 // (16 * size + 8 * dim)  # both logits, gradient, its widening; two products
+        width = min(max(ALIGNED, width - width % ALIGNED), _padded(self.vocab))
+        assert out.weight is not None
+        flat = [torch.empty(size * width, dtype=x, device=device) for x in (torch.float32, torch.float32, dtype)]
+        for start in range(0, self.vocab, width):
+            block = slice(start, min(start + width, self.vocab))
+            total = None
+            for first in range(0, m, size):
+                group = slice(first, min(first + size, m))
+                s, u, d = (x.view(size, width)[: group.stop - first, : block.stop - start] for x in flat)
+                self.sides[0].read(group, block, s)
+                self.sides[1].read(group, block, u)
+                options = {**self.options, "vocab_size": block.stop - start}
+                self.gradient(s, u, None, self.unit[group], score[:, group].contiguous(), out=d, **options)
+                product = fp32_product(d.T, self.sides[0].hidden(group))
+                total = product if total is None else total.add_(product)
+            assert total is not None
+            out.weight[block] = total.to(dtype)
+
+
+class _Gradients(NamedTuple):
+    """The gradients being made, of the student's shapes and dtypes; None: not needed."""
+
+    leading: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None  # fp32 until it is complete
+    vocab: int
+
+    @staticmethod
+    def of(student: Source, needs: Sequence[bool], m: int) -> _Gradients:
+        vocab, weight, dweight = student.transform.vocab_size, student.weight, None
+        if weight is not None and needs[1]:
+            dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+            dweight[vocab if m else 0 :].zero_()  # entries beyond the common vocabulary, or all if no row writes them
+        dbias = torch.zeros(len(student.bias), device=student.bias.device) if student.bias is not None and needs[2] else None
+        return _Gradients(torch.zeros_like(student.leading) if needs[0] else None, dweight, dbias, vocab)
+
+    def add(self, student: Source, rows: Tensor, dlogits: Tensor) -> None:
+        """What a group of rows gives beside the weight's gradient; no position comes twice."""
+        if self.leading is not None:
+            if student.weight is None:
+                put_rows(self.leading[..., : self.vocab], rows, dlogits)
+            else:
+                put_rows(self.leading, rows, torch.mm(dlogits, student.weight[: self.vocab]))
+        if self.bias is not None:
+            self.bias[: self.vocab] += dlogits.sum(0, dtype=torch.float32)
+
+    def add_weight(self, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
+        assert self.weight is not None
+        out = self.weight[: self.vocab]
+        torch.addmm(out, dlogits.T, hidden, beta=0.0 if first else 1.0, out=out)
+
+    def in_order(self, student: Source) -> list[Tensor | None]:
+        """One entry per student tensor."""
+        if student.weight is None:
+            return [self.leading]
+        if student.bias is None:
+            return [self.leading, self.weight]
+        return [self.leading, self.weight, None if self.bias is None else self.bias.to(student.bias.dtype)]
+
+
+def selected_loss(
+    student: Source, teacher: Source, rows: Tensor, weights: Tensor, kind: str, workspace_bytes: int
+) -> tuple[Tensor, Tensor]:
+    """sum of weights l over the selected positions, connected to the student's tensors, and l, (M,)."""
+    differentiable = torch.is_grad_enabled()  # within forward it never is
+    plan = _Plan(student.transform, teacher.transform, len(student.tensors), kind, workspace_bytes, differentiable)
+    total, losses = _SelectedLoss.apply(plan, rows, weights, *student.tensors, *teacher.detach().tensors)
+    return total, losses
