@@ -3,6 +3,7 @@
 #   loss = 1/|M| sum_{t in M} KL(student || teacher) over the few positions M worth training on   (loss.py)
 #
 # Not here: anything else; importing this needs torch alone.
+from opd_ops.accounting import Estimate, estimate
 from opd_ops.divergences import Divergence, ForwardKL, ReverseKL
 from opd_ops.float8 import Float8Rows
 from opd_ops.inputs import LinearHead
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Divergence",
+    "Estimate",
     "Float8Rows",
     "ForwardKL",
     "LinearHead",
@@ -26,6 +28,7 @@ __all__ = [
     "Selector",
     "StudentStats",
     "TokenStats",
+    "estimate",
     "score_positions",
     "select_positions",
     "selective_opd_loss",

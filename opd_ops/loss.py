@@ -18,11 +18,9 @@ from opd_ops.inputs import LinearHead
 from opd_ops.metrics import loss_metrics
 from opd_ops.rollout import StudentStats
 from opd_ops.scoring import DEFAULT_WORKSPACE_BYTES, Scoring, prepare, select_positions
-from opd_ops.selection import most_selected
+from opd_ops.selection import SHORTLIST, most_selected
 from opd_ops.selectors import Selector
 from opd_ops.stats import TokenStats
-
-SHORTLIST = 2  # positions that are scored again exactly after a ranking in 8 bits, in multiples of the budget
 
 
 class SelectiveOPDOutput(NamedTuple):

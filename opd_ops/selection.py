@@ -14,6 +14,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+SHORTLIST = 2  # positions that are scored again exactly after a ranking in 8 bits, in multiples of the budget
+
 
 def sequence_ids(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
     """(numel,) non-decreasing sequence number of each flattened position.

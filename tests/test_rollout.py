@@ -149,8 +149,8 @@ def test_it_rejects_statistics_that_do_not_fit():
         score_positions(student, teacher, student_stats={})
     with pytest.raises(ValueError, match="student_stats: got 16 ids a position, expected at least top_k = 32"):
         score_positions(student, teacher, student_stats=stats, top_k=32)
+    one = [LinearHead(head.hidden[:1], head.weight) for head in (student, teacher)]
     with pytest.raises(ValueError, match=r"student_stats.logsumexp: got shape \(2, 3\), expected \(1, 3\)"):
-        one = [LinearHead(head.hidden[:1], head.weight) for head in (student, teacher)]
         score_positions(*one, student_stats=stats)
     with pytest.raises(ValueError, match="student_stats: are over the student's own vocabulary of 131, but the call compares"):
         score_positions(student, teacher, student_stats=stats, vocab_size=100)
@@ -166,16 +166,16 @@ def test_statistics_of_logits_match_eager_fp64():
     assert_within(got.logsumexp.flatten(), double.logsumexp(1), absolute=1e-6, relative=1e-5, name="logsumexp")
     ids = eager.top_k_ids(double, 7)
     assert torch.equal(got.ids.view(4, 7), ids)
-    assert_within(
-        got.logprobs.view(4, 7), double.log_softmax(1).gather(1, ids), absolute=1e-5, relative=1e-5, name="logprobs"
-    )
+    assert_within(got.logprobs.view(4, 7), double.log_softmax(1).gather(1, ids), absolute=1e-5, relative=1e-5, name="logprobs")
 
 
 def test_recorded_while_generate_samples_they_score_what_was_written():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
-    config = transformers.LlamaConfig(vocab_size=131, num_hidden_layers=2, eos_token_id=None, bos_token_id=1, pad_token_id=0, **size)
+    config = transformers.LlamaConfig(
+        vocab_size=131, num_hidden_layers=2, eos_token_id=None, bos_token_id=1, pad_token_id=0, **size
+    )
     student, teacher = (transformers.LlamaForCausalLM(config).eval() for _ in range(2))
     for model in (student, teacher):
         model.lm_head.weight.data.mul_(40)  # peaked, as a trained model is

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from opd_kernels.forward_kl import forward_kl_grad
 from opd_kernels.reverse_kl import reverse_kl_grad
-from opd_kernels.score import GROUP, Score, score_fwd
+from opd_kernels.score import Score, score_fwd
 from opd_kernels.support import SUPPORT_COLUMNS, Support, support_fwd
 from torch import Tensor
 
@@ -34,8 +34,6 @@ SCORE_COLUMNS = (
     "logsumexp_gap",
 )
 JSD_BUFFERS = 10  # fp32 rows of V alive at once in row_jsd
-LIST_BYTES = 40  # per row and K: both lists' ids, logits and places
-ROW_BYTES = 3072  # per row: columns, and the sums of a row split into 64 parts
 
 
 def launch_options(student: Transform, teacher: Transform) -> dict[str, Any]:
@@ -59,11 +57,6 @@ def parts(n: int, bytes_per_row: int, workspace_bytes: int) -> Iterator[slice]:
     size = max(1, workspace_bytes // bytes_per_row)
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
-
-
-def score_bytes(vocab_size: int, top_k: int = 0) -> int:
-    """Scratch per row of a score launch: group maxima of both models in fp32 at most, lists, columns."""
-    return -(-vocab_size // int(GROUP)) * 8 + LIST_BYTES * top_k + ROW_BYTES
 
 
 def column_names(columns: frozenset[str]) -> tuple[str, ...]:

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opd_ops.backends import triton_heads
-from opd_ops.backends.launches import GRADIENTS, column_names, launch_options, on_device, parts, score_bytes, write_columns
+from opd_ops.backends.head_tiling import score_bytes
+from opd_ops.backends.launches import GRADIENTS, column_names, launch_options, on_device, parts, write_columns
 from opd_ops.backends.table import Layout
 from opd_ops.divergences import Divergence, ForwardKL, ReverseKL, weighted_sum
 from opd_ops.sources import Source, Transform

@@ -26,15 +26,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opd_ops import float8
-from opd_ops.backends.launches import GRADIENTS, column_names, launch_options, on_device, score_bytes, write_columns
+from opd_ops.backends.head_tiling import BlockGrid, SelectedGrid, is_narrow, padded, score_rows, tile_dtype
+from opd_ops.backends.launches import GRADIENTS, column_names, launch_options, on_device, write_columns
 from opd_ops.backends.matmul import fp32_product, head_product
 from opd_ops.divergences import weighted_sum
 from opd_ops.float8 import Float8Rows
 from opd_ops.sources import Source, Transform, put_rows, take_rows
 from opd_ops.stats import OwnStats
-
-ALIGNED = 64  # elements: rows of a buffer begin at whole 128-byte lines, so that kernels load 128 bits at a time
-MATMUL_ROWS = 128  # rows of the vendor's own tile: a multiple of it wastes none
 
 
 class _Side:
@@ -43,9 +41,7 @@ class _Side:
     def __init__(self, source: Source, rows: Tensor, cast_bytes: int, score_dtype: torch.dtype | None = None) -> None:
         self.source, self.rows, self.cast_bytes = source, rows, cast_bytes
         self.in_float8 = source.transform.is_head and score_dtype == float8.DTYPE
-        self.tile_dtype = source.leading.dtype
-        if source.transform.is_head and score_dtype is not None:
-            self.tile_dtype = torch.bfloat16 if self.in_float8 else score_dtype
+        self.tile_dtype = tile_dtype(source, score_dtype)
 
     def hidden(self, part: slice) -> Tensor:
         return take_rows(self.source.leading, self.rows[part])
@@ -68,26 +64,15 @@ class _Side:
         float8.product(Float8Rows.of(self.hidden(part)), Float8Rows(values, scales), out)
         return out[:, :vocab] if self.source.bias is None else out[:, :vocab].add_(self.source.bias[:vocab])
 
-    def row_bytes(self) -> int:
-        """What `read` holds per row beside `out`: the row itself, and widened where the device cannot widen sums."""
-        return self.source.leading.shape[-1] * (self.source.leading.element_size() + (12 if self.in_float8 else 4))
 
-
-def _padded(vocab_size: int) -> int:
-    return -(-vocab_size // ALIGNED) * ALIGNED
+def _groups(n: int, size: int) -> Iterator[slice]:
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
 
 
 def _buffer(rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(rows, V or a little more), so that every row is aligned."""
-    return torch.empty((rows, _padded(vocab_size)), dtype=dtype, device=device)
-
-
-def _groups(n: int, bytes_per_row: int, workspace_bytes: int) -> tuple[int, Iterator[slice]]:
-    """How many rows at a time, and the slices."""
-    size = max(1, min(n, workspace_bytes // bytes_per_row))
-    if MATMUL_ROWS < size < n:
-        size -= size % MATMUL_ROWS
-    return size, (slice(start, min(start + size, n)) for start in range(0, n, size))
+    return torch.empty((rows, padded(vocab_size)), dtype=dtype, device=device)
 
 
 def launch_columns(
@@ -104,14 +89,20 @@ def launch_columns(
     `score_dtype`: of a head while it ranks; None: its own.
     """
     vocab, transforms = student.transform.vocab_size, (student.transform, teacher.transform)
-    share = 7 * (workspace_bytes // 16) if columns else 15 * (workspace_bytes // 16)  # 1/16 for widened weights
     sides = [_Side(source, rows, workspace_bytes // 16, score_dtype) for source in (student, teacher)]
-    per_row = score_bytes(vocab, top_k) + sum(side.row_bytes() + side.tile_dtype.itemsize * _padded(vocab) for side in sides)
-    size, groups = _groups(len(rows), per_row, share)
+    size = score_rows(
+        student,
+        teacher,
+        n=len(rows),
+        top_k=top_k,
+        optional=bool(columns),
+        workspace_bytes=workspace_bytes,
+        score_dtype=score_dtype,
+    )
     out = torch.empty((len(column_names(columns)), len(rows)), device=rows.device)
     with on_device(rows.device), torch.autocast(rows.device.type, enabled=False):
         buffers = [_buffer(size, vocab, side.tile_dtype, rows.device) for side in sides]
-        for group in groups:
+        for group in _groups(len(rows), size):
             n = group.stop - group.start
             s, u = (side.tile(group, buffer[:n]) for side, buffer in zip(sides, buffers, strict=True))
             options: dict[str, Any] = {"columns": columns, "top_k": top_k, "workspace_bytes": workspace_bytes // 2}
@@ -123,15 +114,14 @@ def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int,
     """One model's statistics at the rows, from its logits alone."""
     vocab, n = source.transform.vocab_size, len(rows)
     side = _Side(source, rows, workspace_bytes // 16, score_dtype)
-    per_row = score_bytes(vocab, top_k) + side.row_bytes() + side.tile_dtype.itemsize * _padded(vocab)
-    size, groups = _groups(n, per_row, 15 * (workspace_bytes // 16))
+    size = score_rows(source, n=n, top_k=top_k, optional=False, workspace_bytes=workspace_bytes, score_dtype=score_dtype)
     ids = torch.empty((n, top_k), dtype=torch.long, device=rows.device)
     lse, entropy = torch.empty((2, n), device=rows.device)
     out = OwnStats(lse, entropy, ids, torch.empty((n, top_k), device=rows.device))
     options = launch_options(source.transform, source.transform)
     with torch.no_grad(), on_device(rows.device), torch.autocast(rows.device.type, enabled=False):
         buffer = _buffer(size, vocab, side.tile_dtype, rows.device)
-        for group in groups:
+        for group in _groups(n, size):
             u = side.tile(group, buffer[: group.stop - group.start])
             # Given as both models: the second load of a line finds it in the cache.
             score = score_fwd(u, u, None, **options)
@@ -207,48 +197,37 @@ class _SelectedRows:
             return self._run(needs)
 
     def _run(self, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
-        m, device, is_head = len(self.rows), self.rows.device, self.student.transform.is_head
-        needs_weight = is_head and needs[1]
-        dtype = self.student.leading.dtype if is_head else torch.float32
-        narrow = dtype != torch.float32 and any(needs)  # fp32 gradients overwrite the student's fp32 logits
-        budget = 15 * (self.workspace_bytes // 16)
-        row_width, narrow_bytes = _padded(self.vocab), 2 * _padded(self.vocab) if narrow else 0
-        per_row = 8 * row_width + score_bytes(self.vocab) + sum(side.row_bytes() for side in self.sides)
-        keep = needs_weight and narrow and m * narrow_bytes <= budget // 2
-        if keep:
-            size, groups = _groups(m, per_row, budget - m * (narrow_bytes + 2 * self.student.leading.shape[-1]))
-        else:
-            size, groups = _groups(m, per_row + narrow_bytes, budget)
-        buffers = [_buffer(size, self.vocab, torch.float32, device)[:, : self.vocab] for _ in self.sides]
-        narrowed = _buffer(m if keep else size, self.vocab, dtype, device)[:, : self.vocab] if narrow else None
+        m, device, vocab = len(self.rows), self.rows.device, slice(0, self.vocab)
+        grid = SelectedGrid.of(self.student, self.teacher, m, needs, self.workspace_bytes)
+        buffers = [_buffer(grid.rows, self.vocab, torch.float32, device)[:, vocab] for _ in self.sides]
+        narrowed = None
+        if is_narrow(self.student, needs):
+            narrowed = _buffer(m if grid.keep else grid.rows, self.vocab, self.student.leading.dtype, device)[:, vocab]
         out = _Gradients.of(self.student, needs, m)
         score = torch.empty((len(COLUMNS), m), device=device)
-        for group in groups:
+        for group in _groups(m, grid.rows):
             n = group.stop - group.start
-            s, u = (x.read(group, slice(0, self.vocab), b[:n]) for x, b in zip(self.sides, buffers, strict=True))
+            s, u = (x.read(group, vocab, b[:n]) for x, b in zip(self.sides, buffers, strict=True))
             columns = score_fwd(s, u, None, **self.options).columns
             score[:, group] = columns
             if any(needs):
-                d = s if narrowed is None else narrowed[group] if keep else narrowed[:n]
+                d = s if narrowed is None else narrowed[group] if grid.keep else narrowed[:n]
                 self.gradient(s, u, None, self.unit[group], columns, out=d, **self.options)
                 out.add(self.student, self.rows[group], d)
-                if needs_weight and not narrow:
+                if out.weight is not None and narrowed is None:
                     out.add_weight(d, self.sides[0].hidden(group), first=group.start == 0)
-        if keep and m and narrowed is not None:
+        if grid.keep and m and narrowed is not None:
             del buffers, s, u
             out.add_weight(narrowed, self.sides[0].hidden(slice(0, m)), first=True)
-        elif needs_weight and narrow and m:
+        elif grid.second_look and m:
             del buffers, narrowed, s, u, d
             self._second_look(score, out)
         return score[self.column], out.in_order(self.student)
 
     def _second_look(self, score: Tensor, out: _Gradients) -> None:
         """The weight gradient by blocks of the vocabulary, each rounded once; the normalisers are known."""
-        m, device, dim = len(self.rows), self.rows.device, self.student.leading.shape[-1]
-        dtype = self.student.leading.dtype
-        size, _ = _groups(m, sum(side.row_bytes() for side in self.sides) + 4 * dim, self.workspace_bytes // 4)
-        width = self.workspace_bytes // 2 // (16 * size + 8 * dim)  # both logits, gradient, its widening; two products
-        width = min(max(ALIGNED, width - width % ALIGNED), _padded(self.vocab))
+        m, device, dtype = len(self.rows), self.rows.device, self.student.leading.dtype
+        size, width = BlockGrid.of(self.student, self.teacher, m, self.workspace_bytes)
         assert out.weight is not None
         flat = [torch.empty(size * width, dtype=x, device=device) for x in (torch.float32, torch.float32, dtype)]
         for start in range(0, self.vocab, width):
