@@ -6,7 +6,7 @@
 # Not here: the prompts' text (smollm2.py), training on the answers (prompt_distillation.py).
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -36,11 +36,16 @@ def sample(
     *,
     greedy: bool = False,
     instruction: str | None = None,
+    logits_processor: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
 ) -> Rollouts:
-    """Answers drawn from the whole distribution at temperature 1, as on-policy training needs, or the greedy ones."""
+    """Answers drawn from the whole distribution at temperature 1, as on-policy training needs, or the greedy ones.
+
+    `logits_processor` sees every step's scores: `RolloutRecorder` keeps what scoring needs of them.
+    """
     prompts = smollm2.encode_chats(tokenizer, questions, instruction)
     how = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    ids = model.generate(**prompts, max_new_tokens=n_tokens, pad_token_id=tokenizer.pad_token_id, **how)
+    how |= {"logits_processor": list(logits_processor), "pad_token_id": tokenizer.pad_token_id}
+    ids = model.generate(**prompts, max_new_tokens=n_tokens, **how)
     tokens = ids[:, prompts["input_ids"].shape[1] :]
     ends = (tokens == tokenizer.eos_token_id).long()
     return Rollouts(questions, tokens, ends.cumsum(1) - ends == 0)

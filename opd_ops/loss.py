@@ -107,7 +107,9 @@ def selective_opd_loss(
     Non-finite logits: -inf is a masked vocabulary entry. Where the divergence is infinite (p > 0, q = 0) the stats say so and
         the position is not selected. A NaN of the student at a valid position makes the loss NaN. A NaN of the teacher makes
         the position invalid, counted in `metrics["n_teacher_nonfinite"]`.
-    torch.compile(fullgraph=True, dynamic=False) takes calls on backend "triton" with mask None (and no labels), scope "batch".
+    torch.compile(fullgraph=True, dynamic=False) and CUDA-graph capture take calls on backend "triton" with mask None (and no
+        labels), scope "batch", no `score_dtype="float8"`: there the number of rows to train on is fixed by the shapes.
+        torch.compile takes no `student_stats`.
     Host synchronisations on a GPU: one for the list of valid rows (none without a mask), one for that of selected rows.
     Example: a student equal to its teacher has nothing to learn.
         >>> logits = torch.randn(6, 32)
@@ -170,7 +172,9 @@ def selective_opd_loss(
     )
     if kept is None:  # what is trained on may be known to more digits than what ranked it
         stats = stats.with_column(call.divergence.column, rows, losses)
-        selected = selected & (getattr(stats, call.divergence.column) != torch.inf)
+    # Nor was it known to be finite, if the student's row was not read or read in 16 bits.
+    flat = selected.flatten()
+    selected = flat.index_put((rows,), flat[rows] & (losses != torch.inf)).view(selected.shape)
     total = _denominator(selected, stats.valid, num_items_in_batch, denominator)
     loss = loss_sum / total.to(loss_sum.dtype) * _poison(scores, stats)
     metrics = loss_metrics(loss, loss_sum, selected, scores, stats, call.given, call.divergence)
@@ -178,17 +182,22 @@ def selective_opd_loss(
 
 
 def _rows_of(selected: Tensor, fraction: float, scope: str, call: Scoring) -> tuple[Tensor, Tensor | None]:
-    """The selected positions; under torch.compile as many as the budget, and which of those are selected (None: all).
+    """The selected positions; in a graph as many as the budget, and which of those are selected (None: all).
 
-    Their number depends on the data (NaN or infinite rows leave the budget unfilled), which one graph cannot hold. There the
-    list is filled up with other rows, whose losses become 0: a weight at which the gradient is exactly zero too.
+    Their number depends on the data (NaN or infinite rows leave the budget unfilled), which no graph can hold, torch.compile's
+    or CUDA's. There the list is filled up with other rows, whose losses become 0: a weight at which the gradient is exactly
+    zero too.
     """
     flat = selected.flatten()
     fixed = call.given is None and scope == "batch" and drops_weightless_rows(call.backend)
-    if not torch.compiler.is_compiling() or not fixed:
+    if not fixed or not _in_graph(flat.device):
         return flat.nonzero().squeeze(1), None
     rows = torch.sort(flat.to(torch.uint8), descending=True, stable=True).indices[: most_selected(len(flat), fraction)]
     return rows, flat[rows]
+
+
+def _in_graph(device: torch.device) -> bool:
+    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def _denominator(selected: Tensor, valid: Tensor, num_items: Tensor | float | None, kind: str) -> Tensor:

@@ -84,9 +84,7 @@ def token_stats(
     """All statistics of the given positions, (n,) each."""
     with torch.no_grad():  # no decorator: torch.compile cannot trace a decorated function of a module it is handed
         if _has_head(student, teacher):
-            table = triton_heads.launch_columns(
-                student.detach(), teacher.detach(), rows, top_k, columns, workspace_bytes, score_dtype
-            )
+            table = _head_columns(student.detach(), teacher.detach(), rows, top_k, columns, workspace_bytes, score_dtype)
         else:
             launch = launch_columns
             if torch.compiler.is_compiling():
@@ -96,6 +94,24 @@ def token_stats(
             table = launch(*tensors, top_k, ",".join(sorted(columns)), workspace_bytes, vocab, temperature)
         out = dict(zip(column_names(columns), table.unbind(0), strict=True))
         return TokenStats(valid=torch.isfinite(out["teacher_logsumexp"]), **out)
+
+
+def _head_columns(
+    student: Source,
+    teacher: Source,
+    rows: Tensor,
+    top_k: int,
+    columns: frozenset[str],
+    workspace_bytes: int,
+    score_dtype: torch.dtype | None,
+) -> Tensor:
+    if not torch.compiler.is_compiling():
+        return triton_heads.launch_columns(student, teacher, rows, top_k, columns, workspace_bytes, score_dtype)
+    from opd_ops.backends.triton_ops import head_arguments, head_columns
+
+    optional = ",".join(sorted(columns))
+    table: Tensor = head_columns(*head_arguments(student, teacher), rows, top_k, optional, workspace_bytes, score_dtype)
+    return table
 
 
 own_stats = triton_heads.own_stats

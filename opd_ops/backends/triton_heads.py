@@ -142,9 +142,12 @@ class _Plan(NamedTuple):
     workspace_bytes: int
     differentiable: bool
 
-    def sources(self, tensors: Sequence[Tensor]) -> tuple[Source, Source]:
+    def run(
+        self, rows: Tensor, weights: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         split = self.n_student
-        return Source.made(self.student, tensors[:split]), Source.made(self.teacher, tensors[split:])
+        student, teacher = Source.made(self.student, tensors[:split]), Source.made(self.teacher, tensors[split:])
+        return launch_loss(student, teacher, rows, weights, self.kind, self.workspace_bytes, needs)
 
 
 class _SelectedLoss(torch.autograd.Function):
@@ -155,10 +158,9 @@ class _SelectedLoss(torch.autograd.Function):
         ctx.plan, ctx.gradients = plan, None
         ctx.save_for_backward(rows, weights, *tensors)
         ctx.needs = [plan.differentiable and need for need in ctx.needs_input_grad[3 : 3 + plan.n_student]]
-        losses, ctx.gradients = _SelectedRows(plan, rows, weights, tensors).run(ctx.needs)
+        total, losses, ctx.gradients = plan.run(rows, weights, tensors, ctx.needs)
         ctx.mark_non_differentiable(losses)
-        # An infinite divergence that the score pass could not see (16 bits, or the student's row unread) is left out.
-        return weighted_sum(losses, weights.masked_fill(losses == torch.inf, 0)), losses
+        return total, losses
 
     @staticmethod
     @once_differentiable
@@ -166,8 +168,8 @@ class _SelectedLoss(torch.autograd.Function):
         rows, weights, *tensors = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # handed out, and perhaps overwritten, by an earlier backward
-            _, gradients = _SelectedRows(ctx.plan, rows, weights, tensors).run(ctx.needs)
-        factor = (dtotal * _largest(weights)).view(1)  # one dimension, or it would be rounded to 16 bits first
+            gradients = ctx.plan.run(rows, weights, tensors, ctx.needs)[2]
+        factor = scale_back(dtotal, weights)
         for gradient in gradients:
             if gradient is not None:
                 torch.mul(gradient, factor, out=gradient)
@@ -180,16 +182,41 @@ def _largest(weights: Tensor) -> Tensor:
     return torch.where(largest > 0, largest, 1.0)
 
 
+def scale_back(dtotal: Tensor, weights: Tensor) -> Tensor:
+    """What the gradients of `launch_loss` are multiplied by; one dimension, or it would be rounded to 16 bits first."""
+    return (dtotal * _largest(weights)).view(1)
+
+
+def launch_loss(
+    student: Source,
+    teacher: Source,
+    rows: Tensor,
+    weights: Tensor,
+    kind: str,
+    workspace_bytes: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """sum of weights l, l itself, (M,), and the gradients of that sum, to be scaled by `scale_back`, where needed.
+
+    An infinite divergence that the score pass could not see (16 bits, or the student's row unread) is left out.
+    """
+    selected = _SelectedRows(student.detach(), teacher.detach(), rows, weights, kind, workspace_bytes)
+    losses, gradients = selected.run(needs)
+    return weighted_sum(losses, weights.masked_fill(losses == torch.inf, 0)), losses, gradients
+
+
 class _SelectedRows:
     """The selected rows' fp32 logits, a group at a time, and what follows from them."""
 
-    def __init__(self, plan: _Plan, rows: Tensor, weights: Tensor, tensors: Sequence[Tensor]) -> None:
-        self.student, self.teacher = plan.sources([tensor.detach() for tensor in tensors])
+    def __init__(
+        self, student: Source, teacher: Source, rows: Tensor, weights: Tensor, kind: str, workspace_bytes: int
+    ) -> None:
+        self.student, self.teacher = student, teacher
         self.rows, self.unit = rows, (weights / _largest(weights)).float()
-        self.gradient, self.column = GRADIENTS[plan.kind], COLUMNS.index(plan.kind)
-        self.workspace_bytes, self.vocab = plan.workspace_bytes, plan.student.vocab_size
-        self.sides = [_Side(source, rows, plan.workspace_bytes // 16) for source in (self.student, self.teacher)]
-        self.options = launch_options(plan.student, plan.teacher)
+        self.gradient, self.column = GRADIENTS[kind], COLUMNS.index(kind)
+        self.workspace_bytes, self.vocab = workspace_bytes, student.transform.vocab_size
+        self.sides = [_Side(source, rows, workspace_bytes // 16) for source in (student, teacher)]
+        self.options = launch_options(student.transform, teacher.transform)
 
     def run(self, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
         """(M,) losses, and the gradients of their sum, weighted by at most 1, for those student tensors that need one."""
@@ -222,7 +249,7 @@ class _SelectedRows:
         elif grid.second_look and m:
             del buffers, narrowed, s, u, d
             self._second_look(score, out)
-        return score[self.column], out.in_order(self.student)
+        return score[self.column].clone(), out.in_order(self.student)
 
     def _second_look(self, score: Tensor, out: _Gradients) -> None:
         """The weight gradient by blocks of the vocabulary, each rounded once; the normalisers are known."""
@@ -292,6 +319,12 @@ def selected_loss(
 ) -> tuple[Tensor, Tensor]:
     """sum of weights l over the selected positions, connected to the student's tensors, and l, (M,)."""
     differentiable = torch.is_grad_enabled()  # within forward it never is
+    if torch.compiler.is_compiling():
+        from opd_ops.backends.triton_ops import head_arguments, head_loss
+
+        needs = [differentiable and tensor.requires_grad for tensor in student.tensors]
+        total, losses, *_ = head_loss(*head_arguments(student, teacher.detach()), rows, weights, kind, workspace_bytes, needs)
+        return total, losses.detach()
     plan = _Plan(student.transform, teacher.transform, len(student.tensors), kind, workspace_bytes, differentiable)
     total, losses = _SelectedLoss.apply(plan, rows, weights, *student.tensors, *teacher.detach().tensors)
     return total, losses
