@@ -88,6 +88,7 @@ def _statistics(s: Tensor, u: Tensor) -> dict[str, Tensor]:
 
 
 def _normalised(z: Tensor) -> Tensor:
+    z = z.float()  # quantiles take no 16 bits
     low, high = torch.quantile(z, 0.05), torch.quantile(z, 0.95)
     return ((z - low) / (high - low + NORM_EPSILON)).clamp(0, 1)
 
@@ -148,19 +149,26 @@ def chunked_autograd(heads: Heads, settings: Settings) -> Outcome:
     return Outcome(loss.detach(), rows, stats)
 
 
-def trl_twice(heads: Heads, settings: Settings) -> Outcome:
-    """TRL's fused divergence on all rows without a graph, then on the rows of largest reverse KL with one."""
+def trl_dense(heads: Heads, settings: Settings) -> Outcome:
+    """TRL's fused divergence on all rows, with a graph: distillation that selects nothing."""
+    loss = _trl_divergence(heads, heads.student_hidden, heads.teacher_hidden)[0].mean()
+    loss.backward()
+    return Outcome(loss.detach())
+
+
+def _trl_divergence(heads: Heads, s_hidden: Tensor, t_hidden: Tensor) -> tuple[Tensor, Tensor]:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     beta = 1.0  # reverse KL in TRL's convention
+    return ChunkedDivergenceFunction.apply(s_hidden, heads.student_weight, None, t_hidden, heads.teacher_weight, None, beta)
 
-    def divergence(s_hidden: Tensor, t_hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return ChunkedDivergenceFunction.apply(s_hidden, heads.student_weight, None, t_hidden, heads.teacher_weight, None, beta)
 
+def trl_twice(heads: Heads, settings: Settings) -> Outcome:
+    """TRL's fused divergence on all rows without a graph, then on the rows of largest reverse KL with one."""
     with torch.no_grad():
-        kl, entropy = divergence(heads.student_hidden, heads.teacher_hidden)
+        kl, entropy = _trl_divergence(heads, heads.student_hidden, heads.teacher_hidden)
         rows = _best(kl, settings.fraction)
-    loss = divergence(heads.student_hidden[rows], heads.teacher_hidden[rows])[0].mean()
+    loss = _trl_divergence(heads, heads.student_hidden[rows], heads.teacher_hidden[rows])[0].mean()
     loss.backward()
     return Outcome(loss.detach(), rows, {"student_entropy": entropy, "reverse_kl": kl})
 
@@ -174,7 +182,8 @@ def _liger(heads: Heads, *, compiled: bool) -> Outcome:
         beta=1.0,  # reverse KL in Liger's convention
         compiled=compiled,
     )
-    labels = torch.zeros(len(heads.student_hidden), dtype=torch.long)  # anything but the ignored index: all are valid
+    # Anything but the ignored index: all are valid.
+    labels = torch.zeros(len(heads.student_hidden), dtype=torch.long, device=heads.student_hidden.device)
     loss = loss_function(heads.student_hidden, heads.student_weight, heads.teacher_hidden, heads.teacher_weight, labels)
     loss.backward()
     return Outcome(loss.detach())

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_check, gpu_methods, gpu_timing
+from benchmarks import gpu, gpu_check, gpu_check_heads, gpu_methods, gpu_timing
 from tests.cases import logit_pair
 from tests.tolerances import relative_error
 
@@ -19,13 +19,19 @@ def test_a_dry_run_runs_every_part_and_says_that_it_is_no_measurement(tmp_path, 
     assert "DRY RUN, NOT A MEASUREMENT" in capsys.readouterr().out
     assert not gpu.RESULTS.exists()
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"gpu.json", "gpu.md", "check.csv", "score.csv", "loss.csv", "sweep.csv", "bandwidth.png"}
+    assert names == {"gpu.json", "gpu.md", "check.csv", "score.csv", "loss.csv", "heads.csv", "sweep.csv", "bandwidth.png"}
     page = (tmp_path / "out" / "gpu.md").read_text()
     assert "DRY RUN, NOT A MEASUREMENT" in page
     found = json.loads((tmp_path / "out" / "gpu.json").read_text())
     assert not [row for row in found["check"] if row["failure"]]
-    assert {row["kernel"] for row in found["check"]} == {"score", "support", "reverse_kl", "forward_kl"}
+    assert {row["kernel"] for row in found["check"]} == {"score", "support", "reverse_kl", "forward_kl", "heads"}
+    assert {row["case"] for row in found["check"] if row.get("note")} == {"CUDA graph"}  # not counted as run
     assert all("median_ms" in row for part in ("score", "loss", "sweep") for row in found[part])
+    heads = {row["method"]: row for row in found["heads"]}
+    measured = {name for name, row in heads.items() if "median_ms" in row}
+    assert {"matmul floor", "ours", "ours, fp32 tiles", "ours, 8 bits", "ours, rollout", "eager"} <= measured
+    assert heads["matmul floor"]["to_floor"] == heads["ours, fp32 tiles"]["overlap"] == 1.0
+    assert all(row["note"] for name, row in heads.items() if name not in measured)
     assert sum(row["shipped"] for row in found["sweep"]) == 3
     assert found["environment"]["commit"]
     speeds = {row["method"]: row["speed_to_eager"] for row in found["loss"]}
@@ -51,6 +57,7 @@ def test_a_wrong_kernel_stops_the_run_before_anything_is_timed(tmp_path, monkeyp
     monkeypatch.setattr(gpu_check, "check_score", wrong)
     monkeypatch.setattr(gpu_check, "check_support", lambda *_: None)
     monkeypatch.setattr(gpu_check, "GRADIENT_CHECKS", ())
+    monkeypatch.setattr(gpu_check_heads, "CHECKS", {})
     assert gpu.main(["--dry-run", "--out", str(tmp_path / "out")]) == 1
     assert "score bfloat16: values differ" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
