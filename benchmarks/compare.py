@@ -35,29 +35,29 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compare", description="Time and memory of the loss and its peers."
     )
-    parser.add_argument("--n", type=_positive, default=1024, help="positions (default %(default)s)")
-    parser.add_argument("--vocab", type=_positive, default=151936, help="vocabulary entries (default %(default)s)")
-    parser.add_argument("--student-dim", type=_positive, default=896, help="the student's hidden size (default %(default)s)")
-    parser.add_argument("--teacher-dim", type=_positive, default=1536, help="the teacher's hidden size (default %(default)s)")
+    parser.add_argument("--n", type=positive, default=1024, help="positions (default %(default)s)")
+    parser.add_argument("--vocab", type=positive, default=151936, help="vocabulary entries (default %(default)s)")
+    parser.add_argument("--student-dim", type=positive, default=896, help="the student's hidden size (default %(default)s)")
+    parser.add_argument("--teacher-dim", type=positive, default=1536, help="the teacher's hidden size (default %(default)s)")
     parser.add_argument("--fraction", type=float, default=0.05, help="share of the positions to train on (default %(default)s)")
-    parser.add_argument("--rounds", type=_positive, default=3, help="processes per method (default %(default)s)")
-    parser.add_argument("--workspace-mib", type=_positive, default=64, help="our workspace_bytes (default %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=3, help="processes per method (default %(default)s)")
+    parser.add_argument("--workspace-mib", type=positive, default=64, help="our workspace_bytes (default %(default)s)")
     parser.add_argument("--methods", type=_methods, default=list(METHODS), help=f"some of {','.join(METHODS)} (default all)")
-    parser.add_argument("--threads", type=_positive, default=2, help="threads of each process (default %(default)s)")
-    parser.add_argument("--n-list", type=_numbers, default=[], help="further numbers of positions, measured for ours alone")
+    parser.add_argument("--threads", type=positive, default=2, help="threads of each process (default %(default)s)")
+    parser.add_argument("--n-list", type=numbers, default=[], help="further numbers of positions, measured for ours alone")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of compare.{json,md,png}")
     return parser.parse_args(argv)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"got {text}, expected at least 1")
     return number
 
 
-def _numbers(text: str) -> list[int]:
-    return [_positive(part) for part in text.split(",") if part]
+def numbers(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",") if part]
 
 
 def _methods(text: str) -> list[str]:
