@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.gpu_timing import Bench
 from opd_ops import Float8Rows, LinearHead, StudentStats, float8, score_positions, selective_opd_loss
+from opd_ops.backends import triton_heads
 from tests.cases import gradients, head_pair, leaf_head, to_double
 from tests.tolerances import HEAD_ABSOLUTE, assert_gradient, assert_stats, assert_within, relative_error
 
@@ -41,6 +42,18 @@ def statistics(dtype: torch.dtype, **options: Any) -> Check:
         assert_stats(got, want, absolute=HEAD_ABSOLUTE)
 
     return check
+
+
+def two_streams(bench: Bench) -> None:
+    student, teacher = _pair(bench, torch.bfloat16)
+    common = {"backend": "triton", "workspace_bytes": 2**14 if bench.dry else 2**21}
+    want, _ = score_positions(student, teacher, **common)
+    triton_heads.OVERLAP = True
+    try:
+        got, _ = score_positions(student, teacher, **common)
+    finally:
+        triton_heads.OVERLAP = False
+    assert relative_error(got, want) < 1e-5, f"scores differ by {relative_error(got, want):.1e}"
 
 
 def gradient(dtype: torch.dtype, workspace_bytes: int, divergence: str = "reverse_kl", **options: Any) -> Check:
@@ -138,6 +151,7 @@ CHECKS: dict[str, Check] = {
     "gradient, logit gradients kept": gradient(torch.bfloat16, 2**14),
     "gradient, second look": gradient(torch.bfloat16, 2**10),
     "gradient, forward KL, bias, soft-cap": gradient(torch.bfloat16, 2**29, "forward_kl", bias=True, softcap=20.0),
+    "score tiles on two streams": two_streams,
     "statistics from the rollout": rollout,
     "8-bit product": eight_bits,
     "CUDA graph": cuda_graph,

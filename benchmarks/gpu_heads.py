@@ -22,6 +22,7 @@ from benchmarks import methods
 from benchmarks.gpu_timing import Bench, summary
 from benchmarks.heads import Heads, Sizes, build_heads
 from opd_ops import Float8Rows, LinearHead, StudentStats, selective_opd_loss
+from opd_ops.backends import triton_heads
 from opd_ops.backends.matmul import head_product
 
 FRACTION = 0.05
@@ -69,6 +70,19 @@ def ours(**options: Any) -> Run:
     return run
 
 
+def two_streams(run: Run) -> Run:
+    """The same with score tiles on two streams."""
+
+    def overlapped(case: Case) -> Tensor | None:
+        triton_heads.OVERLAP = True
+        try:
+            return run(case)
+        finally:
+            triton_heads.OVERLAP = False
+
+    return overlapped
+
+
 @torch.no_grad()
 def floor(case: Case) -> None:
     heads = case.heads
@@ -99,6 +113,7 @@ def _peer(method: Callable[[Heads, methods.Settings], methods.Outcome]) -> Run:
 METHODS: dict[str, Run] = {
     "matmul floor": floor,
     "ours": ours(),
+    "ours, two streams": two_streams(ours()),
     "ours, fp32 tiles": ours(score_dtype="float32"),
     "ours, 8 bits": ours(score_dtype="float8"),
     "ours, rollout": ours(rollout=True),

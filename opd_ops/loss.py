@@ -90,7 +90,8 @@ def selective_opd_loss(
             the recomputation must draw the same, and only torch's own generators are rewound for it.
         backend: "triton" (dense logits on a GPU), "torch" (streamed, any device), "eager" (the readable oracle, full
             tensors); "auto": "triton" where it can run, else "torch".
-        workspace_bytes: The most scratch memory the call may hold beyond inputs, outputs and required gradients.
+        workspace_bytes: The most scratch memory the call may hold beyond inputs, outputs and required gradients, O(N) numbers
+            and, with `score_dtype="float8"`, the 8-bit copies of heads that do not bring their own.
         score_dtype: Precision of a head's logits while they rank positions, on "triton": None: the head's own; "float32";
             "float8" (Hopper or newer): 8 bits rank all positions, and the best 2 n are ranked again by fp32 logits. What is
             trained on comes from fp32 logits with each of them.
@@ -159,8 +160,10 @@ def selective_opd_loss(
     rows, kept = _rows_of(selected, fraction, scope, call)
     if call.known is not None and not scores_selected_rows(call.backend, call.student, call.teacher):
         rows, selected, stats = call.with_whole_rows(rows, selected, stats)
-    weights = torch.ones_like(scores.flatten()[rows]) if kept is None else kept.to(scores.dtype)
-    loss_sum, losses = call.backend.selected_loss(
+    total = _denominator(selected, stats.valid, num_items_in_batch, denominator)
+    weights = (1 / total).to(scores.dtype).expand(len(rows))
+    weights = weights if kept is None else torch.where(kept, weights, 0)
+    weighted, losses = call.backend.selected_loss(
         call.student,
         call.teacher,
         rows,
@@ -173,10 +176,12 @@ def selective_opd_loss(
     if kept is None:  # what is trained on may be known to more digits than what ranked it
         stats = stats.with_column(call.divergence.column, rows, losses)
     # Nor was it known to be finite, if the student's row was not read or read in 16 bits.
+    trained = (weights != 0) & (losses != torch.inf)
     flat = selected.flatten()
-    selected = flat.index_put((rows,), flat[rows] & (losses != torch.inf)).view(selected.shape)
-    total = _denominator(selected, stats.valid, num_items_in_batch, denominator)
-    loss = loss_sum / total.to(loss_sum.dtype) * _poison(scores, stats)
+    selected = flat.index_put((rows,), flat[rows] & trained).view(selected.shape)
+    correction = total / _denominator(selected, stats.valid, num_items_in_batch, denominator)  # 1 if none was dropped
+    loss = weighted * correction.to(weighted.dtype) * _poison(scores, stats)
+    loss_sum = torch.where(trained, losses, 0).sum()
     metrics = loss_metrics(loss, loss_sum, selected, scores, stats, call.given, call.divergence)
     return SelectiveOPDOutput(loss, selected, scores, stats, metrics)
 

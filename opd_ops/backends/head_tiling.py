@@ -50,13 +50,19 @@ def rows_at_a_time(n: int, bytes_per_row: int, budget: int) -> int:
 
 
 def score_rows(
-    *sources: Source, n: int, top_k: int, optional: bool, workspace_bytes: int, score_dtype: torch.dtype | None
+    *sources: Source,
+    n: int,
+    top_k: int,
+    optional: bool,
+    workspace_bytes: int,
+    score_dtype: torch.dtype | None,
+    tiles: int = 1,
 ) -> int:
-    """Rows of a score tile."""
+    """Rows of a score tile, of which `tiles` are alive at once."""
     vocab = sources[0].transform.vocab_size
     of_logits = sum(tile_dtype(source, score_dtype).itemsize for source in sources) * padded(vocab)
     per_row = of_logits + sum(row_bytes(source, score_dtype) for source in sources) + score_bytes(vocab, top_k)
-    return rows_at_a_time(n, per_row, (7 if optional else 15) * (workspace_bytes // 16))
+    return rows_at_a_time(n, per_row, (7 if optional else 15) * (workspace_bytes // 16) // tiles)
 
 
 def is_narrow(student: Source, needs: Sequence[bool]) -> bool:

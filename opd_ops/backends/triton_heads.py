@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +76,30 @@ def _buffer(rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device
     return torch.empty((rows, padded(vocab_size)), dtype=dtype, device=device)
 
 
+# Two half-size tiles on two streams, so that the statistics of one hide behind the matmul of the next. Off until a GPU has
+# shown that it is faster: benchmarks/gpu_heads.py times both.
+OVERLAP = False
+
+
+class _Lanes:
+    """Where the tiles of a score pass run: in order on the current stream, or in turn on two that start and end with it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.streams = [torch.cuda.Stream(device) for _ in range(2)] if OVERLAP and device.type == "cuda" else []
+        self.number = 2 if OVERLAP else 1
+
+    def __enter__(self) -> None:
+        for stream in self.streams:
+            stream.wait_stream(torch.cuda.current_stream(stream.device))
+
+    def __exit__(self, *_: object) -> None:
+        for stream in self.streams:
+            torch.cuda.current_stream(stream.device).wait_stream(stream)
+
+    def turn(self, i: int) -> AbstractContextManager[Any]:
+        return torch.cuda.stream(self.streams[i % 2]) if self.streams else nullcontext()
+
+
 def launch_columns(
     student: Source,
     teacher: Source,
@@ -89,6 +114,7 @@ def launch_columns(
     `score_dtype`: of a head while it ranks; None: its own.
     """
     vocab, transforms = student.transform.vocab_size, (student.transform, teacher.transform)
+    lanes = _Lanes(rows.device)
     sides = [_Side(source, rows, workspace_bytes // 16, score_dtype) for source in (student, teacher)]
     size = score_rows(
         student,
@@ -98,15 +124,17 @@ def launch_columns(
         optional=bool(columns),
         workspace_bytes=workspace_bytes,
         score_dtype=score_dtype,
+        tiles=lanes.number,
     )
     out = torch.empty((len(column_names(columns)), len(rows)), device=rows.device)
-    with on_device(rows.device), torch.autocast(rows.device.type, enabled=False):
-        buffers = [_buffer(size, vocab, side.tile_dtype, rows.device) for side in sides]
-        for group in _groups(len(rows), size):
-            n = group.stop - group.start
-            s, u = (side.tile(group, buffer[:n]) for side, buffer in zip(sides, buffers, strict=True))
-            options: dict[str, Any] = {"columns": columns, "top_k": top_k, "workspace_bytes": workspace_bytes // 2}
-            write_columns(out[:, group], (s, u), None, transforms, **options)
+    with on_device(rows.device), torch.autocast(rows.device.type, enabled=False), lanes:
+        buffers = [[_buffer(size, vocab, x.tile_dtype, rows.device) for x in sides] for _ in range(lanes.number)]
+        for i, group in enumerate(_groups(len(rows), size)):
+            n, tiles = group.stop - group.start, buffers[i % lanes.number]
+            with lanes.turn(i):
+                s, u = (side.tile(group, tile[:n]) for side, tile in zip(sides, tiles, strict=True))
+                options: dict[str, Any] = {"columns": columns, "top_k": top_k, "workspace_bytes": workspace_bytes // 2}
+                write_columns(out[:, group], (s, u), None, transforms, **options)
     return out
 
 
@@ -176,15 +204,18 @@ class _SelectedLoss(torch.autograd.Function):
         return (None,) * 3 + tuple(gradients) + (None,) * (len(tensors) - len(gradients))
 
 
-def _largest(weights: Tensor) -> Tensor:
-    """The largest magnitude of the weights, 0-dim; 1 where there is none."""
+def _scale(weights: Tensor) -> Tensor:
+    """The power of two above the largest magnitude of the weights, 0-dim; 1 where there is none.
+
+    A power of two, so that scaling a gradient back rounds nothing unless the loss is scaled by something else.
+    """
     largest = torch.cat((weights.abs(), weights.new_zeros(1))).amax()
-    return torch.where(largest > 0, largest, 1.0)
+    return torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent), 1.0)
 
 
 def scale_back(dtotal: Tensor, weights: Tensor) -> Tensor:
     """What the gradients of `launch_loss` are multiplied by; one dimension, or it would be rounded to 16 bits first."""
-    return (dtotal * _largest(weights)).view(1)
+    return (dtotal * _scale(weights)).view(1)
 
 
 def launch_loss(
@@ -212,7 +243,7 @@ class _SelectedRows:
         self, student: Source, teacher: Source, rows: Tensor, weights: Tensor, kind: str, workspace_bytes: int
     ) -> None:
         self.student, self.teacher = student, teacher
-        self.rows, self.unit = rows, (weights / _largest(weights)).float()
+        self.rows, self.unit = rows, (weights / _scale(weights)).float()
         self.gradient, self.column = GRADIENTS[kind], COLUMNS.index(kind)
         self.workspace_bytes, self.vocab = workspace_bytes, student.transform.vocab_size
         self.sides = [_Side(source, rows, workspace_bytes // 16) for source in (student, teacher)]
