@@ -23,7 +23,7 @@ from opd_ops.selection import SHORTLIST, most_selected
 from opd_ops.sources import Source, Transform
 
 POSITION_BYTES = 480  # statistics, masks, sort keys and their fp64 temporaries: some 60 numbers a position
-SAVED_ROW_BYTES = {"torch": 25, "triton": 12}  # row and weight; on "torch" also loss, log-sum-exp, gap, whether weighted
+SAVED_ROW_BYTES = {"torch": 21, "triton": 8}  # the row; on "torch" also loss, log-sum-exp, gap, whether weighted
 SAVED_SCALAR_BYTES = 64  # of the mean: sums and denominators
 
 
@@ -76,6 +76,8 @@ def estimate(
     checks.check_fraction(fraction)
     checks.check_choice("backend", backend, ("triton", "torch"))
     checks.check_top_k(top_k, V)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype: got {dtype!r}, expected a floating-point torch.dtype")
     if score_dtype is not None:
         checks.check_choice("score_dtype", score_dtype, tuple(SCORE_DTYPES))
     in_float8 = score_dtype == "float8"

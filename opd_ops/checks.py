@@ -110,7 +110,7 @@ def check_generator(generator: object) -> None:
         raise TypeError(f"generator: got {generator!r}, expected a torch.Generator or None")
 
 
-def check_student_stats(stats: object, student: Source, top_k: int) -> None:
+def check_student_stats(stats: object, student: Source, top_k: int, valid: Tensor | None) -> None:
     """Of the call's positions, with K of at least `top_k`, over the vocabulary that the call compares."""
     if not isinstance(stats, StudentStats):
         raise TypeError(f"student_stats: got {type(stats).__name__}, expected StudentStats")
@@ -128,6 +128,12 @@ def check_student_stats(stats: object, student: Source, top_k: int) -> None:
             f"student_stats: are over the student's own vocabulary of {own}, but the call compares the first {vocab} entries; "
             "pass no student_stats"
         )
+    if device.type == "cpu":  # elsewhere looking would wait for the device
+        ids = stats.ids if valid is None else stats.ids[valid]
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab):
+            raise ValueError(
+                f"student_stats.ids: got {int(ids.min())} ... {int(ids.max())} at valid positions, expected 0 ... {vocab - 1}"
+            )
 
 
 def check_num_items(value: Tensor | float | int | None) -> None:

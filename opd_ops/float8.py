@@ -4,7 +4,7 @@
 #   logits ~ (hidden values @ weight values.T) * hidden scales * weight scales,  summed by the vendor's matmul
 #   Nothing that is trained on comes from these logits: the best 2 rho N positions are scored again, exactly (scoring.py).
 #
-# Not here: the tiles that read them (backends/triton_heads.py), what the ranking loses (benchmarks/float8_overlap.py).
+# Not here: the tiles that read them (backends/triton_heads.py), what the ranking loses (benchmarks/ranking.py).
 from __future__ import annotations
 
 import os
@@ -17,7 +17,7 @@ DTYPE = torch.float8_e4m3fn
 LARGEST = torch.finfo(DTYPE).max
 ALIGNED = 64  # rows of the values: whole aligned tiles of the matmul, the last ones zero
 WIDTH = 16  # the matmul takes rows of whole multiples of this
-ROWS_AT_A_TIME = 4096
+ROWS_AT_A_TIME = 256
 CAPABILITY = (9, 0)  # Hopper: the first with scales per row
 
 
@@ -55,11 +55,15 @@ class Float8Rows(NamedTuple):
 def product(x: Float8Rows, w: Float8Rows, out: Tensor) -> Tensor:
     """Write x @ w.T into `out`, contiguous bf16: (n, rows of w), the first n rows of x."""
     n = len(out)
-    return torch._scaled_mm(x.values[:n], w.values.T, x.scales[:n], w.scales.T, out_dtype=torch.bfloat16, out=out)
+    scales = x.scales[:n], w.scales.T
+    # Fast accumulation keeps fewer bits of long sums, far fewer than the operands lost already; it only ranks.
+    return torch._scaled_mm(x.values[:n], w.values.T, *scales, out_dtype=torch.bfloat16, use_fast_accum=True, out=out)
 
 
 def refusal(*weights: Tensor) -> str | None:
     """Why heads of these weights cannot be scored in 8 bits here, or None."""
+    if not weights:
+        return "neither side is a LinearHead: there is no matmul to do in 8 bits"
     for weight in weights:
         if weight.shape[1] % WIDTH:
             return f"a head's hidden size is {weight.shape[1]}, expected a multiple of {WIDTH}"

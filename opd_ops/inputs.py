@@ -85,15 +85,27 @@ class LinearHead:
                 f"LinearHead.float8: got values of shape {tuple(self.float8.values.shape)}, expected "
                 f"{Float8Rows.shape_of(self.weight)}: Float8Rows.of(weight) of this weight"
             )
+        if self.float8 is not None and self.float8.values.device != self.weight.device:
+            raise ValueError(
+                f"LinearHead.float8: is on {self.float8.values.device}, the weight is on {self.weight.device}; move one of them"
+            )
 
     @classmethod
-    def from_module(cls, hidden: Tensor, head: nn.Module, *, scale: float = 1.0, softcap: float | None = None) -> LinearHead:
+    def from_module(
+        cls,
+        hidden: Tensor,
+        head: nn.Module,
+        *,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        float8: Float8Rows | None = None,
+    ) -> LinearHead:
         """The head of an `nn.Linear`-like module; refuses one that LoRA wraps (its adapter would never train)."""
         _refuse_lora(head)
         weight = getattr(head, "weight", None)
         if not isinstance(weight, Tensor):
             raise TypeError(f"head: got {type(head).__name__}, expected a module with a (V, D) weight, like nn.Linear")
-        return cls(hidden, weight, getattr(head, "bias", None), scale=scale, softcap=softcap)
+        return cls(hidden, weight, getattr(head, "bias", None), scale=scale, softcap=softcap, float8=float8)
 
 
 def _refuse_module(weight: object) -> None:

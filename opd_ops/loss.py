@@ -88,7 +88,7 @@ def selective_opd_loss(
         process_group: Vocabulary-parallel group; only None is supported yet.
         generator: For the selectors that draw ("random", "multinomial"). Under activation checkpointing leave it None:
             the recomputation must draw the same, and only torch's own generators are rewound for it.
-        backend: "triton" (dense logits on a GPU), "torch" (streamed, any device), "eager" (the readable oracle, full
+        backend: "triton" (a GPU), "torch" (streamed, any device), "eager" (the readable oracle, full
             tensors); "auto": "triton" where it can run, else "torch".
         workspace_bytes: The most scratch memory the call may hold beyond inputs, outputs and required gradients, O(N) numbers
             and, with `score_dtype="float8"`, the 8-bit copies of heads that do not bring their own.
@@ -111,7 +111,8 @@ def selective_opd_loss(
     torch.compile(fullgraph=True, dynamic=False) and CUDA-graph capture take calls on backend "triton" with mask None (and no
         labels), scope "batch", no `score_dtype="float8"`: there the number of rows to train on is fixed by the shapes.
         torch.compile takes no `student_stats`.
-    Host synchronisations on a GPU: one for the list of valid rows (none without a mask), one for that of selected rows.
+    Host synchronisations on a GPU: one for the list of valid rows (none without a mask), one for that of selected rows; one
+        more for the shortlist of "float8", and one for `student_stats` on backend "torch".
     Example: a student equal to its teacher has nothing to learn.
         >>> logits = torch.randn(6, 32)
         >>> selective_opd_loss(logits, logits).loss
@@ -145,21 +146,17 @@ def selective_opd_loss(
     )
     if inplace_backward:
         checks.check_inplace_backward(call.student.leading, call.teacher.leading)
-    select = partial(select_positions, scope=scope, cu_seqlens=cu_seqlens)
+    keep_one = getattr(call.selector, "keep_one_per_sequence", False)
+    select = partial(select_positions, scope=scope, cu_seqlens=cu_seqlens, keep_one_per_sequence=keep_one)
 
     def shortlist(scores: Tensor, stats: TokenStats) -> Tensor:
         return select(scores, mask=stats.valid, fraction=min(1.0, SHORTLIST * fraction))
 
     scores, stats = call.run(shortlist)
-    selected = select(
-        scores,
-        mask=stats.valid,
-        fraction=fraction,
-        keep_one_per_sequence=getattr(call.selector, "keep_one_per_sequence", False),
-    )
+    selected = select(scores, mask=stats.valid, fraction=fraction)
     rows, kept = _rows_of(selected, fraction, scope, call)
     if call.known is not None and not scores_selected_rows(call.backend, call.student, call.teacher):
-        rows, selected, stats = call.with_whole_rows(rows, selected, stats)
+        rows, kept, selected, stats = call.with_whole_rows(rows, kept, selected, stats)
     total = _denominator(selected, stats.valid, num_items_in_batch, denominator)
     weights = (1 / total).to(scores.dtype).expand(len(rows))
     weights = weights if kept is None else torch.where(kept, weights, 0)
@@ -173,8 +170,9 @@ def selective_opd_loss(
         workspace_bytes=workspace_bytes,
         inplace=inplace_backward,
     )
-    if kept is None:  # what is trained on may be known to more digits than what ranked it
-        stats = stats.with_column(call.divergence.column, rows, losses)
+    # What is trained on may be known to more digits than what ranked it.
+    ranked = getattr(stats, call.divergence.column).flatten()[rows]
+    stats = stats.with_column(call.divergence.column, rows, losses if kept is None else torch.where(kept, losses, ranked))
     # Nor was it known to be finite, if the student's row was not read or read in 16 bits.
     trained = (weights != 0) & (losses != torch.inf)
     flat = selected.flatten()
@@ -209,7 +207,11 @@ def _denominator(selected: Tensor, valid: Tensor, num_items: Tensor | float | No
     """What the sum over the selected positions is divided by, 0-dim fp64; 1 where nothing is selected."""
     n_selected, n_valid = selected.sum().double(), valid.sum().double()
     share = n_selected / n_valid.clamp_min(1) if kind == "selected" else torch.ones_like(n_valid)
-    total = n_valid if num_items is None else torch.as_tensor(num_items, dtype=torch.float64, device=valid.device)
+    total = n_valid
+    if isinstance(num_items, Tensor):
+        total = num_items.to(device=valid.device, dtype=torch.float64)
+    elif num_items is not None:  # filled on the device: a copy from the host would wait for it
+        total = torch.full((), num_items, dtype=torch.float64, device=valid.device)
     return torch.where(n_selected > 0, total * share, 1.0)
 
 

@@ -54,7 +54,12 @@ class StudentStats:
     @classmethod
     @torch.no_grad()
     def of_logits(cls, logits: Tensor, *, top_k: int = 16, temperature: float = 1.0) -> StudentStats:
-        """The statistics of (..., V) logits, computed in fp32 (fp64 for fp64): for a sampler of one's own."""
+        """The statistics of (..., V) logits, computed in fp32 (fp64 for fp64): for a sampler of one's own.
+
+        Raises: ValueError: a top_k below 1, or a temperature that is not above 0.
+        """
+        if top_k < 1 or not temperature > 0:
+            raise ValueError(f"StudentStats: got top_k {top_k} and temperature {temperature}, expected both above 0")
         x = logits.reshape(-1, logits.shape[-1])
         x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32) / temperature
         log_p = torch.log_softmax(x, 1)
@@ -72,8 +77,10 @@ class StudentStats:
 class RolloutRecorder:
     """Records `StudentStats` while Hugging Face `generate` samples: pass it as `logits_processor=[recorder]`.
 
-    It returns the scores as they came. `generate` calls its own penalties before it and temperature, top-k and top-p after it,
-    so what it sees is the model's distribution. One row per sequence: not for beam search, which reorders rows.
+    It returns the scores as they came. `generate` applies temperature, top-k and top-p after it, so they do not matter, but
+    its penalties before it: a `repetition_penalty`, suppressed tokens or a least length, in the call or in the model's
+    generation_config, would be recorded as if they were the model's. Switch them off, as on-policy training needs anyway, or
+    take raw logits (`output_logits=True`) to `StudentStats.of_logits`. One row per sequence: not for beam search.
 
     Args:
         top_k: K of the call that will use the statistics.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opd_ops import checks, float8
-from opd_ops.backends import Backend, Needs, check_backend, known_student, resolve_backend
+from opd_ops.backends import Backend, Needs, check_backend, drops_weightless_rows, known_student, resolve_backend
 from opd_ops.divergences import Divergence, resolve_divergence
 from opd_ops.inputs import LinearHead
 from opd_ops.rollout import StudentStats
@@ -52,7 +52,7 @@ class Scoring:
         `shortlist`: which positions to score again exactly, of a first ranking in 8 bits; all others then score -inf.
         """
         with torch.no_grad():  # no decorator: torch.compile cannot trace a decorated method
-            # One of the two host synchronisations of a call: the list of valid rows has a length.
+            # A host synchronisation, if there is a mask: the list of valid rows has a length.
             everything = torch.arange(self.shape.numel(), device=self.student.leading.device)
             rows = everything if self.given is None else self.given.flatten().nonzero().squeeze(1)
             stats = self._stats(rows).spread(None if self.given is None else rows, self.shape)
@@ -71,17 +71,21 @@ class Scoring:
         """The same call with fp32 logits."""
         return replace(self, score_dtype=torch.float32)
 
-    def with_whole_rows(self, rows: Tensor, selected: Tensor, stats: TokenStats) -> tuple[Tensor, Tensor, TokenStats]:
+    def with_whole_rows(
+        self, rows: Tensor, kept: Tensor | None, selected: Tensor, stats: TokenStats
+    ) -> tuple[Tensor, Tensor | None, Tensor, TokenStats]:
         """The selected rows scored again from both models, less those whose divergence turns out to be infinite.
 
-        Statistics from the rollout do not hold the divergence. One more host synchronisation.
+        Statistics from the rollout do not hold the divergence. Infinite rows are no longer `kept` where the backend drops what
+        is not; elsewhere they leave the list, at the price of a host synchronisation.
         """
         with torch.no_grad():
             exact = replace(self._exactly(), known=None)._stats(rows)
             finite = getattr(exact, self.divergence.column) != torch.inf
             stats = stats.replaced(selected, exact)
-            selected = selected.masked_scatter(selected, finite)
-            return rows[finite], selected, stats
+            if drops_weightless_rows(self.backend):
+                return rows, finite if kept is None else kept & finite, selected, stats
+            return rows[finite], None, selected.masked_scatter(selected, finite), stats
 
     def _stats(self, rows: Tensor) -> TokenStats:
         student, teacher = self.student, self.teacher
@@ -173,7 +177,7 @@ def prepare(
     if found_dtype == float8.DTYPE:
         check_ranks_twice(found_selector)
     if student_stats is not None:
-        checks.check_student_stats(student_stats, sources[0], top_k)
+        checks.check_student_stats(student_stats, sources[0], top_k, valid)
         check_known_student(found_selector)
     return Scoring(
         *sources,

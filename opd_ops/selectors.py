@@ -259,7 +259,7 @@ WHOLE_ROW = (divergence_reverse_kl, tip, overconfident)  # need a KL over the vo
 
 def check_known_student(selector: Selector) -> None:
     """Refuse a selector that needs the student's whole row where only its rollout statistics are known."""
-    if selector in WHOLE_ROW or isinstance(selector, Multinomial):
+    if selector in WHOLE_ROW or "jsd" in getattr(selector, "needs", ()):
         fits = ", ".join(name for name, x in SELECTORS.items() if x not in WHOLE_ROW and not isinstance(x, Multinomial))
         raise ValueError(
             f"selector: got {_name(selector)!r}, which needs the student's whole row, but with student_stats only its "

@@ -78,7 +78,7 @@ def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
         return tensor[rows]
     if tensor.dim() == 1:
         return tensor.expand(len(rows), -1)
-    return tensor[torch.unravel_index(rows, tensor.shape[:-1])]
+    return tensor[_coordinates(rows, tensor.shape[:-1])]
 
 
 def put_rows(tensor: Tensor, rows: Tensor, values: Tensor) -> None:
@@ -86,7 +86,18 @@ def put_rows(tensor: Tensor, rows: Tensor, values: Tensor) -> None:
     if tensor.dim() == 1:
         tensor.unsqueeze(0)[rows] = values.to(tensor.dtype)
     else:
-        tensor[torch.unravel_index(rows, tensor.shape[:-1])] = values.to(tensor.dtype)
+        tensor[_coordinates(rows, tensor.shape[:-1])] = values.to(tensor.dtype)
+
+
+def _coordinates(rows: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
+    """Indices per dimension of flattened positions. torch.unravel_index would copy the shape from the host, and wait."""
+    if len(shape) == 1:
+        return (rows,)
+    found = []
+    for size in reversed(shape):
+        found.append(rows % max(1, size))
+        rows = rows.div(max(1, size), rounding_mode="floor")
+    return tuple(reversed(found))
 
 
 def finish_logits(x: Tensor, transform: Transform) -> Tensor:

@@ -31,6 +31,7 @@ OPERATORS = {
 def head_operator(name, dtype):
     """An operator on heads and its arguments."""
     student, teacher = head_pair((4,), 131, bias=True, softcap=20.0, dtype=dtype)
+    student = LinearHead(student.hidden.T.contiguous().T, student.weight, student.bias, softcap=20.0)  # of any strides
     student = student if name == "head_columns" else leaf_head(student)
     sources = Source.of(student, 130, 0.7), Source.of(teacher, 130, 0.7)
     shared = (*triton_ops.head_arguments(*sources), torch.tensor([2, 0]))
@@ -76,6 +77,7 @@ class _NoSynchronisation(TorchDispatchMode):
         "aten._local_scalar_dense",
         "aten.masked_select",
         "aten.item",
+        "aten.lift_fresh",  # a constant made on the host
         "aten.unique",
         "aten.is_nonzero",
     )
@@ -85,23 +87,42 @@ class _NoSynchronisation(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("inputs", ["logits", "heads", "rollout"])
+@pytest.mark.parametrize("inputs", ["logits", "heads", "rollout", "logits, rollout"])
 def test_a_captured_call_never_asks_the_host(inputs, monkeypatch):
-    heads, options = head_pair((5,), 131), {"fraction": 0.4, "backend": "triton"}
-    if inputs == "rollout":
+    heads, options = head_pair((2, 3), 131), {"fraction": 0.4, "backend": "triton", "num_items_in_batch": 7}
+    if "rollout" in inputs:
         options["student_stats"] = StudentStats.of_logits(heads[0].hidden @ heads[0].weight.T)
+    monkeypatch.setattr("opd_ops.checks.check_student_stats", lambda *_: None)  # which looks at ids, on a CPU alone
     runs = []
     for capturing in (False, True):
         monkeypatch.setattr("opd_ops.loss._in_graph", lambda device, capturing=capturing: capturing)
         student, teacher = leaf_head(heads[0]), heads[1]
-        sides = (student, teacher) if inputs != "logits" else [head.hidden @ head.weight.T for head in (student, teacher)]
+        sides = (student, teacher) if "logits" not in inputs else [head.hidden @ head.weight.T for head in (student, teacher)]
         with _NoSynchronisation() if capturing else nullcontext():
             out = selective_opd_loss(*sides, **options)
             out.loss.backward()
         runs.append([out.loss, out.selected, student.hidden.grad, student.weight.grad])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     with pytest.raises(AssertionError, match=r"aten.nonzero.* synchronises"), _NoSynchronisation():
-        selective_opd_loss(*sides, **options, mask=torch.ones(5))
+        selective_opd_loss(*sides, **options, mask=torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("workspace_bytes", [2**10, 2**29])
+def test_rows_that_fill_up_a_captured_call_may_hold_nan(workspace_bytes, dtype, monkeypatch):
+    heads = head_pair((4,), 131, dtype=dtype)
+    for head in heads:
+        head.hidden[0] = math.nan  # not valid, and the first to fill up
+    runs = []
+    for capturing in (False, True):
+        monkeypatch.setattr("opd_ops.loss._in_graph", lambda device, capturing=capturing: capturing)
+        student = leaf_head(heads[0])
+        out = selective_opd_loss(student, heads[1], fraction=1.0, backend="triton", workspace_bytes=workspace_bytes)
+        out.loss.backward()
+        assert out.selected.tolist() == [False, True, True, True]
+        runs.append([out.loss.detach(), student.weight.grad, student.hidden.grad])
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
 
 
 def compiled(call):

@@ -3,7 +3,7 @@
 #   Compared: products with the dequantised operands; the loss, its gradient and the shortlist with the exact call.
 #   Run: make test ARGS=tests/test_float8.py
 #
-# Not here: how well 8 bits rank a real model's positions (benchmarks/float8_overlap.py), a GPU (benchmarks/gpu.py).
+# Not here: how well 8 bits rank a real model's positions (benchmarks/ranking.py), a GPU (benchmarks/gpu.py).
 import math
 
 import pytest
@@ -88,14 +88,21 @@ def test_the_common_vocabulary_may_be_smaller():
 def test_statistics_from_the_rollout_may_be_joined_with_it():
     student, teacher = heads(8)
     stats = StudentStats.of_logits(student.hidden @ student.weight.T)
+    # The shortlist is then everything: exact.
     out = selective_opd_loss(
-        leaf_head(student), teacher, student_stats=stats, score_dtype="float8", fraction=0.25, backend="triton"
+        leaf_head(student), teacher, student_stats=stats, score_dtype="float8", fraction=0.5, backend="triton"
     )
-    want = selective_opd_loss(student, teacher, fraction=0.25, backend="eager")
-    assert out.selected.sum() == 2
-    assert torch.isfinite(out.loss)
-    overlap = (out.selected & want.selected).sum()
-    assert overlap >= 1
+    want = selective_opd_loss(student, teacher, fraction=0.5, backend="eager")
+    assert torch.equal(out.selected, want.selected)
+    torch.testing.assert_close(out.loss, want.loss, rtol=1e-4, atol=1e-6)
+
+
+def test_every_sequence_keeps_one_where_the_selector_says_so():
+    student, teacher = head_pair((2, 5), 131, student_dim=32, teacher_dim=48)
+    teacher.hidden[1] = torch.cat((student.hidden[1], 0.01 * teacher.hidden[1, :, 32:]), -1)  # nothing to learn in the second
+    options = {"selector": "teachability-released", "fraction": 0.1, "backend": "triton"}
+    got = selective_opd_loss(student, teacher, score_dtype="float8", **options)
+    assert got.selected.sum(1).tolist() == selective_opd_loss(student, teacher, **options).selected.sum(1).tolist() == [1, 1]
 
 
 def test_it_is_refused_where_it_cannot_run(monkeypatch):
@@ -103,6 +110,9 @@ def test_it_is_refused_where_it_cannot_run(monkeypatch):
     for backend, reason in (("torch", "chosen by name"), ("auto", "the device is cpu")):
         with pytest.raises(ValueError, match=f"score_dtype: got 'float8', which needs backend='triton' on Hopper.*{reason}"):
             score_positions(student, teacher, backend=backend, score_dtype="float8")
+    dense = student.hidden @ student.weight.T
+    with pytest.raises(ValueError, match="neither side is a LinearHead"):
+        score_positions(dense, dense, backend="triton", score_dtype="float8")
     with pytest.raises(ValueError, match="a head's hidden size is 24, expected a multiple of 16"):
         score_positions(*head_pair((4,), 131), backend="triton", score_dtype="float8")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))

@@ -4,7 +4,7 @@
 #   a real `generate` of a small random Llama. Interpreted kernels for "triton".
 #   Run: make test ARGS=tests/test_rollout.py
 #
-# Not here: how far a real model's rollout is from its training pass (benchmarks/rollout_difference.py).
+# Not here: how far a real model's rollout is from its training pass (benchmarks/ranking.py).
 import math
 
 import pytest
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from opd_ops import LinearHead, RolloutRecorder, StudentStats, score_positions, selective_opd_loss
 from opd_ops.backends import eager
-from tests.cases import gradients, head_pair, leaf_head, logit_pair
+from tests.cases import gradients, head_pair, leaf, leaf_head, logit_pair
 from tests.tolerances import HEAD_ABSOLUTE, assert_gradient, assert_stats, assert_within
 
 BACKENDS = ["eager", "torch", "triton"]
@@ -84,23 +84,38 @@ def test_the_loss_and_its_gradients_are_those_without(selector, backend):
         assert_gradient(found, wanted)
 
 
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_infinite_divergence_found_late_is_not_trained_on(backend):
-    student, teacher, _ = heads((6,), bias=True)
-    teacher.bias[:] = torch.linspace(-1, 1, len(teacher.bias))
-    dense = logits(teacher)
-    lowest = logits(student)[2].argmin()
-    dense[2, lowest] = -math.inf  # outside both supports: only the whole row shows it
-    stats = StudentStats.of_logits(logits(student))
-    student = leaf_head(student)
-    out = selective_opd_loss(student, dense, student_stats=stats, fraction=1.0, selector="all", backend=backend)
+def test_an_infinite_divergence_found_late_is_not_trained_on(backend, divergence):
+    student, teacher, _ = heads((6,))
+    sides = [logits(student), logits(teacher)]
+    other = 1 if divergence == "reverse_kl" else 0
+    sides[other][2, sides[1 - other][2].argmin()] = -math.inf  # outside both supports: only the whole row shows it
+    stats = StudentStats.of_logits(sides[0])
+    if divergence == "reverse_kl":
+        student = leaf_head(student)
+        trained, sides = student.hidden, (student, sides[1])
+    else:
+        trained, sides = leaf(sides[0]), (None, teacher)
+        sides = (trained, teacher)
+    options = {"fraction": 1.0, "selector": "all", "backend": backend, "divergence": divergence}
+    out = selective_opd_loss(*sides, student_stats=stats, **options)
     out.loss.backward()
     assert out.selected.tolist() == [True, True, False, True, True, True]
-    assert out.stats.reverse_kl[2] == math.inf
+    assert getattr(out.stats, divergence)[2] == math.inf
     assert out.metrics["n_infinite"] == 1
     assert torch.isfinite(out.loss)
-    assert student.hidden.grad.isfinite().all()
-    assert not student.hidden.grad[2].any()
+    assert trained.grad.isfinite().all()
+    assert not trained.grad[2].any()
+    assert trained.grad[1].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_changes_nothing(backend):
+    student, teacher, stats = heads(bias=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores, _ = score_positions(student, teacher, student_stats=stats, temperature=0.8, backend=backend)
+    assert torch.equal(scores, score_positions(student, teacher, student_stats=stats, temperature=0.8, backend=backend)[0])
 
 
 @pytest.mark.parametrize(("backend", "units"), [("triton", 4), ("torch", 6)])
@@ -152,6 +167,11 @@ def test_it_rejects_statistics_that_do_not_fit():
     one = [LinearHead(head.hidden[:1], head.weight) for head in (student, teacher)]
     with pytest.raises(ValueError, match=r"student_stats.logsumexp: got shape \(2, 3\), expected \(1, 3\)"):
         score_positions(*one, student_stats=stats)
+    wild = StudentStats(stats.logsumexp, stats.entropy, stats.ids + 100, stats.logprobs)
+    with pytest.raises(ValueError, match=r"student_stats.ids: got 10\d \.\.\. \d+ at valid positions, expected 0 \.\.\. 130"):
+        score_positions(student, teacher, student_stats=wild)
+    with pytest.raises(ValueError, match=r"got top_k 0 and temperature 1\.0, expected both above 0"):
+        StudentStats.of_logits(stats.logprobs, top_k=0)
     with pytest.raises(ValueError, match="student_stats: are over the student's own vocabulary of 131, but the call compares"):
         score_positions(student, teacher, student_stats=stats, vocab_size=100)
 

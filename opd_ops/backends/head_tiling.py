@@ -1,7 +1,7 @@
 # Sizes of the tiles in which the Triton backend goes through a head's logits: the only place that divides up its workspace.
 #
 #   score     15/16 to logits, hidden rows and kernel scratch of a tile (7/16 if optional columns need scratch), 1/16 to casts
-#   selected  the same for fp32 logits of both models and 16-bit gradients, those of all rows if they fit half of it
+#   selected  the same for fp32 logits of both models and 16-bit gradients, those of all rows if they fit 5/8 of it
 #
 # Needs no Triton: accounting.py asks it on any machine.
 # Not here: what is done on a tile (triton_heads.py), the streamed backend's sizes (tiling.py).
@@ -85,8 +85,8 @@ class SelectedGrid(NamedTuple):
         per_row = 8 * padded(vocab) + score_bytes(vocab) + row_bytes(student) + row_bytes(teacher)
         budget = 15 * (workspace_bytes // 16)
         of_weight = narrow and needs[1]
-        if of_weight and m * narrow_bytes <= budget // 2:
-            kept = m * (narrow_bytes + leading.element_size() * leading.shape[-1])
+        kept = m * (narrow_bytes + 2 * leading.element_size() * leading.shape[-1])  # and the hidden rows they go with
+        if of_weight and kept <= 5 * budget // 8:
             return SelectedGrid(rows_at_a_time(m, per_row, budget - kept), True, False)
         return SelectedGrid(rows_at_a_time(m, per_row + narrow_bytes, budget), False, of_weight)
 

@@ -3,7 +3,7 @@
 #   head_product   x @ w.T + bias    logits of some rows
 #   fp32_product   a @ b             of operands of any one dtype
 #
-# The vendor's matmul accumulates in fp32 either way; CUDA and ROCm can also return that sum unrounded. Elsewhere (a CPU, for
+# The vendor's matmul accumulates in fp32 either way; CUDA can also return that sum unrounded. Elsewhere (ROCm, XPU, a CPU for
 # the interpreted kernels) the operands are widened first, a slice of the weight at a time.
 # Not here: which rows and when (triton_heads.py), the fp32 tiles of any device (streamed.py).
 from __future__ import annotations
@@ -38,4 +38,7 @@ def fp32_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _returns_fp32(x: Tensor) -> bool:
-    return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16)
+    if x.device.type != "cuda" or torch.version.hip is not None:  # some ROCm builds refuse it
+        return False
+    reduced = x.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation
+    return x.dtype in (torch.bfloat16, torch.float16) and not reduced

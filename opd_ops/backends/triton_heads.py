@@ -10,8 +10,8 @@
 # would pay 2 rho more. Rows are weighted by at most 1 and the sum is scaled in the backward, so that fp16 gradients keep their
 # digits. A second backward computes them again.
 # Memory: groups of rows. The 16-bit logit gradients of all groups are kept for one weight gradient, rounded once, if they fit
-# half of the workspace; if not, the weight gradient takes a second look at the logits (2 rho), by blocks of the vocabulary.
-# Deterministic: no atomics, sums in a fixed order. No host synchronisation.
+# 5/8 of the workspace; if not, the weight gradient takes a second look at the logits (2 rho), by blocks of the vocabulary.
+# Deterministic: no atomics, sums in a fixed order. No host synchronisation, no copy from the host.
 #
 # Not here: the kernels (opd_kernels), dense logits on both sides (triton.py), fp32 heads on any device (streamed.py).
 from __future__ import annotations
@@ -243,7 +243,7 @@ class _SelectedRows:
         self, student: Source, teacher: Source, rows: Tensor, weights: Tensor, kind: str, workspace_bytes: int
     ) -> None:
         self.student, self.teacher = student, teacher
-        self.rows, self.unit = rows, (weights / _scale(weights)).float()
+        self.rows, self.unit = rows, (weights / _scale(weights)).float().clone()
         self.gradient, self.column = GRADIENTS[kind], COLUMNS.index(kind)
         self.workspace_bytes, self.vocab = workspace_bytes, student.transform.vocab_size
         self.sides = [_Side(source, rows, workspace_bytes // 16) for source in (student, teacher)]
@@ -268,19 +268,25 @@ class _SelectedRows:
             s, u = (x.read(group, vocab, b[:n]) for x, b in zip(self.sides, buffers, strict=True))
             columns = score_fwd(s, u, None, **self.options).columns
             score[:, group] = columns
+            # Left out of the sum (launch_loss), so of its gradient.
+            self.unit[group] = self.unit[group].masked_fill(columns[self.column] == torch.inf, 0)
             if any(needs):
                 d = s if narrowed is None else narrowed[group] if grid.keep else narrowed[:n]
                 self.gradient(s, u, None, self.unit[group], columns, out=d, **self.options)
                 out.add(self.student, self.rows[group], d)
                 if out.weight is not None and narrowed is None:
-                    out.add_weight(d, self.sides[0].hidden(group), first=group.start == 0)
+                    out.add_weight(d, self._weighted_hidden(group), first=group.start == 0)
         if grid.keep and m and narrowed is not None:
             del buffers, s, u
-            out.add_weight(narrowed, self.sides[0].hidden(slice(0, m)), first=True)
+            out.add_weight(narrowed, self._weighted_hidden(slice(0, m)), first=True)
         elif grid.second_look and m:
             del buffers, narrowed, s, u, d
             self._second_look(score, out)
         return score[self.column].clone(), out.in_order(self.student)
+
+    def _weighted_hidden(self, group: slice) -> Tensor:
+        """The student's hidden rows; 0 where the weight is 0, because their product with a gradient of 0 may be NaN."""
+        return self.sides[0].hidden(group).masked_fill((self.unit[group] == 0).unsqueeze(1), 0)
 
     def _second_look(self, score: Tensor, out: _Gradients) -> None:
         """The weight gradient by blocks of the vocabulary, each rounded once; the normalisers are known."""
@@ -298,7 +304,7 @@ class _SelectedRows:
                 self.sides[1].read(group, block, u)
                 options = {**self.options, "vocab_size": block.stop - start}
                 self.gradient(s, u, None, self.unit[group], score[:, group].contiguous(), out=d, **options)
-                product = fp32_product(d.T, self.sides[0].hidden(group))
+                product = fp32_product(d.T, self._weighted_hidden(group))
                 total = product if total is None else total.add_(product)
             assert total is not None
             out.weight[block] = total.to(dtype)

@@ -156,9 +156,10 @@ def head_loss(
 @head_loss.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     weights, needs = arguments[8], (*arguments[11], False, False)
+    formats = torch.preserve_format, torch.contiguous_format, torch.contiguous_format
     made = [
-        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if need else arguments[0].new_empty(0)
-        for tensor, need in zip(arguments[:3], needs, strict=False)
+        torch.empty_like(tensor, memory_format=layout) if need else arguments[0].new_empty(0)
+        for tensor, need, layout in zip(arguments[:3], needs, formats, strict=False)
     ]
     return weights.new_empty(()), weights.new_empty(weights.shape), *made
 
