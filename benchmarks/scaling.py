@@ -1,13 +1,12 @@
-# How memory and time grow: every method against the number of positions N, and against the vocabulary V.
+# How memory grows: every method against the number of positions N, and against the vocabulary V.
 #
 #   peak = incremental peak RSS over the inputs, the gradients asked for included: 4 Ds (V + N) bytes
-#   time over the floor = seconds / seconds of the two score matmuls at the same sizes, run just before
 #
-# Each method and size in a process of its own, one timed call after a first one (measure.py). One run each: peaks repeat to a
-# few MiB; times do not, and are shown only against V, as ratios.
+# Each method and size once, in a process of its own, in a call after a first one (measure.py): peaks repeat to a few MiB.
+# Times would not, and are not kept.
 # Run: python -m benchmarks.scaling [--n-list 256,1024,2048 --vocab-list 32000,128256,256000]: scaling.{json,md} and two
 # pictures under benchmarks/results. On 2 cores some 25 minutes and 12 GiB of memory.
-# Not here: medians at one size (compare.py), a GPU (`make gpu`).
+# Not here: times, as medians at one size (compare.py), a GPU (`make gpu`).
 from __future__ import annotations
 
 import argparse
@@ -23,7 +22,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 
 from benchmarks.compare import ROOT, numbers, positive, run_process
 from benchmarks.environment import describe_environment
@@ -37,9 +35,7 @@ Points = list[dict[str, Any]]
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scaling", description="Memory against N, memory and time against V."
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description="Memory against N and against V.")
     parser.add_argument("--n-list", type=numbers, default=[256, 1024, 2048], help="positions, at --vocab")
     parser.add_argument("--vocab", type=positive, default=151936, help="vocabulary of the first series (default %(default)s)")
     parser.add_argument("--vocab-list", type=numbers, default=[32000, 128256, 256000], help="vocabularies, at --n")
@@ -57,62 +53,33 @@ def series(sizes: Sequence[Sizes], names: Sequence[str], threads: int) -> Points
         for name in names:
             answer = run_process("measure", name, size, Settings(), threads)
             point = {"method": name, "n": size.n, "vocab": size.vocab, "gradient_bytes": size.gradient_bytes}
-            point |= {key: answer.get(key) for key in ("status", "error", "seconds", "peak_bytes")}
+            point |= {key: answer.get(key) for key in ("status", "error", "peak_bytes")}
             points.append(point)
             found = f"{point['peak_bytes'] / GIB:.2f} GiB" if point["status"] == "ok" else point["error"]
             print(f"N {size.n:<6} V {size.vocab:<8} {name:<18} {found}", flush=True)
-    floors = {(p["n"], p["vocab"]): p["seconds"] for p in points if p["method"] == "floor" and p["status"] == "ok"}
-    for point in points:
-        base = floors.get((point["n"], point["vocab"]))
-        if base and point["status"] == "ok":
-            point["to_floor"] = point["seconds"] / base
     return points
 
 
-def _line(axes: Axes, points: Points, along: str, value: str, scale: float) -> None:
+def draw(points: Points, along: str, label: str, path: Path) -> None:
+    """Peak memory against `along`, "n" or "vocab", one line a method."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     for place, name in enumerate(dict.fromkeys(point["method"] for point in points)):
-        found = [(p[along], p[value] / scale) for p in points if p["method"] == name and p.get(value) is not None]
-        if not found:
-            continue
-        ours = name == "ours"
-        style = {"color": OURS_COLOUR, "linewidth": 2.5, "zorder": 3} if ours else {"linewidth": 1.2}
-        axes.plot(
-            *zip(*found, strict=True), marker=MARKERS[place % len(MARKERS)], markersize=5, label=METHODS[name].title, **style
-        )
-
-
-def _finish(axes: Axes, x: str, y: str) -> None:
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+        found = [(p[along], p["peak_bytes"] / GIB) for p in points if p["method"] == name and p["status"] == "ok"]
+        if found:
+            style = {"color": OURS_COLOUR, "linewidth": 2.5, "zorder": 3} if name == "ours" else {"linewidth": 1.2}
+            marker = MARKERS[place % len(MARKERS)]
+            axes.plot(*zip(*found, strict=True), marker=marker, markersize=5, label=METHODS[name].title, **style)
+    gradients = sorted({(p[along], p["gradient_bytes"] / GIB) for p in points})
+    axes.plot(*zip(*gradients, strict=True), color="black", linestyle=":", linewidth=1, label="the gradients asked for")
+    axes.set_xlabel(label)
+    axes.set_ylabel("peak memory over the inputs, GiB")
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def draw_against_n(found: dict[str, Any], path: Path) -> None:
-    points = found["against_n"]
-    figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-    _line(axes, points, "n", "peak_bytes", GIB)
-    gradients = sorted({(p["n"], p["gradient_bytes"] / GIB) for p in points})
-    axes.plot(*zip(*gradients, strict=True), color="black", linestyle=":", linewidth=1, label="the gradients asked for")
-    _finish(axes, "positions N", "peak memory over the inputs, GiB")
     axes.legend(fontsize=8, frameon=False)
-    axes.set_title(f"Forward and backward from hidden states, V = {points[0]['vocab']:,}, fp32, CPU", fontsize=10)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def draw_against_vocab(found: dict[str, Any], path: Path) -> None:
-    points = found["against_vocab"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    _line(left, [p for p in points if p["method"] != "floor"], "vocab", "peak_bytes", GIB)
-    _line(right, [p for p in points if p["method"] != "floor"], "vocab", "to_floor", 1.0)
-    right.axhline(1.0, color="black", linestyle=":", linewidth=1, label="the two score matmuls")
-    _finish(left, "vocabulary V", "peak memory over the inputs, GiB")
-    _finish(right, "vocabulary V", "time over the two score matmuls")
-    left.legend(fontsize=8, frameon=False)
-    figure.suptitle(f"N = {points[0]['n']:,}, hidden sizes {found['dims'][0]} and {found['dims'][1]}, fp32, CPU", fontsize=10)
+    fixed = f"V = {points[0]['vocab']:,}" if along == "n" else f"N = {points[0]['n']:,}"
+    axes.set_title(f"Forward and backward from hidden states, {fixed}, fp32, CPU", fontsize=10)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -122,7 +89,7 @@ def page(found: dict[str, Any]) -> str:
     lines = [
         f"`{found['command']}` on {about['cpu']}, {found['threads']} threads, commit {about['commit'][:12]}, {about['date']}.",
         "",
-        "GiB of peak memory over the inputs; in brackets, against V, time over the two score matmuls (one run each).",
+        "GiB of peak memory over the inputs.",
         "",
     ]
     for title, key, along in (("N", "against_n", "n"), ("V", "against_vocab", "vocab")):
@@ -130,38 +97,35 @@ def page(found: dict[str, Any]) -> str:
         sizes = list(dict.fromkeys(p[along] for p in points))
         lines += ["| method | " + " | ".join(f"{title} = {size:,}" for size in sizes) + " |", "|---|" + "---|" * len(sizes)]
         for name in dict.fromkeys(p["method"] for p in points):
-            cells = (_cell(p, key == "against_vocab") for p in points if p["method"] == name)
+            cells = (_cell(p) for p in points if p["method"] == name)
             lines.append(f"| {METHODS[name].title} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
 
 
-def _cell(point: dict[str, Any], with_time: bool) -> str:
-    if point["status"] != "ok":
-        return f"{point['status']}: {point['error']}"
-    ratio = f" ({point['to_floor']:.2f})" if with_time and "to_floor" in point else ""
-    return f"{point['peak_bytes'] / GIB:.2f}{ratio}"
+def _cell(point: dict[str, Any]) -> str:
+    return f"{point['peak_bytes'] / GIB:.2f}" if point["status"] == "ok" else f"{point['status']}: {point['error']}"
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = parse_arguments(arguments)
     base = Sizes(options.n, options.vocab, *options.dims)
-    names = list(METHODS)
+    names = [name for name in METHODS if name != "floor"]  # which computes no loss
     found: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.scaling", *arguments]),
         "environment": describe_environment(ROOT),
         "threads": options.threads,
         "dims": options.dims,
         "settings": asdict(Settings()),
-        "against_n": series([replace(base, n=n) for n in options.n_list], names[1:], options.threads),
+        "against_n": series([replace(base, n=n) for n in options.n_list], names, options.threads),
         "against_vocab": series([replace(base, vocab=vocab) for vocab in options.vocab_list], names, options.threads),
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "scaling.json").write_text(json.dumps(found, indent=1) + "\n")
     (options.out / "scaling.md").write_text(page(found))
-    draw_against_n(found, options.out / "memory_against_n.png")
-    draw_against_vocab(found, options.out / "scaling_against_v.png")
+    draw(found["against_n"], "n", "positions N", options.out / "memory_against_n.png")
+    draw(found["against_vocab"], "vocab", "vocabulary V", options.out / "memory_against_v.png")
     print(page(found))
     return found
 
