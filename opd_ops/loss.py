@@ -96,7 +96,8 @@ def selective_opd_loss(
             "float8" (Hopper or newer): 8 bits rank all positions, and the best 2 n are ranked again by fp32 logits. What is
             trained on comes from fp32 logits with each of them.
         student_stats: `StudentStats` of these positions, from the rollout: scoring then reads the teacher alone. Not for
-            selectors that need the student's whole row.
+            selectors that need the student's whole row. Both KLs are then known where trained on alone: elsewhere NaN, as are
+            the metrics that need them.
         inplace_backward: Let the gradient overwrite the student's logits (backend "triton"), which spares a tensor of their
             size. Refused for a leaf, a view, logits without a gradient or shared with the teacher; a second backward raises.
         check_finite: Raise where a valid position has no finite softmax, instead of the rules below.

@@ -1,7 +1,7 @@
 # The `metrics` of a call: what a training loop logs, as detached 0-dim tensors that stay on the device.
 #
 #   Means in nats over the valid or the selected positions, and the raw sums and counts they are made of, so that a host can
-#   sum over micro-batches and ranks before it divides.
+#   sum over micro-batches and ranks before it divides. NaN: made of a statistic that this call does not know (stats.py).
 #
 # Not here: the loss and its denominator (loss.py).
 from __future__ import annotations
