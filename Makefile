@@ -24,7 +24,7 @@ test: $(VENV)/.test $(VENV)/.demo
 
 # The kernels once more on the oldest triton they support: put before the virtual environment's own, which stays as it is.
 test-triton36: $(VENV)/.test $(VENV)/.triton36
-	PYTHONPATH=$(abspath $(VENV)/triton36) $(BIN)/python -m pytest $(PARALLEL) tests/test_kernel_*.py tests/test_triton.py tests/test_triton_heads.py tests/test_static_roofline.py
+	PYTHONPATH=$(abspath $(VENV)/triton36) $(BIN)/python -m pytest $(PARALLEL) tests/test_kernel_*.py tests/test_triton.py tests/test_static_roofline.py
 
 roofline: $(VENV)/.test
 	$(BIN)/python -m benchmarks.static_roofline $(ARGS)
