@@ -277,4 +277,8 @@ def check_ranks_twice(selector: Selector) -> None:
 
 
 def _name(selector: Selector) -> str:
-    return next((name for name, x in SELECTORS.items() if x is selector or (type(x) is type(selector) is not type(tip))), "")
+    """Its name in SELECTORS, where instances with other parameters have their class's; of the user's own, the class."""
+    for name, known in SELECTORS.items():
+        if known is selector or (isinstance(known, (Multinomial, Random)) and type(known) is type(selector)):
+            return name
+    return type(selector).__name__

@@ -99,6 +99,12 @@ def test_estimate_rejects_what_does_not_fit():
             estimate(**{"N": 4, "V": 99, "Ds": 8, "Dt": 8, **options})
 
 
+def test_estimate_rejects_what_is_no_floating_point_dtype():
+    for dtype in ("bfloat16", torch.int8):
+        with pytest.raises(TypeError, match=r"dtype: got .*, expected a floating-point torch\.dtype"):
+            estimate(4, 99, 8, 8, dtype=dtype)
+
+
 def test_the_group_of_the_sizing_is_that_of_the_kernels():
     from opd_kernels.score import GROUP
 

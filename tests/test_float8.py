@@ -141,5 +141,12 @@ def test_a_kept_head_of_another_weight_is_rejected():
         LinearHead(student.hidden, student.weight, float8=Float8Rows.of(student.weight[:20]))
     with pytest.raises(TypeError, match=r"LinearHead.float8: got Tensor, expected Float8Rows\.of"):
         LinearHead(student.hidden, student.weight, float8=student.weight)
+    kept = Float8Rows.of(student.weight)
+    elsewhere = Float8Rows(kept.values.to("meta"), kept.scales)
+    with pytest.raises(ValueError, match=r"LinearHead.float8: is on meta, the weight is on cpu; move one of them"):
+        LinearHead(student.hidden, student.weight, float8=elsewhere)
+    module = torch.nn.Linear(32, 131, bias=False)
+    module.weight.data.copy_(student.weight)
+    assert LinearHead.from_module(student.hidden, module, float8=kept).float8 is kept
     with pytest.raises(ValueError, match="score_dtype: got 'int8', expected one of: float32, float8"):
         score_positions(student, student, score_dtype="int8")

@@ -149,6 +149,18 @@ def test_it_rejects_selectors_that_need_the_whole_row():
             score_positions(student, teacher, student_stats=stats, selector=selector)
 
 
+def test_it_rejects_a_selector_of_the_users_own_that_needs_the_whole_row():
+    class ByJSD:
+        needs = frozenset({"jsd"})
+
+        def __call__(self, stats):
+            return stats.jsd
+
+    student, teacher, stats = heads()
+    with pytest.raises(ValueError, match="selector: got 'ByJSD', which needs the student's whole row"):
+        score_positions(student, teacher, student_stats=stats, selector=ByJSD())
+
+
 def test_it_rejects_statistics_that_do_not_fit():
     student, teacher, stats = heads()
     for wrong, message in (

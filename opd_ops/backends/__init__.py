@@ -1,6 +1,6 @@
 # The interface that every backend implements, and which one a call uses.
 #
-# A backend is a module with the two functions of `Backend`; all policy (checks, selection, reduction) is outside it.
+# A backend is a module with the functions of `Backend`; all policy (checks, selection, reduction) is outside it.
 # Not here: the backends themselves: eager.py (the specification), streamed.py (any device), triton.py (GPUs).
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def resolve_backend(name: str, student: Source, teacher: Source, needs: Needs) -
         chosen, because = ("torch", reason) if reason else ("triton", f"the device is {device}")
     elif name == "auto":
         chosen, because = "torch", f"the device is {device}"
-    if needs.inplace and (chosen not in INPLACE or student.transform.is_head or teacher.transform.is_head):
+    if needs.inplace and (chosen not in INPLACE or _has_head(student, teacher)):
         raise ValueError(
             "inplace_backward: got True, which only backend='triton' has, for dense logits; "
             f"this call uses {chosen!r} ({because})"
@@ -121,13 +121,16 @@ def resolve_backend(name: str, student: Source, teacher: Source, needs: Needs) -
 
 def drops_weightless_rows(backend: Backend) -> bool:
     """Whether a row whose loss gets weight 0 has a gradient of exactly zero whatever it holds, NaN included."""
-    return not any(backend is other for other in _BACKENDS.values())
+    return not any(backend is other for other in _BACKENDS.values())  # the triton backend: named without importing it
 
 
 def scores_selected_rows(backend: Backend, student: Source, teacher: Source) -> bool:
     """Whether `selected_loss` finds the rows' statistics itself, and needs none that are known of them."""
-    has_head = student.transform.is_head or teacher.transform.is_head
-    return has_head and not any(backend is other for other in _BACKENDS.values())
+    return drops_weightless_rows(backend) and _has_head(student, teacher)
+
+
+def _has_head(student: Source, teacher: Source) -> bool:
+    return student.transform.is_head or teacher.transform.is_head
 
 
 def _triton_refusal(student: Source, teacher: Source, needs: Needs) -> str | None:

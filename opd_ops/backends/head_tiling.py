@@ -15,7 +15,9 @@ import torch
 from opd_ops import float8
 from opd_ops.sources import Source
 
-ALIGNED = 64  # elements: rows of a buffer begin at whole 128-byte lines, so that kernels load 128 bits at a time
+# Elements: rows of a buffer begin at whole 128-byte lines, so that kernels load 128 bits at a time. An 8-bit weight has as many
+# rows, because its product fills the padding too.
+ALIGNED = float8.ALIGNED
 MIN_COLUMNS = 16  # of a block, however small the workspace
 MATMUL_ROWS = 128  # rows of the vendor's own tile: a multiple of it wastes none
 GROUP = 128  # logits per group maximum, as in opd_kernels/score.py

@@ -42,24 +42,7 @@ def token_stats(
     score_dtype: torch.dtype | None,
 ) -> TokenStats:
     """The columns at the rows, (n,) each; those that take the student's whole row are NaN."""
-    with torch.autocast(rows.device.type, enabled=False):
-        return _token_stats(
-            backend, student.detach(), teacher.detach(), rows, known, top_k, columns, workspace_bytes, score_dtype
-        )
-
-
-def _token_stats(
-    backend: _Backend,
-    student: Source,
-    teacher: Source,
-    rows: Tensor,
-    known: StudentStats,
-    top_k: int,
-    columns: frozenset[str],
-    workspace_bytes: int,
-    score_dtype: torch.dtype | None,
-) -> TokenStats:
-    dtype = compute_dtype(student, teacher)
+    student, teacher, dtype = student.detach(), teacher.detach(), compute_dtype(student, teacher)
     own = backend.own_stats(teacher, rows, top_k=top_k, workspace_bytes=workspace_bytes, score_dtype=score_dtype)
     s_lse, s_entropy = (column.flatten()[rows].to(dtype) for column in (known.logsumexp, known.entropy))
     ids, log_p = (take_rows(column, rows) for column in (known.ids.long(), known.logprobs.to(dtype)))
@@ -96,7 +79,8 @@ def _logits_at(source: Source, rows: Tensor, ids: Tensor, dtype: torch.dtype) ->
     taken = take_rows(source.leading, rows)
     if source.weight is None:
         return finish_logits(taken.gather(1, ids).to(dtype), source.transform)
-    logits = torch.bmm(source.weight[ids].to(dtype), taken.to(dtype).unsqueeze(2)).squeeze(2)
+    with torch.autocast(taken.device.type, enabled=False):  # which would round these logits to 16 bits
+        logits = torch.bmm(source.weight[ids].to(dtype), taken.to(dtype).unsqueeze(2)).squeeze(2)
     if source.bias is not None:
         logits += source.bias[ids]
     return finish_logits(logits, source.transform)

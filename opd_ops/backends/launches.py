@@ -64,6 +64,11 @@ def column_names(columns: frozenset[str]) -> tuple[str, ...]:
     return (*SCORE_COLUMNS, *SUPPORT_COLUMNS, *sorted(columns))
 
 
+def parse_columns(optional: str) -> frozenset[str]:
+    """The optional columns as operators of torch take them: "a,b"."""
+    return frozenset(filter(None, optional.split(",")))
+
+
 def write_columns(
     out: Tensor,
     tables: tuple[Tensor, Tensor],

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from opd_ops.backends import triton_heads
 from opd_ops.backends.head_tiling import score_bytes
-from opd_ops.backends.launches import GRADIENTS, column_names, launch_options, on_device, parts, write_columns
+from opd_ops.backends.launches import GRADIENTS, column_names, launch_options, on_device, parse_columns, parts, write_columns
 from opd_ops.backends.table import Layout
 from opd_ops.divergences import Divergence, ForwardKL, ReverseKL, weighted_sum
 from opd_ops.sources import Source, Transform
@@ -134,7 +134,7 @@ def launch_columns(
 ) -> Tensor:
     """(columns, n) statistics of the given positions, in the order of `column_names`; `optional` ones are named "a,b"."""
     layout, tables = _tables(student, teacher)
-    places, columns = layout.rows(rows), frozenset(filter(None, optional.split(",")))
+    places, columns = layout.rows(rows), parse_columns(optional)
     share = workspace_bytes // 2 if columns else workspace_bytes  # the other half is the optional columns' scratch
     out = torch.empty((len(column_names(columns)), len(rows)), device=rows.device)
     with on_device(rows.device):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from opd_ops.backends import triton, triton_heads
-from opd_ops.backends.launches import column_names
+from opd_ops.backends.launches import column_names, parse_columns
 from opd_ops.backends.table import Layout
 from opd_ops.sources import Source, Transform
 
@@ -25,7 +25,7 @@ token_columns = torch.library.custom_op("opd_ops::token_columns", triton.launch_
 
 @token_columns.register_fake
 def _(student: Tensor, teacher: Tensor, rows: Tensor, top_k: int, optional: str, *_: Any) -> Tensor:
-    names = column_names(frozenset(filter(None, optional.split(","))))
+    names = column_names(parse_columns(optional))
     return torch.empty((len(names), rows.shape[0]), device=rows.device)
 
 
@@ -120,14 +120,14 @@ def head_columns(
 ) -> Tensor:
     """(columns, n) statistics of the rows."""
     sources = _sources((s_leading, s_weight, s_bias, t_leading, t_weight, t_bias), settings)
-    columns = frozenset(filter(None, optional.split(",")))
+    columns = parse_columns(optional)
     return triton_heads.launch_columns(*sources, rows, top_k, columns, workspace_bytes, score_dtype)
 
 
 @head_columns.register_fake
 def _(*arguments: Any) -> Tensor:
     rows, optional = arguments[7], arguments[9]
-    names = column_names(frozenset(filter(None, optional.split(","))))
+    names = column_names(parse_columns(optional))
     return torch.empty((len(names), rows.shape[0]), device=rows.device)
 
 
