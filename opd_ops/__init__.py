@@ -4,7 +4,19 @@
 #
 # Not here: anything else; importing this needs torch alone.
 from opd_ops.accounting import Estimate, estimate
-from opd_ops.divergences import Divergence, ForwardKL, ReverseKL
+from opd_ops.divergences import (
+    JSD,
+    Divergence,
+    EntropyAware,
+    Extrapolated,
+    ForwardKL,
+    LocalSupport,
+    ReverseKL,
+    SampledToken,
+    TailAware,
+    TopKForwardKL,
+    TotalVariation,
+)
 from opd_ops.float8 import Float8Rows
 from opd_ops.inputs import LinearHead
 from opd_ops.loss import SelectiveOPDOutput, selective_opd_loss
@@ -12,22 +24,33 @@ from opd_ops.rollout import RolloutRecorder, StudentStats
 from opd_ops.scoring import score_positions, select_positions
 from opd_ops.selectors import Multinomial, Selector
 from opd_ops.stats import TokenStats
+from opd_ops.teachers import SampledLogprobs, TopKLogprobs
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "JSD",
     "Divergence",
+    "EntropyAware",
     "Estimate",
+    "Extrapolated",
     "Float8Rows",
     "ForwardKL",
     "LinearHead",
+    "LocalSupport",
     "Multinomial",
     "ReverseKL",
     "RolloutRecorder",
+    "SampledLogprobs",
+    "SampledToken",
     "SelectiveOPDOutput",
     "Selector",
     "StudentStats",
+    "TailAware",
     "TokenStats",
+    "TopKForwardKL",
+    "TopKLogprobs",
+    "TotalVariation",
     "estimate",
     "score_positions",
     "select_positions",

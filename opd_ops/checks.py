@@ -2,79 +2,23 @@
 #
 #   An error says which argument, what came, what was expected. ValueError for values, TypeError for types.
 #
-# Not here: the checks of a LinearHead alone (inputs.py).
+# Not here: the checks of both sides together (sides.py), of a LinearHead or a sparse teacher alone (inputs.py, teachers.py).
 from __future__ import annotations
 
 import math
-import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from opd_ops.inputs import LinearHead, positions_shape, vocabulary
+from opd_ops.divergences import Divergence
+from opd_ops.masking import of_positions
 from opd_ops.rollout import StudentStats
 from opd_ops.sources import Source
+from opd_ops.teachers import Listed
 
 SCOPES = ("batch", "sequence")
 DENOMINATORS = ("selected", "valid")
-
-
-def check_sources(
-    student: object, teacher: object, vocab_size: int | None, temperature: float, process_group: object
-) -> tuple[Source, Source]:
-    """Both sides over their common vocabulary; one warning if their vocabularies differ and none was named."""
-    s, t = _check_side("student", student), _check_side("teacher", teacher)
-    if process_group is not None:
-        raise ValueError("process_group: got a group, expected None: vocabulary-parallel inputs are not supported yet")
-    if positions_shape(s) != positions_shape(t):
-        raise ValueError(
-            f"teacher: got positions of shape {tuple(positions_shape(t))}, expected those of the student, "
-            f"{tuple(positions_shape(s))}"
-        )
-    if _device(s) != _device(t):
-        raise ValueError(f"teacher: is on {_device(t)}, the student is on {_device(s)}; move them to one device")
-    check_number("temperature", temperature, above=0.0)
-    vocab = _check_vocabulary(vocabulary(s), vocabulary(t), vocab_size)
-    return Source.of(s, vocab, float(temperature)), Source.of(t, vocab, float(temperature))
-
-
-def _check_side(name: str, side: object) -> Tensor | LinearHead:
-    if isinstance(side, LinearHead):
-        tensors = [side.hidden, side.weight]
-    elif isinstance(side, Tensor):
-        if not side.is_floating_point():
-            raise TypeError(f"{name}: got logits of dtype {side.dtype}, expected a floating-point dtype")
-        if side.dim() < 1 or side.shape[-1] < 1:
-            raise ValueError(f"{name}: got logits of shape {tuple(side.shape)}, expected (..., V) with V >= 1")
-        tensors = [side]
-    else:
-        raise TypeError(f"{name}: got {type(side).__name__}, expected a logits tensor (..., V) or a LinearHead")
-    if any(hasattr(t, "full_tensor") for t in tensors):  # without importing torch.distributed for it
-        raise ValueError(f"{name}: got a DTensor, expected local tensors; gather it first with .full_tensor()")
-    return side
-
-
-def _device(side: Tensor | LinearHead) -> torch.device:
-    return side.weight.device if isinstance(side, LinearHead) else side.device
-
-
-def _check_vocabulary(student: int, teacher: int, vocab_size: int | None) -> int:
-    common = min(student, teacher)
-    if vocab_size is not None:
-        check_integer("vocab_size", vocab_size, least=1)
-        if vocab_size > common:
-            raise ValueError(
-                f"vocab_size: got {vocab_size}, expected at most {common} (the student has {student}, the teacher {teacher})"
-            )
-        return vocab_size
-    if student != teacher:
-        warnings.warn(
-            f"vocabularies differ: the student has {student} entries, the teacher {teacher}; both are sliced to the first "
-            f"{common} before the softmax. Pass vocab_size={common} to say that this is meant",
-            UserWarning,
-            stacklevel=5,
-        )
-    return common
 
 
 def check_number(name: str, value: object, *, above: float) -> None:
@@ -87,6 +31,16 @@ def check_integer(name: str, value: object, *, least: int) -> None:
         raise TypeError(f"{name}: got {value!r}, expected an integer")
     if value < least:
         raise ValueError(f"{name}: got {value}, expected at least {least}")
+
+
+def check_ids(name: str, ids: object) -> tuple[int, ...]:
+    """Token ids as a tuple of integers, none negative."""
+    if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
+        raise TypeError(f"{name}: got {ids!r}, expected a sequence of token ids")
+    found = tuple(ids)
+    for x in found:
+        check_integer(name, x, least=0)
+    return found
 
 
 def check_top_k(top_k: int, vocab_size: int) -> None:
@@ -105,6 +59,21 @@ def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of: {', '.join(known)}")
 
 
+def check_divergence_top_k(divergence: Divergence, vocab_size: int) -> None:
+    support = divergence.support
+    if support is not None and support.length > vocab_size:
+        raise ValueError(
+            f"divergence: {divergence.name!r} has top_k {support.length}, expected at most the vocabulary size, {vocab_size}"
+        )
+
+
+def check_threshold(value: Tensor | float | None) -> None:
+    if value is None or (isinstance(value, Tensor) and value.dim() == 0):
+        return  # a tensor's value stays on its device
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        raise ValueError(f"threshold: got {value!r}, expected a number or a 0-dim tensor")
+
+
 def check_generator(generator: object) -> None:
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: got {generator!r}, expected a torch.Generator or None")
@@ -116,7 +85,7 @@ def check_student_stats(stats: object, student: Source, top_k: int, valid: Tenso
         raise TypeError(f"student_stats: got {type(stats).__name__}, expected StudentStats")
     shape, device, vocab = student.leading.shape[:-1], student.leading.device, student.transform.vocab_size
     for name in ("logsumexp", "entropy"):
-        _positions(f"student_stats.{name}", getattr(stats, name), shape, device)
+        of_positions(f"student_stats.{name}", getattr(stats, name), shape, device)
     for name in ("ids", "logprobs"):
         if getattr(stats, name).device != device:
             raise ValueError(f"student_stats.{name}: is on {getattr(stats, name).device}, the student is on {device}")
@@ -144,7 +113,7 @@ def check_num_items(value: Tensor | float | int | None) -> None:
     check_number("num_items_in_batch", value, above=0.0)
 
 
-def check_inplace_backward(student: Tensor, teacher: Tensor) -> None:
+def check_inplace_backward(student: Tensor, teacher: Source | Listed) -> None:
     """Refuse to overwrite logits that somebody may still need; without grad mode there is nothing to overwrite."""
     if not torch.is_grad_enabled():
         return
@@ -157,7 +126,7 @@ def check_inplace_backward(student: Tensor, teacher: Tensor) -> None:
         reason = "are a leaf, whose values belong to the caller"
     elif student._is_view():
         reason = "are a view, whose base others may read"
-    elif student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr():
+    elif isinstance(teacher, Source) and _memory(student) == _memory(teacher.leading):
         reason = "share their memory with the teacher's"
     if reason is not None:
         raise ValueError(
@@ -166,48 +135,18 @@ def check_inplace_backward(student: Tensor, teacher: Tensor) -> None:
         )
 
 
-def valid_positions(
-    shape: torch.Size,
-    device: torch.device,
-    mask: Tensor | None,
-    labels: Tensor | None = None,
-    shift_labels: Tensor | None = None,
-    ignore_index: int = -100,
-    sequence_ids: Tensor | None = None,
-) -> Tensor | None:
-    """Bool of `shape`, or None for all: the mask's non-zeros, less what the labels ignore.
-
-    Row i predicts target i, so `labels` (unshifted, as in Hugging Face) are shifted here; `shift_labels` win. With the
-    `sequence_ids` of packed rows, the last row of each has no target: the next label is another sequence's.
-    """
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: got {ignore_index!r}, expected an integer")
-    valid = None if mask is None else _positions("mask", mask, shape, device) != 0
-    targets = None
-    if shift_labels is not None:
-        targets = _positions("shift_labels", shift_labels, shape, device)
-    elif labels is not None:
-        labels = _positions("labels", labels, shape, device)
-        if not labels.dim():
-            raise ValueError("labels: got a 0-dim tensor, expected at least one dimension to shift along")
-        targets = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
-        if sequence_ids is not None:
-            ends = sequence_ids[..., 1:] != sequence_ids[..., :-1]
-            targets[..., :-1].masked_fill_(ends, ignore_index)
-    if targets is None:
-        return valid
-    kept = targets != ignore_index
-    return kept if valid is None else valid & kept
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
-def _positions(name: str, tensor: object, shape: torch.Size, device: torch.device) -> Tensor:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor of shape {tuple(shape)}")
-    if tensor.shape != shape:
-        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(shape)}, one entry per position")
-    if tensor.device != device:
-        raise ValueError(f"{name}: is on {tensor.device}, the student is on {device}; move them to one device")
-    return tensor
+def check_tokens(divergence: Divergence, teacher: Source | Listed, tokens: Tensor | None) -> None:
+    """A divergence on the sampled token needs to know it."""
+    if divergence.support is None or not divergence.support.of_tokens or isinstance(teacher, Listed):
+        return
+    if tokens is None:
+        raise ValueError(
+            f"tokens: got None, but divergence {divergence.name!r} is on the sampled token; pass tokens=, or shift_labels="
+        )
 
 
 def check_cu_seqlens(cu_seqlens: Tensor | None, shape: torch.Size) -> None:

@@ -5,6 +5,7 @@
 # Not here: the two halves (scoring.py), the divergences (divergences.py), statistics and gradients (backends/).
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,12 +16,13 @@ from opd_ops import checks
 from opd_ops.backends import drops_weightless_rows, scores_selected_rows
 from opd_ops.divergences import Divergence
 from opd_ops.inputs import LinearHead
-from opd_ops.metrics import loss_metrics
+from opd_ops.metrics import loss_metrics, sampled_metrics
 from opd_ops.rollout import StudentStats
-from opd_ops.scoring import DEFAULT_WORKSPACE_BYTES, Scoring, prepare, select_positions
+from opd_ops.scoring import DEFAULT_WORKSPACE_BYTES, Scoring, finite, prepare, select_positions
 from opd_ops.selection import SHORTLIST, most_selected
 from opd_ops.selectors import Selector
 from opd_ops.stats import TokenStats
+from opd_ops.teachers import Listed, SparseTeacher
 
 
 class SelectiveOPDOutput(NamedTuple):
@@ -35,11 +37,13 @@ class SelectiveOPDOutput(NamedTuple):
 
 def selective_opd_loss(
     student: Tensor | LinearHead,
-    teacher: Tensor | LinearHead,
+    teacher: Tensor | LinearHead | SparseTeacher,
     *,
     mask: Tensor | None = None,
+    weights: Tensor | None = None,
     selector: str | Selector = "teachability",
     fraction: float = 0.05,
+    threshold: Tensor | float | None = None,
     scope: str = "batch",
     divergence: str | Divergence = "reverse_kl",
     top_k: int = 16,
@@ -47,6 +51,9 @@ def selective_opd_loss(
     labels: Tensor | None = None,
     shift_labels: Tensor | None = None,
     ignore_index: int = -100,
+    tokens: Tensor | None = None,
+    special_ids: Sequence[int] = (),
+    eos_ids: Sequence[int] = (),
     cu_seqlens: Tensor | None = None,
     num_items_in_batch: Tensor | float | None = None,
     denominator: str = "selected",
@@ -60,7 +67,7 @@ def selective_opd_loss(
     inplace_backward: bool = False,
     check_finite: bool = False,
 ) -> SelectiveOPDOutput:
-    """Reverse KL from student to teacher, on the best-scored share of the student's tokens.
+    """Reverse KL from student to teacher, or another divergence, on the best-scored share of the student's tokens.
 
     With p = softmax(student / temperature), q likewise for the teacher, and M the ceil(fraction * n_valid) valid positions
     with the highest score:
@@ -70,16 +77,26 @@ def selective_opd_loss(
 
     Args:
         student: (..., V) logits, or a `LinearHead`, whose logits are then never materialised whole.
-        teacher: The same for the teacher, with the same leading dimensions.
+        teacher: The same for the teacher, with the same leading dimensions; or `TopKLogprobs`, `SampledLogprobs`, what a server
+            returns. docs/features.md has the table of what each teacher supports.
         mask: (...), any dtype, non-zero on the tokens the student wrote; None: all. Other rows may hold anything.
+        weights: (...) factors of each position's loss; None: 1. A weight of 0 takes the position from the mask and from the
+            denominator; others change neither selection nor denominator.
         selector: What makes a position worth training on: a name of selectors.py, or a callable `TokenStats -> scores`.
         fraction: Share of the valid positions to train on, in (0, 1]; 1.0 is plain distillation.
+        threshold: Train on every valid position that scores at least this, in the place of the budget: a host that has scored
+            all micro-batches of a step can fix one cut for it.
         scope: "batch": one budget; "sequence": one per sequence (last leading dimension, or the spans of `cu_seqlens`).
-        divergence: "reverse_kl", "forward_kl", or a `Divergence`.
+        divergence: The loss on the selected positions: "reverse_kl", "forward_kl", "jsd", "total_variation", "local_support",
+            "tail_aware", "forward_kl_topk", "sampled", "entropy_aware", or an instance with parameters (divergences/), like
+            `JSD(beta=0.3)` or `Extrapolated(1.25, reference)`.
         top_k: K of the supports, 1 <= K <= V.
         temperature: Divides both models' logits; > 0. The loss is not scaled back by its square.
         labels, shift_labels: (...) targets, unshifted as in Hugging Face or already shifted (these win): positions whose
             target is `ignore_index` are not valid. With a mask, both must allow a position.
+        tokens: (...) the token that each position predicts, for divergence "sampled" and `special_ids`; None: the labels.
+        special_ids: Token ids whose first occurrence in each sequence is not trained on, nor counted (arXiv 2603.25562's code).
+        eos_ids: Ids that mean the same, like two ends of a turn: both models' probabilities of them are added up.
         cu_seqlens: (n_sequences + 1,) boundaries of packed sequences in the flattened positions.
         num_items_in_batch: The host trainer's count of valid tokens over all micro-batches (and ranks).
         denominator: "selected": mean over M; with `num_items_in_batch` the sum is divided by
@@ -123,13 +140,18 @@ def selective_opd_loss(
     checks.check_choice("scope", scope, checks.SCOPES)
     checks.check_choice("denominator", denominator, checks.DENOMINATORS)
     checks.check_num_items(num_items_in_batch)
+    checks.check_threshold(threshold)
     call = prepare(
         student,
         teacher,
         mask=mask,
+        weights=weights,
         labels=labels,
         shift_labels=shift_labels,
         ignore_index=ignore_index,
+        tokens=tokens,
+        special_ids=special_ids,
+        eos_ids=eos_ids,
         selector=selector,
         divergence=divergence,
         top_k=top_k,
@@ -146,7 +168,10 @@ def selective_opd_loss(
         inplace_backward=inplace_backward,
     )
     if inplace_backward:
-        checks.check_inplace_backward(call.student.leading, call.teacher.leading)
+        checks.check_inplace_backward(call.student.leading, call.teacher)
+    checks.check_tokens(call.divergence, call.teacher, call.positions.tokens)
+    if threshold is not None and score_dtype == "float8":
+        raise ValueError("threshold: score_dtype='float8' scores only a shortlist of the budget exactly; pass one of the two")
     keep_one = getattr(call.selector, "keep_one_per_sequence", False)
     select = partial(select_positions, scope=scope, cu_seqlens=cu_seqlens, keep_one_per_sequence=keep_one)
 
@@ -154,38 +179,46 @@ def selective_opd_loss(
         return select(scores, mask=stats.valid, fraction=min(1.0, SHORTLIST * fraction))
 
     scores, stats = call.run(shortlist)
-    selected = select(scores, mask=stats.valid, fraction=fraction)
-    rows, kept = _rows_of(selected, fraction, scope, call)
-    if call.known is not None and not scores_selected_rows(call.backend, call.student, call.teacher):
+    selected = select(scores, mask=stats.valid, fraction=fraction, threshold=threshold)
+    rows, kept = _rows_of(selected, None if threshold is not None else fraction, scope, call)
+    if call.known is not None and call.divergence.whole is not None and not scores_selected_rows(call.backend, *call.sides):
         rows, kept, selected, stats = call.with_whole_rows(rows, kept, selected, stats)
     total = _denominator(selected, stats.valid, num_items_in_batch, denominator)
-    weights = (1 / total).to(scores.dtype).expand(len(rows))
-    weights = weights if kept is None else torch.where(kept, weights, 0)
+    factors = (1 / total).to(scores.dtype).expand(len(rows))
+    factors = factors if kept is None else torch.where(kept, factors, 0)
+    of_rows = None if weights is None else weights.detach().flatten()[rows].to(factors.dtype)
+    of_tokens = call.sampled(rows) if call.divergence.support is not None and call.divergence.support.of_tokens else None
     weighted, losses = call.backend.selected_loss(
-        call.student,
-        call.teacher,
+        *call.sides,
         rows,
-        weights,
+        factors if of_rows is None else factors * of_rows,
         stats.take(rows),
         divergence=call.divergence,
+        tokens=of_tokens,
         workspace_bytes=workspace_bytes,
         inplace=inplace_backward,
     )
     # What is trained on may be known to more digits than what ranked it.
-    ranked = getattr(stats, call.divergence.column).flatten()[rows]
-    stats = stats.with_column(call.divergence.column, rows, losses if kept is None else torch.where(kept, losses, ranked))
-    # Nor was it known to be finite, if the student's row was not read or read in 16 bits.
-    trained = (weights != 0) & (losses != torch.inf)
+    if call.divergence.column is not None:
+        ranked = getattr(stats, call.divergence.column).flatten()[rows]
+        stats = stats.with_column(call.divergence.column, rows, losses if kept is None else torch.where(kept, losses, ranked))
+    # Nor was it known to be finite, if the student's row was not read, or read in 16 bits, or is summed only here.
+    trained = (factors != 0) & (losses != torch.inf)
     flat = selected.flatten()
+    infinite = stats.valid & ~finite(stats, call.divergence)
+    infinite = infinite.flatten().index_put((rows,), infinite.flatten()[rows] | (flat[rows] & (losses == torch.inf)))
     selected = flat.index_put((rows,), flat[rows] & trained).view(selected.shape)
     correction = total / _denominator(selected, stats.valid, num_items_in_batch, denominator)  # 1 if none was dropped
     loss = weighted * correction.to(weighted.dtype) * _poison(scores, stats)
-    loss_sum = torch.where(trained, losses, 0).sum()
-    metrics = loss_metrics(loss, loss_sum, selected, scores, stats, call.given, call.divergence)
+    loss_sum = torch.where(trained, losses if of_rows is None else losses * of_rows, 0).sum()
+    is_bound = isinstance(call.teacher, Listed)
+    metrics = loss_metrics(loss, loss_sum, selected, scores, stats, call.given, infinite, is_bound=is_bound)
+    if of_tokens is not None:
+        metrics |= sampled_metrics(call.log_ratio(rows, of_tokens, stats), trained)
     return SelectiveOPDOutput(loss, selected, scores, stats, metrics)
 
 
-def _rows_of(selected: Tensor, fraction: float, scope: str, call: Scoring) -> tuple[Tensor, Tensor | None]:
+def _rows_of(selected: Tensor, fraction: float | None, scope: str, call: Scoring) -> tuple[Tensor, Tensor | None]:
     """The selected positions; in a graph as many as the budget, and which of those are selected (None: all).
 
     Their number depends on the data (NaN or infinite rows leave the budget unfilled), which no graph can hold, torch.compile's
@@ -194,7 +227,7 @@ def _rows_of(selected: Tensor, fraction: float, scope: str, call: Scoring) -> tu
     """
     flat = selected.flatten()
     fixed = call.given is None and scope == "batch" and drops_weightless_rows(call.backend)
-    if not fixed or not _in_graph(flat.device):
+    if fraction is None or not fixed or not _in_graph(flat.device):
         return flat.nonzero().squeeze(1), None
     rows = torch.sort(flat.to(torch.uint8), descending=True, stable=True).indices[: most_selected(len(flat), fraction)]
     return rows, flat[rows]

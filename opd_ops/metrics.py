@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opd_ops.divergences import Divergence
 from opd_ops.stats import TokenStats
 
 
@@ -21,20 +20,25 @@ def loss_metrics(
     scores: Tensor,
     stats: TokenStats,
     given: Tensor | None,
-    divergence: Divergence,
+    infinite: Tensor,
+    *,
+    is_bound: bool,
 ) -> dict[str, Tensor]:
-    """`given` is the caller's mask as bool, or None: what teacher NaNs then took away is counted against it."""
+    """`given` is the caller's mask as bool, or None: what teacher NaNs then took away is counted against it.
+
+    `infinite`: where the divergence is; `is_bound`: the support mass is its lower bound, known from two lists.
+    """
     n_valid, n_selected = stats.valid.sum(), selected.sum()
     n_given = torch.full_like(n_valid, selected.numel()) if given is None else given.sum()
-    infinite = stats.valid & (getattr(stats, divergence.column) == torch.inf)
+    mass = "support_mass_lower_bound" if is_bound else "support_mass"
     sums = {
         "kl_selected": (stats.reverse_kl, selected, n_selected),
         "kl_all": (stats.reverse_kl, stats.valid, n_valid),
         "entropy_selected": (stats.student_entropy, selected, n_selected),
         "entropy": (stats.student_entropy, stats.valid, n_valid),
         "teacher_entropy": (stats.teacher_entropy, stats.valid, n_valid),
-        "support_mass_selected": (stats.support_mass, selected, n_selected),
-        "support_mass": (stats.support_mass, stats.valid, n_valid),
+        f"{mass}_selected": (stats.support_mass, selected, n_selected),
+        mass: (stats.support_mass, stats.valid, n_valid),
     }
     metrics = {"loss": loss.detach(), "loss_sum": loss_sum.detach()}
     for name, (column, among, count) in sums.items():
@@ -49,3 +53,10 @@ def loss_metrics(
         "n_teacher_nonfinite": n_given - n_valid,
         "score_threshold": torch.cat((lowest, lowest.new_full((1,), torch.inf))).amin(),  # +inf: nothing selected
     }
+
+
+@torch.no_grad()
+def sampled_metrics(log_ratio: Tensor, trained: Tensor) -> dict[str, Tensor]:
+    """An estimate of KL(p || q) from tokens that were drawn from p, at the (M,) positions that were trained on."""
+    total = torch.where(trained, log_ratio, 0).sum()
+    return {"kl_sampled": total / trained.sum().clamp_min(1), "kl_sampled_sum": total}

@@ -6,21 +6,25 @@
 # Not here: selectors (selectors.py), budget and ties (selection.py), how statistics are computed (backends/).
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from opd_ops import checks, float8
-from opd_ops.backends import Backend, Needs, check_backend, drops_weightless_rows, known_student, resolve_backend
-from opd_ops.divergences import Divergence, resolve_divergence
+from opd_ops.backends import Backend, Needs, check_backend, drops_weightless_rows, resolve_backend, two_lists
+from opd_ops.backends.gather import logits_at
+from opd_ops.divergences import Divergence, ReverseKL, SampledToken, TailAware, resolve_divergence
 from opd_ops.inputs import LinearHead
+from opd_ops.masking import Positions, positions
 from opd_ops.rollout import StudentStats
 from opd_ops.selection import select, sequence_ids
-from opd_ops.selectors import Selector, check_known_student, check_ranks_twice, resolve_selector
+from opd_ops.selectors import Selector, check_known, check_ranks_twice, resolve_selector
+from opd_ops.sides import check_sources
 from opd_ops.sources import Source
 from opd_ops.stats import OPTIONAL_COLUMNS, TokenStats
+from opd_ops.teachers import Listed, SampledLogprobs, SparseTeacher, TopKLogprobs
 
 DEFAULT_WORKSPACE_BYTES = 512 * 2**20
 SCORE_DTYPES = {"float32": torch.float32, "float8": float8.DTYPE}
@@ -31,8 +35,8 @@ class Scoring:
     """A checked call, up to the scores: what `score_positions` and `selective_opd_loss` share."""
 
     student: Source
-    teacher: Source
-    given: Tensor | None  # bool mask of the positions' shape; None: all
+    teacher: Source | Listed
+    positions: Positions
     known: StudentStats | None  # the student's statistics, from the rollout
     selector: Selector
     divergence: Divergence
@@ -45,6 +49,36 @@ class Scoring:
     @property
     def shape(self) -> torch.Size:
         return self.student.leading.shape[:-1]
+
+    @property
+    def given(self) -> Tensor | None:
+        """Bool mask of the positions' shape; None: all."""
+        return self.positions.valid
+
+    @property
+    def sides(self) -> tuple[Source, Source | Listed]:
+        return self.student, self.teacher
+
+    def sampled(self, rows: Tensor) -> Tensor:
+        """(M,) the token that each row predicts; merged ids as their first."""
+        if isinstance(self.teacher, Listed):
+            return self.teacher.ids[rows, 0]
+        assert self.positions.tokens is not None
+        tokens, merged = self.positions.tokens.flatten()[rows].long(), self.student.transform.merged
+        if not merged:
+            return tokens
+        return torch.where((tokens.unsqueeze(1) == tokens.new_tensor(merged)).any(1), merged[0], tokens)
+
+    def log_ratio(self, rows: Tensor, tokens: Tensor, stats: TokenStats) -> Tensor:
+        """(M,) log p(y) - log q(y) of the tokens y."""
+        ids, found = tokens.unsqueeze(1), []
+        for source, lse in ((self.student, stats.student_logsumexp), (self.teacher, stats.teacher_logsumexp)):
+            if isinstance(source, Listed):
+                found.append(source.logprobs[rows, 0])
+            else:
+                logits = logits_at(source.detach(), rows, ids, stats.student_logsumexp.dtype, self.workspace_bytes)
+                found.append(logits.squeeze(1) - lse.flatten()[rows])
+        return found[0] - found[1]
 
     def run(self, shortlist: Callable[[Tensor, TokenStats], Tensor] | None = None) -> tuple[Tensor, TokenStats]:
         """Scores and statistics, both of the positions' shape, without a graph.
@@ -81,19 +115,20 @@ class Scoring:
         """
         with torch.no_grad():
             exact = replace(self._exactly(), known=None)._stats(rows)
-            finite = getattr(exact, self.divergence.column) != torch.inf
+            is_finite = finite(exact, self.divergence)
             stats = stats.replaced(selected, exact)
             if drops_weightless_rows(self.backend):
-                return rows, finite if kept is None else kept & finite, selected, stats
-            return rows[finite], None, selected.masked_scatter(selected, finite), stats
+                return rows, is_finite if kept is None else kept & is_finite, selected, stats
+            return rows[is_finite], None, selected.masked_scatter(selected, is_finite), stats
 
     def _stats(self, rows: Tensor) -> TokenStats:
         student, teacher = self.student, self.teacher
         if self.score_dtype == float8.DTYPE:
-            student, teacher = student if self.known else student.in_float8(), teacher.in_float8()
+            student = student if self.known else student.in_float8()
+            teacher = teacher.in_float8() if isinstance(teacher, Source) else teacher
         needs = frozenset(getattr(self.selector, "needs", ())) & OPTIONAL_COLUMNS
-        if self.known is not None:
-            return known_student.token_stats(
+        if self.known is not None or isinstance(teacher, Listed):
+            return two_lists.token_stats(
                 self.backend,
                 student,
                 teacher,
@@ -119,7 +154,7 @@ class Scoring:
         if not isinstance(scores, Tensor) or scores.shape != self.shape:
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(f"selector: returned {got}, expected a tensor of scores of shape {tuple(self.shape)}")
-        trainable = stats.valid & (getattr(stats, self.divergence.column) != torch.inf)
+        trainable = stats.valid & finite(stats, self.divergence)
         return torch.where(trainable, scores.to(stats.reverse_kl.dtype), -torch.inf)
 
     def _refuse_nonfinite(self, stats: TokenStats) -> None:
@@ -134,16 +169,28 @@ class Scoring:
                 )
 
 
+def finite(stats: TokenStats, divergence: Divergence) -> Tensor:
+    """Where the divergence is not known to be infinite, bool."""
+    if divergence.whole is None or divergence.whole.column is None:
+        return torch.ones_like(stats.valid)
+    found: Tensor = getattr(stats, divergence.whole.column) != torch.inf
+    return found
+
+
 def prepare(
     student: object,
     teacher: object,
     *,
     mask: Tensor | None,
+    weights: Tensor | None,
     labels: Tensor | None = None,
     shift_labels: Tensor | None = None,
     ignore_index: int = -100,
+    tokens: Tensor | None,
+    special_ids: Sequence[int],
+    eos_ids: Sequence[int],
     selector: str | Selector,
-    divergence: str | Divergence,
+    divergence: str | Divergence | None,
     top_k: int,
     temperature: float,
     cu_seqlens: Tensor | None,
@@ -159,29 +206,52 @@ def prepare(
 ) -> Scoring:
     """Check all that scoring depends on; raises before any work."""
     check_backend(backend)
-    found_divergence = resolve_divergence(divergence)
-    sources = checks.check_sources(student, teacher, vocab_size, temperature, process_group)
+    found_divergence = _scored_for(teacher) if divergence is None else resolve_divergence(divergence)
+    sources = check_sources(
+        student,
+        teacher,
+        found_divergence,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        eos_ids=eos_ids,
+        process_group=process_group,
+    )
     shape, device = sources[0].leading.shape[:-1], sources[0].leading.device
     checks.check_top_k(top_k, sources[0].transform.vocab_size)
+    checks.check_divergence_top_k(found_divergence, sources[0].transform.vocab_size)
     checks.check_integer("workspace_bytes", workspace_bytes, least=1)
     if score_dtype is not None:
         checks.check_choice("score_dtype", score_dtype, tuple(SCORE_DTYPES))
     checks.check_cu_seqlens(cu_seqlens, shape)
-    ids = sequence_ids(shape, cu_seqlens, device).view(shape)
-    valid = checks.valid_positions(shape, device, mask, labels, shift_labels, ignore_index, None if cu_seqlens is None else ids)
+    found_positions = positions(
+        shape,
+        device,
+        mask=mask,
+        weights=weights,
+        labels=labels,
+        shift_labels=shift_labels,
+        ignore_index=ignore_index,
+        cu_seqlens=cu_seqlens,
+        tokens=tokens,
+        special_ids=checks.check_ids("special_ids", special_ids),
+    )
     checks.check_generator(generator)
     found_dtype = None if score_dtype is None else SCORE_DTYPES[score_dtype]
     needs = Needs(divergence=found_divergence, top_k=top_k, inplace=inplace_backward, float8=found_dtype == float8.DTYPE)
     found_backend = resolve_backend(backend, *sources, needs)
-    found_selector = resolve_selector(selector, generator=generator, sequence_ids=ids)
+    found_selector = resolve_selector(selector, generator=generator, sequence_ids=found_positions.sequences)
     if found_dtype == float8.DTYPE:
         check_ranks_twice(found_selector)
     if student_stats is not None:
-        checks.check_student_stats(student_stats, sources[0], top_k, valid)
-        check_known_student(found_selector)
+        if sources[0].transform.merged:
+            raise ValueError("eos_ids: student_stats are of the ids apart; pass no student_stats")
+        checks.check_student_stats(student_stats, sources[0], top_k, found_positions.valid)
+        check_known(found_selector, "student_stats")
+    if isinstance(sources[1], Listed):
+        check_known(found_selector, type(teacher).__name__)
     return Scoring(
         *sources,
-        given=valid,
+        positions=found_positions,
         known=student_stats,
         selector=found_selector,
         divergence=found_divergence,
@@ -193,13 +263,24 @@ def prepare(
     )
 
 
+def _scored_for(teacher: object) -> Divergence:
+    """A divergence that the teacher allows, for scores that no loss follows."""
+    if isinstance(teacher, SampledLogprobs):
+        return SampledToken()
+    return TailAware(top_k=1) if isinstance(teacher, TopKLogprobs) else ReverseKL()
+
+
 def score_positions(
     student: Tensor | LinearHead,
-    teacher: Tensor | LinearHead,
+    teacher: Tensor | LinearHead | SparseTeacher,
     *,
     mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    tokens: Tensor | None = None,
+    special_ids: Sequence[int] = (),
+    eos_ids: Sequence[int] = (),
     selector: str | Selector = "teachability",
-    divergence: str | Divergence = "reverse_kl",
+    divergence: str | Divergence | None = None,
     top_k: int = 16,
     temperature: float = 1.0,
     cu_seqlens: Tensor | None = None,
@@ -214,8 +295,9 @@ def score_positions(
 ) -> tuple[Tensor, TokenStats]:
     """How much each position is worth training on, without a graph: the first half of `selective_opd_loss`.
 
-    Arguments are those of `selective_opd_loss`. `divergence` is the loss that will be applied: a position where it is
-    infinite scores -inf, so that it is never selected; `stats` keep the true value. With `score_dtype="float8"` all scores are
+    Arguments are those of `selective_opd_loss`. `divergence` is the loss that will be applied, None: "reverse_kl", or any that
+    a sparse teacher allows. A position where it is known to be infinite scores -inf, so that it is never selected; `stats` keep
+    the true value. With `score_dtype="float8"` all scores are
     those of the first ranking, in 8 bits; `selective_opd_loss` scores its shortlist again.
 
     Returns: `scores` (...) fp32, -inf where not valid; `stats`, `TokenStats` of the same shape.
@@ -224,6 +306,10 @@ def score_positions(
         student,
         teacher,
         mask=mask,
+        weights=weights,
+        tokens=tokens,
+        special_ids=special_ids,
+        eos_ids=eos_ids,
         selector=selector,
         divergence=divergence,
         top_k=top_k,
@@ -249,6 +335,7 @@ def select_positions(
     scope: str = "batch",
     cu_seqlens: Tensor | None = None,
     keep_one_per_sequence: bool = False,
+    threshold: Tensor | float | None = None,
 ) -> Tensor:
     """The best-scored share of the valid positions: the second half of `selective_opd_loss`.
 
@@ -262,6 +349,7 @@ def select_positions(
         scope: "batch": one budget; "sequence": one per sequence, that is per row of the last dimension or per span of
             `cu_seqlens` (n_sequences + 1,) over the flattened positions.
         keep_one_per_sequence: Add the best position of every sequence that the budget left without one.
+        threshold: In the place of a budget: keep the valid positions that score at least this, however many they are.
     Returns: `selected` (...) bool.
     Raises: ValueError, TypeError: an argument that does not fit, by name.
     """
@@ -271,7 +359,8 @@ def select_positions(
     checks.check_fraction(fraction)
     checks.check_choice("scope", scope, checks.SCOPES)
     checks.check_cu_seqlens(cu_seqlens, scores.shape)
-    valid = checks.valid_positions(scores.shape, scores.device, mask)
+    checks.check_threshold(threshold)
+    valid = positions(scores.shape, scores.device, mask=mask).valid
     flat = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
     ids = sequence_ids(scores.shape, cu_seqlens, scores.device)
     return select(
@@ -280,4 +369,5 @@ def select_positions(
         fraction,
         ids if scope == "sequence" else None,
         keep_one_in=ids if keep_one_per_sequence else None,
+        threshold=threshold,
     ).view(scores.shape)

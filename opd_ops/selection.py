@@ -64,6 +64,7 @@ def select(
     ids: Tensor | None,
     *,
     keep_one_in: Tensor | None = None,
+    threshold: Tensor | float | None = None,
 ) -> Tensor:
     """Which of the flattened positions are kept, (N,) bool.
 
@@ -72,10 +73,14 @@ def select(
         valid: (N,) bool.
         ids: (N,) non-decreasing sequence numbers for one budget each, or None for one budget in all.
         keep_one_in: (N,) sequence numbers: the best position of each sequence that the budget left empty is added.
+        threshold: the least score that is kept, in the place of a budget.
     """
     keys = torch.where(valid & ~scores.isnan(), scores, -math.inf)
     ids = torch.zeros_like(valid, dtype=torch.long) if ids is None else ids
-    selected = _best(keys, budget(_count(valid, ids), fraction), ids)
+    if threshold is None:
+        selected = _best(keys, budget(_count(valid, ids), fraction), ids)
+    else:
+        selected = (keys >= threshold) & (keys > -math.inf)
     if keep_one_in is not None:
         empty = _count(selected, keep_one_in) == 0
         selected = selected | _best(keys, empty.long(), keep_one_in)

@@ -255,15 +255,30 @@ def resolve_selector(selector: str | Selector, *, generator: torch.Generator | N
 
 
 WHOLE_ROW = (divergence_reverse_kl, tip, overconfident)  # need a KL over the vocabulary, or below, the JSD
+OF_STUDENT = (entropy, everything)  # and the controls: all that a teacher of one token leaves
+
+# What is known of a position instead of both rows, and why that is not enough.
+PARTLY_KNOWN = {
+    "student_stats": "needs the student's whole row, but with student_stats only its log-sum-exp, entropy and top-K are known",
+    "TopKLogprobs": "needs the teacher's whole row, but TopKLogprobs knows its top K alone",
+    "SampledLogprobs": "needs the teacher's row, but SampledLogprobs knows one token of it",
+}
 
 
-def check_known_student(selector: Selector) -> None:
-    """Refuse a selector that needs the student's whole row where only its rollout statistics are known."""
-    if selector in WHOLE_ROW or "jsd" in getattr(selector, "needs", ()):
-        fits = ", ".join(name for name, x in SELECTORS.items() if x not in WHOLE_ROW and not isinstance(x, Multinomial))
+def check_known(selector: Selector, known: str) -> None:
+    """Refuse a selector of this file that needs more than what is `known` (a key of PARTLY_KNOWN)."""
+
+    def fits(candidate: Selector) -> bool:
+        if known == "SampledLogprobs" and candidate in SELECTORS.values():
+            return candidate in OF_STUDENT or isinstance(candidate, (Random, Prefix))
+        return candidate not in WHOLE_ROW and "jsd" not in getattr(candidate, "needs", ())
+
+    of_name = SELECTORS.get(_name(selector), selector)  # an instance with other parameters needs what its class does
+    if not fits(of_name):
+        expected = ", ".join(name for name, x in SELECTORS.items() if fits(x))
+        instead = "pass no student_stats" if known == "student_stats" else "pass the teacher's logits or a LinearHead"
         raise ValueError(
-            f"selector: got {_name(selector)!r}, which needs the student's whole row, but with student_stats only its "
-            f"log-sum-exp, entropy and top-K are known; expected one of: {fits}; or pass no student_stats"
+            f"selector: got {_name(selector)!r}, which {PARTLY_KNOWN[known]}; expected one of: {expected}; or {instead}"
         )
 
 

@@ -2,12 +2,14 @@
 #
 #   x = dense row, or hidden @ weight[:V].T + bias[:V];  logits = softcap(scale * x) / temperature
 #   V is the common vocabulary: both models are sliced to it before any softmax, never padded.
+#   mixed with a reference model:  lam * logits + (1 - lam) * its logits     (arXiv 2602.12125), a teacher's -inf stays -inf
+#   merged ids e0, e1, ...: logit e0 becomes log sum e^logits of all of them, the others -inf: one action
 #
 # Not here: what is computed from the logits (backends/), the checks on the arguments (checks.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -26,6 +28,8 @@ class Transform:
     temperature: float
     scale: float = 1.0
     softcap: float | None = None
+    lam: float = 1.0  # share of these logits, where they are mixed with a reference's
+    merged: tuple[int, ...] = ()  # ids that count as one action, the first
 
 
 class Source(NamedTuple):
@@ -36,20 +40,21 @@ class Source(NamedTuple):
     weight: Tensor | None = None  # (V', D)
     bias: Tensor | None = None  # (V',)
     float8: Float8Rows | None = None  # the weight in 8 bits, read only by a score pass in 8 bits
+    reference: Source | None = None  # whose logits are mixed in
 
     @staticmethod
-    def of(side: Tensor | LinearHead, vocab_size: int, temperature: float) -> Source:
+    def of(side: Tensor | LinearHead, vocab_size: int, temperature: float, merged: tuple[int, ...] = ()) -> Source:
         if isinstance(side, LinearHead):
-            transform = Transform(True, vocab_size, temperature, float(side.scale), side.softcap)
+            transform = Transform(True, vocab_size, temperature, float(side.scale), side.softcap, merged=merged)
             return Source(transform, side.hidden, side.weight, side.bias, side.float8)
-        return Source(Transform(False, vocab_size, temperature), side)
+        return Source(Transform(False, vocab_size, temperature, merged=merged), side)
 
-    @staticmethod
-    def made(transform: Transform, tensors: Sequence[Tensor]) -> Source:
-        """The source whose `tensors` these are."""
-        leading, weight, bias = (*tensors, None, None)[:3]
-        assert leading is not None
-        return Source(transform, leading, weight, bias)
+    def mixed(self, lam: float, reference: Source) -> Source:
+        """The logits lam * these + (1 - lam) * the reference's."""
+        if lam == 1.0:
+            return self
+        plain = reference._replace(transform=replace(reference.transform, merged=()))  # the mixture is merged, once
+        return self._replace(transform=replace(self.transform, lam=lam), reference=plain)
 
     def in_float8(self) -> Source:
         """The same with its head's weight in 8 bits, made now unless the caller keeps it; dense logits stay as they are."""
@@ -58,12 +63,30 @@ class Source(NamedTuple):
         return self._replace(float8=Float8Rows.of(self.weight))
 
     @property
+    def is_plain(self) -> bool:
+        """Whether stored numbers and a transform per number are all there is to it."""
+        return self.reference is None and not self.transform.merged
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(t for t in (self.leading, self.weight, self.bias) if t is not None)
+        own = tuple(t for t in (self.leading, self.weight, self.bias) if t is not None)
+        return own if self.reference is None else own + self.reference.tensors
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Source:
+        """The same source with `tensors` in the place of its own, in their order."""
+        left = iter(tensors)
+        made = self._replace(leading=next(left))
+        made = made if self.weight is None else made._replace(weight=next(left))
+        made = made if self.bias is None else made._replace(bias=next(left))
+        return made if self.reference is None else made._replace(reference=self.reference.with_tensors(list(left)))
+
+    def emptied(self) -> Source:
+        """Everything but the tensors' contents: what `with_tensors` fills again."""
+        return self.with_tensors([t.new_empty(0) for t in self.tensors])
 
     def detach(self) -> Source:
         """The same logits, cut off from the graph."""
-        return Source.made(self.transform, [t.detach() for t in self.tensors])._replace(float8=self.float8)
+        return self.with_tensors([t.detach() for t in self.tensors])
 
 
 def compute_dtype(*sources: Source) -> torch.dtype:
@@ -78,7 +101,7 @@ def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
         return tensor[rows]
     if tensor.dim() == 1:
         return tensor.expand(len(rows), -1)
-    return tensor[_coordinates(rows, tensor.shape[:-1])]
+    return tensor[coordinates(rows, tensor.shape[:-1])]
 
 
 def put_rows(tensor: Tensor, rows: Tensor, values: Tensor) -> None:
@@ -86,10 +109,10 @@ def put_rows(tensor: Tensor, rows: Tensor, values: Tensor) -> None:
     if tensor.dim() == 1:
         tensor.unsqueeze(0)[rows] = values.to(tensor.dtype)
     else:
-        tensor[_coordinates(rows, tensor.shape[:-1])] = values.to(tensor.dtype)
+        tensor[coordinates(rows, tensor.shape[:-1])] = values.to(tensor.dtype)
 
 
-def _coordinates(rows: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
+def coordinates(rows: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
     """Indices per dimension of flattened positions. torch.unravel_index would copy the shape from the host, and wait."""
     if len(shape) == 1:
         return (rows,)
@@ -109,6 +132,12 @@ def finish_logits(x: Tensor, transform: Transform) -> Tensor:
     if transform.temperature != 1.0:
         x.div_(transform.temperature)
     return x
+
+
+def mix_logits(x: Tensor, reference: Tensor, lam: float) -> Tensor:
+    """lam x + (1 - lam) reference, in place of x; its -inf stay."""
+    absent = x == -torch.inf
+    return x.mul_(lam).add_(reference, alpha=1 - lam).masked_fill_(absent, -torch.inf)
 
 
 def logit_slope(logits: Tensor, transform: Transform) -> Tensor | float:

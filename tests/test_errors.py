@@ -19,7 +19,11 @@ ARGUMENTS = [
     ({"fraction": float("nan")}, ValueError, "fraction: got nan"),
     ({"selector": "entropic"}, ValueError, "selector: got 'entropic', expected a callable or one of: teachability, .*prefix"),
     ({"selector": 3}, TypeError, "selector: got int"),
-    ({"divergence": "kl"}, ValueError, "divergence: got 'kl', expected one of: forward_kl, reverse_kl"),
+    (
+        {"divergence": "kl"},
+        ValueError,
+        "divergence: got 'kl', expected one of: entropy_aware, forward_kl, forward_kl_topk",
+    ),
     ({"divergence": 3}, TypeError, "divergence: got int"),
     ({"backend": "cuda"}, ValueError, "backend: got 'cuda', expected one of: auto, eager, torch, triton"),
     ({"scope": "row"}, ValueError, "scope: got 'row', expected one of: batch, sequence"),

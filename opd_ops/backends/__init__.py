@@ -14,9 +14,10 @@ from torch import Tensor
 
 from opd_ops import float8
 from opd_ops.backends import eager, streamed
-from opd_ops.divergences import Divergence
+from opd_ops.divergences import Divergence, ForwardKL, ReverseKL
 from opd_ops.sources import Source
 from opd_ops.stats import OwnStats, TokenStats
+from opd_ops.teachers import Listed
 
 _log = logging.getLogger("opd_ops")
 
@@ -48,17 +49,20 @@ class Backend(Protocol):
     def selected_loss(
         self,
         student: Source,
-        teacher: Source,
+        teacher: Source | Listed,
         rows: Tensor,
         weights: Tensor,
         stats: TokenStats,
         *,
         divergence: Divergence,
+        tokens: Tensor | None,
         workspace_bytes: int,
         inplace: bool,
     ) -> tuple[Tensor, Tensor]:
         """sum weights l over the rows, differentiable in the student's tensors, and l, (M,); `stats` are those rows' own.
 
+        Rows whose loss is infinite are left out of the sum. `tokens`: what the student sampled at the rows, (M,), if the
+        divergence is on it.
         `inplace`: the gradient overwrites the student's logits; True reaches only the backends of `INPLACE`.
         """
 
@@ -84,7 +88,7 @@ class Needs(NamedTuple):
     float8: bool = False
 
 
-def resolve_backend(name: str, student: Source, teacher: Source, needs: Needs) -> Backend:
+def resolve_backend(name: str, student: Source, teacher: Source | Listed, needs: Needs) -> Backend:
     """The backend of that name. One chosen by name that cannot run raises; there is no silent fallback.
 
     "auto" is "triton" where that can run on a GPU (see triton.py's `refusal`), else "torch".
@@ -99,15 +103,14 @@ def resolve_backend(name: str, student: Source, teacher: Source, needs: Needs) -
         chosen, because = ("torch", reason) if reason else ("triton", f"the device is {device}")
     elif name == "auto":
         chosen, because = "torch", f"the device is {device}"
-    if needs.inplace and (chosen not in INPLACE or _has_head(student, teacher)):
+    if needs.inplace and (chosen not in INPLACE or _has_head(student, teacher) or not has_kernel(needs.divergence)):
         raise ValueError(
-            "inplace_backward: got True, which only backend='triton' has, for dense logits; "
-            f"this call uses {chosen!r} ({because})"
+            "inplace_backward: got True, which only backend='triton' has, for dense logits and reverse or forward KL; "
+            f"this call uses {chosen!r} ({because}) and divergence {needs.divergence.name!r}"
         )
     if needs.float8:
-        reason = (
-            because if chosen != "triton" else float8.refusal(*(x.weight for x in (student, teacher) if x.weight is not None))
-        )
+        weights = [x.weight for x in (student, teacher) if isinstance(x, Source) and x.weight is not None]
+        reason = because if chosen != "triton" else float8.refusal(*weights)
         if reason is not None:
             raise ValueError(f"score_dtype: got 'float8', which needs backend='triton' on Hopper or newer, but {reason}")
     if not torch.compiler.is_compiling():  # a traced call cannot log
@@ -119,21 +122,26 @@ def resolve_backend(name: str, student: Source, teacher: Source, needs: Needs) -
     return cast(Backend, _BACKENDS[chosen])
 
 
+def has_kernel(divergence: Divergence) -> bool:
+    """Whether gradient kernels compute it; on "triton" others go through the streamed loss, on the same device."""
+    return divergence.support is None and type(divergence.whole) in (ReverseKL, ForwardKL)
+
+
 def drops_weightless_rows(backend: Backend) -> bool:
     """Whether a row whose loss gets weight 0 has a gradient of exactly zero whatever it holds, NaN included."""
     return not any(backend is other for other in _BACKENDS.values())  # the triton backend: named without importing it
 
 
-def scores_selected_rows(backend: Backend, student: Source, teacher: Source) -> bool:
+def scores_selected_rows(backend: Backend, student: Source, teacher: Source | Listed) -> bool:
     """Whether `selected_loss` finds the rows' statistics itself, and needs none that are known of them."""
     return drops_weightless_rows(backend) and _has_head(student, teacher)
 
 
-def _has_head(student: Source, teacher: Source) -> bool:
-    return student.transform.is_head or teacher.transform.is_head
+def _has_head(*sides: Source | Listed) -> bool:
+    return any(isinstance(side, Source) and side.transform.is_head for side in sides)
 
 
-def _triton_refusal(student: Source, teacher: Source, needs: Needs) -> str | None:
+def _triton_refusal(student: Source, teacher: Source | Listed, needs: Needs) -> str | None:
     from opd_ops.backends import triton  # importing opd_ops needs torch alone
 
     return triton.refusal(student, teacher, divergence=needs.divergence, top_k=needs.top_k)

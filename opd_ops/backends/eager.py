@@ -3,6 +3,7 @@
 #   H(p) = -sum p log p;  KL(p||q) = sum p (log p - log q);  C = sum_{S} q;  D = KL(q|U || p|U)  (TokenStats' header)
 #   Sources: arXiv 2605.26844 eqs. 6, 9, 10, 17; arXiv 2604.14084 eq. 3; definitions are those of TokenStats.
 #
+# The divergences' equations are their own `loss` (divergences/), differentiated here by autograd alone.
 # Runs in any dtype, fp64 included, and is the oracle of the tests; gradients are autograd's, so that the closed forms of
 # the other backends are checked against something else than themselves.
 # Not here: memory or speed (streamed.py), selection (selectors.py).
@@ -13,9 +14,11 @@ import math
 import torch
 from torch import Tensor
 
-from opd_ops.divergences import Divergence, weighted_sum
+from opd_ops import equations
+from opd_ops.divergences import JSD, Divergence, OnSupport, Support, weighted_sum, without_infinite
 from opd_ops.sources import Source, compute_dtype, take_rows
 from opd_ops.stats import OwnStats, TokenStats
+from opd_ops.teachers import LAST_ID, Listed, tail
 
 RELEASED_FLOOR = 1e-12  # what the released TA code puts for an id missing from a list
 
@@ -32,23 +35,25 @@ def logits(source: Source, rows: Tensor, dtype: torch.dtype) -> Tensor:
     x = transform.scale * x[:, : transform.vocab_size]
     if transform.softcap is not None:
         x = transform.softcap * torch.tanh(x / transform.softcap)
-    return x / transform.temperature
+    x = x / transform.temperature
+    if source.reference is not None:
+        reference = logits(source.reference, rows, dtype)
+        x = torch.where(x == -math.inf, -math.inf, transform.lam * x + (1 - transform.lam) * reference)
+    if transform.merged:
+        ids = torch.tensor(transform.merged, device=x.device)
+        one = torch.logsumexp(x[:, ids], 1, keepdim=True)
+        x = x.index_fill(1, ids, -math.inf).index_copy(1, ids[:1], one)
+    return x
 
 
 def entropy(logits: Tensor) -> Tensor:
     """-sum p log p, with 0 log 0 = 0."""
-    log_p = torch.log_softmax(logits, dim=-1)
-    return -torch.where(logits == -math.inf, 0, log_p.exp() * log_p).sum(-1)
+    return equations.entropy(torch.log_softmax(logits, -1))
 
 
 def kl(a_logits: Tensor, b_logits: Tensor) -> Tensor:
-    """KL(softmax(a) || softmax(b)); entries with a = -inf contribute 0, b = -inf under a > -inf gives +inf."""
-    absent = a_logits == -math.inf
-    # where() before the product: a zero weight times an infinite difference would be NaN, forward and backward.
-    log_a = torch.log_softmax(a_logits, dim=-1)
-    difference = torch.where(absent, 0, log_a) - torch.where(absent, 0, torch.log_softmax(b_logits, dim=-1))
-    # a > 0 by definition wherever the difference is infinite, even if exp underflows.
-    return torch.where(difference == math.inf, math.inf, log_a.exp() * difference).sum(-1)
+    """KL(softmax(a) || softmax(b))."""
+    return equations.kl(torch.log_softmax(a_logits, -1), torch.log_softmax(b_logits, -1))
 
 
 def reverse_kl(s: Tensor, u: Tensor) -> Tensor:
@@ -63,8 +68,7 @@ def forward_kl(s: Tensor, u: Tensor) -> Tensor:
 
 def jsd(s: Tensor, u: Tensor) -> Tensor:
     """1/2 KL(p || m) + 1/2 KL(q || m), m = (p + q) / 2."""
-    m = torch.logaddexp(torch.log_softmax(s, -1), torch.log_softmax(u, -1)) - math.log(2)
-    return (kl(s, m) + kl(u, m)) / 2
+    return JSD(0.5).loss(torch.log_softmax(s, -1), torch.log_softmax(u, -1))
 
 
 def top_k_ids(logits: Tensor, k: int) -> Tensor:
@@ -139,23 +143,60 @@ def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int,
     return OwnStats(torch.logsumexp(x, -1), entropy(x), ids, x.gather(1, ids))
 
 
-DIVERGENCES = {"reverse_kl": reverse_kl, "forward_kl": forward_kl}
-
-
 def selected_loss(
     student: Source,
-    teacher: Source,
+    teacher: Source | Listed,
     rows: Tensor,
     weights: Tensor,
     stats: TokenStats,
     *,
     divergence: Divergence,
+    tokens: Tensor | None,
     workspace_bytes: int,
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of the divergence over the positions, connected to the student by autograd itself, and its terms."""
     assert not inplace
-    dtype = compute_dtype(student, teacher)
-    s, u = logits(student, rows, dtype), logits(teacher.detach(), rows, dtype)
-    losses = DIVERGENCES[divergence.name](s, u)
-    return weighted_sum(losses, weights), losses.detach()
+    dtype = compute_dtype(student, *([teacher] if isinstance(teacher, Source) else []))
+    s = logits(student, rows, dtype)
+    u = logits(teacher.detach(), rows, dtype) if isinstance(teacher, Source) else None
+    losses = torch.zeros(len(rows), dtype=dtype, device=rows.device)
+    if divergence.whole is not None:
+        assert u is not None
+        losses = losses + divergence.whole.loss(torch.log_softmax(s, -1), torch.log_softmax(u, -1))
+    if divergence.support is not None:
+        found = None if isinstance(teacher, Source) else teacher.take(rows)
+        losses = losses + divergence.support.loss(support(divergence.support, s, u, found, tokens))
+    return weighted_sum(losses, without_infinite(losses, weights)), losses.detach()
+
+
+def support(part: OnSupport, s: Tensor, u: Tensor | None, listed: Listed | None, tokens: Tensor | None) -> Support:
+    """Both models on the divergence's list and off it: from the teacher's logits (n, V), or from the lists it sent."""
+    if listed is not None:
+        found = listed.top(part.length)
+        ids, log_q = found.ids, found.logprobs
+        log_tail, entropy_q = tail(log_q.double()).to(s.dtype), torch.full_like(log_q[:, 0], math.nan)
+    else:
+        assert u is not None
+        whole = torch.log_softmax(u, -1)
+        ids = top_k_ids(u, part.length)
+        if part.of_tokens:
+            assert tokens is not None
+            ids = tokens.unsqueeze(1)
+        log_q = _at(whole, ids)
+        ids = ids if part.of_tokens else ids.masked_fill(log_q == -math.inf, LAST_ID)
+        log_tail, entropy_q = _off(whole, ids), equations.entropy(whole)
+    return Support(_at(s, ids), _off(s, ids), log_q, log_tail, entropy_q)
+
+
+def _at(x: Tensor, ids: Tensor) -> Tensor:
+    """(n, K) of (n, V) at ids; -inf where missing."""
+    missing = (ids < 0) | (ids >= x.shape[1])
+    return x.gather(1, ids.masked_fill(missing, 0)).masked_fill(missing, -math.inf)
+
+
+def _off(x: Tensor, ids: Tensor) -> Tensor:
+    """(n,) log-sum-exp of (n, V) off the ids."""
+    listed = torch.zeros(len(x), x.shape[1] + 1, dtype=torch.bool, device=x.device)
+    listed = listed.scatter(1, ids.masked_fill((ids < 0) | (ids > x.shape[1]), x.shape[1]), True)[:, :-1]
+    return torch.logsumexp(x.masked_fill(listed, -math.inf), 1)

@@ -45,7 +45,7 @@ def score_grid(student: Source, teacher: Source, n: int, *, top_k: int, whole_ro
     """Tile of the score pass over n rows; `whole_rows` keeps every block as wide as the vocabulary."""
     size, vocab = compute_dtype(student, teacher).itemsize, student.transform.vocab_size
     has_head = student.transform.is_head or teacher.transform.is_head
-    copies = 2 if has_head else 3  # dense logits: one more, uncast
+    copies = (2 if has_head else 3) + _mixed(student, teacher)  # dense logits: one more, uncast
     elements = max(MIN_COLUMNS, 9 * (workspace_bytes // 16) // (copies * size))
     quarter, sixteenth = workspace_bytes // 4, workspace_bytes // 16
     cast_columns = _cast_columns(student, teacher, quarter // 2, size)
@@ -67,16 +67,22 @@ def score_grid(student: Source, teacher: Source, n: int, *, top_k: int, whole_ro
     return ScoreGrid(rows, columns, chunk, candidates, list_rows, cast_columns)
 
 
-def gradient_grid(student: Source, teacher: Source, m: int, *, workspace_bytes: int) -> GradientGrid:
-    """Groups of selected rows and blocks of the vocabulary for the backward over m rows."""
+def gradient_grid(student: Source, teacher: Source, m: int, *, workspace_bytes: int, two_parts: bool = False) -> GradientGrid:
+    """Groups of selected rows and blocks of the vocabulary for a sweep over m rows; `two_parts`: of a loss that has both."""
     size, vocab = compute_dtype(student, teacher).itemsize, student.transform.vocab_size
-    elements = max(MIN_COLUMNS, workspace_bytes // 2 // (GRADIENT_BUFFERS * size))
+    buffers = GRADIENT_BUFFERS + (2 if two_parts else 0) + _mixed(student, teacher)
+    elements = max(MIN_COLUMNS, workspace_bytes // 2 // (buffers * size))
     # Both models' hidden states and the student's gradient of them: a group at a time.
     of_hidden = _rows_of_hidden(student, student, teacher, byte_budget=workspace_bytes // 4, size=size)
     rows = max(1, min(m, elements // MIN_COLUMNS, of_hidden))
     cast_columns = _cast_columns(student, teacher, workspace_bytes // 8, size)
     columns = _even(vocab, min(elements // rows, cast_columns), multiple=PRUNED_GROUP)
     return GradientGrid(rows, columns)
+
+
+def _mixed(*sources: Source) -> int:
+    """Blocks of a reference's logits that are alive beside those they are mixed into."""
+    return int(any(source.reference is not None for source in sources))
 
 
 def _even(total: int, most: int, multiple: int = 1) -> int:

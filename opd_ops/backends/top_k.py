@@ -17,11 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opd_ops.teachers import LAST_ID
+
 PRUNED_GROUP = 64  # maxima over 64 neighbours cost little more than over 128 and find half as much to read again (LOG.md)
 # Beyond these multiples of K a block is not worth pruning (ties, or logits that rise with the id), nor is there memory for it:
 # groups to look into and newcomers found, per row on average; newcomers of any one row.
 MOST_GROUPS, MOST_FOUND, MOST_OF_ROW = 2, 2, 3
-LAST_ID = 2**31 - 1  # of padding: sorts behind every id of equal logit
 
 
 class TopK(NamedTuple):

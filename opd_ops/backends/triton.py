@@ -21,21 +21,23 @@ from opd_kernels.score import score_fwd
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opd_ops.backends import triton_heads
+from opd_ops.backends import has_kernel, streamed, triton_heads
 from opd_ops.backends.head_tiling import score_bytes
 from opd_ops.backends.launches import GRADIENTS, column_names, launch_options, on_device, parse_columns, parts, write_columns
 from opd_ops.backends.table import Layout
-from opd_ops.divergences import Divergence, ForwardKL, ReverseKL, weighted_sum
+from opd_ops.divergences import Divergence, weighted_sum
 from opd_ops.sources import Source, Transform
 from opd_ops.stats import TokenStats
+from opd_ops.teachers import Listed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_TOP_K = 128
 
 
-def refusal(student: Source, teacher: Source, *, divergence: Divergence, top_k: int) -> str | None:
+def refusal(student: Source, teacher: Source | Listed, *, divergence: Divergence, top_k: int) -> str | None:
     """Why this backend cannot run the call and what to do instead, or None."""
-    for name, source in (("student", student), ("teacher", teacher)):
+    sides = [("student", student)] + ([("teacher", teacher)] if isinstance(teacher, Source) else [])
+    for name, source in sides:
         for tensor in source.tensors[:2]:
             if tensor.dtype not in DTYPES:
                 return f"{name} has dtype {tensor.dtype}, expected fp32, bf16 or fp16; 'torch' and 'eager' take it"
@@ -44,14 +46,16 @@ def refusal(student: Source, teacher: Source, *, divergence: Divergence, top_k: 
                 f"{name} has hidden states of {source.leading.dtype} and a weight of {source.weight.dtype}, expected one "
                 "dtype; pass hidden.to(weight.dtype) or weight.to(hidden.dtype), or use 'torch'"
             )
-    if type(divergence) not in (ReverseKL, ForwardKL):
-        return f"divergence is {type(divergence).__name__}, which has no kernel; use 'torch'"
+        if not source.is_plain:
+            return f"{name} is mixed with a reference or has merged ids, which kernels do not read; use 'torch'"
+    if torch.compiler.is_compiling() and not (has_kernel(divergence) and isinstance(teacher, Source)):
+        return f"divergence is {divergence.name!r}, which torch.compile cannot trace here; call it outside of the graph"
     if top_k > MAX_TOP_K:
         return f"top_k is {top_k}, expected at most {MAX_TOP_K}; use 'torch'"
-    if _has_head(student, teacher):
+    if not isinstance(teacher, Source) or _has_head(student, teacher):
         return None
     layouts = []
-    for name, source in (("student", student), ("teacher", teacher)):
+    for name, source in sides:
         layout = Layout.of(source.leading)
         if layout is None:
             return (
@@ -216,12 +220,13 @@ class _SelectedDivergence(torch.autograd.Function):
 
 def selected_loss(
     student: Source,
-    teacher: Source,
+    teacher: Source | Listed,
     rows: Tensor,
     weights: Tensor,
     stats: TokenStats,
     *,
     divergence: Divergence,
+    tokens: Tensor | None,
     workspace_bytes: int,
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -229,16 +234,22 @@ def selected_loss(
 
     `stats` are the selected positions' own, as `token_stats` computed them from the same tensors.
     """
+    if not isinstance(teacher, Source) or not has_kernel(divergence):
+        assert not inplace
+        options: dict[str, Any] = {"divergence": divergence, "tokens": tokens, "workspace_bytes": workspace_bytes}
+        return streamed.selected_loss(student, teacher, rows, weights, stats, inplace=False, **options)
+    assert divergence.whole is not None
+    kind = divergence.whole.name
     if _has_head(student, teacher):
         assert not inplace
-        return triton_heads.selected_loss(student, teacher, rows, weights, divergence.name, workspace_bytes)
-    options = divergence.name, workspace_bytes, student.transform.vocab_size, student.transform.temperature
-    logits, losses = (student.leading, teacher.leading.detach()), getattr(stats, divergence.column)
+        return triton_heads.selected_loss(student, teacher, rows, weights, kind, workspace_bytes)
+    settings = kind, workspace_bytes, student.transform.vocab_size, student.transform.temperature
+    logits, losses = (student.leading, teacher.leading.detach()), getattr(stats, kind)
     connected: Tensor
     if torch.compiler.is_compiling():
         from opd_ops.backends.triton_ops import selected_losses
 
-        connected = selected_losses(*logits, rows, losses, *options)
+        connected = selected_losses(*logits, rows, losses, *settings)
     else:
-        connected = _SelectedDivergence.apply(inplace, options, rows, losses, *logits)
+        connected = _SelectedDivergence.apply(inplace, settings, rows, losses, *logits)
     return weighted_sum(connected, weights), losses

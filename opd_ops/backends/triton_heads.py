@@ -32,7 +32,7 @@ from opd_ops.backends.launches import GRADIENTS, column_names, launch_options, o
 from opd_ops.backends.matmul import fp32_product, head_product
 from opd_ops.divergences import weighted_sum
 from opd_ops.float8 import Float8Rows
-from opd_ops.sources import Source, Transform, put_rows, take_rows
+from opd_ops.sources import Source, put_rows, take_rows
 from opd_ops.stats import OwnStats
 
 
@@ -163,9 +163,8 @@ def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int,
 class _Plan(NamedTuple):
     """What the loss needs beside tensors."""
 
-    student: Transform
-    teacher: Transform
-    n_student: int  # tensors of the student, before the teacher's
+    student: Source  # both without their tensors
+    teacher: Source
     kind: str  # of GRADIENTS
     workspace_bytes: int
     differentiable: bool
@@ -173,8 +172,8 @@ class _Plan(NamedTuple):
     def run(
         self, rows: Tensor, weights: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        split = self.n_student
-        student, teacher = Source.made(self.student, tensors[:split]), Source.made(self.teacher, tensors[split:])
+        split = len(self.student.tensors)
+        student, teacher = self.student.with_tensors(tensors[:split]), self.teacher.with_tensors(tensors[split:])
         return launch_loss(student, teacher, rows, weights, self.kind, self.workspace_bytes, needs)
 
 
@@ -185,7 +184,7 @@ class _SelectedLoss(torch.autograd.Function):
     def forward(ctx: Any, plan: _Plan, rows: Tensor, weights: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         ctx.plan, ctx.gradients = plan, None
         ctx.save_for_backward(rows, weights, *tensors)
-        ctx.needs = [plan.differentiable and need for need in ctx.needs_input_grad[3 : 3 + plan.n_student]]
+        ctx.needs = [plan.differentiable and need for need in ctx.needs_input_grad[3 : 3 + len(plan.student.tensors)]]
         total, losses, ctx.gradients = plan.run(rows, weights, tensors, ctx.needs)
         ctx.mark_non_differentiable(losses)
         return total, losses
@@ -362,6 +361,6 @@ def selected_loss(
         needs = [differentiable and tensor.requires_grad for tensor in student.tensors]
         total, losses, *_ = head_loss(*head_arguments(student, teacher.detach()), rows, weights, kind, workspace_bytes, needs)
         return total, losses.detach()
-    plan = _Plan(student.transform, teacher.transform, len(student.tensors), kind, workspace_bytes, differentiable)
+    plan = _Plan(student.emptied(), teacher.emptied(), kind, workspace_bytes, differentiable)
     total, losses = _SelectedLoss.apply(plan, rows, weights, *student.tensors, *teacher.detach().tensors)
     return total, losses

@@ -1,0 +1,71 @@
+# One model's logits at a few ids of each position: K dot products instead of a sweep of the vocabulary.
+#
+#   x[i, k] = logit ids[i, k] of row i, after scale, soft-cap, temperature, mixing and merging (sources.py); -inf for no id
+#
+# Not here: whole rows (reading.py, eager.py).
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from opd_ops.sources import Source, finish_logits, mix_logits, take_rows
+
+
+def logits_at(source: Source, rows: Tensor, ids: Tensor, dtype: torch.dtype, workspace_bytes: int) -> Tensor:
+    """(n, K) logits of the rows at the (n, K) ids; ids outside the vocabulary are missing."""
+    missing = (ids < 0) | (ids >= source.transform.vocab_size)
+    inside = ids.masked_fill(missing, 0)
+    size = max(1, workspace_bytes // gathered_bytes(source, ids.shape[1]))
+    found = torch.empty(ids.shape, dtype=dtype, device=rows.device)
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        found[part] = _gathered(source, rows[part], inside[part], dtype)
+        if source.transform.merged:
+            merged, each = ids.new_tensor(source.transform.merged), merged_logits(source, rows[part], dtype)
+            found[part].masked_fill_((ids[part].unsqueeze(2) == merged).any(2), -torch.inf)
+            found[part] = torch.where(ids[part] == merged[0], each[0], found[part])
+    return found.masked_fill_(missing, -torch.inf)
+
+
+def merged_logits(source: Source, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(n, 1) logit of the merged ids, and (n, E) those they are merged from."""
+    each = _columns(source, rows, list(source.transform.merged), dtype)
+    return torch.logsumexp(each, 1, keepdim=True), each
+
+
+def _gathered(source: Source, rows: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    taken = take_rows(source.leading, rows)
+    if source.weight is None:
+        x = taken.gather(1, ids).to(dtype)
+    else:
+        with torch.autocast(taken.device.type, enabled=False):  # which would round these logits to 16 bits
+            x = torch.bmm(source.weight[ids].to(dtype), taken.to(dtype).unsqueeze(2)).squeeze(2)
+        if source.bias is not None:
+            x = x + source.bias[ids]
+    x = finish_logits(x, source.transform)
+    if source.reference is None:
+        return x
+    return mix_logits(x, _gathered(source.reference, rows, ids, dtype), source.transform.lam)
+
+
+def _columns(source: Source, rows: Tensor, ids: list[int], dtype: torch.dtype) -> Tensor:
+    """(n, E) at the same ids in every row, before merging."""
+    taken = take_rows(source.leading, rows)
+    if source.weight is None:
+        x = taken[:, ids].to(dtype)
+    else:
+        with torch.autocast(taken.device.type, enabled=False):
+            x = taken.to(dtype) @ source.weight[ids].to(dtype).T
+        if source.bias is not None:
+            x = x + source.bias[ids]
+    x = finish_logits(x, source.transform)
+    if source.reference is None:
+        return x
+    return mix_logits(x, _columns(source.reference, rows, ids, dtype), source.transform.lam)
+
+
+def gathered_bytes(source: Source, k: int) -> int:
+    """Scratch of `logits_at` per row: the row, and the weight's rows as they are and in the compute dtype."""
+    width = source.leading.shape[-1]
+    own = width * (8 + (12 * k if source.transform.is_head else 0))
+    return own if source.reference is None else own + gathered_bytes(source.reference, k)

@@ -1,0 +1,316 @@
+# The loss of the streamed backend: the selected rows once more, block by block of the vocabulary, and the gradients they give.
+#
+#   forward:  reverse and forward KL: the score pass's own column, no matmul; other divergences sweep the selected rows for what
+#             they sum, 2 rho units or less (base.py's `Summed` and `OnSupport`)
+#   backward: the rows' logits again (2 rho; rho where the gradient does not read the teacher), then dH and dW (2 rho)
+#
+# With the normalisers known, the backward is one sweep: every block is finished alone, dW is written once, in one fp32
+# accumulation over all rows. Nothing is computed in the forward that the backward scales: retain_graph recomputes.
+# A divergence on a list alone (`local_support`) has a gradient at few columns: only those are multiplied.
+# Not here: lists (support_terms.py), the score pass (streamed.py), the size of blocks (tiling.py).
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from opd_ops.backends import pages
+from opd_ops.backends.gather import merged_logits
+from opd_ops.backends.listed_gradients import listed_gradients
+from opd_ops.backends.one_model import own_stats, places_in, without_ids
+from opd_ops.backends.reading import Rows, slices
+from opd_ops.backends.support_terms import Terms, support_terms
+from opd_ops.backends.tiling import gradient_grid
+from opd_ops.divergences import Divergence, Summed, WholeRow, weighted_sum, without_infinite
+from opd_ops.sources import Source, compute_dtype, logit_slope, put_rows, take_rows
+from opd_ops.stats import TokenStats
+from opd_ops.teachers import LAST_ID, Listed
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the backward needs beside tensors; the sources are without theirs."""
+
+    student: Source
+    teacher: Source | None  # None: the gradient does not read it
+    whole: WholeRow | None
+    workspace_bytes: int
+    dtype: torch.dtype  # computed in
+
+
+class _Constants(NamedTuple):
+    """What the gradient needs of each selected row, (M, ...); None: of a part that the divergence does not have."""
+
+    rows: Tensor
+    pull: Tensor | None  # with the normalisers, for a divergence over the whole row
+    lse: Tensor | None
+    gap: Tensor | None
+    ids: Tensor | None  # for one on a list
+    dx: Tensor | None
+    rest: Tensor | None
+    drest: Tensor | None
+
+    @property
+    def is_list_alone(self) -> bool:
+        """Whether the gradient is zero off the lists; `ids` and `dx` are then those of the raw logits."""
+        return self.pull is None and self.drest is None
+
+    def group(self, name: str, group: slice) -> Tensor:
+        column: Tensor = getattr(self, name)[group]
+        return column.unsqueeze(1) if column.dim() == 1 else column
+
+
+N_CONSTANTS = len(_Constants._fields)
+
+
+class _SelectedDivergence(torch.autograd.Function):
+    """(M,) losses whose gradient with respect to the student's tensors is computed in the backward, from the inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, losses: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.plan = plan
+        ctx.save_for_backward(*tensors)
+        return losses.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
+        plan, saved = ctx.plan, ctx.saved_tensors
+        split = N_CONSTANTS + len(plan.student.tensors)
+        student = plan.student.with_tensors(saved[N_CONSTANTS:split])
+        teacher = None if plan.teacher is None else plan.teacher.with_tensors(saved[split:])
+        needs, of = ctx.needs_input_grad[2 + N_CONSTANTS : 2 + split], _Constants(*saved[:N_CONSTANTS])
+        with torch.autocast(dlosses.device.type, enabled=False):
+            gradients: list[Tensor | None]
+            if of.is_list_alone:
+                everyone = slice(0, len(of.rows))
+                ids, dx = of.group("ids", everyone), of.group("dx", everyone) * dlosses.unsqueeze(1)
+                gradients = listed_gradients(student, of.rows, ids, dx, needs, plan.workspace_bytes)
+            else:
+                selected = _Selected(student, teacher, of, dlosses, plan)
+                gradients = selected.head_gradients(needs) if student.transform.is_head else [selected.logit_gradient()]
+        return (None,) * (2 + N_CONSTANTS) + tuple(gradients) + (None,) * (len(saved) - split)
+
+
+class _Selected:
+    """The selected rows of one backward: the logits again, block by block, and the gradients they give."""
+
+    def __init__(self, student: Source, teacher: Source | None, of: _Constants, dlosses: Tensor, plan: _Plan) -> None:
+        beside = student if teacher is None else teacher
+        self.of, self.whole, self.dtype = of, plan.whole, plan.dtype
+        has_both = plan.whole is not None and of.ids is not None
+        self.grid = gradient_grid(student, beside, len(of.rows), workspace_bytes=plan.workspace_bytes, two_parts=has_both)
+        self.student = Rows(student, of.rows, self.dtype, self.grid.columns)
+        self.teacher = None if teacher is None else Rows(teacher, of.rows, self.dtype, self.grid.columns)
+        self.by_column = student.transform.is_head and beside.transform.is_head
+        self.dlosses = dlosses.unsqueeze(1)
+        size = self.grid.rows * self.grid.columns
+        self.buffers = [pages.empty((size,), self.dtype, of.rows.device) for _ in range(1 if teacher is None else 2)]
+
+    def blocks(self) -> Iterator[slice]:
+        return slices(slice(0, self.student.source.transform.vocab_size), self.grid.columns)
+
+    def groups(self) -> Iterator[slice]:
+        return slices(slice(0, len(self.of.rows)), self.grid.rows)
+
+    def dlogits(self, group: slice, block: slice) -> Tensor:
+        """(n, B) gradient of the weighted losses with respect to the student's raw logits, before scale and soft-cap."""
+        # Few rows: a matmul whose result has them as its columns is up to 1.6 x as fast (benchmarks/LOG.md).
+        s = self.student.read(group, block, self.buffers[0], by_column=self.by_column)
+        u = None if self.teacher is None else self.teacher.read(group, block, self.buffers[1], by_column=self.by_column)
+        absent = s == -math.inf
+        slope = logit_slope(s, self.student.source.transform)
+        # p = 0 gives 0, by a fill: the formula there is 0 * inf.
+        grad = self._of_logits(s, u, group, block.start).mul_(self.dlosses[group]).mul_(slope).masked_fill_(absent, 0.0)
+        for i, place in self.student.merged_in(block):
+            grad[:, place] = self._of_merged(group)[:, i]
+        return grad
+
+    def _of_logits(self, s: Tensor, u: Tensor | None, group: slice, first_id: int) -> Tensor:
+        """(n, B) d losses / d logits of a block that begins at `first_id`; s and u are overwritten."""
+        total = None
+        if self.of.ids is not None:
+            total = self._of_list(s.clone() if self.whole is not None else s, group, first_id)
+        if self.whole is not None:
+            assert u is not None
+            log_ratio = torch.sub(s, u, out=u).sub_(self.of.group("gap", group))
+            of_row = self.whole.dlogits(s.sub_(self.of.group("lse", group)), log_ratio, self.of.group("pull", group))
+            total = of_row if total is None else total.add_(of_row)
+        assert total is not None
+        return total
+
+    def _of_list(self, s: Tensor, group: slice, first_id: int) -> Tensor:
+        """dx at the ids, and drest times the softmax of the rest off them; in place of s."""
+        ids, dx = self.of.group("ids", group), self.of.group("dx", group)
+        reference = self.of.group("rest", group).to(self.dtype)
+        off = without_ids(s, ids, first_id).sub_(reference.masked_fill(reference == -math.inf, 0))
+        off.exp_().mul_(self.of.group("drest", group))
+        places, inside = places_in(ids, first_id, s.shape[1])
+        return s.scatter_add_(1, places, dx.masked_fill(~inside, 0))
+
+    def _of_merged(self, group: slice) -> Tensor:
+        """(n, E) gradient of the raw logits that were merged: each has its share of the one's."""
+        s, each = self.student.merged(group)
+        u = None if self.teacher is None else self.teacher.merged(group)[0].clone()
+        first = self.student.source.transform.merged[0]
+        of_one = self._of_logits(s.clone(), u, group, first).mul_(self.dlosses[group]).masked_fill_(s == -math.inf, 0)
+        share = torch.exp(each - s.masked_fill(s == -math.inf, 0))
+        return of_one * share * logit_slope(each, self.student.source.transform)
+
+    def logit_gradient(self) -> Tensor:
+        """Gradient of dense logits: the selected rows filled in, all others exactly zero."""
+        logits = self.student.source.leading
+        dense = torch.zeros_like(logits)  # of the same strides, else autograd would copy it to a leaf of other strides
+        for block in self.blocks():
+            for group in self.groups():
+                put_rows(dense[..., block], self.student.rows[group], self.dlogits(group, block))
+        return dense
+
+    def head_gradients(self, needs: Sequence[bool]) -> list[Tensor | None]:
+        """Gradients of hidden, weight and bias, each only if needed, in the parameters' dtypes."""
+        source, rows = self.student.source, self.of.rows
+        assert source.weight is not None
+        dleading = torch.zeros_like(source.leading) if needs[0] else None
+        sums, places = dleading, rows
+        if dleading is not None and dleading.dtype != self.dtype:  # 16 bits would round after every block
+            sums = torch.zeros((len(rows), source.leading.shape[-1]), dtype=self.dtype, device=rows.device)
+            places = torch.arange(len(rows), device=rows.device)
+        dweight = pages.empty(source.weight.shape, source.weight.dtype, source.weight.device) if needs[1] else None
+        if dweight is not None:  # each block is written whole; entries beyond the common vocabulary, or with no row, are not
+            dweight[source.transform.vocab_size if len(rows) else 0 :].zero_()
+        dbias = torch.zeros(len(source.weight), dtype=self.dtype, device=rows.device) if any(needs[2:]) else None
+        for block in self.blocks():
+            w = self.student.weight(block) if sums is not None else None
+            accumulated = None if dweight is None else dweight[block].to(self.dtype)  # a view where the dtypes agree
+            for group in self.groups():
+                dlogits = self.dlogits(group, block)
+                if sums is not None and w is not None:
+                    dhidden = take_rows(sums, places[group])
+                    put_rows(sums, places[group], _add_product(dhidden, dlogits, w))
+                if accumulated is not None:
+                    beta = 0.0 if group.start == 0 else 1.0
+                    torch.addmm(accumulated, dlogits.T, self.student.hidden(group), beta=beta, out=accumulated)
+                if dbias is not None:
+                    dbias[block] += dlogits.sum(0)
+            if dweight is not None and accumulated is not None and accumulated.dtype != dweight.dtype:
+                dweight[block] = accumulated.to(dweight.dtype)
+        if dleading is not None and sums is not None and sums is not dleading:
+            put_rows(dleading, rows, sums)
+        if source.bias is None:
+            return [dleading, dweight]
+        return [dleading, dweight, None if dbias is None else dbias.to(source.bias.dtype)]
+
+
+# Below this many rows the vendor's matmul splits a long sum badly: 51 rows run 1.4 x as fast with a share of it a thread.
+FEW_ROWS = 128
+
+
+def _add_product(total: Tensor, dlogits: Tensor, w: Tensor) -> Tensor:
+    """total + dlogits @ w, in place: (n, D) of (n, B) and (B, D)."""
+    shares = torch.get_num_threads() if w.device.type == "cpu" else 1
+    fits = shares * w.shape[1] <= len(w)  # the shares' products take no more than a block of logits: the workspace has room
+    laid_out = len(w) % shares == 0 and dlogits.T.is_contiguous() and w.is_contiguous()
+    if shares > 1 and len(total) <= FEW_ROWS and fits and laid_out:
+        return total.add_(torch.bmm(dlogits.T.view(shares, -1, len(total)).mT, w.view(shares, -1, w.shape[1])).sum(0))
+    return torch.addmm(total, dlogits, w, out=total)
+
+
+class _Sums(NamedTuple):
+    """A divergence over whole rows, and the number that its gradient needs of each."""
+
+    losses: Tensor  # (M,)
+    pull: Tensor  # (M,)
+
+
+@torch.no_grad()
+def _summed(
+    whole: Summed, student: Source, teacher: Source, rows: Tensor, lse: Tensor, gap: Tensor, workspace_bytes: int
+) -> _Sums:
+    """Value and pull by one sweep of both models over the rows, whose normalisers are known."""
+    dtype = compute_dtype(student, teacher)
+    grid = gradient_grid(student, teacher, len(rows), workspace_bytes=workspace_bytes, two_parts=True)
+    sides = [Rows(source.detach(), rows, dtype, grid.columns) for source in (student, teacher)]
+    buffers = [pages.empty((grid.rows * grid.columns,), dtype, rows.device) for _ in sides]
+    sums = torch.zeros(3, len(rows), dtype=torch.float64, device=rows.device)
+    lse, gap = lse.unsqueeze(1), gap.unsqueeze(1)
+    with torch.autocast(rows.device.type, enabled=False):
+        for block in slices(slice(0, student.transform.vocab_size), grid.columns):
+            for group in slices(slice(0, len(rows)), grid.rows):
+                s, u = (side.read(group, block, buffer) for side, buffer in zip(sides, buffers, strict=True))
+                log_ratio = torch.sub(s, u).sub_(gap[group])
+                no_p = s == -math.inf
+                log_ratio.masked_fill_(no_p & (u == -math.inf), 0)
+                log_p, log_q = s.sub_(lse[group]), u.sub_(lse[group] - gap[group])
+                sums[0, group] += whole.term(log_p, log_q, log_ratio).sum(1)
+                slope, p = whole.slope(log_p, log_ratio), log_p.exp_()
+                sums[1, group] += slope.mul_(p).masked_fill_(no_p, 0).sum(1)
+                sums[2, group] += p.sum(1)
+    # sum p is 1 but for the rounding of the normaliser: divided by it, the gradient of every row sums to 0.
+    return _Sums(sums[0].clamp_min(0).to(dtype), (sums[1] / sums[2]).to(dtype))
+
+
+def selected_loss(
+    student: Source,
+    teacher: Source | Listed,
+    rows: Tensor,
+    weights: Tensor,
+    stats: TokenStats,
+    *,
+    divergence: Divergence,
+    tokens: Tensor | None,
+    workspace_bytes: int,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of the divergence over the selected positions, connected to the student's tensors, and its (M,) terms.
+
+    `stats` are the selected positions' own, as `token_stats` computed them from the same tensors.
+    """
+    assert not inplace
+    whole, support = divergence.whole, divergence.support
+    of = _Constants(rows, *(None,) * (N_CONSTANTS - 1))
+    losses: Tensor | None = None
+    if whole is not None:
+        assert isinstance(teacher, Source)
+        lse, gap = stats.student_logsumexp, stats.logsumexp_gap
+        if isinstance(whole, Summed):
+            sums = _summed(whole, student, teacher, rows, lse, gap, workspace_bytes)
+        else:
+            assert whole.column is not None
+            known = getattr(stats, whole.column)
+            sums = _Sums(known, known)
+        losses, of = sums.losses, of._replace(pull=sums.pull, lse=lse, gap=gap)
+    if support is not None:
+        options: dict[str, Any] = {"own_stats": own_stats, "workspace_bytes": workspace_bytes}
+        terms = support_terms(support, student, teacher, rows, tokens, **options)
+        of_list = terms.losses.to(terms.dx.dtype)
+        losses = of_list if losses is None else losses + of_list
+        if terms.drest is None:
+            nothing = torch.zeros_like(of_list)
+            alone = whole is None
+            terms = terms._replace(rest=nothing, drest=nothing) if not alone else _of_raw_logits(student.detach(), rows, terms)
+        of = of._replace(ids=terms.ids, dx=terms.dx, rest=terms.rest, drest=terms.drest)
+    assert losses is not None
+    beside = teacher.detach() if isinstance(teacher, Source) and whole is not None else None
+    plan = _Plan(student.emptied(), None if beside is None else beside.emptied(), whole, workspace_bytes, losses.dtype)
+    tensors = (*of, *student.tensors, *(() if beside is None else beside.tensors))
+    connected: Tensor = _SelectedDivergence.apply(plan, losses, *tensors)
+    return weighted_sum(connected, without_infinite(losses, weights)), losses
+
+
+def _of_raw_logits(student: Source, rows: Tensor, terms: Terms) -> Terms:
+    """The same with ids and gradient of the raw logits, before scale, soft-cap and merging."""
+    transform, ids = student.transform, terms.ids
+    dx = (terms.dx * logit_slope(terms.x, transform)).masked_fill(terms.x == -math.inf, 0)
+    if transform.merged:
+        merged, dtype = ids.new_tensor(transform.merged), dx.dtype
+        of_one = terms.dx.masked_fill(ids != merged[0], 0).sum(1, keepdim=True)
+        s, each = merged_logits(student, rows, dtype)
+        share = torch.exp(each - s.masked_fill(s == -math.inf, 0)) * logit_slope(each, transform)
+        ids = torch.cat((ids.masked_fill(ids == merged[0], LAST_ID), merged.expand(len(ids), -1)), 1)
+        dx = torch.cat((dx, of_one * share), 1)
+    return terms._replace(ids=ids, dx=dx)

@@ -1,0 +1,106 @@
+# A divergence on a short list of ids: the lists, both models on them, and the two gradients that the logits' is made of.
+#
+#   ids        the teacher's top-K, or the sampled token; LAST_ID where missing
+#   Terms      l,  dl/dx_k at the ids,  dl/drest,  of divergences/base.py's `OnSupport`, by autograd on (M, K) tensors in fp64
+#
+# Nothing here is of size V. Not here: the logits' gradient (streamed_loss.py), the losses (divergences/support.py).
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from opd_ops.backends.gather import logits_at
+from opd_ops.backends.one_model import rest
+from opd_ops.divergences import OnSupport, Support
+from opd_ops.sources import Source, compute_dtype
+from opd_ops.stats import OwnStats
+from opd_ops.teachers import LAST_ID, Listed, tail
+
+
+class Terms(NamedTuple):
+    """What a divergence on a list gives the selected positions."""
+
+    losses: Tensor  # (M,) fp64
+    ids: Tensor  # (M, K)
+    x: Tensor  # (M, K) student logits there
+    dx: Tensor  # (M, K) compute dtype
+    rest: Tensor | None  # (M,) fp64; None: the loss does not read it
+    drest: Tensor | None  # (M,) compute dtype
+
+
+class OwnStatsOf(Protocol):
+    def __call__(
+        self, source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int, score_dtype: torch.dtype | None
+    ) -> OwnStats: ...
+
+
+def evaluate(part: OnSupport, at: Support, ids: Tensor, dtype: torch.dtype) -> Terms:
+    """Losses and gradients, row by row."""
+    with torch.enable_grad():
+        x, beside = at.student.detach().double().requires_grad_(), at.student_rest.detach().double().requires_grad_()
+        losses = part.loss(at._replace(student=x, student_rest=beside))
+        dx, drest = torch.autograd.grad(losses.sum(), (x, beside), allow_unused=True)
+    losses = losses.detach()
+    # Where there is no loss there is no gradient, and where p = 0 neither: the formulas there are 0 * inf.
+    nothing = losses == math.inf
+    dx = torch.zeros_like(x) if dx is None else dx
+    dx = dx.masked_fill(nothing.unsqueeze(1) | (at.student == -math.inf), 0).to(dtype)
+    if not part.reads_rest or drest is None:
+        return Terms(losses, ids, at.student.to(dtype), dx, None, None)
+    return Terms(losses, ids, at.student.to(dtype), dx, at.student_rest, drest.masked_fill(nothing, 0).to(dtype))
+
+
+@torch.no_grad()
+def support_terms(
+    part: OnSupport,
+    student: Source,
+    teacher: Source | Listed,
+    rows: Tensor,
+    tokens: Tensor | None,
+    *,
+    own_stats: OwnStatsOf,
+    workspace_bytes: int,
+) -> Terms:
+    """The terms of the rows; `tokens` (M,) are what the student sampled there, if the divergence is on them."""
+    student = student.detach()
+    dtype = compute_dtype(student, *([teacher] if isinstance(teacher, Source) else []))
+    if isinstance(teacher, Listed):
+        ids, log_q, log_tail = _listed(part, teacher.take(rows))
+        entropy = torch.full_like(log_tail, math.nan)
+    else:
+        ids, log_q, log_tail, entropy = _swept(part, teacher.detach(), rows, tokens, own_stats, workspace_bytes)
+    x = logits_at(student, rows, ids, dtype, workspace_bytes)
+    beside = rest(student, rows, ids, workspace_bytes=workspace_bytes) if part.reads_rest else x.new_zeros(len(rows))
+    return evaluate(part, Support(x.double(), beside, log_q, log_tail, entropy), ids, dtype)
+
+
+def _listed(part: OnSupport, teacher: Listed) -> tuple[Tensor, Tensor, Tensor]:
+    found = teacher.top(part.length)
+    log_q = found.logprobs.double()
+    return found.ids, log_q, tail(log_q)
+
+
+def _swept(
+    part: OnSupport,
+    teacher: Source,
+    rows: Tensor,
+    tokens: Tensor | None,
+    own_stats: OwnStatsOf,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(teacher)
+    own = own_stats(teacher, rows, top_k=part.length, workspace_bytes=workspace_bytes, score_dtype=torch.float32)
+    lse, ids, logits = own.logsumexp.double(), own.ids, own.logits.double()
+    if part.of_tokens:
+        assert tokens is not None
+        ids = tokens.long().unsqueeze(1)
+        logits = logits_at(teacher, rows, ids, dtype, workspace_bytes).double()
+    else:
+        ids = ids.masked_fill(logits == -math.inf, LAST_ID)  # an entry that the teacher masks is not on its list
+    log_tail = torch.zeros_like(lse)
+    if part.reads_teacher_rest:
+        log_tail = rest(teacher, rows, ids, workspace_bytes=workspace_bytes) - lse
+    return ids, logits - lse.unsqueeze(1), log_tail, own.entropy.double()

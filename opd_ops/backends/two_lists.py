@@ -1,0 +1,121 @@
+# Statistics of positions where a model's whole row is not read: each model's top-K list is either known or swept for.
+#
+#   student   known from the rollout (rollout.py), or one sweep of its head
+#   teacher   known from a server (teachers.py), or one sweep of its head
+#   both      logits on the other's list: K dot products a position and model, K / V of a unit
+#   C, D and the overlap follow from the two lists (supports.py); KLs over the vocabulary do not: those columns are NaN.
+#   Of a server's teacher q is taken as 0 off its list: C is then its lower bound, the overlap (arXiv 2605.26844 eq. 17).
+#
+# Not here: what is known (rollout.py, teachers.py), one model's sweep (each backend's `own_stats`).
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from opd_ops.backends.gather import gathered_bytes, logits_at
+from opd_ops.backends.supports import support_columns
+from opd_ops.backends.tiling import PAIR_BYTES, UNION_BYTES
+from opd_ops.backends.top_k import TopK
+from opd_ops.sources import Source, compute_dtype, take_rows
+from opd_ops.stats import OwnStats, TokenStats
+from opd_ops.teachers import Listed
+
+if TYPE_CHECKING:  # rollout.py builds on backends/top_k.py
+    from opd_ops.rollout import StudentStats
+
+SUPPORT_COLUMNS = ("support_mass", "student_support_mass", "overlap_mass", "union_kl")
+
+
+class _Backend(Protocol):
+    def own_stats(
+        self, source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int, score_dtype: torch.dtype | None
+    ) -> OwnStats: ...
+
+
+def token_stats(
+    backend: _Backend,
+    student: Source,
+    teacher: Source | Listed,
+    rows: Tensor,
+    known: StudentStats | None,
+    *,
+    top_k: int,
+    columns: frozenset[str],
+    workspace_bytes: int,
+    score_dtype: torch.dtype | None,
+) -> TokenStats:
+    """The columns at the rows, (n,) each; those that cannot be known are NaN."""
+    student, dtype = student.detach(), compute_dtype(student, *([teacher] if isinstance(teacher, Source) else []))
+
+    def swept(source: Source) -> OwnStats:
+        found = backend.own_stats(source, rows, top_k=top_k, workspace_bytes=workspace_bytes, score_dtype=score_dtype)
+        return found._replace(logsumexp=found.logsumexp.to(dtype), entropy=found.entropy.to(dtype))
+
+    s = swept(student) if known is None else _from_rollout(known, rows, top_k, dtype)
+    t = swept(teacher.detach()) if isinstance(teacher, Source) else _from_server(teacher.take(rows).top(top_k))
+    valid = torch.isfinite(t.logsumexp) if isinstance(teacher, Source) else teacher.take(rows).valid
+    unknown = torch.full_like(s.logsumexp, math.nan)
+    if isinstance(teacher, Listed) and teacher.is_sampled:
+        out = dict.fromkeys(SUPPORT_COLUMNS, unknown)
+        out["student_support_mass"] = torch.exp(s.logits - s.logsumexp.unsqueeze(1)).sum(1).to(dtype)
+    else:
+        out = _supports(student, teacher, rows, s, t, columns, workspace_bytes, dtype)
+    return TokenStats(
+        valid=valid,
+        student_entropy=s.entropy,
+        teacher_entropy=t.entropy,
+        reverse_kl=unknown,
+        forward_kl=unknown,
+        student_logsumexp=s.logsumexp,
+        teacher_logsumexp=t.logsumexp,
+        logsumexp_gap=s.logsumexp - t.logsumexp,
+        **out,
+    )
+
+
+def _from_rollout(known: StudentStats, rows: Tensor, top_k: int, dtype: torch.dtype) -> OwnStats:
+    lse, entropy = (column.flatten()[rows].to(dtype) for column in (known.logsumexp, known.entropy))
+    ids, log_p = (take_rows(column, rows) for column in (known.ids.long(), known.logprobs.to(dtype)))
+    best = TopK(ids, log_p, log_p).best(top_k)
+    return OwnStats(lse, entropy, best.ids, best.own + lse.unsqueeze(1))
+
+
+def _from_server(teacher: Listed) -> OwnStats:
+    """Log-probabilities are logits whose log-sum-exp is 0; the entropy takes what is not listed."""
+    zero = teacher.logprobs.new_zeros(len(teacher.ids))
+    return OwnStats(zero, zero + math.nan, teacher.ids, teacher.logprobs)
+
+
+def _supports(
+    student: Source,
+    teacher: Source | Listed,
+    rows: Tensor,
+    s: OwnStats,
+    t: OwnStats,
+    columns: frozenset[str],
+    workspace_bytes: int,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    k = max(s.ids.shape[1], t.ids.shape[1])
+    per_row = UNION_BYTES * k + PAIR_BYTES * k**2 + gathered_bytes(student, k)
+    if isinstance(teacher, Source):
+        per_row += gathered_bytes(teacher, k)
+    size = max(1, workspace_bytes // per_row)
+    out: dict[str, Tensor] = {}
+    for start in range(0, max(1, len(rows)), size):
+        part = slice(start, min(start + size, len(rows)))
+        s_ids, t_ids, s_at_s, t_at_t = s.ids[part], t.ids[part], s.logits[part], t.logits[part]
+        if isinstance(teacher, Source):
+            t_at_s = logits_at(teacher.detach(), rows[part], s_ids, dtype, workspace_bytes)
+        else:
+            shared = s_ids.unsqueeze(2) == t_ids.unsqueeze(1)
+            t_at_s = torch.where(shared, t_at_t.unsqueeze(1), -math.inf).amax(2)
+        s_at_t = logits_at(student, rows[part], t_ids, dtype, workspace_bytes)
+        lists = TopK(s_ids, s_at_s, t_at_s), TopK(t_ids, t_at_t, s_at_t)
+        of_part = support_columns(*lists, s.logsumexp[part].double(), t.logsumexp[part].double(), columns)
+        for name, column in of_part.items():
+            out.setdefault(name, column.new_empty(len(rows), dtype=dtype))[part] = column
+    return out

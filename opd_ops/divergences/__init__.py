@@ -1,0 +1,60 @@
+# The losses that may be applied to the selected positions, by name or as instances that carry their parameters.
+#
+# Not here: what a divergence is (base.py), the divergences (whole.py, support.py, composite.py).
+from __future__ import annotations
+
+from opd_ops.divergences.base import Divergence, OnSupport, Summed, Support, WholeRow, weighted_sum, without_infinite
+from opd_ops.divergences.composite import EntropyAware, Extrapolated
+from opd_ops.divergences.support import LocalSupport, SampledToken, TailAware, TopKForwardKL
+from opd_ops.divergences.whole import JSD, ForwardKL, ReverseKL, TotalVariation
+
+__all__ = [
+    "DIVERGENCES",
+    "JSD",
+    "Divergence",
+    "EntropyAware",
+    "Extrapolated",
+    "ForwardKL",
+    "LocalSupport",
+    "OnSupport",
+    "ReverseKL",
+    "SampledToken",
+    "Summed",
+    "Support",
+    "TailAware",
+    "TopKForwardKL",
+    "TotalVariation",
+    "WholeRow",
+    "resolve_divergence",
+    "weighted_sum",
+    "without_infinite",
+]
+
+DIVERGENCES: dict[str, Divergence] = {
+    divergence.name: divergence
+    for divergence in (
+        ReverseKL(),
+        ForwardKL(),
+        JSD(),
+        TotalVariation(),
+        LocalSupport(),
+        TailAware(),
+        TopKForwardKL(),
+        SampledToken(),
+        EntropyAware(),
+    )
+}
+
+
+def resolve_divergence(divergence: str | Divergence) -> Divergence:
+    """A divergence by name (its defaults) or as it is; ValueError and TypeError list the known names."""
+    if isinstance(divergence, JSD) and divergence.beta in (0, 1):
+        return ForwardKL() if divergence.beta == 0 else ReverseKL()
+    if isinstance(divergence, Divergence):
+        return divergence
+    known = ", ".join(sorted(DIVERGENCES))
+    if not isinstance(divergence, str):
+        raise TypeError(f"divergence: got {type(divergence).__name__}, expected a Divergence or one of: {known}")
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence: got {divergence!r}, expected one of: {known}")
+    return DIVERGENCES[divergence]

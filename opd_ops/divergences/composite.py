@@ -1,0 +1,115 @@
+# Divergences made of others: one that adds to a divergence, one that moves its teacher.
+#
+#   entropy_aware   l + alpha 1[H(q) > tau] sum_T q~ (log q~ - log p), q~ renormalised on the teacher's top-K T    (EOPD,
+#                   arXiv 2603.07079; it adds, it does not switch)
+#   extrapolated    l to the teacher softmax(lam u + (1 - lam) r), r the logits of a reference   (G-OPD, arXiv 2602.12125)
+#
+# Not here: the divergences they are made of (whole.py, support.py), reading mixed logits (opd_ops/sources.py).
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from opd_ops.divergences.base import Divergence, OnSupport, Support, WholeRow
+from opd_ops.divergences.support import check_top_k
+from opd_ops.divergences.whole import ReverseKL
+from opd_ops.equations import kl
+
+if TYPE_CHECKING:
+    from opd_ops.inputs import LinearHead
+
+
+@dataclass(frozen=True)
+class _UncertainTeacher(OnSupport):
+    """alpha 1[H(q) > tau] KL(q~ || p) on the teacher's top-K."""
+
+    alpha: float
+    tau: float
+    top_k: int
+    name = "entropy_aware"
+    reads_entropy: ClassVar[bool] = True
+
+    def loss(self, at: Support) -> Tensor:
+        added = self.alpha * kl(torch.log_softmax(at.teacher, 1), at.log_p)
+        return torch.where(at.teacher_entropy > self.tau, added, 0)
+
+
+@dataclass(frozen=True)
+class EntropyAware(Divergence):
+    """A divergence over the whole vocabulary, plus forward KL on the teacher's top-K where the teacher is uncertain (EOPD).
+
+    Args:
+        alpha: Weight of what is added, > 0.
+        tau: Entropy of the teacher, in nats, above which it is.
+        top_k: Length of the teacher's list.
+        divergence: What it is added to: ReverseKL(), ForwardKL(), JSD(beta), TotalVariation().
+    """
+
+    alpha: float = 1.0
+    tau: float = 0.8
+    top_k: int = 16
+    divergence: WholeRow = field(default_factory=ReverseKL)
+    name = "entropy_aware"
+
+    def __post_init__(self) -> None:
+        check_top_k("EntropyAware", self.top_k)
+        for name, least in (("alpha", 0.0), ("tau", -math.inf)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least < value < math.inf:
+                raise ValueError(f"EntropyAware.{name}: got {value!r}, expected a finite number{' > 0' if least == 0 else ''}")
+        if not isinstance(self.divergence, WholeRow):
+            raise TypeError(
+                f"EntropyAware.divergence: got {type(self.divergence).__name__}, expected one over the whole vocabulary, "
+                "like ReverseKL()"
+            )
+
+    @property
+    def whole(self) -> WholeRow:
+        return self.divergence
+
+    @property
+    def support(self) -> OnSupport:
+        return _UncertainTeacher(self.alpha, self.tau, self.top_k)
+
+
+@dataclass(frozen=True, eq=False)
+class Extrapolated(Divergence):
+    """A divergence to a teacher pushed away from a reference model: logits lam u + (1 - lam) r (G-OPD).
+
+    The statistics, and with them the selection, are those of this teacher too: it is the one trained towards.
+
+    Args:
+        lam: 1 is the teacher itself, above 1 extrapolates, below 1 stays nearer to the reference.
+        reference: Logits (..., V), or a `LinearHead`, of the reference model at the same positions; never receives a gradient.
+            An entry that the teacher masks (-inf) stays masked; elsewhere the reference's logits must be finite.
+        divergence: The divergence to that teacher.
+    """
+
+    lam: float
+    reference: Tensor | LinearHead
+    divergence: Divergence = field(default_factory=ReverseKL)
+    name = "extrapolated"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.lam, bool) or not isinstance(self.lam, (int, float)) or not math.isfinite(self.lam):
+            raise ValueError(f"Extrapolated.lam: got {self.lam!r}, expected a finite number; 1.25 is the paper's")
+        if not isinstance(self.divergence, Divergence) or isinstance(self.divergence, Extrapolated):
+            raise TypeError(
+                f"Extrapolated.divergence: got {type(self.divergence).__name__}, expected another divergence, like ReverseKL()"
+            )
+
+    @property
+    def column(self) -> str | None:  # type: ignore[override]
+        return self.divergence.column
+
+    @property
+    def whole(self) -> WholeRow | None:
+        return self.divergence.whole
+
+    @property
+    def support(self) -> OnSupport | None:
+        return self.divergence.support

@@ -1,0 +1,105 @@
+# Divergences on a short list of ids: the teacher's top-K T, or the token that was sampled.
+#
+#   local_support     sum_T p^ (log p^ - log q^), p^ and q^ renormalised on T                      arXiv 2603.25562 eqs. 6-8
+#   tail_aware        sum_T p (log p - log q) + p_tail (log p_tail - log q_tail), p_tail = 1 - p(T)       arXiv 2608.14728
+#   forward_kl_topk   sum_T q (log q - log p), nothing renormalised: verl's loss of that name
+#   sampled           -A log p(y), A = log q(y) - log p(y) held constant: policy gradient of -KL(p || q) on the rollout token y
+#
+# `tail_aware` is a KL of two distributions of K + 1 outcomes: its tails are summed off the list, not taken from 1.
+# Truncated reverse KL without renormalisation is not offered: it is negative and unstable.
+# Not here: how a list is found and read (backends/support_terms.py).
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from opd_ops.divergences.base import OnSupport, Support
+from opd_ops.equations import kl
+
+
+def check_top_k(name: str, top_k: object) -> None:
+    if isinstance(top_k, bool) or not isinstance(top_k, int):
+        raise TypeError(f"{name}.top_k: got {top_k!r}, expected an integer")
+    if top_k < 1:
+        raise ValueError(f"{name}.top_k: got {top_k}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class LocalSupport(OnSupport):
+    """Reverse KL on the teacher's top-K, both models renormalised there. Reads no other logit of the student."""
+
+    top_k: int = 32
+    name = "local_support"
+    reads_rest: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_top_k("LocalSupport", self.top_k)
+
+    def loss(self, at: Support) -> Tensor:
+        nothing = (at.student == -math.inf).all(1)  # the student can write none of T
+        student = at.student.masked_fill(nothing.unsqueeze(1), 0)
+        found = kl(torch.log_softmax(student, 1), torch.log_softmax(at.teacher, 1))
+        return torch.where(nothing, math.inf, found)
+
+
+@dataclass(frozen=True)
+class TailAware(OnSupport):
+    """Reverse KL on the teacher's top-K and one more outcome, the tail: all other entries together."""
+
+    top_k: int = 16
+    name = "tail_aware"
+    reads_teacher_rest: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_top_k("TailAware", self.top_k)
+
+    def loss(self, at: Support) -> Tensor:
+        log_p = torch.log_softmax(torch.cat((at.student, at.student_rest.unsqueeze(1)), 1), 1)
+        return kl(log_p, torch.cat((at.teacher, at.teacher_rest.unsqueeze(1)), 1))
+
+
+@dataclass(frozen=True)
+class TopKForwardKL(OnSupport):
+    """Forward KL cut off after the teacher's top-K: what of KL(q || p) those entries contribute. May be negative."""
+
+    top_k: int = 16
+    name = "forward_kl_topk"
+
+    def __post_init__(self) -> None:
+        check_top_k("TopKForwardKL", self.top_k)
+
+    def loss(self, at: Support) -> Tensor:
+        return kl(at.teacher, at.log_p)
+
+
+@dataclass(frozen=True)
+class SampledToken(OnSupport):
+    """Policy gradient on the token that the student sampled, with the log-ratio of the models as its advantage.
+
+    Over tokens drawn from p its gradient is that of reverse KL on average. The value, -A log p(y), is not a KL: watch
+    `metrics["kl_sampled"]`, the mean of log p(y) - log q(y).
+
+    Args:
+        clip: Bound of |A| in nats, or None. It is applied to the one number per token, after the sum over the vocabulary.
+    """
+
+    clip: float | None = None
+    name = "sampled"
+    of_tokens: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        clip = self.clip
+        if clip is not None and (isinstance(clip, bool) or not isinstance(clip, (int, float)) or not 0 < clip < math.inf):
+            raise ValueError(f"SampledToken.clip: got {clip!r}, expected a finite number > 0, or None")
+
+    def loss(self, at: Support) -> Tensor:
+        log_p = at.log_p[:, 0]
+        advantage = (at.teacher[:, 0] - log_p).detach()
+        if self.clip is not None:
+            advantage = advantage.clamp(-self.clip, self.clip)
+        nothing = advantage.isinf() | (log_p == -math.inf)
+        return torch.where(nothing, math.inf, -advantage * torch.where(nothing, 0, log_p))

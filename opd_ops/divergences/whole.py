@@ -1,0 +1,108 @@
+# Divergences over the whole vocabulary: value and gradient in closed form, block by block.
+#
+#   reverse_kl       l = KL(p || q) = sum p (log p - log q)              dl/ds_v = p_v [(log p_v - log q_v) - l]
+#   forward_kl       l = KL(q || p) = sum q (log q - log p)              dl/ds_v = p_v - q_v
+#   jsd(beta)        l = beta KL(q || m) + (1-beta) KL(p || m),          dl/ds_v = (1-beta) p_v [log(p_v/m_v) - sum p log(p/m)]
+#                    m = beta q + (1-beta) p;  beta = 0: forward_kl, 1: reverse_kl (TRL's convention)
+#   total_variation  l = 1/2 sum |p - q|                                 dl/ds_v = 1/2 p_v [sign(p_v - q_v) - sum p sign(p - q)]
+#   s: student logits after temperature. arXiv 2605.26844 eq. 6; arXiv 2306.13649 (GKD).
+#
+# Not here: losses on a short list of ids (support.py), the mean over positions (opd_ops/loss.py).
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opd_ops.divergences.base import Summed, WholeRow
+from opd_ops.equations import kl
+
+
+@dataclass(frozen=True)
+class ReverseKL(WholeRow):
+    """KL(student || teacher), mode-seeking; the default."""
+
+    name = "reverse_kl"
+    column = "reverse_kl"
+
+    def loss(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return kl(log_p, log_q)
+
+    def dlogits(self, log_p: Tensor, log_ratio: Tensor, pull: Tensor) -> Tensor:
+        return log_ratio.sub_(pull).mul_(log_p.exp_())
+
+
+@dataclass(frozen=True)
+class ForwardKL(WholeRow):
+    """KL(teacher || student), mass-covering."""
+
+    name = "forward_kl"
+    column = "forward_kl"
+
+    def loss(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return kl(log_q, log_p)
+
+    def dlogits(self, log_p: Tensor, log_ratio: Tensor, pull: Tensor) -> Tensor:
+        # p - q = p (1 - e^-ratio) = -p expm1(-ratio) keeps its digits where the models agree, but overflows or loses
+        # p's digits where q >> p: there it is the plain difference of the two exponentials.
+        q = torch.exp(log_p - log_ratio)
+        p = log_p.exp_()
+        return torch.where(log_ratio > -1.0, -p * torch.expm1(-log_ratio), p - q)
+
+
+@dataclass(frozen=True)
+class JSD(Summed):
+    """Generalised Jensen-Shannon divergence: beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p.
+
+    TRL's convention: `beta` is the teacher's share of m. 0 stands for forward KL and 1 for reverse KL, the limits of
+    jsd / beta and jsd / (1 - beta).
+    """
+
+    beta: float = 0.5
+    name = "jsd"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.beta, bool) or not isinstance(self.beta, (int, float)) or not 0 <= self.beta <= 1:
+            raise ValueError(f"JSD.beta: got {self.beta!r}, expected a number in [0, 1]")
+
+    def loss(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        neither = (log_p == -math.inf) & (log_q == -math.inf)  # logaddexp has no gradient there
+        p, q = log_p.masked_fill(neither, 0), log_q.masked_fill(neither, 0)
+        log_m = torch.logaddexp(q + math.log(self.beta), p + math.log1p(-self.beta))
+        return self.beta * kl(log_q, log_m) + (1 - self.beta) * kl(log_p, log_m)
+
+    def term(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        p_term = self._log_share(log_ratio, 1 - self.beta).mul_(log_p.exp()).mul_(1 - self.beta)
+        q_term = self._log_share(-log_ratio, self.beta).mul_(log_q.exp()).mul_(self.beta)
+        # An infinite logarithm only meets a probability of 0.
+        return p_term.masked_fill_(log_p == -math.inf, 0).add_(q_term.masked_fill_(log_q == -math.inf, 0))
+
+    def slope(self, log_p: Tensor, log_ratio: Tensor) -> Tensor:
+        return self._log_share(log_ratio, 1 - self.beta).mul_(1 - self.beta)
+
+    @staticmethod
+    def _log_share(ratio: Tensor, own: float) -> Tensor:
+        """log(p/m) = -log(own + (1 - own) e^-ratio), by log1p where the models agree and m is nearly p."""
+        near = -torch.log1p((1 - own) * torch.expm1(-ratio.clamp_min(-1.0)))
+        far = -torch.logaddexp(torch.full_like(ratio, math.log(own)), math.log1p(-own) - ratio)
+        return torch.where(ratio > -1.0, near, far)
+
+
+@dataclass(frozen=True)
+class TotalVariation(Summed):
+    """1/2 sum |p - q|: bounded, and its gradient does not grow with disagreement."""
+
+    name = "total_variation"
+
+    def loss(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+
+    def term(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        # |p - q| from the ratio, which is known to more digits than p and q are.
+        of_p, of_q = torch.expm1(-log_ratio).abs_(), torch.expm1(log_ratio).abs_()
+        return torch.where(log_ratio > 0, of_p.mul_(log_p.exp()), of_q.mul_(log_q.exp())).div_(2)
+
+    def slope(self, log_p: Tensor, log_ratio: Tensor) -> Tensor:
+        return log_ratio.sign().div_(2)

@@ -1,0 +1,26 @@
+# Entropy and KL of whole rows of log-probabilities, in the shortest torch that is right at p = 0, forward and backward.
+#
+#   H(p) = -sum p log p;  KL(a || b) = sum a (log a - log b);  0 log 0 = 0                                        [nats]
+#
+# The specification (backends/eager.py) and the divergences' own definitions (divergences/) are written in these.
+# Not here: bounded memory (backends/running.py).
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """-sum p log p over the last dimension."""
+    return -torch.where(log_p == -math.inf, 0, log_p.exp() * log_p).sum(-1)
+
+
+def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b) over the last dimension; a = 0 contributes 0, b = 0 under a > 0 gives +inf."""
+    absent = log_a == -math.inf
+    # where() before the product: a zero weight times an infinite difference would be NaN, forward and backward.
+    difference = torch.where(absent, 0, log_a) - torch.where(absent, 0, log_b)
+    # a > 0 by definition wherever the difference is infinite, even if exp underflows.
+    return torch.where(difference == math.inf, math.inf, log_a.exp() * difference).sum(-1)

@@ -1,0 +1,116 @@
+# Which positions are valid: the mask, less what labels ignore, what weighs nothing, and special tokens.
+#
+#   special tokens: the first occurrence of each id in each response leaves the mask and the denominator (arXiv 2603.25562's
+#   released code: student and teacher may tokenise `<think>` or end a turn differently)
+#
+# Everything stays on the device. Row i predicts target i: whoever passes tokens has shifted them; labels are shifted here.
+# Not here: budgets (selection.py), merged ids (sources.py).
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from opd_ops.selection import sequence_ids
+
+
+class Positions(NamedTuple):
+    """What a call's masks, labels and tokens say about its positions."""
+
+    valid: Tensor | None  # bool of the positions' shape; None: all
+    sequences: Tensor  # the number of each position's sequence
+    tokens: Tensor | None  # the token each position predicts
+
+
+def positions(
+    shape: torch.Size,
+    device: torch.device,
+    *,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    ignore_index: int = -100,
+    cu_seqlens: Tensor | None = None,
+    tokens: Tensor | None = None,
+    special_ids: Sequence[int] = (),
+) -> Positions:
+    """Checks each argument against the positions' shape; `shift_labels` win over `labels`, `tokens` over both."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: got {ignore_index!r}, expected an integer")
+    sequences = sequence_ids(shape, cu_seqlens, device).view(shape)
+    found: list[Tensor] = []
+    if mask is not None:
+        found.append(of_positions("mask", mask, shape, device) != 0)
+    if weights is not None:
+        found.append(_weights(weights, shape, device) != 0)
+    targets = _targets(shape, device, labels, shift_labels, ignore_index, None if cu_seqlens is None else sequences)
+    if targets is not None:
+        found.append(targets != ignore_index)
+    if tokens is not None:
+        tokens = of_positions("tokens", tokens, shape, device)
+        if tokens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"tokens: got dtype {tokens.dtype}, expected int32 or int64")
+    tokens = targets if tokens is None else tokens
+    valid = None if not found else torch.stack(found).all(0)
+    if len(special_ids):
+        if tokens is None:
+            raise ValueError("special_ids: need the tokens to look among; pass tokens=, or shift_labels=")
+        valid = _without_first(valid, tokens, special_ids, sequences)
+    return Positions(valid, sequences, tokens)
+
+
+def _without_first(valid: Tensor | None, tokens: Tensor, ids: Sequence[int], sequences: Tensor) -> Tensor:
+    """The valid positions less the first of each id among those of each sequence."""
+    kept = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
+    n, sequence = tokens.numel(), sequences.flatten()
+    places = torch.arange(n, device=tokens.device)
+    for special in ids:
+        found = (tokens == special) & kept
+        where = torch.where(found.flatten(), places, n)
+        first = torch.full((n + 1,), n, device=tokens.device).scatter_reduce(0, sequence, where, "amin")
+        kept = kept & ~(found & (places == first[sequence]).view(tokens.shape))
+    return kept
+
+
+def _targets(
+    shape: torch.Size,
+    device: torch.device,
+    labels: Tensor | None,
+    shift_labels: Tensor | None,
+    ignore_index: int,
+    packed: Tensor | None,
+) -> Tensor | None:
+    """What each position predicts. With the sequence numbers of `packed` rows the last row of each predicts nothing: the next
+    label is another sequence's."""
+    if shift_labels is not None:
+        return of_positions("shift_labels", shift_labels, shape, device)
+    if labels is None:
+        return None
+    labels = of_positions("labels", labels, shape, device)
+    if not labels.dim():
+        raise ValueError("labels: got a 0-dim tensor, expected at least one dimension to shift along")
+    targets = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    if packed is not None:
+        targets[..., :-1].masked_fill_(packed[..., 1:] != packed[..., :-1], ignore_index)
+    return targets
+
+
+def _weights(weights: object, shape: torch.Size, device: torch.device) -> Tensor:
+    found = of_positions("weights", weights, shape, device)
+    if found.is_complex() or found.dtype == torch.bool:
+        raise TypeError(f"weights: got dtype {found.dtype}, expected numbers; a bool mask is `mask`")
+    return found
+
+
+def of_positions(name: str, tensor: object, shape: torch.Size, device: torch.device) -> Tensor:
+    """The tensor, if it has one entry per position."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor of shape {tuple(shape)}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(shape)}, one entry per position")
+    if tensor.device != device:
+        raise ValueError(f"{name}: is on {tensor.device}, the student is on {device}; move them to one device")
+    return tensor

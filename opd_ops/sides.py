@@ -1,0 +1,160 @@
+# Both sides of a call, checked against each other and the divergence, as the sources that backends read.
+#
+#   teacher           divergences                                                           selectors
+#   logits, head      all                                                                   all
+#   TopKLogprobs      local_support, tail_aware, forward_kl_topk                            those that need no whole row
+#   SampledLogprobs   sampled                                                               entropy and the controls
+#
+# Not here: the checks of other arguments (checks.py), which selectors a sparse teacher allows (selectors.py).
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from opd_ops import checks
+from opd_ops.divergences import DIVERGENCES, Divergence, Extrapolated
+from opd_ops.inputs import LinearHead, positions_shape, vocabulary
+from opd_ops.sources import Source, compute_dtype
+from opd_ops.teachers import Listed, SampledLogprobs, SparseTeacher, TopKLogprobs
+
+
+def check_sources(
+    student: object,
+    teacher: object,
+    divergence: Divergence,
+    *,
+    vocab_size: int | None,
+    temperature: float,
+    eos_ids: Sequence[int],
+    process_group: object,
+) -> tuple[Source, Source | Listed]:
+    """Both sides over their common vocabulary; one warning if their vocabularies differ and none was named."""
+    s = _check_side("student", student)
+    if process_group is not None:
+        raise ValueError("process_group: got a group, expected None: vocabulary-parallel inputs are not supported yet")
+    checks.check_number("temperature", temperature, above=0.0)
+    if isinstance(teacher, (TopKLogprobs, SampledLogprobs)):
+        return _check_sparse(s, teacher, divergence, vocab_size, float(temperature), eos_ids)
+    t = _check_side("teacher", teacher)
+    _check_beside("teacher", t, s)
+    vocab = _check_vocabulary(vocabulary(s), vocabulary(t), vocab_size)
+    merged = _check_eos_ids(eos_ids, vocab)
+    student_source, teacher_source = (Source.of(side, vocab, float(temperature), merged) for side in (s, t))
+    if isinstance(divergence, Extrapolated):
+        r = _check_side("Extrapolated.reference", divergence.reference)
+        _check_beside("Extrapolated.reference", r, s)
+        if vocabulary(r) < vocab:
+            raise ValueError(
+                f"Extrapolated.reference: has a vocabulary of {vocabulary(r)}, expected at least the call's, {vocab}; pass "
+                f"vocab_size={vocabulary(r)}"
+            )
+        teacher_source = teacher_source.mixed(divergence.lam, Source.of(r, vocab, float(temperature)))
+    return student_source, teacher_source
+
+
+def _check_sparse(
+    student: Tensor | LinearHead,
+    teacher: SparseTeacher,
+    divergence: Divergence,
+    vocab_size: int | None,
+    temperature: float,
+    eos_ids: Sequence[int],
+) -> tuple[Source, Listed]:
+    name = type(teacher).__name__
+    if isinstance(divergence, Extrapolated):
+        raise ValueError(f"divergence: got 'extrapolated', which mixes logits, but the teacher is {name}; pass its logits")
+    of_list = divergence.support
+    fits = divergence.whole is None and of_list is not None and of_list.of_tokens == isinstance(teacher, SampledLogprobs)
+    if not fits or (of_list is not None and of_list.reads_entropy):
+        known = [
+            d.name
+            for d in DIVERGENCES.values()
+            if d.whole is None and d.support is not None and d.support.of_tokens == isinstance(teacher, SampledLogprobs)
+        ]
+        more = ""
+        if of_list is not None and of_list.of_tokens:
+            more = "; 'sampled' takes SampledLogprobs, logits or a LinearHead"
+        elif isinstance(teacher, TopKLogprobs) and divergence.name == "reverse_kl":
+            more = "; tail_aware is reverse KL with all that is not listed as one outcome"
+        raise ValueError(
+            f"divergence: got {divergence.name!r}, which {name} cannot give; expected one of: {', '.join(known)}{more}. "
+            "For the others pass the teacher's logits or a LinearHead"
+        )
+    if teacher.positions != positions_shape(student):
+        raise ValueError(
+            f"teacher: got positions of shape {tuple(teacher.positions)}, expected those of the student, "
+            f"{tuple(positions_shape(student))}"
+        )
+    if teacher.ids.device != _device(student):
+        raise ValueError(f"teacher: is on {teacher.ids.device}, the student is on {_device(student)}; move them to one device")
+    if teacher.temperature != temperature:
+        raise ValueError(
+            f"temperature: got {temperature:g}, but {name} holds log-probabilities at {teacher.temperature:g}; ask the server "
+            f"for those at {temperature:g} and pass {name}(..., temperature={temperature:g})"
+        )
+    vocab = _check_vocabulary(vocabulary(student), vocabulary(student), vocab_size)
+    source = Source.of(student, vocab, temperature, _check_eos_ids(eos_ids, vocab))
+    return source, Listed.of(teacher, vocab, compute_dtype(source), source.transform.merged)
+
+
+def _check_beside(name: str, side: Tensor | LinearHead, student: Tensor | LinearHead) -> None:
+    """The same positions on the same device."""
+    if positions_shape(side) != positions_shape(student):
+        raise ValueError(
+            f"{name}: got positions of shape {tuple(positions_shape(side))}, expected those of the student, "
+            f"{tuple(positions_shape(student))}"
+        )
+    if _device(side) != _device(student):
+        raise ValueError(f"{name}: is on {_device(side)}, the student is on {_device(student)}; move them to one device")
+
+
+def _check_eos_ids(ids: object, vocab_size: int) -> tuple[int, ...]:
+    found = checks.check_ids("eos_ids", ids)
+    if len(found) == 1 or len(set(found)) != len(found) or any(x >= vocab_size for x in found):
+        raise ValueError(
+            f"eos_ids: got {list(found)}, expected two or more different ids below the vocabulary size, {vocab_size}"
+        )
+    return found
+
+
+def _check_side(name: str, side: object) -> Tensor | LinearHead:
+    if isinstance(side, LinearHead):
+        tensors = [side.hidden, side.weight]
+    elif isinstance(side, Tensor):
+        if not side.is_floating_point():
+            raise TypeError(f"{name}: got logits of dtype {side.dtype}, expected a floating-point dtype")
+        if side.dim() < 1 or side.shape[-1] < 1:
+            raise ValueError(f"{name}: got logits of shape {tuple(side.shape)}, expected (..., V) with V >= 1")
+        tensors = [side]
+    else:
+        more = ", TopKLogprobs or SampledLogprobs" if name == "teacher" else ""
+        raise TypeError(f"{name}: got {type(side).__name__}, expected a logits tensor (..., V) or a LinearHead{more}")
+    if any(hasattr(t, "full_tensor") for t in tensors):  # without importing torch.distributed for it
+        raise ValueError(f"{name}: got a DTensor, expected local tensors; gather it first with .full_tensor()")
+    return side
+
+
+def _device(side: Tensor | LinearHead) -> torch.device:
+    return side.weight.device if isinstance(side, LinearHead) else side.device
+
+
+def _check_vocabulary(student: int, teacher: int, vocab_size: int | None) -> int:
+    common = min(student, teacher)
+    if vocab_size is not None:
+        checks.check_integer("vocab_size", vocab_size, least=1)
+        if vocab_size > common:
+            raise ValueError(
+                f"vocab_size: got {vocab_size}, expected at most {common} (the student has {student}, the teacher {teacher})"
+            )
+        return vocab_size
+    if student != teacher:
+        warnings.warn(
+            f"vocabularies differ: the student has {student} entries, the teacher {teacher}; both are sliced to the first "
+            f"{common} before the softmax. Pass vocab_size={common} to say that this is meant",
+            UserWarning,
+            stacklevel=5,
+        )
+    return common
