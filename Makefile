@@ -18,7 +18,7 @@ demo: $(VENV)/.demo
 # Whole files to a process, because what is slow is built once a file.
 PARALLEL := --numprocesses 2 --dist loadfile
 
-test: $(VENV)/.test $(VENV)/.demo
+test: $(VENV)/.test $(VENV)/.demo $(VENV)/.parity
 	$(BIN)/python -m pytest $(or $(ARGS),$(PARALLEL))
 	$(if $(ARGS),,$(MAKE) test-triton36)
 
@@ -55,6 +55,12 @@ $(VENV)/.core: constraints.txt setup.py | $(VENV)/bin/python
 
 $(VENV)/.test: $(VENV)/.core
 	$(PIP) install --editable '.[test,lint]'
+	touch $@
+
+# verl and torchtune without their dependencies: of those their losses need what the extra names, and verl's own pins are older.
+$(VENV)/.parity: $(VENV)/.core
+	$(PIP) install --editable '.[parity]'
+	$(PIP) install --no-deps verl==0.9.1 torchtune==0.6.1
 	touch $@
 
 # Its interpreter needs numpy < 2.4. No constraints: they pin another triton.

@@ -27,6 +27,21 @@ setup(
         "demo": ["transformers>=5.0", "accelerate>=1.10", "gguf>=0.17", "matplotlib>=3.8", "rich>=13"],
         "bench": ["trl==1.16.0", "liger-kernel==0.8.5", "matplotlib>=3.8", "rich>=13", "psutil>=5.9"],
         "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "numpy>=1.26", "matplotlib>=3.8", "triton>=3.6"],
+        # The losses of others that tests/parity compares with. verl and torchtune come on top without their dependencies, of which
+        # their losses need only these (Makefile); torchao is the newest that torchtune 0.6.1 imports with.
+        "parity": [
+            "trl==1.16.0",
+            "liger-kernel==0.8.5",
+            "torchao==0.16.0",
+            "tensordict>=0.10",
+            "ray>=2.50",
+            "omegaconf>=2.3",
+            "codetiming>=1.4",
+            "tiktoken>=0.14",
+            "sentencepiece>=0.2.1",
+            "torchdata>=0.11",
+            "pillow>=11",
+        ],
         "lint": ["ruff>=0.12", "mypy>=1.15"],
     },
 )
