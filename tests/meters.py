@@ -48,16 +48,18 @@ class LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def saved_bytes(inputs: list[torch.Tensor]) -> Iterator[dict[str, int]]:
-    """Bytes that autograd saves for backward, counting no storage of `inputs` and none twice."""
+    """Bytes that autograd saved for backward and still holds at the end, counting no storage of `inputs` and none twice."""
     known = {t.untyped_storage()._cdata for t in inputs}
+    alive: dict[int, int] = {}
     total = {"bytes": 0}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        key = tensor.untyped_storage()._cdata
-        if key not in known:
-            known.add(key)
-            total["bytes"] += tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known and storage._cdata not in alive:
+            alive[storage._cdata] = storage.nbytes()
+            weakref.finalize(storage, alive.pop, storage._cdata)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield total
+    total["bytes"] = sum(alive.values())

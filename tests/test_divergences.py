@@ -5,6 +5,9 @@
 #
 # Not here: sparse teachers (tests/test_teachers.py), drawn combinations (tests/test_hardening.py), units (tests/test_cost.py).
 import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +27,7 @@ from opd_ops import (
     selective_opd_loss,
 )
 from opd_ops.backends import eager
-from opd_ops.divergences import DIVERGENCES
+from opd_ops.divergences import DIVERGENCES, OnSupport, Summed
 from opd_ops.sources import Source
 from tests import divergence_oracle as oracle
 from tests.cases import generator, gradients, head_pair, leaf, leaf_head, logit_pair, to_double
@@ -350,3 +353,20 @@ def test_divergence_of_a_call_rejects():
         run(Extrapolated(1.25, u[:, :11]), s, u, "torch")
     with pytest.raises(ValueError, match=r"inplace_backward: got True, .* reverse or forward KL; this call .* 'jsd'"):
         run("jsd", leaf(s) * 1.0, u, "triton", inplace_backward=True)
+
+
+def test_the_divergences_of_contributing_work_on_every_backend():
+    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+    code = re.search(r"## Adding a divergence.*?```python\n(.*?)```", text, re.DOTALL)[1]
+    names = {"dataclass": dataclass, "Summed": Summed, "OnSupport": OnSupport}
+    exec(code, names)
+    s, u = logit_pair(4, 67, scale=2.0, dtype=torch.float64)
+    for divergence in (names["SquaredHellinger"](), names["TeachersChoice"]()):
+        found = {}
+        for backend in ("torch", "eager"):
+            x = leaf(s)
+            out = run(divergence, x, u, backend, workspace_bytes=2_000)
+            out.loss.backward()
+            found[backend] = out.loss, x.grad
+        assert_within(found["torch"][0], found["eager"][0], absolute=1e-9, relative=1e-9, name=divergence.name)
+        assert_gradient(found["torch"][1], found["eager"][1], 1e-8)
