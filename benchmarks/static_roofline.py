@@ -2,11 +2,13 @@
 #
 #   instructions_per_pair = instructions in the main loop / logit pairs a thread handles in it
 #   An H200 reads 4.1 logit pairs (bf16) per multiprocessor and cycle, so 31 is where arithmetic, not
-#   memory, sets the time; the score kernel's budget is 24.
+#   memory, sets the time; the score kernel's budget is 24. Of a kernel that reads one model's logits
+#   only, a pair is a logit (and with it what is added to).
 #
 # Counted: the main loop is the strongly connected component of the machine code's control flow that
 # has global loads and the most instructions; pairs are the bytes its loads bring, over the bytes of
-# a pair. Registers, stack, shared memory are the assembler's. Configurations are those of the
+# a pair. What a loop inside it holds (the listed ids of rest.py, fewer than one a block) counts as run
+# once, its loads for nothing. Registers, stack, shared memory are the assembler's. Configurations are those of the
 # launchers themselves: they run on shapes alone (meta tensors) with the launch recorded.
 #
 # Command: python -m benchmarks.static_roofline --json FILE [--targets sm_80 sm_90 sm_100 gfx942]
@@ -25,6 +27,8 @@ import torch
 import triton
 from opd_kernels import tiles
 from opd_kernels.forward_kl import forward_kl_grad
+from opd_kernels.jsd import jsd_fwd, jsd_grad
+from opd_kernels.rest import rest_fwd, rest_grad
 from opd_kernels.reverse_kl import reverse_kl_grad
 from opd_kernels.score import COLUMNS, score_fwd
 from opd_kernels.support import support_fwd
@@ -38,12 +42,19 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Instructions per pair: the score's own budget; the gradients move three streams where the score
-# moves two, so memory allows them 31 * 3 / 2. Twice the bytes (fp32) would allow twice as many.
-BUDGET = {"score_fwd": 24, "reverse_kl_grad": 46, "forward_kl_grad": 46}
+# Instructions per pair: the score's own budget; the others' is memory's, 31 for two streams of 16 bits
+# (jsd_fwd two reads; rest_grad a read and a write), so 31 * 3 / 2 for the three of the gradients and
+# 31 / 2 for the one of rest_fwd. Twice the bytes (fp32) would allow twice as many.
+BUDGET = {
+    "score_fwd": 24, "reverse_kl_grad": 46, "forward_kl_grad": 46, "jsd_fwd": 31, "jsd_grad": 46, "rest_fwd": 15.5,
+    "rest_grad": 31,
+}  # fmt: skip
+STREAMING = ("score", "reverse_kl", "forward_kl", "jsd_", "rest_")  # kernels with a main loop over the vocabulary
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 PLAIN = {"temperature": 1.0, "s_scale": 1.0, "t_scale": 1.0, "s_softcap": None, "t_softcap": None}
 CAPPED = dict(PLAIN, s_softcap=30.0, t_softcap=50.0)
+ONE_PLAIN = {"temperature": 1.0, "scale": 1.0, "softcap": None}
+ONE_CAPPED = dict(ONE_PLAIN, softcap=30.0)
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -88,13 +99,24 @@ def configurations():
             yield record(f"{dtype} rows", grad, s, t, *chosen, out=s, **PLAIN)[:2]
             if dtype == "bf16":
                 yield record(f"{dtype} softcap", grad, s, t, *chosen, out=s, **CAPPED)[:2]
+        sums = torch.empty((2, 409), device="meta")
+        ids = torch.empty((409, 32), dtype=torch.int32, device="meta")
+        listed = (ids, torch.empty((409, 32), device="meta"), chosen[1], sums)
+        kinds = [("", PLAIN, ONE_PLAIN), (" softcap", CAPPED, ONE_CAPPED)]
+        for kind, pair, one in kinds if dtype == "bf16" else kinds[:1]:
+            yield record(dtype + (kind or " rows"), jsd_fwd, s, t, rows(409), columns, beta=0.5, **pair)[:2]
+            yield record(dtype + (kind or " rows"), jsd_grad, s, t, *chosen, sums, out=s, beta=0.5, **pair)[:2]
+            yield record(dtype + (kind or " K=32"), rest_fwd, s, rows(409), ids, **one)[:2]
+            one = dict(one, out=t, first_id=0)
+            yield record(dtype + (kind or " K=32"), rest_grad, s, rows(409), *listed, add=False, **one)[:2]
+        yield record(f"{dtype} add", rest_grad, s, rows(409), *listed, add=True, out=t, first_id=0, **ONE_PLAIN)[:2]
     s, t = logits("bf16", 8192), logits("bf16", 8192)
     yield record("bf16 softcap", score_fwd, s, t, None, **CAPPED)[:2]
     yield record("fp32/bf16", score_fwd, logits("fp32", 8192), t, None, **PLAIN)[:2]
 
 
 def compile_launch(launch, target: GPUTarget):
-    """The kernel that the launcher would have built, and the bytes of one logit pair in it."""
+    """The kernel that the launcher would have built, and the bytes that it reads of one logit pair."""
     fn, args, kwargs = launch
     named = dict(zip(fn.arg_names, args, strict=False))
     named.update((k, v) for k, v in kwargs.items() if k in fn.arg_names)
@@ -112,7 +134,8 @@ def compile_launch(launch, target: GPUTarget):
             signature[param.name] = "fp32" if isinstance(value, float) else "i32"
         if isinstance(value, torch.Tensor) or (plain and type(value) is int and value % 16 == 0):
             attrs[(i,)] = [["tt.divisibility", 16]]
-    pair_bytes = sum(named[k].element_size() for k in ("s_ptr", "t_ptr") if k in named)
+    read = ("s_ptr", "t_ptr", "x_ptr", "out_ptr" if named.get("ADD") else None)
+    pair_bytes = sum(named[k].element_size() for k in read if k in named)
     return triton.compile(ASTSource(fn, signature, constants, attrs), target=target, options=options), pair_bytes
 
 
@@ -175,6 +198,13 @@ def main_loop(blocks, successors, load):
     return max((x for x in loops if any(load.search(y) for y in x)), key=len, default=[])
 
 
+def inner_loops(blocks, successors, load):
+    """Instructions of the loops that remain without the blocks that have a wide load."""
+    wide = {i for i, block in enumerate(blocks) if any(load.search(x) and load_bytes(x) >= 16 for x in block)}
+    narrow = {i: [j for j in to if j not in wide] for i, to in successors.items() if i not in wide}
+    return [x for part in components(narrow) for i in part for x in blocks[i]]
+
+
 SASS = {
     "label": re.compile(r"^\s*(\.L_x_\d+):"),
     "instruction": re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);"),
@@ -183,7 +213,7 @@ SASS = {
 }
 GCN = {
     "label": re.compile(r"^(\.LBB\d+_\d+):"),
-    "instruction": re.compile(r"^\t([a-z]\w+_.*?)(?:;.*)?$"),
+    "instruction": re.compile(r"^\t([a-z]\w*_.*?)(?:;.*)?$"),
     "branch": re.compile(r"^s_c?branch\w*\s+(\.LBB\d+_\d+)"),
     "always": re.compile(r"^(s_branch|s_endpgm)\b"),
 }
@@ -220,7 +250,8 @@ def nvidia_counts(kernel):
     local = sum(bool(re.search(r"\b(LDL|STL)\b", x)) for x in every)
     # A frame that no instruction touches is not a spill.
     spill = used.get("STACK", 0) + used.get("LOCAL", 0) if local else 0
-    return {"registers": used["REG"], "spill_bytes": spill, "local_ops": local}, loop, every, LDG
+    inner = inner_loops(blocks, successors, LDG)
+    return {"registers": used["REG"], "spill_bytes": spill, "local_ops": local}, loop, inner, every, LDG
 
 
 def amd_counts(kernel):
@@ -232,16 +263,17 @@ def amd_counts(kernel):
     every = [x for b in blocks for x in b]
     local = sum(x.startswith("scratch_") for x in every)
     spill = used["private_segment_fixed_size"] + 4 * used["vgpr_spill_count"]
-    return {"registers": used["vgpr_count"], "spill_bytes": spill, "local_ops": local}, loop, every, GLOBAL_LOAD
+    inner = inner_loops(blocks, successors, GLOBAL_LOAD)
+    return {"registers": used["vgpr_count"], "spill_bytes": spill, "local_ops": local}, loop, inner, every, GLOBAL_LOAD
 
 
 def count(config: str, launch, target: str) -> dict:
     kernel, pair_bytes = compile_launch(launch, TARGETS[target])
     read = amd_counts if TARGETS[target].backend == "hip" else nvidia_counts
-    resources, loop, every, load = read(kernel)
+    resources, loop, inner, every, load = read(kernel)
     name = launch[0].__name__.strip("_").removesuffix("_kernel")
-    streams = name.startswith(("score", "reverse_kl", "forward_kl"))
-    loads = [load_bytes(x) for x in loop if load.search(x)] if streams else []
+    streams = name.startswith(STREAMING)
+    loads = [load_bytes(x) for x in loop if load.search(x) and x not in inner] if streams else []
     pairs = sum(loads) / pair_bytes if loads else 0
     return dict(
         kernel=name,
@@ -263,7 +295,7 @@ def failures(row: dict) -> list:
     found = [f"{key} = {row[key]}" for key in ("spill_bytes", "local_ops") if row[key]]
     if row["shared_bytes"] > SHARED_LIMIT[row["target"]]:
         found.append(f"shared_bytes = {row['shared_bytes']}")
-    if row["kernel"].startswith(("score", "reverse_kl", "forward_kl")) and not row["pairs"]:
+    if row["kernel"].startswith(STREAMING) and not row["pairs"]:
         found.append("no main loop found")
     if row["narrow_loads"]:
         found.append(f"narrow_loads = {row['narrow_loads']}")

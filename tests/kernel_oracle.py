@@ -1,8 +1,11 @@
 # The float64 side of the kernel tests: the specification (opd_ops/backends/eager.py) under the kernels' names.
 #
-#   COMMON is what every launcher takes; statistics, support and gradient are by column or by kernel.
+#   COMMON is what every launcher of two models takes, ONE that of one; statistics, support, gradient, jsd and rest are by
+#   column or by kernel.
 #
 # Not here: the tests (test_kernel_*.py), their inputs (cases.py), the numbers they are compared by (tolerances.py).
+import math
+
 import torch
 
 from opd_ops.backends import eager
@@ -11,6 +14,7 @@ from tests.cases import logit_pair
 from tests.tolerances import assert_within
 
 COMMON = {"temperature": 1.0, "s_scale": 1.0, "t_scale": 1.0, "s_softcap": None, "t_softcap": None}
+ONE = {"temperature": 1.0, "scale": 1.0, "softcap": None}
 DIVERGENCES = {"reverse_kl": eager.reverse_kl, "forward_kl": eager.forward_kl}
 
 
@@ -43,16 +47,64 @@ def support(s, t, s_ids, t_ids):
     }
 
 
+def traced_logit(x, scale, softcap, temperature):
+    """logit, out of place: for autograd from the stored numbers on."""
+    z = x * scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / temperature
+
+
 def gradient(divergence, s, t, weights, **changed):
     """The weighted gradient with respect to stored logits, by autograd through the transform, and the losses."""
     common = {**COMMON, **changed}
     x = s.double().requires_grad_()
-    z = x * common["s_scale"]
-    if common["s_softcap"] is not None:
-        z = common["s_softcap"] * torch.tanh(z / common["s_softcap"])
     t64 = logit(t, common["t_scale"], common["t_softcap"], common["temperature"])
-    kl = DIVERGENCES[divergence](z / common["temperature"], t64)
+    divergence = DIVERGENCES.get(divergence, divergence)
+    kl = divergence(traced_logit(x, common["s_scale"], common["s_softcap"], common["temperature"]), t64)
     return torch.autograd.grad(kl, x, weights.double())[0], kl.detach()
+
+
+def mixture_kls(s, t, beta):
+    """KL(p || m) and KL(q || m) (n,), m = beta q + (1 - beta) p, from float64 logits (n, V)."""
+    log_p, log_q = s.log_softmax(-1), t.log_softmax(-1)
+    nowhere = (log_p == -torch.inf) & (log_q == -torch.inf)
+    # where() before the products: autograd would make NaN of a zero times an infinity.
+    a, b = torch.where(nowhere, 0.0, log_p), torch.where(nowhere, 0.0, log_q)
+    log_m = torch.logaddexp(a + math.log(1 - beta), b + math.log(beta))
+
+    def kl(log_a):
+        absent = log_a == -torch.inf
+        return (log_a.exp() * torch.where(absent, 0.0, torch.where(absent, 0.0, log_a) - log_m)).sum(-1)
+
+    return kl(log_p), kl(log_q)
+
+
+def jsd(s, t, beta):
+    """The generalised Jensen-Shannon divergence (n,) of arXiv:2306.13649, with TRL's beta."""
+    of_p, of_q = mixture_kls(s, t, beta)
+    return (1 - beta) * of_p + beta * of_q
+
+
+def listed(ids, V):
+    """(n, V) bool: is v among the row's ids (n, K), of which those beyond V are filler."""
+    return eager.membership(ids.long().clamp_max(V), V + 1)[:, :V]
+
+
+def rest(z, ids):
+    """log sum e^z off ids (n,), from float64 logits (n, V)."""
+    return z.masked_fill(listed(ids, z.shape[1]), -torch.inf).logsumexp(-1)
+
+
+def rest_gradient(x, ids, values, coef, **changed):
+    """The gradient with respect to stored logits of sum values logit[ids] + coef rest, by autograd through the transform."""
+    common = {**ONE, **changed}
+    x = x.double().requires_grad_()
+    z = traced_logit(x, common["scale"], common["softcap"], common["temperature"])
+    inside = ids < x.shape[1]
+    at_ids = z.gather(1, torch.where(inside, ids, 0).long())
+    total = (torch.where(inside, values.double(), 0.0) * at_ids).sum() + (coef.double() * rest(z, ids)).sum()
+    return torch.autograd.grad(total, x)[0]
 
 
 def sparse_pair(folder, n=70000, stride=40000):

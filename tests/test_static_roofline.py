@@ -43,7 +43,7 @@ def test_static_roofline_covers_every_kernel_and_type(rows):
     names = {row["kernel"] for row in rows}
     assert names == {
         "score_fwd", "merge_fwd", "support_groups_fwd", "support_topk_fwd", "support_stats_fwd",
-        "reverse_kl_grad", "forward_kl_grad",
+        "reverse_kl_grad", "forward_kl_grad", "jsd_fwd", "jsd_grad", "rest_fwd", "rest_grad",
     }  # fmt: skip
     assert {row["config"].split()[0] for row in rows if row["kernel"] == "score_fwd"} >= {"bf16", "fp16", "fp32"}
 
@@ -93,6 +93,20 @@ def test_main_loop_includes_out_of_line_blocks_and_skips_loops_without_loads():
     assert len(loop) == 6
     assert "FMUL R4, R4, 2" in loop
     assert not any("IADD3" in x for x in loop)
+
+
+def test_inner_loops_are_those_without_a_wide_load():
+    listed = SASS.replace("IADD3 R0, R0, 0x1, RZ", "LDG.E R0, desc[UR4][R2.64]")
+    inner = roofline.inner_loops(*roofline.basic_blocks(listed.splitlines(), **roofline.SASS), roofline.LDG)
+    assert "LDG.E R0, desc[UR4][R2.64]" in inner
+    assert not any("128" in x for x in inner)
+
+
+def test_basic_blocks_follow_every_branch_of_gcn():
+    text = "\n".join(("\ts_nop 0", ".LBB0_1:", "\tv_mov_b32_e32 v1, v2", "\ts_branch .LBB0_1", "\ts_endpgm"))
+    blocks, successors = roofline.basic_blocks(text.splitlines(), **roofline.GCN)
+    assert [len(x) for x in blocks] == [1, 2, 1, 0]
+    assert successors[1] == [1]
 
 
 def test_load_bytes_reads_the_width():

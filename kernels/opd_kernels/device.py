@@ -10,7 +10,7 @@
 # tanh makes a stored -inf the logit -softcap / T. Order is that of the stored logits either way.
 # Python floats may arrive as fp64 (torch.compile before 2.15), hence the casts.
 #
-# Not here: kernels and launchers (score.py, support.py, reverse_kl.py, forward_kl.py); block sizes
+# Not here: kernels and launchers (score.py, support.py, reverse_kl.py, forward_kl.py, jsd.py, rest.py); block sizes
 # (tiles.py).
 import math
 from typing import NamedTuple
@@ -125,20 +125,28 @@ def _log2_prob(z, k, ref, log2z):
 
 
 @triton.jit
-def _tokens(s, t, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm,
-            CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr):  # fmt: skip
-    # p, q, the gap log p - log q in nats, and dz/dx of the student, per token of a block. With one
+def _log2_probs(s, t, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm,
+                CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr):  # fmt: skip
+    # log2 p, log2 q, the gap log2 p - log2 q, and dz/dx of the student, per token of a block. With one
     # multiplier the stored logits are subtracted first, which is exact where they are close.
     s_ref, s_log2z, t_ref, t_log2z, gap_log2z = norm
     z_s = _transform(s, pre_s, cap_s, CAP_S)
     z_t = _transform(t, pre_t, cap_t, CAP_T)
-    p = tl.exp2(_log2_prob(z_s, k_s, s_ref, s_log2z))
-    q = tl.exp2(_log2_prob(z_t, k_t, t_ref, t_log2z))
     if SAME_K:
-        gap = ((z_s - z_t) - (s_ref - t_ref)) * k_s - gap_log2z
+        gap = tl.fma((z_s - z_t) - (s_ref - t_ref), k_s, tl.broadcast_to(-gap_log2z, z_s.shape))
     else:
         gap = ((z_s - s_ref) * k_s - (z_t - t_ref) * k_t) - gap_log2z
-    return p, q, gap * LN_2, _transform_slope(z_s, pre_s, cap_s, CAP_S)
+    log2_p = _log2_prob(z_s, k_s, s_ref, s_log2z)
+    log2_q = _log2_prob(z_t, k_t, t_ref, t_log2z)
+    return log2_p, log2_q, gap, _transform_slope(z_s, pre_s, cap_s, CAP_S)
+
+
+@triton.jit
+def _tokens(s, t, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm,
+            CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr):  # fmt: skip
+    # p, q, the gap log p - log q in nats, and dz/dx of the student, per token of a block
+    log2_p, log2_q, gap, slope = _log2_probs(s, t, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm, CAP_S, CAP_T, SAME_K)
+    return tl.exp2(log2_p), tl.exp2(log2_q), gap * LN_2, slope
 
 
 @triton.jit

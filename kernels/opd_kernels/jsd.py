@@ -1,0 +1,265 @@
+# Generalised Jensen-Shannon divergence on selected rows: the loss, and its gradient with respect to the stored logits.
+#
+#   m = beta q + (1 - beta) p,  0 < beta < 1                                      [nats]
+#   f[v] = log(p[v] / m[v]);  g[v] = log(q[v] / m[v]);  pull = sum_v p[v] f[v]
+#   jsd = (1 - beta) pull + beta sum_v q[v] g[v]
+#   d jsd / d logit[v] = (1 - beta) p[v] (f[v] - pull)
+#   out[rows[i], v] = weights[i] (1 - beta) p[v] (f[v] - pull) dlogit/dx,  x the stored logit
+#   Source: arXiv:2306.13649, beta as there and in TRL; the whole vocabulary.
+#
+# Shapes: N tokens, M selected rows, V vocabulary
+#   s, t        (N, V)    in   stored logits, fp32/bf16/fp16, unit stride along V
+#   rows        (M,)      in   row numbers in [0, N), each at most once; None: rows 0 .. M-1
+#   weights     (M,)      in   fp32; 0 writes zeros whatever the row holds
+#   columns     (12, M)   in   score.py's columns of these rows
+#   sums        (2, M)    fp32 jsd, pull: out of the loss, in to the gradient
+#   out         (N, W)    out  at rows; W >= V, columns V .. W-1 become 0. May be s or t itself: a program
+#                              loads a block of its row before it stores that block, and no other row.
+#   The gradient sums nothing over the row: s, t and out may be a block of the vocabulary, columns and
+#   sums being those of the whole row.
+#
+# Grid: (M,). Traffic: 2 V logits read by either, W gradients written.
+#
+# Numerics
+#   With d = log p - log q + log((1 - beta) / beta),  f = -log(1 - beta) - log(1 + e^-d)  and
+#   g = -log(beta) - log(1 + e^d); in base 2, both from one polynomial of 2^-|d|. d comes from stored
+#   logits and normalisers, as in reverse_kl.py, where models are close exactly. The two constants are
+#   the polynomial's own values at p = q, so that f and g are exactly 0 there and the polynomial's error
+#   is relative where they are small. Rounding of d and 2^-|d|: 3e-7 of log p - log q = 1, for any beta.
+#   f and g first cancel in their sums, to KL(p || m) and KL(q || m); then nothing cancels. An error e of
+#   the difference of the normalisers moves the sums by beta e and -(1 - beta) e, which their weights
+#   cancel, and f and pull alike. Clamped at 0. Models that share no mass saturate: f and pull agree, and
+#   of a gradient that vanishes rounding is left, 1e-7 of the weight.
+#   Finite for all p and q: d is clamped to +-256, beyond which 2^-|d|, p or q is 0. So p = 0, q = 0 and
+#   both (d = inf - inf) are products of 0 and a finite number. NaN logits reach p or q, the loss, and
+#   by pull the gradient.
+#
+# Not here: which rows (opd_ops/selectors.py), weights (opd_ops/loss.py), normalisers (score.py).
+# Specification: the equations above, by autograd (tests/kernel_oracle.py). Tests: tests/test_kernel_jsd.py.
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tiles
+from .device import LN_2, _load_normalisers, _log2_probs, transform
+
+
+@triton.jit
+def _log2_one_plus(d):
+    # log2(1 + 2^-|d|) as x (c0 + c1 x + ..), x = 2^-|d|: minimax on [0, 1], error 5e-8, of the slope 1e-5
+    x = tl.exp2(tl.abs(d) * -1.0)  # in triton 3.6 a minus sign is one more subtraction
+    series = tl.fma(x, -0.0093091251, tl.full(x.shape, 0.052058853, tl.float32))
+    series = tl.fma(series, x, tl.full(x.shape, -0.13752113, tl.float32))
+    series = tl.fma(series, x, tl.full(x.shape, 0.24186459, tl.float32))
+    series = tl.fma(series, x, tl.full(x.shape, -0.34730101, tl.float32))
+    series = tl.fma(series, x, tl.full(x.shape, 0.47868368, tl.float32))
+    series = tl.fma(series, x, tl.full(x.shape, -0.72116578, tl.float32))
+    series = tl.fma(series, x, tl.full(x.shape, 1.4426899, tl.float32))
+    return series * x
+
+
+@triton.jit
+def _mixture(norm, beta):
+    # The normalisers with the gap's constant such that the gap becomes d, and the values a, c that make
+    # f = a - log2(1 + 2^-d), log2(q / m) = c - log2(1 + 2^d) exactly 0 where p = q.
+    s_ref, s_log2z, t_ref, t_log2z, gap_log2z = norm
+    d = tl.full((1,), 0.0, tl.float32) + (tl.log2(1.0 - beta) - tl.log2(beta))
+    last = _log2_one_plus(d)
+    a = tl.sum(last - tl.minimum(d, 0.0), 0)
+    c = tl.sum(last + tl.maximum(d, 0.0), 0)
+    return (s_ref, s_log2z, t_ref, t_log2z, gap_log2z - tl.sum(d, 0)), a, c
+
+
+@triton.jit
+def _jsd_fwd_block(
+    s_row, t_row, offs, V, a, c, total_p, total_q, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    if MASKED:
+        s = tl.load(s_row + offs, mask=offs < V, other=float("-inf"))
+        t = tl.load(t_row + offs, mask=offs < V, other=float("-inf"))
+    else:
+        s = tl.load(s_row + offs)
+        t = tl.load(t_row + offs)
+    log2_p, log2_q, d, _ = _log2_probs(s, t, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm, CAP_S, CAP_T, SAME_K)
+    p = tl.exp2(log2_p)
+    q = tl.exp2(log2_q)
+    if MASKED:  # soft-cap makes a logit of a column beyond V
+        p = tl.where(offs < V, p, 0.0)
+        q = tl.where(offs < V, q, 0.0)
+    d = tl.clamp(d, -256.0, 256.0)  # finite, NaN (both -inf) too
+    last = _log2_one_plus(d)
+    f = (a - last) + tl.minimum(d, 0.0)
+    g = (c - last) - tl.maximum(d, 0.0)
+    return tl.fma(p, f, total_p), tl.fma(q, g, total_q)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _jsd_fwd_kernel(
+    s_ptr, t_ptr, rows_ptr, score_ptr, sums_ptr, stride_sn, stride_tn, M, V, beta,
+    k_s, pre_s, cap_s, k_t, pre_t, cap_t,
+    HAS_ROWS: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    k_s = tl.cast(k_s, tl.float32)
+    k_t = tl.cast(k_t, tl.float32)
+    beta = tl.cast(beta, tl.float32)
+    pid_m = tl.program_id(0).to(tl.int64)
+    row = pid_m
+    if HAS_ROWS:
+        row = tl.load(rows_ptr + pid_m).to(tl.int64)
+    s_row = s_ptr + row * stride_sn
+    t_row = t_ptr + row * stride_tn
+    norm, a, c = _mixture(_load_normalisers(score_ptr, M, pid_m), beta)
+
+    lane = tl.arange(0, BLOCK_V)
+    n_full = V // BLOCK_V
+    zeros = tl.zeros((BLOCK_V,), tl.float32)
+    total_p, total_q = _jsd_fwd_block(
+        s_row, t_row, n_full * BLOCK_V + lane, V, a, c, zeros, zeros, pre_s, cap_s, k_s, pre_t, cap_t, k_t,
+        norm, CAP_S, CAP_T, SAME_K, True,
+    )  # fmt: skip
+    for b in range(n_full):
+        total_p, total_q = _jsd_fwd_block(
+            s_row, t_row, b * BLOCK_V + lane, V, a, c, total_p, total_q, pre_s, cap_s, k_s, pre_t, cap_t,
+            k_t, norm, CAP_S, CAP_T, SAME_K, False,
+        )  # fmt: skip
+    pull = tl.sum(total_p, 0) * LN_2
+    jsd = tl.fma(1.0 - beta, pull, beta * (tl.sum(total_q, 0) * LN_2))
+    tl.store(sums_ptr + pid_m, tl.maximum(jsd, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    # the clamp of d hides a NaN of the teacher from pull
+    tl.store(sums_ptr + M + pid_m, tl.where(jsd == jsd, pull, jsd))
+
+
+@triton.jit
+def _jsd_grad_block(
+    s_row, t_row, out_row, offs, V, a, coef, weight, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    if MASKED:
+        s = tl.load(s_row + offs, mask=offs < V, other=float("-inf"))
+        t = tl.load(t_row + offs, mask=offs < V, other=float("-inf"))
+    else:
+        s = tl.load(s_row + offs)
+        t = tl.load(t_row + offs)
+    log2_p, _, d, slope = _log2_probs(s, t, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm, CAP_S, CAP_T, SAME_K)
+    d = tl.maximum(d, -256.0)  # finite times p = 0; NaN (both -inf) too
+    f = (a - _log2_one_plus(d)) + tl.minimum(d, 0.0)
+    grad = (tl.exp2(log2_p) * f) * (coef * slope)
+    grad = tl.where(weight == 0.0, 0.0, grad)
+    if MASKED:
+        tl.store(out_row + offs, grad.to(out_row.dtype.element_ty), mask=offs < V)
+    else:
+        tl.store(out_row + offs, grad.to(out_row.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["M"])
+def _jsd_grad_kernel(
+    s_ptr, t_ptr, rows_ptr, weights_ptr, score_ptr, sums_ptr, out_ptr, stride_sn, stride_tn, stride_on, M, V, W, beta,
+    k_s, pre_s, cap_s, k_t, pre_t, cap_t,
+    HAS_ROWS: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    k_s = tl.cast(k_s, tl.float32)
+    k_t = tl.cast(k_t, tl.float32)
+    beta = tl.cast(beta, tl.float32)
+    pid_m = tl.program_id(0).to(tl.int64)
+    row = pid_m
+    if HAS_ROWS:
+        row = tl.load(rows_ptr + pid_m).to(tl.int64)
+    s_row = s_ptr + row * stride_sn
+    t_row = t_ptr + row * stride_tn
+    out_row = out_ptr + row * stride_on
+    weight = tl.load(weights_ptr + pid_m)
+    pull = tl.load(sums_ptr + M + pid_m) * 1.4426950408889634
+    norm, a, _ = _mixture(_load_normalisers(score_ptr, M, pid_m), beta)
+    a -= pull
+    coef = weight * (1.0 - beta) * (k_s * LN_2) * LN_2
+
+    lane = tl.arange(0, BLOCK_V)
+    n_full = V // BLOCK_V
+    _jsd_grad_block(
+        s_row, t_row, out_row, n_full * BLOCK_V + lane, V, a, coef, weight, pre_s, cap_s, k_s,
+        pre_t, cap_t, k_t, norm, CAP_S, CAP_T, SAME_K, True,
+    )  # fmt: skip
+    for b in range(n_full):
+        _jsd_grad_block(
+            s_row, t_row, out_row, b * BLOCK_V + lane, V, a, coef, weight, pre_s, cap_s, k_s,
+            pre_t, cap_t, k_t, norm, CAP_S, CAP_T, SAME_K, False,
+        )  # fmt: skip
+    for v in range(V, W, BLOCK_V):
+        tl.store(out_row + (v + lane), tl.zeros((BLOCK_V,), out_row.dtype.element_ty), mask=v + lane < W)
+
+
+def jsd_fwd(
+    student: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary
+    teacher: Tensor,  # (N, >= vocab_size)
+    rows: Tensor | None,  # (M,) int32 or int64, or None for all
+    columns: Tensor,  # (12, M) fp32, Score.columns of these rows
+    *,
+    beta: float,  # weight of the teacher in the mixture, inside (0, 1)
+    vocab_size: int,
+    temperature: float,
+    s_scale: float,
+    t_scale: float,
+    s_softcap: float | None,
+    t_softcap: float | None,
+) -> Tensor:
+    """(2, M) fp32: the divergence of each row, and the pull that its gradient needs."""
+    M = columns.shape[1]
+    assert 0 < beta < 1
+    assert student.stride(1) == teacher.stride(1) == 1, "unit stride along the vocabulary"
+    assert columns.shape == (12, M)
+    assert columns.is_contiguous()
+    sums = torch.empty((2, M), dtype=torch.float32, device=student.device)
+    if M == 0:
+        return sums
+    s = transform(s_scale, s_softcap, temperature)
+    t = transform(t_scale, t_softcap, temperature)
+    tile = tiles.grad()
+    _jsd_fwd_kernel[(M,)](
+        student, teacher, rows, columns, sums, student.stride(0), teacher.stride(0), M, vocab_size, beta,
+        s.k, s.pre, s.cap, t.k, t.pre, t.cap,
+        HAS_ROWS=rows is not None, CAP_S=s.has_cap, CAP_T=t.has_cap, SAME_K=s.k == t.k,
+        **tile.constants, num_warps=tile.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    return sums
+
+
+def jsd_grad(
+    student: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary; or a block of the vocabulary
+    teacher: Tensor,  # (N, >= vocab_size)
+    rows: Tensor | None,  # (M,) int32 or int64, or None for all
+    weights: Tensor,  # (M,) fp32, the gradient of the total with respect to each row's loss
+    columns: Tensor,  # (12, M) fp32, Score.columns of these rows, of the whole vocabulary
+    sums: Tensor,  # (2, M) fp32, of jsd_fwd with the same beta
+    *,
+    out: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary; may be student or teacher
+    beta: float,
+    vocab_size: int,
+    temperature: float,
+    s_scale: float,
+    t_scale: float,
+    s_softcap: float | None,
+    t_softcap: float | None,
+) -> None:
+    """Writes the gradient into `out` at `rows`, whole rows of it."""
+    M = weights.shape[0]
+    assert 0 < beta < 1
+    assert out.stride(1) == student.stride(1) == teacher.stride(1) == 1, "unit stride along the vocabulary"
+    assert columns.shape == (12, M)
+    assert sums.shape == (2, M)
+    assert columns.is_contiguous()
+    assert sums.is_contiguous()
+    assert weights.dtype == torch.float32
+    if M == 0:
+        return
+    s = transform(s_scale, s_softcap, temperature)
+    t = transform(t_scale, t_softcap, temperature)
+    tile = tiles.grad()
+    _jsd_grad_kernel[(M,)](
+        student, teacher, rows, weights, columns, sums, out, student.stride(0), teacher.stride(0), out.stride(0), M,
+        vocab_size, out.shape[1], beta, s.k, s.pre, s.cap, t.k, t.pre, t.cap,
+        HAS_ROWS=rows is not None, CAP_S=s.has_cap, CAP_T=t.has_cap, SAME_K=s.k == t.k,
+        **tile.constants, num_warps=tile.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip

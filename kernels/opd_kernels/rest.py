@@ -1,0 +1,273 @@
+# Rest: what one model puts on a row off a short list of ids, and the gradient of a loss of both.
+#
+#   rest = log sum_{v off ids} e^logit[v]                                         [nats]
+#   of a loss of (logits at ids, rest), with values its derivatives at ids and coef that by rest:
+#   d loss / d logit[v] = values[k] at v = ids[k],  coef e^(logit[v] - rest) off ids
+#   out[rows[i], v] (= or +=) d loss / d logit[v] dlogit/dx,  x the stored logit
+#   arXiv:2605.26844, eq. 9 renormalises on the list (support.py); here what is off it is one more outcome.
+#
+# Shapes: N tokens, M selected rows, V vocabulary, K <= 128
+#   x           (N, V)    in   stored logits, fp32/bf16/fp16, unit stride along V
+#   rows        (M,)      in   row numbers in [0, N), each at most once; None: rows 0 .. M-1
+#   ids         (M, K)    in   int32, ascending, each at most once, filled up at the end with 2^31 - 1
+#   values      (M, K)    in   fp32, in that order
+#   coef        (M,)      in   fp32; 0 makes every entry off ids 0 whatever the row holds
+#   columns     (2, M)    fp32 ref, log2z: rest = ln 2 (k ref + log2z), k of device.py
+#   out         (N, W)    out  at rows; W >= V, columns V .. W-1 become 0, or stay as they are if added to.
+#                              May be x itself if not added to: a program loads a block of its row before
+#                              it stores that block, and no other row.
+#   In the gradient x and out may be a block of the vocabulary, its first column being of id first_id;
+#   ids outside it are passed over.
+#
+# Grid: (M,). Traffic: V logits read by either; V gradients written, and read before if added to.
+#
+# Ids: a program walks its row in blocks and its ids beside it: while the next id is in the block, the
+#   one lane that has it is masked (sum) or replaced (gradient), K times a row, not K times a logit.
+#
+# Numerics
+#   Lane: the logits that one thread sees, with its own maximum and sum, joined once, after the loop, as
+#   in score.py; a lane that saw nothing but -inf or ids has the maximum FLOOR. Rounded k ref + log2z
+#   would lose the digits of log2z where the rest is of size 300; hence two columns.
+#   Nothing off ids, or -inf alone: log2z = -inf, ref finite, and the gradient off ids 0. NaN off ids
+#   (or +inf) gives NaN; at an id the list has it, and the rest does not see it.
+#   The gradient's softmax is not normalised again: coef e^(logit - rest) <= coef.
+#
+# Not here: which ids (support.py), values and coef (opd_ops/loss.py), block sizes (tiles.py).
+# Specification: the equations above, by autograd (tests/kernel_oracle.py). Tests: tests/test_kernel_rest.py.
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tiles
+from .device import FLOOR, LN_2, _log2_prob, _log_ratio, _transform, _transform_slope, transform
+
+NO_ID = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def _next(ids_row, j, K):
+    # a cursor into the list: a place and the id there
+    return j, tl.load(ids_row + j, mask=j < K, other=NO_ID)
+
+
+@triton.jit
+def _from(ids_row, first, K, KP: tl.constexpr):
+    # the cursor of the first id that is not below `first`
+    j = tl.arange(0, KP)
+    ids = tl.load(ids_row + j, mask=j < K, other=NO_ID)
+    return _next(ids_row, tl.sum((ids < first).to(tl.int32), 0), K)
+
+
+@triton.jit
+def _rest_fwd_block(
+    state, cursor, x_row, ids_row, first, V, K, k, pre, cap,
+    CAP: tl.constexpr, MASKED: tl.constexpr, LANES: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    # R * VEC logits a lane, 128-bit loads of neighbouring lanes side by side
+    STEP: tl.constexpr = LANES * VEC
+    offs = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]  # (LANES, VEC)
+    z = ()
+    for r in tl.static_range(R):
+        v = first + r * STEP + offs
+        if MASKED:
+            x = tl.load(x_row + v, mask=v < V, other=float("-inf"))
+            z = z + (tl.where(v < V, _transform(x, pre, cap, CAP), float("-inf")),)
+        else:
+            z = z + (_transform(tl.load(x_row + v), pre, cap, CAP),)
+    j, id = cursor
+    while id < tl.minimum(first + R * STEP, V):
+        masked = ()
+        for r in tl.static_range(R):
+            masked = masked + (tl.where(offs == id - first - r * STEP, float("-inf"), z[r]),)
+        z = masked
+        j, id = _next(ids_row, j + 1, K)
+
+    old, total = state
+    top = old
+    for r in tl.static_range(R):
+        top = tl.maximum(top, tl.max(z[r], 1))
+    ref = tl.broadcast_to((top * k)[:, None], z[0].shape)
+    for r in tl.static_range(R):
+        e = tl.exp2(tl.fma(z[r], k, -ref))
+        if r == 0:
+            sums = e
+        else:
+            sums += e
+    return (top, tl.fma(total, tl.exp2(old * k - top * k), tl.sum(sums, 1))), (j, id)
+
+
+@triton.jit(do_not_specialize=["M", "K"])
+def _rest_fwd_kernel(
+    x_ptr, rows_ptr, ids_ptr, columns_ptr, stride_xn, M, V, K, k, pre, cap,
+    HAS_ROWS: tl.constexpr, CAP: tl.constexpr, KP: tl.constexpr,
+    LANES: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    BLOCK: tl.constexpr = LANES * R * VEC
+    k = tl.cast(k, tl.float32)
+    pid_m = tl.program_id(0).to(tl.int64)
+    row = pid_m
+    if HAS_ROWS:
+        row = tl.load(rows_ptr + pid_m).to(tl.int64)
+    x_row = x_ptr + row * stride_xn
+    ids_row = ids_ptr + pid_m * K
+
+    n_full = V // BLOCK
+    # The ragged end comes first: it leaves the running values in the layout of the loop.
+    state, _ = _rest_fwd_block(
+        (tl.full((LANES,), FLOOR, tl.float32), tl.zeros((LANES,), tl.float32)),
+        _from(ids_row, n_full * BLOCK, K, KP), x_row, ids_row, n_full * BLOCK, V, K, k, pre, cap,
+        CAP, True, LANES, R, VEC,
+    )  # fmt: skip
+    cursor = _next(ids_row, tl.full((), 0, tl.int32), K)
+    for b in range(n_full):
+        state, cursor = _rest_fwd_block(
+            state, cursor, x_row, ids_row, b * BLOCK, V, K, k, pre, cap, CAP, False, LANES, R, VEC
+        )  # fmt: skip
+    lane_top, lane_sum = state
+    top = tl.max(lane_top, 0)
+    ref = top * k
+    total = tl.sum(lane_sum * tl.exp2(lane_top * k - ref), 0)
+    log2z = _log_ratio(total, 1.0) * 1.4426950408889634
+    tl.store(columns_ptr + pid_m, top)
+    # The sums are relative to fl(k top); a later kernel subtracts top itself.
+    tl.store(columns_ptr + M + pid_m, log2z - tl.fma(top, k, -ref))
+
+
+@triton.jit
+def _rest_grad_block(
+    cursor, x_row, out_row, ids_row, values_row, first, V, first_id, K, ref, log2z, coef, pre, cap, k,
+    ADD: tl.constexpr, CAP: tl.constexpr, MASKED: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    lane = tl.arange(0, BLOCK_V)
+    offs = first + lane
+    if MASKED:
+        x = tl.load(x_row + offs, mask=offs < V, other=float("-inf"))
+        if ADD:
+            before = tl.load(out_row + offs, mask=offs < V, other=0.0)
+    else:
+        x = tl.load(x_row + offs)
+        if ADD:
+            before = tl.load(out_row + offs)
+    z = _transform(x, pre, cap, CAP)
+    grad = tl.where(coef == 0.0, 0.0, coef * tl.exp2(_log2_prob(z, k, ref, log2z)))
+    j, id = cursor
+    while id < first_id + tl.minimum(first + BLOCK_V, V):
+        grad = tl.where(lane == id - first_id - first, tl.load(values_row + j), grad)
+        j, id = _next(ids_row, j + 1, K)
+    if CAP:
+        grad = tl.where(grad == 0.0, 0.0, grad * _transform_slope(z, pre, cap, CAP))
+    grad *= k * LN_2
+    if ADD:
+        grad += before.to(tl.float32)
+    if MASKED:
+        tl.store(out_row + offs, grad.to(out_row.dtype.element_ty), mask=offs < V)
+    else:
+        tl.store(out_row + offs, grad.to(out_row.dtype.element_ty))
+    return j, id
+
+
+@triton.jit(do_not_specialize=["M", "K", "first_id"])
+def _rest_grad_kernel(
+    x_ptr, rows_ptr, ids_ptr, values_ptr, coef_ptr, columns_ptr, out_ptr, stride_xn, stride_on, M, V, W, K, first_id,
+    k, pre, cap,
+    HAS_ROWS: tl.constexpr, ADD: tl.constexpr, CAP: tl.constexpr, KP: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    k = tl.cast(k, tl.float32)
+    pid_m = tl.program_id(0).to(tl.int64)
+    row = pid_m
+    if HAS_ROWS:
+        row = tl.load(rows_ptr + pid_m).to(tl.int64)
+    x_row = x_ptr + row * stride_xn
+    out_row = out_ptr + row * stride_on
+    ids_row = ids_ptr + pid_m * K
+    values_row = values_ptr + pid_m * K
+    coef = tl.load(coef_ptr + pid_m)
+    ref = tl.load(columns_ptr + pid_m)
+    log2z = tl.load(columns_ptr + M + pid_m)
+    log2z = tl.where(log2z == float("-inf"), 0.0, log2z)  # then every logit off ids is -inf: 0, not inf - inf
+
+    n_full = V // BLOCK_V
+    last = n_full * BLOCK_V
+    _rest_grad_block(
+        _from(ids_row, first_id + last, K, KP), x_row, out_row, ids_row, values_row, last, V, first_id, K,
+        ref, log2z, coef, pre, cap, k, ADD, CAP, True, BLOCK_V,
+    )  # fmt: skip
+    cursor = _from(ids_row, first_id, K, KP)
+    for b in range(n_full):
+        cursor = _rest_grad_block(
+            cursor, x_row, out_row, ids_row, values_row, b * BLOCK_V, V, first_id, K, ref, log2z, coef, pre, cap, k,
+            ADD, CAP, False, BLOCK_V,
+        )  # fmt: skip
+    if not ADD:
+        lane = tl.arange(0, BLOCK_V)
+        for v in range(V, W, BLOCK_V):
+            tl.store(out_row + (v + lane), tl.zeros((BLOCK_V,), out_row.dtype.element_ty), mask=v + lane < W)
+
+
+def rest_fwd(
+    logits: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary
+    rows: Tensor | None,  # (M,) int32 or int64, or None for all
+    ids: Tensor,  # (M, K) int32, ascending, filled up with 2^31 - 1
+    *,
+    vocab_size: int,
+    temperature: float,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """(2, M) fp32: ref and log2z, from which rest = ln 2 (k ref + log2z), k = device.transform(..).k."""
+    M, K = ids.shape
+    assert logits.stride(1) == 1, "unit stride along the vocabulary"
+    assert 1 <= K <= 128
+    assert ids.dtype == torch.int32
+    assert ids.is_contiguous()
+    columns = torch.empty((2, M), dtype=torch.float32, device=logits.device)
+    if M == 0:
+        return columns
+    model = transform(scale, softcap, temperature)
+    tile = tiles.rest(logits.dtype)
+    _rest_fwd_kernel[(M,)](
+        logits, rows, ids, columns, logits.stride(0), M, vocab_size, K, model.k, model.pre, model.cap,
+        HAS_ROWS=rows is not None, CAP=model.has_cap, KP=triton.next_power_of_2(K),
+        **tile.constants, num_warps=tile.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    return columns
+
+
+def rest_grad(
+    logits: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary; or a block of the vocabulary
+    rows: Tensor | None,  # (M,) int32 or int64, or None for all
+    ids: Tensor,  # (M, K) int32, those of rest_fwd
+    values: Tensor,  # (M, K) fp32, the derivatives by the logits at ids
+    coef: Tensor,  # (M,) fp32, the derivative by rest
+    columns: Tensor,  # (2, M) fp32, of rest_fwd, of the whole vocabulary
+    *,
+    out: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary; may be logits, if add is false
+    add: bool,
+    first_id: int,  # the id of the first column of logits and out
+    vocab_size: int,
+    temperature: float,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    """Writes the gradient into `out` at `rows`, whole rows of it, or adds it there."""
+    M, K = ids.shape
+    assert logits.stride(1) == out.stride(1) == 1, "unit stride along the vocabulary"
+    assert 1 <= K <= 128
+    assert values.shape == (M, K)
+    assert coef.shape == (M,)
+    assert columns.shape == (2, M)
+    assert ids.dtype == torch.int32
+    assert values.dtype == coef.dtype == columns.dtype == torch.float32
+    assert all(x.is_contiguous() for x in (ids, values, coef, columns))
+    if M == 0:
+        return
+    model = transform(scale, softcap, temperature)
+    tile = tiles.rest_grad()
+    _rest_grad_kernel[(M,)](
+        logits, rows, ids, values, coef, columns, out, logits.stride(0), out.stride(0), M, vocab_size, out.shape[1],
+        K, first_id, model.k, model.pre, model.cap,
+        HAS_ROWS=rows is not None, ADD=add, CAP=model.has_cap, KP=triton.next_power_of_2(K),
+        **tile.constants, num_warps=tile.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
