@@ -2,7 +2,7 @@
 #
 #   An error names the flag, what came and what was expected, as the library's own errors do.
 #
-# Not here: what they do (prompt_distillation.py); selectors and divergences by name (opd_ops/selectors.py, divergences.py).
+# Not here: what they do (prompt_distillation.py); selectors and divergences by name (opd_ops/selectors.py, divergences/).
 from __future__ import annotations
 
 import argparse

@@ -178,10 +178,11 @@ class _Call:
         if self.backend == "torch":
             grid = gradient_grid(student, teacher, m, workspace_bytes=self.workspace_bytes)
             return _Pass(flops, moved + -(-m // grid.rows) * (of_both + of_head))
-        found = SelectedGrid.of(student, teacher, m, (True, self.trainable_head), self.workspace_bytes)
+        needs, workspace = (True, self.trainable_head), self.workspace_bytes
+        found = SelectedGrid.of(student, teacher, n=m, needs=needs, workspace_bytes=workspace)
         moved += -(-m // found.rows) * (of_both + of_head)
         if found.second_look:
             flops += 2 * logits * both
-            groups = -(-m // BlockGrid.of(student, teacher, m, self.workspace_bytes).rows)
+            groups = -(-m // BlockGrid.of(student, teacher, n=m, workspace_bytes=workspace).rows)
             moved += groups * of_both + 2 * 4 * logits * 2 + 2 * size * logits
         return _Pass(flops, moved)

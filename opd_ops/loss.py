@@ -2,7 +2,7 @@
 #
 #   L = 1/|M| sum_{t in M} l_t,  M the selected positions, l the divergence       arXiv 2605.26844 eq. 6; 2604.14084 eq. 9
 #
-# Not here: the two halves (scoring.py), the divergences (divergences.py), statistics and gradients (backends/).
+# Not here: the two halves (scoring.py), the divergences (divergences/), statistics and gradients (backends/).
 from __future__ import annotations
 
 from collections.abc import Sequence

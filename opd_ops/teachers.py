@@ -119,7 +119,7 @@ class Listed(NamedTuple):
         order = torch.sort(logprobs, dim=1, descending=True, stable=True).indices
         return Listed(ids.gather(1, order), logprobs.gather(1, order), is_sampled)
 
-    def take(self, rows: Tensor) -> Listed:
+    def take(self, rows: Tensor | slice) -> Listed:
         return self._replace(ids=self.ids[rows], logprobs=self.logprobs[rows])
 
     def top(self, k: int) -> Listed:

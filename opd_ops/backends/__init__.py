@@ -103,7 +103,7 @@ def resolve_backend(name: str, student: Source, teacher: Source | Listed, needs:
         chosen, because = ("torch", reason) if reason else ("triton", f"the device is {device}")
     elif name == "auto":
         chosen, because = "torch", f"the device is {device}"
-    if needs.inplace and (chosen not in INPLACE or _has_head(student, teacher) or not has_kernel(needs.divergence)):
+    if needs.inplace and (chosen not in INPLACE or is_computed(student, teacher) or not has_kernel(needs.divergence)):
         raise ValueError(
             "inplace_backward: got True, which only backend='triton' has, for dense logits and reverse or forward KL; "
             f"this call uses {chosen!r} ({because}) and divergence {needs.divergence.name!r}"
@@ -123,7 +123,7 @@ def resolve_backend(name: str, student: Source, teacher: Source | Listed, needs:
 
 
 def has_kernel(divergence: Divergence) -> bool:
-    """Whether gradient kernels compute it; on "triton" others go through the streamed loss, on the same device."""
+    """Whether it is reverse or forward KL, whose value the score pass knows."""
     return divergence.support is None and type(divergence.whole) in (ReverseKL, ForwardKL)
 
 
@@ -134,11 +134,12 @@ def drops_weightless_rows(backend: Backend) -> bool:
 
 def scores_selected_rows(backend: Backend, student: Source, teacher: Source | Listed) -> bool:
     """Whether `selected_loss` finds the rows' statistics itself, and needs none that are known of them."""
-    return drops_weightless_rows(backend) and _has_head(student, teacher)
+    return drops_weightless_rows(backend) and is_computed(student, teacher)
 
 
-def _has_head(*sides: Source | Listed) -> bool:
-    return any(isinstance(side, Source) and side.transform.is_head for side in sides)
+def is_computed(*sides: Source | Listed) -> bool:
+    """Whether some logits are not stored: those of a head, and mixed ones."""
+    return any(isinstance(side, Source) and (side.transform.is_head or side.reference is not None) for side in sides)
 
 
 def _triton_refusal(student: Source, teacher: Source | Listed, needs: Needs) -> str | None:

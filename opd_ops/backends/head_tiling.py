@@ -42,8 +42,15 @@ def tile_dtype(source: Source, score_dtype: torch.dtype | None) -> torch.dtype:
 
 
 def row_bytes(source: Source, score_dtype: torch.dtype | None = None) -> int:
-    """Beside a row of logits: the hidden row, widened where the device cannot widen sums, or in 8 bits by way of fp32."""
-    return source.leading.shape[-1] * (source.leading.element_size() + (12 if score_dtype == float8.DTYPE else 4))
+    """Beside a row of logits: the hidden row, widened where the device cannot widen sums, or in 8 bits by way of fp32; and a
+    reference's."""
+    own = source.leading.shape[-1] * (source.leading.element_size() + (12 if score_dtype == float8.DTYPE else 4))
+    return own if source.reference is None else own + row_bytes(source.reference)
+
+
+def copies(*sources: Source) -> int:
+    """Rows of logits alive at once: each model's, and a reference's beside that it is mixed into."""
+    return sum(1 if source.reference is None else 2 for source in sources)
 
 
 def rows_at_a_time(n: int, bytes_per_row: int, budget: int) -> int:
@@ -62,7 +69,7 @@ def score_rows(
 ) -> int:
     """Rows of a score tile, of which `tiles` are alive at once."""
     vocab = sources[0].transform.vocab_size
-    of_logits = sum(tile_dtype(source, score_dtype).itemsize for source in sources) * padded(vocab)
+    of_logits = sum(tile_dtype(source, score_dtype).itemsize * copies(source) for source in sources) * padded(vocab)
     per_row = of_logits + sum(row_bytes(source, score_dtype) for source in sources) + score_bytes(vocab, top_k)
     return rows_at_a_time(n, per_row, (7 if optional else 15) * (workspace_bytes // 16) // tiles)
 
@@ -80,11 +87,13 @@ class SelectedGrid(NamedTuple):
     second_look: bool  # the weight gradient recomputes the logits, by blocks of the vocabulary
 
     @staticmethod
-    def of(student: Source, teacher: Source, m: int, needs: Sequence[bool], workspace_bytes: int) -> SelectedGrid:
+    def of(*sources: Source, n: int, needs: Sequence[bool], workspace_bytes: int, list_bytes: int = 0) -> SelectedGrid:
+        """Of n rows; the student is the first of the sources. `list_bytes`: scratch per row of a divergence on a list."""
+        student, m = sources[0], n
         vocab, leading = student.transform.vocab_size, student.leading
         narrow = is_narrow(student, needs)
         narrow_bytes = leading.element_size() * padded(vocab) if narrow else 0
-        per_row = 8 * padded(vocab) + score_bytes(vocab) + row_bytes(student) + row_bytes(teacher)
+        per_row = 4 * copies(*sources) * padded(vocab) + score_bytes(vocab) + sum(map(row_bytes, sources)) + list_bytes
         budget = 15 * (workspace_bytes // 16)
         of_weight = narrow and needs[1]
         kept = m * (narrow_bytes + 2 * leading.element_size() * leading.shape[-1])  # and the hidden rows they go with
@@ -100,10 +109,10 @@ class BlockGrid(NamedTuple):
     columns: int
 
     @staticmethod
-    def of(student: Source, teacher: Source, m: int, workspace_bytes: int) -> BlockGrid:
-        vocab, dim = student.transform.vocab_size, student.leading.shape[-1]
-        rows = rows_at_a_time(m, row_bytes(student) + row_bytes(teacher) + 4 * dim, workspace_bytes // 4)
-        # both logits, the gradient, its widening; two products
-        columns = workspace_bytes // 2 // (16 * rows + 8 * dim)
+    def of(*sources: Source, n: int, workspace_bytes: int) -> BlockGrid:
+        vocab, dim = sources[0].transform.vocab_size, sources[0].leading.shape[-1]
+        rows = rows_at_a_time(n, sum(map(row_bytes, sources)) + 4 * dim, workspace_bytes // 4)
+        # the models' logits, the gradient, its widening; two products
+        columns = workspace_bytes // 2 // ((8 + 4 * copies(*sources)) * rows + 8 * dim)
         step = ALIGNED if columns >= ALIGNED else MIN_COLUMNS
         return BlockGrid(rows, min(max(MIN_COLUMNS, columns - columns % step), padded(vocab)))

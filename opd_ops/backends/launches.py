@@ -6,13 +6,11 @@
 # Not here: dense logits as tables (triton.py, table.py), tiles of a head's logits (triton_heads.py), kernels (opd_kernels).
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from opd_kernels.forward_kl import forward_kl_grad
-from opd_kernels.reverse_kl import reverse_kl_grad
 from opd_kernels.score import Score, score_fwd
 from opd_kernels.support import SUPPORT_COLUMNS, Support, support_fwd
 from torch import Tensor
@@ -23,7 +21,6 @@ from opd_ops.backends.tiling import PAIR_BYTES, UNION_BYTES
 from opd_ops.backends.top_k import TopK
 from opd_ops.sources import Transform, finish_logits
 
-GRADIENTS: dict[str, Callable[..., Tensor]] = {"reverse_kl": reverse_kl_grad, "forward_kl": forward_kl_grad}
 SCORE_COLUMNS = (
     "student_entropy",
     "teacher_entropy",

@@ -1,12 +1,13 @@
-# The Triton backend, `backend="triton"`: statistics and gradients from opd_kernels; here for dense logits of both models.
+# The Triton backend, `backend="triton"`: statistics and gradients from opd_kernels; here for dense logits.
 #
 #   score + support kernels  -> the columns of TokenStats; both models' logits are read once
 #   gradient kernel          -> d loss / d logits on the selected rows, every other row zero
-#   (statistics and gradients are those of stats.py and divergences.py)
+#   (statistics and gradients are those of stats.py and divergences/)
 #
 # Nothing of size V is saved. The backward scores the M selected rows again (M / N of the score pass) for the normalisers that
 # the gradient needs to more digits than TokenStats keeps; so it depends on nothing but its inputs, and a forward without a
-# backward pays nothing for it. The reported loss is the score pass's own column.
+# backward pays nothing for it. The reported loss is the score pass's own column. A divergence that is no column of it is found
+# in the forward, with the few numbers a row that its gradient needs (kernel_loss.py), and these are saved.
 # With `inplace` the gradient is written over the student's logits: no second tensor of their size.
 # Logits are read where they lie, in any leading layout (table.py).
 #
@@ -21,11 +22,12 @@ from opd_kernels.score import score_fwd
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opd_ops.backends import has_kernel, streamed, triton_heads
+from opd_ops.backends import has_kernel, is_computed, kernel_loss, streamed, triton_heads
 from opd_ops.backends.head_tiling import score_bytes
-from opd_ops.backends.launches import GRADIENTS, column_names, launch_options, on_device, parse_columns, parts, write_columns
+from opd_ops.backends.kernel_loss import GRADIENTS, Found, KernelLoss
+from opd_ops.backends.launches import column_names, launch_options, on_device, parse_columns, parts, write_columns
 from opd_ops.backends.table import Layout
-from opd_ops.divergences import Divergence, weighted_sum
+from opd_ops.divergences import DIVERGENCES, Divergence, weighted_sum, without_infinite
 from opd_ops.sources import Source, Transform
 from opd_ops.stats import TokenStats
 from opd_ops.teachers import Listed
@@ -46,13 +48,13 @@ def refusal(student: Source, teacher: Source | Listed, *, divergence: Divergence
                 f"{name} has hidden states of {source.leading.dtype} and a weight of {source.weight.dtype}, expected one "
                 "dtype; pass hidden.to(weight.dtype) or weight.to(hidden.dtype), or use 'torch'"
             )
-        if not source.is_plain:
-            return f"{name} is mixed with a reference or has merged ids, which kernels do not read; use 'torch'"
+        if source.transform.merged:
+            return f"{name} has merged ids (eos_ids), which kernels do not read; use 'torch'"
     if torch.compiler.is_compiling() and not (has_kernel(divergence) and isinstance(teacher, Source)):
         return f"divergence is {divergence.name!r}, which torch.compile cannot trace here; call it outside of the graph"
     if top_k > MAX_TOP_K:
         return f"top_k is {top_k}, expected at most {MAX_TOP_K}; use 'torch'"
-    if not isinstance(teacher, Source) or _has_head(student, teacher):
+    if is_computed(*(source for _, source in sides)):
         return None
     layouts = []
     for name, source in sides:
@@ -63,16 +65,12 @@ def refusal(student: Source, teacher: Source | Listed, *, divergence: Divergence
                 "between positions; pass .contiguous() logits, or use 'torch'"
             )
         layouts.append(layout)
-    if layouts[0].steps != layouts[1].steps:
+    if layouts[0].steps != layouts[-1].steps:
         return (
-            f"student and teacher lay their positions out differently (strides {student.leading.stride()} and "
-            f"{teacher.leading.stride()}); pass .contiguous() logits on both sides, or use 'torch'"
+            f"student and teacher lay their positions out differently (strides {sides[0][1].leading.stride()} and "
+            f"{sides[-1][1].leading.stride()}); pass .contiguous() logits on both sides, or use 'torch'"
         )
     return None
-
-
-def _has_head(*sources: Source) -> bool:
-    return any(source.transform.is_head for source in sources)
 
 
 def token_stats(
@@ -87,7 +85,7 @@ def token_stats(
 ) -> TokenStats:
     """All statistics of the given positions, (n,) each."""
     with torch.no_grad():  # no decorator: torch.compile cannot trace a decorated function of a module it is handed
-        if _has_head(student, teacher):
+        if is_computed(student, teacher):
             table = _head_columns(student.detach(), teacher.detach(), rows, top_k, columns, workspace_bytes, score_dtype)
         else:
             launch = launch_columns
@@ -155,9 +153,12 @@ def launch_columns(
     return out
 
 
-def _tables(student: Tensor, teacher: Tensor) -> tuple[Layout, tuple[Tensor, Tensor]]:
-    layout, other = Layout.of(student), Layout.of(teacher)
+def _tables(student: Tensor, teacher: Tensor | None) -> tuple[Layout, tuple[Tensor, Any]]:
+    layout = Layout.of(student)
     assert layout is not None
+    if teacher is None:
+        return layout, (layout.table(student.detach()), None)
+    other = Layout.of(teacher)
     assert other is not None
     return layout, (layout.table(student.detach()), other.table(teacher.detach()))
 
@@ -182,7 +183,7 @@ def launch_gradient(
     with on_device(out.device):
         for part in parts(len(places), score_bytes(vocab_size), workspace_bytes):
             columns = score_fwd(*tables, places[part], **options).columns
-            GRADIENTS[kind](*tables, places[part], weights[part], columns, out=out, **options)
+            GRADIENTS[type(DIVERGENCES[kind])](*tables, places[part], weights[part], columns, out=out, **options)
     if inplace:
         selected = torch.zeros(layout.shape.numel(), dtype=torch.bool, device=rows.device).index_fill(0, rows, True)
         # Also tells autograd of the write: whoever else saved these logits for a backward to come gets an error.
@@ -234,15 +235,20 @@ def selected_loss(
 
     `stats` are the selected positions' own, as `token_stats` computed them from the same tensors.
     """
+    options: dict[str, Any] = {"divergence": divergence, "tokens": tokens, "workspace_bytes": workspace_bytes}
+    if kernel_loss.refusal(divergence):  # the same on the same device, by torch's own operations
+        if divergence.whole is not None and isinstance(teacher, Source):  # to more digits than a score in 16 bits has
+            score: dict[str, Any] = {"top_k": 1, "columns": frozenset(), "score_dtype": None}
+            stats = streamed.token_stats(student, teacher, rows, workspace_bytes=workspace_bytes, **score)
+        return streamed.selected_loss(student, teacher, rows, weights, stats, inplace=False, **options)
+    if is_computed(student, teacher):
+        assert not inplace
+        return triton_heads.selected_loss(student, teacher, rows, weights, **options)
     if not isinstance(teacher, Source) or not has_kernel(divergence):
         assert not inplace
-        options: dict[str, Any] = {"divergence": divergence, "tokens": tokens, "workspace_bytes": workspace_bytes}
-        return streamed.selected_loss(student, teacher, rows, weights, stats, inplace=False, **options)
+        return _found_loss(student, teacher, rows, weights, **options)
     assert divergence.whole is not None
     kind = divergence.whole.name
-    if _has_head(student, teacher):
-        assert not inplace
-        return triton_heads.selected_loss(student, teacher, rows, weights, kind, workspace_bytes)
     settings = kind, workspace_bytes, student.transform.vocab_size, student.transform.temperature
     logits, losses = (student.leading, teacher.leading.detach()), getattr(stats, kind)
     connected: Tensor
@@ -253,3 +259,57 @@ def selected_loss(
     else:
         connected = _SelectedDivergence.apply(inplace, settings, rows, losses, *logits)
     return weighted_sum(connected, weights), losses
+
+
+class _FoundDivergence(torch.autograd.Function):
+    """(M,) losses whose gradient is made in the backward from the logits and what the forward found of each row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: KernelLoss, losses: Tensor, rows: Tensor, student: Tensor, teacher: Tensor | None, *found: Tensor
+    ) -> Tensor:
+        ctx.loss = loss
+        ctx.save_for_backward(rows, student, teacher, *found)
+        return losses.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
+        rows, student, teacher, *found = ctx.saved_tensors
+        layout, tables = _tables(student, teacher)
+        out, gradient = layout.zeros(student)
+        with on_device(out.device):
+            ctx.loss.gradient(*tables, layout.rows(rows), dlosses.contiguous(), Found(*found), out=out)
+        return (None,) * 3 + (gradient, None) + (None,) * len(found)
+
+
+def _found_loss(
+    student: Source,
+    teacher: Source | Listed,
+    rows: Tensor,
+    weights: Tensor,
+    *,
+    divergence: Divergence,
+    tokens: Tensor | None,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """Of dense logits, for divergences whose value is no column of the statistics."""
+    beside = teacher.leading.detach() if isinstance(teacher, Source) else None
+    listed = None if isinstance(teacher, Source) else teacher.take(rows)
+    loss = KernelLoss(divergence, student.transform, teacher.transform if isinstance(teacher, Source) else None)
+    layout, tables = _tables(student.leading, beside)
+    places = layout.rows(rows)
+    losses, found = [], []
+    per_row = score_bytes(student.transform.vocab_size) + loss.list_bytes
+    with torch.no_grad(), on_device(rows.device):
+        for part in parts(len(rows), per_row, workspace_bytes) if len(rows) else [slice(0, 0)]:
+            of_part = None if listed is None else listed.take(part)
+            of_tokens = None if tokens is None else tokens[part]
+            first = loss.first(*tables, places[part], tokens=of_tokens, listed=of_part)
+            losses.append(first[0])
+            found.append(first[1])
+    joined, kept = torch.cat(losses), Found.joined(found)
+    if divergence.whole is None:  # the gradient does not read the teacher
+        beside, kept = None, kept._replace(columns=None)
+    connected: Tensor = _FoundDivergence.apply(loss, joined, rows, student.leading, beside, *kept)
+    return weighted_sum(connected, without_infinite(joined, weights)), joined

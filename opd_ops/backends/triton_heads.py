@@ -2,7 +2,7 @@
 #
 #   score      tiles of rows x whole vocabulary: matmul into a reused buffer, score and support kernels on it     2 units
 #   selected   the chosen rows again with fp32 logits (2 rho), the gradient kernel on them, then dH and dW (2 rho)
-#   (one unit = 2 N V D FLOP; statistics and gradients are those of stats.py and divergences.py)
+#   (one unit = 2 N V D FLOP; statistics and gradients are those of stats.py and divergences/)
 #
 # A 16-bit head's score tile holds 16-bit logits, which rank positions. What is trained on, and the loss that is reported, comes
 # from fp32 logits of the selected rows: 16 bits there would put several per cent of error into the gradient.
@@ -18,22 +18,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from opd_kernels.score import COLUMNS, score_fwd
+from opd_kernels.score import score_fwd
 from opd_kernels.support import support_fwd
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opd_ops import float8
 from opd_ops.backends.head_tiling import BlockGrid, SelectedGrid, is_narrow, padded, score_rows, tile_dtype
-from opd_ops.backends.launches import GRADIENTS, column_names, launch_options, on_device, write_columns
+from opd_ops.backends.kernel_loss import Found, KernelLoss
+from opd_ops.backends.launches import column_names, launch_options, on_device, write_columns
 from opd_ops.backends.matmul import fp32_product, head_product
-from opd_ops.divergences import weighted_sum
+from opd_ops.divergences import Divergence, weighted_sum, without_infinite
 from opd_ops.float8 import Float8Rows
-from opd_ops.sources import Source, put_rows, take_rows
+from opd_ops.sources import Source, Transform, finish_logits, mix_logits, put_rows, take_rows
 from opd_ops.stats import OwnStats
+from opd_ops.teachers import Listed
 
 
 class _Side:
@@ -44,11 +47,27 @@ class _Side:
         self.in_float8 = source.transform.is_head and score_dtype == float8.DTYPE
         self.tile_dtype = tile_dtype(source, score_dtype)
 
+        self.reference = None if source.reference is None else _Side(source.reference, rows, cast_bytes)
+
+    @property
+    def transform(self) -> Transform:
+        """What the stored logits still have to go through: of mixed ones, which are finished but for it, the temperature."""
+        found = self.source.transform
+        return found if self.reference is None else Transform(True, found.vocab_size, found.temperature)
+
     def hidden(self, part: slice) -> Tensor:
         return take_rows(self.source.leading, self.rows[part])
 
     def read(self, part: slice, columns: slice, out: Tensor) -> Tensor:
         """Stored logits (n, B) of a part of the rows, in `out`."""
+        if self.reference is None:
+            return self._read(part, columns, out)
+        mixed, beside = self._read(part, columns, out), self.reference._read(part, columns, torch.empty_like(out))
+        for x, side in ((mixed, self), (beside, self.reference)):
+            finish_logits(x, replace(side.source.transform, temperature=1.0))
+        return mix_logits(mixed, beside, self.source.transform.lam)
+
+    def _read(self, part: slice, columns: slice, out: Tensor) -> Tensor:
         leading, weight, bias = self.source.leading, self.source.weight, self.source.bias
         if weight is None:
             return out.copy_(take_rows(leading[..., columns], self.rows[part]))
@@ -113,9 +132,9 @@ def launch_columns(
 
     `score_dtype`: of a head while it ranks; None: its own.
     """
-    vocab, transforms = student.transform.vocab_size, (student.transform, teacher.transform)
-    lanes = _Lanes(rows.device)
+    lanes, vocab = _Lanes(rows.device), student.transform.vocab_size
     sides = [_Side(source, rows, workspace_bytes // 16, score_dtype) for source in (student, teacher)]
+    transforms = sides[0].transform, sides[1].transform
     size = score_rows(
         student,
         teacher,
@@ -146,7 +165,7 @@ def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int,
     ids = torch.empty((n, top_k), dtype=torch.long, device=rows.device)
     lse, entropy = torch.empty((2, n), device=rows.device)
     out = OwnStats(lse, entropy, ids, torch.empty((n, top_k), device=rows.device))
-    options = launch_options(source.transform, source.transform)
+    options = launch_options(side.transform, side.transform)
     with torch.no_grad(), on_device(rows.device), torch.autocast(rows.device.type, enabled=False):
         buffer = _buffer(size, vocab, side.tile_dtype, rows.device)
         for group in _groups(n, size):
@@ -163,9 +182,10 @@ def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int,
 class _Plan(NamedTuple):
     """What the loss needs beside tensors."""
 
-    student: Source  # both without their tensors
-    teacher: Source
-    kind: str  # of GRADIENTS
+    student: Source  # without its tensors, as the teacher
+    teacher: Source | None  # None: lists, the tensors after those of the student
+    divergence: Divergence
+    has_tokens: bool  # which are the last of the tensors
     workspace_bytes: int
     differentiable: bool
 
@@ -173,8 +193,10 @@ class _Plan(NamedTuple):
         self, rows: Tensor, weights: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         split = len(self.student.tensors)
-        student, teacher = self.student.with_tensors(tensors[:split]), self.teacher.with_tensors(tensors[split:])
-        return launch_loss(student, teacher, rows, weights, self.kind, self.workspace_bytes, needs)
+        student, rest = self.student.with_tensors(tensors[:split]), tensors[split:]
+        tokens, rest = (rest[-1], rest[:-1]) if self.has_tokens else (None, rest)
+        teacher = Listed(rest[0], rest[1], is_sampled=False) if self.teacher is None else self.teacher.with_tensors(rest)
+        return launch_loss(student, teacher, rows, weights, self.divergence, tokens, self.workspace_bytes, needs)
 
 
 class _SelectedLoss(torch.autograd.Function):
@@ -219,34 +241,46 @@ def scale_back(dtotal: Tensor, weights: Tensor) -> Tensor:
 
 def launch_loss(
     student: Source,
-    teacher: Source,
+    teacher: Source | Listed,
     rows: Tensor,
     weights: Tensor,
-    kind: str,
+    divergence: Divergence,
+    tokens: Tensor | None,
     workspace_bytes: int,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """sum of weights l, l itself, (M,), and the gradients of that sum, to be scaled by `scale_back`, where needed.
 
-    An infinite divergence that the score pass could not see (16 bits, or the student's row unread) is left out.
+    `teacher`: or its lists of the rows. An infinite divergence that the score pass could not see (16 bits, or the student's row
+    unread) is left out.
     """
-    selected = _SelectedRows(student.detach(), teacher.detach(), rows, weights, kind, workspace_bytes)
+    teacher = teacher.detach() if isinstance(teacher, Source) else teacher
+    selected = _SelectedRows(student.detach(), teacher, rows, weights, divergence, tokens, workspace_bytes)
     losses, gradients = selected.run(needs)
-    return weighted_sum(losses, weights.masked_fill(losses == torch.inf, 0)), losses, gradients
+    return weighted_sum(losses, without_infinite(losses, weights)), losses, gradients
 
 
 class _SelectedRows:
     """The selected rows' fp32 logits, a group at a time, and what follows from them."""
 
     def __init__(
-        self, student: Source, teacher: Source, rows: Tensor, weights: Tensor, kind: str, workspace_bytes: int
+        self,
+        student: Source,
+        teacher: Source | Listed,
+        rows: Tensor,
+        weights: Tensor,
+        divergence: Divergence,
+        tokens: Tensor | None,
+        workspace_bytes: int,
     ) -> None:
-        self.student, self.teacher = student, teacher
-        self.rows, self.unit = rows, (weights / _scale(weights)).float().clone()
-        self.gradient, self.column = GRADIENTS[kind], COLUMNS.index(kind)
+        self.student, self.rows, self.tokens = student, rows, tokens
+        self.sources = (student, teacher) if isinstance(teacher, Source) else (student,)
+        self.listed = None if isinstance(teacher, Source) else teacher
+        self.unit = (weights / _scale(weights)).float().clone()
         self.workspace_bytes, self.vocab = workspace_bytes, student.transform.vocab_size
-        self.sides = [_Side(source, rows, workspace_bytes // 16) for source in (student, teacher)]
-        self.options = launch_options(student.transform, teacher.transform)
+        self.sides = [_Side(source, rows, workspace_bytes // 16) for source in self.sources]
+        transforms = [side.transform for side in self.sides]
+        self.loss = KernelLoss(divergence, transforms[0], transforms[1] if len(transforms) > 1 else None)
 
     def run(self, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
         """(M,) losses, and the gradients of their sum, weighted by at most 1, for those student tensors that need one."""
@@ -255,54 +289,73 @@ class _SelectedRows:
 
     def _run(self, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
         m, device, vocab = len(self.rows), self.rows.device, slice(0, self.vocab)
-        grid = SelectedGrid.of(self.student, self.teacher, m, needs, self.workspace_bytes)
+        grid = SelectedGrid.of(
+            *self.sources, n=m, needs=needs, list_bytes=self.loss.list_bytes, workspace_bytes=self.workspace_bytes
+        )
         buffers = [_buffer(grid.rows, self.vocab, torch.float32, device)[:, vocab] for _ in self.sides]
         narrowed = None
         if is_narrow(self.student, needs):
             narrowed = _buffer(m if grid.keep else grid.rows, self.vocab, self.student.leading.dtype, device)[:, vocab]
         out = _Gradients.of(self.student, needs, m)
-        score = torch.empty((len(COLUMNS), m), device=device)
+        losses = torch.empty(m, device=device)
+        parts = []
         for group in _groups(m, grid.rows):
             n = group.stop - group.start
-            s, u = (x.read(group, vocab, b[:n]) for x, b in zip(self.sides, buffers, strict=True))
-            columns = score_fwd(s, u, None, **self.options).columns
-            score[:, group] = columns
+            tiles = [x.read(group, vocab, b[:n]) for x, b in zip(self.sides, buffers, strict=True)]
+            s, u = tiles[0], tiles[1] if len(tiles) > 1 else None
+            losses[group], found = self.loss.first(s, u, None, tokens=self._tokens(group), listed=self._lists(group))
             # Left out of the sum (launch_loss), so of its gradient.
-            self.unit[group] = self.unit[group].masked_fill(columns[self.column] == torch.inf, 0)
+            self.unit[group] = self.unit[group].masked_fill(losses[group] == torch.inf, 0)
+            if grid.second_look:
+                parts.append(found)
             if any(needs):
-                d = s if narrowed is None else narrowed[group] if grid.keep else narrowed[:n]
-                self.gradient(s, u, None, self.unit[group], columns, out=d, **self.options)
+                over = s if self.loss.overwrites_student else tiles[-1]
+                d = over if narrowed is None else narrowed[group] if grid.keep else narrowed[:n]
+                self.loss.gradient(s, u, None, self.unit[group], found, out=d)
                 out.add(self.student, self.rows[group], d)
                 if out.weight is not None and narrowed is None:
                     out.add_weight(d, self._weighted_hidden(group), first=group.start == 0)
         if grid.keep and m and narrowed is not None:
-            del buffers, s, u
+            del buffers, tiles, s, u, over
             out.add_weight(narrowed, self._weighted_hidden(slice(0, m)), first=True)
         elif grid.second_look and m:
-            del buffers, narrowed, s, u, d
-            self._second_look(score, out)
-        return score[self.column].clone(), out.in_order(self.student)
+            del buffers, narrowed, tiles, s, u, d, over
+            self._second_look(Found.joined(parts), out)
+        return losses, out.in_order(self.student)
+
+    def _tokens(self, group: slice) -> Tensor | None:
+        return None if self.tokens is None else self.tokens[group]
+
+    def _lists(self, group: slice) -> Listed | None:
+        return (
+            None
+            if self.listed is None
+            else self.listed._replace(ids=self.listed.ids[group], logprobs=self.listed.logprobs[group])
+        )
 
     def _weighted_hidden(self, group: slice) -> Tensor:
         """The student's hidden rows; 0 where the weight is 0, because their product with a gradient of 0 may be NaN."""
         return self.sides[0].hidden(group).masked_fill((self.unit[group] == 0).unsqueeze(1), 0)
 
-    def _second_look(self, score: Tensor, out: _Gradients) -> None:
-        """The weight gradient by blocks of the vocabulary, each rounded once; the normalisers are known."""
+    def _second_look(self, found: Found, out: _Gradients) -> None:
+        """The weight gradient by blocks of the vocabulary, each rounded once; what the whole row gives is known."""
         m, device, dtype = len(self.rows), self.rows.device, self.student.leading.dtype
-        size, width = BlockGrid.of(self.student, self.teacher, m, self.workspace_bytes)
+        size, width = BlockGrid.of(*self.sources, n=m, workspace_bytes=self.workspace_bytes)
         assert out.weight is not None
-        flat = [torch.empty(size * width, dtype=x, device=device) for x in (torch.float32, torch.float32, dtype)]
+        flat = [torch.empty(size * width, dtype=torch.float32, device=device) for _ in self.sides]
+        narrowed = torch.empty(size * width, dtype=dtype, device=device)
         for start in range(0, self.vocab, width):
             block = slice(start, min(start + width, self.vocab))
             total = None
             for first in range(0, m, size):
                 group = slice(first, min(first + size, m))
-                s, u, d = (x.view(size, width)[: group.stop - first, : block.stop - start] for x in flat)
-                self.sides[0].read(group, block, s)
-                self.sides[1].read(group, block, u)
-                options = {**self.options, "vocab_size": block.stop - start}
-                self.gradient(s, u, None, self.unit[group], score[:, group].contiguous(), out=d, **options)
+                places = slice(0, group.stop - first), slice(0, block.stop - start)
+                tiles = [x.view(size, width)[places] for x in flat]
+                for side, tile in zip(self.sides, tiles, strict=True):
+                    side.read(group, block, tile)
+                u, d = tiles[1] if len(tiles) > 1 else None, narrowed.view(size, width)[places]
+                of_block = {"first_id": start, "vocab_size": block.stop - start}
+                self.loss.gradient(tiles[0], u, None, self.unit[group], found.rows(group), out=d, **of_block)
                 product = fp32_product(d.T, self._weighted_hidden(group))
                 total = product if total is None else total.add_(product)
             assert total is not None
@@ -351,16 +404,33 @@ class _Gradients(NamedTuple):
 
 
 def selected_loss(
-    student: Source, teacher: Source, rows: Tensor, weights: Tensor, kind: str, workspace_bytes: int
+    student: Source,
+    teacher: Source | Listed,
+    rows: Tensor,
+    weights: Tensor,
+    divergence: Divergence,
+    tokens: Tensor | None,
+    workspace_bytes: int,
 ) -> tuple[Tensor, Tensor]:
     """sum of weights l over the selected positions, connected to the student's tensors, and l, (M,)."""
     differentiable = torch.is_grad_enabled()  # within forward it never is
     if torch.compiler.is_compiling():
         from opd_ops.backends.triton_ops import head_arguments, head_loss
 
+        assert isinstance(teacher, Source)
+        assert divergence.whole is not None
         needs = [differentiable and tensor.requires_grad for tensor in student.tensors]
-        total, losses, *_ = head_loss(*head_arguments(student, teacher.detach()), rows, weights, kind, workspace_bytes, needs)
+        arguments, kind = head_arguments(student, teacher.detach()), divergence.whole.name
+        total, losses, *_ = head_loss(*arguments, rows, weights, kind, workspace_bytes, needs)
         return total, losses.detach()
-    plan = _Plan(student.emptied(), teacher.emptied(), kind, workspace_bytes, differentiable)
-    total, losses = _SelectedLoss.apply(plan, rows, weights, *student.tensors, *teacher.detach().tensors)
+    beside: tuple[Tensor, ...]
+    if isinstance(teacher, Source):
+        beside, template = teacher.detach().tensors, teacher.emptied()
+    else:
+        of_rows = teacher.take(rows)
+        beside, template = (of_rows.ids, of_rows.logprobs), None
+    has_tokens = tokens is not None and template is not None
+    plan = _Plan(student.emptied(), template, divergence, has_tokens, workspace_bytes, differentiable)
+    tensors = (*student.tensors, *beside, *((tokens,) if has_tokens else ()))
+    total, losses = _SelectedLoss.apply(plan, rows, weights, *tensors)
     return total, losses

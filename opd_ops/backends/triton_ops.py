@@ -18,6 +18,7 @@ from torch import Tensor
 from opd_ops.backends import triton, triton_heads
 from opd_ops.backends.launches import column_names, parse_columns
 from opd_ops.backends.table import Layout
+from opd_ops.divergences import DIVERGENCES
 from opd_ops.sources import Source, Transform
 
 token_columns = torch.library.custom_op("opd_ops::token_columns", triton.launch_columns, mutates_args=())
@@ -148,7 +149,10 @@ def head_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The weighted sum, the losses, and the gradients of hidden states, weight and bias, without entries if not needed."""
     student, teacher = _sources((s_leading, s_weight, s_bias, t_leading, t_weight, t_bias), settings)
-    total, losses, gradients = triton_heads.launch_loss(student, teacher, rows, weights, kind, workspace_bytes, needs)
+    divergence = DIVERGENCES[kind]
+    total, losses, gradients = triton_heads.launch_loss(
+        student, teacher, rows, weights, divergence, None, workspace_bytes, needs
+    )
     made = [s_leading.new_empty(0) if gradient is None else gradient for gradient in (*gradients, None, None)[:3]]
     return total, losses, made[0], made[1], made[2]
 
