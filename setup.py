@@ -27,8 +27,8 @@ setup(
         "demo": ["transformers>=5.0", "accelerate>=1.10", "gguf>=0.17", "matplotlib>=3.8", "rich>=13"],
         "bench": ["trl==1.16.0", "liger-kernel==0.8.5", "matplotlib>=3.8", "rich>=13", "psutil>=5.9"],
         "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "numpy>=1.26", "matplotlib>=3.8", "triton>=3.6"],
-        # The losses of others that tests/parity compares with. verl and torchtune come on top without their dependencies, of which
-        # their losses need only these (Makefile); torchao is the newest that torchtune 0.6.1 imports with.
+        # The losses of others that tests/parity compares with. verl and torchtune come on top without their dependencies, of
+        # which their losses need only these (Makefile); torchao is the newest that torchtune 0.6.1 imports with.
         "parity": [
             "trl==1.16.0",
             "liger-kernel==0.8.5",

@@ -1,7 +1,7 @@
 # `make gpu`: on a machine with a GPU and no network, one command proves the kernels, times them, and keeps what it measured.
 #
-#   1 correctness against float64 on the device, of every kernel (gpu_check.py) and of the path from heads
-#     (gpu_check_heads.py); nothing is timed if one fails
+#   1 correctness against float64 on the device, of every kernel (gpu_check.py), of the path from heads (gpu_check_heads.py)
+#     and of every divergence (gpu_check_divergences.py); nothing is timed if one fails
 #   2 score pass against a device copy; 3 the whole loss against eager, compiled and chunked torch (gpu_timing.py)
 #   4 heads in, against the matmul floor, TRL and Liger where they are installed (gpu_heads.py)
 #   5 launch tables that would be faster, printed and never applied (gpu_sweep.py)
@@ -50,13 +50,13 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
         options.tokens, options.vocab, options.head_tokens, options.rounds = [2], [160, 320], [6], 1
         from tests import interpreter  # noqa: F401  rounds as a GPU does
-    from benchmarks import gpu_check, gpu_check_heads, gpu_heads, gpu_report, gpu_sweep, gpu_timing
+    from benchmarks import gpu_check, gpu_check_divergences, gpu_check_heads, gpu_heads, gpu_report, gpu_sweep, gpu_timing
 
     bench = gpu_timing.Bench.of(options)
     found = {"environment": gpu_report.environment(bench, options.commit), "options": {"rounds": options.rounds}}
     print(gpu_report.title(found), flush=True)
     if "check" in options.parts:
-        found["check"] = gpu_check.run(bench) + gpu_check_heads.run(bench)
+        found["check"] = gpu_check.run(bench) + gpu_check_heads.run(bench) + gpu_check_divergences.run(bench)
         failed = [row for row in found["check"] if row["failure"]]
         run = [row for row in found["check"] if not row.get("note")]
         print(f"{len(run)} comparisons with float64, {len(failed)} failed", flush=True)

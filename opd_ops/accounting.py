@@ -55,7 +55,9 @@ def estimate(
     score_dtype: str | None = None,
     student_stats: bool = False,
 ) -> Estimate:
-    """The cost of `selective_opd_loss` with a `LinearHead` on both sides, and of its backward.
+    """The cost of `selective_opd_loss` with a `LinearHead` on both sides and reverse or forward KL, and of its backward.
+
+    Other divergences take as many units on backend "triton"; docs/features.md has those of "torch".
 
     Args:
         N, V: Valid positions; entries of the common vocabulary.

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_check, gpu_check_heads, gpu_methods, gpu_timing
+from benchmarks import gpu, gpu_check, gpu_check_divergences, gpu_check_heads, gpu_methods, gpu_timing
 from tests.cases import logit_pair
 from tests.tolerances import relative_error
 
@@ -24,7 +24,7 @@ def test_a_dry_run_runs_every_part_and_says_that_it_is_no_measurement(tmp_path, 
     assert "DRY RUN, NOT A MEASUREMENT" in page
     found = json.loads((tmp_path / "out" / "gpu.json").read_text())
     assert not [row for row in found["check"] if row["failure"]]
-    assert {row["kernel"] for row in found["check"]} == {"score", "support", "reverse_kl", "forward_kl", "heads"}
+    assert {row["kernel"] for row in found["check"]} == {"score", "support", "reverse_kl", "forward_kl", "heads", "divergences"}
     assert {row["case"] for row in found["check"] if row.get("note")} == {"CUDA graph"}  # not counted as run
     assert all("median_ms" in row for part in ("score", "loss", "sweep") for row in found[part])
     heads = {row["method"]: row for row in found["heads"]}
@@ -58,6 +58,7 @@ def test_a_wrong_kernel_stops_the_run_before_anything_is_timed(tmp_path, monkeyp
     monkeypatch.setattr(gpu_check, "check_support", lambda *_: None)
     monkeypatch.setattr(gpu_check, "GRADIENT_CHECKS", ())
     monkeypatch.setattr(gpu_check_heads, "CHECKS", {})
+    monkeypatch.setattr(gpu_check_divergences, "CHECKS", {})
     assert gpu.main(["--dry-run", "--out", str(tmp_path / "out")]) == 1
     assert "score bfloat16: values differ" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
