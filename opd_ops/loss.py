@@ -126,11 +126,12 @@ def selective_opd_loss(
     Non-finite logits: -inf is a masked vocabulary entry. Where the divergence is infinite (p > 0, q = 0) the stats say so and
         the position is not selected. A NaN of the student at a valid position makes the loss NaN. A NaN of the teacher makes
         the position invalid, counted in `metrics["n_teacher_nonfinite"]`.
-    torch.compile(fullgraph=True, dynamic=False) and CUDA-graph capture take calls on backend "triton" with mask None (and no
-        labels), scope "batch", no `score_dtype="float8"`: there the number of rows to train on is fixed by the shapes.
-        torch.compile takes no `student_stats`.
+    torch.compile(fullgraph=True, dynamic=False) and CUDA-graph capture take calls on backend "triton" with reverse or forward
+        KL, mask None (and no weights or labels), scope "batch", no threshold, no `score_dtype="float8"`: there the number of
+        rows to train on is fixed by the shapes. torch.compile takes no `student_stats`.
     Host synchronisations on a GPU: one for the list of valid rows (none without a mask), one for that of selected rows; one
-        more for the shortlist of "float8", and one for `student_stats` on backend "torch".
+        more for the shortlist of "float8", one for `student_stats` on backend "torch", and there one in the backward of
+        "local_support".
     Example: a student equal to its teacher has nothing to learn.
         >>> logits = torch.randn(6, 32)
         >>> selective_opd_loss(logits, logits).loss

@@ -92,8 +92,13 @@ class Call:
 
 
 @st.composite
-def calls(draw, dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64), selectors=None):
-    shape = draw(st.sampled_from([(1, 1), (2, 5), (3, 4), (1, 9)]))
+def calls(
+    draw,
+    dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    selectors=None,
+    shapes=((1, 1), (2, 5), (3, 4), (1, 9)),
+):
+    shape = draw(st.sampled_from(shapes))
     vocab = draw(st.integers(K + 1, 90))
     n = shape[0] * shape[1]
     noise, scale = draw(st.sampled_from([0.3, 1.0])), draw(st.sampled_from([1.5, 4.0]))
@@ -154,10 +159,10 @@ def test_the_streamed_backend_is_the_specification(call):
     assert_same(call.run("torch"), call.run("eager"), bound=1e-7)
 
 
-@settings(max_examples=4)
-@given(calls(dtypes=(torch.float32,), selectors=("all", "prefix")))
+@settings(max_examples=12)
+@given(calls(dtypes=(torch.float32,), selectors=("all", "prefix"), shapes=((1, 1), (1, 2))))  # interpreted rows are slow
 def test_the_triton_backend_is_the_specification(call):
-    call = replace(call, options={**call.options, "eos_ids": ()}, reference=None)  # kernels read neither
+    call = replace(call, options={**call.options, "eos_ids": ()})  # which kernels do not read
     assert_same(call.run("triton"), replace(call, dtype=torch.float64).run("eager"), bound=1e-4)
 
 

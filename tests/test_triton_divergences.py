@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from opd_ops import EntropyAware, Extrapolated, LinearHead, LocalSupport, TailAware, TopKLogprobs, selective_opd_loss
-from opd_ops.backends import eager, kernel_loss, triton_heads
+from opd_ops.backends import eager, kernel_loss, triton_heads_loss
 from opd_ops.divergences import DIVERGENCES
 from opd_ops.sources import Source
 from tests import divergence_oracle as oracle
@@ -64,8 +64,8 @@ def test_loss_and_gradient_of_heads_match_fp64(case):
 @pytest.mark.parametrize("workspace_bytes", [2**20, 4_000])
 def test_16_bit_heads_are_trained_on_fp32_logits(case, workspace_bytes, monkeypatch):
     looks = []
-    second_look = triton_heads._SelectedRows._second_look
-    monkeypatch.setattr(triton_heads._SelectedRows, "_second_look", lambda *x: (looks.append(1), second_look(*x)))
+    second_look = triton_heads_loss._SelectedRows._second_look
+    monkeypatch.setattr(triton_heads_loss._SelectedRows, "_second_look", lambda *x: (looks.append(1), second_look(*x)))
     of_heads(case, torch.bfloat16, 2**-7, workspace_bytes=workspace_bytes)
     assert len(looks) == (workspace_bytes == 4_000)  # the weight gradient by blocks of the vocabulary
 

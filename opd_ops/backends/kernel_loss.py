@@ -5,7 +5,7 @@
 #   (losses and gradients are those of divergences/; those on a list are differentiated on (M, K) tensors, support_terms.py)
 #
 # The rows may be cut into blocks of the vocabulary in the gradient: all that it needs of the whole row is in `Found`.
-# Not here: which rows, tiles and memory (triton.py, triton_heads.py), divergences without a kernel (streamed_loss.py).
+# Not here: which rows, tiles and memory (triton.py, triton_heads_loss.py), divergences without a kernel (streamed_loss.py).
 from __future__ import annotations
 
 import math

@@ -5,7 +5,7 @@
 #
 # The vendor's matmul accumulates in fp32 either way; CUDA can also return that sum unrounded. Elsewhere (ROCm, XPU, a CPU for
 # the interpreted kernels) the operands are widened first, a slice of the weight at a time.
-# Not here: which rows and when (triton_heads.py), the fp32 tiles of any device (streamed.py).
+# Not here: which rows and when (head_side.py, triton_heads_loss.py), the fp32 tiles of any device (streamed.py).
 from __future__ import annotations
 
 import torch

@@ -11,8 +11,8 @@
 # With `inplace` the gradient is written over the student's logits: no second tensor of their size.
 # Logits are read where they lie, in any leading layout (table.py).
 #
-# Not here: LinearHeads (triton_heads.py), what launches share (launches.py), the kernels (opd_kernels), the same launches as
-# operators for torch.compile (triton_ops.py).
+# Not here: heads (triton_heads.py, triton_heads_loss.py), what launches share (launches.py), the kernels (opd_kernels), the same
+# launches as operators for torch.compile (triton_ops.py).
 from __future__ import annotations
 
 from typing import Any
@@ -22,7 +22,7 @@ from opd_kernels.score import score_fwd
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opd_ops.backends import has_kernel, is_computed, kernel_loss, streamed, triton_heads
+from opd_ops.backends import has_kernel, is_computed, kernel_loss, streamed, triton_heads, triton_heads_loss
 from opd_ops.backends.head_tiling import score_bytes
 from opd_ops.backends.kernel_loss import GRADIENTS, Found, KernelLoss
 from opd_ops.backends.launches import column_names, launch_options, on_device, parse_columns, parts, write_columns
@@ -243,7 +243,7 @@ def selected_loss(
         return streamed.selected_loss(student, teacher, rows, weights, stats, inplace=False, **options)
     if is_computed(student, teacher):
         assert not inplace
-        return triton_heads.selected_loss(student, teacher, rows, weights, **options)
+        return triton_heads_loss.selected_loss(student, teacher, rows, weights, **options)
     if not isinstance(teacher, Source) or not has_kernel(divergence):
         assert not inplace
         return _found_loss(student, teacher, rows, weights, **options)

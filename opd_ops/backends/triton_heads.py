@@ -1,99 +1,28 @@
-# The Triton backend where a model is a LinearHead: logits a tile at a time, bounded by the vendor's matmul.
+# The Triton backend where a model is a LinearHead: statistics from tiles of logits, bounded by the vendor's matmul.
 #
-#   score      tiles of rows x whole vocabulary: matmul into a reused buffer, score and support kernels on it     2 units
-#   selected   the chosen rows again with fp32 logits (2 rho), the gradient kernel on them, then dH and dW (2 rho)
-#   (one unit = 2 N V D FLOP; statistics and gradients are those of stats.py and divergences/)
+#   tiles of rows x whole vocabulary: matmul into a reused buffer, score and support kernels on it                2 units
+#   (one unit = 2 N V D FLOP; statistics are those of stats.py)
 #
-# A 16-bit head's score tile holds 16-bit logits, which rank positions. What is trained on, and the loss that is reported, comes
-# from fp32 logits of the selected rows: 16 bits there would put several per cent of error into the gradient.
-# The gradient is computed in the forward, next to the loss, because both need these logits: a backward that recomputed them
-# would pay 2 rho more. Rows are weighted by at most 1 and the sum is scaled in the backward, so that fp16 gradients keep their
-# digits. A second backward computes them again.
-# Memory: groups of rows. The 16-bit logit gradients of all groups are kept for one weight gradient, rounded once, if they fit
-# 5/8 of the workspace; if not, the weight gradient takes a second look at the logits (2 rho), by blocks of the vocabulary.
-# Deterministic: no atomics, sums in a fixed order. No host synchronisation, no copy from the host.
+# A 16-bit head's score tile holds 16-bit logits, which rank positions; what is trained on is made again (triton_heads_loss.py).
+# Deterministic. No host synchronisation, no copy from the host.
 #
-# Not here: the kernels (opd_kernels), dense logits on both sides (triton.py), fp32 heads on any device (streamed.py).
+# Not here: the kernels (opd_kernels), a tile's logits (head_side.py), dense logits on both sides (triton.py), fp32 heads on any
+# device (streamed.py).
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from opd_kernels.score import score_fwd
 from opd_kernels.support import support_fwd
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from opd_ops import float8
-from opd_ops.backends.head_tiling import BlockGrid, SelectedGrid, is_narrow, padded, score_rows, tile_dtype
-from opd_ops.backends.kernel_loss import Found, KernelLoss
+from opd_ops.backends.head_side import Side, buffer_of, groups
+from opd_ops.backends.head_tiling import score_rows
 from opd_ops.backends.launches import column_names, launch_options, on_device, write_columns
-from opd_ops.backends.matmul import fp32_product, head_product
-from opd_ops.divergences import Divergence, weighted_sum, without_infinite
-from opd_ops.float8 import Float8Rows
-from opd_ops.sources import Source, Transform, finish_logits, mix_logits, put_rows, take_rows
+from opd_ops.sources import Source
 from opd_ops.stats import OwnStats
-from opd_ops.teachers import Listed
-
-
-class _Side:
-    """Some positions of one model, whose stored logits are copied or computed into a buffer."""
-
-    def __init__(self, source: Source, rows: Tensor, cast_bytes: int, score_dtype: torch.dtype | None = None) -> None:
-        self.source, self.rows, self.cast_bytes = source, rows, cast_bytes
-        self.in_float8 = source.transform.is_head and score_dtype == float8.DTYPE
-        self.tile_dtype = tile_dtype(source, score_dtype)
-
-        self.reference = None if source.reference is None else _Side(source.reference, rows, cast_bytes)
-
-    @property
-    def transform(self) -> Transform:
-        """What the stored logits still have to go through: of mixed ones, which are finished but for it, the temperature."""
-        found = self.source.transform
-        return found if self.reference is None else Transform(True, found.vocab_size, found.temperature)
-
-    def hidden(self, part: slice) -> Tensor:
-        return take_rows(self.source.leading, self.rows[part])
-
-    def read(self, part: slice, columns: slice, out: Tensor) -> Tensor:
-        """Stored logits (n, B) of a part of the rows, in `out`."""
-        if self.reference is None:
-            return self._read(part, columns, out)
-        mixed, beside = self._read(part, columns, out), self.reference._read(part, columns, torch.empty_like(out))
-        for x, side in ((mixed, self), (beside, self.reference)):
-            finish_logits(x, replace(side.source.transform, temperature=1.0))
-        return mix_logits(mixed, beside, self.source.transform.lam)
-
-    def _read(self, part: slice, columns: slice, out: Tensor) -> Tensor:
-        leading, weight, bias = self.source.leading, self.source.weight, self.source.bias
-        if weight is None:
-            return out.copy_(take_rows(leading[..., columns], self.rows[part]))
-        of_bias = None if bias is None else bias[columns]
-        return head_product(self.hidden(part), weight[columns], of_bias, out, cast_bytes=self.cast_bytes)
-
-    def tile(self, part: slice, out: Tensor) -> Tensor:
-        """Stored logits (n, V) of a part of the rows, as positions are ranked by them, in `out` of `_buffer`."""
-        vocab = self.source.transform.vocab_size
-        if not self.in_float8:
-            return self.read(part, slice(0, vocab), out[:, :vocab])
-        assert self.source.float8 is not None
-        values, scales = (x[: out.shape[1]] for x in self.source.float8)
-        float8.product(Float8Rows.of(self.hidden(part)), Float8Rows(values, scales), out)
-        return out[:, :vocab] if self.source.bias is None else out[:, :vocab].add_(self.source.bias[:vocab])
-
-
-def _groups(n: int, size: int) -> Iterator[slice]:
-    for start in range(0, n, size):
-        yield slice(start, min(start + size, n))
-
-
-def _buffer(rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(rows, V or a little more), so that every row is aligned."""
-    return torch.empty((rows, padded(vocab_size)), dtype=dtype, device=device)
-
 
 # Two half-size tiles on two streams, so that the statistics of one hide behind the matmul of the next. Off until a GPU has
 # shown that it is faster: benchmarks/gpu_heads.py times both.
@@ -133,7 +62,7 @@ def launch_columns(
     `score_dtype`: of a head while it ranks; None: its own.
     """
     lanes, vocab = _Lanes(rows.device), student.transform.vocab_size
-    sides = [_Side(source, rows, workspace_bytes // 16, score_dtype) for source in (student, teacher)]
+    sides = [Side(source, rows, workspace_bytes // 16, score_dtype) for source in (student, teacher)]
     transforms = sides[0].transform, sides[1].transform
     size = score_rows(
         student,
@@ -147,8 +76,8 @@ def launch_columns(
     )
     out = torch.empty((len(column_names(columns)), len(rows)), device=rows.device)
     with on_device(rows.device), torch.autocast(rows.device.type, enabled=False), lanes:
-        buffers = [[_buffer(size, vocab, x.tile_dtype, rows.device) for x in sides] for _ in range(lanes.number)]
-        for i, group in enumerate(_groups(len(rows), size)):
+        buffers = [[buffer_of(size, vocab, x.tile_dtype, rows.device) for x in sides] for _ in range(lanes.number)]
+        for i, group in enumerate(groups(len(rows), size)):
             n, tiles = group.stop - group.start, buffers[i % lanes.number]
             with lanes.turn(i):
                 s, u = (side.tile(group, tile[:n]) for side, tile in zip(sides, tiles, strict=True))
@@ -160,15 +89,15 @@ def launch_columns(
 def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int, score_dtype: torch.dtype | None) -> OwnStats:
     """One model's statistics at the rows, from its logits alone."""
     vocab, n = source.transform.vocab_size, len(rows)
-    side = _Side(source, rows, workspace_bytes // 16, score_dtype)
+    side = Side(source, rows, workspace_bytes // 16, score_dtype)
     size = score_rows(source, n=n, top_k=top_k, optional=False, workspace_bytes=workspace_bytes, score_dtype=score_dtype)
     ids = torch.empty((n, top_k), dtype=torch.long, device=rows.device)
     lse, entropy = torch.empty((2, n), device=rows.device)
     out = OwnStats(lse, entropy, ids, torch.empty((n, top_k), device=rows.device))
     options = launch_options(side.transform, side.transform)
     with torch.no_grad(), on_device(rows.device), torch.autocast(rows.device.type, enabled=False):
-        buffer = _buffer(size, vocab, side.tile_dtype, rows.device)
-        for group in _groups(n, size):
+        buffer = buffer_of(size, vocab, side.tile_dtype, rows.device)
+        for group in groups(n, size):
             u = side.tile(group, buffer[: group.stop - group.start])
             # Given as both models: the second load of a line finds it in the cache.
             score = score_fwd(u, u, None, **options)
@@ -177,260 +106,3 @@ def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int,
             for column, values in zip(out, of_group, strict=True):
                 column[group] = values
     return out
-
-
-class _Plan(NamedTuple):
-    """What the loss needs beside tensors."""
-
-    student: Source  # without its tensors, as the teacher
-    teacher: Source | None  # None: lists, the tensors after those of the student
-    divergence: Divergence
-    has_tokens: bool  # which are the last of the tensors
-    workspace_bytes: int
-    differentiable: bool
-
-    def run(
-        self, rows: Tensor, weights: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]
-    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        split = len(self.student.tensors)
-        student, rest = self.student.with_tensors(tensors[:split]), tensors[split:]
-        tokens, rest = (rest[-1], rest[:-1]) if self.has_tokens else (None, rest)
-        teacher = Listed(rest[0], rest[1], is_sampled=False) if self.teacher is None else self.teacher.with_tensors(rest)
-        return launch_loss(student, teacher, rows, weights, self.divergence, tokens, self.workspace_bytes, needs)
-
-
-class _SelectedLoss(torch.autograd.Function):
-    """sum of weights l and the (M,) losses l, with the gradient of the sum computed beside it."""
-
-    @staticmethod
-    def forward(ctx: Any, plan: _Plan, rows: Tensor, weights: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.plan, ctx.gradients = plan, None
-        ctx.save_for_backward(rows, weights, *tensors)
-        ctx.needs = [plan.differentiable and need for need in ctx.needs_input_grad[3 : 3 + len(plan.student.tensors)]]
-        total, losses, ctx.gradients = plan.run(rows, weights, tensors, ctx.needs)
-        ctx.mark_non_differentiable(losses)
-        return total, losses
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dtotal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weights, *tensors = ctx.saved_tensors
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:  # handed out, and perhaps overwritten, by an earlier backward
-            gradients = ctx.plan.run(rows, weights, tensors, ctx.needs)[2]
-        factor = scale_back(dtotal, weights)
-        for gradient in gradients:
-            if gradient is not None:
-                torch.mul(gradient, factor, out=gradient)
-        return (None,) * 3 + tuple(gradients) + (None,) * (len(tensors) - len(gradients))
-
-
-def _scale(weights: Tensor) -> Tensor:
-    """The power of two above the largest magnitude of the weights, 0-dim; 1 where there is none.
-
-    A power of two, so that scaling a gradient back rounds nothing unless the loss is scaled by something else.
-    """
-    largest = torch.cat((weights.abs(), weights.new_zeros(1))).amax()
-    return torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent), 1.0)
-
-
-def scale_back(dtotal: Tensor, weights: Tensor) -> Tensor:
-    """What the gradients of `launch_loss` are multiplied by; one dimension, or it would be rounded to 16 bits first."""
-    return (dtotal * _scale(weights)).view(1)
-
-
-def launch_loss(
-    student: Source,
-    teacher: Source | Listed,
-    rows: Tensor,
-    weights: Tensor,
-    divergence: Divergence,
-    tokens: Tensor | None,
-    workspace_bytes: int,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """sum of weights l, l itself, (M,), and the gradients of that sum, to be scaled by `scale_back`, where needed.
-
-    `teacher`: or its lists of the rows. An infinite divergence that the score pass could not see (16 bits, or the student's row
-    unread) is left out.
-    """
-    teacher = teacher.detach() if isinstance(teacher, Source) else teacher
-    selected = _SelectedRows(student.detach(), teacher, rows, weights, divergence, tokens, workspace_bytes)
-    losses, gradients = selected.run(needs)
-    return weighted_sum(losses, without_infinite(losses, weights)), losses, gradients
-
-
-class _SelectedRows:
-    """The selected rows' fp32 logits, a group at a time, and what follows from them."""
-
-    def __init__(
-        self,
-        student: Source,
-        teacher: Source | Listed,
-        rows: Tensor,
-        weights: Tensor,
-        divergence: Divergence,
-        tokens: Tensor | None,
-        workspace_bytes: int,
-    ) -> None:
-        self.student, self.rows, self.tokens = student, rows, tokens
-        self.sources = (student, teacher) if isinstance(teacher, Source) else (student,)
-        self.listed = None if isinstance(teacher, Source) else teacher
-        self.unit = (weights / _scale(weights)).float().clone()
-        self.workspace_bytes, self.vocab = workspace_bytes, student.transform.vocab_size
-        self.sides = [_Side(source, rows, workspace_bytes // 16) for source in self.sources]
-        transforms = [side.transform for side in self.sides]
-        self.loss = KernelLoss(divergence, transforms[0], transforms[1] if len(transforms) > 1 else None)
-
-    def run(self, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
-        """(M,) losses, and the gradients of their sum, weighted by at most 1, for those student tensors that need one."""
-        with on_device(self.rows.device), torch.autocast(self.rows.device.type, enabled=False):
-            return self._run(needs)
-
-    def _run(self, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
-        m, device, vocab = len(self.rows), self.rows.device, slice(0, self.vocab)
-        grid = SelectedGrid.of(
-            *self.sources, n=m, needs=needs, list_bytes=self.loss.list_bytes, workspace_bytes=self.workspace_bytes
-        )
-        buffers = [_buffer(grid.rows, self.vocab, torch.float32, device)[:, vocab] for _ in self.sides]
-        narrowed = None
-        if is_narrow(self.student, needs):
-            narrowed = _buffer(m if grid.keep else grid.rows, self.vocab, self.student.leading.dtype, device)[:, vocab]
-        out = _Gradients.of(self.student, needs, m)
-        losses = torch.empty(m, device=device)
-        parts = []
-        for group in _groups(m, grid.rows):
-            n = group.stop - group.start
-            tiles = [x.read(group, vocab, b[:n]) for x, b in zip(self.sides, buffers, strict=True)]
-            s, u = tiles[0], tiles[1] if len(tiles) > 1 else None
-            losses[group], found = self.loss.first(s, u, None, tokens=self._tokens(group), listed=self._lists(group))
-            # Left out of the sum (launch_loss), so of its gradient.
-            self.unit[group] = self.unit[group].masked_fill(losses[group] == torch.inf, 0)
-            if grid.second_look:
-                parts.append(found)
-            if any(needs):
-                over = s if self.loss.overwrites_student else tiles[-1]
-                d = over if narrowed is None else narrowed[group] if grid.keep else narrowed[:n]
-                self.loss.gradient(s, u, None, self.unit[group], found, out=d)
-                out.add(self.student, self.rows[group], d)
-                if out.weight is not None and narrowed is None:
-                    out.add_weight(d, self._weighted_hidden(group), first=group.start == 0)
-        if grid.keep and m and narrowed is not None:
-            del buffers, tiles, s, u, over
-            out.add_weight(narrowed, self._weighted_hidden(slice(0, m)), first=True)
-        elif grid.second_look and m:
-            del buffers, narrowed, tiles, s, u, d, over
-            self._second_look(Found.joined(parts), out)
-        return losses, out.in_order(self.student)
-
-    def _tokens(self, group: slice) -> Tensor | None:
-        return None if self.tokens is None else self.tokens[group]
-
-    def _lists(self, group: slice) -> Listed | None:
-        return (
-            None
-            if self.listed is None
-            else self.listed._replace(ids=self.listed.ids[group], logprobs=self.listed.logprobs[group])
-        )
-
-    def _weighted_hidden(self, group: slice) -> Tensor:
-        """The student's hidden rows; 0 where the weight is 0, because their product with a gradient of 0 may be NaN."""
-        return self.sides[0].hidden(group).masked_fill((self.unit[group] == 0).unsqueeze(1), 0)
-
-    def _second_look(self, found: Found, out: _Gradients) -> None:
-        """The weight gradient by blocks of the vocabulary, each rounded once; what the whole row gives is known."""
-        m, device, dtype = len(self.rows), self.rows.device, self.student.leading.dtype
-        size, width = BlockGrid.of(*self.sources, n=m, workspace_bytes=self.workspace_bytes)
-        assert out.weight is not None
-        flat = [torch.empty(size * width, dtype=torch.float32, device=device) for _ in self.sides]
-        narrowed = torch.empty(size * width, dtype=dtype, device=device)
-        for start in range(0, self.vocab, width):
-            block = slice(start, min(start + width, self.vocab))
-            total = None
-            for first in range(0, m, size):
-                group = slice(first, min(first + size, m))
-                places = slice(0, group.stop - first), slice(0, block.stop - start)
-                tiles = [x.view(size, width)[places] for x in flat]
-                for side, tile in zip(self.sides, tiles, strict=True):
-                    side.read(group, block, tile)
-                u, d = tiles[1] if len(tiles) > 1 else None, narrowed.view(size, width)[places]
-                of_block = {"first_id": start, "vocab_size": block.stop - start}
-                self.loss.gradient(tiles[0], u, None, self.unit[group], found.rows(group), out=d, **of_block)
-                product = fp32_product(d.T, self._weighted_hidden(group))
-                total = product if total is None else total.add_(product)
-            assert total is not None
-            out.weight[block] = total.to(dtype)
-
-
-class _Gradients(NamedTuple):
-    """The gradients being made, of the student's shapes and dtypes; None: not needed."""
-
-    leading: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None  # fp32 until it is complete
-    vocab: int
-
-    @staticmethod
-    def of(student: Source, needs: Sequence[bool], m: int) -> _Gradients:
-        vocab, weight, dweight = student.transform.vocab_size, student.weight, None
-        if weight is not None and needs[1]:
-            dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-            dweight[vocab if m else 0 :].zero_()  # entries beyond the common vocabulary, or all if no row writes them
-        dbias = torch.zeros(len(student.bias), device=student.bias.device) if student.bias is not None and needs[2] else None
-        return _Gradients(torch.zeros_like(student.leading) if needs[0] else None, dweight, dbias, vocab)
-
-    def add(self, student: Source, rows: Tensor, dlogits: Tensor) -> None:
-        """What a group of rows gives beside the weight's gradient; no position comes twice."""
-        if self.leading is not None:
-            if student.weight is None:
-                put_rows(self.leading[..., : self.vocab], rows, dlogits)
-            else:
-                put_rows(self.leading, rows, torch.mm(dlogits, student.weight[: self.vocab]))
-        if self.bias is not None:
-            self.bias[: self.vocab] += dlogits.sum(0, dtype=torch.float32)
-
-    def add_weight(self, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
-        assert self.weight is not None
-        out = self.weight[: self.vocab]
-        torch.addmm(out, dlogits.T, hidden, beta=0.0 if first else 1.0, out=out)
-
-    def in_order(self, student: Source) -> list[Tensor | None]:
-        """One entry per student tensor."""
-        if student.weight is None:
-            return [self.leading]
-        if student.bias is None:
-            return [self.leading, self.weight]
-        return [self.leading, self.weight, None if self.bias is None else self.bias.to(student.bias.dtype)]
-
-
-def selected_loss(
-    student: Source,
-    teacher: Source | Listed,
-    rows: Tensor,
-    weights: Tensor,
-    divergence: Divergence,
-    tokens: Tensor | None,
-    workspace_bytes: int,
-) -> tuple[Tensor, Tensor]:
-    """sum of weights l over the selected positions, connected to the student's tensors, and l, (M,)."""
-    differentiable = torch.is_grad_enabled()  # within forward it never is
-    if torch.compiler.is_compiling():
-        from opd_ops.backends.triton_ops import head_arguments, head_loss
-
-        assert isinstance(teacher, Source)
-        assert divergence.whole is not None
-        needs = [differentiable and tensor.requires_grad for tensor in student.tensors]
-        arguments, kind = head_arguments(student, teacher.detach()), divergence.whole.name
-        total, losses, *_ = head_loss(*arguments, rows, weights, kind, workspace_bytes, needs)
-        return total, losses.detach()
-    beside: tuple[Tensor, ...]
-    if isinstance(teacher, Source):
-        beside, template = teacher.detach().tensors, teacher.emptied()
-    else:
-        of_rows = teacher.take(rows)
-        beside, template = (of_rows.ids, of_rows.logprobs), None
-    has_tokens = tokens is not None and template is not None
-    plan = _Plan(student.emptied(), template, divergence, has_tokens, workspace_bytes, differentiable)
-    tensors = (*student.tensors, *beside, *((tokens,) if has_tokens else ()))
-    total, losses = _SelectedLoss.apply(plan, rows, weights, *tensors)
-    return total, losses

@@ -6,7 +6,7 @@
 #   opd_ops::head_columns, opd_ops::head_loss    the same where a model is a head; head_loss makes the gradients itself
 #
 # Eager calls go to the launches themselves: an operator's boundary costs some 60 microseconds a call.
-# Not here: the launches (triton.py, triton_heads.py), what is compiled around them (loss.py).
+# Not here: the launches (triton.py, triton_heads*.py), what is compiled around them (loss.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_ops.backends import triton, triton_heads
+from opd_ops.backends import triton, triton_heads, triton_heads_loss
 from opd_ops.backends.launches import column_names, parse_columns
 from opd_ops.backends.table import Layout
 from opd_ops.divergences import DIVERGENCES
@@ -150,7 +150,7 @@ def head_loss(
     """The weighted sum, the losses, and the gradients of hidden states, weight and bias, without entries if not needed."""
     student, teacher = _sources((s_leading, s_weight, s_bias, t_leading, t_weight, t_bias), settings)
     divergence = DIVERGENCES[kind]
-    total, losses, gradients = triton_heads.launch_loss(
+    total, losses, gradients = triton_heads_loss.launch_loss(
         student, teacher, rows, weights, divergence, None, workspace_bytes, needs
     )
     made = [s_leading.new_empty(0) if gradient is None else gradient for gradient in (*gradients, None, None)[:3]]
@@ -175,7 +175,7 @@ def _setup_head_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 def _head_backward(ctx: Any, dtotal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     weights, *gradients = ctx.saved_tensors
-    factor = triton_heads.scale_back(dtotal, weights)
+    factor = triton_heads_loss.scale_back(dtotal, weights)
     pairs = zip(gradients, ctx.needs, strict=False)
     return (*((gradient * factor).to(gradient.dtype) if need else None for gradient, need in pairs), *(None,) * 9)
 
