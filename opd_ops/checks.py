@@ -139,9 +139,25 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
+def reads_tokens(divergence: Divergence) -> bool:
+    """Whether it is on the token that the student sampled."""
+    return divergence.support is not None and divergence.support.of_tokens
+
+
 def check_tokens(divergence: Divergence, teacher: Source | Listed, tokens: Tensor | None) -> None:
     """A divergence on the sampled token needs to know it."""
-    if divergence.support is None or not divergence.support.of_tokens or isinstance(teacher, Listed):
+    if not reads_tokens(divergence):
+        return
+    if tokens is not None and tokens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"tokens: got labels of dtype {tokens.dtype}, expected int32 or int64")
+    if isinstance(teacher, Listed):
+        if tokens is not None and tokens.device.type == "cpu":  # elsewhere looking would wait for the device
+            differ = (teacher.ids[:, 0] != tokens.flatten()) & teacher.valid
+            if bool(differ.any()):
+                raise ValueError(
+                    f"tokens: differ from the ids of SampledLogprobs at {int(differ.sum())} positions, the first "
+                    f"{int(differ.nonzero()[0])} of the flattened ones; row i is of the token that it predicts"
+                )
         return
     if tokens is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-# Entropy and KL of whole rows of log-probabilities, in the shortest torch that is right at p = 0, forward and backward.
+# Entropy, KL and log-sum-exp of whole rows, in the shortest torch that is right at p = 0, forward and backward.
 #
 #   H(p) = -sum p log p;  KL(a || b) = sum a (log a - log b);  0 log 0 = 0                                        [nats]
 #
@@ -23,4 +23,11 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     # where() before the product: a zero weight times an infinite difference would be NaN, forward and backward.
     difference = torch.where(absent, 0, log_a) - torch.where(absent, 0, log_b)
     # a > 0 by definition wherever the difference is infinite, even if exp underflows.
-    return torch.where(difference == math.inf, math.inf, log_a.exp() * difference).sum(-1)
+    infinite = difference == math.inf
+    return torch.where(infinite, math.inf, log_a.exp() * torch.where(infinite, 0, difference)).sum(-1)
+
+
+def logsumexp(x: Tensor) -> Tensor:
+    """log sum e^x over the last dimension, kept as one of size 1; -inf, with a gradient of 0, where all are -inf."""
+    nothing = (x == -math.inf).all(-1, keepdim=True)
+    return torch.logsumexp(torch.where(nothing, 0, x), -1, keepdim=True).masked_fill(nothing, -math.inf)

@@ -4,7 +4,7 @@
 #   logits = scale * (hidden @ weight.T + bias)
 #   (soft-cap as Gemma 2 uses it, scale as Cohere and Granite use it).
 #
-# Not here: reading rows of either kind (sources.py), checking a call's arguments against each other (checks.py).
+# Not here: reading rows of either kind (sources.py), checking both sides of a call against each other (sides.py).
 from __future__ import annotations
 
 import math

@@ -107,8 +107,9 @@ def selective_opd_loss(
             the recomputation must draw the same, and only torch's own generators are rewound for it.
         backend: "triton" (a GPU), "torch" (streamed, any device), "eager" (the readable oracle, full
             tensors); "auto": "triton" where it can run, else "torch".
-        workspace_bytes: The most scratch memory the call may hold beyond inputs, outputs and required gradients, O(N) numbers
-            and, with `score_dtype="float8"`, the 8-bit copies of heads that do not bring their own.
+        workspace_bytes: The most scratch memory the call may hold beyond inputs, outputs and required gradients, O(N) numbers,
+            O(K) more for each position trained on by a divergence on a list of K ids, and, with `score_dtype="float8"`, the
+            8-bit copies of heads that do not bring their own.
         score_dtype: Precision of a head's logits while they rank positions, on "triton": None: the head's own; "float32";
             "float8" (Hopper or newer): 8 bits rank all positions, and the best 2 n are ranked again by fp32 logits. What is
             trained on comes from fp32 logits with each of them.
@@ -119,7 +120,7 @@ def selective_opd_loss(
             size. Refused for a leaf, a view, logits without a gradient or shared with the teacher; a second backward raises.
         check_finite: Raise where a valid position has no finite softmax, instead of the rules below.
     Returns: `SelectiveOPDOutput`: `loss`, fp32 scalar; `selected`, `scores`, `stats` of the mask's shape; `metrics`.
-        fp64 inputs give fp64 results.
+        fp64 inputs on both sides give fp64 results.
     Raises:
         ValueError: shapes, devices or numbers that do not fit ("fraction: got 1.5, expected a number in (0, 1]").
         TypeError: logits that are not floating point, or something that is no tensor.
@@ -188,7 +189,7 @@ def selective_opd_loss(
     factors = (1 / total).to(scores.dtype).expand(len(rows))
     factors = factors if kept is None else torch.where(kept, factors, 0)
     of_rows = None if weights is None else weights.detach().flatten()[rows].to(factors.dtype)
-    of_tokens = call.sampled(rows) if call.divergence.support is not None and call.divergence.support.of_tokens else None
+    of_tokens = call.sampled(rows) if checks.reads_tokens(call.divergence) else None
     weighted, losses = call.backend.selected_loss(
         *call.sides,
         rows,

@@ -36,8 +36,12 @@ def positions(
     cu_seqlens: Tensor | None = None,
     tokens: Tensor | None = None,
     special_ids: Sequence[int] = (),
+    among: int | None = None,
 ) -> Positions:
-    """Checks each argument against the positions' shape; `shift_labels` win over `labels`, `tokens` over both."""
+    """Checks each argument against the positions' shape; `shift_labels` win over `labels`, `tokens` over both.
+
+    `among`: the vocabulary that the tokens must be of where a position is to be valid; None: they need not.
+    """
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: got {ignore_index!r}, expected an integer")
     sequences = sequence_ids(shape, cu_seqlens, device).view(shape)
@@ -54,10 +58,12 @@ def positions(
         if tokens.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"tokens: got dtype {tokens.dtype}, expected int32 or int64")
     tokens = targets if tokens is None else tokens
+    if among is not None and tokens is not None:  # a token that is none cannot be trained on
+        found.append((tokens >= 0) & (tokens < among))
     valid = None if not found else torch.stack(found).all(0)
     if len(special_ids):
         if tokens is None:
-            raise ValueError("special_ids: need the tokens to look among; pass tokens=, or shift_labels=")
+            raise ValueError("special_ids: got ids, but no tokens to look among; pass tokens=, or labels to the loss")
         valid = _without_first(valid, tokens, special_ids, sequences)
     return Positions(valid, sequences, tokens)
 

@@ -49,7 +49,7 @@ def loss_metrics(
     return metrics | {
         "n_valid": n_valid,
         "n_selected": n_selected,
-        "n_infinite": infinite.sum(),  # valid, but the divergence there is +inf: never selected
+        "n_infinite": infinite.sum(),  # the divergence is +inf: known of all valid ones, or found where selected
         "n_teacher_nonfinite": n_given - n_valid,
         "score_threshold": torch.cat((lowest, lowest.new_full((1,), torch.inf))).amin(),  # +inf: nothing selected
     }

@@ -4,7 +4,7 @@
 #   With these, scoring needs the teacher's head alone (arXiv 2605.26844 eqs. 9 to 16 ask no more of the student, but for its
 #   logits on the teacher's top-K, which are K dot products a position).
 #
-# Not here: how scores are made from them (backends/known_student.py), which selectors they allow (selectors.py).
+# Not here: how scores are made from them (backends/two_lists.py), which selectors they allow (selectors.py).
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -65,9 +65,9 @@ class Scoring:
             return self.teacher.ids[rows, 0]
         assert self.positions.tokens is not None
         tokens, merged = self.positions.tokens.flatten()[rows].long(), self.student.transform.merged
-        if not merged:
-            return tokens
-        return torch.where((tokens.unsqueeze(1) == tokens.new_tensor(merged)).any(1), merged[0], tokens)
+        for x in merged[1:]:
+            tokens = tokens.masked_fill(tokens == x, merged[0])
+        return tokens
 
     def log_ratio(self, rows: Tensor, tokens: Tensor, stats: TokenStats) -> Tensor:
         """(M,) log p(y) - log q(y) of the tokens y."""
@@ -232,8 +232,9 @@ def prepare(
         shift_labels=shift_labels,
         ignore_index=ignore_index,
         cu_seqlens=cu_seqlens,
-        tokens=tokens,
+        tokens=teacher.ids if tokens is None and isinstance(teacher, SampledLogprobs) else tokens,
         special_ids=checks.check_ids("special_ids", special_ids),
+        among=sources[0].transform.vocab_size if checks.reads_tokens(found_divergence) else None,
     )
     checks.check_generator(generator)
     found_dtype = None if score_dtype is None else SCORE_DTYPES[score_dtype]
@@ -297,8 +298,8 @@ def score_positions(
 
     Arguments are those of `selective_opd_loss`. `divergence` is the loss that will be applied, None: "reverse_kl", or any that
     a sparse teacher allows. A position where it is known to be infinite scores -inf, so that it is never selected; `stats` keep
-    the true value. With `score_dtype="float8"` all scores are
-    those of the first ranking, in 8 bits; `selective_opd_loss` scores its shortlist again.
+    the true value. With `score_dtype="float8"` all scores are those of the first ranking, in 8 bits; `selective_opd_loss`
+    scores its shortlist again.
 
     Returns: `scores` (...) fp32, -inf where not valid; `stats`, `TokenStats` of the same shape.
     """

@@ -95,6 +95,8 @@ def _check_sparse(
             f"temperature: got {temperature:g}, but {name} holds log-probabilities at {teacher.temperature:g}; ask the server "
             f"for those at {temperature:g} and pass {name}(..., temperature={temperature:g})"
         )
+    if len(eos_ids) and isinstance(teacher, SampledLogprobs):
+        raise ValueError("eos_ids: SampledLogprobs knows one of the ids alone, not their sum; pass no eos_ids, or TopKLogprobs")
     vocab = _check_vocabulary(vocabulary(student), vocabulary(student), vocab_size)
     source = Source.of(student, vocab, temperature, _check_eos_ids(eos_ids, vocab))
     return source, Listed.of(teacher, vocab, compute_dtype(source), source.transform.merged)
@@ -113,11 +115,9 @@ def _check_beside(name: str, side: Tensor | LinearHead, student: Tensor | Linear
 
 def _check_eos_ids(ids: object, vocab_size: int) -> tuple[int, ...]:
     found = checks.check_ids("eos_ids", ids)
-    if len(found) == 1 or len(set(found)) != len(found) or any(x >= vocab_size for x in found):
-        raise ValueError(
-            f"eos_ids: got {list(found)}, expected two or more different ids below the vocabulary size, {vocab_size}"
-        )
-    return found
+    if len(set(found)) != len(found) or any(x >= vocab_size for x in found):
+        raise ValueError(f"eos_ids: got {list(found)}, expected different ids below the vocabulary size, {vocab_size}")
+    return found if len(found) > 1 else ()
 
 
 def _check_side(name: str, side: object) -> Tensor | LinearHead:

@@ -5,7 +5,7 @@
 #   mixed with a reference model:  lam * logits + (1 - lam) * its logits     (arXiv 2602.12125), a teacher's -inf stays -inf
 #   merged ids e0, e1, ...: logit e0 becomes log sum e^logits of all of them, the others -inf: one action
 #
-# Not here: what is computed from the logits (backends/), the checks on the arguments (checks.py).
+# Not here: what is computed from the logits (backends/), the checks of both sides (sides.py).
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -41,7 +41,8 @@ class TopKLogprobs:
     """The teacher's log-probabilities of its most likely tokens, at the positions of the student.
 
     Rows need no order. An entry is missing where its id is negative or beyond the vocabulary, or its log-probability -inf. An
-    id that comes twice counts once, so that K + 1 columns, the sampled token's and the top K, may be passed as they come.
+    id that comes twice counts once, as the likelier, so that K + 1 columns, the sampled token's and the top K, may be passed as
+    they come. Of ids that are merged (`eos_ids`) those that are not listed count among the rest.
 
     Args:
         ids: (..., K) int64 or int32.
@@ -103,8 +104,8 @@ class Listed(NamedTuple):
     def of(teacher: SparseTeacher, vocab_size: int, dtype: torch.dtype, merged: tuple[int, ...] = ()) -> Listed:
         """In order, each id once, `merged` ids as their first."""
         is_sampled = isinstance(teacher, SampledLogprobs)
-        n = teacher.positions.numel()
-        ids, logprobs = teacher.ids.detach().reshape(n, -1).long(), teacher.logprobs.detach().reshape(n, -1).to(dtype)
+        shape = teacher.positions.numel(), 1 if is_sampled else teacher.ids.shape[-1]
+        ids, logprobs = teacher.ids.detach().reshape(shape).long(), teacher.logprobs.detach().reshape(shape).to(dtype)
         missing = (ids < 0) | (ids >= vocab_size) | (logprobs == -torch.inf)
         ids, logprobs = _by_id(ids.masked_fill(missing, LAST_ID), logprobs.masked_fill(missing, -torch.inf))
         again = torch.nn.functional.pad(ids[:, 1:] == ids[:, :-1], (1, 0))
@@ -140,6 +141,9 @@ def tail(log_q: Tensor) -> Tensor:
 
 
 def _by_id(ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """In the order (id ascending, log-probability descending)."""
+    best = torch.sort(logprobs, dim=1, descending=True, stable=True).indices
+    ids, logprobs = ids.gather(1, best), logprobs.gather(1, best)
     order = torch.sort(ids, dim=1, stable=True).indices
     return ids.gather(1, order), logprobs.gather(1, order)
 

@@ -58,8 +58,9 @@ def test_flops_are_those_counted(options):
 def test_a_call_saves_and_holds_no_more_than_estimated(options, prompt_launches):
     run, inputs = call(**options)
     found = estimated(**options)
-    with LiveBytes() as meter, saved_bytes(inputs) as saved:
-        loss = run()
+    with LiveBytes() as meter:
+        with saved_bytes(inputs) as saved:
+            loss = run()
         held = meter.live
         loss.backward()
     assert found.saved_bytes - SAVED_SCALAR_BYTES < saved["bytes"] <= found.saved_bytes

@@ -236,11 +236,76 @@ def test_bf16_gradient_is_no_worse_than_eager(case, backend):
     assert_gradient(x.grad, gradient, 2 * rounded.item())
 
 
-def test_jsd_at_its_ends_is_a_kl():
+@every_backend
+def test_jsd_at_its_ends_is_a_kl(backend):
     s, u = logit_pair(4, 61)
-    for beta, name in ((0, "forward_kl"), (1.0, "reverse_kl")):
-        got, want = (run(d, s, u, "torch").loss for d in (JSD(beta), name))
-        assert torch.equal(got, want)
+    for beta, kl in ((0, ForwardKL()), (1.0, ReverseKL())):
+        ends = [
+            (JSD(beta), kl),
+            (EntropyAware(divergence=JSD(beta)), EntropyAware(divergence=kl)),
+            (Extrapolated(1.25, s + 1, divergence=JSD(beta)), Extrapolated(1.25, s + 1, divergence=kl)),
+        ]
+        for jsd, want in ends:
+            assert torch.equal(run(jsd, s, u, backend).loss, run(want, s, u, backend).loss)
+
+
+@every_backend
+@pytest.mark.parametrize("case", ["reverse_kl", "jsd", "tail_aware", "local_support"])
+def test_models_that_differ_by_a_constant_have_nothing_to_learn(case, backend):
+    s, _ = logit_pair(4, 61, scale=1.0)
+    x = leaf(s)
+    out = run(CASES[case][0], x, s + 3.7, backend)  # in fp32 the shift rounds
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(0, abs=1e-6)
+    assert x.grad.norm() < 1e-5
+
+
+@every_backend
+@pytest.mark.parametrize("case", ["tail_aware", "sampled", "forward_kl_topk", "entropy_aware", "local_support"])
+def test_gradients_stay_finite_where_a_model_is_its_list_alone(case, backend):
+    s, u = logit_pair(4, 61, scale=2.0, noise=0.5)
+    s[0, 1:] = -INF  # one possible token
+    u[1, 3:] = -INF  # the teacher has no tail
+    tokens = torch.zeros(4, dtype=torch.long)
+    student, teacher = LinearHead(leaf(s), leaf(torch.eye(61))), u  # a weight gradient mixes rows
+    s_head = LinearHead(leaf(torch.nan_to_num(s, neginf=-1e4)), student.weight)
+    for side in (leaf(s), s_head):
+        out = run(CASES[case][0], side, teacher, backend, tokens)
+        out.loss.backward()
+        found = [side.grad] if isinstance(side, torch.Tensor) else [side.hidden.grad, side.weight.grad]
+        assert out.loss.isfinite()
+        assert all(gradient.isfinite().all() for gradient in found)
+
+
+@every_backend
+@every_divergence
+def test_losses_are_known_in_inference_mode(case, backend):
+    s, u = logit_pair(3, 61)
+    tokens = draw_tokens(s)
+    divergence = LocalSupport(top_k=9) if case == "local_support" else CASES[case][0]
+    want = run(divergence, s, u, backend, tokens).loss
+    with torch.inference_mode():
+        assert torch.equal(run(divergence, s.clone(), u, backend, tokens).loss, want)
+
+
+@every_backend
+def test_tokens_outside_the_vocabulary_are_not_valid(backend):
+    s, u = logit_pair(4, 61)
+    x = leaf(s)
+    out = run("sampled", x, u, backend, torch.tensor([3, -100, 61, 5]))
+    out.loss.backward()
+    assert out.selected.tolist() == [True, False, False, True]
+    assert out.metrics["n_valid"] == 2
+    assert out.metrics["kl_sampled"].isfinite()
+    assert not x.grad[[1, 2]].any()
+
+
+def test_sampled_rejects_tokens_that_are_none():
+    s, u = logit_pair(2, 61)
+    with pytest.raises(TypeError, match=r"tokens: got labels of dtype torch.float32, expected int32 or int64"):
+        selective_opd_loss(s, u, divergence="sampled", shift_labels=torch.ones(2))
+    with pytest.raises(TypeError, match=r"divergence: got JSD, expected an instance, like JSD\(beta=0.3\), or one of"):
+        run(JSD, s, u, "torch")
 
 
 @every_backend

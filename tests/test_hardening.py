@@ -121,7 +121,7 @@ def calls(
         "fraction": draw(st.sampled_from([0.2, 0.5, 1.0])),
         "top_k": draw(st.integers(1, K)),
         "temperature": draw(st.sampled_from([1.0, 0.5])) if teacher in ("dense", "head") else 1.0,
-        "eos_ids": draw(st.sampled_from([(), (0, 3)])),
+        "eos_ids": draw(st.sampled_from([(), (0, 3)])) if teacher != "sampled" else (),
         "special_ids": draw(st.sampled_from([(), (1, 2)])),
         "workspace_bytes": draw(st.sampled_from([1, 20_000, 2**20])),
     }

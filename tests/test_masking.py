@@ -8,10 +8,11 @@ import math
 import pytest
 import torch
 
-from opd_ops import LinearHead, StudentStats, TopKLogprobs, score_positions, selective_opd_loss
+from opd_ops import LinearHead, SampledLogprobs, StudentStats, TopKLogprobs, score_positions, selective_opd_loss
 from opd_ops.divergences import DIVERGENCES
 from opd_ops.masking import positions
 from tests.cases import generator, gradients, head_pair, leaf, leaf_head, logit_pair
+from tests.meters import LiveBytes
 from tests.tolerances import assert_gradient, assert_stats, assert_within
 
 CPU = torch.device("cpu")
@@ -94,7 +95,7 @@ def test_special_ids_are_a_mask(backend):
 
 def test_special_ids_reject():
     student, teacher, _ = batch()
-    with pytest.raises(ValueError, match="special_ids: need the tokens to look among; pass tokens=, or shift_labels="):
+    with pytest.raises(ValueError, match="special_ids: got ids, but no tokens to look among; pass tokens="):
         selective_opd_loss(student, teacher, special_ids=(3,))
     with pytest.raises(TypeError, match="special_ids: got '<', expected an integer"):
         selective_opd_loss(student, teacher, special_ids=["<"], tokens=torch.zeros(3, 8, dtype=torch.long))
@@ -165,24 +166,55 @@ def test_eos_ids_of_a_listed_teacher():
     assert_within(out.loss, eager.loss, absolute=1e-6, relative=1e-5, name="loss")
 
 
-def test_eos_ids_survive_masked_entries():
+def test_one_end_of_turn_has_nothing_to_merge_with():
+    student, teacher, _ = batch()
+    one, none = (selective_opd_loss(student, teacher, eos_ids=ids, fraction=0.5).loss for ids in ((5,), ()))
+    assert torch.equal(one, none)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "tail_aware", "local_support"])
+def test_eos_ids_keep_to_the_workspace(divergence):
+    n, vocab, workspace_bytes = 128, 8192, 2**20
+    student, teacher = (leaf(x) for x in logit_pair(n, vocab))
+    with LiveBytes() as meter:
+        out = selective_opd_loss(
+            student, teacher, divergence=divergence, eos_ids=(5, 7000), fraction=1.0, workspace_bytes=workspace_bytes
+        )
+        out.loss.backward()
+    assert meter.peak - 4 * student.numel() <= workspace_bytes + 8 * (60 + 40 * 32) * n
+
+
+@pytest.mark.parametrize("backend", ["torch", "eager"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "tail_aware"])
+def test_eos_ids_that_are_all_masked_give_finite_gradients(divergence, backend):
     student, teacher, _ = batch()
     for x in (student, teacher):
         x[..., list(EOS)] = -math.inf
     x = leaf(student)
-    out = selective_opd_loss(x, teacher, eos_ids=EOS, fraction=0.5)
-    out.loss.backward()
-    want = selective_opd_loss(student, teacher, fraction=0.5)
-    assert torch.equal(out.loss, want.loss)
+    selective_opd_loss(x, teacher, divergence=divergence, eos_ids=EOS, fraction=1.0, backend=backend).loss.backward()
     assert x.grad.isfinite().all()
+    assert x.grad.any()
+
+
+def test_special_ids_are_looked_for_among_the_tokens_of_a_sampled_teacher():
+    student, _, mask = batch()
+    tokens = torch.randint(0, 4, (3, 8), generator=generator(3))
+    teacher = SampledLogprobs(tokens, -torch.ones(3, 8))
+    options = {"divergence": "sampled", "selector": "all", "fraction": 1.0, "mask": mask, "special_ids": (2,)}
+    got, want = (selective_opd_loss(student, teacher, tokens=given, **options) for given in (None, tokens))
+    assert torch.equal(got.loss, want.loss)
+    assert got.metrics["n_valid"] < mask.sum()
 
 
 def test_eos_ids_reject():
     student, teacher, _ = batch()
-    for ids in ((5,), (5, 5), (5, 101)):
-        with pytest.raises(ValueError, match=r"eos_ids: got .*, expected two or more different ids below the vocabulary size"):
+    for ids in ((5, 5), (5, 101)):
+        with pytest.raises(ValueError, match=r"eos_ids: got .*, expected different ids below the vocabulary size"):
             selective_opd_loss(student, teacher, eos_ids=ids)
+    one = SampledLogprobs(torch.zeros(3, 8, dtype=torch.long), -torch.ones(3, 8))
+    with pytest.raises(ValueError, match="eos_ids: SampledLogprobs knows one of the ids alone"):
+        selective_opd_loss(student, one, eos_ids=EOS, divergence="sampled", selector="all")
     with pytest.raises(ValueError, match="eos_ids: student_stats are of the ids apart; pass no student_stats"):
         selective_opd_loss(student, teacher, eos_ids=EOS, student_stats=StudentStats.of_logits(student))
-    with pytest.raises(ValueError, match="backend: got 'triton', but student is mixed with a reference or has merged ids"):
+    with pytest.raises(ValueError, match=r"backend: got 'triton', but student has merged ids"):
         selective_opd_loss(student, teacher, eos_ids=EOS, backend="triton")

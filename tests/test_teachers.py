@@ -215,6 +215,35 @@ def test_listed_is_in_order_with_each_id_once():
     assert found.logprobs.tolist() == [[-1.0, -2.0, -2.0, -INF, -INF, -INF, -INF]]
 
 
+def test_listed_keeps_the_likelier_of_equal_ids_in_any_order():
+    ids, logprobs = torch.tensor([[5, 5, 2], [5, 2, 5]]), torch.tensor([[-2.0, -1.0, -3.0], [-1.0, -3.0, -2.0]])
+    found = Listed.of(TopKLogprobs(ids, logprobs), 100, torch.float32)
+    assert found.ids.tolist() == [[5, 2, LAST_ID]] * 2
+    assert found.logprobs[:, 0].tolist() == [-1.0, -1.0]
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0)])
+@every_backend
+def test_no_position_gives_a_connected_zero(backend, shape):
+    s = leaf(torch.randn(*shape, 60))
+    listed = TopKLogprobs(torch.zeros(*shape, 5, dtype=torch.long), torch.zeros(*shape, 5))
+    token = SampledLogprobs(torch.zeros(shape, dtype=torch.long), torch.zeros(shape))
+    for teacher, divergence in ((listed, "tail_aware"), (listed, "local_support"), (token, "sampled")):
+        selector = "all" if teacher is token else "teachability"
+        loss = selective_opd_loss(s, teacher, divergence=LocalSupport(top_k=5) if divergence == "local_support" else divergence,
+                                  selector=selector, backend=backend).loss  # fmt: skip
+        assert loss == 0
+        loss.backward()
+        assert s.grad.shape == s.shape
+
+
+def test_tokens_must_be_those_of_a_sampled_teacher():
+    s, _ = logit_pair(3, 60)
+    teacher = SampledLogprobs(torch.tensor([1, 2, 3]), -torch.ones(3))
+    with pytest.raises(ValueError, match="tokens: differ from the ids of SampledLogprobs at 1 positions, the first 2 of the"):
+        selective_opd_loss(s, teacher, divergence="sampled", selector="all", tokens=torch.tensor([1, 2, 4]))
+
+
 def test_listed_merges_equivalent_ids_into_the_first():
     ids, logprobs = torch.tensor([[4, 9, 2, 4]]), torch.tensor([[0.25, 0.125, 0.5, 0.25]]).log()
     found = Listed.of(TopKLogprobs(ids, logprobs), 100, torch.float32, merged=(9, 4))

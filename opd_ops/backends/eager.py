@@ -41,7 +41,7 @@ def logits(source: Source, rows: Tensor, dtype: torch.dtype) -> Tensor:
         x = torch.where(x == -math.inf, -math.inf, transform.lam * x + (1 - transform.lam) * reference)
     if transform.merged:
         ids = torch.tensor(transform.merged, device=x.device)
-        one = torch.logsumexp(x[:, ids], 1, keepdim=True)
+        one = equations.logsumexp(x[:, ids])
         x = x.index_fill(1, ids, -math.inf).index_copy(1, ids[:1], one)
     return x
 
@@ -199,4 +199,4 @@ def _off(x: Tensor, ids: Tensor) -> Tensor:
     """(n,) log-sum-exp of (n, V) off the ids."""
     listed = torch.zeros(len(x), x.shape[1] + 1, dtype=torch.bool, device=x.device)
     listed = listed.scatter(1, ids.masked_fill((ids < 0) | (ids > x.shape[1]), x.shape[1]), True)[:, :-1]
-    return torch.logsumexp(x.masked_fill(listed, -math.inf), 1)
+    return equations.logsumexp(x.masked_fill(listed, -math.inf)).squeeze(1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opd_ops.sources import Source, finish_logits, mix_logits, take_rows
+from opd_ops.sources import Source, coordinates, finish_logits, mix_logits, take_rows
 
 
 def logits_at(source: Source, rows: Tensor, ids: Tensor, dtype: torch.dtype, workspace_bytes: int) -> Tensor:
@@ -21,23 +21,24 @@ def logits_at(source: Source, rows: Tensor, ids: Tensor, dtype: torch.dtype, wor
         part = slice(start, start + size)
         found[part] = _gathered(source, rows[part], inside[part], dtype)
         if source.transform.merged:
-            merged, each = ids.new_tensor(source.transform.merged), merged_logits(source, rows[part], dtype)
-            found[part].masked_fill_((ids[part].unsqueeze(2) == merged).any(2), -torch.inf)
-            found[part] = torch.where(ids[part] == merged[0], each[0], found[part])
+            one = merged_logits(source, rows[part], dtype)[0]
+            for i, merged in enumerate(source.transform.merged):  # no tensor of them: that would be a copy from the host
+                found[part] = torch.where(ids[part] == merged, -torch.inf if i else one, found[part])
     return found.masked_fill_(missing, -torch.inf)
 
 
 def merged_logits(source: Source, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(n, 1) logit of the merged ids, and (n, E) those they are merged from."""
-    each = _columns(source, rows, list(source.transform.merged), dtype)
+    each = torch.cat([_column(source, rows, merged, dtype) for merged in source.transform.merged], 1)
     return torch.logsumexp(each, 1, keepdim=True), each
 
 
 def _gathered(source: Source, rows: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    taken = take_rows(source.leading, rows)
     if source.weight is None:
-        x = taken.gather(1, ids).to(dtype)
+        places = (x.unsqueeze(1) for x in coordinates(rows, source.leading.shape[:-1]))
+        x = source.leading[(*places, ids)].to(dtype, copy=True)
     else:
+        taken = take_rows(source.leading, rows)
         with torch.autocast(taken.device.type, enabled=False):  # which would round these logits to 16 bits
             x = torch.bmm(source.weight[ids].to(dtype), taken.to(dtype).unsqueeze(2)).squeeze(2)
         if source.bias is not None:
@@ -48,24 +49,23 @@ def _gathered(source: Source, rows: Tensor, ids: Tensor, dtype: torch.dtype) -> 
     return mix_logits(x, _gathered(source.reference, rows, ids, dtype), source.transform.lam)
 
 
-def _columns(source: Source, rows: Tensor, ids: list[int], dtype: torch.dtype) -> Tensor:
-    """(n, E) at the same ids in every row, before merging."""
-    taken = take_rows(source.leading, rows)
+def _column(source: Source, rows: Tensor, i: int, dtype: torch.dtype) -> Tensor:
+    """(n, 1) at the same id in every row, before merging."""
     if source.weight is None:
-        x = taken[:, ids].to(dtype)
+        x = take_rows(source.leading[..., i : i + 1], rows).to(dtype, copy=True)
     else:
+        taken = take_rows(source.leading, rows)
         with torch.autocast(taken.device.type, enabled=False):
-            x = taken.to(dtype) @ source.weight[ids].to(dtype).T
+            x = taken.to(dtype) @ source.weight[i : i + 1].to(dtype).T
         if source.bias is not None:
-            x = x + source.bias[ids]
+            x = x + source.bias[i : i + 1]
     x = finish_logits(x, source.transform)
     if source.reference is None:
         return x
-    return mix_logits(x, _columns(source.reference, rows, ids, dtype), source.transform.lam)
+    return mix_logits(x, _column(source.reference, rows, i, dtype), source.transform.lam)
 
 
 def gathered_bytes(source: Source, k: int) -> int:
-    """Scratch of `logits_at` per row: the row, and the weight's rows as they are and in the compute dtype."""
-    width = source.leading.shape[-1]
-    own = width * (8 + (12 * k if source.transform.is_head else 0))
+    """Scratch of `logits_at` per row: the hidden row, and the weight's rows as they are and in the compute dtype."""
+    own = source.leading.shape[-1] * (8 + 12 * k) if source.transform.is_head else 8 * k
     return own if source.reference is None else own + gathered_bytes(source.reference, k)

@@ -22,18 +22,16 @@ def listed_gradients(
     """Gradients of the student's tensors, each if needed, in their dtypes.
 
     Args:
-        ids, values: (M, K) columns of the raw logits and the gradient there; ids beyond the vocabulary are missing, others
-            come once a row.
+        ids, values: (M, K) columns of the raw logits and the gradient there; ids outside the vocabulary are missing.
     """
-    missing = ids >= student.transform.vocab_size
-    values = values.masked_fill(missing, 0)
+    missing = (ids < 0) | (ids >= student.transform.vocab_size)
+    ids, values = ids.masked_fill(missing, 0), values.masked_fill(missing, 0)  # which adds 0 to column 0
     if student.weight is None:
         dense = torch.zeros_like(student.leading)
         of_rows = (x.unsqueeze(1) for x in coordinates(rows, student.leading.shape[:-1]))
-        # Missing ids add 0 to column 0.
-        return [dense.index_put_((*of_rows, ids.masked_fill(missing, 0)), values.to(dense.dtype), accumulate=True)]
+        return [dense.index_put_((*of_rows, ids), values.to(dense.dtype), accumulate=True)]
     dtype, width = compute_dtype(student), student.leading.shape[-1]
-    used = torch.unique(ids[~missing])
+    used = torch.unique(ids)
     dleading = torch.zeros_like(student.leading) if needs[0] else None
     dweight = torch.zeros_like(student.weight) if needs[1] else None
     dbias = None if student.bias is None else torch.zeros_like(student.bias)

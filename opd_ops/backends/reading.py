@@ -45,7 +45,10 @@ class Rows:
             beside = self.reference.read(group, columns, torch.empty_like(out[: n * width]), by_column=by_column)
             mix_logits(block, beside, self.source.transform.lam)
         for i, place in self.merged_in(columns):
-            block[:, place] = -torch.inf if i else self.merged(group)[0].squeeze(1)
+            if i:
+                block[:, place].fill_(-torch.inf)
+            else:
+                block[:, place].copy_(self.merged(group)[0].squeeze(1))
         return block
 
     def _fill(self, group: slice, columns: slice, block: Tensor) -> None:

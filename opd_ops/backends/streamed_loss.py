@@ -1,7 +1,7 @@
 # The loss of the streamed backend: the selected rows once more, block by block of the vocabulary, and the gradients they give.
 #
 #   forward:  reverse and forward KL: the score pass's own column, no matmul; other divergences sweep the selected rows for what
-#             they sum, 2 rho units or less (base.py's `Summed` and `OnSupport`)
+#             they sum: both models once (`Summed`, 2 rho), or one at a time (`OnSupport`, rho each; docs/features.md)
 #   backward: the rows' logits again (2 rho; rho where the gradient does not read the teacher), then dH and dW (2 rho)
 #
 # With the normalisers known, the backward is one sweep: every block is finished alone, dW is written once, in one fp32
@@ -90,6 +90,7 @@ class _SelectedDivergence(torch.autograd.Function):
             if of.is_list_alone:
                 everyone = slice(0, len(of.rows))
                 ids, dx = of.group("ids", everyone), of.group("dx", everyone) * dlosses.unsqueeze(1)
+                dx = dx.masked_fill_((dlosses == 0).unsqueeze(1), 0)
                 gradients = listed_gradients(student, of.rows, ids, dx, needs, plan.workspace_bytes)
             else:
                 selected = _Selected(student, teacher, of, dlosses, plan)
@@ -123,10 +124,10 @@ class _Selected:
         # Few rows: a matmul whose result has them as its columns is up to 1.6 x as fast (benchmarks/LOG.md).
         s = self.student.read(group, block, self.buffers[0], by_column=self.by_column)
         u = None if self.teacher is None else self.teacher.read(group, block, self.buffers[1], by_column=self.by_column)
-        absent = s == -math.inf
+        nothing = (s == -math.inf).logical_or_(self.dlosses[group] == 0)
         slope = logit_slope(s, self.student.source.transform)
-        # p = 0 gives 0, by a fill: the formula there is 0 * inf.
-        grad = self._of_logits(s, u, group, block.start).mul_(self.dlosses[group]).mul_(slope).masked_fill_(absent, 0.0)
+        # p = 0 gives 0, and so does a weight of 0, by a fill: the formula there is 0 * inf.
+        grad = self._of_logits(s, u, group, block.start).mul_(self.dlosses[group]).mul_(slope).masked_fill_(nothing, 0.0)
         for i, place in self.student.merged_in(block):
             grad[:, place] = self._of_merged(group)[:, i]
         return grad
@@ -158,7 +159,8 @@ class _Selected:
         s, each = self.student.merged(group)
         u = None if self.teacher is None else self.teacher.merged(group)[0].clone()
         first = self.student.source.transform.merged[0]
-        of_one = self._of_logits(s.clone(), u, group, first).mul_(self.dlosses[group]).masked_fill_(s == -math.inf, 0)
+        nothing = (s == -math.inf) | (self.dlosses[group] == 0)
+        of_one = self._of_logits(s.clone(), u, group, first).mul_(self.dlosses[group]).masked_fill_(nothing, 0)
         share = torch.exp(each - s.masked_fill(s == -math.inf, 0))
         return of_one * share * logit_slope(each, self.student.source.transform)
 
@@ -307,10 +309,12 @@ def _of_raw_logits(student: Source, rows: Tensor, terms: Terms) -> Terms:
     transform, ids = student.transform, terms.ids
     dx = (terms.dx * logit_slope(terms.x, transform)).masked_fill(terms.x == -math.inf, 0)
     if transform.merged:
-        merged, dtype = ids.new_tensor(transform.merged), dx.dtype
-        of_one = terms.dx.masked_fill(ids != merged[0], 0).sum(1, keepdim=True)
-        s, each = merged_logits(student, rows, dtype)
+        first = transform.merged[0]
+        of_one = terms.dx.masked_fill(ids != first, 0).sum(1, keepdim=True)
+        s, each = merged_logits(student, rows, dx.dtype)
         share = torch.exp(each - s.masked_fill(s == -math.inf, 0)) * logit_slope(each, transform)
-        ids = torch.cat((ids.masked_fill(ids == merged[0], LAST_ID), merged.expand(len(ids), -1)), 1)
+        ids = torch.cat(
+            (ids.masked_fill(ids == first, LAST_ID), *(torch.full_like(ids[:, :1], x) for x in transform.merged)), 1
+        )
         dx = torch.cat((dx, of_one * share), 1)
     return terms._replace(ids=ids, dx=dx)

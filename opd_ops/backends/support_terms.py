@@ -39,18 +39,20 @@ class OwnStatsOf(Protocol):
 
 def evaluate(part: OnSupport, at: Support, ids: Tensor, dtype: torch.dtype) -> Terms:
     """Losses and gradients, row by row."""
-    with torch.enable_grad():
-        x, beside = at.student.detach().double().requires_grad_(), at.student_rest.detach().double().requires_grad_()
-        losses = part.loss(at._replace(student=x, student_rest=beside))
+    with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in: these are small copies
+        at = Support(*(column.detach().double().clone() for column in at))
+        x, beside = at.student.requires_grad_(), at.student_rest.requires_grad_()
+        losses = part.loss(at)
         dx, drest = torch.autograd.grad(losses.sum(), (x, beside), allow_unused=True)
     losses = losses.detach()
     # Where there is no loss there is no gradient, and where p = 0 neither: the formulas there are 0 * inf.
     nothing = losses == math.inf
+    x, beside = x.detach(), beside.detach()
     dx = torch.zeros_like(x) if dx is None else dx
-    dx = dx.masked_fill(nothing.unsqueeze(1) | (at.student == -math.inf), 0).to(dtype)
+    dx = dx.masked_fill(nothing.unsqueeze(1) | (x == -math.inf), 0).to(dtype)
     if not part.reads_rest or drest is None:
-        return Terms(losses, ids, at.student.to(dtype), dx, None, None)
-    return Terms(losses, ids, at.student.to(dtype), dx, at.student_rest, drest.masked_fill(nothing, 0).to(dtype))
+        return Terms(losses, ids, x.to(dtype), dx, None, None)
+    return Terms(losses, ids, x.to(dtype), dx, beside, drest.masked_fill(nothing, 0).to(dtype))
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@
 # With `inplace` the gradient is written over the student's logits: no second tensor of their size.
 # Logits are read where they lie, in any leading layout (table.py).
 #
-# Not here: heads (triton_heads.py, triton_heads_loss.py), what launches share (launches.py), the kernels (opd_kernels), the same
-# launches as operators for torch.compile (triton_ops.py).
+# Not here: heads (triton_heads.py, triton_heads_loss.py), what launches share (launches.py), the kernels (opd_kernels), the
+# same launches as operators for torch.compile (triton_ops.py).
 from __future__ import annotations
 
 from typing import Any

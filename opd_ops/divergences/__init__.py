@@ -48,13 +48,14 @@ DIVERGENCES: dict[str, Divergence] = {
 
 def resolve_divergence(divergence: str | Divergence) -> Divergence:
     """A divergence by name (its defaults) or as it is; ValueError and TypeError list the known names."""
-    if isinstance(divergence, JSD) and divergence.beta in (0, 1):
-        return ForwardKL() if divergence.beta == 0 else ReverseKL()
     if isinstance(divergence, Divergence):
         return divergence
     known = ", ".join(sorted(DIVERGENCES))
     if not isinstance(divergence, str):
-        raise TypeError(f"divergence: got {type(divergence).__name__}, expected a Divergence or one of: {known}")
+        raise TypeError(
+            f"divergence: got {getattr(divergence, '__name__', type(divergence).__name__)}, expected an instance, like "
+            f"JSD(beta=0.3), or one of: {known}"
+        )
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence: got {divergence!r}, expected one of: {known}")
     return DIVERGENCES[divergence]

@@ -69,7 +69,7 @@ class EntropyAware(Divergence):
 
     @property
     def whole(self) -> WholeRow:
-        return self.divergence
+        return self.divergence.whole
 
     @property
     def support(self) -> OnSupport:

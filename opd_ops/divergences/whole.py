@@ -67,6 +67,14 @@ class JSD(Summed):
         if isinstance(self.beta, bool) or not isinstance(self.beta, (int, float)) or not 0 <= self.beta <= 1:
             raise ValueError(f"JSD.beta: got {self.beta!r}, expected a number in [0, 1]")
 
+    @property
+    def whole(self) -> WholeRow:
+        return ForwardKL() if self.beta == 0 else ReverseKL() if self.beta == 1 else self
+
+    @property
+    def column(self) -> str | None:  # type: ignore[override]
+        return None if self.whole is self else self.whole.column
+
     def loss(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         neither = (log_p == -math.inf) & (log_q == -math.inf)  # logaddexp has no gradient there
         p, q = log_p.masked_fill(neither, 0), log_q.masked_fill(neither, 0)
@@ -92,7 +100,10 @@ class JSD(Summed):
 
 @dataclass(frozen=True)
 class TotalVariation(Summed):
-    """1/2 sum |p - q|: bounded, and its gradient does not grow with disagreement."""
+    """1/2 sum |p - q|: bounded, and its gradient does not grow with disagreement.
+
+    Nor does it shrink with it: where the models agree but for rounding, the gradient has the signs of the rounding.
+    """
 
     name = "total_variation"
 
