@@ -25,13 +25,16 @@ setup(
     extras_require={
         "triton": ["triton>=3.6"],
         "demo": ["transformers>=5.0", "accelerate>=1.10", "gguf>=0.17", "matplotlib>=3.8", "rich>=13"],
+        "trl": ["trl>=1.16,<1.17"],
         "bench": ["trl==1.16.0", "liger-kernel==0.8.5", "matplotlib>=3.8", "rich>=13", "psutil>=5.9"],
         "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "numpy>=1.26", "matplotlib>=3.8", "triton>=3.6"],
-        # The losses of others that tests/parity compares with. verl and torchtune come on top without their dependencies, of
-        # which their losses need only these (Makefile); torchao is the newest that torchtune 0.6.1 imports with.
+        # The losses of others that tests/parity compares with, and the trainers of tests/integrations. verl and torchtune come
+        # on top without their dependencies, of which their losses need only these (Makefile); torchao is the newest that
+        # torchtune 0.6.1 imports with.
         "parity": [
             "trl==1.16.0",
             "liger-kernel==0.8.5",
+            "peft>=0.19",
             "torchao==0.16.0",
             "tensordict>=0.10",
             "ray>=2.50",

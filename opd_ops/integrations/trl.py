@@ -1,0 +1,264 @@
+# TRL: the selective loss inside `DistillationTrainer`, by one line or by a subclass, and in the shape of GKD's and GOLD's loss.
+#
+#   TRL:   sum over valid tokens of JSD_beta / num_items
+#   here:  sum over selected ones / (num_items n_selected / n_valid), so that selecting does not shrink the step
+#
+# `DistillationTrainer` hands hidden states and heads of both models to one module-level function; it is private, so its
+# parameters are compared before it is replaced. TRL rolls out once per optimizer step and cuts that into micro-batches: with
+# scope "batch" the budget is one per micro-batch.
+# Not here: the loss itself (opd_ops/loss.py).
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trl import DistillationConfig, DistillationTrainer
+from trl.trainer import distillation_trainer
+
+from opd_ops.divergences import JSD, Divergence
+from opd_ops.inputs import LinearHead
+from opd_ops.loss import selective_opd_loss
+
+FITS = "1.16"
+HOOK = "_chunked_divergence_loss"
+PARAMETERS = (
+    "student_hidden_states",
+    "teacher_hidden_states",
+    "student_lm_head_weight",
+    "teacher_lm_head_weight",
+    "completion_mask",
+    "beta",
+    "num_items_in_batch",
+    "student_lm_head_bias",
+    "teacher_lm_head_bias",
+    "student_logit_scale",
+    "teacher_logit_scale",
+    "student_final_logit_softcapping",
+    "teacher_final_logit_softcapping",
+    "temperature",
+)
+LOGGED = ("kl_selected", "kl_all", "entropy_selected", "support_mass", "n_valid", "n_selected", "n_infinite", "score_threshold")
+Metrics = dict[str, Tensor]
+
+
+class patch_trl(AbstractContextManager["patch_trl"]):
+    """Swap the loss inside TRL's `DistillationTrainer` for `selective_opd_loss`, at once, until `undo()` or the block's end.
+
+    Args:
+        fraction: Share of the valid tokens of each micro-batch to train on; 1.0 is TRL's loss.
+        on_metrics: Called with the loss's `metrics` (0-dim tensors) after each micro-batch.
+        options: Of `selective_opd_loss`: selector, scope, top_k, denominator, workspace_bytes, backend, ...; `divergence`
+            replaces the JSD that the trainer's `beta` stands for. Mask, temperature and num_items_in_batch are the trainer's.
+    Raises: RuntimeError: a TRL whose hook is another one; says which versions fit.
+    Example:
+        >>> with patch_trl(fraction=0.1, selector="teachability"):
+        ...     DistillationTrainer(student, teacher, args=config, train_dataset=prompts).train()
+    """
+
+    def __init__(self, *, fraction: float = 0.05, on_metrics: Callable[[Metrics], None] | None = None, **options: Any) -> None:
+        self._replaced = getattr(distillation_trainer, HOOK, None)
+        _check_hook(self._replaced)
+        self._own = partial(_selective, {"fraction": fraction, **options}, on_metrics)
+        self._own.__signature__ = inspect.signature(self._replaced)  # type: ignore[attr-defined, arg-type]
+        setattr(distillation_trainer, HOOK, self._own)
+
+    def undo(self) -> None:
+        """Put back what was there before; nothing where that has happened, or where a later patch is on top."""
+        if getattr(distillation_trainer, HOOK) is self._own:
+            setattr(distillation_trainer, HOOK, self._replaced)
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+
+def _check_hook(hook: object) -> None:
+    found = tuple(inspect.signature(hook).parameters) if callable(hook) else None
+    if found != PARAMETERS:
+        came = "has no function of that name" if found is None else f"takes ({', '.join(found)})"
+        raise RuntimeError(
+            f"trl {version('trl')}: trl.trainer.distillation_trainer.{HOOK} {came}, expected ({', '.join(PARAMETERS)}). "
+            f"This adapter fits trl {FITS}: install 'trl=={FITS}.*', or call selective_opd_loss in a subclass's _compute_loss"
+        )
+
+
+def _selective(
+    options: dict[str, Any],
+    on_metrics: Callable[[Metrics], None] | None,
+    student_hidden_states: Tensor,
+    teacher_hidden_states: Tensor,
+    student_lm_head_weight: Tensor,
+    teacher_lm_head_weight: Tensor,
+    completion_mask: Tensor,
+    beta: float,
+    num_items_in_batch: Tensor | int | None = None,
+    student_lm_head_bias: Tensor | None = None,
+    teacher_lm_head_bias: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_final_logit_softcapping: float | None = None,
+    teacher_final_logit_softcapping: float | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The hook's contract: loss, sum of the student's entropies in nats, number of valid tokens."""
+    student = _head(
+        student_hidden_states,
+        student_lm_head_weight,
+        student_lm_head_bias,
+        student_logit_scale,
+        student_final_logit_softcapping,
+    )
+    teacher = _head(
+        teacher_hidden_states,
+        teacher_lm_head_weight,
+        teacher_lm_head_bias,
+        teacher_logit_scale,
+        teacher_final_logit_softcapping,
+    )
+    out = selective_opd_loss(
+        student,
+        teacher,
+        mask=completion_mask,
+        num_items_in_batch=num_items_in_batch,
+        temperature=temperature,
+        **{"divergence": JSD(beta), **options},
+    )
+    if on_metrics is not None:
+        on_metrics(out.metrics)
+    return out.loss, out.metrics["entropy_sum"], out.metrics["n_valid"]
+
+
+def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> LinearHead:
+    """The head, gathered once where FSDP2 has sharded it, in the dtype of its hidden states then."""
+    if hasattr(weight, "full_tensor"):
+        weight = weight.full_tensor().to(hidden.dtype)
+        bias = bias.full_tensor() if bias is not None and hasattr(bias, "full_tensor") else bias
+    return LinearHead(hidden, weight, bias, scale=float(scale), softcap=softcap)
+
+
+@dataclass
+class SelectiveDistillationConfig(DistillationConfig):
+    """TRL's `DistillationConfig`, and how tokens are selected."""
+
+    fraction: float = field(
+        default=0.05, metadata={"help": "Share of the valid tokens of a micro-batch to train on, in (0, 1]."}
+    )
+    selector: str = field(default="teachability", metadata={"help": "What makes a token worth training on."})
+    scope: str = field(default="batch", metadata={"help": "'batch': one budget a micro-batch; 'sequence': one a completion."})
+    divergence: str | None = field(
+        default=None, metadata={"help": "Name of a divergence; None: the JSD of `beta`, which at 1.0 is reverse KL."}
+    )
+    support_top_k: int = field(default=16, metadata={"help": "K of the top-K supports that tokens are scored on."})
+    denominator: str = field(
+        default="selected", metadata={"help": "'selected': a mean over the selected tokens; 'valid': over all valid ones."}
+    )
+    workspace_bytes: int = field(default=512 * 2**20, metadata={"help": "Scratch memory of a loss call."})
+    loss_backend: str = field(default="auto", metadata={"help": "'auto', 'triton', 'torch' or 'eager'."})
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        """The options of `selective_opd_loss`."""
+        names = ("fraction", "selector", "scope", "denominator", "workspace_bytes")
+        found = {name: getattr(self, name) for name in names}
+        found |= {"top_k": self.support_top_k, "backend": self.loss_backend}  # TRL's top_k is that of sampling
+        return found if self.divergence is None else found | {"divergence": self.divergence}
+
+
+class SelectiveDistillationTrainer(DistillationTrainer):
+    """TRL's `DistillationTrainer` that trains on the selected tokens, and logs what was selected under `opd/`.
+
+    Evaluation takes all valid tokens, so that `eval_loss` does not depend on what is selected. Logged values are of this
+    process, means over the micro-batches since the last log. Arguments: those of `DistillationTrainer`, with a
+    `SelectiveDistillationConfig`.
+    """
+
+    def __init__(self, *arguments: Any, args: SelectiveDistillationConfig | None = None, **options: Any) -> None:
+        if args is not None and not isinstance(args, SelectiveDistillationConfig):
+            raise TypeError(f"args: got {type(args).__name__}, expected a SelectiveDistillationConfig")
+        args = SelectiveDistillationConfig("selective-distillation") if args is None else args
+        self._selection = args.selection
+        super().__init__(*arguments, args=args, **options)
+
+    def _compute_loss(self, unwrapped_student: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None) -> Any:
+        mode = "train" if self.model.training else "eval"
+        options = self._selection if mode == "train" else self._selection | {"fraction": 1.0, "selector": "all"}
+
+        def log(metrics: Metrics) -> None:
+            names = [name for name in LOGGED if name in metrics]
+            values = torch.stack([metrics[name].double() for name in names]).tolist()
+            for name, value in zip(names, values, strict=True):
+                self._metrics[mode][f"opd/{name}"].append(value)
+
+        with patch_trl(on_metrics=log, **options):
+            return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
+
+
+def align_teacher_vocab(student: nn.Module, teacher: nn.Module) -> nn.Module:
+    """Cut the teacher's embeddings and head to the student's vocabulary, in place: TRL refuses models whose sizes differ.
+
+    Checkpoints of one family pad their vocabularies differently (Qwen: 151,936 and 152,064 entries). Slicing both models to the
+    smaller before the softmax is what `selective_opd_loss` does anyway.
+
+    Raises: ValueError: the teacher has fewer entries than the student.
+    """
+    sizes = [model.get_output_embeddings().weight.shape[0] for model in (student, teacher)]  # type: ignore[operator]
+    if sizes[1] < sizes[0]:
+        raise ValueError(
+            f"teacher: has {sizes[1]} entries, the student {sizes[0]}: expected at least as many; cut the student with "
+            f"student.resize_token_embeddings({sizes[1]})"
+        )
+    if sizes[1] > sizes[0]:
+        teacher.resize_token_embeddings(sizes[0])  # type: ignore[operator]
+    return teacher
+
+
+def generalized_jsd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    num_items_in_batch: Tensor | int | None = None,
+    *,
+    fraction: float = 0.05,
+    divergence: str | Divergence | None = None,
+    **options: Any,
+) -> Tensor:
+    """The loss of TRL's GKD and GOLD trainers on the selected tokens.
+
+    `GKDTrainer.generalized_jsd_loss = staticmethod(partial(generalized_jsd_loss, fraction=0.1))`.
+
+    Args:
+        student_logits, teacher_logits: (B, T, V), already shifted.
+        labels: (B, T), -100 where a token is not trained on; None: all are.
+        beta: 0 is forward KL, 1 reverse KL, between them JSD (divergences/whole.py).
+        reduction: "batchmean": a mean over the tokens, or without labels their sum over B; "sum". The mean is that over the
+            selected tokens, so that the step does not shrink.
+        num_items_in_batch: The host's count of valid tokens; wins over `reduction`.
+        fraction, divergence, options: As in `patch_trl`.
+    Raises: ValueError: another reduction.
+    """
+    if reduction not in ("batchmean", "sum"):
+        raise ValueError(f"reduction: got {reduction!r}, expected 'batchmean' or 'sum'")
+    mask = None if labels is None else labels != -100
+    out = selective_opd_loss(
+        student_logits,
+        teacher_logits,
+        mask=mask,
+        temperature=temperature,
+        num_items_in_batch=num_items_in_batch,
+        fraction=fraction,
+        divergence=JSD(beta) if divergence is None else divergence,
+        **options,
+    )
+    if num_items_in_batch is not None or (reduction == "batchmean" and labels is not None):
+        return out.loss
+    n_valid = out.metrics["n_valid"].to(out.loss.dtype)
+    return out.loss * (n_valid if reduction == "sum" else n_valid / len(student_logits))

@@ -1,0 +1,215 @@
+# The selective loss inside TRL 1.16's `DistillationTrainer`, in real runs: patched, subclassed, with and without LoRA.
+#
+#   Compared: with TRL's own loss at fraction 1: loss, grad_norm and entropy of every step, at 1 and 2 accumulation steps.
+#   Run: make test ARGS=tests/integrations/test_trl.py
+#
+# Not here: TRL's loss function against the equations (tests/parity/test_trl.py).
+from dataclasses import fields
+from functools import partial
+
+import pytest
+import torch
+from peft import LoraConfig
+from trl import DistillationConfig, DistillationTrainer
+from trl.experimental.gkd import GKDTrainer
+from trl.trainer import distillation_trainer
+
+from opd_ops.integrations import trl
+from opd_ops.integrations.trl import (
+    SelectiveDistillationConfig,
+    SelectiveDistillationTrainer,
+    align_teacher_vocab,
+    generalized_jsd_loss,
+    patch_trl,
+)
+from tests.cases import generator, leaf, logit_pair
+from tests.integrations.models import VOCAB, language_model, prompts, tokenizer
+from tests.tolerances import assert_gradient, relative_error
+
+LOGGED = ("loss", "grad_norm", "entropy")
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+HOOK = distillation_trainer._chunked_divergence_loss
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_patched():
+    yield
+    assert distillation_trainer._chunked_divergence_loss is HOOK
+
+
+def train(folder, *, steps=2, accumulation=1, lora=False, trainer=DistillationTrainer, config=DistillationConfig, **options):
+    """The trainer after some steps."""
+    arguments = config(
+        str(folder),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=accumulation,
+        max_steps=steps,
+        max_completion_length=8,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        seed=3,
+        save_strategy="no",
+        disable_tqdm=True,
+        **{"learning_rate": 1e-2, **options},
+    )
+    made = trainer(
+        language_model(1),
+        language_model(2, width=48),
+        args=arguments,
+        train_dataset=prompts(),
+        eval_dataset=prompts(4),
+        processing_class=tokenizer(),
+        peft_config=LORA if lora else None,
+    )
+    made.train()
+    return made
+
+
+def logs(trainer, names=LOGGED):
+    """(steps, names) of what was logged at each step."""
+    rows = [[row[name] for name in names] for row in trainer.state.log_history if "loss" in row]
+    assert rows
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("lora", [False, True])
+def test_fraction_one_reproduces_trl(tmp_path, accumulation, lora):
+    want = logs(train(tmp_path, accumulation=accumulation, lora=lora))
+    with patch_trl(fraction=1.0):
+        got = logs(train(tmp_path, accumulation=accumulation, lora=lora))
+    torch.testing.assert_close(got, want, rtol=2e-4, atol=0)
+    assert (want > 0).all()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_the_trainer_s_beta_and_temperature_are_kept(tmp_path, beta):
+    options = {"beta": beta, "temperature": 0.8}
+    want = logs(train(tmp_path, **options))
+    with patch_trl(fraction=1.0):
+        got = logs(train(tmp_path, **options))
+    torch.testing.assert_close(got, want, rtol=2e-4, atol=0)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_quarter_of_the_tokens_does_not_shrink_the_step(tmp_path, accumulation):
+    found = []
+    options = {"steps": 4, "accumulation": accumulation, "learning_rate": 0.0}  # the same models and rollouts in every run
+    with patch_trl(fraction=0.25, on_metrics=found.append):
+        quarter = logs(train(tmp_path, **options))
+    with patch_trl(fraction=0.25, denominator="valid"):
+        shrunk = logs(train(tmp_path, **options))
+    whole = logs(train(tmp_path, **options))
+    loss, grad_norm, entropy = (quarter / whole).mean(0)
+    assert loss > 0.8
+    assert grad_norm > 0.8
+    assert entropy == pytest.approx(1.0, rel=1e-5)  # of all tokens, as TRL logs it
+    # What leaving the host's count of all tokens alone would do to the step.
+    assert (shrunk / whole).mean(0)[1] < 0.5
+    assert len(found) == 4 * accumulation
+    assert all(0 < m["n_selected"] <= 0.25 * m["n_valid"] + 1 for m in found)
+
+
+def test_a_plain_call_stays_until_it_is_undone():
+    patched = patch_trl(fraction=0.5)
+    assert distillation_trainer._chunked_divergence_loss is not HOOK
+    with patch_trl(fraction=0.25) as inner:
+        patched.undo()  # another is on top: nothing to do
+        assert distillation_trainer._chunked_divergence_loss is inner._own
+    patched.undo()
+    patched.undo()
+    assert distillation_trainer._chunked_divergence_loss is HOOK
+
+
+@pytest.mark.parametrize("hook", [lambda hidden, weight: None, None])
+def test_another_trl_is_refused_with_the_versions_that_fit(monkeypatch, hook):
+    monkeypatch.setattr(distillation_trainer, "_chunked_divergence_loss", hook)
+    message = "has no function of that name" if hook is None else r"takes \(hidden, weight\)"
+    with pytest.raises(RuntimeError, match=rf"_chunked_divergence_loss {message}, expected .* This adapter fits trl 1.16"):
+        patch_trl()
+    monkeypatch.undo()
+
+
+def test_the_subclass_selects_and_logs_what_it_selected(tmp_path):
+    options = {"fraction": 0.25, "selector": "entropy", "divergence": "forward_kl", "scope": "sequence"}
+    made = train(tmp_path, trainer=SelectiveDistillationTrainer, config=SelectiveDistillationConfig, accumulation=2, **options)
+    names = [f"opd/{name}" for name in trl.LOGGED]
+    found = dict(zip(names, logs(made, names)[0].tolist(), strict=True))
+    assert 0 < found["opd/n_selected"] < found["opd/n_valid"]
+    assert found["opd/entropy_selected"] > 0
+    assert found["opd/n_infinite"] == 0
+    with patch_trl(**options):
+        same = train(tmp_path, accumulation=2)
+    assert torch.equal(logs(made), logs(same))
+
+
+def test_the_config_hides_no_option_of_trl():
+    ours = set(SelectiveDistillationConfig.__annotations__)
+    assert "fraction" in ours
+    assert not ours & {option.name for option in fields(DistillationConfig)}
+    assert all(option.metadata["help"] for option in fields(SelectiveDistillationConfig) if option.name in ours)
+
+
+def test_the_subclass_evaluates_on_every_token(tmp_path):
+    made = train(tmp_path, trainer=SelectiveDistillationTrainer, config=SelectiveDistillationConfig, steps=1, fraction=0.05)
+    assert made.evaluate()["eval_loss"] > 0
+    found = made.state.log_history[-1]
+    assert found["eval_opd/n_selected"] == found["eval_opd/n_valid"] > 0
+
+
+def test_the_subclass_rejects_another_config(tmp_path):
+    with pytest.raises(TypeError, match="args: got DistillationConfig, expected a SelectiveDistillationConfig"):
+        train(tmp_path, trainer=SelectiveDistillationTrainer)
+
+
+def test_align_teacher_vocab_trains_as_slicing_does(tmp_path):
+    student, teacher = language_model(1), language_model(2, vocab=VOCAB + 8)
+    head = teacher.get_output_embeddings().weight.detach().clone()
+    assert align_teacher_vocab(student, teacher) is teacher
+    assert teacher.config.vocab_size == VOCAB
+    assert torch.equal(teacher.get_output_embeddings().weight, head[:VOCAB])
+    assert align_teacher_vocab(student, teacher) is teacher
+    with pytest.raises(ValueError, match=r"teacher: has 64 entries, the student 72: .* student.resize_token_embeddings\(64\)"):
+        align_teacher_vocab(language_model(1, vocab=72), teacher)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    ("has_labels", "options"),
+    [(True, {}), (False, {}), (True, {"reduction": "sum"}), (True, {"num_items_in_batch": 50}), (True, {"temperature": 0.7})],
+)
+def test_generalized_jsd_loss_at_fraction_one_is_gkd_s(beta, has_labels, options):
+    s, u = (x.view(3, 10, 97) for x in logit_pair(30, 97, scale=3.0))
+    labels = torch.randint(0, 97, (3, 10), generator=generator(0))
+    labels[torch.rand(3, 10, generator=generator(1)) < 0.3] = -100
+    labels = labels if has_labels else None
+    results = []
+    for function in (partial(generalized_jsd_loss, fraction=1.0), GKDTrainer.generalized_jsd_loss):
+        x = leaf(s)
+        loss = function(x, u, labels, beta=beta, **options)
+        loss.backward()
+        results.append((loss, x.grad))
+    assert results[0][0].item() == pytest.approx(results[1][0].item(), rel=1e-5)
+    assert_gradient(results[0][1], results[1][1])
+
+
+def test_generalized_jsd_loss_of_a_share_does_not_shrink():
+    s, u = (x.view(3, 10, 97) for x in logit_pair(30, 97, scale=3.0))
+    labels = torch.zeros(3, 10, dtype=torch.long)
+    for options in ({}, {"reduction": "sum"}, {"num_items_in_batch": 30}):
+        whole, share = (generalized_jsd_loss(s, u, labels, fraction=f, selector="random", **options) for f in (1.0, 0.5))
+        assert 0.5 < share / whole < 2
+    with pytest.raises(ValueError, match="reduction: got 'mean', expected 'batchmean' or 'sum'"):
+        generalized_jsd_loss(s, u, labels, reduction="mean")
+
+
+def test_gkd_takes_it_as_its_loss(monkeypatch):
+    monkeypatch.setattr(GKDTrainer, "generalized_jsd_loss", staticmethod(partial(generalized_jsd_loss, fraction=0.2)))
+    s, u = (x.view(2, 10, 97) for x in logit_pair(20, 97, scale=3.0))
+    x = leaf(s)
+    GKDTrainer.generalized_jsd_loss(student_logits=x, teacher_logits=u, labels=torch.zeros(2, 10), beta=0.5).backward()
+    trained = x.grad.abs().sum(-1) > 0
+    assert int(trained.sum()) == 4
+    assert relative_error(x.grad[~trained], torch.zeros(16, 97)) == 0
