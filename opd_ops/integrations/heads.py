@@ -1,0 +1,69 @@
+# A Hugging Face causal language model's hidden states and head as a `LinearHead`, with what the model does to its logits.
+#
+#   logits = softcap(scale * (hidden @ weight.T + bias)):  softcap Gemma 2 and 3; scale Cohere, Falcon-H1, Granite and others
+#
+# A scale that is ignored trains another objective in silence, so all that models of transformers call it are looked for.
+# Not here: when and with which inputs the models run (hf.py), TRL, which hands both numbers over (trl.py).
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opd_ops.inputs import LinearHead
+
+MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+DIVIDER = "logits_scaling"  # but a multiplier in HyperCLOVA X
+KEPT = "logits_to_keep"  # the forward's argument for how many positions to compute logits of
+
+
+def logit_scale(config: Any) -> float:
+    """What the model multiplies its logits by before the softmax; 1.0 where its configuration names nothing."""
+    text = config.get_text_config()
+    for name in MULTIPLIERS:
+        if getattr(text, name, None) is not None:
+            return float(getattr(text, name))
+    if getattr(text, DIVIDER, None) is not None:
+        found = float(getattr(text, DIVIDER))
+        return found if text.model_type == "hyperclovax" else 1 / found
+    return 1.0
+
+
+def head_of(model: nn.Module, hidden: Tensor) -> LinearHead:
+    """The head of a causal language model over `hidden`, (..., D) after the final norm.
+
+    Raises: ValueError: a head wrapped by LoRA. TypeError: a model without one.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    text = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    softcap = getattr(text, "final_logit_softcapping", None)
+    return LinearHead.from_module(hidden, _gathered(head), scale=logit_scale(model.config), softcap=softcap)
+
+
+def _gathered(head: nn.Module) -> nn.Module:
+    """The head itself, or where FSDP2 has sharded it a stand-in with its tensors gathered, once."""
+    if not any(hasattr(parameter, "full_tensor") for parameter in head.parameters(recurse=False)):
+        return head
+    made = nn.Module()
+    for name in ("weight", "bias"):
+        tensor = getattr(head, name, None)
+        setattr(made, name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor)
+    return made
+
+
+def last_hidden(model: nn.Module, unwrapped: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+    """(B, T, D) hidden states after the final norm, and the model's outputs; logits of one position alone are computed.
+
+    `model` is what is called, so that the hooks of a wrapper fire; `unwrapped` is asked what it takes.
+    """
+    options = {KEPT: 1} if KEPT in inspect.signature(unwrapped.forward).parameters else {}
+    outputs = model(**inputs, **options, output_hidden_states=True, use_cache=False)
+    return outputs.hidden_states[-1], outputs
+
+
+@torch.no_grad()
+def frozen_head(model: nn.Module, inputs: dict[str, Any]) -> LinearHead:
+    """The head of a teacher over its own hidden states, without a graph."""
+    return head_of(model, last_hidden(model, model, inputs)[0])

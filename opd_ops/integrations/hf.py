@@ -1,0 +1,128 @@
+# Hugging Face's `Trainer`: distillation on selected tokens as a mixin over hidden states, or as a `compute_loss_func`.
+#
+#   `num_items_in_batch` is the count of labels over the accumulated micro-batches (and ranks); the sum over the selected tokens
+#   is divided by num_items n_selected / n_valid, so that neither accumulation nor selecting changes the size of a step.
+#
+# On-policy data come from the caller: batches hold what the student wrote, with labels -100 on the prompt.
+# Not here: the heads (heads.py), TRL's trainers, which also roll out (trl.py), the loss (opd_ops/loss.py).
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from opd_ops.integrations.heads import frozen_head, head_of, last_hidden
+from opd_ops.loss import selective_opd_loss
+
+LOGGED = ("kl_selected", "kl_all", "entropy_selected", "entropy", "support_mass", "n_valid", "n_selected", "n_infinite")
+LABELS = ("labels", "shift_labels")
+
+
+class SelectiveDistillationMixin:
+    """Distil inside `Trainer`: `class MyTrainer(SelectiveDistillationMixin, Trainer)`.
+
+    Both models run without their logits; the loss reads hidden states and heads. What was selected is logged under `opd/`:
+    of this process, means over the micro-batches since the last log. Evaluation takes all tokens.
+
+    Args (by name, beside those of `Trainer`):
+        teacher: A causal language model over the same tokens, or a callable `inputs -> LinearHead or logits`. Never trained.
+        selection: Options of `selective_opd_loss`: fraction, selector, scope, divergence, ...; None: its defaults.
+    Raises: TypeError: no teacher.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        teacher: nn.Module | Callable[[dict[str, Any]], Any],
+        selection: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        if not callable(teacher):
+            raise TypeError(f"teacher: got {type(teacher).__name__}, expected a model, or a callable of the inputs")
+        super().__init__(*arguments, **options)
+        self.model_accepts_loss_kwargs = True  # so that the Trainer counts labels, and leaves the accumulation to the loss
+        self.selection = dict(selection or {})
+        self._teacher = teacher.to(self.args.device).eval() if isinstance(teacher, nn.Module) else teacher  # type: ignore[attr-defined]
+        self._opd: dict[str, list[float]] = defaultdict(list)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        trainer: Any = self
+        labels: dict[str, Any] = {name: inputs.get(name) for name in LABELS}
+        inputs = {name: value for name, value in inputs.items() if name not in LABELS}
+        unwrapped = trainer.accelerator.unwrap_model(model)
+        hidden, outputs = last_hidden(model, unwrapped, inputs)
+        teacher = frozen_head(self._teacher, inputs) if isinstance(self._teacher, nn.Module) else self._teacher(inputs)
+        options = self.selection if model.training else self.selection | {"fraction": 1.0, "selector": "all"}
+        out = selective_opd_loss(
+            head_of(unwrapped, hidden), teacher, num_items_in_batch=num_items_in_batch, **labels, **options
+        )
+        names = [name for name in LOGGED if name in out.metrics]
+        values = torch.stack([out.metrics[name].double() for name in names]).tolist()
+        for name, value in zip(names, values, strict=True):
+            self._opd[f"{'' if model.training else 'eval_'}opd/{name}"].append(value)
+        loss = out.loss
+        if trainer.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * trainer.accelerator.num_processes  # undoes the averaging of gradients over ranks
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[Tensor, None, None]:
+        """The loss alone: there are no logits to return."""
+        trainer: Any = self
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            loss = self.compute_loss(model, trainer._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
+        means = {name: sum(values) / len(values) for name, values in self._opd.items()}
+        self._opd.clear()
+        super().log({**logs, **means}, *arguments, **options)  # type: ignore[misc]
+
+
+class SelectiveDistillationTrainer(SelectiveDistillationMixin, Trainer):
+    """`Trainer` with the mixin: `SelectiveDistillationTrainer(student, args, train_dataset=..., teacher=teacher)`."""
+
+
+class SelectiveComputeLoss:
+    """A `compute_loss_func` for any `Trainer`: `Trainer(..., compute_loss_func=SelectiveComputeLoss(student, teacher))`.
+
+    The Trainer hands over the student's outputs, but not the inputs that the teacher needs: they are kept from the student's
+    forward by a hook. Logits of both models exist whole here; the mixin spares them.
+
+    Args:
+        student: The model that the Trainer trains.
+        teacher: A causal language model over the same tokens.
+        options: Of `selective_opd_loss`.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, **options: Any) -> None:
+        self.teacher, self.options = teacher.eval(), options
+        self.metrics: dict[str, Tensor] = {}  # of the last call
+        self._inputs: dict[str, Any] = {}
+        self._hook = student.register_forward_pre_hook(self._keep, with_kwargs=True)
+
+    def _keep(self, _: nn.Module, __: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        self._inputs = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask", "position_ids")}
+
+    def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Loss from the student's `outputs`, with `labels` unshifted, as the Trainer calls it."""
+        with torch.no_grad():
+            teacher = self.teacher(**self._inputs, use_cache=False).logits
+        out = selective_opd_loss(
+            outputs["logits"], teacher, labels=labels, num_items_in_batch=num_items_in_batch, **self.options
+        )
+        self.metrics = out.metrics
+        return out.loss
+
+    def remove(self) -> None:
+        """Take the hook off the student."""
+        self._hook.remove()

@@ -1,0 +1,164 @@
+# The selective loss inside Hugging Face's `Trainer`, in real runs of tiny models: as a mixin and as a compute_loss_func.
+#
+#   Compared: loss and gradient norm with the same put together by hand from the models' logits; micro-batches with whole ones.
+#   Run: make test ARGS=tests/integrations/test_hf.py
+#
+# Not here: TRL (test_trl.py).
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, Trainer, TrainingArguments
+
+from opd_ops import selective_opd_loss
+from opd_ops.backends import eager
+from opd_ops.integrations import hf
+from opd_ops.integrations.heads import head_of, last_hidden, logit_scale
+from opd_ops.integrations.hf import SelectiveComputeLoss, SelectiveDistillationTrainer
+from opd_ops.sources import Source
+from tests.cases import generator
+from tests.integrations.models import VOCAB, language_model
+
+LENGTH, PROMPT = 12, 4
+
+
+def rollouts(n=8):
+    """Sequences with their prompts ignored, of unequal length (padded by ignored labels)."""
+    ids = torch.randint(3, VOCAB, (n, LENGTH), generator=generator(0))
+    labels = ids.clone()
+    labels[:, :PROMPT] = -100
+    for i in range(n):
+        labels[i, LENGTH - i % 4 :] = -100
+    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
+
+
+def collate(rows):
+    return {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}
+
+
+def run(folder, *, batch=8, accumulation=1, steps=1, trainer=SelectiveDistillationTrainer, student=None, **options):
+    arguments = TrainingArguments(
+        str(folder), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=steps,
+        learning_rate=0.0, logging_steps=1, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True,
+        train_sampling_strategy="sequential", per_device_eval_batch_size=8, remove_unused_columns=False,
+    )  # fmt: skip
+    made = trainer(
+        language_model(1) if student is None else student,
+        arguments,
+        train_dataset=rollouts(),
+        eval_dataset=rollouts(),
+        data_collator=collate,
+        **options,
+    )
+    made.train()
+    return made
+
+
+def logged(trainer, name):
+    return [row[name] for row in trainer.state.log_history if name in row]
+
+
+def by_hand(fraction, **options):
+    """Loss and gradient norm from both models' logits."""
+    student, teacher = language_model(1), language_model(2, width=48)
+    batch = collate(list(rollouts()))
+    with torch.no_grad():
+        u = teacher(batch["input_ids"]).logits
+    out = selective_opd_loss(student(batch["input_ids"]).logits, u, labels=batch["labels"], fraction=fraction, **options)
+    out.loss.backward()
+    norm = torch.stack([p.grad.norm() for p in student.parameters() if p.grad is not None]).norm()
+    return out, norm.item()
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.25])
+def test_the_mixin_trains_on_hidden_states_as_on_logits(tmp_path, fraction):
+    made = run(tmp_path, teacher=language_model(2, width=48), selection={"fraction": fraction})
+    want, norm = by_hand(fraction)
+    assert logged(made, "loss")[0] == pytest.approx(want.loss.item(), rel=1e-4)
+    assert logged(made, "grad_norm")[0] == pytest.approx(norm, rel=1e-4)
+    for name in hf.LOGGED:
+        assert logged(made, f"opd/{name}")[0] == pytest.approx(want.metrics[name].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.25])
+def test_micro_batches_take_the_step_of_the_whole_batch(tmp_path, fraction):
+    options = {"teacher": language_model(2, width=48)}
+    options["selection"] = {"fraction": fraction, "selector": "entropy", "scope": "sequence", "denominator": "valid"}
+    whole, parts = run(tmp_path, **options), run(tmp_path, batch=2, accumulation=4, **options)
+    for name in ("loss", "grad_norm"):
+        assert logged(parts, name)[0] == pytest.approx(logged(whole, name)[0], rel=1e-4)
+    assert logged(whole, "grad_norm")[0] > 0
+
+
+def test_evaluation_takes_every_token(tmp_path):
+    made = run(tmp_path, teacher=language_model(2, width=48), selection={"fraction": 0.1})
+    want, _ = by_hand(1.0, selector="all")
+    assert made.evaluate()["eval_loss"] == pytest.approx(want.loss.item(), rel=1e-4)
+    assert logged(made, "eval_opd/n_selected")[0] == want.metrics["n_valid"]
+
+
+def test_the_teacher_may_be_a_callable_and_the_student_lora(tmp_path):
+    teacher = language_model(2, width=48)
+    student = get_peft_model(language_model(1), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    seen = []
+
+    def of_inputs(inputs):
+        seen.append(set(inputs))
+        with torch.no_grad():
+            return teacher(inputs["input_ids"]).logits
+
+    made = run(tmp_path, student=student, teacher=of_inputs, selection={"fraction": 0.5})
+    assert seen == [{"input_ids"}]
+    assert logged(made, "grad_norm")[0] > 0
+
+
+def test_without_a_teacher_it_says_so(tmp_path):
+    with pytest.raises(TypeError, match="teacher: got str, expected a model, or a callable of the inputs"):
+        run(tmp_path, teacher="Qwen")
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_compute_loss_func_in_a_plain_trainer(tmp_path, accumulation):
+    student = language_model(1)
+    options = {"selector": "entropy", "scope": "sequence", "denominator": "valid", "fraction": 0.25}
+    function = SelectiveComputeLoss(student, language_model(2, width=48), **options)
+    made = run(
+        tmp_path,
+        batch=8 // accumulation,
+        accumulation=accumulation,
+        trainer=Trainer,
+        student=student,
+        compute_loss_func=function,
+    )
+    want, norm = by_hand(**options)
+    assert logged(made, "loss")[0] == pytest.approx(want.loss.item(), rel=1e-4)
+    assert logged(made, "grad_norm")[0] == pytest.approx(norm, rel=1e-4)
+    assert function.metrics["n_selected"] > 0
+    function.remove()
+    assert not student._forward_pre_hooks
+
+
+def of_family(family):
+    sizes = {
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "initializer_range": 0.2,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    if family == "gemma2":
+        return Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=8, final_logit_softcapping=3.0)).eval()
+    return GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=4.0)).eval()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "granite"])
+def test_the_head_gives_the_model_s_own_logits(family):
+    model = language_model(3).eval() if family == "qwen2" else of_family(family)
+    ids = torch.randint(3, VOCAB, (2, 7), generator=generator(1))
+    with torch.no_grad():
+        want = model(ids).logits
+        hidden, outputs = last_hidden(model, model, {"input_ids": ids})
+        head = head_of(model, hidden)
+        got = eager.logits(Source.of(head, VOCAB, 1.0), torch.arange(14), torch.float32).view(2, 7, -1)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert outputs.logits.shape[1] == 1
+    assert logit_scale(model.config) == (0.25 if family == "granite" else 1.0)
+    assert head.softcap == (3.0 if family == "gemma2" else None)
