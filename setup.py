@@ -26,6 +26,7 @@ setup(
         "triton": ["triton>=3.6"],
         "demo": ["transformers>=5.0", "accelerate>=1.10", "gguf>=0.17", "matplotlib>=3.8", "rich>=13"],
         "trl": ["trl>=1.16,<1.17"],
+        "hf": ["transformers>=5.19", "accelerate>=1.10"],
         "bench": ["trl==1.16.0", "liger-kernel==0.8.5", "matplotlib>=3.8", "rich>=13", "psutil>=5.9"],
         "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "numpy>=1.26", "matplotlib>=3.8", "triton>=3.6"],
         # The losses of others that tests/parity compares with, and the trainers of tests/integrations. verl and torchtune come

@@ -49,7 +49,7 @@ def _gathered(head: nn.Module) -> nn.Module:
     made = nn.Module()
     for name in ("weight", "bias"):
         tensor = getattr(head, name, None)
-        setattr(made, name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor)
+        setattr(made, name, tensor if tensor is None or not hasattr(tensor, "full_tensor") else tensor.full_tensor())
     return made
 
 
