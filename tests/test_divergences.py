@@ -27,7 +27,7 @@ from opd_ops import (
     selective_opd_loss,
 )
 from opd_ops.backends import eager
-from opd_ops.divergences import DIVERGENCES, OnSupport, Summed
+from opd_ops.divergences import DIVERGENCES, OnSupport, Summed, WholeRow
 from opd_ops.sources import Source
 from tests import divergence_oracle as oracle
 from tests.cases import generator, gradients, head_pair, leaf, leaf_head, logit_pair, to_double
@@ -298,6 +298,20 @@ def test_tokens_outside_the_vocabulary_are_not_valid(backend):
     assert out.metrics["n_valid"] == 2
     assert out.metrics["kl_sampled"].isfinite()
     assert not x.grad[[1, 2]].any()
+
+
+def test_a_divergence_must_say_what_it_sums():
+    class Unknown(WholeRow):
+        name = "unknown"
+
+        def loss(self, log_p, log_q):
+            return log_p.sum(-1)
+
+        def dlogits(self, log_p, log_ratio, pull):
+            return log_p
+
+    with pytest.raises(TypeError, match="divergence: got Unknown, which says nowhere what it sums; make it a `Summed`"):
+        run(Unknown(), *logit_pair(2, 61), "torch")
 
 
 def test_sampled_rejects_tokens_that_are_none():

@@ -54,7 +54,8 @@ ARGUMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("options", "error", "message"), ARGUMENTS, ids=lambda x: str(x)[:40] if isinstance(x, dict) else "")
+# By the names of the options: the values of some print as addresses, which differ between the processes that run the tests.
+@pytest.mark.parametrize(("options", "error", "message"), ARGUMENTS, ids=lambda x: "-".join(x) if isinstance(x, dict) else "")
 def test_selective_opd_loss_rejects(options, error, message):
     with pytest.raises(error, match=message):
         selective_opd_loss(LOGITS, LOGITS, **options)

@@ -16,7 +16,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from examples import prompt_distillation, prompts, rollouts, smollm2, token_report
+from examples import plain_loop, prompt_distillation, prompts, rollouts, smollm2, token_report
 from examples.settings import Settings, parse_settings
 from opd_ops import selective_opd_loss
 
@@ -214,3 +214,15 @@ def test_load_model_rejects_missing_weights(monkeypatch, tmp_path):
         smollm2.load_model()
     with pytest.raises(SystemExit, match=r"error: weights: .* `make demo` installs it"):
         prompt_distillation.main(["--out", str(tmp_path)])
+
+
+def test_the_plain_loop_trains_a_smaller_student(loaded, capsys):
+    model, tokenizer = loaded
+    before = {name: parameter.clone() for name, parameter in model.named_parameters() if "layers.0." in name}
+    kls = plain_loop.train(model, tokenizer, steps=3, n_questions=2, n_tokens=6)
+    assert len(kls) == 3
+    assert all(kl > 0 for kl in kls)
+    assert kls[-1] < kls[0]
+    assert "step   1: KL" in capsys.readouterr().out
+    assert len(plain_loop.without_every_third_layer(model).model.layers) == 20
+    assert all(torch.equal(dict(model.named_parameters())[name], value) for name, value in before.items())  # the teacher stays

@@ -49,6 +49,9 @@ DIVERGENCES: dict[str, Divergence] = {
 def resolve_divergence(divergence: str | Divergence) -> Divergence:
     """A divergence by name (its defaults) or as it is; ValueError and TypeError list the known names."""
     if isinstance(divergence, Divergence):
+        whole = divergence.whole
+        if whole is not None and whole.column is None and not isinstance(whole, Summed):
+            raise TypeError(f"divergence: got {type(whole).__name__}, which says nowhere what it sums; make it a `Summed`")
         return divergence
     known = ", ".join(sorted(DIVERGENCES))
     if not isinstance(divergence, str):
