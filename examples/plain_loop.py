@@ -23,7 +23,7 @@ from opd_ops import selective_opd_loss
 
 def without_every_third_layer(model: nn.Module) -> nn.Module:
     """A copy with fewer layers, numbered anew: a cache goes by their numbers."""
-    student = copy.deepcopy(model)
+    student = copy.deepcopy(model).requires_grad_()
     student.model.layers = nn.ModuleList(layer for i, layer in enumerate(student.model.layers) if i % 3 != 1)
     for i, layer in enumerate(student.model.layers):
         layer.self_attn.layer_idx = i
@@ -31,8 +31,10 @@ def without_every_third_layer(model: nn.Module) -> nn.Module:
     return student
 
 
-def train(teacher: nn.Module, tokenizer: object, steps: int, n_questions: int = 6, n_tokens: int = 32) -> list[float]:
-    """The KL of every step, in nats a token."""
+def train(
+    teacher: nn.Module, tokenizer: object, steps: int, n_questions: int = 6, n_tokens: int = 32
+) -> tuple[nn.Module, list[float]]:
+    """The student, and the KL of every step in nats a token."""
     torch.manual_seed(0)
     student, kls = without_every_third_layer(teacher), []
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.0)
@@ -49,7 +51,7 @@ def train(teacher: nn.Module, tokenizer: object, steps: int, n_questions: int = 
         if step % 4 == 3 or step == 0:
             n_selected, n_valid = int(out.metrics["n_selected"]), int(out.metrics["n_valid"])
             print(f"step {step + 1:3}: KL {kls[-1]:.2f} nats a token, trained on {n_selected} of {n_valid}", flush=True)
-    return kls
+    return student, kls
 
 
 if __name__ == "__main__":
