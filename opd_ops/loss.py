@@ -143,6 +143,8 @@ def selective_opd_loss(
     checks.check_choice("denominator", denominator, checks.DENOMINATORS)
     checks.check_num_items(num_items_in_batch)
     checks.check_threshold(threshold)
+    if threshold is not None and score_dtype == "float8":
+        raise ValueError("threshold: score_dtype='float8' scores only a shortlist of the budget exactly; pass one of the two")
     call = prepare(
         student,
         teacher,
@@ -172,8 +174,6 @@ def selective_opd_loss(
     if inplace_backward:
         checks.check_inplace_backward(call.student.leading, call.teacher)
     checks.check_tokens(call.divergence, call.teacher, call.positions.tokens)
-    if threshold is not None and score_dtype == "float8":
-        raise ValueError("threshold: score_dtype='float8' scores only a shortlist of the budget exactly; pass one of the two")
     keep_one = getattr(call.selector, "keep_one_per_sequence", False)
     select = partial(select_positions, scope=scope, cu_seqlens=cu_seqlens, keep_one_per_sequence=keep_one)
 

@@ -111,7 +111,7 @@ class Listed(NamedTuple):
         again = torch.nn.functional.pad(ids[:, 1:] == ids[:, :-1], (1, 0))
         ids, logprobs = ids.masked_fill(again, LAST_ID), logprobs.masked_fill(again, -torch.inf)
         if merged:
-            inside = (ids.unsqueeze(2) == ids.new_tensor(merged)).any(2)
+            inside = torch.stack([ids == x for x in merged]).any(0)  # no tensor of them: a copy from the host
             total = torch.logsumexp(logprobs.masked_fill(~inside, -torch.inf), 1, keepdim=True)
             first = inside & (inside.cumsum(1) == 1)
             logprobs = torch.where(first, total, logprobs.masked_fill(inside, -torch.inf))

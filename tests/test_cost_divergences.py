@@ -48,9 +48,14 @@ def count_units(student, teacher, n=N, **options):
     return counter.get_total_flops() / (2 * n * VOCAB * DIM)
 
 
+def list_length(divergence):
+    support = DIVERGENCES[divergence].support
+    return support.length if support else 0
+
+
 def dots(divergence, n=N):
     """Upper bound in units of what is computed at the list's ids alone."""
-    k = DIVERGENCES[divergence].support.length if DIVERGENCES[divergence].support else 0
+    k = list_length(divergence)
     used = FRACTION * n * k if divergence == "local_support" else 0  # columns that occur, at most
     return FRACTION * (4 * k + 2 * used) / VOCAB
 
@@ -96,7 +101,7 @@ def test_head_peak_is_workspace_plus_gradients_plus_order_n(divergence, workspac
         selective_opd_loss(student, teacher, tokens=tokens(n), **options).loss.backward()
     required = 4 * (student.weight.numel() + student.hidden.numel())
     selected = 4 * n * fraction * 3 * DIM
-    k = DIVERGENCES[divergence].support.length if DIVERGENCES[divergence].support else 0
+    k = list_length(divergence)
     lists = 8 * 40 * k * n * fraction  # ids, both models' logits in fp64, their gradients and temporaries
     assert meter.peak > required
     assert meter.peak - required <= workspace_bytes + selected + 8 * 60 * n + lists
@@ -110,7 +115,7 @@ def test_logits_peak_is_workspace_plus_the_gradient(divergence):
     options = {"divergence": divergence, "fraction": fraction, "workspace_bytes": workspace_bytes, "backend": "torch"}
     with LiveBytes() as meter:
         selective_opd_loss(student, teacher, tokens=tokens(n), **options).loss.backward()
-    k = DIVERGENCES[divergence].support.length if DIVERGENCES[divergence].support else 0
+    k = list_length(divergence)
     lists = 8 * 40 * k * n * fraction
     assert meter.peak - student.numel() * 4 <= workspace_bytes + 8 * 60 * n + lists
 
@@ -122,6 +127,6 @@ def test_saved_for_backward_is_a_few_numbers_per_selected_row(divergence):
     inputs = [t for head in (student, teacher) for t in (head.hidden, head.weight, head.bias)]
     with saved_bytes(inputs) as saved:
         loss = selective_opd_loss(student, teacher, fraction=FRACTION, divergence=divergence, tokens=tokens()).loss
-    k = DIVERGENCES[divergence].support.length if DIVERGENCES[divergence].support else 0
+    k = list_length(divergence)
     assert 0 < saved["bytes"] <= (48 + 16 * k) * FRACTION * N + 64  # ids and gradients of the lists, and what reverse KL saves
     loss.backward()

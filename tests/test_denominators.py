@@ -179,3 +179,5 @@ def test_threshold_rejects():
     for bad in (math.nan, "0.5", True, torch.zeros(2)):
         with pytest.raises(ValueError, match=r"threshold: got .*, expected a number or a 0-dim tensor"):
             selective_opd_loss(student, teacher, mask=mask, threshold=bad)
+    with pytest.raises(ValueError, match="threshold: score_dtype='float8' scores only a shortlist"):
+        selective_opd_loss(student, teacher, mask=mask, threshold=0.5, score_dtype="float8")

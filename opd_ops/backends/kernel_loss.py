@@ -24,7 +24,7 @@ from opd_kernels.support import support_fwd
 from torch import Tensor
 
 from opd_ops.backends.launches import launch_options
-from opd_ops.backends.support_terms import Terms, evaluate
+from opd_ops.backends.support_terms import evaluate
 from opd_ops.divergences import JSD, Divergence, ForwardKL, OnSupport, ReverseKL, Support
 from opd_ops.sources import Transform, finish_logits
 from opd_ops.teachers import LAST_ID, Listed, tail
@@ -43,6 +43,9 @@ def refusal(divergence: Divergence) -> str | None:
     return None
 
 
+BY_ROW = frozenset({"ids", "values", "coef"})  # of `Found`: the others are columns, one entry a row along the last dimension
+
+
 class Found(NamedTuple):
     """What the gradient needs of each row; None: of a part that the divergence does not have."""
 
@@ -55,8 +58,7 @@ class Found(NamedTuple):
 
     def rows(self, part: slice) -> Found:
         """Those of some of the rows."""
-        by_row = {"ids", "values", "coef"}
-        cut = {name: None if x is None else x[part] if name in by_row else x[:, part].contiguous() for name, x in self.named()}
+        cut = {name: None if x is None else x[part] if name in BY_ROW else x[:, part].contiguous() for name, x in self.named()}
         return Found(**cut)
 
     def named(self) -> list[tuple[str, Tensor | None]]:
@@ -65,9 +67,8 @@ class Found(NamedTuple):
     @staticmethod
     def joined(parts: list[Found]) -> Found:
         """Those of all rows, from those of consecutive ones."""
-        by_row = {"ids", "values", "coef"}
         columns = zip(Found._fields, zip(*parts, strict=True), strict=True)
-        return Found(*(None if x[0] is None else torch.cat(x, 0 if name in by_row else 1) for name, x in columns))
+        return Found(*(None if x[0] is None else torch.cat(x, 0 if name in BY_ROW else 1) for name, x in columns))
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class KernelLoss:
             beside = self._logsumexp(self.student, *rest)
         else:
             rest, beside = torch.zeros((2, len(ids)), device=s.device), losses
-        terms: Terms = evaluate(part, Support(x.double(), beside, log_q, log_tail, entropy), ids, torch.float32)
+        terms = evaluate(part, Support(x.double(), beside, log_q, log_tail, entropy), ids, torch.float32)
         coef = torch.zeros(len(ids), device=s.device) if terms.drest is None else terms.drest
         return terms.losses, found._replace(ids=inside, values=terms.dx.gather(1, order), rest=rest, coef=coef)
 

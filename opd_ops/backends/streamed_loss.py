@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from opd_ops.backends import pages
 from opd_ops.backends.gather import merged_logits
 from opd_ops.backends.listed_gradients import listed_gradients
-from opd_ops.backends.one_model import own_stats, places_in, without_ids
+from opd_ops.backends.one_model import places_in, without_ids
 from opd_ops.backends.reading import Rows, slices
 from opd_ops.backends.support_terms import Terms, support_terms
 from opd_ops.backends.tiling import gradient_grid
@@ -287,8 +287,7 @@ def selected_loss(
             sums = _Sums(known, known)
         losses, of = sums.losses, of._replace(pull=sums.pull, lse=lse, gap=gap)
     if support is not None:
-        options: dict[str, Any] = {"own_stats": own_stats, "workspace_bytes": workspace_bytes}
-        terms = support_terms(support, student, teacher, rows, tokens, **options)
+        terms = support_terms(support, student, teacher, rows, tokens, workspace_bytes=workspace_bytes)
         of_list = terms.losses.to(terms.dx.dtype)
         losses = of_list if losses is None else losses + of_list
         if terms.drest is None:

@@ -7,16 +7,15 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from opd_ops.backends.gather import logits_at
-from opd_ops.backends.one_model import rest
+from opd_ops.backends.one_model import own_stats, rest
 from opd_ops.divergences import OnSupport, Support
 from opd_ops.sources import Source, compute_dtype
-from opd_ops.stats import OwnStats
 from opd_ops.teachers import LAST_ID, Listed, tail
 
 
@@ -29,12 +28,6 @@ class Terms(NamedTuple):
     dx: Tensor  # (M, K) compute dtype
     rest: Tensor | None  # (M,) fp64; None: the loss does not read it
     drest: Tensor | None  # (M,) compute dtype
-
-
-class OwnStatsOf(Protocol):
-    def __call__(
-        self, source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int, score_dtype: torch.dtype | None
-    ) -> OwnStats: ...
 
 
 def evaluate(part: OnSupport, at: Support, ids: Tensor, dtype: torch.dtype) -> Terms:
@@ -63,7 +56,6 @@ def support_terms(
     rows: Tensor,
     tokens: Tensor | None,
     *,
-    own_stats: OwnStatsOf,
     workspace_bytes: int,
 ) -> Terms:
     """The terms of the rows; `tokens` (M,) are what the student sampled there, if the divergence is on them."""
@@ -73,7 +65,7 @@ def support_terms(
         ids, log_q, log_tail = _listed(part, teacher.take(rows))
         entropy = torch.full_like(log_tail, math.nan)
     else:
-        ids, log_q, log_tail, entropy = _swept(part, teacher.detach(), rows, tokens, own_stats, workspace_bytes)
+        ids, log_q, log_tail, entropy = _swept(part, teacher.detach(), rows, tokens, workspace_bytes)
     x = logits_at(student, rows, ids, dtype, workspace_bytes)
     beside = rest(student, rows, ids, workspace_bytes=workspace_bytes) if part.reads_rest else x.new_zeros(len(rows))
     return evaluate(part, Support(x.double(), beside, log_q, log_tail, entropy), ids, dtype)
@@ -90,7 +82,6 @@ def _swept(
     teacher: Source,
     rows: Tensor,
     tokens: Tensor | None,
-    own_stats: OwnStatsOf,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(teacher)

@@ -8,11 +8,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, Trainer, TrainingArguments
 
 from opd_ops import selective_opd_loss
 from opd_ops.backends import eager
-from opd_ops.integrations import hf
+from opd_ops.integrations import heads, hf, trl
 from opd_ops.integrations.heads import head_of, last_hidden, logit_scale
 from opd_ops.integrations.hf import SelectiveComputeLoss, SelectiveDistillationTrainer
 from opd_ops.sources import Source
@@ -162,3 +164,24 @@ def test_the_head_gives_the_model_s_own_logits(family):
     assert outputs.logits.shape[1] == 1
     assert logit_scale(model.config) == (0.25 if family == "granite" else 1.0)
     assert head.softcap == (3.0 if family == "gemma2" else None)
+
+
+def test_a_sharded_head_is_gathered_for_both_adapters():
+    head = torch.nn.Linear(8, VOCAB)
+    hidden = torch.randn(3, 8, generator=generator(0))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = torch.nn.Linear(8, VOCAB)
+        for name in ("weight", "bias"):
+            tensor = distribute_tensor(getattr(head, name).detach().clone(), mesh, [Shard(0)])
+            setattr(sharded, name, torch.nn.Parameter(tensor))
+        gathered = heads._gathered(sharded)
+        of_trl = trl._head(hidden, sharded.weight, sharded.bias, 1.0, None)
+        for found in (gathered, of_trl):
+            assert torch.equal(found.weight, head.weight)
+            assert torch.equal(found.bias, head.bias)
+        (of_trl.weight.sum() + gathered.weight.sum()).backward()
+        assert torch.equal(sharded.weight.grad.full_tensor(), torch.full_like(head.weight, 2.0))
+    finally:
+        torch.distributed.destroy_process_group()
