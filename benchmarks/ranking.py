@@ -27,10 +27,10 @@ from torch import Tensor
 from benchmarks.environment import describe_environment
 from examples import smollm2
 from examples.prompts import HELD_OUT, INSTRUCTION, TRAINING
-from examples.rollouts import head_over, sample
 from opd_ops import Float8Rows, LinearHead, RolloutRecorder, StudentStats, TokenStats, score_positions, select_positions
 from opd_ops.selection import SHORTLIST
 from opd_ops.selectors import teachability
+from opd_ops.trainer.rollouts import head_over, sample
 
 ROOT = Path(__file__).parents[1]
 FRACTIONS = (0.05, 0.1, 0.2)
@@ -49,10 +49,9 @@ class Inputs(NamedTuple):
 def real_inputs(n_answers: int, n_tokens: int, seed: int = 0) -> Inputs:
     model, tokenizer = smollm2.load_model()
     questions = [*TRAINING, *HELD_OUT][:n_answers]
-    torch.manual_seed(seed)
     recorder = RolloutRecorder()
-    rollouts = sample(model, tokenizer, questions, n_tokens, logits_processor=[recorder])
-    student, teacher = (head_over(model, tokenizer, rollouts, instruction=told) for told in (None, INSTRUCTION))
+    rollouts = sample(model, tokenizer, questions, max_new_tokens=n_tokens, seed=seed, logits_processor=[recorder])
+    student, teacher = (head_over(model, tokenizer, rollouts, system=told) for told in (None, INSTRUCTION))
     rounded = head_over(copy.deepcopy(model).bfloat16(), tokenizer, rollouts)
     mask = rollouts.mask
     in_bf16 = StudentStats.of_logits(rounded.hidden[mask] @ rounded.weight.T)

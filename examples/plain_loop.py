@@ -17,8 +17,8 @@ from torch import nn
 
 from examples import smollm2
 from examples.prompts import TRAINING
-from examples.rollouts import head_over, sample
 from opd_ops import selective_opd_loss
+from opd_ops.trainer.rollouts import head_over, sample
 
 
 def without_every_third_layer(model: nn.Module) -> nn.Module:
@@ -40,7 +40,7 @@ def train(
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.0)
     for step in range(steps):
         first = step * n_questions % len(TRAINING)
-        rollouts = sample(student, tokenizer, (TRAINING * 2)[first : first + n_questions], n_tokens)
+        rollouts = sample(student, tokenizer, (TRAINING * 2)[first : first + n_questions], max_new_tokens=n_tokens)
         with torch.no_grad():
             teacher_head = head_over(teacher, tokenizer, rollouts)
         out = selective_opd_loss(head_over(student, tokenizer, rollouts), teacher_head, mask=rollouts.mask, fraction=0.2)

@@ -12,8 +12,8 @@
 #   minutes and 5 GB of memory.
 # Run: make demo, or make demo ARGS="--selector entropy --fraction 0.1". The same seed gives the same numbers.
 #
-# Not here: sampling and alignment (rollouts.py), questions (prompts.py), weights (smollm2.py), flags (settings.py), what is
-# shown (run_report.py, token_report.py).
+# Not here: sampling and alignment (opd_ops/trainer/rollouts.py), questions (prompts.py), weights (smollm2.py), flags
+# (settings.py), what is shown (run_report.py, token_report.py).
 from __future__ import annotations
 
 import copy
@@ -28,10 +28,11 @@ from rich.console import Console
 
 from examples import run_report, smollm2, token_report
 from examples.prompts import HELD_OUT, INSTRUCTION, TRAINING
-from examples.rollouts import Rollouts, head_over, sample
 from examples.run_report import Record
 from examples.settings import Settings, parse_settings
 from opd_ops import LinearHead, SelectiveOPDOutput, score_positions, selective_opd_loss
+from opd_ops.trainer.prompts import Prompt
+from opd_ops.trainer.rollouts import Rollouts, head_over, sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,13 +50,13 @@ class Pair(NamedTuple):
 
 
 def train_step(
-    pair: Pair, optimizer: torch.optim.Optimizer, questions: Sequence[str], settings: Settings, generator: torch.Generator
+    pair: Pair, optimizer: torch.optim.Optimizer, questions: Sequence[Prompt], settings: Settings, generator: torch.Generator
 ) -> tuple[Rollouts, SelectiveOPDOutput]:
     """The method: the student answers, both models score its tokens, the best-scored share of them trains it."""
-    rollouts = sample(pair.student, pair.tokenizer, questions, settings.max_new_tokens)
+    rollouts = sample(pair.student, pair.tokenizer, questions, max_new_tokens=settings.max_new_tokens)
     student_head = head_over(pair.student, pair.tokenizer, rollouts)
     with torch.no_grad():
-        teacher_head = head_over(pair.teacher, pair.tokenizer, rollouts, instruction=INSTRUCTION)
+        teacher_head = head_over(pair.teacher, pair.tokenizer, rollouts, system=INSTRUCTION)
     output = selective_opd_loss(
         student_head,
         teacher_head,
@@ -79,9 +80,9 @@ def held_out_kl(pair: Pair, held_out: Rollouts, teacher_head: LinearHead) -> flo
     return stats.forward_kl[stats.valid].mean().item()
 
 
-def question_batches(size: int, generator: torch.Generator) -> Iterator[list[str]]:
+def question_batches(size: int, generator: torch.Generator) -> Iterator[list[Prompt]]:
     """Endless batches from shuffled passes over the training questions."""
-    queue: list[str] = []
+    queue: list[Prompt] = []
     while True:
         while len(queue) < size:
             queue += [TRAINING[i] for i in torch.randperm(len(TRAINING), generator=generator).tolist()]
@@ -96,9 +97,9 @@ def run(settings: Settings, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     pair = Pair(copy.deepcopy(model).requires_grad_(True), model.requires_grad_(False), tokenizer)
     optimizer = torch.optim.AdamW(pair.student.parameters(), lr=settings.learning_rate, weight_decay=0.0)
 
-    held_out = sample(pair.student, tokenizer, HELD_OUT, settings.max_new_tokens)
+    held_out = sample(pair.student, tokenizer, HELD_OUT, max_new_tokens=settings.max_new_tokens)
     with torch.no_grad():
-        teacher_head = head_over(pair.teacher, tokenizer, held_out, instruction=INSTRUCTION)
+        teacher_head = head_over(pair.teacher, tokenizer, held_out, system=INSTRUCTION)
     record = Record(held_out_kl={0: held_out_kl(pair, held_out, teacher_head)})
     console.print(f"Held-out forward KL(teacher || student) before: {record.held_out_kl[0]:.4f} nats")
     record.answers["before"] = greedy_answers(pair.student, tokenizer, settings)
@@ -121,7 +122,7 @@ def run(settings: Settings, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     console.print(f"Held-out forward KL(teacher || student) after:  {record.held_out_kl[settings.steps]:.4f} nats")
     record.answers["after"] = greedy_answers(pair.student, tokenizer, settings)
     record.answers["teacher"] = greedy_answers(pair.teacher, tokenizer, settings, INSTRUCTION)
-    console.print(run_report.answers_table(HELD_OUT, record.answers))
+    console.print(run_report.answers_table([prompt.text for prompt in HELD_OUT], record.answers))
     return record
 
 
@@ -129,19 +130,18 @@ def greedy_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, instruction: str | None = None
 ) -> list[str]:
     """To the first held-out questions: what training changed, in words."""
-    questions = HELD_OUT[:N_ANSWERS]
-    rollouts = sample(model, tokenizer, questions, settings.max_new_tokens, greedy=True, instruction=instruction)
-    return tokenizer.batch_decode(rollouts.tokens, skip_special_tokens=True)
+    length = settings.max_new_tokens
+    rollouts = sample(model, tokenizer, HELD_OUT[:N_ANSWERS], max_new_tokens=length, temperature=0, system=instruction)
+    return rollouts.answers(tokenizer)
 
 
 def page_batch(
     step: int, rollouts: Rollouts, output: SelectiveOPDOutput, tokenizer: PreTrainedTokenizerBase
 ) -> token_report.Batch:
     """The tokens of one step as text, for the page."""
-    rows = zip(rollouts.tokens, rollouts.mask, strict=True)
-    texts = [[tokenizer.decode([i]) for i in tokens[mask].tolist()] for tokens, mask in rows]
     title = f"Step {step}: the student after {step - 1} updates" if step > 1 else "Step 1: the student before any update"
-    return token_report.Batch(title, rollouts.questions, texts, output._replace(loss=output.loss.detach()))
+    questions, texts = [prompt.text for prompt in rollouts.prompts], rollouts.token_texts(tokenizer)
+    return token_report.Batch(title, questions, texts, output._replace(loss=output.loss.detach()))
 
 
 def outcome(settings: Settings, record: Record) -> str:
@@ -156,8 +156,8 @@ def write_files(settings: Settings, record: Record) -> None:
     facts = {"model": "SmolLM2-135M-Instruct", "instruction, teacher only": INSTRUCTION}
     facts |= {name.replace("_", " "): str(value) for name, value in asdict(settings).items() if name != "out"}
     answers = [
-        {"question": question, **{who: texts[i] for who, texts in record.answers.items()}}
-        for i, question in enumerate(HELD_OUT[:N_ANSWERS])
+        {"question": prompt.text, **{who: texts[i] for who, texts in record.answers.items()}}
+        for i, prompt in enumerate(HELD_OUT[:N_ANSWERS])
     ]
     page = token_report.render(record.pages, facts, answers, outcome(settings, record))
     (settings.out / "tokens.html").write_text(page, encoding="utf-8")

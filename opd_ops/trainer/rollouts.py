@@ -1,0 +1,150 @@
+# Sampled answers, and a model's head over them: which hidden state predicts which token.
+#
+#   left-padded prompt of P columns, then L answer tokens y: hidden state P - 1 + i predicts y[i], for i = 0 ... L - 1
+#   mask[i] = 1 up to and including the first end token; what comes after it is padding.
+#
+# Prompts of two models may differ (the teacher may be told more); the answer's tokens and their alignment are the same.
+# Not here: which prompts (order.py), their text (prompts.py), answers sampled by a server (served_rollouts.py).
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from opd_ops.inputs import LinearHead
+from opd_ops.integrations.heads import head_of, last_hidden
+from opd_ops.trainer.prompts import Conversation, Prompt
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Rollouts(NamedTuple):
+    """Prompts and one sampled answer to each."""
+
+    prompts: Sequence[Prompt]
+    tokens: Tensor  # (B, L) int64, padded on the right
+    mask: Tensor  # (B, L) bool: up to and including the end token
+
+    @classmethod
+    def of(cls, prompts: Sequence[Prompt], tokens: Tensor, eos_ids: Sequence[int]) -> Rollouts:
+        """Answers that end where their first end token is."""
+        ends = torch.isin(tokens, torch.tensor(list(eos_ids), device=tokens.device)).long()
+        return cls(prompts, tokens, ends.cumsum(1) - ends == 0)
+
+    def answers(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """Their texts."""
+        rows = zip(self.tokens, self.mask, strict=True)
+        return [tokenizer.decode(tokens[mask], skip_special_tokens=True) for tokens, mask in rows]
+
+    def token_texts(self, tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
+        """The text of every valid token."""
+        rows = zip(self.tokens, self.mask, strict=True)
+        return [[tokenizer.decode([i]) for i in tokens[mask].tolist()] for tokens, mask in rows]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]) -> BatchEncoding:
+    """Left-padded prompts that end where the answer begins; without a chat template, the messages one under the other."""
+    if tokenizer.chat_template is None:
+        texts = ["\n".join(message["content"] for message in conversation) for conversation in conversations]
+    else:
+        texts = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
+    # The template has written the special tokens already.
+    special = tokenizer.chat_template is None
+    return tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=special)
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids at which generation stops."""
+    config = getattr(model, "generation_config", None)
+    found = None if config is None else config.eos_token_id
+    found = tokenizer.eos_token_id if found is None else found
+    return list(found) if isinstance(found, (list, tuple)) else [] if found is None else [found]
+
+
+@contextmanager
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """torch's own generators set to `seed` inside, and put back after it; None: left alone."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    system: str | None = None,
+    logits_processor: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+    **options: Any,
+) -> Rollouts:
+    """Answers drawn at `temperature` (0: the greedy ones), by default from the whole distribution, as on-policy training needs.
+
+    Args:
+        seed: Of the drawing, which then depends on nothing else; None: torch's own generators as they are.
+        system: The system message the model is given; None: the prompts' own.
+        logits_processor: Each sees every step's scores: `RolloutRecorder` keeps what scoring needs of them.
+        options: More for `generate`, like `synced_gpus`.
+    """
+    device = model.device
+    inputs = encode(tokenizer, [prompt.conversation(system) for prompt in prompts]).to(device)
+    how: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p}
+    how |= {"logits_processor": list(logits_processor), "pad_token_id": tokenizer.pad_token_id}
+    was_training = model.training
+    model.eval()  # a training model with gradient checkpointing keeps no cache, and dropout is not the policy's
+    with seeded(seed, device):
+        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **how, **options)
+    model.train(was_training)
+    return Rollouts.of(prompts, ids[:, inputs["input_ids"].shape[1] :], end_tokens(model, tokenizer))
+
+
+def model_inputs(
+    tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts, systems: Sequence[str | None]
+) -> tuple[dict[str, Tensor], int]:
+    """What a model reads: prompts, each under its system message, then answers; and how many columns the prompts take."""
+    device = rollouts.tokens.device
+    conversations = [prompt.conversation(system) for prompt, system in zip(rollouts.prompts, systems, strict=True)]
+    prompts = encode(tokenizer, conversations).to(device)
+    ids = torch.cat((prompts["input_ids"], rollouts.tokens), 1)
+    attention = torch.cat((prompts["attention_mask"], torch.ones_like(rollouts.tokens)), 1)
+    positions = (attention.cumsum(1) - 1).clamp_min(0)  # padding on the left does not count
+    inputs = {"input_ids": ids, "attention_mask": attention, "position_ids": positions}
+    return inputs, prompts["input_ids"].shape[1]
+
+
+def head_over(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rollouts: Rollouts,
+    *,
+    system: str | Sequence[str | None] | None = None,
+    unwrapped: nn.Module | None = None,
+) -> LinearHead:
+    """The model's head over hidden states (B, L, D) whose row i predicts answer token i.
+
+    Args:
+        system: The system message the model reads, for all prompts or one for each; None: the prompts' own.
+        unwrapped: The model inside `model`, where that is a wrapper whose hooks must fire (DDP).
+    """
+    unwrapped = model if unwrapped is None else unwrapped
+    systems = [system] * len(rollouts.prompts) if system is None or isinstance(system, str) else list(system)
+    inputs, width = model_inputs(tokenizer, rollouts, systems)
+    hidden, _ = last_hidden(model, unwrapped, inputs)
+    # The last prompt token predicts answer token 0; the last answer token predicts nothing that was sampled.
+    return head_of(unwrapped, hidden[:, width - 1 : -1])
