@@ -58,7 +58,9 @@ def last_hidden(model: nn.Module, unwrapped: nn.Module, inputs: dict[str, Any]) 
 
     `model` is what is called, so that the hooks of a wrapper fire; `unwrapped` is asked what it takes.
     """
-    options = {KEPT: 1} if KEPT in inspect.signature(unwrapped.forward).parameters else {}
+    # PEFT's forward takes anything and passes it on; what the model inside takes counts.
+    inner = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped  # type: ignore[operator]
+    options = {KEPT: 1} if KEPT in inspect.signature(inner.forward).parameters else {}
     outputs = model(**inputs, **options, output_hidden_states=True, use_cache=False)
     return outputs.hidden_states[-1], outputs
 

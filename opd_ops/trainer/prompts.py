@@ -58,12 +58,22 @@ def load_prompts(source: str | Path, split: str = "train") -> list[Prompt]:
     return prompts
 
 
+def held_out(prompts: list[Prompt], size: int) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on, and the last `size` of them to evaluate with.
+
+    Raises: ValueError: none would be left to train on.
+    """
+    if size >= len(prompts):
+        raise ValueError(f"eval_size: got {size} of {len(prompts)} prompts, expected fewer, so that some are left to train on")
+    return prompts[: len(prompts) - size], prompts[len(prompts) - size :]
+
+
 def parse_prompt(row: Any, where: str) -> Prompt:
     """One row; `where` begins the error about it."""
     if not isinstance(row, Mapping):
         raise ValueError(f"{where}: got {type(row).__name__}, expected an object with 'prompt' or 'messages'")
     content = row.get("messages") or row.get("prompt")
-    messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
+    messages = [{"role": "user", "content": content}] if isinstance(content, str) and content else content
     if not messages or not all(_is_message(message) for message in messages):
         raise ValueError(
             f"{where}: got {sorted(row)}, expected 'prompt' (text) or 'messages' (objects with 'role' and 'content')"

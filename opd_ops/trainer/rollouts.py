@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -148,3 +149,9 @@ def head_over(
     hidden, _ = last_hidden(model, unwrapped, inputs)
     # The last prompt token predicts answer token 0; the last answer token predicts nothing that was sampled.
     return head_of(unwrapped, hidden[:, width - 1 : -1])
+
+
+def in_bf16(head: LinearHead) -> LinearHead:
+    """The same head in bf16; its gradients come back in the dtypes of `head`."""
+    bias = None if head.bias is None else head.bias.bfloat16()
+    return replace(head, hidden=head.hidden.bfloat16(), weight=head.weight.bfloat16(), bias=bias)

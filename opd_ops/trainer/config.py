@@ -1,0 +1,229 @@
+# What can be set about a run: a dataclass, read from a YAML file and flags, checked before any model loads.
+#
+#   opd-train --config FILE.yaml --fraction 0.05:  a line `name: value` of the file is the flag `--name value`; flags win
+#
+# The options of the loss are tried on a few random logits: whatever `selective_opd_loss` refuses is refused here, in its words.
+# Not here: what they do (loop.py and its neighbours).
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from opd_ops.divergences import Divergence, resolve_divergence
+from opd_ops.loss import selective_opd_loss
+from opd_ops.teachers import TopKLogprobs
+
+SAME = "same"
+TOY_VOCABULARY = 256  # at least any top_k of the trial call
+MOST_TOP_K = TOY_VOCABULARY // 2
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class OPDConfig:
+    """Every option of the reference trainer, with its default; `opd-train --help` prints the same.
+
+    Raises (from `check`): ValueError: the option, what came, what was expected.
+    """
+
+    # models
+    student: str = _option(
+        "", "Model to train: a folder, a name on the hub, a .gguf file, or package:NAME for one in a package."
+    )
+    teacher: str = _option(SAME, "Model that teaches, named alike; 'same': the student's own initial weights.")
+    teacher_system: str | None = _option(
+        None, "System message that only the teacher reads; a prompt's own teacher_system wins."
+    )
+    teacher_url: str | None = _option(
+        None, "OpenAI-compatible server that answers prompt_logprobs: the teacher instead of a model."
+    )
+    teacher_top_k: int = _option(16, "Log-probabilities that are asked of that server for each token.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "float32", "Of the student's weights; 'auto': as stored."
+    )
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option("auto", "Of the teacher's weights.")
+    mixed_precision: Literal["no", "bf16"] = _option("no", "bf16: the student's body computes in 16 bits, its weights stay.")
+    gradient_checkpointing: bool = _option(False, "Compute activations again in the backward instead of keeping them.")
+    lora_rank: int = _option(0, "Rank of LoRA adapters on every linear layer but the head; 0: train all weights.")
+    lora_alpha: int = _option(32, "Scale of the adapters, times 1/rank.")
+    lora_dropout: float = _option(0.0, "Dropout of the adapters' inputs.")
+    # data
+    prompts: str = _option("", "Prompts: a JSONL file, a folder saved by `datasets`, or a dataset's name.")
+    prompts_split: str = _option("train", "Split of a dataset.")
+    eval_prompts: str | None = _option(None, "Held-out prompts, named alike; none: the last eval_size of the prompts.")
+    eval_size: int = _option(16, "Held-out prompts; 0: no evaluation.")
+    # rollouts
+    max_new_tokens: int = _option(256, "Longest answer, in tokens.")
+    temperature: float = _option(1.0, "Of sampling; the loss is at temperature 1.")
+    top_p: float = _option(1.0, "Nucleus of sampling; below 1 the answers are no longer drawn from the whole distribution.")
+    rollout_url: str | None = _option(None, "vLLM server that samples the answers instead of `generate`; needs LoRA.")
+    # loss
+    selector: str = _option("teachability", "What makes a token worth training on (opd_ops/selectors.py).")
+    fraction: float = _option(0.05, "Share of the tokens of each micro-batch to train on, in (0, 1].")
+    scope: Literal["batch", "sequence"] = _option("batch", "One budget for each micro-batch, or one for each answer.")
+    divergence: str = _option("reverse_kl", "The loss on them (docs/features.md).")
+    divergence_args: str = _option("", "Its parameters, like beta=0.3 or top_k=8,alpha=0.5.")
+    top_k: int = _option(16, "Entries of the supports that statistics are made of.")
+    workspace_mib: int = _option(256, "Scratch memory of the loss, MiB.")
+    # optimisation
+    steps: int = _option(100, "Updates of the student.")
+    batch_size: int = _option(8, "Prompts in a micro-batch of one process.")
+    gradient_accumulation_steps: int = _option(1, "Micro-batches of one process in a step.")
+    learning_rate: float = _option(1e-6, "Of AdamW.")
+    lr_scheduler: Literal["constant", "linear", "cosine"] = _option("constant", "How it changes after the warm-up.")
+    warmup_steps: int = _option(0, "Steps in which it rises from 0.")
+    weight_decay: float = _option(0.0, "Of AdamW.")
+    max_grad_norm: float = _option(1.0, "Larger gradients are scaled down to this norm; 0: never.")
+    seed: int = _option(0, "Of the order of prompts, sampling, dropout, selectors that draw.")
+    # evaluation, logs, checkpoints
+    eval_every: int = _option(20, "Steps between evaluations; one before the first and after the last step too.")
+    answer_pattern: str = _option(
+        "", "Regular expression whose last match (its group, if it has one) is an answer; '': all of it."
+    )
+    completions: int = _option(4, "Held-out answers in the table of completions.")
+    save_every: int = _option(0, "Steps between checkpoints; 0: only at the end and on SIGTERM.")
+    keep_checkpoints: int = _option(2, "The latest ones that are kept.")
+    output_dir: str = _option("out/run", "Folder of log, checkpoints and the trained model.")
+    resume: bool = _option(False, "Continue from the latest checkpoint in output_dir, if there is one.")
+    report_to: str = _option("", "Trackers, like tensorboard,wandb.")
+    run_name: str = _option("opd", "Name of the run in them.")
+
+    def loss_options(self) -> dict[str, Any]:
+        """The arguments of `selective_opd_loss` that the options name."""
+        return {
+            "selector": self.selector,
+            "fraction": self.fraction,
+            "scope": self.scope,
+            "divergence": self.resolved_divergence(),
+            "top_k": self.top_k,
+            "workspace_bytes": self.workspace_mib * 2**20,
+        }
+
+    def resolved_divergence(self) -> Divergence:
+        """`divergence` with the parameters of `divergence_args`."""
+        divergence = resolve_divergence(self.divergence)
+        if not self.divergence_args:
+            return divergence
+        pairs = [part.partition("=") for part in self.divergence_args.split(",")]
+        known: list[str] = [f.name for f in dataclasses.fields(divergence)] if dataclasses.is_dataclass(divergence) else []
+        try:
+            values = {name.strip(): _number(text) for name, _, text in pairs}
+            if not set(values) <= set(known):
+                raise ValueError
+        except ValueError:
+            what = f"name=number with names of {', '.join(known)}" if known else f"nothing: {self.divergence} has no parameters"
+            raise ValueError(f"divergence_args: got {self.divergence_args!r}, expected {what}") from None
+        return dataclasses.replace(divergence, **values)  # type: ignore[type-var]
+
+    def trackers(self) -> list[str]:
+        return [name.strip() for name in self.report_to.split(",") if name.strip()]
+
+    def check(self) -> OPDConfig:
+        """Itself, if a run can begin; files are looked for, models are not loaded."""
+        for name in ("student", "prompts"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: got nothing, expected {OPDConfig.__dataclass_fields__[name].metadata['help']}")
+        least = {"steps": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "max_new_tokens": 1, "workspace_mib": 1}
+        least |= {"eval_every": 1, "keep_checkpoints": 1, "teacher_top_k": 1, "lora_alpha": 1}
+        for name in ("eval_size", "warmup_steps", "completions", "save_every", "lora_rank", "seed"):
+            least[name] = 0
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected an integer of at least {low}")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "temperature", "lora_dropout"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a finite number of at least 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: got {self.top_p}, expected a number in (0, 1]")
+        if self.temperature == 0:
+            raise ValueError("temperature: got 0, expected a number > 0: on-policy training needs sampled answers")
+        if self.teacher_url is not None and self.teacher != SAME:
+            raise ValueError(f"teacher: got {self.teacher!r} beside teacher_url, expected one of the two")
+        if self.rollout_url is not None and self.lora_rank == 0:
+            raise ValueError("rollout_url: a server learns the student's new weights as LoRA adapters; set lora_rank")
+        for name in ("prompts", "eval_prompts"):
+            path = getattr(self, name)
+            if path is not None and path.endswith((".jsonl", ".json")) and not Path(path).is_file():
+                raise ValueError(f"{name}: got {path!r}, expected a file that exists")
+        self._check_trackers()
+        self._try_loss()
+        return self
+
+    def _check_trackers(self) -> None:
+        from accelerate.utils import LoggerType
+
+        known = [tracker.value for tracker in LoggerType if tracker.value != "all"]
+        unknown = [name for name in self.trackers() if name not in known]
+        if unknown:
+            raise ValueError(f"report_to: got {unknown[0]!r}, expected some of: {', '.join(known)}")
+
+    def _try_loss(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        student, teacher = (torch.randn(4, TOY_VOCABULARY, generator=generator) for _ in range(2))
+        options = self.loss_options()
+        if not 0 < self.top_k <= MOST_TOP_K:
+            raise ValueError(f"top_k: got {self.top_k}, expected an integer from 1 to {MOST_TOP_K}")
+        taught: Any = teacher
+        if self.teacher_url is not None:
+            best = torch.log_softmax(teacher, -1).topk(min(self.teacher_top_k, TOY_VOCABULARY))
+            taught = TopKLogprobs(best.indices, best.values)
+        tokens = torch.zeros(4, dtype=torch.long)
+        selective_opd_loss(student, taught, tokens=tokens, generator=generator, backend="eager", **options)
+
+
+def read_config(arguments: Sequence[str] | None = None) -> OPDConfig:
+    """The configuration by flags and the YAML file they name; a bad one ends the program with a line that says why."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(
+        OPDConfig, prog="opd-train", description="On-policy distillation on the tokens that are worth it.", allow_abbrev=False
+    )
+    parser.add_argument("--config", type=Path, help="YAML file of options; flags win over it.")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    named, rest = first.parse_known_args(arguments)
+    try:
+        from_file = [] if named.config is None else read_yaml(named.config)
+        (config, _) = parser.parse_args_into_dataclasses([*from_file, *rest], look_for_args_file=False)
+        config.check()
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+    checked: OPDConfig = config
+    return checked
+
+
+def read_yaml(path: Path) -> list[str]:
+    """The file's options as flags, so that one parser reads and checks both.
+
+    Raises: ValueError: no such file, no mapping, or an option that there is not.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise ValueError(f"config: got {str(path)!r}, expected a YAML file that exists")
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"config: {path} is no YAML: {error}") from None
+    known = [f.name for f in dataclasses.fields(OPDConfig)]
+    if not isinstance(found, dict) or not set(found) <= set(known):
+        extra = sorted(set(map(str, found)) - set(known)) if isinstance(found, dict) else [type(found).__name__]
+        raise ValueError(
+            f"config: {path} has {', '.join(extra)}, expected lines `name: value` with names of: {', '.join(known)}"
+        )
+    # --name=value, so that a value that begins with a minus is none of the flags.
+    return [f"--{name}={value}" for name, value in found.items() if value is not None]
+
+
+def _number(text: str) -> float | int:
+    return int(text) if text.strip().lstrip("-").isdigit() else float(text)

@@ -1,0 +1,115 @@
+# Held-out evaluation: divergences on contexts that never change, and fresh greedy answers.
+#
+#   The contexts are answers that the untrained student sampled once to the held-out prompts: between two evaluations, and
+#   between two runs with one seed, only the model changes (the fixed-context diagnostic of arXiv 2605.26844, section 3).
+#   forward_kl = mean over their tokens of KL(teacher || student), nats; entropies likewise
+#   accuracy = share of the prompts with an answer whose greedy completion says exactly that
+#
+# Every process evaluates all of it: none waits for another, and sharded models are gathered in step.
+# Not here: when (loop.py), where the numbers go (runlog.py).
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from opd_ops.loss import selective_opd_loss
+from opd_ops.trainer.order import seed_of
+from opd_ops.trainer.prompts import Prompt
+from opd_ops.trainer.rollouts import Rollouts, head_over, sample
+from opd_ops.trainer.teachers import Teacher
+
+COLUMNS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy")
+
+
+class Completion(NamedTuple):
+    """A held-out prompt and the greedy answer to it."""
+
+    prompt: str
+    text: str
+    answer: str | None  # what was expected
+    is_exact: bool | None  # None: nothing was
+
+
+def sample_contexts(
+    student: Any, tokenizer: Any, prompts: Sequence[Prompt], *, batch_size: int, seed: int, **options: Any
+) -> Rollouts:
+    """The fixed answers; `options` are those of `sample`."""
+    parts = [
+        sample(student, tokenizer, prompts[i : i + batch_size], seed=seed_of(seed, "held out", i), **options)
+        for i in range(0, len(prompts), batch_size)
+    ]
+    length = max(part.tokens.shape[1] for part in parts)
+    padded = [(part, (0, length - part.tokens.shape[1])) for part in parts]
+    tokens = torch.cat([nn.functional.pad(part.tokens, by, value=tokenizer.pad_token_id) for part, by in padded])
+    mask = torch.cat([nn.functional.pad(part.mask, by, value=False) for part, by in padded])
+    return Rollouts(prompts, tokens, mask)
+
+
+def greedy_completions(
+    student: Any, tokenizer: Any, prompts: Sequence[Prompt], *, batch_size: int, pattern: str, **options: Any
+) -> list[Completion]:
+    """Greedy answers, and whether each says what was expected."""
+    found = []
+    for i in range(0, len(prompts), batch_size):
+        rollouts = sample(student, tokenizer, prompts[i : i + batch_size], **options | {"temperature": 0.0})
+        found += completions_of(rollouts, tokenizer, pattern)
+    return found
+
+
+@torch.no_grad()
+def held_out_metrics(
+    model: nn.Module,
+    tokenizer: Any,
+    teacher: Teacher,
+    contexts: Rollouts,
+    *,
+    batch_size: int,
+    unwrapped: nn.Module,
+    loss_options: dict[str, Any],
+) -> dict[str, float]:
+    """Means over the valid tokens of the contexts, in nats; of the loss on all of them, and of what the teacher lets know."""
+    was_training = model.training
+    model.eval()
+    totals, n_valid = dict.fromkeys(("loss", *COLUMNS), 0.0), 0.0
+    for first in range(0, len(contexts.tokens), batch_size):
+        rows = slice(first, first + batch_size)
+        part = Rollouts(contexts.prompts[rows], contexts.tokens[rows], contexts.mask[rows])
+        head = head_over(model, tokenizer, part, unwrapped=unwrapped)
+        everything = loss_options | {"selector": "all", "fraction": 1.0}
+        out = selective_opd_loss(head, teacher(part), mask=part.mask, tokens=part.tokens, **everything)
+        totals["loss"] += out.metrics["loss_sum"].item()
+        for name in COLUMNS:
+            totals[name] += getattr(out.stats, name).sum().item()
+        n_valid += out.metrics["n_valid"].item()
+    model.train(was_training)
+    return {name: total / n_valid for name, total in totals.items() if n_valid and not math.isnan(total)}
+
+
+def completions_of(rollouts: Rollouts, tokenizer: Any, pattern: str) -> list[Completion]:
+    """The greedy answers, and whether each says what was expected."""
+    found = []
+    for prompt, text in zip(rollouts.prompts, rollouts.answers(tokenizer), strict=True):
+        is_exact = None if prompt.answer is None else is_exact_match(text, prompt.answer, pattern)
+        found.append(Completion(prompt.text, text, prompt.answer, is_exact))
+    return found
+
+
+def accuracy(completions: Sequence[Completion]) -> float | None:
+    """Share of exact answers among the prompts that have one; None: none has."""
+    judged = [completion.is_exact for completion in completions if completion.is_exact is not None]
+    return sum(judged) / len(judged) if judged else None
+
+
+def is_exact_match(text: str, answer: str, pattern: str = "") -> bool:
+    """Whether `text`, or the last match of `pattern` in it, equals `answer` but for case and white space."""
+    if pattern:
+        matches = list(re.finditer(pattern, text))
+        if not matches:
+            return False
+        text = matches[-1].group(1 if matches[-1].re.groups else 0)
+    return " ".join(text.casefold().split()) == " ".join(answer.casefold().split())

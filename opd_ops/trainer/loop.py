@@ -1,0 +1,298 @@
+# The on-policy loop: the student answers, the teacher reads its tokens, the best-scored share of them trains the student.
+#
+#   gradient of a step = sum over its micro-batches and processes of
+#       sum over selected tokens of the divergence / (n n_selected / n_valid),   n: valid tokens of the whole step
+#   (arXiv 2605.26844, eqs. 6, 12, 13), so that neither accumulation, processes nor selecting change the size of a step.
+#
+# Rollouts are made once a step, with the weights that it updates. Budgets are per micro-batch (scope "batch") or per answer.
+# Both models run to hidden states; logits exist only as the loss's blocks, and the sampler's last row.
+# Not here: what can be set (config.py), what a step draws (order.py), the loss (opd_ops/loss.py).
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor
+from transformers import get_scheduler
+
+from opd_ops.loss import SelectiveOPDOutput, selective_opd_loss
+from opd_ops.trainer import evaluation
+from opd_ops.trainer.checkpoints import Checkpoints, save_model
+from opd_ops.trainer.config import OPDConfig
+from opd_ops.trainer.model_card import model_card
+from opd_ops.trainer.models import load_tokenizer
+from opd_ops.trainer.order import seed_of
+from opd_ops.trainer.prompts import Prompt, held_out, load_prompts
+from opd_ops.trainer.rollouts import Rollouts, end_tokens, head_over, seeded
+from opd_ops.trainer.runlog import FILE, RunLog
+from opd_ops.trainer.samplers import LocalSampler, ServerSampler, prompts_by_step, sampling_options
+from opd_ops.trainer.stopping import Stopping
+from opd_ops.trainer.student import load_student, make_trainable
+from opd_ops.trainer.teachers import Teacher, make_teacher
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CONTEXTS = "held_out.safetensors"
+EVAL = "eval_"
+GIVEN = "passed as an object"
+MEANS = {  # logged name: the metric's sum, and what it is divided by
+    "kl": ("kl_all_sum", "n_valid"),
+    "kl_selected": ("kl_selected_sum", "n_selected"),
+    "entropy": ("entropy_sum", "n_valid"),
+    "teacher_entropy": ("teacher_entropy_sum", "n_valid"),
+    "support_mass": ("support_mass_sum", "n_valid"),
+    "support_mass_lower_bound": ("support_mass_lower_bound_sum", "n_valid"),
+    "kl_sampled": ("kl_sampled_sum", "n_selected"),
+}
+COUNTS = ("n_valid", "n_selected", "n_infinite", "n_teacher_nonfinite")
+
+
+class OPDTrainer:
+    """A run, from its configuration; what is passed beside it replaces what the configuration names.
+
+    Args:
+        config: The options; checked here.
+        student: A causal language model to train (LoRA and checkpointing of activations are still put on it).
+        tokenizer: Its tokenizer.
+        teacher: `rollouts -> LinearHead (B, L, D) or TopKLogprobs (B, L, K)`, see teachers.py.
+        prompts, eval_prompts: Lists of `Prompt`.
+    Raises: ValueError: an option, a prompt, or a teacher with another vocabulary.
+    Example:
+        >>> OPDTrainer(OPDConfig(student="Qwen/Qwen3-0.6B", teacher="Qwen/Qwen3-4B", prompts="questions.jsonl")).train()
+    """
+
+    def __init__(
+        self,
+        config: OPDConfig,
+        *,
+        student: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        teacher: Teacher | None = None,
+        prompts: Sequence[Prompt] | None = None,
+        eval_prompts: Sequence[Prompt] | None = None,
+    ) -> None:
+        self.config = config = dataclasses.replace(
+            config,
+            student=config.student or ("" if student is None else GIVEN),
+            prompts=config.prompts or ("" if prompts is None else GIVEN),
+        ).check()
+        self.folder = Path(config.output_dir)
+        if (self.folder / FILE).exists() and not config.resume:
+            raise ValueError(f"output_dir: {self.folder} holds a run; pass resume to continue it, or another folder")
+        self.prompts, self.held_out = self._read_prompts(prompts, eval_prompts)
+
+        mixed = None if config.mixed_precision == "no" else config.mixed_precision
+        trackers = config.trackers() or None
+        self.accelerator = Accelerator(mixed_precision=mixed, log_with=trackers, project_dir=str(self.folder))
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator.wait_for_everyone()
+        self.tokenizer = load_tokenizer(config.student) if tokenizer is None else tokenizer
+        model = load_student(self.config) if student is None else make_trainable(student, self.config)
+        self.teacher = make_teacher(config, model, self.tokenizer, self.accelerator.device) if teacher is None else teacher
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.model, self.optimizer = self.accelerator.prepare(model.train(), optimizer)
+        self.schedule = get_scheduler(config.lr_scheduler, self.optimizer, config.warmup_steps, config.steps)
+        self.accelerator.register_for_checkpointing(self.schedule)
+        self.is_sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        self.checkpoints = Checkpoints(
+            self.folder / "checkpoints",
+            self.config,
+            self.accelerator,
+            self.unwrapped,
+            adapters_alone=config.lora_rank > 0 and not self.is_sharded,
+        )
+        self.sampling = sampling_options(config) | ({"synced_gpus": True} if self.is_sharded else {})
+        self.sampler = self._make_sampler()
+        self.contexts: Rollouts | None = None
+
+    def train(self) -> dict[str, float]:
+        """Train to the end, or to SIGTERM; the last held-out numbers, nats a token.
+
+        Raises: SystemExit(143): SIGTERM came; a checkpoint was saved before.
+        """
+        self.accelerator.init_trackers(self.config.run_name, config=dataclasses.asdict(self.config))
+        with Stopping(self.accelerator) as stopping, RunLog(self.folder, self.accelerator, self.config.steps) as log:
+            found = self.checkpoints.all() if self.config.resume else []
+            first = self.checkpoints.load(found[-1]) if found else 0
+            log.begin_at(first)
+            self.contexts = self._held_out_contexts(is_first=not found)
+            before = {} if found else self._evaluate(0, log)
+            after = before
+            for step in range(first, self.config.steps):
+                log.advance(self._step(step, log))
+                done = step + 1
+                is_last = done == self.config.steps
+                if is_last or done % self.config.eval_every == 0:
+                    after = self._evaluate(done, log)
+                is_stopped = stopping.is_asked()
+                if is_last or is_stopped or (self.config.save_every and done % self.config.save_every == 0):
+                    self.checkpoints.save(done)
+                if is_stopped and not is_last:
+                    log.say(f"SIGTERM: saved after step {done}; --resume continues")
+                    self.accelerator.end_training()
+                    raise SystemExit(143)
+            card = model_card(self.config, before or self._logged(0), after, self.config.steps)
+            save_model(self.folder / "model", self.accelerator, self.model, self.tokenizer, card)
+            log.say(f"{self.folder}/model is the student; {self.folder}/{FILE} has the numbers")
+        self.accelerator.end_training()
+        return after
+
+    @property
+    def unwrapped(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
+
+    # --- a step ------------------------------------------------------------------------------------------------------
+
+    def _step(self, step: int, log: RunLog) -> str:
+        """One update, logged; its numbers in a line."""
+        began = time.perf_counter()
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        mine = [i * ranks + rank for i in range(self.config.gradient_accumulation_steps)]
+        batches = [self.sampler(step, number) for number in mine]
+        n_items = self._sum(torch.stack([batch.mask.sum() for batch in batches]).sum())
+        totals: dict[str, Tensor] = {}
+        for number, batch in zip(mine, batches, strict=True):
+            is_last = number == mine[-1]
+            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                out = self._loss(batch, n_items, step, number)
+                # Gradients are averaged over the processes, and the denominator is that of all of them.
+                self.accelerator.backward(out.loss * ranks)
+            for name, value in out.metrics.items():
+                totals[name] = totals.get(name, 0) + value.double()
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm or math.inf)
+        numbers = self._numbers(totals) | {"grad_norm": float(norm), "learning_rate": self.schedule.get_last_lr()[0]}
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        speed = numbers["n_valid"] / (time.perf_counter() - began)
+        log.add(step + 1, numbers, tokens_per_second=speed)
+        return (
+            f"loss {numbers['loss']:.4f}, KL {numbers.get('kl', math.nan):.4f}, "
+            f"{numbers['n_selected'] / max(1, numbers['n_valid']):.1%} of {numbers['n_valid']:.0f} tokens, {speed:.0f} tokens/s"
+        )
+
+    def _loss(self, batch: Rollouts, n_items: Tensor, step: int, number: int) -> SelectiveOPDOutput:
+        seed = seed_of(self.config.seed, "loss", step, number)
+        device = batch.tokens.device
+        with seeded(seed, device):  # dropout draws inside
+            student = head_over(self.model, self.tokenizer, batch, unwrapped=self.unwrapped)
+        if self.config.mixed_precision == "bf16":  # as the body computes; the gradients are summed in fp32
+            bias = None if student.bias is None else student.bias.bfloat16()
+            student = dataclasses.replace(
+                student, hidden=student.hidden.bfloat16(), weight=student.weight.bfloat16(), bias=bias
+            )
+        return selective_opd_loss(
+            student,
+            self.teacher(batch),
+            mask=batch.mask,
+            tokens=batch.tokens,
+            num_items_in_batch=n_items,
+            generator=torch.Generator(device).manual_seed(seed),
+            **self.config.loss_options(),
+        )
+
+    def _numbers(self, totals: dict[str, Tensor]) -> dict[str, float]:
+        """What is logged of a step, over all its micro-batches and processes."""
+        names = sorted(name for name in totals if name.endswith("_sum") or name in (*COUNTS, "loss"))
+        values = self._sum(torch.stack([totals[name] for name in names])).tolist()
+        found = dict(zip(names, values, strict=True))
+        numbers = {name: found[name] for name in ("loss", *COUNTS)}
+        for name, (total, count) in MEANS.items():
+            if total in found and not math.isnan(found[total]):
+                numbers[name] = found[total] / max(1, found[count])
+        return numbers
+
+    def _sum(self, value: Tensor) -> Tensor:
+        """Over the processes."""
+        total: Tensor = self.accelerator.reduce(value.to(self.accelerator.device), reduction="sum")
+        return total
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
+
+    def _held_out_contexts(self, *, is_first: bool) -> Rollouts | None:
+        """Sampled by the untrained student, and kept in a file for a run that continues."""
+        from safetensors.torch import load_file, save_file
+
+        if not self.held_out:
+            return None
+        path, device = self.folder / CONTEXTS, self.accelerator.device
+        if not is_first:
+            found = load_file(path)
+            return Rollouts(self.held_out, found["tokens"].to(device), found["mask"].to(device))
+        options = self.sampling | {"batch_size": self.config.batch_size, "seed": self.config.seed}
+        contexts = evaluation.sample_contexts(self.unwrapped, self.tokenizer, self.held_out, **options)
+        if self.accelerator.is_main_process:
+            save_file({"tokens": contexts.tokens.cpu(), "mask": contexts.mask.cpu()}, path)
+        return contexts
+
+    def _evaluate(self, step: int, log: RunLog) -> dict[str, float]:
+        config = self.config
+        if self.contexts is None:
+            return {}
+        numbers = evaluation.held_out_metrics(
+            self.model,
+            self.tokenizer,
+            self.teacher,
+            self.contexts,
+            batch_size=config.batch_size,
+            unwrapped=self.unwrapped,
+            loss_options=config.loss_options(),
+        )
+        answered = [prompt for prompt in self.held_out if prompt.answer is not None]
+        options = self.sampling | {"batch_size": config.batch_size, "pattern": config.answer_pattern}
+        shown = answered or self.held_out[: config.completions]
+        completions = evaluation.greedy_completions(self.unwrapped, self.tokenizer, shown, **options)
+        share = evaluation.accuracy(completions)
+        if share is not None:
+            numbers["accuracy"] = share
+        log.add(step, {f"{EVAL}{name}": value for name, value in numbers.items()})
+        log.say(f"step {step}: held out " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
+        log.show(step, completions[: config.completions])
+        return numbers
+
+    def _logged(self, step: int) -> dict[str, float]:
+        """The held-out numbers that an earlier process logged."""
+        rows = [json.loads(line) for line in (self.folder / FILE).read_text().splitlines()]
+        found = (item for row in rows if row["step"] == step for item in row.items())
+        return {name.removeprefix(EVAL): value for name, value in found if name.startswith(EVAL)}
+
+    # --- what a run is made of ---------------------------------------------------------------------------------------
+
+    def _read_prompts(
+        self, prompts: Sequence[Prompt] | None, eval_prompts: Sequence[Prompt] | None
+    ) -> tuple[list[Prompt], list[Prompt]]:
+        config = self.config
+        found = load_prompts(config.prompts, config.prompts_split) if prompts is None else list(prompts)
+        if eval_prompts is not None:
+            return found, list(eval_prompts)[: config.eval_size]
+        if config.eval_prompts is not None:
+            return found, load_prompts(config.eval_prompts, config.prompts_split)[: config.eval_size]
+        return held_out(found, config.eval_size)
+
+    def _make_sampler(self) -> LocalSampler | ServerSampler:
+        config = self.config
+        n_micro_batches = config.gradient_accumulation_steps * self.accelerator.num_processes
+        prompts_of = prompts_by_step(self.prompts, config, n_micro_batches)
+        if config.rollout_url is None:
+            synced = {"synced_gpus": True} if self.is_sharded else {}
+            return LocalSampler(self.unwrapped, self.tokenizer, prompts_of, config, **synced)
+        if self.accelerator.num_processes > 1:
+            raise ValueError(
+                f"rollout_url: got {self.accelerator.num_processes} processes, expected one, since the adapter is one"
+            )
+        from opd_ops.trainer.served_rollouts import ServedRollouts
+
+        server = ServedRollouts(config.rollout_url, end_ids=end_tokens(self.unwrapped, self.tokenizer))
+        return ServerSampler(server, self.unwrapped, self.tokenizer, prompts_of, config, self.folder / "adapter")

@@ -1,0 +1,43 @@
+# The card of a trained student: what it was made from and how, with every setting and the last held-out numbers.
+#
+# Not here: where it is written (checkpoints.py).
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+
+from opd_ops import __version__
+from opd_ops.trainer.config import SAME, OPDConfig
+
+
+def model_card(config: OPDConfig, before: Mapping[str, float], after: Mapping[str, float], step: int) -> str:
+    """Markdown with the front matter that model hubs read. `before`, `after`: held-out numbers, nats a token."""
+    teacher = config.teacher_url or ("the student's initial weights" if config.teacher == SAME else config.teacher)
+    told = " told more in its system message" if config.teacher_system else ""
+    rows = [
+        f"| {name} | {before[name]:.4f} | {after[name]:.4f} |" if name in before else f"| {name} | | {after[name]:.4f} |"
+        for name in after
+    ]
+    settings = [f"{name}: {json.dumps(value)}" for name, value in dataclasses.asdict(config).items() if value not in (None, "")]
+    lines = [
+        "---",
+        f"base_model: {json.dumps(config.student)}",
+        "tags: [on-policy-distillation, opd_ops]",
+        "pipeline_tag: text-generation",
+        "---",
+        "",
+        f"# {config.student}, distilled on-policy",
+        "",
+        f"Trained by `opd_ops` {__version__} for {step} steps on answers it wrote itself. Teacher: {teacher}{told}.",
+        f"Of each micro-batch {config.fraction:.0%} of the tokens, chosen by `{config.selector}`, were trained on with "
+        f"`{config.divergence}`.",
+        "",
+        *(["| held out, nats a token | before | after |", "|---|---|---|", *rows, ""] if rows else []),
+        "## Settings",
+        "",
+        "```yaml",
+        *settings,
+        "```",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,73 @@
+# Where a step's answers come from: `generate` on this machine, or a vLLM server that is sent the student's adapters first.
+#
+#   sampler(step, micro_batch) -> Rollouts, a function of the run's seed, the step and the micro-batch (order.py)
+#
+# Not here: the sampling itself (rollouts.py), the server's protocol (served_rollouts.py).
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from opd_ops.trainer.config import OPDConfig
+from opd_ops.trainer.order import prompt_indices, seed_of
+from opd_ops.trainer.prompts import Prompt
+from opd_ops.trainer.rollouts import Rollouts, encode, end_tokens, sample
+
+if TYPE_CHECKING:
+    from opd_ops.trainer.served_rollouts import ServedRollouts
+
+PromptsOf = Callable[[int, int], list[Prompt]]  # (step, micro-batch) -> prompts
+
+
+def prompts_by_step(prompts: Sequence[Prompt], config: OPDConfig, n_micro_batches: int) -> PromptsOf:
+    """Which prompts each micro-batch takes."""
+    sizes = {"n_micro_batches": n_micro_batches, "batch_size": config.batch_size, "n_prompts": len(prompts)}
+    return lambda step, number: [prompts[i] for i in prompt_indices(step, number, seed=config.seed, **sizes)]
+
+
+def sampling_options(config: OPDConfig) -> dict[str, Any]:
+    return {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "top_p": config.top_p}
+
+
+class LocalSampler:
+    """The student as it is now, by `generate`; `options` are more of its arguments."""
+
+    def __init__(self, student: Any, tokenizer: Any, prompts_of: PromptsOf, config: OPDConfig, **options: Any) -> None:
+        self.student, self.tokenizer, self.prompts_of = student, tokenizer, prompts_of
+        self.config, self.options = config, sampling_options(config) | options
+
+    def __call__(self, step: int, micro_batch: int) -> Rollouts:
+        seed = seed_of(self.config.seed, "sample", step, micro_batch)
+        return sample(self.student, self.tokenizer, self.prompts_of(step, micro_batch), seed=seed, **self.options)
+
+
+class ServerSampler:
+    """A server with the student's base model; every step it first loads the adapters as they are now."""
+
+    def __init__(
+        self, server: ServedRollouts, student: Any, tokenizer: Any, prompts_of: PromptsOf, config: OPDConfig, folder: Path
+    ) -> None:
+        self.server, self.student, self.tokenizer, self.prompts_of = server, student, tokenizer, prompts_of
+        self.config, self.folder, self.step = config, folder, -1
+
+    def __call__(self, step: int, micro_batch: int) -> Rollouts:
+        if step != self.step:
+            self.student.save_pretrained(self.folder)
+            self.server.update(self.folder)
+            self.step = step
+        prompts = self.prompts_of(step, micro_batch)
+        ids = [encode(self.tokenizer, [prompt.conversation()])["input_ids"][0].tolist() for prompt in prompts]
+        seed = seed_of(self.config.seed, "sample", step, micro_batch)
+        answers = [torch.tensor(row) for row in self.server.sample(ids, seed=seed, **sampling_options(self.config))]
+        pad = self.tokenizer.pad_token_id
+        tokens = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=pad).to(self.student.device)
+        return _cut(Rollouts.of(prompts, tokens, end_tokens(self.student, self.tokenizer)), [len(row) for row in answers])
+
+
+def _cut(rollouts: Rollouts, lengths: Sequence[int]) -> Rollouts:
+    """Padding after an answer that was cut off has no end token before it."""
+    places = torch.arange(rollouts.tokens.shape[1], device=rollouts.tokens.device)
+    return rollouts._replace(mask=rollouts.mask & (places < torch.tensor(lengths, device=places.device).unsqueeze(1)))

@@ -1,0 +1,42 @@
+# The student: loaded, with LoRA adapters or all weights trainable, with or without gradient checkpointing.
+#
+#   LoRA: W + (alpha / rank) B A on every linear layer but the head, which stays frozen: the loss then makes no gradient for it.
+#
+# Not here: how models are found (models.py), the optimizer (loop.py).
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from opd_ops.trainer.config import OPDConfig
+from opd_ops.trainer.models import load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_student(config: OPDConfig) -> PreTrainedModel:
+    """The model that `config.student` names, as the options want it trained."""
+    return make_trainable(load_model(config.student, dtype=config.dtype), config)
+
+
+def make_trainable(model: Any, config: OPDConfig) -> Any:
+    """`model` itself, or a PEFT model around it.
+
+    Raises: ModuleNotFoundError: LoRA without the package `peft`.
+    """
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.lora_rank == 0:
+        return model.requires_grad_(True)
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("lora_rank: needs the package peft; pip install 'opd-ops[train]'", name="peft") from error
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear",
+    )
+    return get_peft_model(model, lora)

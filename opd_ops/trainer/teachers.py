@@ -1,0 +1,112 @@
+# Who teaches: a model here, the student's base under LoRA, or a server; each reads the rollouts under its own system message.
+#
+#   teacher(rollouts) -> LinearHead over (B, L, D), or TopKLogprobs (B, L, K);  row i is about answer token i
+#
+# Not here: the server's protocol (served_teacher.py), how prompts and answers are aligned (rollouts.py).
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from opd_ops.inputs import LinearHead
+from opd_ops.teachers import TopKLogprobs
+from opd_ops.trainer.config import SAME, OPDConfig
+from opd_ops.trainer.models import load_model, load_tokenizer
+from opd_ops.trainer.prompts import Prompt
+from opd_ops.trainer.rollouts import Rollouts, encode, head_over
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from opd_ops.trainer.served_teacher import ServedTeacher
+
+Teacher = Callable[[Rollouts], LinearHead | TopKLogprobs]
+
+
+class LocalTeacher:
+    """A model on the student's device, frozen; `system` is what it reads where a prompt has no `teacher_system` of its own."""
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> None:
+        self.model, self.tokenizer, self.system = model.requires_grad_(False).eval(), tokenizer, system
+
+    @torch.no_grad()
+    def __call__(self, rollouts: Rollouts) -> LinearHead:
+        return head_over(self.model, self.tokenizer, rollouts, system=systems(rollouts.prompts, self.system))
+
+
+class BaseTeacher:
+    """The student without its LoRA adapters: its initial weights, at no memory."""
+
+    def __init__(self, student: Any, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> None:
+        self.student, self.tokenizer, self.system = student, tokenizer, system
+
+    @torch.no_grad()
+    def __call__(self, rollouts: Rollouts) -> LinearHead:
+        was_training = self.student.training
+        self.student.eval()
+        with self.student.disable_adapter():
+            head = head_over(self.student, self.tokenizer, rollouts, system=systems(rollouts.prompts, self.system))
+        self.student.train(was_training)
+        return head
+
+
+class ServerTeacher:
+    """A server's top-K log-probabilities."""
+
+    def __init__(self, server: ServedTeacher, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> None:
+        self.server, self.tokenizer, self.system = server, tokenizer, system
+
+    def __call__(self, rollouts: Rollouts) -> TopKLogprobs:
+        told = zip(rollouts.prompts, systems(rollouts.prompts, self.system), strict=True)
+        contexts = [encode(self.tokenizer, [prompt.conversation(system)])["input_ids"][0].tolist() for prompt, system in told]
+        rows = zip(rollouts.tokens, rollouts.mask, strict=True)
+        found = self.server.score(contexts, [tokens[mask].tolist() for tokens, mask in rows])
+        device, missing = rollouts.tokens.device, rollouts.tokens.shape[1] - found.ids.shape[1]
+        ids = nn.functional.pad(found.ids, (0, 0, 0, missing), value=-1)
+        logprobs = nn.functional.pad(found.logprobs, (0, 0, 0, missing), value=-torch.inf)
+        return TopKLogprobs(ids.to(device), logprobs.to(device))
+
+
+def make_teacher(config: OPDConfig, student: Any, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Teacher:
+    """The teacher that the options name; `student` is the model before any training.
+
+    Raises: ValueError: a teacher with another vocabulary. ServerError: a server that cannot teach.
+    """
+    if config.teacher_url is not None:
+        from opd_ops.trainer.served_teacher import ServedTeacher
+
+        server = ServedTeacher(config.teacher_url, top_k=config.teacher_top_k)
+        server.check()
+        return ServerTeacher(server, tokenizer, config.teacher_system)
+    if config.teacher == SAME and config.lora_rank > 0:
+        return BaseTeacher(student, tokenizer, config.teacher_system)
+    if config.teacher == SAME:
+        return LocalTeacher(copy.deepcopy(student).to(device), tokenizer, config.teacher_system)
+    check_tokenizers(tokenizer, load_tokenizer(config.teacher))
+    return LocalTeacher(load_model(config.teacher, dtype=config.teacher_dtype).to(device), tokenizer, config.teacher_system)
+
+
+def systems(prompts: Sequence[Prompt], system: str | None) -> list[str | None]:
+    """The system message of each prompt's teacher."""
+    return [system if prompt.teacher_system is None else prompt.teacher_system for prompt in prompts]
+
+
+def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Both must mean the same by the ids that both have, the special ones aside.
+
+    Raises: ValueError: they do not; names one id.
+    """
+    special = {*student.all_special_ids, *teacher.all_special_ids}
+    ours, theirs = ({i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in (student, teacher))
+    common = (ours.keys() & theirs.keys()) - special
+    different = [i for i in common if ours[i] != theirs[i]]
+    if different:
+        i = min(different)
+        raise ValueError(
+            f"teacher: its tokenizer differs from the student's at {len(different)} of {len(common)} ids: {i} is "
+            f"{theirs[i]!r}, not {ours[i]!r}; distilling needs one vocabulary, pass a teacher of the student's family"
+        )

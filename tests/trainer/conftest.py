@@ -1,0 +1,11 @@
+# Every test with accelerate's state as a fresh process has it: precision and processes are settled once a process otherwise.
+#
+# Not here: the interpreter of the kernels (tests/conftest.py).
+import pytest
+from accelerate.state import AcceleratorState
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

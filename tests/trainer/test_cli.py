@@ -1,0 +1,89 @@
+# `opd-train` as a user runs it: models and prompts in files, a YAML file, a SIGTERM in the middle, a continuation; against the
+# run that nothing stopped, number by number.
+#
+# Command: make test ARGS=tests/trainer/test_cli.py
+# Not here: which options are refused (test_config.py).
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from safetensors.torch import load_file
+
+from tests.integrations.models import language_model, tokenizer
+from tests.trainer.runs import SMALL
+
+STEPS = 12
+
+
+def _write(folder):
+    """Two models, prompts and a configuration."""
+    for name, seed in (("student", 0), ("teacher", 1)):
+        language_model(seed).save_pretrained(folder / name)
+        tokenizer().save_pretrained(folder / name)
+    rows = [{"prompt": " ".join(f"w{3 + (7 * i + j) % 50}" for j in range(4))} for i in range(12)]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = SMALL | {
+        "student": str(folder / "student"),
+        "teacher": str(folder / "teacher"),
+        "save_every": 4,
+        "completions": 1,
+    }
+    options |= {"prompts": str(folder / "prompts.jsonl"), "steps": STEPS, "learning_rate": "1e-3"}
+    (folder / "run.yaml").write_text("\n".join(f"{name}: {value}" for name, value in options.items()))
+
+
+def _start(folder, output, *flags):
+    command = [
+        sys.executable,
+        "-m",
+        "opd_ops.trainer.cli",
+        "--config",
+        str(folder / "run.yaml"),
+        f"--output_dir={output}",
+        *flags,
+    ]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+
+
+def test_sigterm_saves_and_resume_continues_bit_for_bit(tmp_path):
+    _write(tmp_path)
+    whole = _start(tmp_path, tmp_path / "whole")
+    said, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, said
+    assert "held out" in said
+
+    stopped = _start(tmp_path, tmp_path / "cut")
+    log = tmp_path / "cut" / "log.jsonl"
+    deadline = time.monotonic() + 300
+    while not (log.exists() and '"step": 1,' in log.read_text()) and time.monotonic() < deadline and stopped.poll() is None:
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGTERM)
+    said, _ = stopped.communicate(timeout=300)
+    assert stopped.returncode == 143, said
+    assert "SIGTERM: saved after step" in said
+    assert json.loads(log.read_text().splitlines()[-1])["step"] < STEPS
+    assert not (tmp_path / "cut" / "model").exists()
+
+    resumed = _start(tmp_path, tmp_path / "cut", "--resume")
+    said, _ = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, said
+    assert log.read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(bool((weights[0][name] == weights[1][name]).all()) for name in weights[0])
+
+
+def test_what_is_found_late_is_said_in_one_line(tmp_path):
+    _write(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text('{"question": "w5"}')
+    run = _start(tmp_path, tmp_path / "out")
+    said, _ = run.communicate(timeout=300)
+    assert run.returncode == 1
+    assert said.strip().splitlines()[-1].startswith("error: ")
+    assert "expected 'prompt' (text) or 'messages'" in said
+    assert "Traceback" not in said

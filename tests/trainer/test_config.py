@@ -1,0 +1,102 @@
+# The options of the reference trainer: a YAML file and flags against the dataclass they describe; what is refused, and when.
+#
+# Command: make test ARGS=tests/trainer/test_config.py
+# Not here: what the options do (test_loop.py).
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+from opd_ops import JSD
+from opd_ops.trainer import cli, models
+from opd_ops.trainer.config import OPDConfig, read_config
+
+
+@pytest.fixture
+def needed(tmp_path):
+    """Flags without which no run begins."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "Why?"}\n')
+    return [f"--prompts={path}", "--student=somewhere"]
+
+
+def test_flags_win_over_the_file(needed, tmp_path):
+    path = tmp_path / "run.yaml"
+    lines = ["fraction: 0.1", "learning_rate: 2e-5", "teacher_system: '- a pirate'", "gradient_checkpointing: true"]
+    path.write_text("\n".join([*lines, "eval_prompts: null"]))
+    flags = ["--fraction", "0.2", "--divergence", "jsd", "--divergence-args", "beta=0.3"]
+    config = read_config(["--config", str(path), *needed, *flags])
+    assert (config.fraction, config.learning_rate, config.teacher_system) == (0.2, 2e-5, "- a pirate")
+    assert config.gradient_checkpointing is True
+    assert config.eval_prompts is None
+    assert config.loss_options()["divergence"] == JSD(beta=0.3)
+
+
+def test_every_option_has_a_help_text_and_a_flag(capsys):
+    with pytest.raises(SystemExit):
+        read_config(["--help"])
+    said = capsys.readouterr().out
+    for option in dataclasses.fields(OPDConfig):
+        assert f"--{option.name}" in said
+        assert len(option.metadata["help"]) > 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--student="], "student: got nothing, expected Model to train"),
+        (["--prompts=none.jsonl"], "prompts: got 'none.jsonl', expected a file that exists"),
+        (["--fraction=1.5"], r"fraction: got 1.5, expected a number in \(0, 1\]"),
+        (["--selector=best"], "selector: got 'best', expected a callable or one of"),
+        (["--divergence=l2"], "divergence: got 'l2', expected one of"),
+        (
+            ["--divergence=jsd", "--divergence_args=b=0.3"],
+            "divergence_args: got 'b=0.3', expected name=number with names of b",
+        ),
+        (["--divergence_args=beta=0.3"], "divergence_args: got 'beta=0.3', expected nothing: reverse_kl has no parameters"),
+        (["--divergence=jsd", "--divergence_args=beta=3"], "beta: got 3"),
+        (["--top_k=0"], "top_k: got 0, expected an integer from 1"),
+        (["--steps=0"], "steps: got 0, expected an integer of at least 1"),
+        (["--learning_rate=nan"], "learning_rate: got nan, expected a finite number"),
+        (["--temperature=0"], "temperature: got 0, expected a number > 0"),
+        (["--top_p=0"], r"top_p: got 0.0, expected a number in \(0, 1\]"),
+        (["--teacher_url=http://x"], "divergence: got 'reverse_kl', which TopKLogprobs cannot give"),
+        (["--teacher_url=http://x", "--teacher=y"], "teacher: got 'y' beside teacher_url, expected one of the two"),
+        (["--rollout_url=http://x"], "rollout_url: .* set lora_rank"),
+        (["--report_to=tensorboard,paper"], "report_to: got 'paper', expected some of: .*tensorboard"),
+        (["--scope=rows"], "invalid choice: 'rows'"),
+        (["--frac=0.1"], "frac"),
+    ],
+)
+def test_main_rejects_bad_options_before_loading(flags, message, needed, monkeypatch, capsys):
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*needed, *flags])
+    assert exit_.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fractoin: 0.1", "has fractoin, expected lines `name: value` with names of: student, teacher"),
+        ("- 1\n- 2", "has list, expected lines"),
+        ("a: [", "is no YAML"),
+    ],
+)
+def test_read_config_rejects_other_files(text, message, needed, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(SystemExit):
+        read_config(["--config", str(path), *needed])
+    assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        read_config(["--config", str(tmp_path / "none.yaml"), *needed])
+    assert "expected a YAML file that exists" in capsys.readouterr().err
+
+
+def test_a_served_teacher_takes_a_divergence_on_lists(needed):
+    config = read_config([*needed, "--teacher_url=http://x", "--divergence=tail_aware", "--teacher_top_k=8"])
+    assert config.loss_options()["divergence"].name == "tail_aware"

@@ -1,0 +1,196 @@
+# The reference trainer: its step against the gradient written out; a run that was cut in two against one that was not, bit for
+# bit; what it writes.
+#
+# Command: make test ARGS=tests/trainer/test_loop.py
+# Not here: several processes (test_processes.py), the command line (test_cli.py).
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from transformers import AutoModelForCausalLM
+
+from opd_ops import LinearHead, TopKLogprobs
+from opd_ops.trainer.evaluation import accuracy, completions_of, held_out_metrics, is_exact_match
+from opd_ops.trainer.rollouts import Rollouts, head_over
+from opd_ops.trainer.teachers import LocalTeacher
+from tests.integrations.models import language_model, tokenizer
+from tests.tolerances import assert_gradient
+from tests.trainer.runs import prompts, trainer
+
+NUMBERS = {"loss", "kl", "kl_selected", "entropy", "teacher_entropy", "support_mass", "grad_norm", "learning_rate", "n_valid"}
+
+
+def _log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 4, "lora_dropout": 0.2, "taught_by": None, "teacher_system": "w5 w6"}])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(options, tmp_path):
+    options |= {"selector": "random", "lr_scheduler": "constant", "warmup_steps": 2}
+    whole = trainer(tmp_path / "a", steps=4, **options)
+    last = whole.train()
+    trainer(tmp_path / "b", steps=2, **options).train()
+    resumed = trainer(tmp_path / "b", steps=4, resume=True, **options)
+    assert resumed.train() == last
+    for (name, x), (_, y) in zip(whole.unwrapped.named_parameters(), resumed.unwrapped.named_parameters(), strict=True):
+        assert torch.equal(x, y), name
+    assert (tmp_path / "a" / "log.jsonl").read_text() == (tmp_path / "b" / "log.jsonl").read_text()
+    assert (tmp_path / "a" / "model" / "README.md").read_text().replace("/a", "/b") == (
+        tmp_path / "b" / "model" / "README.md"
+    ).read_text().replace("resume: true", "resume: false")
+
+
+def test_what_a_run_writes(tmp_path):
+    run = trainer(tmp_path, steps=4, save_every=1, keep_checkpoints=2)
+    before = [parameter.clone() for parameter in run.unwrapped.parameters()]
+    last = run.train()
+    rows = _log(tmp_path)
+    assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 4, 4]
+    assert all(row.keys() >= NUMBERS for row in rows if "loss" in row)
+    steps = [row for row in rows if "loss" in row]
+    # Two micro-batches a step, each with its own budget, which is rounded up.
+    assert all(0.25 * row["n_valid"] <= row["n_selected"] < 0.25 * row["n_valid"] + 2 for row in steps)
+    assert rows[-1]["eval_forward_kl"] == last["forward_kl"] < rows[0]["eval_forward_kl"]
+    assert rows[0]["eval_accuracy"] in (0, 0.5, 1)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-000003", "step-000004"]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    after = list(run.unwrapped.parameters())
+    assert all(torch.equal(x, y) for x, y in zip(saved.parameters(), after, strict=True))
+    assert not any(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    assert list((tmp_path / "model").glob("*.safetensors"))
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "for 4 steps" in card
+    assert f"| forward_kl | {rows[0]['eval_forward_kl']:.4f} | {last['forward_kl']:.4f} |" in card
+    assert "fraction: 0.25" in card
+    table = (tmp_path / "completions-4.md").read_text()
+    assert table.count("\n") == 2 + 2  # of the held-out prompts, those that have an answer
+    with pytest.raises(ValueError, match=r"output_dir: .* holds a run; pass resume to continue it, or another folder"):
+        trainer(tmp_path, steps=4)
+    with pytest.raises(ValueError, match=r"resume: .* is of another run: fraction was 0.25 and is 0.5"):
+        trainer(tmp_path, steps=6, resume=True, fraction=0.5).train()
+
+
+def test_a_step_is_the_gradient_of_all_its_tokens(tmp_path):
+    """Two unequal micro-batches and fraction 1: sum over all tokens of the reverse KL, divided by their number."""
+    run = trainer(tmp_path, steps=1, fraction=1.0, learning_rate=0.0, max_grad_norm=0.0)
+    cut = [5, 2]  # valid tokens that are left of each row of a micro-batch
+    sampler = run.sampler
+
+    def uneven(step, number):
+        batch = sampler(step, number)
+        return batch._replace(mask=batch.mask & (torch.arange(batch.mask.shape[1]) < cut[number]))
+
+    run.sampler = uneven
+    found = {}
+
+    def keep(optimizer, *_):
+        found.update({name: p.grad.clone() for name, p in run.unwrapped.named_parameters()})
+
+    run.optimizer.optimizer.register_step_pre_hook(keep)
+    run.train()
+    model, teacher, words = language_model(0).double(), language_model(1).double(), tokenizer()
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for number in (0, 1):
+        batch = uneven(0, number)
+        heads = [head_over(m, words, batch) for m in (model, teacher)]
+        log_p, log_q = (torch.log_softmax(head.hidden @ head.weight.T, -1)[batch.mask] for head in heads)
+        total = total + (log_p.exp() * (log_p - log_q.detach())).sum()
+        count += int(batch.mask.sum())
+    assert count < 2 * 2 * 5
+    (total / count).backward()
+    for name, parameter in model.named_parameters():
+        assert_gradient(found[name], parameter.grad)
+    (row,) = [row for row in _log(tmp_path) if "loss" in row]
+    assert row["loss"] == pytest.approx((total / count).item(), rel=1e-5)
+    assert row["n_valid"] == row["n_selected"] == count
+
+
+def test_a_share_of_the_tokens_does_not_shrink_the_step(tmp_path):
+    norms = {}
+    for fraction in (1.0, 0.25):
+        run = trainer(tmp_path / str(fraction), steps=1, fraction=fraction, selector="random", max_grad_norm=0.0, batch_size=4)
+        run.train()
+        norms[fraction] = next(row["grad_norm"] for row in _log(tmp_path / str(fraction)) if "loss" in row)
+    # Divided by all tokens, it would be 0.18 of it here.
+    assert norms[0.25] > 0.5 * norms[1.0]
+
+
+def test_a_student_that_equals_its_teacher_has_nothing_to_learn(tmp_path):
+    run = trainer(tmp_path, steps=2, taught_by=0)
+    run.train()
+    for row in _log(tmp_path):
+        assert abs(row.get("loss", row.get("eval_loss"))) < 1e-6
+        assert abs(row.get("kl", row.get("eval_forward_kl"))) < 1e-6
+
+
+@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"mixed_precision": "bf16"}, {"scope": "sequence"}])
+def test_options_of_memory_and_precision_train_alike(options, tmp_path):
+    plain = trainer(tmp_path / "plain", steps=2, eval_every=1).train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    other = trainer(tmp_path / "other", steps=2, eval_every=1, **options).train()
+    exact = "gradient_checkpointing" in options
+    assert other["forward_kl"] == pytest.approx(plain["forward_kl"], rel=1e-6 if exact else 0.05)
+    assert other["forward_kl"] < _log(tmp_path / "other")[0]["eval_forward_kl"]
+
+
+def test_a_teacher_that_sends_lists(tmp_path):
+    """Log-probabilities of the teacher's best eight, as a server sends them."""
+    local = LocalTeacher(language_model(1), tokenizer())
+
+    def teacher(rollouts):
+        head = local(rollouts)
+        best = torch.log_softmax(head.hidden @ head.weight.T, -1).topk(8)
+        return TopKLogprobs(best.indices, best.values)
+
+    run = trainer(tmp_path, steps=3, divergence="tail_aware", divergence_args="top_k=8")
+    run.teacher = teacher
+    last = run.train()
+    rows = _log(tmp_path)
+    assert last["loss"] < rows[0]["eval_loss"]
+    assert "forward_kl" not in last  # nobody can know it
+    assert rows[1].keys() >= {"support_mass_lower_bound", "entropy"}
+
+
+def test_held_out_metrics_are_means_over_tokens(tmp_path):
+    words, model = tokenizer(), language_model(0)
+    contexts = Rollouts(prompts(3), torch.randint(3, 60, (3, 5)), torch.arange(5) < torch.tensor([[5], [1], [3]]))
+    teacher = LocalTeacher(language_model(1), words)
+    options = {"unwrapped": model, "loss_options": {"divergence": "forward_kl"}}
+    found = held_out_metrics(model, words, teacher, contexts, batch_size=2, **options)
+    with torch.no_grad():
+        heads = [head_over(m.double(), words, contexts) for m in (model, teacher.model)]
+    log_p, log_q = (torch.log_softmax(_logits(head), -1)[contexts.mask] for head in heads)
+    kl = (log_q.exp() * (log_q - log_p)).sum(-1).mean().item()
+    assert found["forward_kl"] == pytest.approx(kl, rel=1e-5)
+    assert found["loss"] == pytest.approx(kl, rel=1e-5)
+    assert found["student_entropy"] == pytest.approx(-(log_p.exp() * log_p).sum(-1).mean().item(), rel=1e-5)
+
+
+def _logits(head: LinearHead) -> torch.Tensor:
+    return head.hidden @ head.weight.T
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "pattern", "expected"),
+    [
+        ("  Paris \n", "paris", "", True),
+        ("It is Paris", "Paris", "", False),
+        ("1 then #### 42", "42", r"#### (\d+)", True),
+        ("#### 42 and #### 43", "42", r"#### (\d+)", False),
+        ("no number", "42", r"#### (\d+)", False),
+        ("12 or 13", "13", r"\d+", True),
+    ],
+)
+def test_is_exact_match_reads_the_last_match(text, answer, pattern, expected):
+    assert is_exact_match(text, answer, pattern) is expected
+
+
+def test_accuracy_counts_prompts_with_answers_alone():
+    rollouts = Rollouts(prompts(4), torch.tensor([[9, 1], [9, 1], [8, 1], [8, 1]]), torch.ones(4, 2, dtype=torch.bool))
+    found = completions_of(rollouts, tokenizer(), "")
+    assert [completion.is_exact for completion in found] == [None, True, None, False]
+    assert accuracy(found) == 0.5
+    assert accuracy(found[:1]) is None
