@@ -3,8 +3,8 @@
 #
 #   losses_t = w_t l_t at the selected positions t, 0 elsewhere;  d(sum_t c_t losses_t) = sum_t c_t w_t dl_t   for any c
 #
-# The forward finds the losses without a graph. The backward, which alone knows c, is that of the weighted sum which every backend
-# has, with c_t w_t as the weights, on the selected positions; nothing is scored or selected again.
+# The forward finds the losses without a graph. The backward, which alone knows c, is that of the weighted sum which every
+# backend has, with c_t w_t as the weights, on the selected positions; nothing is scored or selected again.
 # Not here: the mean over the selected positions (loss.py), how they are selected (chosen.py).
 from __future__ import annotations
 
@@ -42,9 +42,7 @@ class _TokenLosses(torch.autograd.Function):
     """(M,) losses whose gradient is a backend's gradient of their weighted sum, with the weights that the backward brings."""
 
     @staticmethod
-    def forward(
-        ctx: Any, chosen: Chosen, tokens: Tensor | None, losses: Tensor, trained: Tensor, *tensors: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, chosen: Chosen, tokens: Tensor | None, losses: Tensor, trained: Tensor, *tensors: Tensor) -> Tensor:
         ctx.chosen, ctx.tokens, ctx.n_student = _with_tensors(chosen, None), tokens, len(chosen.call.student.tensors)
         ctx.save_for_backward(trained, *tensors)
         return torch.where(trained, losses, 0)
@@ -114,9 +112,9 @@ def selective_opd_token_losses(
         when nothing is selected; `selected`, `scores`, `stats`, `metrics` as of `selective_opd_loss`.
     Raises: as `selective_opd_loss`. A second derivative is an error.
     Non-finite logits: as there; a NaN of the student at a valid position makes every loss NaN, and every gradient.
-    Cost in head matmuls, two heads of equal width, a share rho selected: 2 + 4 rho on backend "torch" with reverse or forward KL,
-        as `selective_opd_loss`. What that keeps from its forward is found once more in the backward: 2 + 8 rho with "jsd",
-        "total_variation", and 2 + 6 rho with every divergence on "triton". A frozen student head costs rho less.
+    Cost in head matmuls, two heads of equal width, a share rho selected: 2 + 4 rho on backend "torch" with reverse or forward
+        KL, as `selective_opd_loss`. What that keeps of its forward otherwise is found once more in the backward: 2 + 8 rho with
+        "jsd" and "total_variation", and on "triton" 2 + 6 rho with the KLs and "jsd". A frozen student head costs rho less.
     Not for torch.compile(fullgraph=True).
     Example: the mean over the selected positions is the loss.
         >>> student, teacher = torch.randn(2, 6, 32).requires_grad_()

@@ -1,7 +1,7 @@
 # verl: the selective loss inside its distillation, by one line and `distillation.distillation_loss.loss_mode=selective_opd`.
 #
 #   verl:  sum over valid tokens of min(l, loss_max_clamp) / batch_num_tokens
-#   here:  sum over selected ones / (batch_num_tokens n_selected / n_valid), counts of the micro-batch, so that selecting does not
+#   here:  sum over selected ones / (batch_num_tokens n_selected / n_valid), n of the micro-batch, so that selecting does not
 #          shrink the step: the aggregated scalar is multiplied by n_valid / n_selected, after verl's own clamp and aggregation
 #
 # verl calls `compute_topk_loss` inside its logits processor, on packed rows (1, n, V): row t predicts token t + 1, prompts are
@@ -52,8 +52,8 @@ COLUMNS = ("selected", "student_entropy", "support_mass")  # of each token, for 
 class patch_verl(AbstractContextManager["patch_verl"]):
     """Add the loss mode "selective_opd" to verl, at once, until `undo()` or the block's end; other modes stay verl's.
 
-    Every process needs it before its configuration is read: put the call into a module and name that in the environment variable
-    VERL_USE_EXTERNAL_MODULES. Then set, under `distillation.distillation_loss`, `loss_mode=selective_opd`,
+    Every process needs it before its configuration is read: put the call into a module and name that in the environment
+    variable VERL_USE_EXTERNAL_MODULES. Then set, under `distillation.distillation_loss`, `loss_mode=selective_opd`,
     `use_policy_gradient=False`, and `topk`, the length of the teacher's lists. `loss_max_clamp` is honoured, before the
     rescaling; `log_prob_min_clamp` with divergence "forward_kl_topk", and refused with the others.
 
@@ -131,7 +131,7 @@ def _check_hooks() -> None:
             came = "has no function of that name" if found is None else f"takes ({', '.join(found)})"
             raise RuntimeError(
                 f"verl {version('verl')}: {hooks.__name__}.{name} {came}, expected ({', '.join(expected)}). "
-                f"This adapter fits verl {FITS}: install 'verl=={FITS}', or call selective_opd_token_losses in a loss of your own"
+                f"This adapter fits verl {FITS}: install 'verl=={FITS}', or call selective_opd_token_losses in your own loss"
             )
     if MODE in hooks.DISTILLATION_LOSS_REGISTRY:
         raise RuntimeError(f"verl: the loss mode {MODE!r} is registered already; undo() the earlier patch first")
@@ -150,8 +150,8 @@ def _check_settings(config: Any, settings: Any, data: Any, student_logits: Tenso
         )
     if config.loss_agg_mode not in AGGREGATIONS:
         raise ValueError(
-            f"loss_agg_mode: got {config.loss_agg_mode!r}, expected one of: {', '.join(AGGREGATIONS)}; a mean over each sequence's "
-            "tokens weighs them by what is not selected"
+            f"loss_agg_mode: got {config.loss_agg_mode!r}, expected one of: {', '.join(AGGREGATIONS)}; a mean over each "
+            "sequence's tokens weighs them by what is not selected"
         )
     if settings.use_policy_gradient:
         raise ValueError(
@@ -160,7 +160,7 @@ def _check_settings(config: Any, settings: Any, data: Any, student_logits: Tenso
     n = data["input_ids"].values().shape[0]
     if student_logits.dim() != 3 or student_logits.shape[:2] != (1, n):
         raise ValueError(
-            f"student_logits: got shape {tuple(student_logits.shape)}, expected (1, {n}, V), the packed tokens of the micro-batch"
+            f"student_logits: got shape {tuple(student_logits.shape)}, expected (1, {n}, V), the micro-batch's packed tokens"
         )
 
 
@@ -183,7 +183,9 @@ def _of_a_copy(student_logits: Tensor, teacher: TopKLogprobs, options: dict[str,
     """The same from a copy of the selected rows, which the backward may read after the logits were overwritten."""
     out = selective_opd_token_losses(student_logits.detach(), teacher, **options)
     at = out.selected.nonzero(as_tuple=True)
-    kept = {name: value for name, value in options.items() if name in ("divergence", "backend", "workspace_bytes", "vocab_size")}
+    kept = {
+        name: value for name, value in options.items() if name in ("divergence", "backend", "workspace_bytes", "vocab_size")
+    }
     lists = TopKLogprobs(teacher.ids[at], teacher.logprobs[at])
     own = selective_opd_token_losses(student_logits[at], lists, selector="all", fraction=1.0, top_k=1, **kept)
     blown_up = out.losses.isnan().any()  # at any valid position
@@ -211,7 +213,7 @@ def _divergence(divergence: str | Divergence, floor: float | None, k: int) -> Di
         return divergence
     if type(divergence) is not TopKForwardKL:
         raise ValueError(
-            f"log_prob_min_clamp: got {floor:g}, expected null with divergence {divergence.name!r}; forward_kl_topk has the clamp"
+            f"log_prob_min_clamp: got {floor:g}, expected null with divergence {divergence.name!r}; forward_kl_topk has it"
         )
     return ClampedTopKForwardKL(top_k=divergence.top_k, floor=float(floor))
 
