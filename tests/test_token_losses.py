@@ -164,6 +164,22 @@ def test_masked_entries_are_legal_and_infinite_positions_are_left_out(backend):
     assert out.metrics["n_infinite"] == 1
 
 
+@pytest.mark.parametrize("backend", ["eager", "torch"])
+def test_a_position_found_infinite_by_its_loss_alone_is_left_out(backend):
+    student, teacher = dense_pair()
+    log_q, ids = teacher.log_softmax(-1).topk(4)
+    student[1, 3] = student[1, 3].scatter(0, ids[1, 3], -math.inf)  # it can write none of the list
+    options = OPTIONS | {"fraction": 1.0, "selector": "all", "divergence": "local_support"}
+    x = leaf(student)
+    out = selective_opd_token_losses(x, TopKLogprobs(ids, log_q), backend=backend, **options)
+    out.losses.sum().backward()
+    assert not out.selected[1, 3]
+    assert out.selected.sum() == MASK.sum() - 1
+    assert out.losses.isfinite().all()
+    assert not x.grad[1, 3].any()
+    assert out.metrics["n_infinite"] == 1
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_nan_of_the_student_is_never_hidden(backend):
     student, teacher = dense_pair()
