@@ -25,6 +25,7 @@ from opd_ops.scoring import score_positions, select_positions
 from opd_ops.selectors import Multinomial, Selector
 from opd_ops.stats import TokenStats
 from opd_ops.teachers import SampledLogprobs, TopKLogprobs
+from opd_ops.token_losses import TokenLosses, selective_opd_token_losses
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ __all__ = [
     "Selector",
     "StudentStats",
     "TailAware",
+    "TokenLosses",
     "TokenStats",
     "TopKForwardKL",
     "TopKLogprobs",
@@ -55,4 +57,5 @@ __all__ = [
     "score_positions",
     "select_positions",
     "selective_opd_loss",
+    "selective_opd_token_losses",
 ]

@@ -67,7 +67,9 @@ def check_divergence_top_k(divergence: Divergence, vocab_size: int) -> None:
         )
 
 
-def check_threshold(value: Tensor | float | None) -> None:
+def check_threshold(value: Tensor | float | None, score_dtype: str | None = None) -> None:
+    if value is not None and score_dtype == "float8":
+        raise ValueError("threshold: score_dtype='float8' scores only a shortlist of the budget exactly; pass one of the two")
     if value is None or (isinstance(value, Tensor) and value.dim() == 0):
         return  # a tensor's value stays on its device
     if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):

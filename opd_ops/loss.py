@@ -2,27 +2,25 @@
 #
 #   L = 1/|M| sum_{t in M} l_t,  M the selected positions, l the divergence       arXiv 2605.26844 eq. 6; 2604.14084 eq. 9
 #
-# Not here: the two halves (scoring.py), the divergences (divergences/), statistics and gradients (backends/).
+# Not here: the two halves (scoring.py), what is selected and its losses (chosen.py), a loss per position for hosts that reduce
+# by themselves (token_losses.py), the divergences (divergences/), statistics and gradients (backends/).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from opd_ops import checks
-from opd_ops.backends import drops_weightless_rows, scores_selected_rows
+from opd_ops.chosen import Chosen
 from opd_ops.divergences import Divergence
 from opd_ops.inputs import LinearHead
-from opd_ops.metrics import loss_metrics, sampled_metrics
 from opd_ops.rollout import StudentStats
-from opd_ops.scoring import DEFAULT_WORKSPACE_BYTES, Scoring, finite, prepare, select_positions
-from opd_ops.selection import SHORTLIST, most_selected
+from opd_ops.scoring import DEFAULT_WORKSPACE_BYTES, prepare
 from opd_ops.selectors import Selector
 from opd_ops.stats import TokenStats
-from opd_ops.teachers import Listed, SparseTeacher
+from opd_ops.teachers import SparseTeacher
 
 
 class SelectiveOPDOutput(NamedTuple):
@@ -142,9 +140,7 @@ def selective_opd_loss(
     checks.check_choice("scope", scope, checks.SCOPES)
     checks.check_choice("denominator", denominator, checks.DENOMINATORS)
     checks.check_num_items(num_items_in_batch)
-    checks.check_threshold(threshold)
-    if threshold is not None and score_dtype == "float8":
-        raise ValueError("threshold: score_dtype='float8' scores only a shortlist of the budget exactly; pass one of the two")
+    checks.check_threshold(threshold, score_dtype)
     call = prepare(
         student,
         teacher,
@@ -174,69 +170,21 @@ def selective_opd_loss(
     if inplace_backward:
         checks.check_inplace_backward(call.student.leading, call.teacher)
     checks.check_tokens(call.divergence, call.teacher, call.positions.tokens)
-    keep_one = getattr(call.selector, "keep_one_per_sequence", False)
-    select = partial(select_positions, scope=scope, cu_seqlens=cu_seqlens, keep_one_per_sequence=keep_one)
-
-    def shortlist(scores: Tensor, stats: TokenStats) -> Tensor:
-        return select(scores, mask=stats.valid, fraction=min(1.0, SHORTLIST * fraction))
-
-    scores, stats = call.run(shortlist)
-    selected = select(scores, mask=stats.valid, fraction=fraction, threshold=threshold)
-    rows, kept = _rows_of(selected, None if threshold is not None else fraction, scope, call)
-    if call.known is not None and call.divergence.whole is not None and not scores_selected_rows(call.backend, *call.sides):
-        rows, kept, selected, stats = call.with_whole_rows(rows, kept, selected, stats)
-    total = _denominator(selected, stats.valid, num_items_in_batch, denominator)
-    factors = (1 / total).to(scores.dtype).expand(len(rows))
+    chosen = Chosen.of(call, fraction=fraction, threshold=threshold, scope=scope, cu_seqlens=cu_seqlens)
+    rows, kept, tokens_of = chosen.rows, chosen.kept, chosen.tokens()
+    total = _denominator(chosen.selected, chosen.stats.valid, num_items_in_batch, denominator)
+    factors = (1 / total).to(chosen.scores.dtype).expand(len(rows))
     factors = factors if kept is None else torch.where(kept, factors, 0)
     of_rows = None if weights is None else weights.detach().flatten()[rows].to(factors.dtype)
-    of_tokens = call.sampled(rows) if checks.reads_tokens(call.divergence) else None
-    weighted, losses = call.backend.selected_loss(
-        *call.sides,
-        rows,
-        factors if of_rows is None else factors * of_rows,
-        stats.take(rows),
-        divergence=call.divergence,
-        tokens=of_tokens,
-        workspace_bytes=workspace_bytes,
-        inplace=inplace_backward,
-    )
-    # What is trained on may be known to more digits than what ranked it.
-    if call.divergence.column is not None:
-        ranked = getattr(stats, call.divergence.column).flatten()[rows]
-        stats = stats.with_column(call.divergence.column, rows, losses if kept is None else torch.where(kept, losses, ranked))
-    # Nor was it known to be finite, if the student's row was not read, or read in 16 bits, or is summed only here.
-    trained = (factors != 0) & (losses != torch.inf)
-    flat = selected.flatten()
-    infinite = stats.valid & ~finite(stats, call.divergence)
-    infinite = infinite.flatten().index_put((rows,), infinite.flatten()[rows] | (flat[rows] & (losses == torch.inf)))
-    selected = flat.index_put((rows,), flat[rows] & trained).view(selected.shape)
-    correction = total / _denominator(selected, stats.valid, num_items_in_batch, denominator)  # 1 if none was dropped
-    loss = weighted * correction.to(weighted.dtype) * _poison(scores, stats)
-    loss_sum = torch.where(trained, losses if of_rows is None else losses * of_rows, 0).sum()
-    is_bound = isinstance(call.teacher, Listed)
-    metrics = loss_metrics(loss, loss_sum, selected, scores, stats, call.given, infinite, is_bound=is_bound)
-    if of_tokens is not None:
-        metrics |= sampled_metrics(call.log_ratio(rows, of_tokens, stats), trained)
-    return SelectiveOPDOutput(loss, selected, scores, stats, metrics)
-
-
-def _rows_of(selected: Tensor, fraction: float | None, scope: str, call: Scoring) -> tuple[Tensor, Tensor | None]:
-    """The selected positions; in a graph as many as the budget, and which of those are selected (None: all).
-
-    Their number depends on the data (NaN or infinite rows leave the budget unfilled), which no graph can hold, torch.compile's
-    or CUDA's. There the list is filled up with other rows, whose losses become 0: a weight at which the gradient is exactly
-    zero too.
-    """
-    flat = selected.flatten()
-    fixed = call.given is None and scope == "batch" and drops_weightless_rows(call.backend)
-    if fraction is None or not fixed or not _in_graph(flat.device):
-        return flat.nonzero().squeeze(1), None
-    rows = torch.sort(flat.to(torch.uint8), descending=True, stable=True).indices[: most_selected(len(flat), fraction)]
-    return rows, flat[rows]
-
-
-def _in_graph(device: torch.device) -> bool:
-    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    weighted, losses = chosen.loss(factors if of_rows is None else factors * of_rows, tokens_of, inplace=inplace_backward)
+    settled = chosen.settled(losses)
+    chosen = settled.chosen
+    # 1 if no infinite loss was dropped
+    correction = total / _denominator(chosen.selected, chosen.stats.valid, num_items_in_batch, denominator)
+    poison = torch.where(chosen.blown_up.any(), torch.nan, 1.0)
+    loss = weighted * correction.to(weighted.dtype) * poison
+    metrics = settled.metrics(loss, settled.loss_sum(of_rows), tokens_of)
+    return SelectiveOPDOutput(loss, chosen.selected, chosen.scores, chosen.stats, metrics)
 
 
 def _denominator(selected: Tensor, valid: Tensor, num_items: Tensor | float | None, kind: str) -> Tensor:
@@ -249,9 +197,3 @@ def _denominator(selected: Tensor, valid: Tensor, num_items: Tensor | float | No
     elif num_items is not None:  # filled on the device: a copy from the host would wait for it
         total = torch.full((), num_items, dtype=torch.float64, device=valid.device)
     return torch.where(n_selected > 0, total * share, 1.0)
-
-
-def _poison(scores: Tensor, stats: TokenStats) -> Tensor:
-    """1, or NaN where a student's softmax or a score at a valid position is not a number: a blown-up model never hides."""
-    bad = stats.valid & (~torch.isfinite(stats.student_logsumexp) | scores.isnan())
-    return torch.where(bad.any(), torch.nan, 1.0)

@@ -95,7 +95,7 @@ def test_a_captured_call_never_asks_the_host(inputs, monkeypatch):
     monkeypatch.setattr("opd_ops.checks.check_student_stats", lambda *_: None)  # which looks at ids, on a CPU alone
     runs = []
     for capturing in (False, True):
-        monkeypatch.setattr("opd_ops.loss._in_graph", lambda device, capturing=capturing: capturing)
+        monkeypatch.setattr("opd_ops.chosen._in_graph", lambda device, capturing=capturing: capturing)
         student, teacher = leaf_head(heads[0]), heads[1]
         sides = (student, teacher) if "logits" not in inputs else [head.hidden @ head.weight.T for head in (student, teacher)]
         with _NoSynchronisation() if capturing else nullcontext():
@@ -115,7 +115,7 @@ def test_rows_that_fill_up_a_captured_call_may_hold_nan(workspace_bytes, dtype, 
         head.hidden[0] = math.nan  # not valid, and the first to fill up
     runs = []
     for capturing in (False, True):
-        monkeypatch.setattr("opd_ops.loss._in_graph", lambda device, capturing=capturing: capturing)
+        monkeypatch.setattr("opd_ops.chosen._in_graph", lambda device, capturing=capturing: capturing)
         student = leaf_head(heads[0])
         out = selective_opd_loss(student, heads[1], fraction=1.0, backend="triton", workspace_bytes=workspace_bytes)
         out.loss.backward()

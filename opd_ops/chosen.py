@@ -1,0 +1,138 @@
+# What a call trains on: the positions that its budget chose, and the losses that a backend finds of them.
+#
+#   M = the best-scored of the valid positions;  l_t, t in M, the divergence       arXiv 2605.26844 eqs. 6, 13
+#
+# Not here: scores (scoring.py), budgets and ties (selection.py), what is made of the losses (loss.py, token_losses.py).
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from opd_ops import checks
+from opd_ops.backends import drops_weightless_rows, scores_selected_rows
+from opd_ops.metrics import loss_metrics, sampled_metrics
+from opd_ops.scoring import Scoring, finite, select_positions
+from opd_ops.selection import SHORTLIST, most_selected
+from opd_ops.stats import TokenStats
+from opd_ops.teachers import Listed
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A scored call and its selected positions, (...) of the positions' shape and (M,) as a list."""
+
+    call: Scoring
+    rows: Tensor  # (M,) int64 numbers of flattened positions
+    kept: Tensor | None  # (M,) bool: which rows are trained on; None: all
+    selected: Tensor  # (...) bool
+    scores: Tensor  # (...)
+    stats: TokenStats  # columns (...)
+
+    @staticmethod
+    def of(
+        call: Scoring, *, fraction: float, threshold: Tensor | float | None, scope: str, cu_seqlens: Tensor | None
+    ) -> Chosen:
+        """Score the call's positions and select."""
+        keep_one = getattr(call.selector, "keep_one_per_sequence", False)
+        select = partial(select_positions, scope=scope, cu_seqlens=cu_seqlens, keep_one_per_sequence=keep_one)
+
+        def shortlist(scores: Tensor, stats: TokenStats) -> Tensor:
+            return select(scores, mask=stats.valid, fraction=min(1.0, SHORTLIST * fraction))
+
+        scores, stats = call.run(shortlist)
+        selected = select(scores, mask=stats.valid, fraction=fraction, threshold=threshold)
+        rows, kept = _rows_of(selected, None if threshold is not None else fraction, scope, call)
+        if call.known is not None and call.divergence.whole is not None and not scores_selected_rows(call.backend, *call.sides):
+            rows, kept, selected, stats = call.with_whole_rows(rows, kept, selected, stats)
+        return Chosen(call, rows, kept, selected, scores, stats)
+
+    @property
+    def blown_up(self) -> Tensor:
+        """(...) bool: valid positions where the student's softmax or the score is not a number, which must not hide."""
+        return self.stats.valid & (~torch.isfinite(self.stats.student_logsumexp) | self.scores.isnan())
+
+    def tokens(self) -> Tensor | None:
+        """(M,) what the student sampled, if the divergence is on it."""
+        return self.call.sampled(self.rows) if checks.reads_tokens(self.call.divergence) else None
+
+    def loss(self, weights: Tensor, tokens: Tensor | None, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
+        """sum weights l, connected to the student's tensors, and l; both weights and l are (M,)."""
+        return self.call.backend.selected_loss(
+            *self.call.sides,
+            self.rows,
+            weights,
+            self.stats.take(self.rows),
+            divergence=self.call.divergence,
+            tokens=tokens,
+            workspace_bytes=self.call.workspace_bytes,
+            inplace=inplace,
+        )
+
+    def settled(self, losses: Tensor) -> Settled:
+        """What is known once the (M,) losses are: those that turn out to be infinite are not trained on."""
+        stats, rows, flat = self.stats, self.rows, self.selected.flatten()
+        # What is trained on may be known to more digits than what ranked it.
+        column = self.call.divergence.column
+        if column is not None:
+            ranked = getattr(stats, column).flatten()[rows]
+            stats = stats.with_column(column, rows, losses if self.kept is None else torch.where(self.kept, losses, ranked))
+        # Nor was it known to be finite, if the student's row was not read, or read in 16 bits, or is summed only here.
+        trained = losses != torch.inf
+        trained = trained if self.kept is None else trained & self.kept
+        infinite = (stats.valid & ~finite(stats, self.call.divergence)).flatten()
+        infinite = infinite.index_put((rows,), infinite[rows] | (flat[rows] & (losses == torch.inf)))
+        selected = flat.index_put((rows,), flat[rows] & trained)
+        shape = self.selected.shape
+        return Settled(replace(self, selected=selected.view(shape), stats=stats), losses, trained, infinite.view(shape))
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The same with the losses known."""
+
+    chosen: Chosen
+    losses: Tensor  # (M,)
+    trained: Tensor  # (M,) bool
+    infinite: Tensor  # (...) bool: valid positions whose divergence is +inf
+
+    def loss_sum(self, weights: Tensor | None) -> Tensor:
+        """sum of the weighted losses, without a graph."""
+        return torch.where(self.trained, self.losses if weights is None else self.losses * weights, 0).sum()
+
+    def metrics(self, loss: Tensor, loss_sum: Tensor, tokens: Tensor | None) -> dict[str, Tensor]:
+        chosen, call = self.chosen, self.chosen.call
+        found = loss_metrics(
+            loss,
+            loss_sum,
+            chosen.selected,
+            chosen.scores,
+            chosen.stats,
+            call.given,
+            self.infinite,
+            is_bound=isinstance(call.teacher, Listed),
+        )
+        if tokens is None:
+            return found
+        return found | sampled_metrics(call.log_ratio(chosen.rows, tokens, chosen.stats), self.trained)
+
+
+def _rows_of(selected: Tensor, fraction: float | None, scope: str, call: Scoring) -> tuple[Tensor, Tensor | None]:
+    """The selected positions; in a graph as many as the budget, and which of those are selected (None: all).
+
+    Their number depends on the data (NaN or infinite rows leave the budget unfilled), which no graph can hold, torch.compile's
+    or CUDA's. There the list is filled up with other rows, whose losses become 0: a weight at which the gradient is exactly
+    zero too.
+    """
+    flat = selected.flatten()
+    fixed = call.given is None and scope == "batch" and drops_weightless_rows(call.backend)
+    if fraction is None or not fixed or not _in_graph(flat.device):
+        return flat.nonzero().squeeze(1), None
+    rows = torch.sort(flat.to(torch.uint8), descending=True, stable=True).indices[: most_selected(len(flat), fraction)]
+    return rows, flat[rows]
+
+
+def _in_graph(device: torch.device) -> bool:
+    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())

@@ -1,0 +1,142 @@
+# NeMo-RL: a loss function object for its on-policy distillation, in the place of its `DistillationLossFn`.
+#
+#   NeMo-RL:  sum over valid tokens of l / global_valid_toks
+#   here:     sum over selected ones / (global_valid_toks n_selected / n_valid), n of the call
+#
+# NeMo-RL's teacher sends top-K logits without their normaliser: log q + c, c unknown in each row. What they do determine is q
+# renormalised on the list, q^; so the divergences are the two that need no more:
+#   local_support     sum_T p^ (log p^ - log q^)     NeMo-RL's kl_type "reverse", zero_outside_topk false
+#   forward_kl_topk   sum_T q^ (log q^ - log p)      its kl_type "forward", zero_outside_topk true
+# Selectors that read the teacher see q^, too: the support mass is that of q^, no lower bound on q's.
+# Contract and shapes were recorded from NeMo-RL 0.6.0 at commit 7ea279a (2026-08-22): loss/interfaces.py, loss/utils.py,
+# loss/loss_functions.py. Logits arrive whole, [B, S, V] (input type LOGIT): row t predicts token t + 1.
+# Not here: logits that are sharded over the vocabulary or the sequence (refused with an error), the loss (opd_ops/loss.py).
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from nemo_rl.algorithms.loss.interfaces import LossInputType, LossType
+from torch import Tensor
+
+from opd_ops.divergences import LocalSupport, TopKForwardKL
+from opd_ops.loss import selective_opd_loss
+from opd_ops.teachers import TopKLogprobs
+
+DIVERGENCES: dict[str, type[LocalSupport | TopKForwardKL]] = {"local_support": LocalSupport, "forward_kl_topk": TopKForwardKL}
+NEEDED = ("token_mask", "sample_mask", "teacher_topk_logits", "teacher_topk_indices")
+
+
+class SelectiveDistillationLossFn:
+    """Distillation on the selected tokens: pass it to `distillation_train` instead of the loss that `setup` returns.
+
+    Metrics are sums over the call divided by `global_valid_toks`, so that NeMo-RL's sum over micro-batches is a mean over
+    tokens. Where sequences are packed NeMo-RL calls the loss for one sequence at a time: a budget of scope "batch" is then one
+    per sequence.
+
+    Args:
+        fraction: Share of the valid tokens of a call to train on, in (0, 1]; 1.0 is NeMo-RL's loss.
+        divergence: "local_support" or "forward_kl_topk", on all K entries that the teacher sent.
+        options: Of `selective_opd_loss`: selector, scope, top_k, backend, workspace_bytes, denominator, ...
+    Raises: ValueError: another divergence. In training, data or logits that do not fit.
+    Example:
+        >>> *policies, loss_fn, logger, checkpointer, state, master_config = setup(config, tokenizer, data, val_data)
+        >>> loss_fn = SelectiveDistillationLossFn(fraction=0.1, selector="teachability")
+    """
+
+    loss_type = LossType.TOKEN_LEVEL
+    input_type = LossInputType.LOGIT
+
+    def __init__(self, *, fraction: float = 0.05, divergence: str = "local_support", **options: Any) -> None:
+        if divergence not in DIVERGENCES:
+            raise ValueError(
+                f"divergence: got {divergence!r}, expected one of: {', '.join(DIVERGENCES)}: NeMo-RL's top-K logits come "
+                "without their normaliser"
+            )
+        self.divergence, self.options = divergence, {"fraction": fraction, **options}
+
+    def __call__(
+        self,
+        logits: Tensor,
+        data: Any,
+        global_valid_seqs: Tensor | None,
+        global_valid_toks: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """NeMo-RL's contract: a scalar of the micro-batch, and its metrics as floats.
+
+        Args:
+            logits: [B, S', V] of the student, S' >= S - 1; what is beyond S (alignment of packed sequences) is not read.
+            data: `input_ids`, `token_mask` [B, S], `sample_mask` [B], `teacher_topk_logits`, `teacher_topk_indices` [B, S, K].
+            global_valid_toks: Valid tokens of the whole step, or None: those of this call.
+        """
+        student, weights = _aligned(logits, data)
+        n = student.shape[1]
+        ids = data["teacher_topk_indices"][:, :n].to(student.device)
+        _check_ids(ids, weights, student.shape[-1])
+        scores = data["teacher_topk_logits"][:, :n].to(student.device, torch.float32)
+        out = selective_opd_loss(
+            student,
+            TopKLogprobs(ids, scores.log_softmax(-1)),
+            weights=weights,
+            num_items_in_batch=None if global_valid_toks is None else global_valid_toks.reshape(()),
+            divergence=DIVERGENCES[self.divergence](top_k=ids.shape[-1]),
+            **self.options,
+        )
+        return out.loss, {**_metrics(out.metrics, global_valid_toks), "num_valid_samples": data["input_ids"].shape[0]}
+
+
+def _aligned(logits: Tensor, data: Any) -> tuple[Tensor, Tensor]:
+    """[B, S-1, V] student logits, and of each the mask of the token that it predicts, times the sample's."""
+    missing = [name for name in NEEDED if name not in data]
+    if missing:
+        raise ValueError(f"data: got no {', '.join(missing)}, expected {', '.join(NEEDED)}")
+    _check_whole(logits)
+    token_mask = data["token_mask"][:, 1:].to(logits.device)
+    n = token_mask.shape[1]
+    if logits.dim() != 3 or logits.shape[0] != len(token_mask) or logits.shape[1] < n:
+        raise ValueError(
+            f"logits: got shape {tuple(logits.shape)}, expected ({len(token_mask)}, {n + 1}, V), those of whole sequences; "
+            "context parallelism is not supported yet"
+        )
+    return logits[:, :n], token_mask * data["sample_mask"].to(logits.device).unsqueeze(-1)
+
+
+def _check_whole(logits: Tensor) -> None:
+    """Refuse shards of the vocabulary: a softmax over one would train another objective in silence."""
+    megatron: Any = sys.modules.get("megatron.core.parallel_state")
+    ranks = 1
+    if megatron is not None and megatron.model_parallel_is_initialized():
+        ranks = megatron.get_tensor_model_parallel_world_size()
+    if hasattr(logits, "full_tensor") or ranks > 1:
+        raise ValueError(
+            "logits: got a shard of the vocabulary, expected whole logits: tensor parallelism is not supported yet; set "
+            "tensor_parallel_size (Megatron: tensor_model_parallel_size) to 1"
+        )
+
+
+def _check_ids(ids: Tensor, weights: Tensor, vocab_size: int) -> None:
+    """An id that the student lacks is another tokeniser's, or its logits are a shard; looking is one host synchronisation."""
+    largest = int(torch.where((weights != 0).unsqueeze(-1), ids, 0).max()) if ids.numel() else 0
+    if largest >= vocab_size:
+        raise ValueError(
+            f"teacher_topk_indices: got id {largest}, expected ids below {vocab_size}, the student's vocabulary; the models "
+            "share no vocabulary, or the logits are a shard of it"
+        )
+
+
+def _metrics(found: dict[str, Tensor], global_valid_toks: Tensor | None) -> dict[str, float]:
+    """Per token of the step. What is known of the selected tokens stands for all tokens of the call, as in the loss."""
+    n_valid, n_selected = found["n_valid"], found["n_selected"]
+    per_token = 1 / (n_valid if global_valid_toks is None else global_valid_toks).double().reshape(()).clamp_min(1)
+    per_selected = per_token * n_valid / n_selected.clamp_min(1)
+    values = {
+        "loss": found["loss"],
+        "opd/selected_share": n_selected * per_token,
+        "opd/loss_selected": found["loss_sum"] * per_selected,
+        "opd/entropy": found["entropy_sum"] * per_token,
+        "opd/entropy_selected": found["entropy_selected_sum"] * per_selected,
+        "opd/support_mass_of_list": found["support_mass_lower_bound_sum"] * per_token,
+    }
+    numbers = torch.stack([value.double() for value in values.values()]).tolist()
+    return dict(zip(values, numbers, strict=True))
