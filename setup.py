@@ -22,20 +22,38 @@ setup(
     package_dir={"opd_kernels": "kernels/opd_kernels"},
     package_data={"opd_ops": ["py.typed"]},
     install_requires=["torch>=2.8"],
+    entry_points={"console_scripts": ["opd-train = opd_ops.trainer.cli:main"]},
     extras_require={
         "triton": ["triton>=3.6"],
         "demo": ["transformers>=5.0", "accelerate>=1.10", "gguf>=0.17", "matplotlib>=3.8", "rich>=13"],
+        "train": [
+            "transformers>=5.19",
+            "accelerate>=1.10",
+            "peft>=0.19",
+            "datasets>=4.0",
+            "gguf>=0.17",
+            "safetensors>=0.5",
+            "pyyaml>=6",
+            "rich>=13",
+        ],
         "trl": ["trl>=1.16,<1.17"],
         "hf": ["transformers>=5.19", "accelerate>=1.10"],
         "bench": ["trl==1.16.0", "liger-kernel==0.8.5", "matplotlib>=3.8", "rich>=13", "psutil>=5.9"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "numpy>=1.26", "matplotlib>=3.8", "triton>=3.6"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "numpy>=1.26",
+            "matplotlib>=3.8",
+            "triton>=3.6",
+            "tensorboardX>=2.6",
+        ],
         # The losses of others that tests/parity compares with, and the trainers of tests/integrations. verl and torchtune come
         # on top without their dependencies, of which their losses need only these (Makefile); torchao is the newest that
         # torchtune 0.6.1 imports with.
         "parity": [
             "trl==1.16.0",
             "liger-kernel==0.8.5",
-            "peft>=0.19",
             "torchao==0.16.0",
             "tensordict>=0.10",
             "ray>=2.50",

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from examples import plain_loop, prompt_distillation, prompts, smollm2, token_report
 from examples.settings import Settings, parse_settings
 from opd_ops import selective_opd_loss
-from opd_ops.trainer import rollouts
+from opd_ops.trainer import cli, rollouts
 from opd_ops.trainer.prompts import Prompt
 
 AWKWARD = ["<b>", " a&b", '"q"', "line\nbreak", " plain", "</span>"]
@@ -231,3 +234,17 @@ def test_the_plain_loop_trains_a_smaller_student(loaded, capsys):
     of_teacher, of_student = dict(model.named_parameters()), dict(student.named_parameters())
     assert all(torch.equal(of_teacher[name], value) for name, value in before.items())
     assert not any(torch.equal(of_student[name], value) for name, value in before.items())
+
+
+def test_the_reference_trainer_runs_its_example(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    small = {"steps": 1, "batch_size": 2, "max_new_tokens": 6, "eval_size": 2, "completions": 1, "output_dir": tmp_path}
+    cli.main(["--config", "examples/prompt_distillation.yaml", "--fraction=0.25", *(f"--{k}={v}" for k, v in small.items())])
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 1]
+    assert rows[1]["n_selected"] == -(-rows[1]["n_valid"] // 4)
+    assert rows[2]["eval_forward_kl"] != rows[0]["eval_forward_kl"]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert saved.lm_head.weight is saved.model.embed_tokens.weight
+    assert "teacher_system: " in (tmp_path / "model" / "README.md").read_text()
+    assert "is the student" in capsys.readouterr().out

@@ -122,7 +122,8 @@ class OPDTrainer:
 
         Raises: SystemExit(143): SIGTERM came; a checkpoint was saved before.
         """
-        self.accelerator.init_trackers(self.config.run_name, config=dataclasses.asdict(self.config))
+        settings = {name: value for name, value in dataclasses.asdict(self.config).items() if value is not None}
+        self.accelerator.init_trackers(self.config.run_name, config=settings)
         with Stopping(self.accelerator) as stopping, RunLog(self.folder, self.accelerator, self.config.steps) as log:
             found = self.checkpoints.all() if self.config.resume else []
             first = self.checkpoints.load(found[-1]) if found else 0

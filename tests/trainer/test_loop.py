@@ -154,6 +154,14 @@ def test_a_teacher_that_sends_lists(tmp_path):
     assert rows[1].keys() >= {"support_mass_lower_bound", "entropy"}
 
 
+def test_report_to_sends_the_numbers_to_the_trackers(tmp_path):
+    trainer(tmp_path, steps=2, report_to="tensorboard", run_name="mine").train()
+    (events,) = (tmp_path / "mine").glob("events.*")
+    written = events.read_bytes()  # tags are stored as they are
+    assert all(name.encode() in written for name in ("loss", "kl_selected", "eval_forward_kl", "tokens_per_second"))
+    assert "tokens_per_second" not in (tmp_path / "log.jsonl").read_text()  # no two runs repeat it
+
+
 def test_held_out_metrics_are_means_over_tokens(tmp_path):
     words, model = tokenizer(), language_model(0)
     contexts = Rollouts(prompts(3), torch.randint(3, 60, (3, 5)), torch.arange(5) < torch.tensor([[5], [1], [3]]))

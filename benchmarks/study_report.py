@@ -1,0 +1,247 @@
+# The study's tables and plots from its saved runs: held-out KL by arm and step, differences between arms, gains on fixed contexts.
+#
+#   KL of an arm = mean over the held-out tokens of all seeds of KL(teacher || student), nats; intervals: 95 %, cluster bootstrap
+#   over prompts (the same prompt is one cluster in all seeds), 1,000 resamples; differences are between arms at the same tokens
+#   gains: G = KL before - KL after training on all tokens, mean over what each selector ranks highest before
+#   (arXiv 2605.26844, section 3 and appendix C; opd_ops/diagnostics/)
+#
+# Writes study.json, study.md, kl.png, gains.png.
+# Not here: the runs (study.py).
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.environment import describe_environment
+from opd_ops import TokenStats
+from opd_ops.diagnostics import Contexts, Study, study
+from opd_ops.diagnostics.intervals import Interval, draw_weights, mean_intervals
+
+ROOT = Path(__file__).parents[1]
+RESAMPLES = 1000
+FRACTIONS = (0.03, 0.05, 0.2)
+RANKED = ("teachability", "divergence", "divergence-reverse-kl", "tip", "entropy", "incompatibility", "random")
+
+
+class Arms(NamedTuple):
+    """All runs, aligned: N held-out tokens over all seeds."""
+
+    names: list[str]  # A arms, "all" first
+    steps: list[int]  # E evaluations
+    kl: Tensor  # (A, E, N) forward KL, nats
+    clusters: Tensor  # (N,) number of the prompt
+    n_trained: dict[str, int]  # tokens trained on, mean over seeds
+    cpu_hours: float  # of all runs
+    peak_gib: float  # of one process
+    plan: dict[str, Any]
+    contexts: Contexts  # of the arm "all"
+
+
+def load(folder: Path) -> Arms:
+    """Raises: ValueError: some runs are missing, which are named."""
+    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*.pt")):
+        run = torch.load(path)
+        runs.setdefault(run["arm"], {})[run["seed"]] = run
+    seeds = sorted({seed for of_arm in runs.values() for seed in of_arm})
+    missing = [f"{arm} seed {seed}" for arm in runs for seed in seeds if seed not in runs[arm]]
+    if missing or "all" not in runs:
+        raise ValueError(
+            f"{folder}: without {', '.join(missing) or 'the arm all'}; python -m benchmarks.study runs what is missing"
+        )
+    names = ["all", *(name for name in sorted(runs, key=_order) if name != "all")]
+    steps = sorted(runs["all"][seeds[0]]["forward_kl"])
+    valid = {seed: runs["all"][seed]["before"]["valid"] for seed in seeds}
+    of_arm = [
+        torch.stack([torch.cat([runs[name][seed]["forward_kl"][step][valid[seed]] for seed in seeds]) for step in steps])
+        for name in names
+    ]
+    clusters = torch.cat([torch.arange(len(v)).unsqueeze(1).expand(v.shape)[v] for v in valid.values()])
+    every = [run for of_seed in runs.values() for run in of_seed.values()]
+    return Arms(
+        names,
+        steps,
+        torch.stack(of_arm).double(),
+        clusters,
+        {name: sum(run["n_trained"] for run in runs[name].values()) // len(seeds) for name in names},
+        sum(run["cpu_seconds"] for run in every) / 3600,
+        max(run["peak_gib"] for run in every),
+        every[0]["plan"] | {"seeds": len(seeds)},
+        _contexts([runs["all"][seed] for seed in seeds]),
+    )
+
+
+def _order(name: str) -> tuple[float, str]:
+    selector, _, fraction = name.partition(" ")
+    return (float(fraction.rstrip("%") or 100), selector)
+
+
+def _contexts(runs: Sequence[dict[str, Any]]) -> Contexts:
+    """What the diagnostics read, of the runs that trained on all tokens, one seed after the other."""
+    length = max(run["before"]["valid"].shape[1] for run in runs)
+
+    def joined(columns: Sequence[Tensor]) -> Tensor:
+        return torch.cat([nn.functional.pad(column, (0, length - column.shape[1])) for column in columns])
+
+    names = [name for name, column in runs[0]["before"].items() if column is not None]
+    before = TokenStats(**{name: joined([run["before"][name] for run in runs]) for name in names})
+    after = joined([run["forward_kl"][max(run["forward_kl"])] for run in runs])
+    texts = [row for run in runs for row in run["tokens"]]
+    return Contexts(before, after, texts, [prompt for run in runs for prompt in run["prompts"]])
+
+
+class Row(NamedTuple):
+    """One arm after the last step."""
+
+    arm: str
+    n_trained: int
+    kl: list[float]  # at each evaluation
+    last: Interval
+    against_all: Interval | None
+    against_random: Interval | None  # of the same fraction
+
+
+def rows_of(arms: Arms) -> list[Row]:
+    weights = draw_weights(int(arms.clusters.max()) + 1, RESAMPLES, 0)
+    everyone = torch.ones(len(arms.clusters), 1, dtype=torch.bool)
+
+    def mean(values: Tensor) -> Interval:
+        return mean_intervals(values, everyone, arms.clusters, weights)[0]
+
+    found = []
+    for name, kl in zip(arms.names, arms.kl, strict=True):
+        selector, _, fraction = name.partition(" ")
+        random = f"random {fraction}"
+        by_random = selector not in ("all", "random") and random in arms.names
+        found.append(
+            Row(
+                name,
+                arms.n_trained[name],
+                kl.mean(1).tolist(),
+                mean(kl[-1]),
+                None if name == "all" else mean(kl[-1] - arms.kl[0, -1]),
+                mean(kl[-1] - arms.kl[arms.names.index(random), -1]) if by_random else None,
+            )
+        )
+    return found
+
+
+def write(runs: Path, out: Path) -> None:
+    arms = load(runs)
+    rows, gains = rows_of(arms), study(arms.contexts, RANKED, FRACTIONS, RESAMPLES)
+    out.mkdir(parents=True, exist_ok=True)
+    about = {"environment": describe_environment(ROOT), "plan": arms.plan, "cpu_hours": arms.cpu_hours, "peak_gib": arms.peak_gib}
+    numbers = about | {"steps": arms.steps, "arms": [_plain(row) for row in rows], "fixed_context": gains.to_json()}
+    (out / "study.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    (out / "study.md").write_text(markdown(arms, rows, gains), encoding="utf-8")
+    plot_kl(arms, rows, out / "kl.png")
+    plot_gains(gains, out / "gains.png")
+    print(f"wrote {out}/study.json, study.md, kl.png, gains.png")
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    return {name: asdict(value) if isinstance(value, Interval) else value for name, value in row._asdict().items()}
+
+
+def _text(found: Interval | None, digits: int = 3) -> str:
+    return "" if found is None else f"{found.value:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+
+
+def markdown(arms: Arms, rows: Sequence[Row], found: Study) -> str:
+    plan = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in arms.plan.items())
+    lines = [
+        "Held-out forward KL(teacher ‖ student) in nats per token, SmolLM2-135M-Instruct, prompt distillation.",
+        f"{plan}; {arms.kl.shape[2]:,} held-out tokens; {arms.cpu_hours:.1f} hours of CPU on all cores together, "
+        f"{arms.peak_gib:.1f} GiB a process.",
+        "Brackets: 95 % intervals by bootstrap over prompts. Differences are at the same tokens; below 0: better.",
+        "",
+        f"| arm | tokens trained on | {' | '.join(f'step {step}' for step in arms.steps)} | last, interval | − all | − random |",
+        "|---" * (len(arms.steps) + 5) + "|",
+    ]
+    for row in rows:
+        cells = [row.arm, f"{row.n_trained:,}", *(f"{kl:.3f}" for kl in row.kl)]
+        cells += [f"[{row.last.low:.3f}, {row.last.high:.3f}]", _text(row.against_all), _text(row.against_random)]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Gains on fixed contexts: KL before − KL after training on all tokens, mean over what each selector ranks highest by the",
+        "statistics before.",
+        "",
+        "| selector | " + " | ".join(f"best {fraction:.0%}" for fraction in FRACTIONS) + " |",
+        "|---" * (len(FRACTIONS) + 1) + "|",
+    ]
+    assert found.gains is not None
+    lines.append(f"| all tokens | {' | '.join([_text(found.gains[0].gain)] * len(FRACTIONS))} |")
+    for name in RANKED:
+        cells = [_text(g.gain) for fraction in FRACTIONS for g in found.gains if (g.selector, g.fraction) == (name, fraction)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    if found.regression is not None:
+        r = found.regression
+        lines += [
+            "",
+            f"Standardised regression of the gain, {r.n_positions:,} tokens: teachability {_text(r.teachability)}, "
+            f"incompatibility {_text(r.incompatibility)}, R² {r.r_squared.value:.3f}.",
+        ]
+    quadrants = "; ".join(
+        f"{q.name} ({q.meaning}) {q.share_of_tokens:.0%} of tokens, {q.share_of_kl:.0%} of the KL, gain {_text(q.gain)}"
+        for q in found.quadrants.quadrants
+    )
+    return "\n".join([*lines, "", f"Quadrants: {quadrants}."]) + "\n"
+
+
+def plot_kl(arms: Arms, rows: Sequence[Row], path: Path) -> None:
+    """A panel per fraction: held-out KL against steps, with the interval of the last step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    colors = {"all": "#000000", "random": "#888888", "entropy": "#1f77b4", "divergence": "#d97706", "tip": "#7c3aed"}
+    colors["teachability"] = "#15803d"
+    fractions = sorted({name.partition(" ")[2] for name in arms.names if " " in name}, key=lambda text: float(text.rstrip("%")))
+    figure, axes = plt.subplots(1, len(fractions), sharey=True, figsize=(11, 4.6), layout="constrained", squeeze=False)
+    for panel, fraction in zip(axes[0], fractions, strict=True):
+        shown = [row for row in rows if row.arm == "all" or row.arm.endswith(f" {fraction}")]
+        for i, row in enumerate(shown):
+            selector = row.arm.partition(" ")[0]
+            style = {"color": colors.get(selector), "ls": "--" if selector in ("all", "random") else "-"}
+            panel.plot(arms.steps, row.kl, marker=".", label=f"{selector} ({row.kl[-1]:.3f})", **style)
+            x = arms.steps[-1] + 0.15 * (i + 1)
+            panel.plot([x, x], [row.last.low, row.last.high], color=style["color"], lw=2, alpha=0.6)
+        panel.set(title=f"trained on {fraction} of the tokens", xlabel="steps", ylim=(0, None))
+        panel.legend(frameon=False, fontsize=9, title="selector (last)")
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("held-out forward KL(teacher‖student), nats per token")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_gains(found: Study, path: Path) -> None:
+    """Mean gain of each selector's best tokens, with intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    assert found.gains is not None
+    figure, axes = plt.subplots(1, len(FRACTIONS), sharex=True, sharey=True, figsize=(11, 3.4), layout="constrained")
+    for panel, fraction in zip(axes, FRACTIONS, strict=True):
+        for i, name in enumerate(RANKED):
+            (g,) = [row.gain for row in found.gains if (row.selector, row.fraction) == (name, fraction)]
+            panel.plot([g.low, g.high], [i, i], color="#15803d", lw=2, alpha=0.6)
+            panel.plot([g.value], [i], "o", color="#15803d")
+        panel.axvline(found.gains[0].gain.value, color="black", ls="--", lw=1)
+        panel.set(title=f"best {fraction:.0%} of the tokens", yticks=range(len(RANKED)), yticklabels=RANKED)
+        panel.grid(axis="x", alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()
+    figure.supxlabel("mean gain, nats per token (dashed: all tokens)", fontsize=10)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
