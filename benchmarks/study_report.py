@@ -1,8 +1,8 @@
-# The study's tables and plots from its saved runs: held-out KL by arm and step, differences between arms, gains on fixed contexts.
+# The study's tables and plots from its runs: held-out KL by arm and step, differences between arms, gains on fixed contexts.
 #
-#   KL of an arm = mean over the held-out tokens of all seeds of KL(teacher || student), nats; intervals: 95 %, cluster bootstrap
-#   over prompts (the same prompt is one cluster in all seeds), 1,000 resamples; differences are between arms at the same tokens
-#   gains: G = KL before - KL after training on all tokens, mean over what each selector ranks highest before
+#   KL of an arm = mean over the held-out tokens of all seeds of KL(teacher || student), nats; intervals: 95 %, bootstrap over
+#   prompts (the same prompt is one cluster in all seeds), 1,000 resamples; differences are between arms at the same tokens
+#   gain G = KL before - KL after training on all tokens, mean over what each selector ranks highest before
 #   (arXiv 2605.26844, section 3 and appendix C; opd_ops/diagnostics/)
 #
 # Writes study.json, study.md, kl.png, gains.png.
@@ -161,7 +161,7 @@ def markdown(arms: Arms, rows: Sequence[Row], found: Study) -> str:
         f"{arms.peak_gib:.1f} GiB a process.",
         "Brackets: 95 % intervals by bootstrap over prompts. Differences are at the same tokens; below 0: better.",
         "",
-        f"| arm | tokens trained on | {' | '.join(f'step {step}' for step in arms.steps)} | last, interval | − all | − random |",
+        f"| arm | trained on | {' | '.join(f'step {step}' for step in arms.steps)} | last, interval | − all | − random |",
         "|---" * (len(arms.steps) + 5) + "|",
     ]
     for row in rows:
@@ -170,8 +170,8 @@ def markdown(arms: Arms, rows: Sequence[Row], found: Study) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "Gains on fixed contexts: KL before − KL after training on all tokens, mean over what each selector ranks highest by the",
-        "statistics before.",
+        "Gains on fixed contexts: KL before − KL after training on all tokens, mean over what each selector ranks highest",
+        "before training.",
         "",
         "| selector | " + " | ".join(f"best {fraction:.0%}" for fraction in FRACTIONS) + " |",
         "|---" * (len(FRACTIONS) + 1) + "|",
