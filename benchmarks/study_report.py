@@ -136,7 +136,8 @@ def write(runs: Path, out: Path) -> None:
     arms = load(runs)
     rows, gains = rows_of(arms), study(arms.contexts, RANKED, FRACTIONS, RESAMPLES)
     out.mkdir(parents=True, exist_ok=True)
-    about = {"environment": describe_environment(ROOT), "plan": arms.plan, "cpu_hours": arms.cpu_hours, "peak_gib": arms.peak_gib}
+    about = {"environment": describe_environment(ROOT), "plan": arms.plan}
+    about |= {"cpu_hours": arms.cpu_hours, "peak_gib": arms.peak_gib}
     numbers = about | {"steps": arms.steps, "arms": [_plain(row) for row in rows], "fixed_context": gains.to_json()}
     (out / "study.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     (out / "study.md").write_text(markdown(arms, rows, gains), encoding="utf-8")
