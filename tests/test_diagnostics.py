@@ -275,6 +275,9 @@ def test_infinite_divergences_are_left_out_and_counted(contexts):
     assert found.n_left_out == 1
     assert found.n_positions == int(contexts.measured.sum()) - 1
     assert not found.chosen.selected[best]
+    after[: len(after) // 2] = math.inf  # the budget is a share of what is measured
+    found = study(dataclasses.replace(contexts, after_forward_kl=after), ["teachability"], [0.05], resamples=10)
+    assert found.gains[1].n_selected == math.ceil(0.05 * found.n_positions) < math.ceil(0.05 * int(contexts.measured.sum()))
     assert all(math.isfinite(row.gain.value) for row in found.gains)
 
 
