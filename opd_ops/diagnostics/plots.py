@@ -85,7 +85,7 @@ def quadrant_map(contexts: Contexts, found: Quadrants) -> str:
     m = contexts.measured
     entropy, kl = (x[m].double().clamp_min(LEAST_SHOWN) for x in (contexts.before.student_entropy, contexts.before.reverse_kl))
     with _figure(1, 1, (7.5, 5)) as (figure, (panel,), out):
-        shade = LinearSegmentedColormap.from_list("density", [(0.85, 0.47, 0.02, 0.15), (0.85, 0.47, 0.02, 1.0)])
+        shade = LinearSegmentedColormap.from_list("density", [(0.85, 0.47, 0.02, 0.3), (0.85, 0.47, 0.02, 1.0)])
         options: dict[str, Any] = {"gridsize": 36, "mincnt": 1, "bins": "log", "cmap": shade, "linewidths": 0}
         hexes = panel.hexbin(entropy.numpy(), kl.numpy(), xscale="log", yscale="log", **options)
         bar = figure.colorbar(hexes, ax=panel, label="tokens", aspect=30)
