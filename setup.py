@@ -22,7 +22,7 @@ setup(
     package_dir={"opd_kernels": "kernels/opd_kernels"},
     package_data={"opd_ops": ["py.typed"]},
     install_requires=["torch>=2.8"],
-    entry_points={"console_scripts": ["opd-train = opd_ops.trainer.cli:main"]},
+    entry_points={"console_scripts": ["opd-train = opd_ops.trainer.cli:main", "opd-inspect = opd_ops.diagnostics.cli:main"]},
     extras_require={
         "triton": ["triton>=3.6"],
         "demo": ["transformers>=5.0", "accelerate>=1.10", "gguf>=0.17", "matplotlib>=3.8", "rich>=13"],
@@ -36,6 +36,7 @@ setup(
             "pyyaml>=6",
             "rich>=13",
         ],
+        "inspect": ["transformers>=5.19", "accelerate>=1.10", "gguf>=0.17", "matplotlib>=3.8", "rich>=13"],
         "trl": ["trl>=1.16,<1.17"],
         "hf": ["transformers>=5.19", "accelerate>=1.10"],
         "bench": ["trl==1.16.0", "liger-kernel==0.8.5", "matplotlib>=3.8", "rich>=13", "psutil>=5.9"],

@@ -13,7 +13,7 @@
 # Run: make demo, or make demo ARGS="--selector entropy --fraction 0.1". The same seed gives the same numbers.
 #
 # Not here: sampling and alignment (opd_ops/trainer/rollouts.py), questions (prompts.py), weights (smollm2.py), flags
-# (settings.py), what is shown (run_report.py, token_report.py).
+# (settings.py), what is shown (run_report.py, opd_ops/diagnostics/token_heatmap.py).
 from __future__ import annotations
 
 import copy
@@ -26,11 +26,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from rich.console import Console
 
-from examples import run_report, smollm2, token_report
+from examples import run_report, smollm2
 from examples.prompts import HELD_OUT, INSTRUCTION, TRAINING
 from examples.run_report import Record
 from examples.settings import Settings, parse_settings
 from opd_ops import LinearHead, SelectiveOPDOutput, score_positions, selective_opd_loss
+from opd_ops.diagnostics import token_heatmap
 from opd_ops.trainer.prompts import Prompt
 from opd_ops.trainer.rollouts import Rollouts, head_over, sample
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 N_ANSWERS = 2  # held-out questions whose greedy answers are shown
 N_EVALUATIONS = 5  # of the held-out KL, evenly over the steps
+MODELS = "it has no instruction, its teacher has one"
 
 
 class Pair(NamedTuple):
@@ -137,11 +139,11 @@ def greedy_answers(
 
 def page_batch(
     step: int, rollouts: Rollouts, output: SelectiveOPDOutput, tokenizer: PreTrainedTokenizerBase
-) -> token_report.Batch:
+) -> token_heatmap.Batch:
     """The tokens of one step as text, for the page."""
     title = f"Step {step}: the student after {step - 1} updates" if step > 1 else "Step 1: the student before any update"
     questions, texts = [prompt.text for prompt in rollouts.prompts], rollouts.token_texts(tokenizer)
-    return token_report.Batch(title, questions, texts, output._replace(loss=output.loss.detach()))
+    return token_heatmap.Batch(title, questions, texts, output._replace(loss=output.loss.detach()))
 
 
 def outcome(settings: Settings, record: Record) -> str:
@@ -159,7 +161,7 @@ def write_files(settings: Settings, record: Record) -> None:
         {"question": prompt.text, **{who: texts[i] for who, texts in record.answers.items()}}
         for i, prompt in enumerate(HELD_OUT[:N_ANSWERS])
     ]
-    page = token_report.render(record.pages, facts, answers, outcome(settings, record))
+    page = token_heatmap.render(record.pages, facts, answers, outcome(settings, record), MODELS)
     (settings.out / "tokens.html").write_text(page, encoding="utf-8")
     run_report.plot(record, settings.out / "kl.png")
 

@@ -2,7 +2,7 @@
 #
 #   Every number is a metric of `selective_opd_loss` or the held-out KL, in nats per token.
 #
-# Not here: the training loop (prompt_distillation.py), the page with the tokens (token_report.py).
+# Not here: the training loop (prompt_distillation.py), the page with the tokens (opd_ops/diagnostics/token_heatmap.py).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from rich.text import Text
 
-from examples.token_report import Batch
 from opd_ops import SelectiveOPDOutput
+from opd_ops.diagnostics.token_heatmap import Batch
 
 
 @dataclass

@@ -19,9 +19,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from examples import plain_loop, prompt_distillation, prompts, smollm2, token_report
+from examples import plain_loop, prompt_distillation, prompts, smollm2
 from examples.settings import Settings, parse_settings
 from opd_ops import selective_opd_loss
+from opd_ops.diagnostics import token_heatmap
 from opd_ops.trainer import cli, rollouts
 from opd_ops.trainer.prompts import Prompt
 
@@ -58,14 +59,14 @@ class _Page(HTMLParser):
             self.texts[-1] += data
 
 
-def _batch(n_rows: int = 2, selector: str = "teachability") -> token_report.Batch:
+def _batch(n_rows: int = 2, selector: str = "teachability") -> token_heatmap.Batch:
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, n_rows, len(AWKWARD), 50, generator=generator)
     mask = torch.ones(n_rows, len(AWKWARD))
     mask[-1, 4:] = 0
     output = selective_opd_loss(student, teacher, mask=mask, fraction=0.3, selector=selector)
     tokens = [AWKWARD] * (n_rows - 1) + [AWKWARD[:4]]
-    return token_report.Batch("Step 1", [f"question <{i}>" for i in range(n_rows)], tokens, output)
+    return token_heatmap.Batch("Step 1", [f"question <{i}>" for i in range(n_rows)], tokens, output)
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -74,7 +75,7 @@ def _batch(n_rows: int = 2, selector: str = "teachability") -> token_report.Batc
 @pytest.mark.parametrize("selector", ["teachability", "entropy", "all"])
 def test_render_marks_exactly_the_selected_tokens(selector):
     batch = _batch(selector=selector)
-    page = _Page(token_report.render([batch], {}, [], ""))
+    page = _Page(token_heatmap.render([batch], {}, [], "", ""))
     shown = torch.tensor(page.selected)
     assert shown.sum() > 0
     assert torch.equal(shown, batch.output.selected[batch.output.stats.valid])
@@ -82,7 +83,7 @@ def test_render_marks_exactly_the_selected_tokens(selector):
 
 
 def test_render_escapes_tokens():
-    source = token_report.render([_batch()], {"<i>": "&"}, [{"q": "<u>"}], "a < b")
+    source = token_heatmap.render([_batch()], {"<i>": "&"}, [{"q": "<u>"}], "a < b", "")
     assert _Page(source).texts == [text.replace("\n", "↵") for text in AWKWARD + AWKWARD[:4]]
     for raw in ("<b>\n", "question <0>", "<i>:", "<u>", "a < b"):
         assert raw not in source
@@ -90,7 +91,7 @@ def test_render_escapes_tokens():
 
 def test_render_shows_every_statistic_on_hover():
     batch = _batch()
-    stats, first = batch.output.stats, _Page(token_report.render([batch], {}, [], "")).hovers[0].split("\n")
+    stats, first = batch.output.stats, _Page(token_heatmap.render([batch], {}, [], "", "")).hovers[0].split("\n")
     values = {
         "score": batch.output.scores,
         "student entropy": stats.student_entropy,
@@ -105,7 +106,7 @@ def test_render_shows_every_statistic_on_hover():
 
 
 def test_render_needs_no_network_and_says_what_it_left_out():
-    page = token_report.render([_batch(n_rows=10)], {}, [], "")
+    page = token_heatmap.render([_batch(n_rows=10)], {}, [], "", "")
     assert not any(word in page for word in ("http:", "https:", "src=", "<link", "@import", "url("))
     assert "The first 8 of 10 answers are shown." in page
     assert len(_Page(page).texts) == 8 * len(AWKWARD)

@@ -1,17 +1,21 @@
-# The page `tokens.html`: sampled tokens coloured by their score, the selected ones outlined, their statistics on hover.
+# Token heat maps: sampled tokens coloured by their score, the selected ones outlined, their statistics on hover.
 #
 #   shade of a token = (score - lowest) / (highest - lowest) over the finite scores of its batch
 #   The statistics are the columns of TokenStats, arXiv 2605.26844 eqs. 9, 10; each is named again in the page.
 #
+# `render` makes a whole page of training steps, `heat_map` the tokens of one batch for a page of someone else's.
 # One file with its style and its dozen lines of script inside: it needs no network and can be sent as it is.
-# Not here: what is computed (opd_ops/), the training loop (prompt_distillation.py).
+# Not here: what is computed (opd_ops/), a training loop that writes such a page (examples/prompt_distillation.py).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
-from opd_ops import SelectiveOPDOutput
+from torch import Tensor
+
+from opd_ops.loss import SelectiveOPDOutput
+from opd_ops.stats import TokenStats
 
 MOST_ROLLOUTS = 8  # per batch: enough to read
 
@@ -25,62 +29,95 @@ class Batch(NamedTuple):
     output: SelectiveOPDOutput  # positions (questions, longest completion)
 
 
-def render(batches: Sequence[Batch], settings: Mapping[str, str], answers: Sequence[Mapping[str, str]], outcome: str) -> str:
-    """The whole page. `answers`: one mapping from heading to text per held-out question; `outcome`: the run in a sentence."""
-    facts = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in settings.items())
+class Answers(NamedTuple):
+    """The tokens of a batch and what their shade, outline and hover say; every tensor is (B, L)."""
+
+    questions: Sequence[str]
+    tokens: Sequence[Sequence[str]]
+    scores: Tensor
+    selected: Tensor
+    stats: TokenStats
+    mark: str  # what the hover says of a selected token
+    gain: Tensor | None = None  # nats; a line more on hover
+
+
+def render(
+    batches: Sequence[Batch], settings: Mapping[str, str], answers: Sequence[Mapping[str, str]], outcome: str, models: str
+) -> str:
+    """The whole page, of training steps.
+
+    Args:
+        settings: what is set, by name.
+        answers: one mapping from heading to text per held-out question.
+        outcome: the run in a sentence.
+        models: what the student has and its teacher has, in a clause: "it has no instruction, its teacher has one".
+    """
     sections = "".join(_section(batch) for batch in batches)
-    parts = {"facts": facts, "sections": sections, "answers": _table(answers), "outcome": escape(outcome.replace("->", "→"))}
-    return _PAGE.format(style=_STYLE, script=_SCRIPT, **parts)
+    parts = {"facts": facts(settings), "sections": sections, "answers": _table(answers), "models": escape(models)}
+    return _PAGE.format(style=STYLE, script=SCRIPT, words=WORDS, card=CARD, outcome=escape(outcome.replace("->", "→")), **parts)
+
+
+def facts(settings: Mapping[str, str]) -> str:
+    """The inside of a definition list: what is set, by name."""
+    return "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in settings.items())
+
+
+def heat_map(answers: Answers) -> tuple[str, str]:
+    """The first answers of a batch, and the scale of their shades; with STYLE, SCRIPT and CARD in the page they are alive."""
+    finite = answers.scores[answers.scores.isfinite()]
+    low, high = (finite.min().item(), finite.max().item()) if len(finite) else (0.0, 0.0)
+    shown = min(len(answers.tokens), MOST_ROLLOUTS)
+    rest = f"<p>The first {shown} of {len(answers.tokens)} answers are shown.</p>" if shown < len(answers.tokens) else ""
+    rollouts = "".join(_rollout(answers, row, low, high) for row in range(shown))
+    return rest + rollouts, f'<span class="scale">shade: score {low:.2f} <i class="ramp"></i> {high:.2f}</span>'
 
 
 def _section(batch: Batch) -> str:
     out = batch.output
-    finite = out.scores[out.scores.isfinite()]
-    low, high = (finite.min().item(), finite.max().item()) if len(finite) else (0.0, 0.0)
-    shown = min(len(batch.tokens), MOST_ROLLOUTS)
-    rest = f"The first {shown} of {len(batch.tokens)} answers are shown." if shown < len(batch.tokens) else ""
-    rollouts = "".join(_rollout(batch, row, low, high) for row in range(shown))
+    answers = Answers(batch.questions, batch.tokens, out.scores, out.selected, out.stats, "SELECTED: trained on")
+    rollouts, scale = heat_map(answers)
     m = {name: value.item() for name, value in out.metrics.items()}
     return (
         f"<section><h2>{escape(batch.title)}</h2>"
         f'<p class="sum"><span>{m["n_selected"]:.0f} of {m["n_valid"]:.0f} tokens selected</span>'
         f"<span>reverse KL: {m['kl_selected']:.2f} nats on the selected, {m['kl_all']:.2f} on all</span>"
-        f'<span class="scale">shade: score {low:.2f} <i class="ramp"></i> {high:.2f}</span></p>'
-        f"{f'<p>{rest}</p>' if rest else ''}{rollouts}</section>"
+        f"{scale}</p>{rollouts}</section>"
     )
 
 
-def _rollout(batch: Batch, row: int, low: float, high: float) -> str:
-    tokens = "".join(_token(batch, row, i, text, low, high) for i, text in enumerate(batch.tokens[row]))
-    n = int(batch.output.selected[row].sum())
+def _rollout(answers: Answers, row: int, low: float, high: float) -> str:
+    tokens = "".join(_token(answers, row, i, text, low, high) for i, text in enumerate(answers.tokens[row]))
+    n = int(answers.selected[row].sum())
     return (
-        f"<article><h3>{escape(batch.questions[row])}<small>{n} of {len(batch.tokens[row])} selected</small></h3>"
+        f"<article><h3>{escape(answers.questions[row])}<small>{n} of {len(answers.tokens[row])} selected</small></h3>"
         f'<p class="tokens">{tokens}</p></article>'
     )
 
 
-def _token(batch: Batch, row: int, i: int, text: str, low: float, high: float) -> str:
-    out = batch.output
-    score, selected = out.scores[row, i].item(), bool(out.selected[row, i])
+def _token(answers: Answers, row: int, i: int, text: str, low: float, high: float) -> str:
+    score, selected = answers.scores[row, i].item(), bool(answers.selected[row, i])
     shade = (score - low) / (high - low) if high > low and low <= score <= high else 0.0
-    hover = "\n".join((f"token {text!r}", "SELECTED: trained on" if selected else "not selected", *_lines(out, row, i)))
+    hover = "\n".join((f"token {text!r}", answers.mark if selected else "not selected", *_lines(answers, row, i)))
     # A line break is drawn as a sign and then made, so that it can be seen, coloured and outlined like any token.
     body = escape(text).replace("\n", "↵<br>")
     name = "t sel" if selected else "t"
     return f'<span class="{name}" tabindex="0" style="--s:{shade:.3f}" data-hover="{escape(hover)}">{body}</span>'
 
 
-def _lines(out: SelectiveOPDOutput, row: int, i: int) -> list[str]:
+def _lines(answers: Answers, row: int, i: int) -> list[str]:
     """The statistics of one position, a line each."""
+    stats = answers.stats
     columns = {
-        "student entropy": (out.stats.student_entropy, "nats"),
-        "teacher entropy": (out.stats.teacher_entropy, "nats"),
-        "reverse KL(student‖teacher)": (out.stats.reverse_kl, "nats"),
-        "forward KL(teacher‖student)": (out.stats.forward_kl, "nats"),
-        "support mass C": (out.stats.support_mass, ""),
-        "union KL D": (out.stats.union_kl, "nats"),
+        "student entropy": (stats.student_entropy, "nats"),
+        "teacher entropy": (stats.teacher_entropy, "nats"),
+        "reverse KL(student‖teacher)": (stats.reverse_kl, "nats"),
+        "forward KL(teacher‖student)": (stats.forward_kl, "nats"),
+        "support mass C": (stats.support_mass, ""),
+        "union KL D": (stats.union_kl, "nats"),
     }
-    lines = [f"score: {out.scores[row, i].item():.3f}"]
+    if answers.gain is not None:
+        columns["gain G"] = (answers.gain, "nats")
+    lines = [f"score: {answers.scores[row, i].item():.3f}"]
     return lines + [f"{name}: {column[row, i].item():.3f} {unit}".rstrip() for name, (column, unit) in columns.items()]
 
 
@@ -90,29 +127,33 @@ def _table(answers: Sequence[Mapping[str, str]]) -> str:
     return f"<section><h2>Held-out questions, greedy answers</h2><table><tr>{head}</tr>{rows}</table></section>"
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Selected tokens</title><style>{style}</style></head><body>
-<h1>Which tokens were trained on</h1>
-<p class="how"><b>How to read it.</b> Each span is one token that the student sampled; it has no instruction, its teacher has
-one. <span class="t demo" style="--s:.9">The stronger the shade</span>, the higher the token's score; a
-<span class="t sel demo" style="--s:.9">heavy outline</span> marks a selected token: the loss trains on those and on nothing
-else. Hover over a token, or move to it with the Tab key, for its numbers.</p>
-<p><b>What came of it.</b> {outcome}</p>
-<dl>{facts}</dl>
-{sections}{answers}
-<section class="words"><h2>The numbers</h2>
+CARD = '<div id="card" role="status" hidden></div>'  # where SCRIPT shows what a token's hover says
+
+WORDS = """<section class="words"><h2>The numbers</h2>
 <p>p is the student's distribution at that position, q the teacher's, both over the whole vocabulary; S and T are the ids of
 their K largest logits. <b>Entropy</b>: −Σ p log p, −Σ q log q. <b>Reverse KL</b>: Σ p log(p/q), what the loss lowers unless
 another divergence is set. <b>Forward KL</b>: Σ q log(q/p). <b>Support mass C</b>: Σ<sub>S</sub> q, the share of the teacher's
 belief that lies on what the student already considers. <b>Union KL D</b>: KL(q‖p) with both renormalised on S ∪ T.
 The teachability score is Norm(D)·Norm(C): the two disagree, and on tokens within the student's reach. Norm is fitted on
-each batch, so scores of two batches are not comparable; the divergences are.</p></section>
-<div id="card" role="status" hidden></div><script>{script}</script></body></html>
+each batch, so scores of two batches are not comparable; the divergences are.</p></section>"""
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Selected tokens</title><style>{style}</style></head><body>
+<h1>Which tokens were trained on</h1>
+<p class="how"><b>How to read it.</b> Each span is one token that the student sampled; {models}.
+<span class="t demo" style="--s:.9">The stronger the shade</span>, the higher the token's score; a
+<span class="t sel demo" style="--s:.9">heavy outline</span> marks a selected token: the loss trains on those and on nothing
+else. Hover over a token, or move to it with the Tab key, for its numbers.</p>
+<p><b>What came of it.</b> {outcome}</p>
+<dl>{facts}</dl>
+{sections}{answers}
+{words}
+{card}<script>{script}</script></body></html>
 """
 
 # Both schemes keep at least 4.5 : 1 between text and every shade; selection is a line, not a colour alone.
-_STYLE = """
+STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1a1a1a;--dim:#595959;--line:#d0d0d0;--hot:#f59e0b;--ring:#1a1a1a;--card:#fff}
 @media(prefers-color-scheme:dark){:root{--bg:#16181c;--fg:#ececec;--dim:#a8adb5;--line:#3a3f47;--hot:#a05008;--ring:#fff;
 --card:#24272d}}
@@ -139,7 +180,7 @@ th,td{text-align:left;vertical-align:top;padding:6px 10px;border:1px solid var(-
 .words p{font-size:14px;color:var(--dim)}
 """
 
-_SCRIPT = """
+SCRIPT = """
 const card = document.getElementById("card");
 function show(event) {
   const token = event.target.closest("[data-hover]");

@@ -1,0 +1,210 @@
+# `opd-inspect`: what selection does for a student, a teacher and prompts of your own, as one HTML page.
+#
+#   opd-inspect --student NAME --teacher NAME --prompts prompts.jsonl [--trained NAME] [--out report.html]
+#
+# The student answers the prompts with a fixed seed; those answers stay as they are. Student and teacher are compared on their
+# tokens, and with a trained student the gain of each token is known (arXiv 2605.26844 section 3). The numbers go to a JSON file
+# beside the page. What can be refused is refused before a model loads.
+# Not here: running models (measure.py), the numbers (study.py), the page (report.py), names of models (trainer/models.py).
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from opd_ops.diagnostics.contexts import Contexts
+from opd_ops.diagnostics.fixed_context import named_selectors
+from opd_ops.diagnostics.measure import Reader, compare, sample_answers
+from opd_ops.diagnostics.study import FRACTIONS, SELECTED, Study, study
+from opd_ops.selectors import SELECTORS
+from opd_ops.stats import OPTIONAL_COLUMNS
+from opd_ops.trainer.models import load_model, load_tokenizer
+from opd_ops.trainer.prompts import Prompt, load_prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The flags."""
+
+    student: str
+    teacher: str
+    trained: str | None
+    prompts: str
+    teacher_system: str | None
+    max_new_tokens: int
+    limit: int | None
+    batch_size: int
+    selectors: list[str]
+    fractions: list[float]
+    top_k: int
+    resamples: int
+    seed: int
+    dtype: str
+    out: Path
+
+
+def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, list[Prompt]]:
+    """The flags and the prompts; a bad flag ends the program with its name, what came and what was expected."""
+    parser = argparse.ArgumentParser(
+        prog="opd-inspect",
+        description="What selective distillation selects and, given a trained student, what training brought: one HTML page.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    model = "a folder, a name on the hub, a .gguf file, or package:NAME"
+    add("--student", required=True, metavar="MODEL", help=f"the student before training: {model}")
+    add("--teacher", required=True, metavar="MODEL", help="the teacher; may be the student's own weights with --teacher-system")
+    add("--trained", metavar="MODEL", help="the student after training; without it there are no gains")
+    add("--prompts", required=True, metavar="FILE", help='JSONL with "prompt" or "messages", and "teacher_system" if wanted')
+    add("--teacher-system", metavar="TEXT", help="a system message for the teacher alone")
+    add("--max-new-tokens", type=_integer(1), default=96, metavar="N", help="longest answer, in tokens")
+    add("--limit", type=_integer(1), metavar="N", help="the first N prompts alone")
+    add("--batch-size", type=_integer(1), default=8, metavar="N", help="answers at a time")
+    add("--selectors", type=_selectors, default=list(SELECTED), metavar="A,B", help=f"any of: {', '.join(SELECTORS)}")
+    add("--fractions", type=_fractions, default=list(FRACTIONS), metavar="X,Y", help="shares of the tokens, each in (0, 1]")
+    add("--top-k", type=_integer(1), default=16, metavar="K", help="of the supports behind support mass and union KL")
+    add("--resamples", type=_integer(1), default=1000, metavar="N", help="of the prompts, for 95 %% intervals")
+    add("--seed", type=_integer(0), default=0, metavar="N", help="of the answers, the resamples and selectors that draw")
+    add("--dtype", choices=DTYPES, default="auto", help="of all models; auto: each checkpoint's own")
+    add("--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page; its numbers go to FILE with .json")
+    settings = Settings(**vars(parser.parse_args(arguments)))
+    if not Path(settings.prompts).is_file():
+        parser.error(f"argument --prompts: got {settings.prompts!r}, expected a JSONL file")
+    try:
+        settings.out.parent.mkdir(parents=True, exist_ok=True)
+        prompts = load_prompts(settings.prompts)[: settings.limit]
+    except OSError as error:
+        parser.error(f"argument --out: got {str(settings.out)!r}, expected a file that can be written ({error.strerror})")
+    except ValueError as error:
+        parser.error(f"argument --prompts: {error}")
+    if settings.out.is_dir() or settings.out.suffix == ".json":
+        parser.error(f"argument --out: got {str(settings.out)!r}, expected the name of an HTML file")
+    if settings.trained is not None and len({prompt.messages for prompt in prompts}) < 2:
+        parser.error("argument --prompts: got 1 different prompt, expected at least 2: --trained resamples them for intervals")
+    return settings, prompts
+
+
+def run(settings: Settings, prompts: Sequence[Prompt]) -> tuple[Contexts, Study]:
+    """Models, answers, statistics, study. Raises: SystemExit: a model that cannot be found, or tokenizers that differ."""
+    names = {"student": settings.student, "teacher": settings.teacher, "trained": settings.trained}
+    tokenizers = {role: _found(role, name, load_tokenizer) for role, name in names.items() if name is not None}
+    for role in set(tokenizers) - {"student"}:
+        _check_same_tokens(role, tokenizers["student"], tokenizers[role])
+    if settings.top_k > len(tokenizers["student"]):
+        raise SystemExit(f"error: --top-k: got {settings.top_k}, expected at most the vocabulary, {len(tokenizers['student'])}")
+    chosen = named_selectors(settings.selectors)
+    columns = frozenset[str]().union(*(getattr(x, "needs", ()) for x in chosen.values())) & OPTIONAL_COLUMNS
+
+    def reader(role: str, name: str) -> Reader:
+        model = _found(role, name, lambda name: load_model(name, dtype=settings.dtype))
+        return Reader(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizers[role])
+
+    options: dict[str, Any] = {"top_k": settings.top_k, "teacher_system": settings.teacher_system}
+    n = -(-len(prompts) // settings.batch_size)
+    student, teacher = reader("student", settings.student), reader("teacher", settings.teacher)
+    sizes = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size}
+    frozen = list(_progress(sample_answers(student, prompts, **sizes, seed=settings.seed), "the student answers", n))
+    before = compare(student, teacher, _progress(frozen, "student and teacher read", n), **options, columns=columns)
+    after, texts = None, [row for rollouts in frozen for row in rollouts.token_texts(student.tokenizer)]
+    del student  # so that no more than two models are held
+    if settings.trained is not None:
+        trained = reader("trained", settings.trained)
+        after = compare(trained, teacher, _progress(frozen, "trained and teacher read", n), **options).forward_kl
+    contexts = Contexts(before, after, texts, [prompt.text for prompt in prompts], _clusters(prompts))
+    return contexts, study(contexts, settings.selectors, settings.fractions, settings.resamples, settings.seed)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the flags, run the models, write the page and its numbers."""
+    settings, prompts = parse(arguments)
+    try:
+        from opd_ops.diagnostics import report
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"error: {error.name} is not installed; pip install 'opd-ops[inspect]'") from error
+    contexts, found = run(settings, prompts)
+    shown = {name.replace("_", " "): _text(value) for name, value in asdict(settings).items() if value is not None}
+    for name in ("out", "resamples", "seed"):  # the page says the last two itself
+        shown.pop(name)
+    settings.out.write_text(report.render(contexts, found, shown), encoding="utf-8")
+    numbers = settings.out.with_suffix(".json")
+    numbers.write_text(json.dumps({"settings": asdict(settings), **found.to_json()}, indent=1, default=str), encoding="utf-8")
+    print(f"{found.n_positions:,} tokens of {found.n_contexts} answers: see {settings.out}; numbers in {numbers}")
+    for row in found.gains or ():
+        print(f"  {row.selector:<22} {100 * row.fraction:>5g} %   gain {row.gain.value:+.4f} nats")
+
+
+def _found(role: str, name: str, load: Callable[[str], Item]) -> Item:
+    try:
+        return load(name)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        raise SystemExit(f"error: --{role}: got {name!r}, expected a model that can be loaded ({error})") from error
+
+
+def _check_same_tokens(role: str, student: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:
+    """One token must be one id in both: models are compared id by id."""
+    ids, others = student.get_vocab(), other.get_vocab()
+    differ = [token for token in ids.keys() & others.keys() if ids[token] != others[token]]
+    if differ or not ids.keys() & others.keys():
+        raise SystemExit(
+            f"error: --{role}: its tokenizer gives {len(differ)} of {len(ids)} tokens another id than the student's, expected "
+            "the same vocabulary; distillation token by token needs one"
+        )
+
+
+def _clusters(prompts: Sequence[Prompt]) -> torch.Tensor:
+    """Answers to the same conversation belong together, not those whose last message happens to be the same."""
+    number: dict[tuple[tuple[str, str], ...], int] = {}
+    return torch.tensor([number.setdefault(prompt.messages, len(number)) for prompt in prompts])
+
+
+def _progress(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
+    from rich.progress import track
+
+    tracked: Iterable[Item] = track(items, description=what, total=total)
+    return tracked
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _integer(least: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) < 2**31:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least {least}")
+        return int(text)
+
+    return convert
+
+
+def _selectors(text: str) -> list[str]:
+    found = text.split(",")
+    for name in found:
+        if name not in SELECTORS:
+            raise argparse.ArgumentTypeError(f"got {name!r}, expected names with commas between, of: {', '.join(SELECTORS)}")
+    return found
+
+
+def _fractions(text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < share <= 1 for share in found):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers in (0, 1] with commas between")
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+# The fixed-context diagnostic: how far training brought the student to the teacher, and on which tokens.
+#
+#   G = KL(q || p_before) - KL(q || p_after) at the same positions of frozen answers     (arXiv 2605.26844 section 3)  [nats]
+#   relative gain = G / KL(q || p_before), winsorised at its 1 % and 99 % quantiles      (appendix C, the released tool)
+#   gain of a selector = mean of G over the positions that it ranks highest by the statistics *before*; G plays no part in it.
+#
+# The selection is made once, on all answers, as training makes it on a batch; a bootstrap resample then draws prompts with
+# whatever was selected of them. So intervals say how the mean would vary over prompts for this ranking and threshold.
+# Not here: the scores' equations (opd_ops/selectors.py), the resampling (intervals.py).
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opd_ops.diagnostics.contexts import Contexts
+from opd_ops.diagnostics.intervals import Interval, mean_intervals
+from opd_ops.scoring import select_positions
+from opd_ops.selection import sequence_ids
+from opd_ops.selectors import SELECTORS, Selector, everything, resolve_selector
+
+LEAST_KL = 1e-6  # nats: what the library's KL may be off by, so a ratio to less than this means nothing
+TAILS = (0.01, 0.99)
+
+
+@dataclass(frozen=True)
+class SelectorGain:
+    """What training brought on the tokens that a selector would have chosen."""
+
+    selector: str
+    fraction: float
+    n_selected: int
+    gain: Interval  # mean G, nats per token
+    relative_gain: Interval  # mean of the winsorised ratio
+    kl_before: float  # mean KL(q || p_before) there, nats: what there was to gain
+
+
+def gain(contexts: Contexts) -> Tensor:
+    """(n_measured,) fp64: G of the measured positions, in nats; negative where the student moved away.
+
+    Raises: ValueError: there is no trained student.
+    """
+    if contexts.after_forward_kl is None:
+        raise ValueError("after_forward_kl: got None, expected KL(q || p_after) of a trained student: a gain needs one")
+    return (contexts.before.forward_kl.double() - contexts.after_forward_kl.double())[contexts.measured]
+
+
+def relative_gain(contexts: Contexts) -> Tensor:
+    """(n_measured,) fp64: G / max(KL before, 1e-6), cut to its own 1 % and 99 % quantiles."""
+    ratio = gain(contexts) / contexts.before.forward_kl.double()[contexts.measured].clamp_min(LEAST_KL)
+    low, high = torch.quantile(ratio, torch.tensor(TAILS, dtype=ratio.dtype))
+    return ratio.clamp(low, high)
+
+
+def named_selectors(selectors: Sequence[str] | Mapping[str, Selector]) -> dict[str, Selector]:
+    """The selectors by name; a mapping brings your own.
+
+    Raises: ValueError, TypeError: none at all, or an unknown one.
+    """
+    if isinstance(selectors, str) or not len(selectors):
+        raise ValueError(f"selectors: got {selectors!r}, expected a list of names, or a mapping from names to callables")
+    if isinstance(selectors, Mapping):
+        return {name: _known(selector) for name, selector in selectors.items()}
+    for name in selectors:
+        if not isinstance(name, str):
+            raise TypeError(f"selectors: got {name!r} in a list, expected names; pass a mapping from names to callables")
+    return {name: _known(name) for name in selectors}
+
+
+def _known(selector: str | Selector) -> Selector:
+    resolve_selector(selector, generator=None, sequence_ids=torch.zeros(0))  # refuses what it does not know
+    return SELECTORS[selector] if isinstance(selector, str) else selector
+
+
+def scores_of(contexts: Contexts, name: str, selector: Selector, seed: int) -> Tensor:
+    """(B, L) scores by the statistics before, -inf where not measured; what is drawn is drawn with `seed`.
+
+    Raises: ValueError: the statistics lack a column that the selector needs.
+    """
+    stats = contexts.stats
+    missing = [column for column in getattr(selector, "needs", ()) if getattr(stats, column) is None]
+    if missing:
+        raise ValueError(
+            f"selectors: {name!r} needs the column {', '.join(missing)}, which before lacks; score with selector={name!r}, "
+            "or leave it out"
+        )
+    ids = sequence_ids(stats.valid.shape, None, stats.valid.device)
+    ready = resolve_selector(selector, generator=torch.Generator().manual_seed(seed), sequence_ids=ids)
+    scores = ready(stats)
+    if not isinstance(scores, Tensor) or scores.shape != stats.valid.shape:
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"selectors: {name!r} returned {got}, expected a tensor of scores of shape {tuple(stats.valid.shape)}")
+    # In the statistics' own precision, so that ties are those of training.
+    return torch.where(stats.valid, scores.to(stats.reverse_kl.dtype), -torch.inf)
+
+
+def selection(contexts: Contexts, scores: Tensor, selector: Selector, fraction: float) -> Tensor:
+    """(B, L) bool: the budget's best, as training selects them from one batch."""
+    return select_positions(
+        scores,
+        mask=contexts.measured,
+        fraction=fraction,
+        keep_one_per_sequence=getattr(selector, "keep_one_per_sequence", False),
+    )
+
+
+def gains_by_selector(
+    contexts: Contexts, selectors: Mapping[str, Selector], fractions: Sequence[float], *, weights: Tensor, seed: int
+) -> tuple[SelectorGain, ...]:
+    """Mean gains with their intervals: first of all positions, as "all" at fraction 1, then by selector and fraction."""
+    labels: list[tuple[str, float]] = [("all", 1.0)]
+    sets = [contexts.measured]
+    for name, selector in selectors.items():
+        if selector is everything:
+            continue  # the first row; below fraction 1 it would be the earliest positions
+        scores = scores_of(contexts, name, selector, seed)
+        for fraction in fractions:
+            labels.append((name, fraction))
+            sets.append(selection(contexts, scores, selector, fraction))
+    among = torch.stack([x[contexts.measured] for x in sets], 1)
+    clusters, kl = contexts.measured_clusters, contexts.before.forward_kl.double()[contexts.measured]
+    absolute = mean_intervals(gain(contexts), among, clusters, weights)
+    relative = mean_intervals(relative_gain(contexts), among, clusters, weights)
+    counts = among.sum(0)
+    kl_before = torch.where(among, kl.unsqueeze(1), 0).sum(0) / counts
+    rows = zip(labels, counts.tolist(), absolute, relative, kl_before.tolist(), strict=True)
+    return tuple(SelectorGain(name, fraction, n, g, r, before) for (name, fraction), n, g, r, before in rows)

@@ -1,0 +1,87 @@
+# Models to statistics: the student writes answers, which are frozen, and two models are compared on their tokens.
+#
+#   frozen = sample_answers(student, prompts, ...)
+#   before = compare(student, teacher, frozen, ...);  after = compare(trained, teacher, frozen, ...).forward_kl
+#
+# Answers go through the models in batches; no logits are stored, and two models at a time are needed.
+# Not here: what is made of the statistics (study.py), flags (cli.py), sampling and alignment (opd_ops/trainer/rollouts.py).
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from opd_ops.scoring import score_positions
+from opd_ops.selectors import everything
+from opd_ops.stats import TokenStats
+from opd_ops.trainer.prompts import Prompt
+from opd_ops.trainer.rollouts import Rollouts, head_over, sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Reader(NamedTuple):
+    """A model and the tokenizer that writes its prompts."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Asking:
+    """A selector that ranks nothing and has the optional columns of the statistics computed."""
+
+    needs: frozenset[str]
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        return everything(stats)
+
+
+def sample_answers(
+    student: Reader, prompts: Sequence[Prompt], *, max_new_tokens: int, batch_size: int, seed: int
+) -> Iterable[Rollouts]:
+    """Batches of answers at temperature 1 from the whole distribution, as on-policy training draws them."""
+    for number, first in enumerate(range(0, len(prompts), batch_size)):
+        batch = prompts[first : first + batch_size]
+        yield sample(student.model, student.tokenizer, batch, max_new_tokens=max_new_tokens, seed=seed + number)
+
+
+@torch.no_grad()
+def compare(
+    student: Reader,
+    teacher: Reader,
+    frozen: Iterable[Rollouts],
+    *,
+    top_k: int = 16,
+    teacher_system: str | None = None,
+    columns: frozenset[str] = frozenset(),
+) -> TokenStats:
+    """The statistics of both models at every token of the answers, (B, L) on the CPU.
+
+    Args:
+        teacher_system: What only the teacher is told, about prompts that do not say so themselves.
+        columns: Optional columns of `TokenStats` to compute.
+    """
+    found = []
+    for rollouts in frozen:
+        systems = [teacher_system if prompt.teacher_system is None else prompt.teacher_system for prompt in rollouts.prompts]
+        _, stats = score_positions(
+            head_over(student.model, student.tokenizer, rollouts),
+            head_over(teacher.model, teacher.tokenizer, rollouts, system=systems),
+            mask=rollouts.mask,
+            top_k=top_k,
+            selector=Asking(columns),
+        )
+        found.append(stats)
+    length = max(stats.valid.shape[1] for stats in found)
+    names = [name for name, column in found[0]._asdict().items() if column is not None]
+    return TokenStats(**{name: torch.cat([_padded(getattr(stats, name), length) for stats in found]) for name in names})
+
+
+def _padded(column: Tensor, length: int) -> Tensor:
+    padded: Tensor = nn.functional.pad(column.cpu(), (0, length - column.shape[1]))
+    return padded
