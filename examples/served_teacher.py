@@ -21,9 +21,9 @@ from torch import nn
 from examples import smollm2
 from examples.plain_loop import without_every_third_layer
 from examples.prompts import TRAINING
-from examples.rollouts import head_over, sample
 from examples.serve_teacher import NAME, Served, running
 from opd_ops import TailAware, selective_opd_loss
+from opd_ops.trainer.rollouts import encode, head_over, sample
 from opd_ops.trainer.served_teacher import ServedTeacher
 
 if TYPE_CHECKING:
@@ -44,9 +44,9 @@ def train(
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.0)
     for step in range(steps):
         first = step * n_questions % len(TRAINING)
-        rollouts = sample(student, tokenizer, (TRAINING * 2)[first : first + n_questions], n_tokens)
-        # One list of ids per question, without padding: a server wants what the teacher would read.
-        contexts = [smollm2.encode_chats(tokenizer, [question])["input_ids"][0].tolist() for question in rollouts.questions]
+        rollouts = sample(student, tokenizer, (TRAINING * 2)[first : first + n_questions], max_new_tokens=n_tokens)
+        # One list of ids per prompt, without padding: a server wants what the teacher would read.
+        contexts = [encode(tokenizer, [prompt.conversation()])["input_ids"][0].tolist() for prompt in rollouts.prompts]
         answers = [tokens[mask].tolist() for tokens, mask in zip(rollouts.tokens, rollouts.mask, strict=True)]
         start = time.perf_counter()
         logprobs = teacher.score(contexts, answers)
