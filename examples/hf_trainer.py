@@ -3,9 +3,9 @@
 #   loss = 1/|M| sum_{t in M} KL(student || teacher) on the student's own answers; M: the best-scored fifth of their tokens
 #   (arXiv 2605.26844, eqs. 6, 12, 13)
 #
-# A Trainer reads data, on-policy training writes them: here the data are prompts, and the student answers them at the moment when
-#   the Trainer collects the batches of an optimizer step. A data set or a collator that samples would be off-policy by a step,
-#   since the loader reads a batch ahead.
+# A Trainer reads data, on-policy training writes them: here the data are prompts, and the student answers them when the Trainer
+#   collects the batches of an optimizer step. A data set or a collator that samples would be off-policy by a step, since the
+#   loader reads a batch ahead.
 # You will see: a line of the Trainer's log every 4 steps; opd/kl_all is the KL over all sampled tokens, in nats.
 # Run: python -m examples.hf_trainer [STEPS]; needs pip install '.[hf]'
 #

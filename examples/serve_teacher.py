@@ -1,10 +1,10 @@
 # A small OpenAI-compatible server for a teacher, on the standard library: GET /v1/models, POST /v1/completions.
 #
-#   Beside plain sampling it answers vLLM's "prompt_logprobs": K, which distillation reads: for every token of the prompt but the
-#   first, log q of the K likeliest tokens and of the token itself; and "return_token_ids".
+#   Beside plain sampling it answers vLLM's "prompt_logprobs": K, which distillation reads: for every token of the prompt but
+#   the first, log q of the K likeliest tokens and of the token itself; and "return_token_ids".
 #
-# You will see: the address, and a line for every request. It serves SmolLM2-135M on a CPU, from 15 s after the start; a prompt of
-#   100 tokens takes it about 0.2 s on 2 cores. One request after another: for real work serve the teacher with vLLM.
+# You will see: the address, and a line for every request. It serves SmolLM2-135M on a CPU, from about 15 s after the start; one
+#   request after another, well under a second each: for real work serve the teacher with vLLM.
 # Run: python -m examples.serve_teacher [PORT]; then python -m examples.served_teacher --url http://127.0.0.1:8000
 #
 # Not here: the client (opd_ops/trainer/served_teacher.py), the training (served_teacher.py), the weights (smollm2.py).
@@ -73,13 +73,14 @@ def draw(p: Tensor, top_p: float, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def complete(served: Served, body: dict[str, Any]) -> dict[str, Any]:
-    """The answer to POST /v1/completions; ValueError: a request that cannot be answered."""
+    """The answer to POST /v1/completions. LookupError: another model; ValueError: what cannot be answered."""
     if body.get("model") != served.name:
         raise LookupError(f"The model `{body.get('model')}` does not exist.")
     prompt, k = body.get("prompt"), body.get("prompt_logprobs")
     tokens = served.tokenizer(prompt, add_special_tokens=False)["input_ids"] if isinstance(prompt, str) else prompt
-    if not isinstance(tokens, list) or not tokens or not all(isinstance(token, int) for token in tokens):
-        raise ValueError("prompt: expected a text or a list of token ids, not empty")
+    vocabulary = range(served.model.config.vocab_size)
+    if not isinstance(tokens, list) or not tokens or not all(token in vocabulary for token in tokens):
+        raise ValueError(f"prompt: expected a text or a list of token ids below {len(vocabulary)}, not empty")
     if k is not None and not 0 <= k <= MAX_LOGPROBS:
         raise ValueError(f"Requested prompt logprobs of {k}, which is greater than max allowed: {MAX_LOGPROBS}")
     ends = served.model.generation_config.eos_token_id
@@ -144,7 +145,7 @@ def make_server(served: Served, port: int = 0) -> Server:
 def running(served: Served) -> Iterator[str]:
     """The address of a server in a thread, until the block's end."""
     server = make_server(served)
-    server.RequestHandlerClass.log_message = lambda *_: None  # type: ignore[method-assign, assignment]
+    server.RequestHandlerClass.log_message = lambda *_: None  # the address is for one program, which has its own log
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

@@ -1,4 +1,4 @@
-# A teacher that is only a server: the student learns from the top-K log-probabilities that it sends for the student's own tokens.
+# A teacher that is only a server: the student learns from the top-K log-probabilities that it sends for the student's tokens.
 #
 #   loss = 1/|M| sum_{t in M} KL over the teacher's top K and one more outcome, the tail (arXiv 2608.14728); M: the best-scored
 #   fifth of the sampled tokens, by teachability from the same lists (arXiv 2605.26844, eqs. 12, 13, 17)

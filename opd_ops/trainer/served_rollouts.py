@@ -1,12 +1,12 @@
 # Answers sampled by a vLLM server that holds the student's current weights as a LoRA adapter.
 #
-#   POST /v1/completions with "return_token_ids": true (vLLM 0.10.2 and newer): the answer's token ids, the end token included, so
-#   that nothing is tokenized twice.
+#   POST /v1/completions with "return_token_ids": true (vLLM 0.10.2 and newer): the answer's token ids, the end token included,
+#   so that nothing is tokenized twice.
 #   POST /v1/load_lora_adapter after every optimizer step: the server must have been started with --enable-lora and
 #   VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and must see the adapter's folder.
 #
-# Every version of the adapter gets a name of its own, and the one before is unloaded: loaded in place under its old name, it could
-# be served with attention caches of the weights before (vLLM issue 42125) and is read from the disk again and again (33791).
+# Every version of the adapter gets a name of its own, and the one before is unloaded: loaded in place under its old name, it
+# could be served with attention caches of the weights before (vLLM issue 42125), and is read again at every step (33791).
 #
 # Tested against a server that records what is asked, since vLLM needs a GPU (tests/test_served.py): not yet with vLLM itself.
 # Not here: HTTP (server_client.py), sampling on this machine, the teacher (served_teacher.py).
@@ -113,7 +113,12 @@ class ServedRollouts:
             raise ServerError(f"{self.client.url}: the student's last adapter was not loaded; call update() with one that is")
         if not self._is_known:
             self.model, self._is_known = self.client.choose(self.model), True
-        body = {"model": self.adapter or self.model, **WHOLE_DISTRIBUTION, "temperature": temperature, "top_p": top_p}
+        body: dict[str, Any] = {
+            "model": self.adapter or self.model,
+            **WHOLE_DISTRIBUTION,
+            "temperature": temperature,
+            "top_p": top_p,
+        }
         body |= {"max_tokens": max_new_tokens, "n": 1, "stop_token_ids": self.end_ids, "return_token_ids": True}
         seeds = [{} if seed is None else {"seed": (seed + i) % 2**63} for i in range(len(prompts))]
         bodies = [

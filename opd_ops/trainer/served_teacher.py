@@ -1,7 +1,7 @@
 # A teacher behind an OpenAI-compatible server: the log-probabilities of its top K at every token of the student's answers.
 #
-#   vLLM's extension of POST /v1/completions: with "prompt_logprobs": K the answer's choice has, for every token of the prompt but
-#   the first, {token id: {"logprob": log q, ...}}: the K likeliest, and the prompt's own token where it is not among them
+#   vLLM's extension of POST /v1/completions: with "prompt_logprobs": K the answer's choice has, for every token of the prompt
+#   but the first, {token id: {"logprob": log q, ...}}: the K likeliest, and the prompt's own token where it is not among them
 #   (vllm/entrypoints/openai/completion/protocol.py). -9999 stands for -inf there.
 #
 # Log-probabilities are at temperature 1, whatever the server samples at: the loss refuses another one (opd_ops/sides.py).
@@ -61,8 +61,8 @@ class ServedTeacher:
         mass = self.score([[0]], [[0]]).logprobs.unique().exp().sum().item()
         if not 0 < mass <= 1 + 1e-3:
             raise ServerError(
-                f"{self.client.url}: its {self.top_k} log-probabilities of one position hold a mass of {mass:.4g}, expected one "
-                "in (0, 1]; start the server with --logprobs-mode raw_logprobs"
+                f"{self.client.url}: its {self.top_k} log-probabilities of one position hold a mass of {mass:.4g}, expected "
+                "one in (0, 1]; start the server with --logprobs-mode raw_logprobs"
             )
 
     def score(self, contexts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> TopKLogprobs:
@@ -82,7 +82,9 @@ class ServedTeacher:
         prompts = [[*map(int, context), *map(int, answer)] for context, answer in zip(contexts, answers, strict=True)]
         empty = [i for i, context in enumerate(contexts) if not len(context)]
         if empty:
-            raise ValueError(f"contexts: number {empty[0]} is empty, expected a token at least; the first predicts nothing else")
+            raise ValueError(
+                f"contexts: number {empty[0]} is empty, expected a token at least; the first predicts nothing else"
+            )
         if not self._is_known:
             self.model, self._is_known = self.client.choose(self.model), True
         asked = [i for i, answer in enumerate(answers) if len(answer)]

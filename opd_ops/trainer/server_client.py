@@ -96,13 +96,14 @@ class ServerClient:
             raise ServerError(f"{self.url}{path}: answered {_shown(answer)}, expected one choice")
         return choices[0]
 
-    def _send(self, path: str, body: dict[str, Any] | None, retries: int) -> bytes:
-        for n_failed in range(retries):
-            try:
-                return self._once(path, body)
-            except _Passing:
-                time.sleep(FIRST_WAIT * 2**n_failed)
-        return self._once(path, body)
+    def _send(self, path: str, body: dict[str, Any] | None, retries: int, wait: float = FIRST_WAIT) -> bytes:
+        try:
+            return self._once(path, body)
+        except _Passing:
+            if not retries:
+                raise
+        time.sleep(wait)
+        return self._send(path, body, retries - 1, 2 * wait)
 
     def _once(self, path: str, body: dict[str, Any] | None) -> bytes:
         headers = {"Content-Type": "application/json"}
@@ -127,7 +128,9 @@ class ServerClient:
         try:
             return json.loads(content)
         except ValueError as error:
-            raise ServerError(f"{self.url}{path}: answered {_shown(content)}, expected JSON; is this the API's address?") from error
+            raise ServerError(
+                f"{self.url}{path}: answered {_shown(content)}, expected JSON; is this the API's address?"
+            ) from error
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
