@@ -9,25 +9,14 @@ import re
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from opd_ops import score_positions
 from opd_ops.diagnostics import cli, measure
 from opd_ops.trainer.prompts import Prompt
 from opd_ops.trainer.rollouts import Rollouts, head_over
-from tests.integrations.models import VOCAB, tokenizer
+from tests.integrations.models import llama_model, tokenizer
 
 TEXTS = ("w3 w4 w5", "w6 w7", "w8 w9 w10 w11 w12", "w13", "w6 w7")
-
-
-def language_model(seed: int) -> LlamaForCausalLM:
-    """Not a Qwen2, whose own tokenizer class would replace the one that is saved beside it."""
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    special = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 2}
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=VOCAB, max_position_embeddings=64, initializer_range=0.2, **sizes, **special)
-    )
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +24,7 @@ def folder(tmp_path_factory):
     """Three models, a tokenizer with each, prompts."""
     root = tmp_path_factory.mktemp("inspect")
     for seed, name in enumerate(("student", "teacher", "trained")):
-        language_model(seed).save_pretrained(root / name)
+        llama_model(seed).save_pretrained(root / name)
         tokenizer().save_pretrained(root / name)
     rows = [{"prompt": text} for text in TEXTS]
     (root / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -90,7 +79,7 @@ def test_inspect_without_a_trained_student_and_with_another_system_message(folde
 
 
 def test_compare_pads_batches_without_a_trace():
-    student, teacher = (measure.Reader(language_model(seed).eval(), tokenizer()) for seed in (0, 1))
+    student, teacher = (measure.Reader(llama_model(seed).eval(), tokenizer()) for seed in (0, 1))
     prompts = [Prompt.of(TEXTS[0]), Prompt.of(TEXTS[3], teacher_system="w30 w31"), Prompt.of(TEXTS[2])]
     sizes = {"max_new_tokens": 6, "seed": 3}
     frozen = list(measure.sample_answers(student, prompts, batch_size=2, **sizes))

@@ -22,7 +22,12 @@ def load_model(name: str | Path, *, dtype: str | torch.dtype = "auto") -> PreTra
     from transformers import AutoModelForCausalLM  # seconds to import
 
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**location(name), dtype=dtype)
+    where = location(name)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+    if "gguf_file" in where:
+        # Its weights are no longer quantised, but remember that they were, and refuse to be saved for it.
+        model.hf_quantizer = None
+        del model.config.quantization_config
     return model.eval()
 
 

@@ -1,10 +1,10 @@
 # Tiny language models, a tokenizer and prompts, made here: no download, no training time to speak of.
 #
-# Not here: what is trained with them (test_trl.py).
+# Not here: what is trained with them (test_trl.py and its neighbours, tests/trainer/).
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 VOCAB = 64
 
@@ -26,6 +26,16 @@ def language_model(seed: int, *, width: int = 32, vocab: int = VOCAB) -> Qwen2Fo
         initializer_range=0.2,
     )
     return Qwen2ForCausalLM(config)
+
+
+def llama_model(seed: int) -> LlamaForCausalLM:
+    """One to be saved and loaded: for a folder with a Qwen2, transformers takes Qwen2's tokenizer whatever is saved beside it."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    special = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 2}
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=VOCAB, max_position_embeddings=64, initializer_range=0.2, **sizes, **special)
+    )
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

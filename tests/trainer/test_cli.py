@@ -14,7 +14,7 @@ import time
 
 from safetensors.torch import load_file
 
-from tests.integrations.models import language_model, tokenizer
+from tests.integrations.models import llama_model, tokenizer
 from tests.trainer.runs import SMALL
 
 STEPS = 12
@@ -23,7 +23,7 @@ STEPS = 12
 def _write(folder):
     """Two models, prompts and a configuration."""
     for name, seed in (("student", 0), ("teacher", 1)):
-        language_model(seed).save_pretrained(folder / name)
+        llama_model(seed).save_pretrained(folder / name)
         tokenizer().save_pretrained(folder / name)
     rows = [{"prompt": " ".join(f"w{3 + (7 * i + j) % 50}" for j in range(4))} for i in range(12)]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -18,7 +18,7 @@ from opd_ops.trainer.prompts import Prompt
 from opd_ops.trainer.rollouts import Rollouts, encode, head_over, in_bf16, model_inputs, sample
 from opd_ops.trainer.student import make_trainable
 from opd_ops.trainer.teachers import BaseTeacher, LocalTeacher, check_tokenizers, systems
-from tests.integrations.models import language_model, tokenizer
+from tests.integrations.models import language_model, llama_model, tokenizer
 from tests.tolerances import relative_error
 from tests.trainer.runs import prompts
 
@@ -118,7 +118,7 @@ def test_check_tokenizers_rejects_another_vocabulary():
 
 
 def test_load_model_finds_folders_and_packages(tmp_path):
-    language_model(0).save_pretrained(tmp_path / "m")
+    llama_model(0).save_pretrained(tmp_path / "m")
     tokenizer().save_pretrained(tmp_path / "m")
     assert named.load_model(tmp_path / "m", dtype="bfloat16").dtype == torch.bfloat16
     words = named.load_tokenizer(tmp_path / "m")
