@@ -105,6 +105,7 @@ class Row(NamedTuple):
     last: Interval
     against_all: Interval | None
     against_random: Interval | None  # of the same fraction
+    against_random_first: Interval | None  # the same after the first steps
 
 
 def rows_of(arms: Arms) -> list[Row]:
@@ -126,7 +127,7 @@ def rows_of(arms: Arms) -> list[Row]:
                 kl.mean(1).tolist(),
                 mean(kl[-1]),
                 None if name == "all" else mean(kl[-1] - arms.kl[0, -1]),
-                mean(kl[-1] - arms.kl[arms.names.index(random), -1]) if by_random else None,
+                *(mean(kl[i] - arms.kl[arms.names.index(random), i]) if by_random else None for i in (-1, 1)),
             )
         )
     return found
@@ -162,12 +163,13 @@ def markdown(arms: Arms, rows: Sequence[Row], found: Study) -> str:
         f"{arms.peak_gib:.1f} GiB a process.",
         "Brackets: 95 % intervals by bootstrap over prompts. Differences are at the same tokens; below 0: better.",
         "",
-        f"| arm | trained on | {' | '.join(f'step {step}' for step in arms.steps)} | last, interval | − all | − random |",
-        "|---" * (len(arms.steps) + 5) + "|",
+        f"| arm | trained on | {' | '.join(f'step {step}' for step in arms.steps)} | last | − all | − random | − random, step {arms.steps[1]} |",
+        "|---" * (len(arms.steps) + 6) + "|",
     ]
     for row in rows:
         cells = [row.arm, f"{row.n_trained:,}", *(f"{kl:.3f}" for kl in row.kl)]
-        cells += [f"[{row.last.low:.3f}, {row.last.high:.3f}]", _text(row.against_all), _text(row.against_random)]
+        cells += [f"[{row.last.low:.3f}, {row.last.high:.3f}]", _text(row.against_all)]
+        cells += [_text(row.against_random), _text(row.against_random_first)]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",

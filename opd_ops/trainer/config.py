@@ -160,12 +160,17 @@ class OPDConfig:
         return self
 
     def _check_trackers(self) -> None:
+        from accelerate.tracking import get_available_trackers
         from accelerate.utils import LoggerType
 
         known = [tracker.value for tracker in LoggerType if tracker.value != "all"]
         unknown = [name for name in self.trackers() if name not in known]
         if unknown:
             raise ValueError(f"report_to: got {unknown[0]!r}, expected some of: {', '.join(known)}")
+        installed = [str(getattr(name, "value", name)) for name in get_available_trackers()]
+        missing = [name for name in self.trackers() if name not in installed]  # accelerate would leave them out without a word
+        if missing:
+            raise ValueError(f"report_to: got {missing[0]!r}, whose package is not installed; pip install it, or leave it out")
 
     def _try_loss(self) -> None:
         generator = torch.Generator().manual_seed(0)

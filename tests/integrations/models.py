@@ -29,7 +29,7 @@ def language_model(seed: int, *, width: int = 32, vocab: int = VOCAB) -> Qwen2Fo
 
 
 def llama_model(seed: int) -> LlamaForCausalLM:
-    """One to be saved and loaded: for a folder with a Qwen2, transformers takes Qwen2's tokenizer whatever is saved beside it."""
+    """One to be saved and loaded: with a saved Qwen2, transformers takes Qwen2's tokenizer whatever lies beside it."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     special = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 2}

@@ -66,6 +66,7 @@ def test_every_option_has_a_help_text_and_a_flag(capsys):
         (["--teacher_url=http://x", "--teacher=y"], "teacher: got 'y' beside teacher_url, expected one of the two"),
         (["--rollout_url=http://x"], "rollout_url: .* set lora_rank"),
         (["--report_to=tensorboard,paper"], "report_to: got 'paper', expected some of: .*tensorboard"),
+        (["--report_to=clearml"], "report_to: got 'clearml', whose package is not installed; pip install it"),
         (["--scope=rows"], "invalid choice: 'rows'"),
         (["--frac=0.1"], "frac"),
     ],
