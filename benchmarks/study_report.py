@@ -35,6 +35,7 @@ class Arms(NamedTuple):
     names: list[str]  # A arms, "all" first
     steps: list[int]  # E evaluations
     kl: Tensor  # (A, E, N) forward KL, nats
+    seeds: Tensor  # (N,) number of the run's seed
     clusters: Tensor  # (N,) number of the prompt
     n_trained: dict[str, int]  # tokens trained on, mean over seeds
     cpu_hours: float  # of all runs
@@ -68,6 +69,7 @@ def load(folder: Path) -> Arms:
         names,
         steps,
         torch.stack(of_arm).double(),
+        torch.cat([torch.full((int(v.sum()),), i) for i, v in enumerate(valid.values())]),
         clusters,
         {name: sum(run["n_trained"] for run in runs[name].values()) // len(seeds) for name in names},
         sum(run["cpu_seconds"] for run in every) / 3600,
@@ -96,14 +98,19 @@ def _contexts(runs: Sequence[dict[str, Any]]) -> Contexts:
     return Contexts(before, after, texts, [prompt for run in runs for prompt in run["prompts"]])
 
 
+COLORS = {"all": "#000000", "random": "#888888", "entropy": "#1f77b4", "divergence": "#d97706"}
+COLORS |= {"tip": "#7c3aed", "teachability": "#15803d"}
+
+
 class Row(NamedTuple):
-    """One arm after the last step."""
+    """One arm at every evaluation, and after the last step."""
 
     arm: str
     n_trained: int
     kl: list[float]  # at each evaluation
     last: Interval
-    against_all: Interval | None
+    by_seed: list[float]  # the last, of each seed
+    against_all: list[Interval]  # at each evaluation
     against_random: Interval | None  # of the same fraction
     against_random_first: Interval | None  # the same after the first steps
 
@@ -126,7 +133,8 @@ def rows_of(arms: Arms) -> list[Row]:
                 arms.n_trained[name],
                 kl.mean(1).tolist(),
                 mean(kl[-1]),
-                None if name == "all" else mean(kl[-1] - arms.kl[0, -1]),
+                [kl[-1][arms.seeds == seed].mean().item() for seed in arms.seeds.unique()],
+                [mean(kl[i] - arms.kl[0, i]) for i in range(len(arms.steps))],
                 *(mean(kl[i] - arms.kl[arms.names.index(random), i]) if by_random else None for i in (-1, 1)),
             )
         )
@@ -148,7 +156,8 @@ def write(runs: Path, out: Path) -> None:
 
 
 def _plain(row: Row) -> dict[str, Any]:
-    return {name: asdict(value) if isinstance(value, Interval) else value for name, value in row._asdict().items()}
+    found = row._asdict() | {"against_all": [asdict(d) for d in row.against_all]}
+    return {name: asdict(value) if isinstance(value, Interval) else value for name, value in found.items()}
 
 
 def _text(found: Interval | None, digits: int = 3) -> str:
@@ -161,14 +170,17 @@ def markdown(arms: Arms, rows: Sequence[Row], found: Study) -> str:
         "Held-out forward KL(teacher ‖ student) in nats per token, SmolLM2-135M-Instruct, prompt distillation.",
         f"{plan}; {arms.kl.shape[2]:,} held-out tokens; {arms.cpu_hours:.1f} hours of CPU on all cores together, "
         f"{arms.peak_gib:.1f} GiB a process.",
-        "Brackets: 95 % intervals by bootstrap over prompts. Differences are at the same tokens; below 0: better.",
+        "Brackets: 95 % intervals by bootstrap over prompts, which say nothing of the spread over seeds. Differences are at the",
+        "same tokens; below 0: better.",
         "",
-        f"| arm | trained on | {' | '.join(f'step {step}' for step in arms.steps)} | last | − all | − random | − random, step {arms.steps[1]} |",
-        "|---" * (len(arms.steps) + 6) + "|",
+        f"| arm | trained on | {' | '.join(f'step {step}' for step in arms.steps)} | last | by seed | − all | − random "
+        f"| − random, step {arms.steps[1]} |",
+        "|---" * (len(arms.steps) + 7) + "|",
     ]
     for row in rows:
         cells = [row.arm, f"{row.n_trained:,}", *(f"{kl:.3f}" for kl in row.kl)]
-        cells += [f"[{row.last.low:.3f}, {row.last.high:.3f}]", _text(row.against_all)]
+        cells += [f"[{row.last.low:.3f}, {row.last.high:.3f}]", " / ".join(f"{kl:.3f}" for kl in row.by_seed)]
+        cells += ["" if row.arm == "all" else _text(row.against_all[-1])]
         cells += [_text(row.against_random), _text(row.against_random_first)]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
@@ -199,30 +211,35 @@ def markdown(arms: Arms, rows: Sequence[Row], found: Study) -> str:
 
 
 def plot_kl(arms: Arms, rows: Sequence[Row], path: Path) -> None:
-    """A panel per fraction: held-out KL against steps, with the interval of the last step."""
+    """A column per fraction: held-out KL against steps, and below it the difference from all tokens with its interval."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    colors = {"all": "#000000", "random": "#888888", "entropy": "#1f77b4", "divergence": "#d97706", "tip": "#7c3aed"}
-    colors["teachability"] = "#15803d"
     fractions = sorted({name.partition(" ")[2] for name in arms.names if " " in name}, key=lambda text: float(text.rstrip("%")))
-    figure, axes = plt.subplots(1, len(fractions), sharey=True, figsize=(11, 4.6), layout="constrained", squeeze=False)
-    for panel, fraction in zip(axes[0], fractions, strict=True):
+    size = {"figsize": (11, 7.5), "layout": "constrained", "height_ratios": (1, 1.3)}
+    figure, axes = plt.subplots(2, len(fractions), sharex=True, sharey="row", squeeze=False, **size)
+    for column, fraction in enumerate(fractions):
         shown = [row for row in rows if row.arm == "all" or row.arm.endswith(f" {fraction}")]
         for i, row in enumerate(shown):
             selector = row.arm.partition(" ")[0]
-            style = {"color": colors.get(selector), "ls": "--" if selector in ("all", "random") else "-"}
-            panel.plot(arms.steps, row.kl, marker=".", label=f"{selector} ({row.kl[-1]:.3f})", **style)
-            x = arms.steps[-1] + 0.15 * (i + 1)
-            panel.plot([x, x], [row.last.low, row.last.high], color=style["color"], lw=2, alpha=0.6)
-        panel.set(title=f"trained on {fraction} of the tokens", xlabel="steps", ylim=(0, None))
-        panel.legend(frameon=False, fontsize=9, title="selector (last)")
+            style = {"color": COLORS.get(selector), "ls": "--" if selector in ("all", "random") else "-"}
+            axes[0][column].plot(arms.steps, row.kl, marker=".", label=f"{selector} ({row.kl[-1]:.3f})", **style)
+            # A little apart, so that the intervals of a step can be told from one another.
+            places = [step + 0.14 * (i - len(shown) / 2) for step in arms.steps]
+            axes[1][column].plot(places, [d.value for d in row.against_all], marker=".", **style)
+            for place, d in zip(places, row.against_all, strict=True):
+                axes[1][column].plot([place, place], [d.low, d.high], color=style["color"], lw=1.5, alpha=0.6)
+        axes[0][column].set(title=f"trained on {fraction} of the tokens", ylim=(0, None))
+        axes[0][column].legend(frameon=False, fontsize=9, title="selector (last)")
+        axes[1][column].set(xlabel="steps")
+    for panel in axes.flat:
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("held-out forward KL(teacher‖student), nats per token")
-    figure.savefig(path, dpi=120)
+    axes[0][0].set_ylabel("held-out forward KL, nats per token")
+    axes[1][0].set_ylabel("its difference from training on all tokens, nats")
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
