@@ -6,6 +6,7 @@
 # The teacher is SmolLM2-135M told to answer like a pirate, the student the same weights, never told: what the teacher reads
 #   before an answer is its own affair, and goes into the contexts that it is sent.
 # You will see: every few steps that KL over all sampled tokens, and the seconds that the server took.
+#   On 2 CPU cores, in some three minutes, estimated from plain_loop.py's time.
 # Run: python -m examples.served_teacher, which starts a server of its own; or with --url http://teacher:8000, vLLM's or that of
 #   serve_teacher.py, for a teacher with SmolLM2's tokenizer.
 #
@@ -74,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Distil from a teacher behind an OpenAI-compatible server.")
     parser.add_argument("--url", help="of a running server; without it, one is started here")
     parser.add_argument("--model", help="its name for the teacher, if it serves several")
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=12)
     choices = parser.parse_args()
     model, tokenizer = smollm2.load_model()
     student = copy.deepcopy(model).requires_grad_(True)
