@@ -3,15 +3,19 @@
 #   loss = 1/|M| sum_{t in M} KL over the teacher's top K and one more outcome, the tail (arXiv 2608.14728); M: the best-scored
 #   fifth of the sampled tokens, by teachability from the same lists (arXiv 2605.26844, eqs. 12, 13, 17)
 #
-# You will see: every few steps that KL over all sampled tokens, and the seconds that the server took. SmolLM2-135M teaches a
-#   copy of itself that lost every third layer.
+# The teacher is SmolLM2-135M told to answer like a pirate, the student the same weights, never told: what the teacher reads
+#   before an answer is its own affair, and goes into the contexts that it is sent.
+# You will see: every few steps that KL over all sampled tokens, and the seconds that the server took.
+#   On 2 CPU cores, in some three minutes, estimated from plain_loop.py's time.
 # Run: python -m examples.served_teacher, which starts a server of its own; or with --url http://teacher:8000, vLLM's or that of
 #   serve_teacher.py, for a teacher with SmolLM2's tokenizer.
 #
-# Not here: the server (serve_teacher.py), the client (opd_ops/trainer/served_teacher.py), a teacher in memory (plain_loop.py).
+# Not here: the server (serve_teacher.py), the client (opd_ops/trainer/served_teacher.py), a teacher in memory
+# (prompt_distillation.py).
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from typing import TYPE_CHECKING
 
@@ -19,8 +23,7 @@ import torch
 from torch import nn
 
 from examples import smollm2
-from examples.plain_loop import without_every_third_layer
-from examples.prompts import TRAINING
+from examples.prompts import INSTRUCTION, TRAINING
 from examples.serve_teacher import NAME, Served, running
 from opd_ops import TailAware, selective_opd_loss
 from opd_ops.trainer.rollouts import encode, head_over, sample
@@ -41,12 +44,14 @@ def train(
     """The KL of every step over all sampled tokens, in nats a token."""
     torch.manual_seed(0)
     kls, divergence = [], TailAware(top_k=teacher.top_k)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=2e-5, weight_decay=0.0)
     for step in range(steps):
         first = step * n_questions % len(TRAINING)
         rollouts = sample(student, tokenizer, (TRAINING * 2)[first : first + n_questions], max_new_tokens=n_tokens)
         # One list of ids per prompt, without padding: a server wants what the teacher would read.
-        contexts = [encode(tokenizer, [prompt.conversation()])["input_ids"][0].tolist() for prompt in rollouts.prompts]
+        contexts = [
+            encode(tokenizer, [prompt.conversation(INSTRUCTION)])["input_ids"][0].tolist() for prompt in rollouts.prompts
+        ]
         answers = [tokens[mask].tolist() for tokens, mask in zip(rollouts.tokens, rollouts.mask, strict=True)]
         start = time.perf_counter()
         logprobs = teacher.score(contexts, answers)
@@ -70,10 +75,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Distil from a teacher behind an OpenAI-compatible server.")
     parser.add_argument("--url", help="of a running server; without it, one is started here")
     parser.add_argument("--model", help="its name for the teacher, if it serves several")
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=12)
     choices = parser.parse_args()
     model, tokenizer = smollm2.load_model()
-    student = without_every_third_layer(model)
+    student = copy.deepcopy(model).requires_grad_(True)
     if choices.url is None:
         with running(Served(model, tokenizer, NAME)) as url:
             teacher = ServedTeacher(url)

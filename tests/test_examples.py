@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from examples import plain_loop, prompt_distillation, prompts, smollm2
 from examples.settings import Settings, parse_settings
@@ -214,6 +214,12 @@ def test_parse_settings_reads_every_flag(tmp_path):
     flags = [part for name, value in dataclasses.asdict(wanted).items() for part in (f"--{name.replace('_', '-')}", str(value))]
     assert parse_settings(flags) == wanted
     assert wanted.out.is_dir()
+
+
+def test_load_model_gives_what_a_trainer_takes(loaded, tmp_path):
+    model, _ = loaded
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    Trainer(model, TrainingArguments(str(tmp_path), report_to="none", use_cpu=True))  # refuses a quantized model
 
 
 def test_load_model_rejects_missing_weights(monkeypatch, tmp_path):
