@@ -25,7 +25,7 @@ def load_model(name: str | Path, *, dtype: str | torch.dtype = "auto") -> PreTra
     where = location(name)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
     if "gguf_file" in where:
-        # Its parameters are plain by now; the mark that the file was quantised makes them refuse to be saved, and Trainers refuse
+        # Its parameters are plain by now; by the mark that the file was quantised they refuse to be saved, and Trainers refuse
         # to train them.
         model.hf_quantizer.remove_quantization_config(model)
     return model.eval()
