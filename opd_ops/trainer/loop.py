@@ -32,7 +32,7 @@ from opd_ops.trainer.model_card import model_card
 from opd_ops.trainer.models import load_tokenizer
 from opd_ops.trainer.order import seed_of
 from opd_ops.trainer.prompts import Prompt, held_out, load_prompts
-from opd_ops.trainer.rollouts import Rollouts, end_tokens, head_over, seeded
+from opd_ops.trainer.rollouts import Rollouts, end_tokens, head_over, in_bf16, seeded
 from opd_ops.trainer.runlog import FILE, RunLog
 from opd_ops.trainer.samplers import LocalSampler, ServerSampler, prompts_by_step, sampling_options
 from opd_ops.trainer.stopping import Stopping
@@ -127,10 +127,9 @@ class OPDTrainer:
         with Stopping(self.accelerator) as stopping, RunLog(self.folder, self.accelerator, self.config.steps) as log:
             found = self.checkpoints.all() if self.config.resume else []
             first = self.checkpoints.load(found[-1]) if found else 0
-            log.begin_at(first)
+            log.begin_at(first, is_new=not found)
             self.contexts = self._held_out_contexts(is_first=not found)
-            before = {} if found else self._evaluate(0, log)
-            after = before
+            after = self._logged(first) if found else self._evaluate(0, log)
             for step in range(first, self.config.steps):
                 log.advance(self._step(step, log))
                 done = step + 1
@@ -144,7 +143,7 @@ class OPDTrainer:
                     log.say(f"SIGTERM: saved after step {done}; --resume continues")
                     self.accelerator.end_training()
                     raise SystemExit(143)
-            card = model_card(self.config, before or self._logged(0), after, self.config.steps)
+            card = model_card(self.config, self._logged(0), after, self.config.steps)
             save_model(self.folder / "model", self.accelerator, self.model, self.tokenizer, card)
             log.say(f"{self.folder}/model is the student; {self.folder}/{FILE} has the numbers")
         self.accelerator.end_training()
@@ -190,10 +189,7 @@ class OPDTrainer:
         with seeded(seed, device):  # dropout draws inside
             student = head_over(self.model, self.tokenizer, batch, unwrapped=self.unwrapped)
         if self.config.mixed_precision == "bf16":  # as the body computes; the gradients are summed in fp32
-            bias = None if student.bias is None else student.bias.bfloat16()
-            student = dataclasses.replace(
-                student, hidden=student.hidden.bfloat16(), weight=student.weight.bfloat16(), bias=bias
-            )
+            student = in_bf16(student)
         return selective_opd_loss(
             student,
             self.teacher(batch),
@@ -264,7 +260,9 @@ class OPDTrainer:
         return numbers
 
     def _logged(self, step: int) -> dict[str, float]:
-        """The held-out numbers that an earlier process logged."""
+        """The held-out numbers of that step in the log, which the first process alone writes."""
+        if not (self.folder / FILE).is_file():
+            return {}
         rows = [json.loads(line) for line in (self.folder / FILE).read_text().splitlines()]
         found = (item for row in rows if row["step"] == step for item in row.items())
         return {name.removeprefix(EVAL): value for name, value in found if name.startswith(EVAL)}

@@ -38,12 +38,12 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
-    def begin_at(self, step: int) -> None:
-        """Keep what was logged up to this step."""
+    def begin_at(self, step: int, *, is_new: bool) -> None:
+        """Keep what was logged up to this step; of a run that begins anew, nothing."""
         self.progress.update(self.task, completed=step)
         if self.accelerator.is_main_process and self.path.is_file():
-            lines = [line for line in self.path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
-            self.path.write_text("".join(lines))
+            lines = [] if is_new else self.path.read_text().splitlines(keepends=True)
+            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
     def add(self, step: int, numbers: dict[str, float], **of_this_machine: float) -> None:
         """One line, and the trackers; these alone get `of_this_machine`, which no other run repeats."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -41,6 +42,17 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(options, tmp_path):
     assert (tmp_path / "a" / "model" / "README.md").read_text().replace("/a", "/b") == (
         tmp_path / "b" / "model" / "README.md"
     ).read_text().replace("resume: true", "resume: false")
+
+
+def test_resume_without_a_checkpoint_begins_anew_and_of_a_finished_run_changes_nothing(tmp_path):
+    last = trainer(tmp_path, steps=1).train()
+    log, card = (tmp_path / "log.jsonl").read_text(), (tmp_path / "model" / "README.md").read_text()
+    assert trainer(tmp_path, steps=1, resume=True).train() == last
+    assert (tmp_path / "log.jsonl").read_text() == log
+    assert (tmp_path / "model" / "README.md").read_text() == card.replace("resume: false", "resume: true")
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert trainer(tmp_path, steps=1, resume=True).train() == last
+    assert (tmp_path / "log.jsonl").read_text() == log
 
 
 def test_what_a_run_writes(tmp_path):
