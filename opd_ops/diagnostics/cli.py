@@ -88,6 +88,8 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, list[Prompt
         parser.error(f"argument --out: got {str(settings.out)!r}, expected a file that can be written ({error.strerror})")
     except ValueError as error:
         parser.error(f"argument --prompts: {error}")
+    if settings.out.with_suffix(".json").resolve() == Path(settings.prompts).resolve():
+        parser.error(f"argument --out: got {str(settings.out)!r}, whose numbers would go over the prompts; name it otherwise")
     if settings.out.is_dir() or settings.out.suffix == ".json":
         parser.error(f"argument --out: got {str(settings.out)!r}, expected the name of an HTML file")
     if settings.trained is not None and len({prompt.messages for prompt in prompts}) < 2:

@@ -7,16 +7,19 @@ import sys
 from collections.abc import Sequence
 
 from opd_ops.trainer.config import read_config
+from opd_ops.trainer.server_client import ServerError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read and check the options, then train; what can be refused is refused before a model loads."""
-    config = read_config(arguments)
-    from opd_ops.trainer.loop import OPDTrainer  # seconds to import, so only once the options have been found good
-
     try:
+        config = read_config(arguments)
+        from opd_ops.trainer.loop import OPDTrainer  # seconds to import, so only once the options have been found good
+
         OPDTrainer(config).train()
-    except (ValueError, ModuleNotFoundError, FileNotFoundError) as error:
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error}; opd-train needs what pip install 'opd-ops[train]' installs")
+    except (ValueError, OSError, FloatingPointError, ServerError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from opd_ops.loss import selective_opd_loss
 from opd_ops.teachers import TopKLogprobs
 
 SAME = "same"
+GIVEN = "passed as an object"
 TOY_VOCABULARY = 256  # at least any top_k of the trial call
 MOST_TOP_K = TOY_VOCABULARY // 2
 
@@ -48,9 +50,7 @@ class OPDConfig:
         None, "OpenAI-compatible server that answers prompt_logprobs: the teacher instead of a model."
     )
     teacher_top_k: int = _option(16, "Log-probabilities that are asked of that server for each token.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
-        "float32", "Of the student's weights; 'auto': as stored."
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = _option("float32", "Of the student's weights; 'auto': as stored.")
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option("auto", "Of the teacher's weights.")
     mixed_precision: Literal["no", "bf16"] = _option("no", "bf16: the student's body computes in 16 bits, its weights stay.")
     gradient_checkpointing: bool = _option(False, "Compute activations again in the backward instead of keeping them.")
@@ -96,7 +96,7 @@ class OPDConfig:
     output_dir: str = _option("out/run", "Folder of log, checkpoints and the trained model.")
     resume: bool = _option(False, "Continue from the latest checkpoint in output_dir, if there is one.")
     report_to: str = _option("", "Trackers, like tensorboard,wandb.")
-    run_name: str = _option("opd", "Name of the run in them.")
+    run_name: str = _option("opd", "The run's folder in TensorBoard, its project in Weights & Biases.")
 
     def loss_options(self) -> dict[str, Any]:
         """The arguments of `selective_opd_loss` that the options name."""
@@ -149,6 +149,24 @@ class OPDConfig:
             raise ValueError("temperature: got 0, expected a number > 0: on-policy training needs sampled answers")
         if self.teacher_url is not None and self.teacher != SAME:
             raise ValueError(f"teacher: got {self.teacher!r} beside teacher_url, expected one of the two")
+        if self.teacher == SAME and self.lora_rank > 0 and self.teacher_dtype != "auto":
+            raise ValueError(
+                f"teacher_dtype: got {self.teacher_dtype!r}, but under LoRA the teacher 'same' is the student's base"
+            )
+        if not self.output_dir:
+            raise ValueError("output_dir: got nothing, expected a folder")
+        if not self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout: got {self.lora_dropout}, expected a number in [0, 1)")
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps: got {self.warmup_steps}, expected at most steps, {self.steps}")
+        for name in ("teacher_url", "rollout_url"):
+            url = getattr(self, name)
+            if url is not None and not url.startswith(("http://", "https://")):
+                raise ValueError(f"{name}: got {url!r}, expected an address that begins with http:// or https://")
+        try:
+            re.compile(self.answer_pattern)
+        except re.error as error:
+            raise ValueError(f"answer_pattern: got {self.answer_pattern!r}, expected a regular expression ({error})") from None
         if self.rollout_url is not None and self.lora_rank == 0:
             raise ValueError("rollout_url: a server learns the student's new weights as LoRA adapters; set lora_rank")
         for name in ("prompts", "eval_prompts"):

@@ -9,7 +9,6 @@
 # Not here: when (loop.py), where the numbers go (runlog.py).
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from opd_ops.inputs import LinearHead
 from opd_ops.loss import selective_opd_loss
 from opd_ops.trainer.order import seed_of
 from opd_ops.trainer.prompts import Prompt
@@ -76,18 +76,21 @@ def held_out_metrics(
     was_training = model.training
     model.eval()
     totals, n_valid = dict.fromkeys(("loss", *COLUMNS), 0.0), 0.0
+    known: Sequence[str] = ()
     for first in range(0, len(contexts.tokens), batch_size):
         rows = slice(first, first + batch_size)
         part = Rollouts(contexts.prompts[rows], contexts.tokens[rows], contexts.mask[rows])
         head = head_over(model, tokenizer, part, unwrapped=unwrapped)
         everything = loss_options | {"selector": "all", "fraction": 1.0}
-        out = selective_opd_loss(head, teacher(part), mask=part.mask, tokens=part.tokens, **everything)
+        taught = teacher(part)
+        known = ("loss", *COLUMNS) if isinstance(taught, LinearHead) else ("loss", "student_entropy")
+        out = selective_opd_loss(head, taught, mask=part.mask, tokens=part.tokens, **everything)
         totals["loss"] += out.metrics["loss_sum"].item()
         for name in COLUMNS:
             totals[name] += getattr(out.stats, name).sum().item()
         n_valid += out.metrics["n_valid"].item()
     model.train(was_training)
-    return {name: total / n_valid for name, total in totals.items() if n_valid and not math.isnan(total)}
+    return {name: totals[name] / n_valid for name in known if n_valid}
 
 
 def completions_of(rollouts: Rollouts, tokenizer: Any, pattern: str) -> list[Completion]:
@@ -111,5 +114,5 @@ def is_exact_match(text: str, answer: str, pattern: str = "") -> bool:
         matches = list(re.finditer(pattern, text))
         if not matches:
             return False
-        text = matches[-1].group(1 if matches[-1].re.groups else 0)
+        text = matches[-1].group(1 if matches[-1].re.groups else 0) or ""
     return " ".join(text.casefold().split()) == " ".join(answer.casefold().split())

@@ -27,8 +27,8 @@ from transformers import get_scheduler
 from opd_ops.loss import SelectiveOPDOutput, selective_opd_loss
 from opd_ops.trainer import evaluation
 from opd_ops.trainer.checkpoints import Checkpoints, save_model
-from opd_ops.trainer.config import OPDConfig
-from opd_ops.trainer.model_card import model_card
+from opd_ops.trainer.config import GIVEN, SAME, OPDConfig
+from opd_ops.trainer.model_card import describe_teacher, model_card
 from opd_ops.trainer.models import load_tokenizer
 from opd_ops.trainer.order import seed_of
 from opd_ops.trainer.prompts import Prompt, held_out, load_prompts
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 CONTEXTS = "held_out.safetensors"
 EVAL = "eval_"
-GIVEN = "passed as an object"
 MEANS = {  # logged name: the metric's sum, and what it is divided by
     "kl": ("kl_all_sum", "n_valid"),
     "kl_selected": ("kl_selected_sum", "n_selected"),
@@ -90,6 +89,13 @@ class OPDTrainer:
         if (self.folder / FILE).exists() and not config.resume:
             raise ValueError(f"output_dir: {self.folder} holds a run; pass resume to continue it, or another folder")
         self.prompts, self.held_out = self._read_prompts(prompts, eval_prompts)
+        is_itself = teacher is None and config.teacher == SAME and config.teacher_url is None
+        if is_itself and config.teacher_system is None and all(prompt.teacher_system is None for prompt in self.prompts):
+            raise ValueError(
+                "teacher: got 'same' and no teacher_system, so that student and teacher are one and there is nothing to learn; "
+                "name another teacher, or tell it more"
+            )
+        self.taught_by = describe_teacher(config) if teacher is None else GIVEN
 
         mixed = None if config.mixed_precision == "no" else config.mixed_precision
         trackers = config.trackers() or None
@@ -127,6 +133,8 @@ class OPDTrainer:
         with Stopping(self.accelerator) as stopping, RunLog(self.folder, self.accelerator, self.config.steps) as log:
             found = self.checkpoints.all() if self.config.resume else []
             first = self.checkpoints.load(found[-1]) if found else 0
+            if first > self.config.steps:
+                raise ValueError(f"steps: got {self.config.steps}, expected at least {first}, as {found[-1]} has done")
             log.begin_at(first, is_new=not found)
             self.contexts = self._held_out_contexts(is_first=not found)
             after = self._logged(first) if found else self._evaluate(0, log)
@@ -143,7 +151,7 @@ class OPDTrainer:
                     log.say(f"SIGTERM: saved after step {done}; --resume continues")
                     self.accelerator.end_training()
                     raise SystemExit(143)
-            card = model_card(self.config, self._logged(0), after, self.config.steps)
+            card = model_card(self.config, self.taught_by, self._logged(0), after)
             save_model(self.folder / "model", self.accelerator, self.model, self.tokenizer, card)
             log.say(f"{self.folder}/model is the student; {self.folder}/{FILE} has the numbers")
         self.accelerator.end_training()
@@ -172,6 +180,11 @@ class OPDTrainer:
             for name, value in out.metrics.items():
                 totals[name] = totals.get(name, 0) + value.double()
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm or math.inf)
+        if not math.isfinite(float(norm)):
+            raise FloatingPointError(
+                f"step {step + 1}: the gradient's norm is {float(norm)}, expected a finite number; nothing was updated. Lower "
+                "learning_rate or set max_grad_norm, and continue from the last checkpoint with resume"
+            )
         numbers = self._numbers(totals) | {"grad_norm": float(norm), "learning_rate": self.schedule.get_last_lr()[0]}
         self.optimizer.step()
         self.schedule.step()

@@ -6,15 +6,23 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from opd_ops import __version__
-from opd_ops.trainer.config import SAME, OPDConfig
+from opd_ops.trainer.config import GIVEN, SAME, OPDConfig
+from opd_ops.trainer.models import PACKAGE
 
 
-def model_card(config: OPDConfig, before: Mapping[str, float], after: Mapping[str, float], step: int) -> str:
+def describe_teacher(config: OPDConfig) -> str:
+    """Who taught, in words."""
+    name = config.teacher_url or ("the student's own initial weights" if config.teacher == SAME else config.teacher)
+    return f"{name}, told more in its system message" if config.teacher_system or config.teacher == SAME else name
+
+
+def model_card(config: OPDConfig, teacher: str, before: Mapping[str, float], after: Mapping[str, float]) -> str:
     """Markdown with the front matter that model hubs read. `before`, `after`: held-out numbers, nats a token."""
-    teacher = config.teacher_url or ("the student's initial weights" if config.teacher == SAME else config.teacher)
-    told = " told more in its system message" if config.teacher_system else ""
+    # A folder, a file or a package is no name that a hub knows.
+    is_named = config.student != GIVEN and not config.student.startswith(PACKAGE) and not Path(config.student).exists()
     rows = [
         f"| {name} | {before[name]:.4f} | {after[name]:.4f} |" if name in before else f"| {name} | | {after[name]:.4f} |"
         for name in after
@@ -22,15 +30,15 @@ def model_card(config: OPDConfig, before: Mapping[str, float], after: Mapping[st
     settings = [f"{name}: {json.dumps(value)}" for name, value in dataclasses.asdict(config).items() if value not in (None, "")]
     lines = [
         "---",
-        f"base_model: {json.dumps(config.student)}",
+        *([f"base_model: {json.dumps(config.student)}"] if is_named else []),
         "tags: [on-policy-distillation, opd_ops]",
         "pipeline_tag: text-generation",
         "---",
         "",
         f"# {config.student}, distilled on-policy",
         "",
-        f"Trained by `opd_ops` {__version__} for {step} steps on answers it wrote itself. Teacher: {teacher}{told}.",
-        f"Of each micro-batch {config.fraction:.0%} of the tokens, chosen by `{config.selector}`, were trained on with "
+        f"Trained by `opd_ops` {__version__} for {config.steps} steps on answers it wrote itself. Teacher: {teacher}.",
+        f"Of each micro-batch {100 * config.fraction:g} % of the tokens, chosen by `{config.selector}`, were trained on with "
         f"`{config.divergence}`.",
         "",
         *(["| held out, nats a token | before | after |", "|---|---|---|", *rows, ""] if rows else []),

@@ -48,7 +48,7 @@ def load_prompts(source: str | Path, split: str = "train") -> list[Prompt]:
     """
     path = Path(source)
     if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not at every line separator of Unicode
         rows: Iterable[Any] = [_json(line, f"{path}:{i}") for i, line in enumerate(lines, start=1) if line.strip()]
     else:
         rows = _dataset(str(source), split)
@@ -74,13 +74,16 @@ def parse_prompt(row: Any, where: str) -> Prompt:
         raise ValueError(f"{where}: got {type(row).__name__}, expected an object with 'prompt' or 'messages'")
     content = row.get("messages") or row.get("prompt")
     messages = [{"role": "user", "content": content}] if isinstance(content, str) and content else content
-    if not messages or not all(_is_message(message) for message in messages):
+    if not isinstance(messages, list) or not messages or not all(_is_message(message) for message in messages):
         raise ValueError(
             f"{where}: got {sorted(row)}, expected 'prompt' (text) or 'messages' (objects with 'role' and 'content')"
         )
-    optional = {name: row.get(name) for name in ("answer", "teacher_system")}
-    answer = None if optional["answer"] is None else str(optional["answer"])
-    return Prompt(tuple((m["role"], m["content"]) for m in messages), answer, optional["teacher_system"])
+    if messages[-1]["role"] == "assistant":
+        raise ValueError(f"{where}: ends with an answer of the assistant, expected a prompt; leave the answer out")
+    told, answer = row.get("teacher_system"), row.get("answer")
+    if not isinstance(told, (str, type(None))):
+        raise ValueError(f"{where}: got teacher_system {told!r}, expected text")
+    return Prompt(tuple((m["role"], m["content"]) for m in messages), None if answer is None else str(answer), told)
 
 
 def _is_message(message: Any) -> bool:

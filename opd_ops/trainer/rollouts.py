@@ -79,6 +79,26 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def plain_generation(model: Any, ends: Sequence[int]) -> Iterator[None]:
+    """Inside, `generate` takes nothing from the model's generation_config but where to stop.
+
+    Checkpoints ship penalties, top_k and the like, which fill whatever a call leaves open: answers would be of another policy
+    than the one that is trained.
+    """
+    from transformers import GenerationConfig
+
+    owners = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    kept = [owner.generation_config for owner in owners]
+    for owner in owners:
+        owner.generation_config = GenerationConfig(eos_token_id=list(ends) or None, bos_token_id=kept[0].bos_token_id)
+    try:
+        yield
+    finally:
+        for owner, config in zip(owners, kept, strict=True):
+            owner.generation_config = config
+
+
 @torch.no_grad()
 def sample(
     model: PreTrainedModel,
@@ -109,7 +129,7 @@ def sample(
     how |= {"logits_processor": list(logits_processor), "pad_token_id": tokenizer.pad_token_id}
     was_training = model.training
     model.eval()  # a training model with gradient checkpointing keeps no cache, and dropout is not the policy's
-    with seeded(seed, device):
+    with seeded(seed, device), plain_generation(model, end_tokens(model, tokenizer)):
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **how, **options)
     model.train(was_training)
     return Rollouts.of(prompts, ids[:, inputs["input_ids"].shape[1] :], end_tokens(model, tokenizer))

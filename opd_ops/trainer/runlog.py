@@ -43,7 +43,8 @@ class RunLog:
         self.progress.update(self.task, completed=step)
         if self.accelerator.is_main_process and self.path.is_file():
             lines = [] if is_new else self.path.read_text().splitlines(keepends=True)
-            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+            whole = [line for line in lines if line.endswith("\n")]  # a killed process may have left half a line
+            self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
 
     def add(self, step: int, numbers: dict[str, float], **of_this_machine: float) -> None:
         """One line, and the trackers; these alone get `of_this_machine`, which no other run repeats."""

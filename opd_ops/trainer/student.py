@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from opd_ops.trainer.config import OPDConfig
 from opd_ops.trainer.models import load_model
+from opd_ops.trainer.order import seed_of
+from opd_ops.trainer.rollouts import seeded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,4 +43,5 @@ def make_trainable(model: Any, config: OPDConfig) -> Any:
         lora_dropout=config.lora_dropout,
         target_modules="all-linear",
     )
-    return get_peft_model(model, lora)
+    with seeded(seed_of(config.seed, "lora"), torch.device("cpu")):
+        return get_peft_model(model, lora)

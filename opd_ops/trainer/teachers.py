@@ -2,6 +2,7 @@
 #
 #   teacher(rollouts) -> LinearHead over (B, L, D), or TopKLogprobs (B, L, K);  row i is about answer token i
 #
+# The teacher's prompt is written by the student's tokenizer, chat template included: the two share one vocabulary.
 # Not here: the server's protocol (served_teacher.py), how prompts and answers are aligned (rollouts.py).
 from __future__ import annotations
 
@@ -85,7 +86,8 @@ def make_teacher(config: OPDConfig, student: Any, tokenizer: PreTrainedTokenizer
     if config.teacher == SAME and config.lora_rank > 0:
         return BaseTeacher(student, tokenizer, config.teacher_system)
     if config.teacher == SAME:
-        return LocalTeacher(copy.deepcopy(student).to(device), tokenizer, config.teacher_system)
+        dtype = student.dtype if config.teacher_dtype == "auto" else getattr(torch, config.teacher_dtype)
+        return LocalTeacher(copy.deepcopy(student).to(device, dtype), tokenizer, config.teacher_system)
     check_tokenizers(tokenizer, load_tokenizer(config.teacher))
     return LocalTeacher(load_model(config.teacher, dtype=config.teacher_dtype).to(device), tokenizer, config.teacher_system)
 

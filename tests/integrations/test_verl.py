@@ -302,7 +302,8 @@ def test_accumulated_micro_batches_are_one_batch():
 
 def test_a_module_named_in_the_environment_patches_every_process(tmp_path):
     (tmp_path / "my_opd.py").write_text("from opd_ops.integrations.verl import patch_verl\npatch_verl(fraction=0.1)\n")
-    code = "import verl; from verl.workers.config import DistillationLossConfig as C; print(C(loss_mode='selective_opd').loss_mode)"
+    code = "import verl; from verl.workers.config import DistillationLossConfig; "
+    code += "print(DistillationLossConfig(loss_mode='selective_opd').loss_mode)"
     path = os.pathsep.join([str(tmp_path), *sys.path])
     environment = os.environ | {"PYTHONPATH": path, "VERL_USE_EXTERNAL_MODULES": "my_opd"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)

@@ -166,6 +166,30 @@ def test_a_teacher_that_sends_lists(tmp_path):
     assert rows[1].keys() >= {"support_mass_lower_bound", "entropy"}
 
 
+def test_a_teacher_that_is_the_student_told_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"teacher: got 'same' and no teacher_system, .* nothing to learn"):
+        trainer(tmp_path, steps=1, taught_by=None)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(tmp_path):
+    run = trainer(tmp_path, steps=2, eval_size=0)
+    before = [parameter.detach().clone() for parameter in run.unwrapped.parameters()]
+    run.unwrapped.get_output_embeddings().weight.register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(FloatingPointError, match="step 1: the gradient's norm is nan, expected a finite number; nothing was"):
+        run.train()
+    assert all(torch.equal(x, y) for x, y in zip(before, run.unwrapped.parameters(), strict=True))
+
+
+def test_the_card_says_what_was_done(tmp_path):
+    trainer(tmp_path, steps=2, fraction=0.004).train()
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "Teacher: passed as an object." in card
+    assert "0.4 % of the tokens" in card
+    assert "base_model" not in card  # no name that a hub knows
+    with pytest.raises(ValueError, match="steps: got 1, expected at least 2"):
+        trainer(tmp_path, steps=1, fraction=0.004, resume=True).train()
+
+
 def test_report_to_sends_the_numbers_to_the_trackers(tmp_path):
     trainer(tmp_path, steps=2, report_to="tensorboard", run_name="mine").train()
     (events,) = (tmp_path / "mine").glob("events.*")
@@ -202,6 +226,7 @@ def _logits(head: LinearHead) -> torch.Tensor:
         ("#### 42 and #### 43", "42", r"#### (\d+)", False),
         ("no number", "42", r"#### (\d+)", False),
         ("12 or 13", "13", r"\d+", True),
+        ("b", "a", r"(a)|b", False),
     ],
 )
 def test_is_exact_match_reads_the_last_match(text, answer, pattern, expected):

@@ -14,7 +14,7 @@ from opd_ops.trainer.order import prompt_indices, seed_of
 from opd_ops.trainer.prompts import Prompt, held_out, load_prompts
 
 ROWS = [
-    {"prompt": "Why?"},
+    {"prompt": "Why?\u2028"},
     {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}], "answer": 4},
     {"prompt": "How?", "teacher_system": "You know how."},
 ]
@@ -22,9 +22,9 @@ ROWS = [
 
 def test_load_prompts_reads_jsonl_and_saved_datasets(tmp_path):
     file = tmp_path / "p.jsonl"
-    file.write_text("\n\n".join(json.dumps(row) for row in ROWS) + "\n")
+    file.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n")
     expected = [
-        Prompt.of("Why?"),
+        Prompt.of("Why?\u2028"),
         Prompt((("system", "Be brief."), ("user", "2 + 2?")), answer="4"),
         Prompt.of("How?", teacher_system="You know how."),
     ]
@@ -49,6 +49,12 @@ def test_conversation_puts_the_system_message_in_the_place_of_the_prompts_own():
         ('{"prompt": "a"}\n{"question": "b"}', r"row 2: got \['question'\], expected 'prompt' \(text\) or 'messages'"),
         ('{"messages": [{"role": "user"}]}', "row 1: .* expected 'prompt'"),
         ('{"prompt": ""}', "row 1: .* expected 'prompt'"),
+        ('{"prompt": 5}', "row 1: .* expected 'prompt'"),
+        ('{"prompt": "a", "teacher_system": 7}', "row 1: got teacher_system 7, expected text"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+            "row 1: ends with an answer of the assistant",
+        ),
         ("[1]", "row 1: got list, expected an object"),
         ('{"prompt": "a"}\nnot json', "p.jsonl:2: got 'not json', expected a line of JSON"),
         ("\n", "prompts: got no row"),

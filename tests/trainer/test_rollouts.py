@@ -45,6 +45,32 @@ def test_sample_depends_on_its_seed_alone_and_leaves_the_generator():
     assert model.training
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_sample_takes_nothing_from_the_checkpoints_generation_config_but_its_ends(rank):
+    words = tokenizer()
+    found = []
+    for options in ({}, {"repetition_penalty": 5.0, "top_k": 2, "min_p": 0.5, "typical_p": 0.2}):
+        model = language_model(0)
+        model.generation_config.update(**options)
+        model.generation_config.eos_token_id = [1, 7]
+        model = make_trainable(model, OPDConfig(student="x", prompts="y", lora_rank=rank))
+        how = {"max_new_tokens": 12, "seed": 3}
+        found += [sample(model, words, prompts(4), temperature=temperature, **how) for temperature in (1.0, 0.0)]
+        assert model.generation_config.repetition_penalty == options.get("repetition_penalty")  # put back
+    for plain, other in zip(found[:2], found[2:], strict=True):
+        assert torch.equal(plain.tokens, other.tokens)
+        assert torch.equal(plain.mask, other.mask)
+
+
+def test_adapters_begin_as_the_seed_says():
+    def begun(seed):
+        config = OPDConfig(student="x", prompts="y", lora_rank=4, seed=seed)
+        return [p for name, p in make_trainable(language_model(0), config).named_parameters() if "lora_A" in name]
+
+    assert all(torch.equal(x, y) for x, y in zip(begun(1), begun(1), strict=True))
+    assert not any(torch.equal(x, y) for x, y in zip(begun(1), begun(2), strict=True))
+
+
 @torch.no_grad()
 def test_head_over_is_each_conversation_alone_under_its_system_message():
     model, words = language_model(0), tokenizer()
