@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.environment import describe_environment
 from opd_ops import LinearHead, TokenStats, selective_opd_loss
 from opd_ops.trainer.order import prompt_indices, seed_of
 from opd_ops.trainer.prompts import Prompt
@@ -68,8 +69,8 @@ class Task(NamedTuple):
     model: Any  # the teacher, and what every student begins as
     tokenizer: Any
     instruction: str
-    training: Sequence[Prompt]
-    held_out: Sequence[Prompt]
+    training: tuple[Prompt, ...]
+    held_out: tuple[Prompt, ...]
 
 
 def pirate_task() -> Task:
@@ -98,7 +99,7 @@ def held_out(task: Task, n_tokens: int, seed: int) -> tuple[Rollouts, LinearHead
 
 def run_arm(task: Task, plan: Plan, arm: Arm, seed: int) -> dict[str, Any]:
     """Train one student; the held-out forward KL of every token at every evaluation, and what else a report needs."""
-    began, student = time.process_time(), copy.deepcopy(task.model).requires_grad_(True)
+    began, started, student = time.process_time(), time.perf_counter(), copy.deepcopy(task.model).requires_grad_(True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=plan.learning_rate, weight_decay=0.0)
     contexts, teacher_head, before = held_out(task, plan.max_new_tokens, seed)
     forward_kl, trained = {0: before.forward_kl}, 0
@@ -136,12 +137,23 @@ def run_arm(task: Task, plan: Plan, arm: Arm, seed: int) -> dict[str, Any]:
         "prompts": [prompt.text for prompt in contexts.prompts],
         "n_trained": trained,
         "cpu_seconds": time.process_time() - began,
+        "wall_seconds": time.perf_counter() - started,
+        "environment": describe_environment(ROOT),
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
 
 
 def path_of(folder: Path, arm: Arm, seed: int) -> Path:
     return folder / f"{arm.name.replace(' ', '-').replace('%', 'percent')}-seed{seed}.pt"
+
+
+def check_plan(path: Path, plan: Plan) -> None:
+    """Raises: ValueError: the saved run is one of another plan."""
+    kept = torch.load(path)["plan"]
+    asked = {name: value for name, value in asdict(plan).items() if name != "seeds"}
+    different = [f"{name} {kept[name]} for {value}" for name, value in asked.items() if kept[name] != value]
+    if different:
+        raise ValueError(f"runs: {path} has {', '.join(different)}; pass the plan it was made with, or another folder")
 
 
 _task: Task | None = None
@@ -168,6 +180,9 @@ def run_all(folder: Path, plan: Plan, arms: Sequence[Arm], *, workers: int) -> N
     folder.mkdir(parents=True, exist_ok=True)
     threads = max(1, (torch.get_num_threads() or 1) // workers)
     pairs = [(arm, seed) for seed in range(plan.seeds) for arm in arms]
+    for path in (path_of(folder, *pair) for pair in pairs):
+        if path.exists():
+            check_plan(path, plan)
     jobs = [(folder, plan, arm, seed, threads) for arm, seed in pairs if not path_of(folder, arm, seed).exists()]
     if not jobs:
         return

@@ -41,6 +41,7 @@ class Arms(NamedTuple):
     cpu_hours: float  # of all runs
     peak_gib: float  # of one process
     plan: dict[str, Any]
+    environment: dict[str, Any] | None  # of the runs; None: not kept
     contexts: Contexts  # of the arm "all"
 
 
@@ -75,6 +76,7 @@ def load(folder: Path) -> Arms:
         sum(run["cpu_seconds"] for run in every) / 3600,
         max(run["peak_gib"] for run in every),
         every[0]["plan"] | {"seeds": len(seeds)},
+        every[0].get("environment"),
         _contexts([runs["all"][seed] for seed in seeds]),
     )
 
@@ -145,7 +147,7 @@ def write(runs: Path, out: Path) -> None:
     arms = load(runs)
     rows, gains = rows_of(arms), study(arms.contexts, RANKED, FRACTIONS, RESAMPLES)
     out.mkdir(parents=True, exist_ok=True)
-    about = {"environment": describe_environment(ROOT), "plan": arms.plan}
+    about = {"report": describe_environment(ROOT), "runs": arms.environment, "plan": arms.plan}
     about |= {"cpu_hours": arms.cpu_hours, "peak_gib": arms.peak_gib}
     numbers = about | {"steps": arms.steps, "arms": [_plain(row) for row in rows], "fixed_context": gains.to_json()}
     (out / "study.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")

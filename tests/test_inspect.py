@@ -148,5 +148,13 @@ def test_inspect_refuses_models_that_do_not_fit_before_loading_one(folder, tmp_p
     other = tokenizer().backend_tokenizer.to_str().replace('"w7":7', '"w7":8').replace('"w8":8,', '"w8":7,')
     tokenizer().save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text(other, encoding="utf-8")
-    with pytest.raises(SystemExit, match="--teacher: its tokenizer gives 2 of 64 tokens another id than the student's"):
+    with pytest.raises(SystemExit, match="--teacher: its tokenizer differs from the student's at 2 of 61 ids: 7 is 'w8', not"):
         cli.main(flags(folder, "--teacher", str(tmp_path)))
+
+
+def test_inspect_does_not_write_its_numbers_over_the_prompts(folder, tmp_path, capsys):
+    data = tmp_path / "data.json"
+    data.write_text((folder / "prompts.jsonl").read_text())
+    with pytest.raises(SystemExit):
+        cli.main(flags(folder, "--prompts", str(data), "--out", str(tmp_path / "data.html")))
+    assert "whose numbers would go over the prompts" in capsys.readouterr().err

@@ -25,9 +25,10 @@ from opd_ops.selectors import SELECTORS
 from opd_ops.stats import OPTIONAL_COLUMNS
 from opd_ops.trainer.models import load_model, load_tokenizer
 from opd_ops.trainer.prompts import Prompt, load_prompts
+from opd_ops.trainer.teachers import check_tokenizers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 Item = TypeVar("Item")
@@ -88,10 +89,10 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, list[Prompt
         parser.error(f"argument --out: got {str(settings.out)!r}, expected a file that can be written ({error.strerror})")
     except ValueError as error:
         parser.error(f"argument --prompts: {error}")
-    if settings.out.with_suffix(".json").resolve() == Path(settings.prompts).resolve():
-        parser.error(f"argument --out: got {str(settings.out)!r}, whose numbers would go over the prompts; name it otherwise")
     if settings.out.is_dir() or settings.out.suffix == ".json":
         parser.error(f"argument --out: got {str(settings.out)!r}, expected the name of an HTML file")
+    if settings.out.with_suffix(".json").resolve() == Path(settings.prompts).resolve():
+        parser.error(f"argument --out: got {str(settings.out)!r}, whose numbers would go over the prompts; name it otherwise")
     if settings.trained is not None and len({prompt.messages for prompt in prompts}) < 2:
         parser.error("argument --prompts: got 1 different prompt, expected at least 2: --trained resamples them for intervals")
     return settings, prompts
@@ -101,8 +102,11 @@ def run(settings: Settings, prompts: Sequence[Prompt]) -> tuple[Contexts, Study]
     """Models, answers, statistics, study. Raises: SystemExit: a model that cannot be found, or tokenizers that differ."""
     names = {"student": settings.student, "teacher": settings.teacher, "trained": settings.trained}
     tokenizers = {role: _found(role, name, load_tokenizer) for role, name in names.items() if name is not None}
-    for role in set(tokenizers) - {"student"}:
-        _check_same_tokens(role, tokenizers["student"], tokenizers[role])
+    try:
+        for role in set(tokenizers) - {"student"}:
+            check_tokenizers(tokenizers["student"], tokenizers[role], f"--{role}")
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
     if settings.top_k > len(tokenizers["student"]):
         raise SystemExit(f"error: --top-k: got {settings.top_k}, expected at most the vocabulary, {len(tokenizers['student'])}")
     chosen = named_selectors(settings.selectors)
@@ -110,7 +114,8 @@ def run(settings: Settings, prompts: Sequence[Prompt]) -> tuple[Contexts, Study]
 
     def reader(role: str, name: str) -> Reader:
         model = _found(role, name, lambda name: load_model(name, dtype=settings.dtype))
-        return Reader(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizers[role])
+        # One tokenizer writes the prompts of all, as in training.
+        return Reader(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizers["student"])
 
     options: dict[str, Any] = {"top_k": settings.top_k, "teacher_system": settings.teacher_system}
     n = -(-len(prompts) // settings.batch_size)
@@ -151,17 +156,6 @@ def _found(role: str, name: str, load: Callable[[str], Item]) -> Item:
         return load(name)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         raise SystemExit(f"error: --{role}: got {name!r}, expected a model that can be loaded ({error})") from error
-
-
-def _check_same_tokens(role: str, student: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:
-    """One token must be one id in both: models are compared id by id."""
-    ids, others = student.get_vocab(), other.get_vocab()
-    differ = [token for token in ids.keys() & others.keys() if ids[token] != others[token]]
-    if differ or not ids.keys() & others.keys():
-        raise SystemExit(
-            f"error: --{role}: its tokenizer gives {len(differ)} of {len(ids)} tokens another id than the student's, expected "
-            "the same vocabulary; distillation token by token needs one"
-        )
 
 
 def _clusters(prompts: Sequence[Prompt]) -> torch.Tensor:

@@ -19,8 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from trl import DistillationConfig, DistillationTrainer
-from trl.trainer import distillation_trainer
+
+try:
+    from trl import DistillationConfig, DistillationTrainer
+    from trl.trainer import distillation_trainer
+except ImportError as error:
+    raise ImportError(f"trl: {error}; opd_ops.integrations.trl fits trl 1.16, install 'trl==1.16.*'") from error
 
 from opd_ops.divergences import JSD, Divergence
 from opd_ops.inputs import LinearHead

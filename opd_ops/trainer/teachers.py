@@ -97,18 +97,18 @@ def systems(prompts: Sequence[Prompt], system: str | None) -> list[str | None]:
     return [system if prompt.teacher_system is None else prompt.teacher_system for prompt in prompts]
 
 
-def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+def check_tokenizers(student: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, role: str = "teacher") -> None:
     """Both must mean the same by the ids that both have, the special ones aside.
 
     Raises: ValueError: they do not; names one id.
     """
-    special = {*student.all_special_ids, *teacher.all_special_ids}
-    ours, theirs = ({i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in (student, teacher))
+    special = {*student.all_special_ids, *other.all_special_ids}
+    ours, theirs = ({i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in (student, other))
     common = (ours.keys() & theirs.keys()) - special
     different = [i for i in common if ours[i] != theirs[i]]
     if different:
         i = min(different)
         raise ValueError(
-            f"teacher: its tokenizer differs from the student's at {len(different)} of {len(common)} ids: {i} is "
-            f"{theirs[i]!r}, not {ours[i]!r}; distilling needs one vocabulary, pass a teacher of the student's family"
+            f"{role}: its tokenizer differs from the student's at {len(different)} of {len(common)} ids: {i} is "
+            f"{theirs[i]!r}, not {ours[i]!r}; distilling needs one vocabulary, pass a {role} of the student's family"
         )
