@@ -6,8 +6,8 @@
 # A Trainer reads data, on-policy training writes them: here the data are prompts, and the student answers them when the Trainer
 #   collects the batches of an optimizer step. A data set or a collator that samples would be off-policy by a step, since the
 #   loader reads a batch ahead.
-# You will see: a line of the Trainer's log every 4 steps; opd/kl_all is the KL over all sampled tokens, in nats.
-#   On 2 CPU cores, in some three minutes, estimated from plain_loop.py's time.
+# You will see: a line of the Trainer's log every 4 steps; opd/kl_all is the KL over all sampled tokens, 3.8 nats in the first 4
+#   steps; with 16 steps, 2.6 in the last 4. On 2 CPU cores, 8 steps take about two and a half minutes.
 # Run: python -m examples.hf_trainer [STEPS]; needs pip install '.[hf]'
 #
 # Not here: the loss inside the Trainer (opd_ops/integrations/hf.py), the same in a plain loop (plain_loop.py).
@@ -92,7 +92,7 @@ def train(
 
 if __name__ == "__main__":
     model, tokenizer = smollm2.load_model()
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 16
+    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 8
     trainer = train(without_every_third_layer(model), model, tokenizer, Path("out/hf"), steps)
     kls = [row["opd/kl_all"] for row in trainer.state.log_history if "opd/kl_all" in row]
     print(f"KL {kls[0]:.2f} -> {kls[-1]:.2f} nats a token, means over the first and the last 4 of {steps} steps")

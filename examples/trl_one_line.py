@@ -3,8 +3,8 @@
 #   loss = 1/|M| sum_{t in M} KL(student || teacher) on the student's own answers (TRL's beta = 1); M: the best-scored fifth of
 #   their tokens (arXiv 2605.26844, eqs. 6, 12, 13)
 #
-# You will see: TRL's own log, and its own evaluation, over all tokens of fresh answers to held-out questions, before and after.
-#   On 2 CPU cores, in some three minutes, estimated from plain_loop.py's time.
+# You will see: TRL's own log, and its own evaluation, over all tokens of fresh answers to held-out questions, before and after:
+#   4.4 and 3.2 nats a token. On 2 CPU cores, in about two minutes.
 # Run: python -m examples.trl_one_line [STEPS]; needs pip install '.[trl]'
 #
 # Not here: what the line replaces (opd_ops/integrations/trl.py), the same in a plain loop (plain_loop.py).
@@ -48,7 +48,8 @@ def train(
         max_completion_length=n_tokens,
         beta=1.0,  # reverse KL
         learning_rate=1e-4,
-        logging_steps=4,
+        logging_steps=2,
+        dataloader_pin_memory=False,
         save_strategy="no",
         report_to="none",
         bf16=False,  # TRL's defaults are for a GPU
@@ -65,6 +66,6 @@ def train(
 
 if __name__ == "__main__":
     model, tokenizer = smollm2.load_model()
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 16
+    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 8
     _, losses = train(without_every_third_layer(model), model, tokenizer, Path("out/trl"), steps)
     print(f"held-out KL {losses[0]:.2f} -> {losses[1]:.2f} nats a token after {steps} steps on a fifth of the tokens")
