@@ -5,8 +5,8 @@
 #
 # The teacher is SmolLM2-135M told to answer like a pirate, the student the same weights, never told: what the teacher reads
 #   before an answer is its own affair, and goes into the contexts that it is sent.
-# You will see: every few steps that KL over all sampled tokens, 0.23 nats at first and 0.11 after 12 steps, and the seconds that
-#   the server took. On 2 CPU cores, in about three minutes.
+# You will see: every few steps that KL over all sampled tokens, 0.23 nats at first and 0.11 after 12 steps, and the seconds
+#   that the server took. On 2 CPU cores, in about three minutes.
 # Run: python -m examples.served_teacher, which starts a server of its own; or with --url http://teacher:8000, vLLM's or that of
 #   serve_teacher.py, for a teacher with SmolLM2's tokenizer.
 #
