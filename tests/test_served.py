@@ -6,12 +6,8 @@
 #   Run: make test ARGS=tests/test_served.py
 #
 # Not here: vLLM itself, which needs a GPU; the training with a served teacher (test_examples.py).
-import json
 import threading
 import time
-from contextlib import contextmanager
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -24,6 +20,7 @@ from opd_ops.trainer.served_teacher import ServedTeacher
 from opd_ops.trainer.server_client import WHOLE_DISTRIBUTION, ServerError
 from tests.cases import generator, leaf
 from tests.integrations.models import VOCAB, language_model, tokenizer
+from tests.servers import listed, prompt_logprobs, scripted, serving
 
 CONTEXTS, ANSWERS = [[5, 6, 7], [9], [4, 8]], [[10, 11], [12, 13, 14, 15], []]
 END = 1
@@ -47,63 +44,6 @@ def waits(monkeypatch):
     monkeypatch.setattr(server_client.time, "sleep", found.append)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     return found
-
-
-@contextmanager
-def scripted(answer):
-    """A server that answers `answer(path, body) -> (code, content)`; yields its address, and (path, body, key) of requests."""
-    asked = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.do_POST()
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
-            asked.append((self.path, body, self.headers["Authorization"]))
-            code, content = answer(self.path, body)
-            content = content if isinstance(content, bytes) else json.dumps(content).encode()
-            self.send_response(code)
-            self.end_headers()
-            try:
-                self.wfile.write(content)
-            except BrokenPipeError:  # a client that did not wait, as one test wants it
-                self.close_connection = True
-
-        def log_message(self, *_):
-            return
-
-    server = type("Scripted", (ThreadingHTTPServer,), {"request_queue_size": 64})(("127.0.0.1", 0), Handler)
-    threading.Thread(target=partial(server.serve_forever, poll_interval=0.02), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def listed(prompt, logprob=-1.0):
-    """prompt_logprobs that hold the prompt's own tokens alone."""
-    return [None, *({str(token): {"logprob": logprob, "rank": 1, "decoded_token": "x"}} for token in prompt[1:])]
-
-
-def serving(choice, *, fails=(), models=("tiny",)):
-    """An answer for `scripted`: its models, then `choice(body)` for completions, after the codes of `fails`."""
-    codes = iter(fails)
-
-    def answer(path, body):
-        if path == "/v1/models":
-            return 200, {"data": [{"id": name} for name in models]}
-        code = next(codes, 200)
-        if code != 200:
-            return code, {"error": {"message": "no room", "type": "x", "code": code}}
-        return (200, {"choices": [choice(body)]}) if path == "/v1/completions" else (200, b"Success: LoRA adapter added")
-
-    return answer
-
-
-def prompt_logprobs(body):
-    return {"prompt_logprobs": listed(body["prompt"])}
 
 
 def log_q(model, context, answer):

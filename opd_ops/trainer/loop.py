@@ -298,8 +298,7 @@ class OPDTrainer:
         n_micro_batches = config.gradient_accumulation_steps * self.accelerator.num_processes
         prompts_of = prompts_by_step(self.prompts, config, n_micro_batches)
         if config.rollout_url is None:
-            synced = {"synced_gpus": True} if self.is_sharded else {}
-            return LocalSampler(self.unwrapped, self.tokenizer, prompts_of, config, **synced)
+            return LocalSampler(self.unwrapped, self.tokenizer, prompts_of, config.seed, **self.sampling)
         if self.accelerator.num_processes > 1:
             raise ValueError(
                 f"rollout_url: got {self.accelerator.num_processes} processes, expected one, since the adapter is one"

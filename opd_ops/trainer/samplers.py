@@ -33,14 +33,13 @@ def sampling_options(config: OPDConfig) -> dict[str, Any]:
 
 
 class LocalSampler:
-    """The student as it is now, by `generate`; `options` are more of its arguments."""
+    """The student as it is now, by `generate`; `options` are those of `sample`."""
 
-    def __init__(self, student: Any, tokenizer: Any, prompts_of: PromptsOf, config: OPDConfig, **options: Any) -> None:
-        self.student, self.tokenizer, self.prompts_of = student, tokenizer, prompts_of
-        self.config, self.options = config, sampling_options(config) | options
+    def __init__(self, student: Any, tokenizer: Any, prompts_of: PromptsOf, seed: int, **options: Any) -> None:
+        self.student, self.tokenizer, self.prompts_of, self.seed, self.options = student, tokenizer, prompts_of, seed, options
 
     def __call__(self, step: int, micro_batch: int) -> Rollouts:
-        seed = seed_of(self.config.seed, "sample", step, micro_batch)
+        seed = seed_of(self.seed, "sample", step, micro_batch)
         return sample(self.student, self.tokenizer, self.prompts_of(step, micro_batch), seed=seed, **self.options)
 
 

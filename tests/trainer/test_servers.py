@@ -1,0 +1,72 @@
+# The reference trainer with servers: a teacher that sends lists against the same model here; answers sampled elsewhere, which
+# must come from the adapters as they are at every step.
+#
+# Command: make test ARGS=tests/trainer/test_servers.py
+# Not here: the protocols (tests/test_served.py); vLLM itself, which needs a GPU.
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from examples.serve_teacher import Served, running
+from opd_ops.trainer.rollouts import encode
+from opd_ops.trainer.served_rollouts import ServedRollouts
+from opd_ops.trainer.served_teacher import ServedTeacher
+from opd_ops.trainer.teachers import LocalTeacher, ServerTeacher
+from tests.integrations.models import language_model, tokenizer
+from tests.trainer.runs import prompts, trainer
+
+
+def _rows(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_teacher_behind_a_server_sends_what_the_model_at_hand_says(tmp_path):
+    words, model = tokenizer(), language_model(1).eval()
+    with running(Served(model, words, "tiny")) as url:
+        run = trainer(tmp_path, steps=2, taught_by=None, teacher_url=url, teacher_top_k=8, divergence="tail_aware")
+        batch = run.sampler(0, 0)
+        batch = batch._replace(mask=batch.mask & (torch.arange(batch.mask.shape[1]) < 4))  # columns that nobody asks about
+        lists = ServerTeacher(ServedTeacher(url, top_k=8), words, "w5 w6")(batch)
+        run.train()
+    head = LocalTeacher(model, words, "w5 w6")(batch)
+    log_q = torch.log_softmax(head.hidden @ head.weight.T, -1)
+    assert lists.ids.shape[:2] == batch.mask.shape
+    assert (lists.ids[~batch.mask] == -1).all()
+    kept = batch.mask.unsqueeze(2) & (lists.ids >= 0)
+    assert kept.sum() >= 8 * batch.mask.sum()
+    expected = log_q.gather(2, lists.ids.clamp_min(0))
+    assert (lists.logprobs - expected)[kept].abs().max() < 1e-4
+    rows = _rows(tmp_path)
+    assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]
+
+
+def test_rollouts_of_a_server_come_from_the_adapters_of_the_step(tmp_path, monkeypatch):
+    loaded, asked = [], []
+
+    def update(self, folder):
+        loaded.append((folder / "adapter_model.safetensors").read_bytes())
+
+    def sampled(self, ids, *, seed, **options):
+        asked.append((ids, seed, options))
+        return [[10, 11, 1], [12, 13]]  # one that ended, one that was cut off
+
+    monkeypatch.setattr(ServedRollouts, "update", update)
+    monkeypatch.setattr(ServedRollouts, "sample", sampled)
+    run = trainer(tmp_path, steps=3, lora_rank=2, rollout_url="http://nowhere", fraction=1.0)
+    run.train()
+    assert len(loaded) == 3  # once a step, for both of its micro-batches
+    assert len(set(loaded)) == 3  # other weights every time
+    assert len(asked) == 6
+    assert len({seed for _, seed, _ in asked}) == 6
+    assert asked[0][2] == {"max_new_tokens": 6, "temperature": 1.0, "top_p": 1.0}
+    texts = {tuple(encode(run.tokenizer, [p.conversation()])["input_ids"][0].tolist()) for p in prompts()}
+    assert {tuple(row) for row in asked[0][0]} <= texts
+    assert [row["n_valid"] for row in _rows(tmp_path) if "loss" in row] == [10, 10, 10]  # padding of the second does not count
+
+
+def test_rollouts_of_a_server_need_lora():
+    with pytest.raises(ValueError, match=r"rollout_url: .* set lora_rank"):
+        trainer(None, steps=1, rollout_url="http://nowhere")
