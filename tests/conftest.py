@@ -39,3 +39,13 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Four processes over gloo (tests/ranks.py)."""
+    from tests.ranks import Processes
+
+    processes = Processes()
+    yield processes
+    processes.close()
