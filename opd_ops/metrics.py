@@ -6,6 +6,8 @@
 # Not here: the loss and its denominator (loss.py).
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -60,3 +62,9 @@ def sampled_metrics(log_ratio: Tensor, trained: Tensor) -> dict[str, Tensor]:
     """An estimate of KL(p || q) from tokens that were drawn from p, at the (M,) positions that were trained on."""
     total = torch.where(trained, log_ratio, 0).sum()
     return {"kl_sampled": total / trained.sum().clamp_min(1), "kl_sampled_sum": total}
+
+
+def as_floats(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """0-dim tensors of one device as numbers, by one host synchronisation for all of them."""
+    values: list[float] = torch.stack([value.double() for value in metrics.values()]).tolist() if metrics else []
+    return dict(zip(metrics, values, strict=True))

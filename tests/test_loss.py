@@ -18,6 +18,7 @@ from opd_ops import (
     select_positions,
     selective_opd_loss,
 )
+from opd_ops.metrics import as_floats
 from tests.cases import generator, head_pair, leaf, logit_pair
 from tests.tolerances import assert_gradient
 
@@ -284,3 +285,9 @@ def test_fraction_one_is_plain_distillation():
     out = selective_opd_loss(student, teacher, fraction=1.0)
     assert bool(out.selected.all())
     assert out.loss.item() == pytest.approx(out.stats.reverse_kl.mean().item(), rel=1e-6)
+
+
+def test_metrics_of_any_dtype_become_floats_under_their_names():
+    found = as_floats({"n": torch.tensor(3), "x": torch.tensor(0.1, dtype=torch.float64), "flag": torch.tensor(True)})
+    assert found == {"n": 3.0, "x": 0.1, "flag": 1.0}
+    assert as_floats({}) == {}

@@ -4,7 +4,8 @@
 #   is divided by num_items n_selected / n_valid, so that neither accumulation nor selecting changes the size of a step.
 #
 # On-policy data come from the caller: batches hold what the student wrote, with labels -100 on the prompt.
-# Not here: the heads (heads.py), TRL's trainers, which also roll out (trl.py), the loss (opd_ops/loss.py).
+# Not here: the heads (heads.py), the trial of the options (options.py), TRL's trainers, which also roll out (trl.py), the loss
+# (opd_ops/loss.py).
 from __future__ import annotations
 
 from collections import defaultdict
@@ -16,10 +17,13 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from opd_ops.integrations.heads import frozen_head, head_of, last_hidden
+from opd_ops.integrations.options import try_options
 from opd_ops.loss import selective_opd_loss
+from opd_ops.metrics import as_floats
 
 LOGGED = ("kl_selected", "kl_all", "entropy_selected", "entropy", "support_mass", "n_valid", "n_selected", "n_infinite")
 LABELS = ("labels", "shift_labels")
+GIVEN = (*LABELS, "num_items_in_batch")  # by the Trainer
 
 
 class SelectiveDistillationMixin:
@@ -31,7 +35,7 @@ class SelectiveDistillationMixin:
     Args (by name, beside those of `Trainer`):
         teacher: A causal language model over the same tokens, or a callable `inputs -> LinearHead or logits`. Never trained.
         selection: Options of `selective_opd_loss`: fraction, selector, scope, divergence, ...; None: its defaults.
-    Raises: TypeError: no teacher.
+    Raises: TypeError: no teacher, or an option that the loss does not have. ValueError: one that it refuses.
     """
 
     def __init__(
@@ -43,9 +47,10 @@ class SelectiveDistillationMixin:
     ) -> None:
         if not callable(teacher):
             raise TypeError(f"teacher: got {type(teacher).__name__}, expected a model, or a callable of the inputs")
+        self.selection = dict(selection or {})
+        try_options(self.selection, given=GIVEN)
         super().__init__(*arguments, **options)
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts labels, and leaves the accumulation to the loss
-        self.selection = dict(selection or {})
         self._teacher = teacher.to(self.args.device).eval() if isinstance(teacher, nn.Module) else teacher  # type: ignore[attr-defined]
         self._opd: dict[str, list[float]] = defaultdict(list)
 
@@ -66,9 +71,7 @@ class SelectiveDistillationMixin:
         out = selective_opd_loss(
             head_of(unwrapped, hidden), teacher, num_items_in_batch=num_items_in_batch, **labels, **options
         )
-        names = [name for name in LOGGED if name in out.metrics]
-        values = torch.stack([out.metrics[name].double() for name in names]).tolist()
-        for name, value in zip(names, values, strict=True):
+        for name, value in as_floats({name: out.metrics[name] for name in LOGGED if name in out.metrics}).items():
             self._opd[f"{'' if model.training else 'eval_'}opd/{name}"].append(value)
         loss = out.loss
         if trainer.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -102,9 +105,11 @@ class SelectiveComputeLoss:
         student: The model that the Trainer trains.
         teacher: A causal language model over the same tokens.
         options: Of `selective_opd_loss`.
+    Raises: TypeError: an option that the loss does not have. ValueError: one that it refuses.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, **options: Any) -> None:
+        try_options(options, given=GIVEN)
         self.teacher, self.options = teacher.eval(), options
         self.metrics: dict[str, Tensor] = {}  # of the last call
         self._inputs: dict[str, Any] = {}

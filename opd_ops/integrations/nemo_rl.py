@@ -21,10 +21,13 @@ from nemo_rl.algorithms.loss.interfaces import LossInputType, LossType
 from torch import Tensor
 
 from opd_ops.divergences import LocalSupport, TopKForwardKL
+from opd_ops.integrations.options import try_options
 from opd_ops.loss import selective_opd_loss
+from opd_ops.metrics import as_floats
 from opd_ops.teachers import TopKLogprobs
 
 DIVERGENCES: dict[str, type[LocalSupport | TopKForwardKL]] = {"local_support": LocalSupport, "forward_kl_topk": TopKForwardKL}
+GIVEN = ("weights", "num_items_in_batch")  # by NeMo-RL
 NEEDED = ("token_mask", "sample_mask", "teacher_topk_logits", "teacher_topk_indices")
 
 
@@ -39,7 +42,8 @@ class SelectiveDistillationLossFn:
         fraction: Share of the valid tokens of a call to train on, in (0, 1]; 1.0 is NeMo-RL's loss.
         divergence: "local_support" or "forward_kl_topk", on all K entries that the teacher sent.
         options: Of `selective_opd_loss`: selector, scope, top_k, backend, workspace_bytes, denominator, ...
-    Raises: ValueError: another divergence. In training, data or logits that do not fit.
+    Raises: TypeError: an option that the loss does not have. ValueError: another divergence, or an option that the loss
+        refuses; in training, data or logits that do not fit.
     Example:
         >>> *policies, loss_fn, logger, checkpointer, state, master_config = setup(config, tokenizer, data, val_data)
         >>> loss_fn = SelectiveDistillationLossFn(fraction=0.1, selector="teachability")
@@ -55,6 +59,8 @@ class SelectiveDistillationLossFn:
                 "without their normaliser"
             )
         self.divergence, self.options = divergence, {"fraction": fraction, **options}
+        k = DIVERGENCES[divergence]().top_k  # in training it is the teacher's
+        try_options(self.options | {"divergence": DIVERGENCES[divergence](k)}, given=GIVEN, teacher_top_k=k)
 
     def __call__(
         self,
@@ -130,7 +136,7 @@ def _metrics(found: dict[str, Tensor], global_valid_toks: Tensor | None) -> dict
     n_valid, n_selected = found["n_valid"], found["n_selected"]
     per_token = 1 / (n_valid if global_valid_toks is None else global_valid_toks).double().reshape(()).clamp_min(1)
     per_selected = per_token * n_valid / n_selected.clamp_min(1)
-    values = {
+    of_step = {
         "loss": found["loss"],
         "opd/selected_share": n_selected * per_token,
         "opd/loss_selected": found["loss_sum"] * per_selected,
@@ -138,5 +144,4 @@ def _metrics(found: dict[str, Tensor], global_valid_toks: Tensor | None) -> dict
         "opd/entropy_selected": found["entropy_selected_sum"] * per_selected,
         "opd/support_mass_of_list": found["support_mass_lower_bound_sum"] * per_token,
     }
-    numbers = torch.stack([value.double() for value in values.values()]).tolist()
-    return dict(zip(values, numbers, strict=True))
+    return as_floats(of_step)

@@ -6,7 +6,7 @@
 # `DistillationTrainer` hands hidden states and heads of both models to one module-level function; it is private, so its
 # parameters are compared before it is replaced. TRL rolls out once per optimizer step and cuts that into micro-batches: with
 # scope "batch" the budget is one per micro-batch.
-# Not here: the loss itself (opd_ops/loss.py).
+# Not here: the trial of the options (options.py), the loss itself (opd_ops/loss.py).
 from __future__ import annotations
 
 import inspect
@@ -17,7 +17,6 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 try:
@@ -28,7 +27,9 @@ except ImportError as error:
 
 from opd_ops.divergences import JSD, Divergence
 from opd_ops.inputs import LinearHead
+from opd_ops.integrations.options import try_options
 from opd_ops.loss import selective_opd_loss
+from opd_ops.metrics import as_floats
 
 FITS = "1.16"
 HOOK = "_chunked_divergence_loss"
@@ -48,11 +49,49 @@ PARAMETERS = (
     "teacher_final_logit_softcapping",
     "temperature",
 )
+GIVEN = ("mask", "num_items_in_batch", "temperature")  # by the trainer
 LOGGED = ("kl_selected", "kl_all", "entropy_selected", "support_mass", "n_valid", "n_selected", "n_infinite", "score_threshold")
 Metrics = dict[str, Tensor]
 
 
-class patch_trl(AbstractContextManager["patch_trl"]):
+class _Swap(AbstractContextManager["_Swap"]):
+    """The hook replaced, until `undo()` or the block's end."""
+
+    def __init__(self, options: dict[str, Any], on_metrics: Callable[[Metrics], None] | None) -> None:
+        self._replaced, self._is_undone = getattr(distillation_trainer, HOOK, None), False
+        _check_hook(self._replaced)
+        self._own = partial(_selective, options, on_metrics)
+        self._own.__signature__ = inspect.signature(self._replaced)  # type: ignore[attr-defined, arg-type]
+        self._own.swap = self  # type: ignore[attr-defined]
+        setattr(distillation_trainer, HOOK, self._own)
+
+    def undo(self) -> None:
+        """Put back what was there before, once the later patches on top are undone too; nothing where that has happened.
+
+        Raises: RuntimeError: something else has replaced the hook since; undo that first.
+        """
+        if self._is_undone:
+            return
+        found = getattr(distillation_trainer, HOOK)
+        above = found
+        while above is not self._own:
+            swap = getattr(above, "swap", None)
+            if swap is None:
+                raise RuntimeError(
+                    f"trl: trl.trainer.distillation_trainer.{HOOK} is {above!r}, which was put there after this patch, "
+                    "expected this patch's own; put back what that replaced first, then undo this"
+                )
+            above = swap._replaced
+        self._is_undone = True
+        while (swap := getattr(found, "swap", None)) is not None and swap._is_undone:
+            found = swap._replaced
+        setattr(distillation_trainer, HOOK, found)
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+
+class patch_trl(_Swap):
     """Swap the loss inside TRL's `DistillationTrainer` for `selective_opd_loss`, at once, until `undo()` or the block's end.
 
     Args:
@@ -60,26 +99,17 @@ class patch_trl(AbstractContextManager["patch_trl"]):
         on_metrics: Called with the loss's `metrics` (0-dim tensors) after each micro-batch.
         options: Of `selective_opd_loss`: selector, scope, top_k, denominator, workspace_bytes, backend, ...; `divergence`
             replaces the JSD that the trainer's `beta` stands for. Mask, temperature and num_items_in_batch are the trainer's.
-    Raises: RuntimeError: a TRL whose hook is another one; says which versions fit.
+    Raises: RuntimeError: a TRL whose hook is another one; says which versions fit. TypeError: an option that the loss does not
+        have. ValueError: one that it refuses.
     Example:
         >>> with patch_trl(fraction=0.1, selector="teachability"):
         ...     DistillationTrainer(student, teacher, args=config, train_dataset=prompts).train()
     """
 
     def __init__(self, *, fraction: float = 0.05, on_metrics: Callable[[Metrics], None] | None = None, **options: Any) -> None:
-        self._replaced = getattr(distillation_trainer, HOOK, None)
-        _check_hook(self._replaced)
-        self._own = partial(_selective, {"fraction": fraction, **options}, on_metrics)
-        self._own.__signature__ = inspect.signature(self._replaced)  # type: ignore[attr-defined, arg-type]
-        setattr(distillation_trainer, HOOK, self._own)
-
-    def undo(self) -> None:
-        """Put back what was there before; nothing where that has happened, or where a later patch is on top."""
-        if getattr(distillation_trainer, HOOK) is self._own:
-            setattr(distillation_trainer, HOOK, self._replaced)
-
-    def __exit__(self, *_: object) -> None:
-        self.undo()
+        options = {"fraction": fraction, **options}
+        try_options(options, given=GIVEN)
+        super().__init__(options, on_metrics)
 
 
 def _check_hook(hook: object) -> None:
@@ -142,13 +172,18 @@ def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, sof
     """The head, gathered once where FSDP2 has sharded it, in the dtype of its hidden states then."""
     if hasattr(weight, "full_tensor"):
         weight = weight.full_tensor().to(hidden.dtype)
-        bias = bias.full_tensor() if bias is not None and hasattr(bias, "full_tensor") else bias
+        if bias is not None:
+            bias = (bias.full_tensor() if hasattr(bias, "full_tensor") else bias).to(hidden.dtype)
     return LinearHead(hidden, weight, bias, scale=float(scale), softcap=softcap)
 
 
 @dataclass
 class SelectiveDistillationConfig(DistillationConfig):
-    """TRL's `DistillationConfig`, and how tokens are selected."""
+    """TRL's `DistillationConfig`, and how tokens are selected.
+
+    Raises: TypeError, ValueError: what `selective_opd_loss` refuses, in its words: `support_top_k` is its top_k, `loss_backend`
+        its backend.
+    """
 
     fraction: float = field(
         default=0.05, metadata={"help": "Share of the valid tokens of a micro-batch to train on, in (0, 1]."}
@@ -164,6 +199,10 @@ class SelectiveDistillationConfig(DistillationConfig):
     )
     workspace_bytes: int = field(default=512 * 2**20, metadata={"help": "Scratch memory of a loss call."})
     loss_backend: str = field(default="auto", metadata={"help": "'auto', 'triton', 'torch' or 'eager'."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try_options({"divergence": JSD(self.beta), **self.selection}, given=GIVEN)
 
     @property
     def selection(self) -> dict[str, Any]:
@@ -194,12 +233,10 @@ class SelectiveDistillationTrainer(DistillationTrainer):
         options = self._selection if mode == "train" else self._selection | {"fraction": 1.0, "selector": "all"}
 
         def log(metrics: Metrics) -> None:
-            names = [name for name in LOGGED if name in metrics]
-            values = torch.stack([metrics[name].double() for name in names]).tolist()
-            for name, value in zip(names, values, strict=True):
+            for name, value in as_floats({name: metrics[name] for name in LOGGED if name in metrics}).items():
                 self._metrics[mode][f"opd/{name}"].append(value)
 
-        with patch_trl(on_metrics=log, **options):
+        with _Swap(options, log):  # which were tried when the configuration was made
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
 
 

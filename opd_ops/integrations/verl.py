@@ -29,6 +29,8 @@ from verl.workers.utils.padding import no_padding_2_padding
 
 from opd_ops.divergences import Divergence, LocalSupport, TailAware, TopKForwardKL
 from opd_ops.divergences.base import Support
+from opd_ops.integrations.options import try_options
+from opd_ops.metrics import as_floats
 from opd_ops.teachers import TopKLogprobs
 from opd_ops.token_losses import TokenLosses, selective_opd_token_losses
 
@@ -46,6 +48,8 @@ OF_LISTS: dict[str, type[TopKForwardKL | LocalSupport | TailAware]] = {
     "local_support": LocalSupport,
     "tail_aware": TailAware,
 }
+GIVEN = ("mask", "cu_seqlens", "temperature")  # by verl
+TEACHER_TOP_K = 16  # of the trial of the options; in training it is verl's `topk`
 COLUMNS = ("selected", "student_entropy", "support_mass")  # of each token, for the metrics
 
 
@@ -62,8 +66,9 @@ class patch_verl(AbstractContextManager["patch_verl"]):
         divergence: "forward_kl_topk", "local_support", "tail_aware" on all that the teacher sent, or an instance.
         options: Of `selective_opd_token_losses`: selector, scope, top_k, workspace_bytes, backend, ... Mask, teacher,
             temperature and packing are verl's.
-    Raises: RuntimeError: a verl whose hooks are others (says which version fits), or one that is patched already. In training
-        ValueError: a setting that this loss does not have; says what to set.
+    Raises: RuntimeError: a verl whose hooks are others (says which version fits), or one that is patched already. TypeError: an
+        option that the loss does not have. ValueError: one that it refuses; in training a setting of verl's that this loss does
+        not have, with what to set.
     Example:
         >>> patch_verl(fraction=0.1, selector="teachability")  # in my_opd.py; VERL_USE_EXTERNAL_MODULES=my_opd
     """
@@ -73,16 +78,29 @@ class patch_verl(AbstractContextManager["patch_verl"]):
         if isinstance(divergence, str) and divergence not in OF_LISTS:
             raise ValueError(f"divergence: got {divergence!r}, expected one of: {', '.join(OF_LISTS)}: the teacher sends lists")
         self.divergence, self.options = divergence, {"fraction": fraction, **options}
-        self._replaced = {name: getattr(hooks, name) for name in PARAMETERS}
+        tried = self.options | {"divergence": divergence}
+        try_options(tried, given=GIVEN, function=selective_opd_token_losses, teacher_top_k=TEACHER_TOP_K)
+        self._replaced, self._is_undone = {name: getattr(hooks, name) for name in PARAMETERS}, False
         self._own = {"compute_topk_loss": self._of_logits(), "distillation_loss": self._of_outputs()}
         hooks.register_distillation_loss(hooks.DistillationLossSettings(names=[MODE], use_topk=True))(_response_losses)
         for name, own in self._own.items():
             setattr(hooks, name, own)
 
     def undo(self) -> None:
-        """Put back what was there before; nothing where that has happened."""
-        if hooks.compute_topk_loss is not self._own["compute_topk_loss"]:
+        """Put back what was there before; nothing where that has happened.
+
+        Raises: RuntimeError: something else has replaced a hook since; undo that first.
+        """
+        if self._is_undone:
             return
+        for name, own in self._own.items():
+            found = getattr(hooks, name)
+            if found is not own:
+                raise RuntimeError(
+                    f"verl: {hooks.__name__}.{name} is {found!r}, which was put there after this patch, expected this patch's "
+                    "own; put back what that replaced first, then undo this"
+                )
+        self._is_undone = True
         for name, replaced in self._replaced.items():
             setattr(hooks, name, replaced)
         del hooks.DISTILLATION_LOSS_REGISTRY[MODE], hooks.DISTILLATION_SETTINGS_REGISTRY[MODE]
@@ -252,5 +270,4 @@ def _response_losses(
         ("support_mass_lower_bound_selected", mass, selected),
     ):
         found[name] = torch.where(among, column, 0).sum() / among.sum().clamp_min(1)
-    values = torch.stack([value.double() for value in found.values()]).tolist()
-    return losses, {f"distillation/{name}": value for name, value in zip(found, values, strict=True)}
+    return losses, {f"distillation/{name}": value for name, value in as_floats(found).items()}

@@ -2,8 +2,7 @@
 #
 #   opd-train --config FILE.yaml --fraction 0.05:  a line `name: value` of the file is the flag `--name value`; flags win
 #
-# The options of the loss are tried on a few random logits: whatever `selective_opd_loss` refuses is refused here, in its words.
-# Not here: what they do (loop.py and its neighbours).
+# Not here: what they do (loop.py and its neighbours), how those of the loss are tried (integrations/options.py).
 from __future__ import annotations
 
 import argparse
@@ -15,16 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from opd_ops.divergences import Divergence, resolve_divergence
-from opd_ops.loss import selective_opd_loss
-from opd_ops.teachers import TopKLogprobs
+from opd_ops.integrations.options import try_options
 
 SAME = "same"
 GIVEN = "passed as an object"
-TOY_VOCABULARY = 256  # at least any top_k of the trial call
-MOST_TOP_K = TOY_VOCABULARY // 2
+MOST_TOP_K = 128
+GIVEN_TO_LOSS = ("mask", "tokens", "num_items_in_batch", "generator")  # by the loop, beside the options
 
 
 def _option(default: Any, text: str) -> Any:
@@ -191,17 +187,10 @@ class OPDConfig:
             raise ValueError(f"report_to: got {missing[0]!r}, whose package is not installed; pip install it, or leave it out")
 
     def _try_loss(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        student, teacher = (torch.randn(4, TOY_VOCABULARY, generator=generator) for _ in range(2))
-        options = self.loss_options()
         if not 0 < self.top_k <= MOST_TOP_K:
             raise ValueError(f"top_k: got {self.top_k}, expected an integer from 1 to {MOST_TOP_K}")
-        taught: Any = teacher
-        if self.teacher_url is not None:
-            best = torch.log_softmax(teacher, -1).topk(min(self.teacher_top_k, TOY_VOCABULARY))
-            taught = TopKLogprobs(best.indices, best.values)
-        tokens = torch.zeros(4, dtype=torch.long)
-        selective_opd_loss(student, taught, tokens=tokens, generator=generator, backend="eager", **options)
+        top_k = None if self.teacher_url is None else self.teacher_top_k
+        try_options(self.loss_options(), given=GIVEN_TO_LOSS, teacher_top_k=top_k)
 
 
 def read_config(arguments: Sequence[str] | None = None) -> OPDConfig:

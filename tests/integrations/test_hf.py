@@ -119,6 +119,23 @@ def test_without_a_teacher_it_says_so(tmp_path):
         run(tmp_path, teacher="Qwen")
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"fractoin": 0.1}, TypeError, "options of the loss: got 'fractoin', expected some of"),
+        ({"fraction": 0}, ValueError, "fraction: got 0, expected"),
+        ({"labels": None}, TypeError, "labels: got it among the options of the loss, but the trainer passes its own"),
+    ],
+)
+def test_bad_options_are_refused_before_any_training(options, error, message):
+    with pytest.raises(error, match=message):
+        SelectiveDistillationTrainer(None, teacher=lambda inputs: None, selection=options)
+    student = language_model(1)
+    with pytest.raises(error, match=message):
+        SelectiveComputeLoss(student, language_model(2), **options)
+    assert not student._forward_pre_hooks
+
+
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_compute_loss_func_in_a_plain_trainer(tmp_path, accumulation):
     student = language_model(1)
@@ -181,6 +198,9 @@ def test_a_sharded_head_is_gathered_for_both_adapters():
         for found in (gathered, of_trl):
             assert torch.equal(found.weight, head.weight)
             assert torch.equal(found.bias, head.bias)
+        in_bf16 = trl._head(hidden.bfloat16(), sharded.weight, sharded.bias, 1.0, None)
+        assert in_bf16.weight.dtype == in_bf16.bias.dtype == torch.bfloat16
+        assert torch.equal(in_bf16.bias, head.bias.bfloat16())
         (of_trl.weight.sum() + gathered.weight.sum()).backward()
         assert torch.equal(sharded.weight.grad.full_tensor(), torch.full_like(head.weight, 2.0))
     finally:

@@ -184,6 +184,14 @@ def test_it_rejects_what_it_cannot_do(make, monkeypatch):
     student, data = batch()
     with pytest.raises(ValueError, match="divergence: got 'tail_aware', expected one of: local_support, forward_kl_topk"):
         make(divergence="tail_aware")
+    for options, error, message in (
+        ({"fractoin": 0.1}, TypeError, "options of the loss: got 'fractoin', expected some of"),
+        ({"fraction": 1.5}, ValueError, "fraction: got 1.5, expected"),
+        ({"selector": "tip"}, ValueError, "selector: got 'tip', which needs the teacher's whole row"),
+        ({"weights": None}, TypeError, "weights: got it among the options of the loss"),
+    ):
+        with pytest.raises(error, match=message):
+            make(**options)
     with pytest.raises(ValueError, match="data: got no sample_mask, expected token_mask"):
         backward(make(), student, {k: v for k, v in data.items() if k != "sample_mask"})
     with pytest.raises(ValueError, match=r"logits: got shape \(3, 4, 131\), expected \(3, 9, V\)"):

@@ -123,6 +123,53 @@ def test_a_plain_call_stays_until_it_is_undone():
     assert distillation_trainer._chunked_divergence_loss is HOOK
 
 
+def test_patches_undone_out_of_order_leave_nothing_behind():
+    first, second = patch_trl(), patch_trl()
+    first.undo()
+    assert distillation_trainer._chunked_divergence_loss is second._own
+    second.undo()
+    assert distillation_trainer._chunked_divergence_loss is HOOK
+
+
+def test_undo_refuses_below_somebody_else_s_replacement(monkeypatch):
+    patched = patch_trl()
+    monkeypatch.setattr(distillation_trainer, "_chunked_divergence_loss", partial(patched._own, temperature=2.0))
+    with pytest.raises(RuntimeError, match=r"_chunked_divergence_loss is .*put there after this patch.*, then undo this"):
+        patched.undo()
+    monkeypatch.undo()
+    patched.undo()
+    assert distillation_trainer._chunked_divergence_loss is HOOK
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"fractoin": 0.1}, TypeError, "options of the loss: got 'fractoin', expected some of"),
+        ({"fraction": 1.5}, ValueError, "fraction: got 1.5, expected"),
+        ({"temperature": 0.8}, TypeError, "temperature: got it among the options of the loss, but the trainer passes its own"),
+        ({"divergence": "sampled"}, ValueError, "tokens: got None"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_patched(options, error, message):
+    with pytest.raises(error, match=message):
+        patch_trl(**options)
+    assert distillation_trainer._chunked_divergence_loss is HOOK
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"selector": "best"}, "selector: got 'best'"),
+        ({"divergence": "l2"}, "divergence: got 'l2'"),
+        ({"support_top_k": 0}, "top_k: got 0"),
+        ({"loss_backend": "cuda"}, "backend: got 'cuda'"),
+    ],
+)
+def test_the_config_refuses_what_the_loss_does(options, message):
+    with pytest.raises(ValueError, match=message):
+        SelectiveDistillationConfig("nowhere", report_to="none", use_cpu=True, bf16=False, **options)
+
+
 @pytest.mark.parametrize("hook", [lambda hidden, weight: None, None])
 def test_another_trl_is_refused_with_the_versions_that_fit(monkeypatch, hook):
     monkeypatch.setattr(distillation_trainer, "_chunked_divergence_loss", hook)

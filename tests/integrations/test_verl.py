@@ -20,7 +20,7 @@ from verl.utils import tensordict_utils
 from verl.workers.config import ActorConfig, DistillationConfig, DistillationLossConfig
 from verl.workers.utils.padding import left_right_2_no_padding
 
-from opd_ops import LocalSupport, TailAware, TopKForwardKL, TopKLogprobs, selective_opd_loss
+from opd_ops import JSD, LocalSupport, TailAware, TopKForwardKL, TopKLogprobs, selective_opd_loss
 from opd_ops.integrations.verl import AGGREGATIONS, MODE, patch_verl
 from tests.cases import leaf, logit_pair
 from tests.tolerances import assert_gradient
@@ -248,6 +248,37 @@ def test_the_patch_is_undone():
     assert (hooks.compute_topk_loss, hooks.distillation_loss, dict(hooks.DISTILLATION_LOSS_REGISTRY)) == before
     with pytest.raises(ValueError, match="selective_opd"):
         settings()
+
+
+@pytest.mark.parametrize("name", ["compute_topk_loss", "distillation_loss"])
+def test_undo_refuses_below_somebody_else_s_replacement(name, monkeypatch):
+    before = getattr(hooks, name)
+    patch = patch_verl()
+    monkeypatch.setattr(hooks, name, lambda *_: None)
+    with pytest.raises(RuntimeError, match=rf"{name} is .*put there after this patch.*, then undo this"):
+        patch.undo()
+    assert MODE in hooks.DISTILLATION_LOSS_REGISTRY
+    monkeypatch.undo()
+    patch.undo()
+    assert getattr(hooks, name) is before
+    assert MODE not in hooks.DISTILLATION_LOSS_REGISTRY
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"fractoin": 0.1}, TypeError, "options of the loss: got 'fractoin', expected some of"),
+        ({"fraction": 1.5}, ValueError, "fraction: got 1.5, expected"),
+        ({"denominator": "valid"}, TypeError, "options of the loss: got 'denominator'"),  # verl reduces
+        ({"selector": "tip"}, ValueError, "selector: got 'tip', which needs the teacher's whole row"),
+        ({"divergence": JSD()}, ValueError, "divergence: got 'jsd', which TopKLogprobs cannot give"),
+        ({"mask": None}, TypeError, "mask: got it among the options of the loss"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_patched(options, error, message):
+    with pytest.raises(error, match=message):
+        patch_verl(**options)
+    assert MODE not in hooks.DISTILLATION_LOSS_REGISTRY
 
 
 @pytest.mark.parametrize("name", ["compute_topk_loss", "distillation_loss"])
