@@ -6,6 +6,7 @@
 #   Run: make test ARGS=tests/test_served.py
 #
 # Not here: vLLM itself, which needs a GPU; the training with a served teacher (test_examples.py).
+import socket
 import threading
 import time
 
@@ -184,9 +185,28 @@ def test_a_silent_server_is_not_waited_for():
 def test_an_address_where_nothing_is(waits):
     with scripted(serving(prompt_logprobs)) as (address, _):
         pass
-    with pytest.raises(ServerError, match=rf"{address}/v1/models: no answer .*refused"):
+    with pytest.raises(ServerError, match=rf"{address}/v1/models: cannot be reached .*refused.*; is the server up") as caught:
         ServedTeacher(address).check()
+    assert "timeout" not in str(caught.value)
     assert waits == [0.5, 1.0, 2.0]
+
+
+def test_a_server_that_breaks_the_connection(waits):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def hang_up():
+            for _ in range(2):
+                connection, _ = server.accept()
+                connection.recv(65536)
+                connection.close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ServerError, match=rf"{address}/v1/models: the connection broke .*; see the server's log"):
+            ServedTeacher(address, retries=1).check()
+        thread.join()
+    assert waits == [0.5]
 
 
 def test_check_finds_the_only_model(url):

@@ -18,8 +18,33 @@ from opd_ops.trainer.config import OPDConfig
 
 # What may change between a run and its continuation.
 FREE = {"steps", "eval_every", "completions", "save_every", "keep_checkpoints", "output_dir", "resume", "report_to", "run_name"}
+FREE |= {"teacher_api_key_env", "rollout_api_key_env"}
+FOLDER = "checkpoints"  # in output_dir
 ADAPTERS = "adapters.safetensors"
 SETTINGS = "run.json"
+
+
+def complete(folder: Path) -> list[Path]:
+    """The folder's checkpoints, oldest first, less any that was cut off: the settings are written last."""
+    return sorted(path for path in folder.glob("step-*") if (path / SETTINGS).is_file())
+
+
+def check_resume(folder: Path, config: OPDConfig) -> None:
+    """Whether the latest checkpoint there, if any, is of this run; needs no model.
+
+    Raises: ValueError: it is of a run with other options, which are named, or beyond the steps asked for.
+    """
+    for path in complete(folder)[-1:]:
+        found = json.loads((path / SETTINGS).read_text())
+        now = dataclasses.asdict(config)
+        # A schedule that ends with the run depends on its length.
+        free = FREE - ({"steps"} if config.lr_scheduler != "constant" else set())
+        different = [name for name, value in found["config"].items() if name not in free and now.get(name) != value]
+        if different:
+            pairs = ", ".join(f"{name} was {found['config'][name]!r} and is {now.get(name)!r}" for name in different)
+            raise ValueError(f"resume: {path} is of another run: {pairs}; pass the same options, or another output_dir")
+        if found["step"] > config.steps:
+            raise ValueError(f"steps: got {config.steps}, expected at least {found['step']}, as {path} has done")
 
 
 class Checkpoints:
@@ -33,8 +58,8 @@ class Checkpoints:
         self.model = model
 
     def all(self) -> list[Path]:
-        """Complete ones, oldest first: the settings are written last."""
-        return sorted(path for path in self.folder.glob("step-*") if (path / SETTINGS).is_file())
+        """Complete ones, oldest first."""
+        return complete(self.folder)
 
     def save(self, step: int) -> Path:
         """After `step` updates."""
@@ -50,20 +75,9 @@ class Checkpoints:
         return path
 
     def load(self, path: Path) -> int:
-        """The number of updates done.
-
-        Raises: ValueError: the checkpoint is of a run with other options, which are named.
-        """
-        found = json.loads((path / SETTINGS).read_text())
-        now = dataclasses.asdict(self.config)
-        # A schedule that ends with the run depends on its length.
-        free = FREE - ({"steps"} if self.config.lr_scheduler != "constant" else set())
-        different = [name for name, value in found["config"].items() if name not in free and now.get(name) != value]
-        if different:
-            pairs = ", ".join(f"{name} was {found['config'][name]!r} and is {now.get(name)!r}" for name in different)
-            raise ValueError(f"resume: {path} is of another run: {pairs}; pass the same options, or another output_dir")
+        """The number of updates done."""
         self.accelerator.load_state(str(path))
-        step: int = found["step"]
+        step: int = json.loads((path / SETTINGS).read_text())["step"]
         return step
 
     def _save_adapters(self, models: list[Any], weights: list[Any], path: str) -> None:

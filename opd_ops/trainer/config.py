@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from typing import Any, Literal
 
 from opd_ops.divergences import Divergence, resolve_divergence
 from opd_ops.integrations.options import try_options
+from opd_ops.trainer.prompts import PromptSource
 
 SAME = "same"
 GIVEN = "passed as an object"
@@ -45,6 +48,8 @@ class OPDConfig:
     teacher_url: str | None = _option(
         None, "OpenAI-compatible server that answers prompt_logprobs: the teacher instead of a model."
     )
+    teacher_model: str | None = _option(None, "Name that server has for the teacher; none: the only model it serves.")
+    teacher_api_key_env: str | None = _option(None, "Environment variable that holds the key of that server, if it wants one.")
     teacher_top_k: int = _option(16, "Log-probabilities that are asked of that server for each token.")
     dtype: Literal["auto", "float32", "bfloat16"] = _option("float32", "Of the student's weights; 'auto': as stored.")
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option("auto", "Of the teacher's weights.")
@@ -56,13 +61,18 @@ class OPDConfig:
     # data
     prompts: str = _option("", "Prompts: a JSONL file, a folder saved by `datasets`, or a dataset's name.")
     prompts_split: str = _option("train", "Split of a dataset.")
+    prompts_name: str | None = _option(None, "Configuration of a dataset that has several, like 'main' of gsm8k.")
     eval_prompts: str | None = _option(None, "Held-out prompts, named alike; none: the last eval_size of the prompts.")
+    eval_prompts_split: str | None = _option(None, "Split of eval_prompts; none: prompts_split.")
+    eval_prompts_name: str | None = _option(None, "Configuration of eval_prompts; none: prompts_name, of the same dataset.")
     eval_size: int = _option(16, "Held-out prompts; 0: no evaluation.")
     # rollouts
     max_new_tokens: int = _option(256, "Longest answer, in tokens.")
     temperature: float = _option(1.0, "Of sampling; the loss is at temperature 1.")
     top_p: float = _option(1.0, "Nucleus of sampling; below 1 the answers are no longer drawn from the whole distribution.")
     rollout_url: str | None = _option(None, "vLLM server that samples the answers instead of `generate`; needs LoRA.")
+    rollout_model: str | None = _option(None, "Name that server has for the student's base; none: the only model it serves.")
+    rollout_api_key_env: str | None = _option(None, "Environment variable that holds the key of that server, if it wants one.")
     # loss
     selector: str = _option("teachability", "What makes a token worth training on (opd_ops/selectors.py).")
     fraction: float = _option(0.05, "Share of the tokens of each micro-batch to train on, in (0, 1].")
@@ -121,6 +131,21 @@ class OPDConfig:
             raise ValueError(f"divergence_args: got {self.divergence_args!r}, expected {what}") from None
         return dataclasses.replace(divergence, **values)  # type: ignore[type-var]
 
+    def train_source(self) -> PromptSource:
+        return PromptSource(self.prompts, self.prompts_split, self.prompts_name)
+
+    def eval_source(self) -> PromptSource | None:
+        if self.eval_prompts is None:
+            return None
+        name = self.prompts_name if self.eval_prompts == self.prompts else None
+        split = self.eval_prompts_split or self.prompts_split
+        return PromptSource(self.eval_prompts, split, self.eval_prompts_name or name)
+
+    def api_key(self, role: Literal["teacher", "rollout"]) -> str | None:
+        """Of that server, from the environment: a key in an option would go into cards, logs and checkpoints."""
+        variable = getattr(self, f"{role}_api_key_env")
+        return None if variable is None else os.environ[variable]
+
     def trackers(self) -> list[str]:
         return [name.strip() for name in self.report_to.split(",") if name.strip()]
 
@@ -169,9 +194,47 @@ class OPDConfig:
             path = getattr(self, name)
             if path is not None and path.endswith((".jsonl", ".json")) and not Path(path).is_file():
                 raise ValueError(f"{name}: got {path!r}, expected a file that exists")
+        if self.lora_rank > 0 and importlib.util.find_spec("peft") is None:
+            raise ValueError(
+                f"lora_rank: got {self.lora_rank}, which needs the package peft; pip install 'opd-ops[train]', or set it to 0"
+            )
+        self._check_sources()
+        self._check_servers()
         self._check_trackers()
         self._try_loss()
         return self
+
+    def _check_sources(self) -> None:
+        for name in ("split", "name"):
+            came = getattr(self, f"eval_prompts_{name}")
+            if self.eval_prompts is None and came is not None:
+                raise ValueError(
+                    f"eval_prompts_{name}: got {came!r} without eval_prompts; set that too, to {self.prompts!r} "
+                    "for the same dataset"
+                )
+        train, held_out = self.train_source(), self.eval_source()
+        for option, found in (("prompts_name", train), ("eval_prompts_name", held_out)):
+            if found is not None and found.name is not None and Path(found.source).exists():
+                raise ValueError(
+                    f"{option}: got {found.name!r}, but {found.source} is here and has no configurations; leave it out"
+                )
+        if held_out is not None and held_out.what() == train.what():
+            raise ValueError(
+                f"eval_prompts: got {held_out.source!r}, the very prompts that are trained on, expected others; name another "
+                "eval_prompts_split, or leave eval_prompts out and the last eval_size prompts are held out"
+            )
+
+    def _check_servers(self) -> None:
+        for role in ("teacher", "rollout"):
+            for name in (f"{role}_model", f"{role}_api_key_env"):
+                if getattr(self, name) is not None and getattr(self, f"{role}_url") is None:
+                    raise ValueError(f"{name}: got one without {role}_url, the server that it is about; set both or none")
+            variable = getattr(self, f"{role}_api_key_env")
+            if variable is not None and not os.environ.get(variable):
+                raise ValueError(
+                    f"{role}_api_key_env: got the name of a variable that is not set, expected one that holds the key: export "
+                    "NAME=… and pass NAME. What came is not shown, in case it was the key itself"
+                )
 
     def _check_trackers(self) -> None:
         from accelerate.tracking import get_available_trackers

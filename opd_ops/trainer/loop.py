@@ -26,7 +26,7 @@ from transformers import get_scheduler
 
 from opd_ops.loss import SelectiveOPDOutput, selective_opd_loss
 from opd_ops.trainer import evaluation
-from opd_ops.trainer.checkpoints import Checkpoints, save_model
+from opd_ops.trainer.checkpoints import FOLDER, Checkpoints, check_resume, save_model
 from opd_ops.trainer.config import GIVEN, SAME, OPDConfig
 from opd_ops.trainer.model_card import describe_teacher, model_card
 from opd_ops.trainer.models import load_tokenizer
@@ -34,10 +34,17 @@ from opd_ops.trainer.order import seed_of
 from opd_ops.trainer.prompts import Prompt, held_out, load_prompts
 from opd_ops.trainer.rollouts import Rollouts, end_tokens, head_over, in_bf16, seeded
 from opd_ops.trainer.runlog import FILE, RunLog
-from opd_ops.trainer.samplers import LocalSampler, ServerSampler, prompts_by_step, sampling_options
+from opd_ops.trainer.samplers import (
+    LocalSampler,
+    ServerSampler,
+    check_rollout_server,
+    prompts_by_step,
+    rollout_server,
+    sampling_options,
+)
 from opd_ops.trainer.stopping import Stopping
 from opd_ops.trainer.student import load_student, make_trainable
-from opd_ops.trainer.teachers import Teacher, make_teacher
+from opd_ops.trainer.teachers import Teacher, check_teacher, make_teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,7 +72,8 @@ class OPDTrainer:
         tokenizer: Its tokenizer.
         teacher: `rollouts -> LinearHead (B, L, D) or TopKLogprobs (B, L, K)`, see teachers.py.
         prompts, eval_prompts: Lists of `Prompt`.
-    Raises: ValueError: an option, a prompt, or a teacher with another vocabulary.
+    Raises (before any model loads): ValueError: an option, a prompt, a teacher with another vocabulary, a checkpoint of another
+        run. ServerError: a server that cannot teach or sample.
     Example:
         >>> OPDTrainer(OPDConfig(student="Qwen/Qwen3-0.6B", teacher="Qwen/Qwen3-4B", prompts="questions.jsonl")).train()
     """
@@ -88,6 +96,8 @@ class OPDTrainer:
         self.folder = Path(config.output_dir)
         if (self.folder / FILE).exists() and not config.resume:
             raise ValueError(f"output_dir: {self.folder} holds a run; pass resume to continue it, or another folder")
+        if config.resume:
+            check_resume(self.folder / FOLDER, config)
         self.prompts, self.held_out = self._read_prompts(prompts, eval_prompts)
         is_itself = teacher is None and config.teacher == SAME and config.teacher_url is None
         if is_itself and config.teacher_system is None and all(prompt.teacher_system is None for prompt in self.prompts):
@@ -104,6 +114,9 @@ class OPDTrainer:
             self.folder.mkdir(parents=True, exist_ok=True)
         self.accelerator.wait_for_everyone()
         self.tokenizer = load_tokenizer(config.student) if tokenizer is None else tokenizer
+        if teacher is None:
+            check_teacher(config, self.tokenizer)
+        check_rollout_server(config, self.accelerator.num_processes)
         model = load_student(self.config) if student is None else make_trainable(student, self.config)
         self.teacher = make_teacher(config, model, self.tokenizer, self.accelerator.device) if teacher is None else teacher
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -113,7 +126,7 @@ class OPDTrainer:
         self.accelerator.register_for_checkpointing(self.schedule)
         self.is_sharded = self.accelerator.distributed_type == DistributedType.FSDP
         self.checkpoints = Checkpoints(
-            self.folder / "checkpoints",
+            self.folder / FOLDER,
             self.config,
             self.accelerator,
             self.unwrapped,
@@ -133,8 +146,6 @@ class OPDTrainer:
         with Stopping(self.accelerator) as stopping, RunLog(self.folder, self.accelerator, self.config.steps) as log:
             found = self.checkpoints.all() if self.config.resume else []
             first = self.checkpoints.load(found[-1]) if found else 0
-            if first > self.config.steps:
-                raise ValueError(f"steps: got {self.config.steps}, expected at least {first}, as {found[-1]} has done")
             log.begin_at(first, is_new=not found)
             self.contexts = self._held_out_contexts(is_first=not found)
             after = self._logged(first) if found else self._evaluate(0, log)
@@ -286,11 +297,12 @@ class OPDTrainer:
         self, prompts: Sequence[Prompt] | None, eval_prompts: Sequence[Prompt] | None
     ) -> tuple[list[Prompt], list[Prompt]]:
         config = self.config
-        found = load_prompts(config.prompts, config.prompts_split) if prompts is None else list(prompts)
+        found = load_prompts(*dataclasses.astuple(config.train_source())) if prompts is None else list(prompts)
         if eval_prompts is not None:
             return found, list(eval_prompts)[: config.eval_size]
-        if config.eval_prompts is not None:
-            return found, load_prompts(config.eval_prompts, config.prompts_split)[: config.eval_size]
+        source = config.eval_source()
+        if source is not None:
+            return found, load_prompts(*dataclasses.astuple(source))[: config.eval_size]
         return held_out(found, config.eval_size)
 
     def _make_sampler(self) -> LocalSampler | ServerSampler:
@@ -299,11 +311,5 @@ class OPDTrainer:
         prompts_of = prompts_by_step(self.prompts, config, n_micro_batches)
         if config.rollout_url is None:
             return LocalSampler(self.unwrapped, self.tokenizer, prompts_of, config.seed, **self.sampling)
-        if self.accelerator.num_processes > 1:
-            raise ValueError(
-                f"rollout_url: got {self.accelerator.num_processes} processes, expected one, since the adapter is one"
-            )
-        from opd_ops.trainer.served_rollouts import ServedRollouts
-
-        server = ServedRollouts(config.rollout_url, end_ids=end_tokens(self.unwrapped, self.tokenizer))
+        server = rollout_server(config, end_tokens(self.unwrapped, self.tokenizer))
         return ServerSampler(server, self.unwrapped, self.tokenizer, prompts_of, config, self.folder / "adapter")

@@ -41,8 +41,28 @@ class Prompt:
         return [{"role": "system", "content": system}, *(m for m in messages if m["role"] != "system")]
 
 
-def load_prompts(source: str | Path, split: str = "train") -> list[Prompt]:
-    """The prompts of a JSONL file, a folder that `datasets` saved, or a dataset it can load by name.
+@dataclass(frozen=True)
+class PromptSource:
+    """Where prompts are: what `load_prompts` takes."""
+
+    source: str
+    split: str = "train"
+    name: str | None = None
+
+    def what(self) -> tuple[str | None, ...]:
+        """Equal for sources that hold the same prompts; a file, and a folder without splits, has but one part."""
+        path = Path(self.source)
+        if not path.exists():
+            return self.source, self.name, self.split
+        return str(path.resolve()), None, self.split if (path / "dataset_dict.json").is_file() else None
+
+
+def load_prompts(source: str | Path, split: str = "train", name: str | None = None) -> list[Prompt]:
+    """The prompts of a JSONL file, a folder that `datasets` saved, or a dataset it can load by its name.
+
+    Args:
+        split: Of a dataset.
+        name: Of its configuration, where a dataset loaded by name has several.
 
     Raises: ValueError: a row that is none, with its number and what was expected; no row at all.
     """
@@ -51,7 +71,7 @@ def load_prompts(source: str | Path, split: str = "train") -> list[Prompt]:
         lines = path.read_text(encoding="utf-8").split("\n")  # not at every line separator of Unicode
         rows: Iterable[Any] = [_json(line, f"{path}:{i}") for i, line in enumerate(lines, start=1) if line.strip()]
     else:
-        rows = _dataset(str(source), split)
+        rows = _dataset(str(source), split, name)
     prompts = [parse_prompt(row, f"{source}: row {i}") for i, row in enumerate(rows, start=1)]
     if not prompts:
         raise ValueError(f"prompts: got no row in {source}, expected at least one")
@@ -97,11 +117,11 @@ def _json(line: str, where: str) -> Any:
         raise ValueError(f"{where}: got {line[:40]!r}, expected a line of JSON ({error})") from None
 
 
-def _dataset(source: str, split: str) -> Iterable[Any]:
+def _dataset(source: str, split: str, name: str | None) -> Iterable[Any]:
     import datasets  # seconds to import, and an extra
 
     if not Path(source).is_dir():
-        named: Iterable[Any] = datasets.load_dataset(source, split=split)
+        named: Iterable[Any] = datasets.load_dataset(source, name=name, split=split)
         return named
     found = datasets.load_from_disk(source)
     rows: Iterable[Any] = found[split] if isinstance(found, datasets.DatasetDict) else found

@@ -28,6 +28,30 @@ def prompts_by_step(prompts: Sequence[Prompt], config: OPDConfig, n_micro_batche
     return lambda step, number: [prompts[i] for i in prompt_indices(step, number, seed=config.seed, **sizes)]
 
 
+def check_rollout_server(config: OPDConfig, n_processes: int) -> None:
+    """Whether the server of the options, if they name one, is there and has the model.
+
+    Raises: ValueError: several processes. ServerError: it cannot be reached, or has no such model.
+    """
+    if config.rollout_url is None:
+        return
+    if n_processes > 1:
+        raise ValueError(f"rollout_url: got {n_processes} processes, expected one, since the adapter is one")
+    from opd_ops.trainer.server_client import ServerClient
+
+    key = config.api_key("rollout")
+    ServerClient(config.rollout_url, timeout=60, retries=3, concurrency=1, api_key=key).choose(config.rollout_model)
+
+
+def rollout_server(config: OPDConfig, end_ids: Sequence[int]) -> ServedRollouts:
+    """The one that the options name."""
+    from opd_ops.trainer.served_rollouts import ServedRollouts
+
+    assert config.rollout_url is not None
+    key = config.api_key("rollout")
+    return ServedRollouts(config.rollout_url, end_ids=end_ids, model=config.rollout_model, api_key=key)
+
+
 def sampling_options(config: OPDConfig) -> dict[str, Any]:
     return {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "top_p": config.top_p}
 

@@ -35,7 +35,7 @@ class ServerError(RuntimeError):
     """A server that cannot be reached, refuses, or answers something else than was asked; the message names its address."""
 
 
-class _Passing(ServerError):
+class _PassingError(ServerError):
     """Worth another try."""
 
 
@@ -77,7 +77,10 @@ class ServerClient:
             return found[0]
         if model in found:
             return str(model)
-        raise ServerError(f"{self.url}: serves {', '.join(map(repr, found))}, asked for {model!r}; pass model= as one of these")
+        raise ServerError(
+            f"{self.url}: serves {', '.join(map(repr, found))}, asked for {model!r}; pass model= as one of these "
+            "(opd-train: teacher_model, rollout_model)"
+        )
 
     def complete(self, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The only choice of each completion, in the order of the requests; the first error ends them all."""
@@ -99,7 +102,7 @@ class ServerClient:
     def _send(self, path: str, body: dict[str, Any] | None, retries: int, wait: float = FIRST_WAIT) -> bytes:
         try:
             return self._once(path, body)
-        except _Passing:
+        except _PassingError:
             if not retries:
                 raise
         time.sleep(wait)
@@ -116,13 +119,23 @@ class ServerClient:
                 content: bytes = reply.read()
                 return content
         except urllib.error.HTTPError as error:
-            kind = _Passing if error.code >= 500 or error.code == 429 else ServerError
+            kind = _PassingError if error.code >= 500 or error.code == 429 else ServerError
             raise kind(f"{self.url}{path}: answered {error.code}: {_reason(error)}") from error
         except (OSError, http.client.HTTPException) as error:
-            raise _Passing(
-                f"{self.url}{path}: no answer within {self.timeout:g} s ({error}); is the server up, and the address right? "
-                "A long batch needs a longer timeout or fewer requests at once (concurrency)"
-            ) from error
+            # urllib wraps what happens before the request is sent; what comes later arrives as it is.
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, TimeoutError):
+                said = (
+                    f"no answer within {self.timeout:g} s ({reason}); is the server up, and the address right? A long batch "
+                    "needs a longer timeout or fewer requests at once (concurrency)"
+                )
+            elif isinstance(error, urllib.error.URLError):
+                said = f"cannot be reached ({reason}); is the server up, and the address right?"
+            else:
+                said = (
+                    f"the connection broke before the answer was whole ({type(error).__name__}: {error}); see the server's log"
+                )
+            raise _PassingError(f"{self.url}{path}: {said}") from error
 
     def _parsed(self, path: str, content: bytes) -> Any:
         try:

@@ -24,18 +24,13 @@ def load_student(config: OPDConfig) -> PreTrainedModel:
 
 
 def make_trainable(model: Any, config: OPDConfig) -> Any:
-    """`model` itself, or a PEFT model around it.
-
-    Raises: ModuleNotFoundError: LoRA without the package `peft`.
-    """
+    """`model` itself, or a PEFT model around it."""
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.lora_rank == 0:
         return model.requires_grad_(True)
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("lora_rank: needs the package peft; pip install 'opd-ops[train]'", name="peft") from error
+    from peft import LoraConfig, get_peft_model  # an extra; `OPDConfig.check` has found it
+
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_rank,

@@ -72,23 +72,34 @@ class ServerTeacher:
         return TopKLogprobs(ids.to(device), logprobs.to(device))
 
 
-def make_teacher(config: OPDConfig, student: Any, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Teacher:
-    """The teacher that the options name; `student` is the model before any training.
+def check_teacher(config: OPDConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What can be known of the teacher before any model loads.
 
     Raises: ValueError: a teacher with another vocabulary. ServerError: a server that cannot teach.
     """
     if config.teacher_url is not None:
-        from opd_ops.trainer.served_teacher import ServedTeacher
+        _server(config).check()
+    elif config.teacher != SAME:
+        check_tokenizers(tokenizer, load_tokenizer(config.teacher))
 
-        server = ServedTeacher(config.teacher_url, top_k=config.teacher_top_k)
-        server.check()
-        return ServerTeacher(server, tokenizer, config.teacher_system)
+
+def _server(config: OPDConfig) -> ServedTeacher:
+    from opd_ops.trainer.served_teacher import ServedTeacher
+
+    assert config.teacher_url is not None
+    options: dict[str, Any] = {"top_k": config.teacher_top_k, "api_key": config.api_key("teacher")}
+    return ServedTeacher(config.teacher_url, model=config.teacher_model, **options)
+
+
+def make_teacher(config: OPDConfig, student: Any, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Teacher:
+    """The teacher that the options name, which `check_teacher` has let pass; `student` is the model before any training."""
+    if config.teacher_url is not None:
+        return ServerTeacher(_server(config), tokenizer, config.teacher_system)
     if config.teacher == SAME and config.lora_rank > 0:
         return BaseTeacher(student, tokenizer, config.teacher_system)
     if config.teacher == SAME:
         dtype = student.dtype if config.teacher_dtype == "auto" else getattr(torch, config.teacher_dtype)
         return LocalTeacher(copy.deepcopy(student).to(device, dtype), tokenizer, config.teacher_system)
-    check_tokenizers(tokenizer, load_tokenizer(config.teacher))
     return LocalTeacher(load_model(config.teacher, dtype=config.teacher_dtype).to(device), tokenizer, config.teacher_system)
 
 

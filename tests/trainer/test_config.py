@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from opd_ops import JSD
 from opd_ops.trainer import cli, models
 from opd_ops.trainer.config import OPDConfig, read_config
+from opd_ops.trainer.prompts import PromptSource
 
 
 @pytest.fixture
@@ -73,6 +75,15 @@ def test_every_option_has_a_help_text_and_a_flag(capsys):
         (["--answer_pattern=("], "answer_pattern: got '\\(', expected a regular expression"),
         (["--output_dir="], "output_dir: got nothing"),
         (["--lora_rank=4", "--teacher_dtype=bfloat16"], "teacher_dtype: got 'bfloat16', but under LoRA"),
+        (["--eval_prompts_split=test"], "eval_prompts_split: got 'test' without eval_prompts; set that too"),
+        (["--eval_prompts_name=main"], "eval_prompts_name: got 'main' without eval_prompts; set that too"),
+        (["--prompts=gsm8k", "--eval_prompts=gsm8k"], "eval_prompts: got 'gsm8k', the very prompts that are trained on"),
+        (
+            ["--prompts=gsm8k", "--prompts_name=main", "--eval_prompts=gsm8k", "--eval_prompts_split=train"],
+            "eval_prompts: got 'gsm8k', the very prompts",
+        ),
+        (["--teacher_model=big"], "teacher_model: got one without teacher_url, the server that it is about"),
+        (["--rollout_api_key_env=KEY"], "rollout_api_key_env: got one without rollout_url"),
         (["--scope=rows"], "invalid choice: 'rows'"),
         (["--frac=0.1"], "frac"),
     ],
@@ -102,6 +113,55 @@ def test_read_config_rejects_other_files(text, message, needed, tmp_path, capsys
     with pytest.raises(SystemExit):
         read_config(["--config", str(tmp_path / "none.yaml"), *needed])
     assert "expected a YAML file that exists" in capsys.readouterr().err
+
+
+def test_files_have_no_configurations_and_are_not_evaluated_on_themselves(needed, tmp_path, capsys):
+    path = tmp_path / "prompts.jsonl"
+    (tmp_path / "folder").mkdir()
+    same = tmp_path / "folder" / ".." / "prompts.jsonl"
+    for flags, message in (
+        (["--prompts_name=main"], f"prompts_name: got 'main', but {path} is here and has no configurations; leave it out"),
+        ([f"--eval_prompts={same}", "--eval_prompts_split=test"], f"eval_prompts: got '{same}', the very prompts"),
+    ):
+        with pytest.raises(SystemExit):
+            read_config([*needed, *flags])
+        assert message in capsys.readouterr().err
+
+
+def test_eval_prompts_of_the_same_dataset_are_of_its_configuration(needed):
+    flags = ["--student=x", "--prompts=gsm8k", "--prompts_name=main"]
+    same = read_config([*flags, "--eval_prompts=gsm8k", "--eval_prompts_split=test"])
+    assert same.train_source() == PromptSource("gsm8k", "train", "main")
+    assert same.eval_source() == PromptSource("gsm8k", "test", "main")
+    assert read_config([*flags, "--eval_prompts=math"]).eval_source() == PromptSource("math", "train", None)
+    socratic = read_config([*flags, "--eval_prompts=gsm8k", "--eval_prompts_name=socratic"])
+    assert socratic.eval_source() == PromptSource("gsm8k", "train", "socratic")
+    assert read_config(flags).eval_source() is None
+
+
+def test_a_server_s_key_is_read_from_the_environment_and_never_shown(needed, monkeypatch, capsys):
+    flags = [*needed, "--teacher_url=http://x", "--divergence=tail_aware", "--teacher_api_key_env=OPD_KEY"]
+    monkeypatch.delenv("OPD_KEY", raising=False)
+    for given in (flags, [*flags[:-1], "--teacher_api_key_env=sk-secret"]):
+        with pytest.raises(SystemExit):
+            read_config(given)
+        said = capsys.readouterr().err
+        assert "teacher_api_key_env: got the name of a variable that is not set, expected one that holds the key" in said
+        assert "secret" not in said
+    monkeypatch.setenv("OPD_KEY", "sk-secret")
+    config = read_config(flags)
+    assert config.api_key("teacher") == "sk-secret"
+    assert config.api_key("rollout") is None
+    assert "secret" not in repr(config)
+
+
+def test_lora_needs_peft_before_anything_loads(needed, monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "peft" else found(name, *more))
+    with pytest.raises(SystemExit):
+        read_config([*needed, "--lora_rank=4"])
+    assert "lora_rank: got 4, which needs the package peft; pip install 'opd-ops[train]'" in capsys.readouterr().err
+    read_config(needed)
 
 
 def test_a_served_teacher_takes_a_divergence_on_lists(needed):

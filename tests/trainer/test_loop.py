@@ -82,7 +82,7 @@ def test_what_a_run_writes(tmp_path):
     with pytest.raises(ValueError, match=r"output_dir: .* holds a run; pass resume to continue it, or another folder"):
         trainer(tmp_path, steps=4)
     with pytest.raises(ValueError, match=r"resume: .* is of another run: fraction was 0.25 and is 0.5"):
-        trainer(tmp_path, steps=6, resume=True, fraction=0.5).train()
+        trainer(tmp_path, steps=6, resume=True, fraction=0.5)
 
 
 def test_a_step_is_the_gradient_of_all_its_tokens(tmp_path):
@@ -187,7 +187,7 @@ def test_the_card_says_what_was_done(tmp_path):
     assert "0.4 % of the tokens" in card
     assert "base_model" not in card  # no name that a hub knows
     with pytest.raises(ValueError, match="steps: got 1, expected at least 2"):
-        trainer(tmp_path, steps=1, fraction=0.004, resume=True).train()
+        trainer(tmp_path, steps=1, fraction=0.004, resume=True)
 
 
 def test_report_to_sends_the_numbers_to_the_trackers(tmp_path):

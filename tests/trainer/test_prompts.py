@@ -11,7 +11,7 @@ import datasets
 import pytest
 
 from opd_ops.trainer.order import prompt_indices, seed_of
-from opd_ops.trainer.prompts import Prompt, held_out, load_prompts
+from opd_ops.trainer.prompts import Prompt, PromptSource, held_out, load_prompts
 
 ROWS = [
     {"prompt": "Why?\u2028"},
@@ -34,6 +34,32 @@ def test_load_prompts_reads_jsonl_and_saved_datasets(tmp_path):
     assert load_prompts(folder) == [Prompt.of("Why?"), Prompt.of("How?")]
     datasets.DatasetDict({"test": datasets.Dataset.from_list([{"prompt": "Who?"}])}).save_to_disk(str(tmp_path / "splits"))
     assert load_prompts(tmp_path / "splits", "test") == [Prompt.of("Who?")]
+
+
+def test_load_prompts_asks_for_the_configuration_and_split_of_a_dataset(monkeypatch):
+    asked = []
+
+    def load(path, *, name, split):
+        asked.append((path, name, split))
+        return [{"prompt": "Why?"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    load_prompts("gsm8k", "test", "main")
+    load_prompts("gsm8k")
+    assert asked == [("gsm8k", "main", "test"), ("gsm8k", None, "train")]
+
+
+def test_sources_are_the_same_where_their_prompts_are(tmp_path):
+    datasets.Dataset.from_list(ROWS[:1]).save_to_disk(str(tmp_path / "whole"))
+    datasets.DatasetDict({"test": datasets.Dataset.from_list(ROWS[:1])}).save_to_disk(str(tmp_path / "splits"))
+
+    def is_split(source):
+        return PromptSource(source, "train").what() != PromptSource(source, "test").what()
+
+    assert is_split("gsm8k")
+    assert is_split(str(tmp_path / "splits"))
+    assert not is_split(str(tmp_path / "whole"))
+    assert PromptSource("gsm8k", name="main").what() != PromptSource("gsm8k", name="socratic").what()
 
 
 def test_conversation_puts_the_system_message_in_the_place_of_the_prompts_own():
