@@ -6,6 +6,8 @@
 # Not here: the numbers (test_diagnostics.py), the page (test_diagnostics_report.py).
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -50,8 +52,8 @@ def test_inspect_writes_the_page_and_its_numbers(folder, tmp_path, capsys):
     assert "SELECTED by teachability, 30 %" in page
     assert str(folder / "trained") in page
     assert found.pop("settings")["student"] == str(folder / "student")
-    assert found == json.loads(json.dumps(run(folder, *chosen).to_json()))  # the seed decides
-    assert found != json.loads(json.dumps(run(folder, *chosen, "--seed", "1").to_json() | {"seed": 0}))
+    assert found == json.loads(json.dumps(run(folder, *chosen, "--overwrite").to_json()))  # the seed decides
+    assert found != json.loads(json.dumps(run(folder, *chosen, "--overwrite", "--seed", "1").to_json() | {"seed": 0}))
     assert found["n_contexts"] == 5
     assert found["n_prompts"] == 4  # one is asked twice
     labels = [(row["selector"], row["fraction"]) for row in found["gains"]]
@@ -129,6 +131,44 @@ def test_inspect_refuses_bad_flags_before_loading(folder, more, message, monkeyp
         cli.main(flags(folder, *more))
     assert exit_.value.code == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["r.html", "r.json"])
+def test_inspect_replaces_a_report_only_when_told(folder, tmp_path, name, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "load_tokenizer", lambda name: pytest.fail("a tokenizer was loaded"))
+    (tmp_path / name).write_text("before")
+    out = ["--out", str(tmp_path / "r.html")]
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(flags(folder, *out))
+    assert exit_.value.code == 2
+    said = f"argument --out: {tmp_path / name} exists; name another file, or pass --overwrite to replace it"
+    assert said in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "before"
+    monkeypatch.undo()
+    cli.main(flags(folder, *out, "--overwrite", "--limit", "2"))
+    assert (tmp_path / name).read_text() != "before"
+
+
+@pytest.mark.parametrize("package", ["transformers", "matplotlib", "rich"])
+def test_inspect_names_the_extra_of_a_missing_package(folder, tmp_path, package):
+    code = f"import sys; sys.modules[{package!r}] = None; from opd_ops.diagnostics.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, *flags(folder, "--out", str(tmp_path / "r.html"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert f"error: {package} is not installed; pip install 'opd-ops[inspect]'" in done.stderr
+
+
+def test_answers_of_two_runs_share_no_seed():
+    seeds = []
+
+    def sampled(model, tokenizer, batch, *, seed, **_):
+        seeds.append(seed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "sample", sampled)
+        for seed in (0, 1):  # seed + number would give the second run the first one's draws
+            list(measure.sample_answers(measure.Reader(None, None), list(range(6)), max_new_tokens=1, batch_size=2, seed=seed))
+    assert len(set(seeds)) == 6
 
 
 def test_inspect_refuses_bad_rows_before_loading(folder, tmp_path, monkeypatch, capsys):

@@ -9,14 +9,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
+from opd_ops.diagnostics import report
 from opd_ops.diagnostics.contexts import Contexts
 from opd_ops.diagnostics.fixed_context import named_selectors
 from opd_ops.diagnostics.measure import Reader, compare, sample_answers
@@ -27,9 +29,7 @@ from opd_ops.trainer.models import load_model, load_tokenizer
 from opd_ops.trainer.prompts import Prompt, load_prompts
 from opd_ops.trainer.teachers import check_tokenizers
 
-if TYPE_CHECKING:
-    pass
-
+NEEDED = ("transformers", "matplotlib", "rich")  # each is imported only where it is used, which may be after the models ran
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 Item = TypeVar("Item")
 
@@ -53,6 +53,7 @@ class Settings:
     seed: int
     dtype: str
     out: Path
+    overwrite: bool
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, list[Prompt]]:
@@ -79,6 +80,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, list[Prompt
     add("--seed", type=_integer(0), default=0, metavar="N", help="of the answers, the resamples and selectors that draw")
     add("--dtype", choices=DTYPES, default="auto", help="of all models; auto: each checkpoint's own")
     add("--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page; its numbers go to FILE with .json")
+    add("--overwrite", action="store_true", help="replace the page and numbers that FILE already has")
     settings = Settings(**vars(parser.parse_args(arguments)))
     if not Path(settings.prompts).is_file():
         parser.error(f"argument --prompts: got {settings.prompts!r}, expected a JSONL file")
@@ -93,6 +95,9 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, list[Prompt
         parser.error(f"argument --out: got {str(settings.out)!r}, expected the name of an HTML file")
     if settings.out.with_suffix(".json").resolve() == Path(settings.prompts).resolve():
         parser.error(f"argument --out: got {str(settings.out)!r}, whose numbers would go over the prompts; name it otherwise")
+    for path in (settings.out, settings.out.with_suffix(".json")):
+        if path.exists() and not settings.overwrite:
+            parser.error(f"argument --out: {path} exists; name another file, or pass --overwrite to replace it")
     if settings.trained is not None and len({prompt.messages for prompt in prompts}) < 2:
         parser.error("argument --prompts: got 1 different prompt, expected at least 2: --trained resamples them for intervals")
     return settings, prompts
@@ -135,13 +140,12 @@ def run(settings: Settings, prompts: Sequence[Prompt]) -> tuple[Contexts, Study]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the flags, run the models, write the page and its numbers."""
     settings, prompts = parse(arguments)
-    try:
-        from opd_ops.diagnostics import report
-    except ModuleNotFoundError as error:
-        raise SystemExit(f"error: {error.name} is not installed; pip install 'opd-ops[inspect]'") from error
+    for package in NEEDED:
+        if importlib.util.find_spec(package) is None:
+            raise SystemExit(f"error: {package} is not installed; pip install 'opd-ops[inspect]'")
     contexts, found = run(settings, prompts)
     shown = {name.replace("_", " "): _text(value) for name, value in asdict(settings).items() if value is not None}
-    for name in ("out", "resamples", "seed"):  # the page says the last two itself
+    for name in ("out", "overwrite", "resamples", "seed"):  # the page says the last two itself
         shown.pop(name)
     settings.out.write_text(report.render(contexts, found, shown), encoding="utf-8")
     numbers = settings.out.with_suffix(".json")

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from opd_ops.scoring import score_positions
 from opd_ops.selectors import everything
 from opd_ops.stats import TokenStats
+from opd_ops.trainer.order import seed_of
 from opd_ops.trainer.prompts import Prompt
 from opd_ops.trainer.rollouts import Rollouts, head_over, sample
+from opd_ops.trainer.teachers import systems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,9 +47,9 @@ def sample_answers(
     student: Reader, prompts: Sequence[Prompt], *, max_new_tokens: int, batch_size: int, seed: int
 ) -> Iterable[Rollouts]:
     """Batches of answers at temperature 1 from the whole distribution, as on-policy training draws them."""
-    for number, first in enumerate(range(0, len(prompts), batch_size)):
-        batch = prompts[first : first + batch_size]
-        yield sample(student.model, student.tokenizer, batch, max_new_tokens=max_new_tokens, seed=seed + number)
+    for first in range(0, len(prompts), batch_size):
+        batch, own = prompts[first : first + batch_size], seed_of(seed, "answers", first)
+        yield sample(student.model, student.tokenizer, batch, max_new_tokens=max_new_tokens, seed=own)
 
 
 @torch.no_grad()
@@ -68,10 +70,9 @@ def compare(
     """
     found = []
     for rollouts in frozen:
-        systems = [teacher_system if prompt.teacher_system is None else prompt.teacher_system for prompt in rollouts.prompts]
         _, stats = score_positions(
             head_over(student.model, student.tokenizer, rollouts),
-            head_over(teacher.model, teacher.tokenizer, rollouts, system=systems),
+            head_over(teacher.model, teacher.tokenizer, rollouts, system=systems(rollouts.prompts, teacher_system)),
             mask=rollouts.mask,
             top_k=top_k,
             selector=Asking(columns),
