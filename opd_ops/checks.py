@@ -85,7 +85,8 @@ def check_student_stats(stats: object, student: Source, top_k: int, valid: Tenso
     """Of the call's positions, with K of at least `top_k`, over the vocabulary that the call compares."""
     if not isinstance(stats, StudentStats):
         raise TypeError(f"student_stats: got {type(stats).__name__}, expected StudentStats")
-    shape, device, vocab = student.leading.shape[:-1], student.leading.device, student.transform.vocab_size
+    shape, device, transform = student.leading.shape[:-1], student.leading.device, student.transform
+    vocab = transform.whole_vocab_size
     for name in ("logsumexp", "entropy"):
         of_positions(f"student_stats.{name}", getattr(stats, name), shape, device)
     for name in ("ids", "logprobs"):
@@ -94,7 +95,7 @@ def check_student_stats(stats: object, student: Source, top_k: int, valid: Tenso
     if stats.ids.shape[-1] < top_k:
         raise ValueError(f"student_stats: got {stats.ids.shape[-1]} ids a position, expected at least top_k = {top_k}")
     own = student.leading.shape[-1] if student.weight is None else len(student.weight)
-    if own != vocab:
+    if own != transform.vocab_size:
         raise ValueError(
             f"student_stats: are over the student's own vocabulary of {own}, but the call compares the first {vocab} entries; "
             "pass no student_stats"

@@ -4,8 +4,8 @@
 #   gather(x)     one all-gather of tensors of one shape, in rank order    size * x.nbytes
 #   first(x)      one broadcast of the first rank's                        x.nbytes
 #
-# All three give every rank the same bits. With one process nothing is sent. A collective waits for every rank, so whoever
-# calls one calls it on all of them, whatever their data: a rank without a position takes part with empty sums.
+# All three give every rank the same bits. With one process, or nothing to send, nothing is sent. A collective waits for every
+# rank, so whoever calls one calls it on all of them, whatever their data: a rank without a position takes part with empty sums.
 # Not here: what is sent (backends/shards.py, order_statistics.py), how much of it (docs/scaling.md).
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Ranks:
     @torch.no_grad()
     def sum(self, x: Tensor) -> Tensor:
         """The sum over ranks, in place of `x`, which must be contiguous."""
-        if self.size > 1:
+        if self.size > 1 and x.numel():
             dist.all_reduce(x, group=self.group)
         return x
 
@@ -47,6 +47,8 @@ class Ranks:
         """(size, *x.shape) everyone's `x`, which must have one shape and dtype on all ranks."""
         if self.size == 1:
             return x.unsqueeze(0)
+        if not x.numel():
+            return x.new_empty(self.size, *x.shape)
         every = x.new_empty(self.size * x.numel())
         dist.all_gather_into_tensor(every, x.contiguous().view(-1), group=self.group)
         return every.view(self.size, *x.shape)
@@ -54,6 +56,6 @@ class Ranks:
     @torch.no_grad()
     def first(self, x: Tensor) -> Tensor:
         """The first rank's `x`, in place of everyone's, which must be contiguous."""
-        if self.size > 1:
+        if self.size > 1 and x.numel():
             dist.broadcast(x, group=self.group, group_src=0)
         return x

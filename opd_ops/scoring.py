@@ -20,7 +20,7 @@ from opd_ops.inputs import LinearHead
 from opd_ops.masking import Positions, positions
 from opd_ops.rollout import StudentStats
 from opd_ops.selection import select, sequence_ids
-from opd_ops.selectors import Selector, check_known, check_ranks_twice, resolve_selector
+from opd_ops.selectors import Selector, check_known, check_ranks_twice, is_deterministic, resolve_selector
 from opd_ops.sides import check_sources
 from opd_ops.sources import Source
 from opd_ops.stats import OPTIONAL_COLUMNS, TokenStats
@@ -155,6 +155,11 @@ class Scoring:
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(f"selector: returned {got}, expected a tensor of scores of shape {tuple(self.shape)}")
         trainable = stats.valid & finite(stats, self.divergence)
+        shard = self.student.transform.shard
+        if shard is not None and not is_deterministic(self.selector):
+            scores = shard.ranks.first(
+                scores.clone(memory_format=torch.contiguous_format)
+            )  # whatever it drew: all ranks train on the same positions
         return torch.where(trainable, scores.to(stats.reverse_kl.dtype), -torch.inf)
 
     def _refuse_nonfinite(self, stats: TokenStats) -> None:
@@ -217,8 +222,9 @@ def prepare(
         process_group=process_group,
     )
     shape, device = sources[0].leading.shape[:-1], sources[0].leading.device
-    checks.check_top_k(top_k, sources[0].transform.vocab_size)
-    checks.check_divergence_top_k(found_divergence, sources[0].transform.vocab_size)
+    vocab = sources[0].transform.whole_vocab_size
+    checks.check_top_k(top_k, vocab)
+    checks.check_divergence_top_k(found_divergence, vocab)
     checks.check_integer("workspace_bytes", workspace_bytes, least=1)
     if score_dtype is not None:
         checks.check_choice("score_dtype", score_dtype, tuple(SCORE_DTYPES))
@@ -234,7 +240,7 @@ def prepare(
         cu_seqlens=cu_seqlens,
         tokens=teacher.ids if tokens is None and isinstance(teacher, SampledLogprobs) else tokens,
         special_ids=checks.check_ids("special_ids", special_ids),
-        among=sources[0].transform.vocab_size if checks.reads_tokens(found_divergence) else None,
+        among=vocab if checks.reads_tokens(found_divergence) else None,
     )
     checks.check_generator(generator)
     found_dtype = None if score_dtype is None else SCORE_DTYPES[score_dtype]

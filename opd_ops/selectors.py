@@ -254,6 +254,13 @@ def resolve_selector(selector: str | Selector, *, generator: torch.Generator | N
     return selector
 
 
+def is_deterministic(selector: Selector) -> bool:
+    """Whether equal statistics give equal scores, as far as is known: of this file's selectors that do not draw."""
+    if isinstance(selector, (Multinomial, Random)):
+        return False
+    return isinstance(selector, Prefix) or selector in SELECTORS.values()
+
+
 WHOLE_ROW = (divergence_reverse_kl, tip, overconfident)  # need a KL over the vocabulary, or below, the JSD
 OF_STUDENT = (entropy, everything)  # and the controls: all that a teacher of one token leaves
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from opd_ops import checks
+from opd_ops import checks, sharding
 from opd_ops.divergences import DIVERGENCES, Divergence, Extrapolated
-from opd_ops.inputs import LinearHead, positions_shape, vocabulary
+from opd_ops.inputs import LinearHead, positions_shape
+from opd_ops.sharding import Vocabulary
 from opd_ops.sources import Source, compute_dtype
 from opd_ops.teachers import Listed, SampledLogprobs, SparseTeacher, TopKLogprobs
 
@@ -32,31 +34,49 @@ def check_sources(
     process_group: object,
 ) -> tuple[Source, Source | Listed]:
     """Both sides over their common vocabulary; one warning if their vocabularies differ and none was named."""
-    s = _check_side("student", student)
-    if process_group is not None:
-        raise ValueError("process_group: got a group, expected None: vocabulary-parallel inputs are not supported yet")
     checks.check_number("temperature", temperature, above=0.0)
+    named = [("student", student)]
+    if not isinstance(teacher, (TopKLogprobs, SampledLogprobs)):
+        named.append(("teacher", teacher))
+        if isinstance(divergence, Extrapolated):
+            named.append(("Extrapolated.reference", divergence.reference))
+    found = [(name, *sharding.to_local(name, _check_side(name, side))) for name, side in named]
+    group = sharding.one_group(process_group, [(name, of_side) for name, _, of_side in found])
+    (_, s, _), *others = found
+    for name, side, _ in others:
+        _check_beside(name, side, s)
+    vocabularies = sharding.share_out(s, [(name, side) for name, side, _ in others], group)
+    if vocabularies.ranks is not None and len(eos_ids):
+        raise ValueError("eos_ids: ids cannot be merged where ranks share out the vocabulary; pass no eos_ids")
     if isinstance(teacher, (TopKLogprobs, SampledLogprobs)):
-        return _check_sparse(s, teacher, divergence, vocab_size, float(temperature), eos_ids)
-    t = _check_side("teacher", teacher)
-    _check_beside("teacher", t, s)
-    vocab = _check_vocabulary(vocabulary(s), vocabulary(t), vocab_size)
+        return _check_sparse(s, vocabularies, teacher, divergence, vocab_size, float(temperature), eos_ids)
+    totals = [widths.total for widths in (vocabularies.student, *vocabularies.others)]
+    vocab = _check_vocabulary(totals[0], totals[1], vocab_size)
     merged = _check_eos_ids(eos_ids, vocab)
-    student_source, teacher_source = (Source.of(side, vocab, float(temperature), merged) for side in (s, t))
+    if totals[-1] < vocab:
+        raise ValueError(
+            f"Extrapolated.reference: has a vocabulary of {totals[-1]}, expected at least the call's, {vocab}; pass "
+            f"vocab_size={totals[-1]}"
+        )
+    shard = vocabularies.shard(vocab)
+    if shard is None:
+        of_all = [Source.of(side, vocab, float(temperature), merged) for _, side, _ in found]
+    else:
+        parts = [s]
+        parts += [
+            sharding.part_of(name, side, w, shard) for (name, side, _), w in zip(others, vocabularies.others, strict=True)
+        ]
+        of_all = [Source.of(side, shard.width, float(temperature), shard=shard) for side in parts]
+    student_source, teacher_source, *reference = of_all
     if isinstance(divergence, Extrapolated):
-        r = _check_side("Extrapolated.reference", divergence.reference)
-        _check_beside("Extrapolated.reference", r, s)
-        if vocabulary(r) < vocab:
-            raise ValueError(
-                f"Extrapolated.reference: has a vocabulary of {vocabulary(r)}, expected at least the call's, {vocab}; pass "
-                f"vocab_size={vocabulary(r)}"
-            )
-        teacher_source = teacher_source.mixed(divergence.lam, Source.of(r, vocab, float(temperature)))
+        unmerged = reference[0]._replace(transform=replace(reference[0].transform, merged=()))
+        teacher_source = teacher_source.mixed(divergence.lam, unmerged)
     return student_source, teacher_source
 
 
 def _check_sparse(
     student: Tensor | LinearHead,
+    vocabularies: Vocabulary,
     teacher: SparseTeacher,
     divergence: Divergence,
     vocab_size: int | None,
@@ -97,8 +117,10 @@ def _check_sparse(
         )
     if len(eos_ids) and isinstance(teacher, SampledLogprobs):
         raise ValueError("eos_ids: SampledLogprobs knows one of the ids alone, not their sum; pass no eos_ids, or TopKLogprobs")
-    vocab = _check_vocabulary(vocabulary(student), vocabulary(student), vocab_size)
-    source = Source.of(student, vocab, temperature, _check_eos_ids(eos_ids, vocab))
+    total = vocabularies.student.total
+    vocab = _check_vocabulary(total, total, vocab_size)
+    shard, merged = vocabularies.shard(vocab), _check_eos_ids(eos_ids, vocab)
+    source = Source.of(student, vocab if shard is None else shard.width, temperature, merged, shard)
     return source, Listed.of(teacher, vocab, compute_dtype(source), source.transform.merged)
 
 
@@ -121,19 +143,14 @@ def _check_eos_ids(ids: object, vocab_size: int) -> tuple[int, ...]:
 
 
 def _check_side(name: str, side: object) -> Tensor | LinearHead:
-    if isinstance(side, LinearHead):
-        tensors = [side.hidden, side.weight]
-    elif isinstance(side, Tensor):
+    if isinstance(side, Tensor):
         if not side.is_floating_point():
             raise TypeError(f"{name}: got logits of dtype {side.dtype}, expected a floating-point dtype")
-        if side.dim() < 1 or side.shape[-1] < 1:
+        if side.dim() < 1:
             raise ValueError(f"{name}: got logits of shape {tuple(side.shape)}, expected (..., V) with V >= 1")
-        tensors = [side]
-    else:
+    elif not isinstance(side, LinearHead):
         more = ", TopKLogprobs or SampledLogprobs" if name == "teacher" else ""
         raise TypeError(f"{name}: got {type(side).__name__}, expected a logits tensor (..., V) or a LinearHead{more}")
-    if any(hasattr(t, "full_tensor") for t in tensors):  # without importing torch.distributed for it
-        raise ValueError(f"{name}: got a DTensor, expected local tensors; gather it first with .full_tensor()")
     return side
 
 
@@ -143,6 +160,9 @@ def _device(side: Tensor | LinearHead) -> torch.device:
 
 def _check_vocabulary(student: int, teacher: int, vocab_size: int | None) -> int:
     common = min(student, teacher)
+    if common < 1:
+        name = "student" if student < 1 else "teacher"
+        raise ValueError(f"{name}: got a vocabulary without an entry, expected logits (..., V) with V >= 1")
     if vocab_size is not None:
         checks.check_integer("vocab_size", vocab_size, least=1)
         if vocab_size > common:

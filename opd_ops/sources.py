@@ -4,6 +4,7 @@
 #   V is the common vocabulary: both models are sliced to it before any softmax, never padded.
 #   mixed with a reference model:  lam * logits + (1 - lam) * its logits     (arXiv 2602.12125), a teacher's -inf stays -inf
 #   merged ids e0, e1, ...: logit e0 becomes log sum e^logits of all of them, the others -inf: one action
+#   a shard: the source holds the ids first ... first + width - 1 alone, other ranks hold the others; lists of ids are global
 #
 # Not here: what is computed from the logits (backends/), the checks of both sides (sides.py).
 from __future__ import annotations
@@ -17,6 +18,28 @@ from torch import Tensor
 
 from opd_ops.float8 import Float8Rows
 from opd_ops.inputs import LinearHead
+from opd_ops.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of the common vocabulary each rank holds: consecutive ids, in rank order; a part may be empty."""
+
+    ranks: Ranks
+    widths: tuple[int, ...]
+
+    @property
+    def first(self) -> int:
+        """The first id of this rank's part."""
+        return sum(self.widths[: self.ranks.rank])
+
+    @property
+    def width(self) -> int:
+        return self.widths[self.ranks.rank]
+
+    @property
+    def total(self) -> int:
+        return sum(self.widths)
 
 
 @dataclass(frozen=True)
@@ -24,12 +47,22 @@ class Transform:
     """How stored numbers become logits: everything of a source but its tensors."""
 
     is_head: bool
-    vocab_size: int
+    vocab_size: int  # that this process holds
     temperature: float
     scale: float = 1.0
     softcap: float | None = None
     lam: float = 1.0  # share of these logits, where they are mixed with a reference's
     merged: tuple[int, ...] = ()  # ids that count as one action, the first
+    shard: Shard | None = None  # None: this process holds the whole vocabulary
+
+    @property
+    def first_id(self) -> int:
+        return 0 if self.shard is None else self.shard.first
+
+    @property
+    def whole_vocab_size(self) -> int:
+        """Over all ranks."""
+        return self.vocab_size if self.shard is None else self.shard.total
 
 
 class Source(NamedTuple):
@@ -43,11 +76,17 @@ class Source(NamedTuple):
     reference: Source | None = None  # whose logits are mixed in
 
     @staticmethod
-    def of(side: Tensor | LinearHead, vocab_size: int, temperature: float, merged: tuple[int, ...] = ()) -> Source:
+    def of(
+        side: Tensor | LinearHead,
+        vocab_size: int,
+        temperature: float,
+        merged: tuple[int, ...] = (),
+        shard: Shard | None = None,
+    ) -> Source:
         if isinstance(side, LinearHead):
-            transform = Transform(True, vocab_size, temperature, float(side.scale), side.softcap, merged=merged)
+            transform = Transform(True, vocab_size, temperature, float(side.scale), side.softcap, merged=merged, shard=shard)
             return Source(transform, side.hidden, side.weight, side.bias, side.float8)
-        return Source(Transform(False, vocab_size, temperature, merged=merged), side)
+        return Source(Transform(False, vocab_size, temperature, merged=merged, shard=shard), side)
 
     def mixed(self, lam: float, reference: Source) -> Source:
         """The logits lam * these + (1 - lam) * the reference's."""

@@ -103,9 +103,13 @@ def resolve_backend(name: str, student: Source, teacher: Source | Listed, needs:
         chosen, because = ("torch", reason) if reason else ("triton", f"the device is {device}")
     elif name == "auto":
         chosen, because = "torch", f"the device is {device}"
-    if needs.inplace and (chosen not in INPLACE or is_computed(student, teacher) or not has_kernel(needs.divergence)):
+    is_shared = student.transform.shard is not None
+    if needs.inplace and (
+        chosen not in INPLACE or is_shared or is_computed(student, teacher) or not has_kernel(needs.divergence)
+    ):
         raise ValueError(
-            "inplace_backward: got True, which only backend='triton' has, for dense logits and reverse or forward KL; "
+            "inplace_backward: got True, which only backend='triton' has, for dense logits of the whole vocabulary and reverse "
+            "or forward KL; "
             f"this call uses {chosen!r} ({because}) and divergence {needs.divergence.name!r}"
         )
     if needs.float8:

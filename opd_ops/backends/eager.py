@@ -6,17 +6,19 @@
 # The divergences' equations are their own `loss` (divergences/), differentiated here by autograd alone.
 # Runs in any dtype, fp64 included, and is the oracle of the tests; gradients are autograd's, so that the closed forms of
 # the other backends are checked against something else than themselves.
+# Where ranks share out the vocabulary, logits are gathered whole, and every rank computes the same.
 # Not here: memory or speed (streamed.py), selection (selectors.py).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from opd_ops import equations
 from opd_ops.divergences import JSD, Divergence, OnSupport, Support, weighted_sum, without_infinite
-from opd_ops.sources import Source, compute_dtype, take_rows
+from opd_ops.sources import Shard, Source, compute_dtype, take_rows
 from opd_ops.stats import OwnStats, TokenStats
 from opd_ops.teachers import LAST_ID, Listed, tail
 
@@ -28,6 +30,8 @@ def logits(source: Source, rows: Tensor, dtype: torch.dtype) -> Tensor:
     transform = source.transform
     x = take_rows(source.leading, rows).to(dtype)
     if source.weight is not None:
+        if transform.shard is not None:
+            x = _Shared.apply(x, transform.shard)
         with torch.autocast(rows.device.type, enabled=False):  # which would take the product in 16 bits
             x = x @ source.weight.to(dtype).T
     if source.bias is not None:
@@ -43,7 +47,35 @@ def logits(source: Source, rows: Tensor, dtype: torch.dtype) -> Tensor:
         ids = torch.tensor(transform.merged, device=x.device)
         one = equations.logsumexp(x[:, ids])
         x = x.index_fill(1, ids, -math.inf).index_copy(1, ids[:1], one)
-    return x
+    return x if transform.shard is None else _Whole.apply(x, transform.shard)
+
+
+class _Shared(torch.autograd.Function):
+    """Hidden states that every rank has: the gradients of all parts of the vocabulary add up."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, shard: Shard) -> Tensor:
+        ctx.shard = shard
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.shard.ranks.sum(gradient.clone(memory_format=torch.contiguous_format)), None
+
+
+class _Whole(torch.autograd.Function):
+    """(n, V) logits from everyone's part; every rank makes the same of them, so the gradient of its own part is whole."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, shard: Shard) -> Tensor:
+        ctx.shard = shard
+        padded = torch.nn.functional.pad(part, (0, max(shard.widths) - shard.width))
+        parts = zip(shard.ranks.gather(padded), shard.widths, strict=True)
+        return torch.cat([x[:, :width] for x, width in parts], 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient[:, ctx.shard.first : ctx.shard.first + ctx.shard.width], None
 
 
 def entropy(logits: Tensor) -> Tensor:

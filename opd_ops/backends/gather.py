@@ -2,8 +2,11 @@
 #
 #   x[i, k] = logit ids[i, k] of row i, after scale, soft-cap, temperature, mixing and merging (sources.py); -inf for no id
 #
+# Where ranks share out the vocabulary, the one that holds an id knows its logit: one all-reduce of (n, K) numbers.
 # Not here: whole rows (reading.py, eager.py).
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,6 +16,14 @@ from opd_ops.sources import Source, coordinates, finish_logits, mix_logits, take
 
 def logits_at(source: Source, rows: Tensor, ids: Tensor, dtype: torch.dtype, workspace_bytes: int) -> Tensor:
     """(n, K) logits of the rows at the (n, K) ids; ids outside the vocabulary are missing."""
+    shard = source.transform.shard
+    if shard is not None:
+        alone = source._replace(transform=replace(source.transform, shard=None))
+        here = (ids >= shard.first) & (ids < shard.first + shard.width)
+        nothing = torch.zeros(ids.shape, dtype=dtype, device=rows.device)
+        held = logits_at(alone, rows, ids - shard.first, dtype, workspace_bytes) if shard.width else nothing
+        found = shard.ranks.sum(torch.where(here, held, 0))
+        return found.masked_fill_((ids < 0) | (ids >= shard.total), -torch.inf)
     missing = (ids < 0) | (ids >= source.transform.vocab_size)
     inside = ids.masked_fill(missing, 0)
     size = max(1, workspace_bytes // gathered_bytes(source, ids.shape[1]))

@@ -75,9 +75,10 @@ def write_columns(
     columns: frozenset[str],
     top_k: int,
     workspace_bytes: int,
-) -> None:
+) -> Support:
     """Fill `out`, (columns, n) in the order of `column_names`, with the statistics of the tables' rows (None: all, in order).
 
+    Returns: both models' lists.
     `workspace_bytes` bounds the scratch of the optional columns, which comes on top of `score_bytes` a row.
     """
     options = launch_options(*transforms)
@@ -90,13 +91,20 @@ def write_columns(
             column.copy_(_jsd(tables, rows, transforms, workspace_bytes))
         else:
             column.copy_(getattr(score if name in SCORE_COLUMNS else lists, name))
+    return lists
+
+
+def top_k_lists(lists: Support, first_id: int = 0) -> tuple[TopK, TopK]:
+    """Student's and teacher's, of kernels that count ids from `first_id`."""
+    s_at_s, t_at_s, s_at_t, t_at_t = lists.logits.unbind(1)
+    of_student = TopK(lists.s_ids.long() + first_id, s_at_s, t_at_s)
+    return of_student, TopK(lists.t_ids.long() + first_id, t_at_t, s_at_t)
 
 
 def _released_kl(lists: Support, score: Score, workspace_bytes: int) -> Tensor:
     """From the kernels' lists; pairs of their ids are compared, hence parts."""
     n, _, k = lists.ids.shape
-    s_at_s, t_at_s, s_at_t, t_at_t = lists.logits.unbind(1)
-    found = TopK(lists.s_ids, s_at_s, t_at_s), TopK(lists.t_ids, t_at_t, s_at_t)
+    found = top_k_lists(lists)
     lse = score.student_logsumexp.double(), score.teacher_logsumexp.double()
     out = torch.empty(n, device=lists.ids.device)
     for part in parts(n, UNION_BYTES * k + PAIR_BYTES * k**2, workspace_bytes):

@@ -22,16 +22,21 @@ def listed_gradients(
     """Gradients of the student's tensors, each if needed, in their dtypes.
 
     Args:
-        ids, values: (M, K) columns of the raw logits and the gradient there; ids outside the vocabulary are missing.
+        ids, values: (M, K) columns of the raw logits and the gradient there; ids outside the vocabulary, or outside of the part
+            that this rank holds, are missing.
     """
+    shard = student.transform.shard
+    ids = ids - student.transform.first_id
     missing = (ids < 0) | (ids >= student.transform.vocab_size)
     ids, values = ids.masked_fill(missing, 0), values.masked_fill(missing, 0)  # which adds 0 to column 0
     if student.weight is None:
         dense = torch.zeros_like(student.leading)
+        if not student.transform.vocab_size:
+            return [dense]
         of_rows = (x.unsqueeze(1) for x in coordinates(rows, student.leading.shape[:-1]))
         return [dense.index_put_((*of_rows, ids), values.to(dense.dtype), accumulate=True)]
     dtype, width = compute_dtype(student), student.leading.shape[-1]
-    used = torch.unique(ids)
+    used = torch.unique(ids) if student.transform.vocab_size else ids.new_empty(0)
     dleading = torch.zeros_like(student.leading) if needs[0] else None
     dweight = torch.zeros_like(student.weight) if needs[1] else None
     dbias = None if student.bias is None else torch.zeros_like(student.bias)
@@ -59,5 +64,7 @@ def listed_gradients(
         if dbias is not None:
             dbias[columns] = total_bias.to(dbias.dtype)
     if dleading is not None and sums is not None:
+        if shard is not None:
+            shard.ranks.sum(sums)
         put_rows(dleading, rows, sums)
     return [dleading, dweight] if student.bias is None else [dleading, dweight, dbias]

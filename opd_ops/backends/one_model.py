@@ -3,15 +3,18 @@
 #   log sum e^x,  H = log sum e^x - E[x],  top-K;   rest = log sum_{v not in ids} e^{x_v}                         [nats]
 #
 # The rest is summed, not taken from the whole: a small tail keeps its digits.
+# Ids are those of the whole vocabulary, of which a rank may sweep a part: what others find is then joined to it (shards.py),
+# and their rests are gathered, 8 bytes a row.
 # Not here: both models in one sweep (streamed.py).
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from opd_ops.backends import pages
+from opd_ops.backends import pages, shards
 from opd_ops.backends.reading import Rows, slices
 from opd_ops.backends.running import RunningSums, block_sums
 from opd_ops.backends.tiling import gradient_grid, score_grid
@@ -23,7 +26,17 @@ from opd_ops.stats import OwnStats
 @torch.no_grad()
 def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int, score_dtype: torch.dtype | None) -> OwnStats:
     """One model's statistics at the rows, from one sweep of its head."""
-    dtype = compute_dtype(source)
+    shard = source.transform.shard
+    if shard is not None:
+        read = partial(_own_part, source, rows, min(top_k, shard.width), workspace_bytes)
+        options = {"top_k": top_k, "workspace_bytes": workspace_bytes}
+        return shards.own_stats(read, shard, rows, dtype=compute_dtype(source), **options)
+    return _own_part(source, rows, top_k, workspace_bytes)
+
+
+def _own_part(source: Source, rows: Tensor, top_k: int, workspace_bytes: int) -> OwnStats:
+    """Of what this process holds of the vocabulary."""
+    dtype, first_id = compute_dtype(source), source.transform.first_id
     grid = score_grid(source, source, len(rows), top_k=top_k, whole_rows=False, workspace_bytes=workspace_bytes)
     buffer = pages.empty((grid.rows * grid.columns,), dtype, rows.device)
     scratch = torch.empty(3 * grid.chunk * grid.columns, dtype=dtype, device=rows.device)
@@ -35,7 +48,7 @@ def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int,
             best: TopK | None = None
             for block in slices(slice(0, source.transform.vocab_size), grid.columns):
                 u = side.read(everyone, block, buffer)
-                best = extended(best, u, u, top_k, block.start, grid.candidates)
+                best = extended(best, u, u, top_k, first_id + block.start, grid.candidates)
                 top = best.own[:, 0]
                 sums.add(block_sums(u, u, top, top, top, scratch))  # as both models: its price is that of two
             assert best is not None
@@ -50,7 +63,7 @@ def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int,
 @torch.no_grad()
 def rest(source: Source, rows: Tensor, ids: Tensor, *, workspace_bytes: int) -> Tensor:
     """(n,) fp64 log-sum-exp of the rows' logits off their (n, K) ids."""
-    dtype = compute_dtype(source)
+    dtype, shard, first_id = compute_dtype(source), source.transform.shard, source.transform.first_id
     grid = gradient_grid(source, source, len(rows), workspace_bytes=workspace_bytes)
     side = Rows(source.detach(), rows, dtype, grid.columns)
     buffer = pages.empty((grid.rows * grid.columns,), dtype, rows.device)
@@ -58,11 +71,11 @@ def rest(source: Source, rows: Tensor, ids: Tensor, *, workspace_bytes: int) -> 
     with torch.autocast(rows.device.type, enabled=False):
         for block in slices(slice(0, source.transform.vocab_size), grid.columns):
             for group in slices(slice(0, len(rows)), grid.rows):
-                x = without_ids(side.read(group, block, buffer), ids[group], block.start)
+                x = without_ids(side.read(group, block, buffer), ids[group], first_id + block.start)
                 top = x.amax(1, keepdim=True)
                 z = x.sub_(top.masked_fill(top == -math.inf, 0)).exp_().sum(1)  # a block that holds nothing adds nothing
                 total[group] = torch.logaddexp(total[group], top.squeeze(1).double() + z.double().log())
-    return total
+    return total if shard is None else torch.logsumexp(shard.ranks.gather(total), 0)
 
 
 def without_ids(x: Tensor, ids: Tensor, first_id: int) -> Tensor:

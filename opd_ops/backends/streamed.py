@@ -4,19 +4,24 @@
 #   loss:     the selected rows alone (streamed_loss.py)
 #   (one unit = 2 N V D FLOP; statistics and gradients are those of stats.py and divergences/)
 #
-# Nothing of size V is kept beyond a block.
+# Nothing of size V is kept beyond a block. Where ranks share out the vocabulary, each sweeps its part.
 # Not here: reading logits (reading.py), one model alone (one_model.py), sums of a block (running.py), top-K (top_k.py,
-# supports.py), the size of tiles and blocks (tiling.py).
+# supports.py), parts of a vocabulary joined (shards.py), the size of tiles and blocks (tiling.py).
 from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from opd_ops.backends import pages
+from opd_ops.backends import pages, shards
 from opd_ops.backends.one_model import own_stats as own_stats
 from opd_ops.backends.reading import Rows, slices
 from opd_ops.backends.running import RunningSums, block_sums, row_jsd
+from opd_ops.backends.shards import Part
 from opd_ops.backends.streamed_loss import selected_loss as selected_loss
+from opd_ops.backends.summed import with_jsd
 from opd_ops.backends.supports import support_columns
 from opd_ops.backends.tiling import ScoreGrid, score_grid
 from opd_ops.backends.top_k import TopK, extended
@@ -36,17 +41,21 @@ def token_stats(
     score_dtype: torch.dtype | None,
 ) -> TokenStats:
     """All statistics of the given positions, (n,) each, from one sweep of both heads; always in the compute dtype."""
-    dtype = compute_dtype(student, teacher)
-    grid = score_grid(student, teacher, len(rows), top_k=top_k, whole_rows="jsd" in columns, workspace_bytes=workspace_bytes)
-    size = grid.rows * grid.columns
-    buffers = [pages.empty((size,), dtype, rows.device) for _ in range(2)]
-    scratch = torch.empty(3 * grid.chunk * grid.columns, dtype=dtype, device=rows.device)
+    dtype, shard = compute_dtype(student, teacher), student.transform.shard
+    if shard is not None:
+        read = partial(_part, student, teacher)
+        options = {"top_k": top_k, "workspace_bytes": workspace_bytes}
+        stats = shards.token_stats(read, shard, rows, columns=columns, dtype=dtype, **options)
+        return with_jsd(stats, student, teacher, rows, workspace_bytes) if "jsd" in columns else stats
     out = {name: torch.zeros(len(rows), dtype=dtype, device=rows.device) for name in _computed(columns)}
-    with torch.autocast(rows.device.type, enabled=False):
-        for part in slices(slice(0, len(rows)), grid.rows):
-            sides = [Rows(source.detach(), rows[part], dtype, grid.cast_columns) for source in (student, teacher)]
-            for name, column in _tile_stats(sides[0], sides[1], grid, top_k, columns, buffers, scratch).items():
-                out[name][part] = column
+    for part, grid, found, s_list, t_list in _sweep(student, teacher, rows, top_k, "jsd" in columns, workspace_bytes):
+        s_lse, t_lse = found["student_logsumexp"], found["teacher_logsumexp"]
+        for name, column in found.items():
+            out[name][part] = column
+        for some in slices(slice(0, len(s_lse)), grid.list_rows):
+            of_lists = support_columns(s_list.rows(some), t_list.rows(some), s_lse[some], t_lse[some], columns)
+            for name, column in of_lists.items():
+                out[name][part][some] = column
     return TokenStats(valid=torch.isfinite(out["teacher_logsumexp"]), **out)
 
 
@@ -54,35 +63,50 @@ def _computed(columns: frozenset[str]) -> list[str]:
     return [name for name in TokenStats._fields if name != "valid" and (name not in OPTIONAL_COLUMNS or name in columns)]
 
 
-def _tile_stats(
-    student: Rows,
-    teacher: Rows,
-    grid: ScoreGrid,
-    top_k: int,
-    columns: frozenset[str],
-    buffers: list[Tensor],
-    scratch: Tensor,
-) -> dict[str, Tensor]:
-    """The columns of one tile of rows, (n,) fp64 each, from one sweep over the vocabulary."""
-    rows = slice(0, len(student.rows))
+def _part(student: Source, teacher: Source, rows: Tensor, top_k: int, workspace_bytes: int) -> Part:
+    """What this rank's part of the vocabulary says of the rows."""
+    columns, lists = [], []
+    for _, _, found, s_list, t_list in _sweep(student, teacher, rows, top_k, False, workspace_bytes):
+        columns.append(found)
+        lists.append((s_list, t_list))
+    joined = {name: torch.cat([found[name] for found in columns]) for name in columns[0]}
+    of_student, of_teacher = (
+        TopK(*(torch.cat(column) for column in zip(*side, strict=True))) for side in zip(*lists, strict=True)
+    )
+    return Part(joined, of_student, of_teacher)
+
+
+def _sweep(
+    student: Source, teacher: Source, rows: Tensor, top_k: int, with_jsd: bool, workspace_bytes: int
+) -> Iterator[tuple[slice, ScoreGrid, dict[str, Tensor], TopK, TopK]]:
+    """Tile by tile: which rows it is, their columns over the vocabulary, (n,) fp64, and both models' lists."""
+    dtype = compute_dtype(student, teacher)
+    grid = score_grid(student, teacher, len(rows), top_k=top_k, whole_rows=with_jsd, workspace_bytes=workspace_bytes)
+    buffers = [pages.empty((grid.rows * grid.columns,), dtype, rows.device) for _ in range(2)]
+    scratch = torch.empty(3 * grid.chunk * grid.columns, dtype=dtype, device=rows.device)
+    with torch.autocast(rows.device.type, enabled=False):
+        for part in slices(slice(0, len(rows)), grid.rows):
+            sides = [Rows(source.detach(), rows[part], dtype, grid.cast_columns) for source in (student, teacher)]
+            yield part, grid, *_tile(sides[0], sides[1], grid, top_k, with_jsd, buffers, scratch)
+
+
+def _tile(
+    student: Rows, teacher: Rows, grid: ScoreGrid, top_k: int, with_jsd: bool, buffers: list[Tensor], scratch: Tensor
+) -> tuple[dict[str, Tensor], TopK, TopK]:
+    """Columns and lists of one tile of rows, from one sweep over the vocabulary."""
+    rows, first_id = slice(0, len(student.rows)), student.source.transform.first_id
     sums = RunningSums(rows.stop, student.rows.device)
     s_list: TopK | None = None
     t_list: TopK | None = None
     out: dict[str, Tensor] = {}
     for block in slices(slice(0, student.source.transform.vocab_size), grid.columns):
         s, u = student.read(rows, block, buffers[0]), teacher.read(rows, block, buffers[1])
-        s_list = extended(s_list, s, u, top_k, block.start, grid.candidates)
-        t_list = extended(t_list, u, s, top_k, block.start, grid.candidates)
-        if "jsd" in columns:  # the grid has one block, as wide as the vocabulary
+        s_list = extended(s_list, s, u, top_k, first_id + block.start, grid.candidates)
+        t_list = extended(t_list, u, s, top_k, first_id + block.start, grid.candidates)
+        if with_jsd:  # the grid has one block, as wide as the vocabulary
             out["jsd"] = torch.cat([row_jsd(s[chunk], u[chunk]) for chunk in slices(rows, grid.chunk)])
         best = s_list.own[:, 0], s_list.other[:, 0], t_list.own[:, 0]
         sums.add(block_sums(s, u, *best, scratch))
     assert s_list is not None
     assert t_list is not None
-    out |= sums.columns()
-    s_lse, t_lse = out["student_logsumexp"], out["teacher_logsumexp"]
-    parts = [
-        support_columns(s_list.rows(part), t_list.rows(part), s_lse[part], t_lse[part], columns)
-        for part in slices(rows, grid.list_rows)
-    ]
-    return out | {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return out | sums.columns(), s_list, t_list

@@ -7,7 +7,10 @@
 # With the normalisers known, the backward is one sweep: every block is finished alone, dW is written once, in one fp32
 # accumulation over all rows. Nothing is computed in the forward that the backward scales: retain_graph recomputes.
 # A divergence on a list alone (`local_support`) has a gradient at few columns: only those are multiplied.
-# Not here: lists (support_terms.py), the score pass (streamed.py), the size of blocks (tiling.py).
+# Where ranks share out the vocabulary, each makes the gradient of its part; those of the hidden states are added up over the
+# ranks, one all-reduce of (M, D) numbers.
+# Not here: lists (support_terms.py), sums over the vocabulary (summed.py), the score pass (streamed.py), the size of blocks
+# (tiling.py).
 from __future__ import annotations
 
 import math
@@ -24,10 +27,11 @@ from opd_ops.backends.gather import merged_logits
 from opd_ops.backends.listed_gradients import listed_gradients
 from opd_ops.backends.one_model import places_in, without_ids
 from opd_ops.backends.reading import Rows, slices
+from opd_ops.backends.summed import Sums, summed
 from opd_ops.backends.support_terms import Terms, support_terms
 from opd_ops.backends.tiling import gradient_grid
 from opd_ops.divergences import Divergence, Summed, WholeRow, weighted_sum, without_infinite
-from opd_ops.sources import Source, compute_dtype, logit_slope, put_rows, take_rows
+from opd_ops.sources import Source, logit_slope, put_rows, take_rows
 from opd_ops.stats import TokenStats
 from opd_ops.teachers import LAST_ID, Listed
 
@@ -127,13 +131,14 @@ class _Selected:
         nothing = (s == -math.inf).logical_or_(self.dlosses[group] == 0)
         slope = logit_slope(s, self.student.source.transform)
         # p = 0 gives 0, and so does a weight of 0, by a fill: the formula there is 0 * inf.
-        grad = self._of_logits(s, u, group, block.start).mul_(self.dlosses[group]).mul_(slope).masked_fill_(nothing, 0.0)
+        first_id = self.student.source.transform.first_id + block.start
+        grad = self._of_logits(s, u, group, first_id).mul_(self.dlosses[group]).mul_(slope).masked_fill_(nothing, 0.0)
         for i, place in self.student.merged_in(block):
             grad[:, place] = self._of_merged(group)[:, i]
         return grad
 
     def _of_logits(self, s: Tensor, u: Tensor | None, group: slice, first_id: int) -> Tensor:
-        """(n, B) d losses / d logits of a block that begins at `first_id`; s and u are overwritten."""
+        """(n, B) d losses / d logits of a block whose first column has the id `first_id`; s and u are overwritten."""
         total = None
         if self.of.ids is not None:
             total = self._of_list(s.clone() if self.whole is not None else s, group, first_id)
@@ -175,11 +180,12 @@ class _Selected:
 
     def head_gradients(self, needs: Sequence[bool]) -> list[Tensor | None]:
         """Gradients of hidden, weight and bias, each only if needed, in the parameters' dtypes."""
-        source, rows = self.student.source, self.of.rows
+        source, rows, shard = self.student.source, self.of.rows, self.student.source.transform.shard
         assert source.weight is not None
         dleading = torch.zeros_like(source.leading) if needs[0] else None
         sums, places = dleading, rows
-        if dleading is not None and dleading.dtype != self.dtype:  # 16 bits would round after every block
+        if dleading is not None and (dleading.dtype != self.dtype or shard is not None):
+            # 16 bits would round after every block; and other ranks' sums are of these rows alone.
             sums = torch.zeros((len(rows), source.leading.shape[-1]), dtype=self.dtype, device=rows.device)
             places = torch.arange(len(rows), device=rows.device)
         dweight = pages.empty(source.weight.shape, source.weight.dtype, source.weight.device) if needs[1] else None
@@ -202,6 +208,8 @@ class _Selected:
             if dweight is not None and accumulated is not None and accumulated.dtype != dweight.dtype:
                 dweight[block] = accumulated.to(dweight.dtype)
         if dleading is not None and sums is not None and sums is not dleading:
+            if shard is not None:
+                shard.ranks.sum(sums)
             put_rows(dleading, rows, sums)
         if source.bias is None:
             return [dleading, dweight]
@@ -220,40 +228,6 @@ def _add_product(total: Tensor, dlogits: Tensor, w: Tensor) -> Tensor:
     if shares > 1 and len(total) <= FEW_ROWS and fits and laid_out:
         return total.add_(torch.bmm(dlogits.T.view(shares, -1, len(total)).mT, w.view(shares, -1, w.shape[1])).sum(0))
     return torch.addmm(total, dlogits, w, out=total)
-
-
-class _Sums(NamedTuple):
-    """A divergence over whole rows, and the number that its gradient needs of each."""
-
-    losses: Tensor  # (M,)
-    pull: Tensor  # (M,)
-
-
-@torch.no_grad()
-def _summed(
-    whole: Summed, student: Source, teacher: Source, rows: Tensor, lse: Tensor, gap: Tensor, workspace_bytes: int
-) -> _Sums:
-    """Value and pull by one sweep of both models over the rows, whose normalisers are known."""
-    dtype = compute_dtype(student, teacher)
-    grid = gradient_grid(student, teacher, len(rows), workspace_bytes=workspace_bytes, two_parts=True)
-    sides = [Rows(source.detach(), rows, dtype, grid.columns) for source in (student, teacher)]
-    buffers = [pages.empty((grid.rows * grid.columns,), dtype, rows.device) for _ in sides]
-    sums = torch.zeros(3, len(rows), dtype=torch.float64, device=rows.device)
-    lse, gap = lse.unsqueeze(1), gap.unsqueeze(1)
-    with torch.autocast(rows.device.type, enabled=False):
-        for block in slices(slice(0, student.transform.vocab_size), grid.columns):
-            for group in slices(slice(0, len(rows)), grid.rows):
-                s, u = (side.read(group, block, buffer) for side, buffer in zip(sides, buffers, strict=True))
-                log_ratio = torch.sub(s, u).sub_(gap[group])
-                no_p = s == -math.inf
-                log_ratio.masked_fill_(no_p & (u == -math.inf), 0)
-                log_p, log_q = s.sub_(lse[group]), u.sub_(lse[group] - gap[group])
-                sums[0, group] += whole.term(log_p, log_q, log_ratio).sum(1)
-                slope, p = whole.slope(log_p, log_ratio), log_p.exp_()
-                sums[1, group] += slope.mul_(p).masked_fill_(no_p, 0).sum(1)
-                sums[2, group] += p.sum(1)
-    # sum p is 1 but for the rounding of the normaliser: divided by it, the gradient of every row sums to 0.
-    return _Sums(sums[0].clamp_min(0).to(dtype), (sums[1] / sums[2]).to(dtype))
 
 
 def selected_loss(
@@ -280,11 +254,11 @@ def selected_loss(
         assert isinstance(teacher, Source)
         lse, gap = stats.student_logsumexp, stats.logsumexp_gap
         if isinstance(whole, Summed):
-            sums = _summed(whole, student, teacher, rows, lse, gap, workspace_bytes)
+            sums = summed(whole, student, teacher, rows, lse, gap, workspace_bytes)
         else:
             assert whole.column is not None
             known = getattr(stats, whole.column)
-            sums = _Sums(known, known)
+            sums = Sums(known, known)
         losses, of = sums.losses, of._replace(pull=sums.pull, lse=lse, gap=gap)
     if support is not None:
         terms = support_terms(support, student, teacher, rows, tokens, workspace_bytes=workspace_bytes)

@@ -88,6 +88,8 @@ def _mixed(*sources: Source) -> int:
 def _even(total: int, most: int, multiple: int = 1) -> int:
     """The smallest width that cuts `total` into as few blocks as `most` allows, so that the last is not thin; rounded up to a
     multiple where that stays within `most`."""
+    if not total:
+        return 1  # a rank without a part of the vocabulary
     most = max(1, min(most, total))
     width = -(-total // -(-total // most))
     rounded = -(-width // multiple) * multiple

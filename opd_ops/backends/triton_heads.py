@@ -10,12 +10,13 @@
 # device (streamed.py).
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from opd_kernels.score import score_fwd
-from opd_kernels.support import support_fwd
+from opd_kernels.support import Support, support_fwd
 from torch import Tensor
 
 from opd_ops.backends.head_side import Side, buffer_of, groups
@@ -56,10 +57,14 @@ def launch_columns(
     columns: frozenset[str],
     workspace_bytes: int,
     score_dtype: torch.dtype | None,
+    *,
+    keep: Callable[[Support], None] | None = None,
 ) -> Tensor:
     """(columns, n) statistics of the given positions, in the order of `column_names`.
 
-    `score_dtype`: of a head while it ranks; None: its own.
+    Args:
+        score_dtype: Of a head while it ranks; None: its own.
+        keep: Is given the lists of consecutive rows.
     """
     lanes, vocab = _Lanes(rows.device), student.transform.vocab_size
     sides = [Side(source, rows, workspace_bytes // 16, score_dtype) for source in (student, teacher)]
@@ -82,7 +87,9 @@ def launch_columns(
             with lanes.turn(i):
                 s, u = (side.tile(group, tile[:n]) for side, tile in zip(sides, tiles, strict=True))
                 options: dict[str, Any] = {"columns": columns, "top_k": top_k, "workspace_bytes": workspace_bytes // 2}
-                write_columns(out[:, group], (s, u), None, transforms, **options)
+                lists = write_columns(out[:, group], (s, u), None, transforms, **options)
+                if keep is not None:
+                    keep(lists)
     return out
 
 
