@@ -9,15 +9,17 @@ import math
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from opd_ops.divergences import Divergence
 from opd_ops.masking import of_positions
+from opd_ops.ranks import Ranks
 from opd_ops.rollout import StudentStats
 from opd_ops.sources import Source
 from opd_ops.teachers import Listed
 
-SCOPES = ("batch", "sequence")
+SCOPES = ("batch", "sequence", "global")
 DENOMINATORS = ("selected", "valid")
 
 
@@ -57,6 +59,33 @@ def check_fraction(fraction: object) -> None:
 def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name}: got {value!r}, expected one of: {', '.join(known)}")
+
+
+def check_ranks(scope: str | None, group: object, process_group: object = None) -> Ranks | None:
+    """The processes that select together; None: this one alone. `scope`: None where positions are only scored."""
+    if scope is not None:
+        check_choice("scope", scope, SCOPES)
+    if group is None:
+        if scope != "global":
+            return None
+        if process_group is not None:
+            raise ValueError(
+                "selection_group: got None with a process_group, whose ranks hold the same positions; expected the group of "
+                "the ranks that hold others"
+            )
+        ranks = Ranks.world()
+    else:
+        if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+            raise TypeError(f"selection_group: got {type(group).__name__}, expected a ProcessGroup that this process is in")
+        if scope == "batch":
+            raise ValueError(
+                "selection_group: got a group, but scope 'batch' is one budget for each process; expected scope 'global', or "
+                "'sequence' if the ranks hold parts of the same sequences"
+            )
+        ranks = Ranks(group)
+    if ranks.size > 1:
+        raise ValueError(f"selection_group: got {ranks.size} processes, expected one: several are not supported yet")
+    return None
 
 
 def check_divergence_top_k(divergence: Divergence, vocab_size: int) -> None:

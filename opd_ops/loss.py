@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from opd_ops import checks
@@ -43,6 +44,7 @@ def selective_opd_loss(
     fraction: float = 0.05,
     threshold: Tensor | float | None = None,
     scope: str = "batch",
+    selection_group: dist.ProcessGroup | None = None,
     divergence: str | Divergence = "reverse_kl",
     top_k: int = 16,
     temperature: float = 1.0,
@@ -84,7 +86,9 @@ def selective_opd_loss(
         fraction: Share of the valid positions to train on, in (0, 1]; 1.0 is plain distillation.
         threshold: Train on every valid position that scores at least this, in the place of the budget: a host that has scored
             all micro-batches of a step can fix one cut for it.
-        scope: "batch": one budget; "sequence": one per sequence (last leading dimension, or the spans of `cu_seqlens`).
+        scope: "batch": one budget; "sequence": one per sequence (last leading dimension, or the spans of `cu_seqlens`);
+            "global": one budget over the ranks of `selection_group`.
+        selection_group: The processes that select together; None: with scope "global" all, else each by itself.
         divergence: The loss on the selected positions: "reverse_kl", "forward_kl", "jsd", "total_variation", "local_support",
             "tail_aware", "forward_kl_topk", "sampled", "entropy_aware", or an instance with parameters (divergences/), like
             `JSD(beta=0.3)` or `Extrapolated(1.25, reference)`.
@@ -137,7 +141,6 @@ def selective_opd_loss(
         tensor(0.)
     """
     checks.check_fraction(fraction)
-    checks.check_choice("scope", scope, checks.SCOPES)
     checks.check_choice("denominator", denominator, checks.DENOMINATORS)
     checks.check_num_items(num_items_in_batch)
     checks.check_threshold(threshold, score_dtype)
@@ -153,6 +156,8 @@ def selective_opd_loss(
         special_ids=special_ids,
         eos_ids=eos_ids,
         selector=selector,
+        scope=scope,
+        selection_group=selection_group,
         divergence=divergence,
         top_k=top_k,
         temperature=temperature,
@@ -170,7 +175,7 @@ def selective_opd_loss(
     if inplace_backward:
         checks.check_inplace_backward(call.student.leading, call.teacher)
     checks.check_tokens(call.divergence, call.teacher, call.positions.tokens)
-    chosen = Chosen.of(call, fraction=fraction, threshold=threshold, scope=scope, cu_seqlens=cu_seqlens)
+    chosen = Chosen.of(call, fraction=fraction, threshold=threshold, cu_seqlens=cu_seqlens)
     rows, kept, tokens_of = chosen.rows, chosen.kept, chosen.tokens()
     total = _denominator(chosen.selected, chosen.stats.valid, num_items_in_batch, denominator)
     factors = (1 / total).to(chosen.scores.dtype).expand(len(rows))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from opd_ops import checks, float8
@@ -18,6 +19,7 @@ from opd_ops.backends.gather import logits_at
 from opd_ops.divergences import Divergence, ReverseKL, SampledToken, TailAware, resolve_divergence
 from opd_ops.inputs import LinearHead
 from opd_ops.masking import Positions, positions
+from opd_ops.ranks import Ranks
 from opd_ops.rollout import StudentStats
 from opd_ops.selection import select, sequence_ids
 from opd_ops.selectors import Selector, check_known, check_ranks_twice, resolve_selector
@@ -45,6 +47,8 @@ class Scoring:
     workspace_bytes: int
     score_dtype: torch.dtype | None
     check_finite: bool
+    scope: str
+    ranks: Ranks | None  # which processes select together; None: this one alone
 
     @property
     def shape(self) -> torch.Size:
@@ -202,10 +206,13 @@ def prepare(
     score_dtype: str | None,
     student_stats: StudentStats | None,
     check_finite: bool,
+    scope: str | None = None,
+    selection_group: dist.ProcessGroup | None,
     inplace_backward: bool = False,
 ) -> Scoring:
-    """Check all that scoring depends on; raises before any work."""
+    """Check all that scoring depends on; raises before any work. `scope`: None where no selection follows."""
     check_backend(backend)
+    ranks = checks.check_ranks(scope, selection_group, process_group)
     found_divergence = _scored_for(teacher) if divergence is None else resolve_divergence(divergence)
     sources = check_sources(
         student,
@@ -261,6 +268,8 @@ def prepare(
         workspace_bytes=workspace_bytes,
         score_dtype=found_dtype,
         check_finite=bool(check_finite),
+        scope="batch" if scope is None or (scope == "global" and ranks is None) else scope,
+        ranks=ranks,
     )
 
 
@@ -281,6 +290,7 @@ def score_positions(
     special_ids: Sequence[int] = (),
     eos_ids: Sequence[int] = (),
     selector: str | Selector = "teachability",
+    selection_group: dist.ProcessGroup | None = None,
     divergence: str | Divergence | None = None,
     top_k: int = 16,
     temperature: float = 1.0,
@@ -312,6 +322,7 @@ def score_positions(
         special_ids=special_ids,
         eos_ids=eos_ids,
         selector=selector,
+        selection_group=selection_group,
         divergence=divergence,
         top_k=top_k,
         temperature=temperature,
@@ -334,6 +345,7 @@ def select_positions(
     mask: Tensor | None = None,
     fraction: float = 0.05,
     scope: str = "batch",
+    selection_group: dist.ProcessGroup | None = None,
     cu_seqlens: Tensor | None = None,
     keep_one_per_sequence: bool = False,
     threshold: Tensor | float | None = None,
@@ -348,7 +360,8 @@ def select_positions(
         mask: (...), any dtype, non-zero = valid; None = all.
         fraction: rho in (0, 1], exact as written: 0.1 of 30 is 3.
         scope: "batch": one budget; "sequence": one per sequence, that is per row of the last dimension or per span of
-            `cu_seqlens` (n_sequences + 1,) over the flattened positions.
+            `cu_seqlens` (n_sequences + 1,) over the flattened positions; "global": one budget over the ranks.
+        selection_group: The processes that select together; None: with scope "global" all, else each by itself.
         keep_one_per_sequence: Add the best position of every sequence that the budget left without one.
         threshold: In the place of a budget: keep the valid positions that score at least this, however many they are.
     Returns: `selected` (...) bool.
@@ -358,7 +371,7 @@ def select_positions(
         got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
         raise TypeError(f"scores: got {got}, expected a floating-point tensor")
     checks.check_fraction(fraction)
-    checks.check_choice("scope", scope, checks.SCOPES)
+    checks.check_ranks(scope, selection_group)
     checks.check_cu_seqlens(cu_seqlens, scores.shape)
     checks.check_threshold(threshold)
     valid = positions(scores.shape, scores.device, mask=mask).valid

@@ -26,7 +26,7 @@ ARGUMENTS = [
     ),
     ({"divergence": 3}, TypeError, "divergence: got int"),
     ({"backend": "cuda"}, ValueError, "backend: got 'cuda', expected one of: auto, eager, torch, triton"),
-    ({"scope": "row"}, ValueError, "scope: got 'row', expected one of: batch, sequence"),
+    ({"scope": "row"}, ValueError, "scope: got 'row', expected one of: batch, sequence, global"),
     ({"denominator": "mean"}, ValueError, "denominator: got 'mean', expected one of: selected, valid"),
     ({"top_k": 21}, ValueError, "top_k: got 21, expected at most the vocabulary size, 20"),
     ({"top_k": 0}, ValueError, "top_k: got 0, expected at least 1"),
