@@ -61,7 +61,7 @@ def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of: {', '.join(known)}")
 
 
-def check_ranks(scope: str | None, group: object, process_group: object = None) -> Ranks | None:
+def check_selection_group(scope: str | None, group: object, process_group: object = None) -> Ranks | None:
     """The processes that select together; None: this one alone. `scope`: None where positions are only scored."""
     if scope is not None:
         check_choice("scope", scope, SCOPES)
@@ -83,9 +83,21 @@ def check_ranks(scope: str | None, group: object, process_group: object = None) 
                 "'sequence' if the ranks hold parts of the same sequences"
             )
         ranks = Ranks(group)
-    if ranks.size > 1:
-        raise ValueError(f"selection_group: got {ranks.size} processes, expected one: several are not supported yet")
-    return None
+    return ranks if ranks.size > 1 else None
+
+
+def check_parts_of_sequences(special_ids: object, labels: Tensor | None) -> None:
+    """Refuse what looks at whole sequences where a rank holds parts of them."""
+    if check_ids("special_ids", special_ids):
+        raise ValueError(
+            "special_ids: got ids, whose first occurrence in a sequence may be on another rank of selection_group; take these "
+            "positions from the mask"
+        )
+    if labels is not None:
+        raise ValueError(
+            "labels: got unshifted labels, whose next one may be on another rank of selection_group; pass shift_labels, or "
+            "tokens and a mask"
+        )
 
 
 def check_divergence_top_k(divergence: Divergence, vocab_size: int) -> None:

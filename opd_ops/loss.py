@@ -17,6 +17,7 @@ from opd_ops import checks
 from opd_ops.chosen import Chosen
 from opd_ops.divergences import Divergence
 from opd_ops.inputs import LinearHead
+from opd_ops.ranks import Ranks
 from opd_ops.rollout import StudentStats
 from opd_ops.scoring import DEFAULT_WORKSPACE_BYTES, prepare
 from opd_ops.selectors import Selector
@@ -184,17 +185,22 @@ def selective_opd_loss(
     weighted, losses = chosen.loss(factors if of_rows is None else factors * of_rows, tokens_of, inplace=inplace_backward)
     settled = chosen.settled(losses)
     chosen = settled.chosen
-    # 1 if no infinite loss was dropped
-    correction = total / _denominator(chosen.selected, chosen.stats.valid, num_items_in_batch, denominator)
+    # 1 if no infinite loss was dropped; over ranks their counts are added up here alone, when they are final
+    correction = total / _denominator(chosen.selected, chosen.stats.valid, num_items_in_batch, denominator, call.ranks)
     poison = torch.where(chosen.blown_up.any(), torch.nan, 1.0)
     loss = weighted * correction.to(weighted.dtype) * poison
     metrics = settled.metrics(loss, settled.loss_sum(of_rows), tokens_of)
     return SelectiveOPDOutput(loss, chosen.selected, chosen.scores, chosen.stats, metrics)
 
 
-def _denominator(selected: Tensor, valid: Tensor, num_items: Tensor | float | None, kind: str) -> Tensor:
+def _denominator(
+    selected: Tensor, valid: Tensor, num_items: Tensor | float | None, kind: str, ranks: Ranks | None = None
+) -> Tensor:
     """What the sum over the selected positions is divided by, 0-dim fp64; 1 where nothing is selected."""
-    n_selected, n_valid = selected.sum().double(), valid.sum().double()
+    n_selected, n_valid = selected.sum(), valid.sum()
+    if ranks is not None:
+        n_selected, n_valid = ranks.sum(torch.stack((n_selected, n_valid))).unbind()
+    n_selected, n_valid = n_selected.double(), n_valid.double()
     share = n_selected / n_valid.clamp_min(1) if kind == "selected" else torch.ones_like(n_valid)
     total = n_valid
     if isinstance(num_items, Tensor):

@@ -29,10 +29,10 @@ class OrderStatistics(NamedTuple):
     """Of G groups and T wanted indices each, over all ranks; the same on every rank."""
 
     values: Tensor  # (G, T) the k-th smallest, fp32 or fp64; +inf where the group has fewer
-    index: Tensor  # (G, T) int64, k itself, from 0
+    places: Tensor  # (G, T) int64, k itself, from 0
     below: Tensor  # (G, T) int64: values smaller than that
     equal: Tensor  # (G, T) int64: values equal to it, over all ranks; 0 where the group has fewer
-    count: Tensor  # (G,) int64 values of the group
+    total: Tensor  # (G,) int64 values of the group
 
 
 def widths(dtype: torch.dtype, n_groups: int, n_targets: int) -> list[int]:
@@ -73,7 +73,7 @@ def order_statistics(
     bits, keys = _keys(values)
     groups = torch.zeros_like(keys) if groups is None else groups
     prefix = keys.new_zeros(n_groups, 1)  # the digits found so far; the first histogram is shared by all targets
-    index = left = count = before = equal = prefix
+    places = left = total = equal = prefix  # found by the first pass
     shift = bits
     for width in widths(values.dtype, n_groups, n_targets):
         begins = among.unsqueeze(1)  # (N, 1), or (N, T) once the targets part
@@ -83,18 +83,17 @@ def order_statistics(
         digits = (keys >> shift).bitwise_and(2**width - 1)
         counts = ranks.sum(_histogram(digits, begins, groups, n_groups, 2**width)).long()  # (G, 1 or T, bins)
         if shift + width == bits:
-            count = counts.sum((1, 2))
-            index = left = wanted(count)
+            total = counts.sum((1, 2))
+            places = left = wanted(total)
         upto = counts.cumsum(-1)
         # An index beyond the last value would fall off the end; its result is replaced below.
         digit = (upto <= left.unsqueeze(-1)).sum(-1, keepdim=True).clamp_max(2**width - 1)  # (G, T, 1)
-        equal = counts.expand(*index.shape, -1).gather(-1, digit).squeeze(-1)
-        before = upto.expand(*index.shape, -1).gather(-1, digit).squeeze(-1) - equal
-        left = left - before
+        equal = counts.expand(*places.shape, -1).gather(-1, digit).squeeze(-1)
+        left = left - (upto.expand(*places.shape, -1).gather(-1, digit).squeeze(-1) - equal)
         prefix = (prefix << width) | digit.squeeze(-1)
-    beyond = index >= count.unsqueeze(1)
+    beyond = places >= total.unsqueeze(1)
     found = _values(prefix, bits).masked_fill(beyond, torch.inf)
-    return OrderStatistics(found, index, (index - left), equal.masked_fill(beyond, 0), count)
+    return OrderStatistics(found, places, places - left, equal.masked_fill(beyond, 0), total)
 
 
 def _histogram(digits: Tensor, begins: Tensor, groups: Tensor, n_groups: int, bins: int) -> Tensor:

@@ -21,8 +21,8 @@ from opd_ops.inputs import LinearHead
 from opd_ops.masking import Positions, positions
 from opd_ops.ranks import Ranks
 from opd_ops.rollout import StudentStats
-from opd_ops.selection import select, sequence_ids
-from opd_ops.selectors import Selector, check_known, check_ranks_twice, resolve_selector
+from opd_ops.selection import numbered_sequences, select, select_over_ranks, sequence_ids
+from opd_ops.selectors import Selector, check_known, check_ranks_twice, check_whole_sequences, over_ranks, resolve_selector
 from opd_ops.sides import check_sources
 from opd_ops.sources import Source
 from opd_ops.stats import OPTIONAL_COLUMNS, TokenStats
@@ -154,7 +154,11 @@ class Scoring:
         )
 
     def _scores(self, stats: TokenStats) -> Tensor:
-        scores = self.selector(stats)
+        if self.ranks is None:
+            scores = self.selector(stats)
+        else:
+            with over_ranks(self.ranks):
+                scores = self.selector(stats)
         if not isinstance(scores, Tensor) or scores.shape != self.shape:
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(f"selector: returned {got}, expected a tensor of scores of shape {tuple(self.shape)}")
@@ -164,8 +168,14 @@ class Scoring:
     def _refuse_nonfinite(self, stats: TokenStats) -> None:
         given = torch.ones_like(stats.valid) if self.given is None else self.given
         blown_up = stats.valid & ~torch.isfinite(stats.student_logsumexp)
-        for name, bad in (("student", blown_up), ("teacher", given & ~stats.valid)):
-            if bad.any():
+        nonfinite = {"student": blown_up, "teacher": given & ~stats.valid}
+        everywhere = torch.stack([bad.sum() for bad in nonfinite.values()])
+        if self.ranks is not None:  # so that all raise, and none waits for one that has
+            everywhere = self.ranks.sum(everywhere)
+        for (name, bad), n in zip(nonfinite.items(), everywhere.tolist(), strict=True):
+            if n and not bad.any():
+                raise ValueError(f"{name}: got {n} positions without a finite softmax on other ranks (check_finite=True)")
+            if n:
                 first = tuple(bad.nonzero()[0].tolist())
                 raise ValueError(
                     f"{name}: got logits without a finite softmax at position {first} ({int(bad.sum())} such positions), "
@@ -212,7 +222,7 @@ def prepare(
 ) -> Scoring:
     """Check all that scoring depends on; raises before any work. `scope`: None where no selection follows."""
     check_backend(backend)
-    ranks = checks.check_ranks(scope, selection_group, process_group)
+    ranks = checks.check_selection_group(scope, selection_group, process_group)
     found_divergence = _scored_for(teacher) if divergence is None else resolve_divergence(divergence)
     sources = check_sources(
         student,
@@ -248,6 +258,9 @@ def prepare(
     needs = Needs(divergence=found_divergence, top_k=top_k, inplace=inplace_backward, float8=found_dtype == float8.DTYPE)
     found_backend = resolve_backend(backend, *sources, needs)
     found_selector = resolve_selector(selector, generator=generator, sequence_ids=found_positions.sequences)
+    if scope == "sequence" and ranks is not None:
+        checks.check_parts_of_sequences(special_ids, labels if shift_labels is None else None)
+        check_whole_sequences(found_selector)
     if found_dtype == float8.DTYPE:
         check_ranks_twice(found_selector)
     if student_stats is not None:
@@ -371,12 +384,22 @@ def select_positions(
         got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
         raise TypeError(f"scores: got {got}, expected a floating-point tensor")
     checks.check_fraction(fraction)
-    checks.check_ranks(scope, selection_group)
+    ranks = checks.check_selection_group(scope, selection_group)
     checks.check_cu_seqlens(cu_seqlens, scores.shape)
     checks.check_threshold(threshold)
     valid = positions(scores.shape, scores.device, mask=mask).valid
     flat = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
     ids = sequence_ids(scores.shape, cu_seqlens, scores.device)
+    if ranks is not None:
+        return select_over_ranks(
+            scores.flatten(),
+            flat.flatten(),
+            fraction,
+            ranks,
+            numbered_sequences(scores.shape, cu_seqlens, scores.device) if scope == "sequence" else None,
+            keep_one_in=ids if keep_one_per_sequence else None,
+            threshold=threshold,
+        ).view(scores.shape)
     return select(
         scores.flatten(),
         flat.flatten(),

@@ -41,12 +41,12 @@ def expected(values, among, groups, n_groups, index):
 
 
 def assert_found(found, values, among, groups, n_groups):
-    want = expected(values, among, groups, n_groups, found.index)
+    want = expected(values, among, groups, n_groups, found.places)
     assert torch.equal(found.values, want[0])
-    is_found = found.index < found.count.unsqueeze(1)
+    is_found = found.places < found.total.unsqueeze(1)
     assert torch.equal(found.below[is_found], want[1][is_found])
     assert torch.equal(found.equal, want[2])
-    assert found.count.tolist() == [int((among & (groups == g)).sum()) for g in range(n_groups)]
+    assert found.total.tolist() == [int((among & (groups == g)).sum()) for g in range(n_groups)]
 
 
 def quarters(n_targets):
@@ -69,7 +69,7 @@ def test_values_of_sixteen_bits(dtype):
     values = torch.randn(99, generator=generator(0)).to(dtype)
     found = order_statistics(values, torch.ones(99, dtype=torch.bool), quarters(5), 5, Ranks())
     assert found.values.dtype == torch.float32
-    assert torch.equal(found.values[0, :4], values.sort().values[found.index[0, :4]].float())
+    assert torch.equal(found.values[0, :4], values.sort().values[found.places[0, :4]].float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
