@@ -88,8 +88,11 @@ def selective_opd_loss(
         threshold: Train on every valid position that scores at least this, in the place of the budget: a host that has scored
             all micro-batches of a step can fix one cut for it.
         scope: "batch": one budget; "sequence": one per sequence (last leading dimension, or the spans of `cu_seqlens`);
-            "global": one budget over the ranks of `selection_group`.
-        selection_group: The processes that select together; None: with scope "global" all, else each by itself.
+            "global": one over the ranks of `selection_group`, as one process would select that holds all their positions.
+        selection_group: The processes that select together: with scope "global" (None: all there are), or with "sequence" where
+            the ranks hold parts of the same sequences, as many on each (context parallelism; None: whole sequences). Selectors
+            then normalise over the positions of all ranks. All must make the call, with one set of options, also with no
+            position. docs/features.md says what is sent.
         divergence: The loss on the selected positions: "reverse_kl", "forward_kl", "jsd", "total_variation", "local_support",
             "tail_aware", "forward_kl_topk", "sampled", "entropy_aware", or an instance with parameters (divergences/), like
             `JSD(beta=0.3)` or `Extrapolated(1.25, reference)`.
@@ -103,7 +106,9 @@ def selective_opd_loss(
         cu_seqlens: (n_sequences + 1,) boundaries of packed sequences in the flattened positions.
         num_items_in_batch: The host trainer's count of valid tokens over all micro-batches (and ranks).
         denominator: "selected": mean over M; with `num_items_in_batch` the sum is divided by
-            `num_items_in_batch * n_selected / n_valid`. "valid": divided by n_valid, or by `num_items_in_batch`.
+            `num_items_in_batch * n_selected / n_valid`. "valid": divided by n_valid, or by `num_items_in_batch`. Both n are
+            those of all ranks that select together, so that the ranks' losses add up to the loss of the whole batch. DDP and
+            FSDP average gradients: multiply the loss by their number, or pass the host's `num_items_in_batch` per rank.
         vocab_size: Common vocabulary to slice both models to; None: the smaller, with one warning if they differ.
         process_group: Vocabulary-parallel group; only None is supported yet.
         generator: For the selectors that draw ("random", "multinomial"). Under activation checkpointing leave it None:
@@ -122,7 +127,8 @@ def selective_opd_loss(
         inplace_backward: Let the gradient overwrite the student's logits (backend "triton"), which spares a tensor of their
             size. Refused for a leaf, a view, logits without a gradient or shared with the teacher; a second backward raises.
         check_finite: Raise where a valid position has no finite softmax, instead of the rules below.
-    Returns: `SelectiveOPDOutput`: `loss`, fp32 scalar; `selected`, `scores`, `stats` of the mask's shape; `metrics`.
+    Returns: `SelectiveOPDOutput`: `loss`, fp32 scalar; `selected`, `scores`, `stats` of the mask's shape; `metrics`, over ranks
+        too of this one's positions: sums and counts to add up.
         fp64 inputs on both sides give fp64 results.
     Raises:
         ValueError: shapes, devices or numbers that do not fit ("fraction: got 1.5, expected a number in (0, 1]").
@@ -131,8 +137,8 @@ def selective_opd_loss(
         the position is not selected. A NaN of the student at a valid position makes the loss NaN. A NaN of the teacher makes
         the position invalid, counted in `metrics["n_teacher_nonfinite"]`.
     torch.compile(fullgraph=True, dynamic=False) and CUDA-graph capture take calls on backend "triton" with reverse or forward
-        KL, mask None (and no weights or labels), scope "batch", no threshold, no `score_dtype="float8"`: there the number of
-        rows to train on is fixed by the shapes. torch.compile takes no `student_stats`.
+        KL, mask None (and no weights or labels), scope "batch" (so one process), no threshold, no `score_dtype="float8"`: there
+        the number of rows to train on is fixed by the shapes. torch.compile takes no `student_stats`.
     Host synchronisations on a GPU: one for the list of valid rows (none without a mask), one for that of selected rows; one
         more for the shortlist of "float8", one for `student_stats` on backend "torch", and there one in the backward of
         "local_support".

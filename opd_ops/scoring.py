@@ -322,7 +322,8 @@ def score_positions(
     Arguments are those of `selective_opd_loss`. `divergence` is the loss that will be applied, None: "reverse_kl", or any that
     a sparse teacher allows. A position where it is known to be infinite scores -inf, so that it is never selected; `stats` keep
     the true value. With `score_dtype="float8"` all scores are those of the first ranking, in 8 bits; `selective_opd_loss`
-    scores its shortlist again.
+    scores its shortlist again. With a `selection_group` selectors normalise over the positions of all its ranks, which must all
+    call; "prefix" and `special_ids` count along the sequences that this rank holds.
 
     Returns: `scores` (...) fp32, -inf where not valid; `stats`, `TokenStats` of the same shape.
     """
@@ -373,8 +374,10 @@ def select_positions(
         mask: (...), any dtype, non-zero = valid; None = all.
         fraction: rho in (0, 1], exact as written: 0.1 of 30 is 3.
         scope: "batch": one budget; "sequence": one per sequence, that is per row of the last dimension or per span of
-            `cu_seqlens` (n_sequences + 1,) over the flattened positions; "global": one budget over the ranks.
-        selection_group: The processes that select together; None: with scope "global" all, else each by itself.
+            `cu_seqlens` (n_sequences + 1,) over the flattened positions; "global": one over the ranks of `selection_group`.
+        selection_group: The processes that select together, as one would that holds their positions in the order of ranks: with
+            "global" (None: all there are), or with "sequence" where each rank holds a part of every sequence, maybe an empty
+            one; their number must agree. All ranks must call, also with no position.
         keep_one_per_sequence: Add the best position of every sequence that the budget left without one.
         threshold: In the place of a budget: keep the valid positions that score at least this, however many they are.
     Returns: `selected` (...) bool.

@@ -109,6 +109,7 @@ def selective_opd_token_losses(
     `selective_opd_loss` is losses.sum() / |M|. A host that divides by a count of all valid positions shrinks the step by
     |M| / n_valid: multiply by n_valid / |M| (`metrics` has both counts).
 
+    Over several processes (`selection_group`) only the selection is theirs together: nothing is divided here.
     Arguments are those of `selective_opd_loss`, less what concerns its denominator, and less `inplace_backward`.
     Returns: `TokenLosses`: `losses` of the mask's shape, fp32 (fp64 if any input is), connected to the student's tensors even
         when nothing is selected; `selected`, `scores`, `stats`, `metrics` as of `selective_opd_loss`.

@@ -83,10 +83,12 @@ def test_digits_cover_the_key_and_histograms_stay_small(dtype, n_groups, n_targe
 
 
 def test_cost_of_the_common_searches():
+    """What docs/features.md states."""
+    assert [cost(torch.float32, 1, n) for n in (1, 4, 6)] == [(3, 20_480), (3, 69_632), (3, 102_400)]
+    assert cost(torch.float32, 64, 1) == (4, 262_144)
     assert cost(torch.float32, 1, 1) == (3, 4 * (2**10 + 2**11 + 2**11))
     assert cost(torch.float32, 1, 4) == (3, 4 * (2**10 + 2 * 4 * 2**11))
     assert cost(torch.float64, 1, 1)[0] == 6
-    assert cost(torch.float32, 64, 1)[0] == 4
 
 
 def over_ranks(seeds):
@@ -122,4 +124,4 @@ def over_ranks(seeds):
 
 
 def test_four_processes_find_what_a_sort_of_all_their_values_finds(ranks):
-    assert ranks.run(over_ranks, range(24)) == [24] * 4
+    assert ranks.run(over_ranks, range(12)) == [12] * 4
