@@ -9,15 +9,17 @@ import math
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from opd_ops.divergences import Divergence
 from opd_ops.masking import of_positions
+from opd_ops.ranks import Ranks
 from opd_ops.rollout import StudentStats
 from opd_ops.sources import Source
 from opd_ops.teachers import Listed
 
-SCOPES = ("batch", "sequence")
+SCOPES = ("batch", "sequence", "global")
 DENOMINATORS = ("selected", "valid")
 
 
@@ -57,6 +59,49 @@ def check_fraction(fraction: object) -> None:
 def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name}: got {value!r}, expected one of: {', '.join(known)}")
+
+
+def check_selection_group(scope: str | None, group: object) -> Ranks | None:
+    """The processes that select together; None: this one alone. `scope`: None where positions are only scored."""
+    if scope is not None:
+        check_choice("scope", scope, SCOPES)
+    if group is None:
+        if scope != "global":
+            return None
+        ranks = Ranks.world()
+    else:
+        if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+            raise TypeError(f"selection_group: got {type(group).__name__}, expected a ProcessGroup that this process is in")
+        if scope == "batch":
+            raise ValueError(
+                "selection_group: got a group, but scope 'batch' is one budget for each process; expected scope 'global', or "
+                "'sequence' if the ranks hold parts of the same sequences"
+            )
+        ranks = Ranks(group)
+    return ranks if ranks.size > 1 else None
+
+
+def check_other_positions(scope: str | None, group: object) -> None:
+    """Where ranks share out the vocabulary, those that select together must be named: some ranks hold the same positions."""
+    if scope == "global" and group is None:
+        raise ValueError(
+            "selection_group: got None where ranks share out the vocabulary, which hold the same positions; expected the group "
+            "of the ranks that hold others"
+        )
+
+
+def check_parts_of_sequences(special_ids: object, labels: Tensor | None) -> None:
+    """Refuse what looks at whole sequences where a rank holds parts of them."""
+    if check_ids("special_ids", special_ids):
+        raise ValueError(
+            "special_ids: got ids, whose first occurrence in a sequence may be on another rank of selection_group; take these "
+            "positions from the mask"
+        )
+    if labels is not None:
+        raise ValueError(
+            "labels: got unshifted labels, whose next one may be on another rank of selection_group; pass shift_labels, or "
+            "tokens and a mask"
+        )
 
 
 def check_divergence_top_k(divergence: Divergence, vocab_size: int) -> None:

@@ -32,19 +32,20 @@ class Chosen:
     stats: TokenStats  # columns (...)
 
     @staticmethod
-    def of(
-        call: Scoring, *, fraction: float, threshold: Tensor | float | None, scope: str, cu_seqlens: Tensor | None
-    ) -> Chosen:
+    def of(call: Scoring, *, fraction: float, threshold: Tensor | float | None, cu_seqlens: Tensor | None) -> Chosen:
         """Score the call's positions and select."""
+        group = None if call.ranks is None else call.ranks.group
         keep_one = getattr(call.selector, "keep_one_per_sequence", False)
-        select = partial(select_positions, scope=scope, cu_seqlens=cu_seqlens, keep_one_per_sequence=keep_one)
+        select = partial(
+            select_positions, scope=call.scope, selection_group=group, cu_seqlens=cu_seqlens, keep_one_per_sequence=keep_one
+        )
 
         def shortlist(scores: Tensor, stats: TokenStats) -> Tensor:
             return select(scores, mask=stats.valid, fraction=min(1.0, SHORTLIST * fraction))
 
         scores, stats = call.run(shortlist)
         selected = select(scores, mask=stats.valid, fraction=fraction, threshold=threshold)
-        rows, kept = _rows_of(selected, None if threshold is not None else fraction, scope, call)
+        rows, kept = _rows_of(selected, None if threshold is not None else fraction, call)
         if call.known is not None and call.divergence.whole is not None and not scores_selected_rows(call.backend, *call.sides):
             rows, kept, selected, stats = call.with_whole_rows(rows, kept, selected, stats)
         return Chosen(call, rows, kept, selected, scores, stats)
@@ -119,7 +120,7 @@ class Settled:
         return found | sampled_metrics(call.log_ratio(chosen.rows, tokens, chosen.stats), self.trained)
 
 
-def _rows_of(selected: Tensor, fraction: float | None, scope: str, call: Scoring) -> tuple[Tensor, Tensor | None]:
+def _rows_of(selected: Tensor, fraction: float | None, call: Scoring) -> tuple[Tensor, Tensor | None]:
     """The selected positions; in a graph as many as the budget, and which of those are selected (None: all).
 
     Their number depends on the data (NaN or infinite rows leave the budget unfilled), which no graph can hold, torch.compile's
@@ -127,7 +128,7 @@ def _rows_of(selected: Tensor, fraction: float | None, scope: str, call: Scoring
     zero too.
     """
     flat = selected.flatten()
-    fixed = call.given is None and scope == "batch" and drops_weightless_rows(call.backend)
+    fixed = call.given is None and call.scope == "batch" and drops_weightless_rows(call.backend)
     if fraction is None or not fixed or not _in_graph(flat.device):
         return flat.nonzero().squeeze(1), None
     rows = torch.sort(flat.to(torch.uint8), descending=True, stable=True).indices[: most_selected(len(flat), fraction)]

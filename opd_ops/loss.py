@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from opd_ops import checks
 from opd_ops.chosen import Chosen
 from opd_ops.divergences import Divergence
 from opd_ops.inputs import LinearHead
+from opd_ops.ranks import Ranks
 from opd_ops.rollout import StudentStats
 from opd_ops.scoring import DEFAULT_WORKSPACE_BYTES, prepare
 from opd_ops.selectors import Selector
@@ -43,6 +45,7 @@ def selective_opd_loss(
     fraction: float = 0.05,
     threshold: Tensor | float | None = None,
     scope: str = "batch",
+    selection_group: dist.ProcessGroup | None = None,
     divergence: str | Divergence = "reverse_kl",
     top_k: int = 16,
     temperature: float = 1.0,
@@ -84,7 +87,12 @@ def selective_opd_loss(
         fraction: Share of the valid positions to train on, in (0, 1]; 1.0 is plain distillation.
         threshold: Train on every valid position that scores at least this, in the place of the budget: a host that has scored
             all micro-batches of a step can fix one cut for it.
-        scope: "batch": one budget; "sequence": one per sequence (last leading dimension, or the spans of `cu_seqlens`).
+        scope: "batch": one budget; "sequence": one per sequence (last leading dimension, or the spans of `cu_seqlens`);
+            "global": one over the ranks of `selection_group`, as one process would select that holds all their positions.
+        selection_group: The processes that select together: with scope "global" (None: all there are), or with "sequence" where
+            the ranks hold parts of the same sequences, as many on each (context parallelism; None: whole sequences). Selectors
+            then normalise over the positions of all ranks. All must make the call, with one set of options, also with no
+            position. docs/features.md says what is sent.
         divergence: The loss on the selected positions: "reverse_kl", "forward_kl", "jsd", "total_variation", "local_support",
             "tail_aware", "forward_kl_topk", "sampled", "entropy_aware", or an instance with parameters (divergences/), like
             `JSD(beta=0.3)` or `Extrapolated(1.25, reference)`.
@@ -98,7 +106,9 @@ def selective_opd_loss(
         cu_seqlens: (n_sequences + 1,) boundaries of packed sequences in the flattened positions.
         num_items_in_batch: The host trainer's count of valid tokens over all micro-batches (and ranks).
         denominator: "selected": mean over M; with `num_items_in_batch` the sum is divided by
-            `num_items_in_batch * n_selected / n_valid`. "valid": divided by n_valid, or by `num_items_in_batch`.
+            `num_items_in_batch * n_selected / n_valid`. "valid": divided by n_valid, or by `num_items_in_batch`. Both n are
+            those of all ranks that select together, so that the ranks' losses add up to the loss of the whole batch. DDP and
+            FSDP average gradients: multiply the loss by their number, or pass the host's `num_items_in_batch` per rank.
         vocab_size: Common vocabulary to slice both models to; None: the smaller, with one warning if they differ.
         process_group: Vocabulary-parallel group; only None is supported yet.
         generator: For the selectors that draw ("random", "multinomial"). Under activation checkpointing leave it None:
@@ -117,7 +127,8 @@ def selective_opd_loss(
         inplace_backward: Let the gradient overwrite the student's logits (backend "triton"), which spares a tensor of their
             size. Refused for a leaf, a view, logits without a gradient or shared with the teacher; a second backward raises.
         check_finite: Raise where a valid position has no finite softmax, instead of the rules below.
-    Returns: `SelectiveOPDOutput`: `loss`, fp32 scalar; `selected`, `scores`, `stats` of the mask's shape; `metrics`.
+    Returns: `SelectiveOPDOutput`: `loss`, fp32 scalar; `selected`, `scores`, `stats` of the mask's shape; `metrics`, over ranks
+        too of this one's positions: sums and counts to add up.
         fp64 inputs on both sides give fp64 results.
     Raises:
         ValueError: shapes, devices or numbers that do not fit ("fraction: got 1.5, expected a number in (0, 1]").
@@ -126,8 +137,8 @@ def selective_opd_loss(
         the position is not selected. A NaN of the student at a valid position makes the loss NaN. A NaN of the teacher makes
         the position invalid, counted in `metrics["n_teacher_nonfinite"]`.
     torch.compile(fullgraph=True, dynamic=False) and CUDA-graph capture take calls on backend "triton" with reverse or forward
-        KL, mask None (and no weights or labels), scope "batch", no threshold, no `score_dtype="float8"`: there the number of
-        rows to train on is fixed by the shapes. torch.compile takes no `student_stats`.
+        KL, mask None (and no weights or labels), scope "batch" (so one process), no threshold, no `score_dtype="float8"`: there
+        the number of rows to train on is fixed by the shapes. torch.compile takes no `student_stats`.
     Host synchronisations on a GPU: one for the list of valid rows (none without a mask), one for that of selected rows; one
         more for the shortlist of "float8", one for `student_stats` on backend "torch", and there one in the backward of
         "local_support".
@@ -137,7 +148,6 @@ def selective_opd_loss(
         tensor(0.)
     """
     checks.check_fraction(fraction)
-    checks.check_choice("scope", scope, checks.SCOPES)
     checks.check_choice("denominator", denominator, checks.DENOMINATORS)
     checks.check_num_items(num_items_in_batch)
     checks.check_threshold(threshold, score_dtype)
@@ -153,6 +163,8 @@ def selective_opd_loss(
         special_ids=special_ids,
         eos_ids=eos_ids,
         selector=selector,
+        scope=scope,
+        selection_group=selection_group,
         divergence=divergence,
         top_k=top_k,
         temperature=temperature,
@@ -170,7 +182,7 @@ def selective_opd_loss(
     if inplace_backward:
         checks.check_inplace_backward(call.student.leading, call.teacher)
     checks.check_tokens(call.divergence, call.teacher, call.positions.tokens)
-    chosen = Chosen.of(call, fraction=fraction, threshold=threshold, scope=scope, cu_seqlens=cu_seqlens)
+    chosen = Chosen.of(call, fraction=fraction, threshold=threshold, cu_seqlens=cu_seqlens)
     rows, kept, tokens_of = chosen.rows, chosen.kept, chosen.tokens()
     total = _denominator(chosen.selected, chosen.stats.valid, num_items_in_batch, denominator)
     factors = (1 / total).to(chosen.scores.dtype).expand(len(rows))
@@ -179,17 +191,22 @@ def selective_opd_loss(
     weighted, losses = chosen.loss(factors if of_rows is None else factors * of_rows, tokens_of, inplace=inplace_backward)
     settled = chosen.settled(losses)
     chosen = settled.chosen
-    # 1 if no infinite loss was dropped
-    correction = total / _denominator(chosen.selected, chosen.stats.valid, num_items_in_batch, denominator)
+    # 1 if no infinite loss was dropped; over ranks their counts are added up here alone, when they are final
+    correction = total / _denominator(chosen.selected, chosen.stats.valid, num_items_in_batch, denominator, call.ranks)
     poison = torch.where(chosen.blown_up.any(), torch.nan, 1.0)
     loss = weighted * correction.to(weighted.dtype) * poison
     metrics = settled.metrics(loss, settled.loss_sum(of_rows), tokens_of)
     return SelectiveOPDOutput(loss, chosen.selected, chosen.scores, chosen.stats, metrics)
 
 
-def _denominator(selected: Tensor, valid: Tensor, num_items: Tensor | float | None, kind: str) -> Tensor:
+def _denominator(
+    selected: Tensor, valid: Tensor, num_items: Tensor | float | None, kind: str, ranks: Ranks | None = None
+) -> Tensor:
     """What the sum over the selected positions is divided by, 0-dim fp64; 1 where nothing is selected."""
-    n_selected, n_valid = selected.sum().double(), valid.sum().double()
+    n_selected, n_valid = selected.sum(), valid.sum()
+    if ranks is not None:
+        n_selected, n_valid = ranks.sum(torch.stack((n_selected, n_valid))).unbind()
+    n_selected, n_valid = n_selected.double(), n_valid.double()
     share = n_selected / n_valid.clamp_min(1) if kind == "selected" else torch.ones_like(n_valid)
     total = n_valid
     if isinstance(num_items, Tensor):

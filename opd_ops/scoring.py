@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from opd_ops import checks, float8
@@ -18,9 +19,18 @@ from opd_ops.backends.gather import logits_at
 from opd_ops.divergences import Divergence, ReverseKL, SampledToken, TailAware, resolve_divergence
 from opd_ops.inputs import LinearHead
 from opd_ops.masking import Positions, positions
+from opd_ops.ranks import Ranks
 from opd_ops.rollout import StudentStats
-from opd_ops.selection import select, sequence_ids
-from opd_ops.selectors import Selector, check_known, check_ranks_twice, is_deterministic, resolve_selector
+from opd_ops.selection import numbered_sequences, select, select_over_ranks, sequence_ids
+from opd_ops.selectors import (
+    Selector,
+    check_known,
+    check_ranks_twice,
+    check_whole_sequences,
+    is_deterministic,
+    over_ranks,
+    resolve_selector,
+)
 from opd_ops.sides import check_sources
 from opd_ops.sources import Source
 from opd_ops.stats import OPTIONAL_COLUMNS, TokenStats
@@ -45,6 +55,8 @@ class Scoring:
     workspace_bytes: int
     score_dtype: torch.dtype | None
     check_finite: bool
+    scope: str
+    ranks: Ranks | None  # which processes select together; None: this one alone
 
     @property
     def shape(self) -> torch.Size:
@@ -150,7 +162,11 @@ class Scoring:
         )
 
     def _scores(self, stats: TokenStats) -> Tensor:
-        scores = self.selector(stats)
+        if self.ranks is None:
+            scores = self.selector(stats)
+        else:
+            with over_ranks(self.ranks):
+                scores = self.selector(stats)
         if not isinstance(scores, Tensor) or scores.shape != self.shape:
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(f"selector: returned {got}, expected a tensor of scores of shape {tuple(self.shape)}")
@@ -165,8 +181,14 @@ class Scoring:
     def _refuse_nonfinite(self, stats: TokenStats) -> None:
         given = torch.ones_like(stats.valid) if self.given is None else self.given
         blown_up = stats.valid & ~torch.isfinite(stats.student_logsumexp)
-        for name, bad in (("student", blown_up), ("teacher", given & ~stats.valid)):
-            if bad.any():
+        nonfinite = {"student": blown_up, "teacher": given & ~stats.valid}
+        everywhere = torch.stack([bad.sum() for bad in nonfinite.values()])
+        if self.ranks is not None:  # so that all raise, and none waits for one that has
+            everywhere = self.ranks.sum(everywhere)
+        for (name, bad), n in zip(nonfinite.items(), everywhere.tolist(), strict=True):
+            if n and not bad.any():
+                raise ValueError(f"{name}: got {n} positions without a finite softmax on other ranks (check_finite=True)")
+            if n:
                 first = tuple(bad.nonzero()[0].tolist())
                 raise ValueError(
                     f"{name}: got logits without a finite softmax at position {first} ({int(bad.sum())} such positions), "
@@ -207,10 +229,13 @@ def prepare(
     score_dtype: str | None,
     student_stats: StudentStats | None,
     check_finite: bool,
+    scope: str | None = None,
+    selection_group: dist.ProcessGroup | None,
     inplace_backward: bool = False,
 ) -> Scoring:
-    """Check all that scoring depends on; raises before any work."""
+    """Check all that scoring depends on; raises before any work. `scope`: None where no selection follows."""
     check_backend(backend)
+    ranks = checks.check_selection_group(scope, selection_group)
     found_divergence = _scored_for(teacher) if divergence is None else resolve_divergence(divergence)
     sources = check_sources(
         student,
@@ -222,6 +247,8 @@ def prepare(
         process_group=process_group,
     )
     shape, device = sources[0].leading.shape[:-1], sources[0].leading.device
+    if sources[0].transform.shard is not None:
+        checks.check_other_positions(scope, selection_group)
     vocab = sources[0].transform.whole_vocab_size
     checks.check_top_k(top_k, vocab)
     checks.check_divergence_top_k(found_divergence, vocab)
@@ -247,6 +274,9 @@ def prepare(
     needs = Needs(divergence=found_divergence, top_k=top_k, inplace=inplace_backward, float8=found_dtype == float8.DTYPE)
     found_backend = resolve_backend(backend, *sources, needs)
     found_selector = resolve_selector(selector, generator=generator, sequence_ids=found_positions.sequences)
+    if scope == "sequence" and ranks is not None:
+        checks.check_parts_of_sequences(special_ids, labels if shift_labels is None else None)
+        check_whole_sequences(found_selector)
     if found_dtype == float8.DTYPE:
         check_ranks_twice(found_selector)
     if student_stats is not None:
@@ -267,6 +297,8 @@ def prepare(
         workspace_bytes=workspace_bytes,
         score_dtype=found_dtype,
         check_finite=bool(check_finite),
+        scope="batch" if scope is None or (scope == "global" and ranks is None) else scope,
+        ranks=ranks,
     )
 
 
@@ -287,6 +319,7 @@ def score_positions(
     special_ids: Sequence[int] = (),
     eos_ids: Sequence[int] = (),
     selector: str | Selector = "teachability",
+    selection_group: dist.ProcessGroup | None = None,
     divergence: str | Divergence | None = None,
     top_k: int = 16,
     temperature: float = 1.0,
@@ -305,7 +338,8 @@ def score_positions(
     Arguments are those of `selective_opd_loss`. `divergence` is the loss that will be applied, None: "reverse_kl", or any that
     a sparse teacher allows. A position where it is known to be infinite scores -inf, so that it is never selected; `stats` keep
     the true value. With `score_dtype="float8"` all scores are those of the first ranking, in 8 bits; `selective_opd_loss`
-    scores its shortlist again.
+    scores its shortlist again. With a `selection_group` selectors normalise over the positions of all its ranks, which must all
+    call; "prefix" and `special_ids` count along the sequences that this rank holds.
 
     Returns: `scores` (...) fp32, -inf where not valid; `stats`, `TokenStats` of the same shape.
     """
@@ -318,6 +352,7 @@ def score_positions(
         special_ids=special_ids,
         eos_ids=eos_ids,
         selector=selector,
+        selection_group=selection_group,
         divergence=divergence,
         top_k=top_k,
         temperature=temperature,
@@ -340,6 +375,7 @@ def select_positions(
     mask: Tensor | None = None,
     fraction: float = 0.05,
     scope: str = "batch",
+    selection_group: dist.ProcessGroup | None = None,
     cu_seqlens: Tensor | None = None,
     keep_one_per_sequence: bool = False,
     threshold: Tensor | float | None = None,
@@ -354,7 +390,10 @@ def select_positions(
         mask: (...), any dtype, non-zero = valid; None = all.
         fraction: rho in (0, 1], exact as written: 0.1 of 30 is 3.
         scope: "batch": one budget; "sequence": one per sequence, that is per row of the last dimension or per span of
-            `cu_seqlens` (n_sequences + 1,) over the flattened positions.
+            `cu_seqlens` (n_sequences + 1,) over the flattened positions; "global": one over the ranks of `selection_group`.
+        selection_group: The processes that select together, as one would that holds their positions in the order of ranks: with
+            "global" (None: all there are), or with "sequence" where each rank holds a part of every sequence, maybe an empty
+            one; their number must agree. All ranks must call, also with no position.
         keep_one_per_sequence: Add the best position of every sequence that the budget left without one.
         threshold: In the place of a budget: keep the valid positions that score at least this, however many they are.
     Returns: `selected` (...) bool.
@@ -364,12 +403,22 @@ def select_positions(
         got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
         raise TypeError(f"scores: got {got}, expected a floating-point tensor")
     checks.check_fraction(fraction)
-    checks.check_choice("scope", scope, checks.SCOPES)
+    ranks = checks.check_selection_group(scope, selection_group)
     checks.check_cu_seqlens(cu_seqlens, scores.shape)
     checks.check_threshold(threshold)
     valid = positions(scores.shape, scores.device, mask=mask).valid
     flat = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
     ids = sequence_ids(scores.shape, cu_seqlens, scores.device)
+    if ranks is not None:
+        return select_over_ranks(
+            scores.flatten(),
+            flat.flatten(),
+            fraction,
+            ranks,
+            numbered_sequences(scores.shape, cu_seqlens, scores.device) if scope == "sequence" else None,
+            keep_one_in=ids if keep_one_per_sequence else None,
+            threshold=threshold,
+        ).view(scores.shape)
     return select(
         scores.flatten(),
         flat.flatten(),

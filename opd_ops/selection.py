@@ -2,17 +2,24 @@
 #
 #   n = max(1, ceil(rho N))      scope "batch":    one budget for all N valid positions     arXiv 2605.26844 eq. 13
 #   n_i = max(1, ceil(rho N_i))  scope "sequence": one per sequence                         arXiv 2604.14084 eq. 8
-#   (eq. 8 rounds down; rounding up drops no rollout.) Ties go to the earlier position; no valid position, none kept.
+#   scope "global": one for the valid positions of all ranks; and "sequence" over ranks that hold parts of the same sequences
+#   (eq. 8 rounds down; rounding up drops no rollout.) Ties go to the earlier position, of the lower rank first; no valid
+#   position, none kept.
 #
+# Over ranks the n-th best score is found without gathering scores, and one count of ties a rank and sequence is gathered.
 # Everything stays on the device: no count is read on the host.
-# Not here: the scores (selectors.py).
+# Not here: the scores (selectors.py), the n-th best over ranks (order_statistics.py).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import torch
 from torch import Tensor
+
+from opd_ops.order_statistics import order_statistics
+from opd_ops.ranks import Ranks
 
 SHORTLIST = 2  # positions that are scored again exactly after a ranking in 8 bits, in multiples of the budget
 
@@ -24,10 +31,22 @@ def sequence_ids(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.dev
     """
     places = torch.arange(shape.numel(), device=device)
     if cu_seqlens is not None:
-        spans = torch.bucketize(places, cu_seqlens[1:].to(device=device, dtype=torch.long), right=True)
+        spans = _spans(places, cu_seqlens)
         # Empty spans leave no gap in the numbers, so that no number exceeds the count of positions.
         return torch.cat((spans[:1] * 0, (spans[1:] != spans[:-1]).cumsum(0)))
     return places.div(max(1, shape[-1] if len(shape) else 1), rounding_mode="floor")
+
+
+def numbered_sequences(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, int]:
+    """The same without closing gaps, and how many sequences there are: numbers that mean the same on every rank."""
+    if cu_seqlens is None:
+        return sequence_ids(shape, None, device), max(1, shape[:-1].numel())
+    n = len(cu_seqlens) - 1
+    return _spans(torch.arange(shape.numel(), device=device), cu_seqlens).clamp_max(n - 1), n
+
+
+def _spans(places: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return torch.bucketize(places, cu_seqlens[1:].to(device=places.device, dtype=torch.long), right=True)
 
 
 def budget(n_valid: Tensor, fraction: float) -> Tensor:
@@ -75,21 +94,77 @@ def select(
         keep_one_in: (N,) sequence numbers: the best position of each sequence that the budget left empty is added.
         threshold: the least score that is kept, in the place of a budget.
     """
-    keys = torch.where(valid & ~scores.isnan(), scores, -math.inf)
+    keys = _keys(scores, valid)
     ids = torch.zeros_like(valid, dtype=torch.long) if ids is None else ids
-    if threshold is None:
-        selected = _best(keys, budget(_count(valid, ids), fraction), ids)
-    else:
-        selected = (keys >= threshold) & (keys > -math.inf)
+    selected = _at_least(keys, threshold) if threshold is not None else _best(keys, budget(_count(valid, ids), fraction), ids)
     if keep_one_in is not None:
         empty = _count(selected, keep_one_in) == 0
         selected = selected | _best(keys, empty.long(), keep_one_in)
     return selected
 
 
-def _count(flags: Tensor, ids: Tensor) -> Tensor:
-    """How many flags each sequence has, (N,), one entry per possible sequence number."""
-    return torch.zeros(max(1, len(flags)), dtype=torch.long, device=flags.device).index_add(0, ids, flags.long())
+def select_over_ranks(
+    scores: Tensor,
+    valid: Tensor,
+    fraction: float,
+    ranks: Ranks,
+    sequences: tuple[Tensor, int] | None,
+    *,
+    keep_one_in: Tensor | None = None,
+    threshold: Tensor | float | None = None,
+) -> Tensor:
+    """`select` of what all ranks hold, in their order: which of this rank's flattened positions are kept, (N,) bool.
+
+    Args:
+        sequences: (N,) non-decreasing numbers and how many there are, with parts of each sequence on any rank, for one budget
+            each; None: one budget in all, and sequences are whole on their rank.
+        keep_one_in: (N,) this rank's own sequence numbers; with `sequences` not None those are looked at instead.
+    Collectives: a search with one target a sequence (order_statistics.py) and a gather of (n_sequences,) int64; none with a
+        threshold, but for `keep_one_in` with `sequences`: then a sum of (n_sequences,) int64 and both of these.
+    """
+    keys = _keys(scores, valid)
+    ids, n = (torch.zeros_like(valid, dtype=torch.long), 1) if sequences is None else sequences
+    if threshold is None:
+        selected = _best_over_ranks(keys, valid, lambda count: budget(count, fraction), ids, n, ranks)
+    else:
+        selected = _at_least(keys, threshold)
+    if keep_one_in is None:
+        return selected
+    if sequences is None:
+        return selected | _best(keys, (_count(selected, keep_one_in) == 0).long(), keep_one_in)
+    if threshold is not None:  # a budget is at least 1: it leaves no sequence empty that has a score
+        empty = (ranks.sum(_count(selected, ids, n)) == 0).long()
+        selected = selected | _best_over_ranks(keys, valid, lambda count: torch.minimum(count, empty), ids, n, ranks)
+    return selected
+
+
+def _best_over_ranks(
+    keys: Tensor, valid: Tensor, budgets: Callable[[Tensor], Tensor], ids: Tensor, n: int, ranks: Ranks
+) -> Tensor:
+    """The largest keys of each of the n sequences over all ranks, as many as `budgets` makes of their counts."""
+    found = order_statistics(keys, valid, lambda count: (count - budgets(count)).unsqueeze(1), 1, ranks, groups=ids, n_groups=n)
+    least = found.values.squeeze(1)[ids]
+    ties = valid & (keys == least)
+    own = _count(ties, ids, n)
+    earlier = ranks.gather(own)[: ranks.rank].sum(0)
+    # In ascending order what equals the least kept one begins at `below`, and what is kept at `places`.
+    wanted = (found.below + found.equal - found.places).squeeze(1).clamp_min(0) - earlier
+    place = ties.cumsum(0) - 1 - (own.cumsum(0) - own)[ids]  # ids do not decrease
+    return valid & (keys > -math.inf) & ((keys > least) | (ties & (place < wanted[ids])))
+
+
+def _keys(scores: Tensor, valid: Tensor) -> Tensor:
+    return torch.where(valid & ~scores.isnan(), scores, -math.inf)
+
+
+def _at_least(keys: Tensor, threshold: Tensor | float) -> Tensor:
+    return (keys >= threshold) & (keys > -math.inf)
+
+
+def _count(flags: Tensor, ids: Tensor, n: int | None = None) -> Tensor:
+    """How many flags each of the n sequences has, (n,); None: (N,), one entry per possible sequence number."""
+    n = max(1, len(flags)) if n is None else n
+    return torch.zeros(n, dtype=torch.long, device=flags.device).index_add(0, ids, flags.long())
 
 
 def _best(keys: Tensor, n: Tensor, ids: Tensor) -> Tensor:

@@ -15,19 +15,24 @@
 #   Norm(z) = clip((z - Q.05) / (Q.95 - Q.05 + eps), 0, 1), TA eq. 11, over the valid positions of the whole batch.
 #
 # A selector is a callable TokenStats -> scores, so a user's own is on the same footing; `needs` names optional columns.
+# Over ranks (`over_ranks`) normalisers look at the valid positions of all of them: equal to one process that holds these all.
 # Everything is computed in fp64 and without looking at a value on the host. Infinite statistics (student or teacher logits
 # of -inf) stay out of the fit of a normaliser and count as its largest value.
-# Not here: how many positions are kept and which win a tie (selection.py).
+# Not here: how many positions are kept and which win a tie (selection.py), quantiles over ranks (order_statistics.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from opd_ops.order_statistics import order_statistics
+from opd_ops.ranks import Ranks
 from opd_ops.stats import TokenStats
 
 Selector = Callable[[TokenStats], Tensor]
@@ -38,15 +43,58 @@ RELEASED_RANGE = 1e-12  # TA's released normaliser has no epsilon: a range below
 
 # --- normalisers -----------------------------------------------------------------------------------------------------
 
+_ranks: ContextVar[Ranks | None] = ContextVar("ranks", default=None)  # a selector's signature has no room for them
+
+
+@contextmanager
+def over_ranks(ranks: Ranks) -> Iterator[None]:
+    """Normalisers called in it look at the positions of all ranks, which must all call them, in one order.
+
+    Each makes one search with two targets a quantile (order_statistics.py); quantile_norm and released_norm take two
+    quantiles, minmax_norm two, or three with `clip`.
+    """
+    token = _ranks.set(ranks)
+    try:
+        yield
+    finally:
+        _ranks.reset(token)
+
+
+def _quantiles(z: Tensor, among: Tensor, levels: tuple[float, ...], dtype: torch.dtype) -> list[Tensor]:
+    """Linearly interpolated quantiles of z[among], each 0-dim; +inf when nothing is among. `dtype`: what z is made of."""
+    ranks = None if torch.compiler.is_compiling() else _ranks.get()  # which dynamo cannot trace
+    if ranks is None:
+        return [_quantile(z, among, level) for level in levels]
+
+    def ends(n: Tensor) -> Tensor:  # (1,) -> (1, 2 a level): between which each quantile lies
+        return torch.stack([x for level in levels for x in _ends(level, n)], -1)
+
+    exact = torch.float32 if dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float64  # short keys, if so
+    found = order_statistics(z.flatten().to(exact), among.flatten(), ends, 2 * len(levels), ranks)
+    bounds = found.values.double().view(-1, 2, 1)
+    return [_between(low, high, level, found.total) for (low, high), level in zip(bounds, levels, strict=True)]
+
+
+def _ends(level: float, n: Tensor) -> tuple[Tensor, Tensor]:
+    """The places in the ascending order of n values that the quantile lies between."""
+    place = level * (n - 1).clamp_min(0).double()
+    return place.floor().long(), place.ceil().long()
+
+
+def _between(low: Tensor, high: Tensor, level: float, n: Tensor) -> Tensor:
+    """The quantile, 0-dim, from the (1,) values at these places."""
+    place = level * (n - 1).clamp_min(0).double()
+    return torch.where(low == high, low, torch.lerp(low, high, place - place.floor())).squeeze(0)
+
 
 def _quantile(z: Tensor, among: Tensor, level: float) -> Tensor:
     """The linearly interpolated quantile of z[among], 0-dim; +inf when nothing is among."""
     ordered = torch.where(among, z, math.inf).flatten().sort().values
     if not len(ordered):
         return z.new_full((), math.inf)
-    place = level * (among.sum().view(1) - 1).clamp_min(0).double()
-    low, high = ordered.gather(0, place.floor().long()), ordered.gather(0, place.ceil().long())
-    return torch.where(low == high, low, torch.lerp(low, high, place - place.floor())).squeeze(0)
+    n = among.sum().view(1)
+    low, high = (ordered.gather(0, place) for place in _ends(level, n))
+    return _between(low, high, level, n)
 
 
 def _fit(z: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +111,7 @@ def quantile_norm(z: Tensor, valid: Tensor, *, epsilon: float = EPSILON) -> Tens
     """TA eq. 11: clip((z - Q.05) / (Q.95 - Q.05 + epsilon), 0, 1); a constant z gives 0."""
     dtype = z.dtype
     z, fitted = _fit(z, valid)
-    low, high = _quantile(z, fitted, 0.05), _quantile(z, fitted, 0.95)
+    low, high = _quantiles(z, fitted, (0.05, 0.95), dtype)
     rounding = _rounding(low, high, dtype)
     constant = (high - low <= rounding) & ((z - low).abs() <= rounding)
     return _infinite_is_one(z, torch.where(constant, 0.0, (z - low) / (high - low + epsilon)))
@@ -71,8 +119,9 @@ def quantile_norm(z: Tensor, valid: Tensor, *, epsilon: float = EPSILON) -> Tens
 
 def released_norm(z: Tensor, valid: Tensor) -> Tensor:
     """The normaliser of TA's released code: no epsilon, and 0 where the range is below 1e-12."""
+    dtype = z.dtype
     z, fitted = _fit(z, valid)
-    low, high = _quantile(z, fitted, 0.05), _quantile(z, fitted, 0.95)
+    low, high = _quantiles(z, fitted, (0.05, 0.95), dtype)
     flat = high - low < RELEASED_RANGE
     return _infinite_is_one(z, torch.where(flat, 0.0, (z - low) / torch.where(flat, 1.0, high - low)))
 
@@ -81,9 +130,9 @@ def minmax_norm(z: Tensor, valid: Tensor, *, clip: float | None = None) -> Tenso
     """TIP section 6: (z - min) / (max - min) after z <- min(z, its `clip` quantile); a constant z gives 0."""
     dtype = z.dtype
     z, fitted = _fit(z, valid)
-    if clip is not None:
-        z = torch.minimum(z, _quantile(z, fitted, clip))
-    low, high = _quantile(z, fitted, 0.0), _quantile(z, fitted, 1.0)
+    low, high, *most = _quantiles(z, fitted, (0.0, 1.0) if clip is None else (0.0, 1.0, clip), dtype)
+    if most:
+        z, low, high = (torch.minimum(x, most[0]) for x in (z, low, high))
     flat = (high <= low) | (high - low <= _rounding(low, high, dtype))
     return _infinite_is_one(z, torch.where(flat, 0.0, (z - low) / torch.where(flat, 1.0, high - low)))
 
@@ -295,6 +344,15 @@ def check_ranks_twice(selector: Selector) -> None:
         raise ValueError(
             f"selector: got {_name(selector)!r}, which draws at random, but score_dtype='float8' ranks twice; "
             "pass score_dtype=None"
+        )
+
+
+def check_whole_sequences(selector: Selector) -> None:
+    """Refuse a selector that counts along sequences of which this rank holds parts."""
+    if isinstance(selector, Prefix):
+        raise ValueError(
+            "selector: got 'prefix', which counts the positions of whole sequences, but with scope 'sequence' and a "
+            "selection_group a rank holds parts of them; pass scores of your own by a callable"
         )
 
 

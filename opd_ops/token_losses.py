@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -81,6 +82,7 @@ def selective_opd_token_losses(
     fraction: float = 0.05,
     threshold: Tensor | float | None = None,
     scope: str = "batch",
+    selection_group: dist.ProcessGroup | None = None,
     divergence: str | Divergence = "reverse_kl",
     top_k: int = 16,
     temperature: float = 1.0,
@@ -107,6 +109,7 @@ def selective_opd_token_losses(
     `selective_opd_loss` is losses.sum() / |M|. A host that divides by a count of all valid positions shrinks the step by
     |M| / n_valid: multiply by n_valid / |M| (`metrics` has both counts).
 
+    Over several processes (`selection_group`) only the selection is theirs together: nothing is divided here.
     Arguments are those of `selective_opd_loss`, less what concerns its denominator, and less `inplace_backward`.
     Returns: `TokenLosses`: `losses` of the mask's shape, fp32 (fp64 if any input is), connected to the student's tensors even
         when nothing is selected; `selected`, `scores`, `stats`, `metrics` as of `selective_opd_loss`.
@@ -123,7 +126,6 @@ def selective_opd_token_losses(
         tensor(True)
     """
     checks.check_fraction(fraction)
-    checks.check_choice("scope", scope, checks.SCOPES)
     checks.check_threshold(threshold, score_dtype)
     call = prepare(
         student,
@@ -137,6 +139,8 @@ def selective_opd_token_losses(
         special_ids=special_ids,
         eos_ids=eos_ids,
         selector=selector,
+        scope=scope,
+        selection_group=selection_group,
         divergence=divergence,
         top_k=top_k,
         temperature=temperature,
@@ -151,7 +155,7 @@ def selective_opd_token_losses(
         check_finite=check_finite,
     )
     checks.check_tokens(call.divergence, call.teacher, call.positions.tokens)
-    chosen = Chosen.of(call, fraction=fraction, threshold=threshold, scope=scope, cu_seqlens=cu_seqlens)
+    chosen = Chosen.of(call, fraction=fraction, threshold=threshold, cu_seqlens=cu_seqlens)
     rows, sampled = chosen.rows, chosen.tokens()
     with torch.no_grad():
         _, found = chosen.loss(torch.ones_like(chosen.scores.flatten()[rows]), sampled)
