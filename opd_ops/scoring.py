@@ -172,10 +172,8 @@ class Scoring:
             raise ValueError(f"selector: returned {got}, expected a tensor of scores of shape {tuple(self.shape)}")
         trainable = stats.valid & finite(stats, self.divergence)
         shard = self.student.transform.shard
-        if shard is not None and not is_deterministic(self.selector):
-            scores = shard.ranks.first(
-                scores.clone(memory_format=torch.contiguous_format)
-            )  # whatever it drew: all ranks train on the same positions
+        if shard is not None and not is_deterministic(self.selector):  # what one rank drew counts for all
+            scores = shard.ranks.first(scores.clone(memory_format=torch.contiguous_format))
         return torch.where(trainable, scores.to(stats.reverse_kl.dtype), -torch.inf)
 
     def _refuse_nonfinite(self, stats: TokenStats) -> None:

@@ -488,9 +488,3 @@ def refusals():
 
 def test_what_would_be_wrong_is_refused_before_anything_is_sent(ranks):
     assert ranks.run(refusals) == [True] * SIZE
-
-
-def test_a_group_by_default_is_not_guessed_beside_a_vocabulary_parallel_one():
-    student, teacher = logit_pair(4, 31)
-    with pytest.raises(ValueError, match="selection_group: got None with a process_group"):
-        selective_opd_loss(student, teacher, scope="global", process_group=object())
