@@ -138,7 +138,8 @@ def drops_weightless_rows(backend: Backend) -> bool:
 
 def scores_selected_rows(backend: Backend, student: Source, teacher: Source | Listed) -> bool:
     """Whether `selected_loss` finds the rows' statistics itself, and needs none that are known of them."""
-    return drops_weightless_rows(backend) and is_computed(student, teacher)
+    is_shared = student.transform.shard is not None
+    return drops_weightless_rows(backend) and (is_shared or is_computed(student, teacher))
 
 
 def is_computed(*sides: Source | Listed) -> bool:
