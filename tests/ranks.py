@@ -74,10 +74,9 @@ def _work(rank, store, pipe):
     from tests import interpreter  # noqa: F401  quick enough, as in the tests' own process
 
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=SIZE, timeout=timedelta(seconds=TIMEOUT)
-    )
-    _pairs.extend(dist.new_group([2 * i, 2 * i + 1]) for i in range(SIZE // 2))
+    patience = timedelta(seconds=TIMEOUT)  # a new group does not inherit it
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=SIZE, timeout=patience)
+    _pairs.extend(dist.new_group([2 * i, 2 * i + 1], timeout=patience) for i in range(SIZE // 2))
     while True:
         try:
             function, arguments = pickle.loads(pipe.recv_bytes())

@@ -73,6 +73,15 @@ def test_values_of_sixteen_bits(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_zeros_are_one_value(dtype):
+    values = torch.tensor([0.0, -0.0, -0.0, 0.0, 1.0, -1.0], dtype=dtype)
+    found = order_statistics(values, torch.ones(6, dtype=torch.bool), lambda total: torch.arange(6).view(1, 6), 6, Ranks())
+    assert found.values.tolist() == [[-1.0, 0.0, 0.0, 0.0, 0.0, 1.0]]
+    assert found.below.tolist() == [[0, 1, 1, 1, 1, 5]]
+    assert found.equal.tolist() == [[1, 4, 4, 4, 4, 1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n_groups", [1, 7, 64, 5000])
 @pytest.mark.parametrize("n_targets", [1, 4, 6])
 def test_digits_cover_the_key_and_histograms_stay_small(dtype, n_groups, n_targets):
