@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from opd_ops.float8 import Float8Rows
+from opd_ops.gathered import gathered
 
 _LORA_ATTRIBUTES = ("lora_A", "lora_embedding_A", "base_layer")
 
@@ -100,12 +101,18 @@ class LinearHead:
         softcap: float | None = None,
         float8: Float8Rows | None = None,
     ) -> LinearHead:
-        """The head of an `nn.Linear`-like module; refuses one that LoRA wraps (its adapter would never train)."""
+        """The head of an `nn.Linear`-like module; refuses one that LoRA wraps (its adapter would never train).
+
+        A weight that FSDP2 shards is gathered, once, on all its ranks; its gradient goes back as the mean over them, as FSDP2's
+        own do. To leave it sharded on the vocabulary instead, pass the DTensor as `weight` (docs/features.md).
+        """
         _refuse_lora(head)
         weight = getattr(head, "weight", None)
         if not isinstance(weight, Tensor):
             raise TypeError(f"head: got {type(head).__name__}, expected a module with a (V, D) weight, like nn.Linear")
-        return cls(hidden, weight, getattr(head, "bias", None), scale=scale, softcap=softcap, float8=float8)
+        bias = getattr(head, "bias", None)
+        bias = None if bias is None else gathered(bias)
+        return cls(hidden, gathered(weight), bias, scale=scale, softcap=softcap, float8=float8)
 
 
 def _refuse_module(weight: object) -> None:

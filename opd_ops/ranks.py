@@ -10,10 +10,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# By its newer name where there is one: the older warns there. A torch without torch.distributed has none.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Ranks:
         if not x.numel():
             return x.new_empty(self.size, *x.shape)
         every = x.new_empty(self.size * x.numel())
-        dist.all_gather_into_tensor(every, x.contiguous().view(-1), group=self.group)
+        _all_gather(every, x.contiguous().view(-1), group=self.group)
         return every.view(self.size, *x.shape)
 
     @torch.no_grad()

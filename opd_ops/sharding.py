@@ -8,7 +8,7 @@
 #
 # One all-gather of three integers tells every rank all widths, so that what does not fit raises on all of them instead of
 # leaving some waiting.
-# Not here: parts joined (backends/shards.py), heads that FSDP2 or ZeRO-3 shard, which are gathered (inputs.py).
+# Not here: parts joined (backends/shards.py), heads that FSDP2 shards, which are gathered (gathered.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from opd_ops.gathered import is_dtensor
 from opd_ops.inputs import LinearHead, positions_shape, vocabulary
 from opd_ops.ranks import Ranks
 from opd_ops.sources import Shard
@@ -31,10 +32,6 @@ class Widths(NamedTuple):
 
     of_ranks: tuple[int, ...] | None
     total: int
-
-
-def is_dtensor(tensor: object) -> bool:
-    return hasattr(tensor, "full_tensor")  # without importing what DTensors need
 
 
 def to_local(name: str, side: Side) -> tuple[Side, Any]:

@@ -38,23 +38,12 @@ def logit_scale(config: Any) -> float:
 def head_of(model: nn.Module, hidden: Tensor) -> LinearHead:
     """The head of a causal language model over `hidden`, (..., D) after the final norm.
 
-    Raises: ValueError: a head wrapped by LoRA. TypeError: a model without one.
+    A weight that FSDP2 shards is gathered. Raises: ValueError: a head wrapped by LoRA. TypeError: a model without one.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     text = model.config.get_text_config()  # type: ignore[union-attr, operator]
     softcap = getattr(text, "final_logit_softcapping", None)
-    return LinearHead.from_module(hidden, _gathered(head), scale=logit_scale(model.config), softcap=softcap)
-
-
-def _gathered(head: nn.Module) -> nn.Module:
-    """The head itself, or where FSDP2 has sharded it a stand-in with its tensors gathered, once."""
-    if not any(hasattr(parameter, "full_tensor") for parameter in head.parameters(recurse=False)):
-        return head
-    made = nn.Module()
-    for name in ("weight", "bias"):
-        tensor = getattr(head, name, None)
-        setattr(made, name, tensor if tensor is None or not hasattr(tensor, "full_tensor") else tensor.full_tensor())
-    return made
+    return LinearHead.from_module(hidden, head, scale=logit_scale(model.config), softcap=softcap)
 
 
 def last_hidden(model: nn.Module, unwrapped: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:

@@ -26,6 +26,7 @@ except ImportError as error:
     raise ImportError(f"trl: {error}; opd_ops.integrations.trl fits trl 1.16, install 'trl==1.16.*'") from error
 
 from opd_ops.divergences import JSD, Divergence
+from opd_ops.gathered import gathered, is_dtensor
 from opd_ops.inputs import LinearHead
 from opd_ops.integrations.options import try_options
 from opd_ops.loss import selective_opd_loss
@@ -170,10 +171,8 @@ def _selective(
 
 def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> LinearHead:
     """The head, gathered once where FSDP2 has sharded it, in the dtype of its hidden states then."""
-    if hasattr(weight, "full_tensor"):
-        weight = weight.full_tensor().to(hidden.dtype)
-        if bias is not None:
-            bias = (bias.full_tensor() if hasattr(bias, "full_tensor") else bias).to(hidden.dtype)
+    if is_dtensor(weight):
+        weight, bias = gathered(weight).to(hidden.dtype), None if bias is None else gathered(bias).to(hidden.dtype)
     return LinearHead(hidden, weight, bias, scale=float(scale), softcap=softcap)
 
 

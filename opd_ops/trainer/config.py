@@ -76,7 +76,9 @@ class OPDConfig:
     # loss
     selector: str = _option("teachability", "What makes a token worth training on (opd_ops/selectors.py).")
     fraction: float = _option(0.05, "Share of the tokens of each micro-batch to train on, in (0, 1].")
-    scope: Literal["batch", "sequence"] = _option("batch", "One budget for each micro-batch, or one for each answer.")
+    scope: Literal["batch", "sequence", "global"] = _option(
+        "batch", "One budget for each process's micro-batch, for each answer, or for all processes' micro-batches together."
+    )
     divergence: str = _option("reverse_kl", "The loss on them (docs/features.md).")
     divergence_args: str = _option("", "Its parameters, like beta=0.3 or top_k=8,alpha=0.5.")
     top_k: int = _option(16, "Entries of the supports that statistics are made of.")

@@ -81,7 +81,7 @@ def held_out_metrics(
         rows = slice(first, first + batch_size)
         part = Rollouts(contexts.prompts[rows], contexts.tokens[rows], contexts.mask[rows])
         head = head_over(model, tokenizer, part, unwrapped=unwrapped)
-        everything = loss_options | {"selector": "all", "fraction": 1.0}
+        everything = loss_options | {"selector": "all", "fraction": 1.0, "scope": "batch"}  # every process has all of them
         taught = teacher(part)
         known = ("loss", *COLUMNS) if isinstance(taught, LinearHead) else ("loss", "student_entropy")
         out = selective_opd_loss(head, taught, mask=part.mask, tokens=part.tokens, **everything)

@@ -12,9 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, Trainer, TrainingArguments
 
-from opd_ops import selective_opd_loss
+from opd_ops import LinearHead, selective_opd_loss
 from opd_ops.backends import eager
-from opd_ops.integrations import heads, hf, trl
+from opd_ops.integrations import hf, trl
 from opd_ops.integrations.heads import head_of, last_hidden, logit_scale
 from opd_ops.integrations.hf import SelectiveComputeLoss, SelectiveDistillationTrainer
 from opd_ops.sources import Source
@@ -193,7 +193,7 @@ def test_a_sharded_head_is_gathered_for_both_adapters():
         for name in ("weight", "bias"):
             tensor = distribute_tensor(getattr(head, name).detach().clone(), mesh, [Shard(0)])
             setattr(sharded, name, torch.nn.Parameter(tensor))
-        gathered = heads._gathered(sharded)
+        gathered = LinearHead.from_module(hidden, sharded)
         of_trl = trl._head(hidden, sharded.weight, sharded.bias, 1.0, None)
         for found in (gathered, of_trl):
             assert torch.equal(found.weight, head.weight)

@@ -1,0 +1,42 @@
+# Parameters that data-parallel ranks shard, as FSDP2 does: gathered whole, once a call.
+#
+#   forward    one all-gather
+#   backward   one reduce-scatter of the mean over ranks, as FSDP2 makes of a gradient: every rank has data of its own
+#
+# A head over which ranks share out the vocabulary is not gathered: sharding.py.
+# Not here: `LinearHead.from_module`, which calls this (inputs.py).
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_dtensor(tensor: object) -> bool:
+    return hasattr(tensor, "full_tensor")  # without importing what DTensors need
+
+
+def gathered(parameter: Tensor) -> Tensor:
+    """The whole of a parameter, itself if it is not sharded; every rank of its mesh must call."""
+    if not is_dtensor(parameter):
+        return parameter
+    from torch.distributed.tensor import Partial
+
+    found: Any = parameter
+    whole: Tensor = found.full_tensor(grad_placements=[Partial()] * found.device_mesh.ndim)
+    scaled: Tensor = _Mean.apply(whole, found.device_mesh.size())
+    return scaled
+
+
+class _Mean(torch.autograd.Function):
+    """The gradients of all ranks will be added up: each gives its share of their mean. (Not every library averages.)"""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, n_ranks: int) -> Tensor:
+        ctx.n_ranks = n_ranks
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient / ctx.n_ranks, None
