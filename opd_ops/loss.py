@@ -110,7 +110,10 @@ def selective_opd_loss(
             those of all ranks that select together, so that the ranks' losses add up to the loss of the whole batch. DDP and
             FSDP average gradients: multiply the loss by their number, or pass the host's `num_items_in_batch` per rank.
         vocab_size: Common vocabulary to slice both models to; None: the smaller, with one warning if they differ.
-        process_group: Vocabulary-parallel group; only None is supported yet.
+        process_group: The ranks that share out the vocabulary, in the order of its ids and in parts of any width, also none: the
+            sides are then this rank's logits or rows of the heads (or a teacher that is whole). Everything else, hidden states
+            too, is the same on all of them, and so is what is returned; gradients are those of the rank's part, and of the
+            hidden states whole. DTensors sharded on the vocabulary bring their group. docs/features.md says what is sent.
         generator: For the selectors that draw ("random", "multinomial"). Under activation checkpointing leave it None:
             the recomputation must draw the same, and only torch's own generators are rewound for it.
         backend: "triton" (a GPU), "torch" (streamed, any device), "eager" (the readable oracle, full

@@ -49,9 +49,9 @@ class Part(NamedTuple):
 
 
 def row_bytes(top_k: int, dtype: torch.dtype, *, models: int = 2) -> int:
-    """What a rank sends of each row: of both models, or of one."""
-    own = 8 if models == 1 else 8 * len(COLUMNS) // 2
-    return models * (own + top_k * (4 + models * dtype.itemsize)) + (8 if models == 1 else 0)
+    """What a rank sends of each row: of both models, or of one, whose log-sum-exp and entropy are its columns."""
+    columns = len(COLUMNS) if models == 2 else 2
+    return 8 * columns + models * top_k * (4 + models * dtype.itemsize)
 
 
 def rows_at_a_time(shard: Shard, top_k: int, dtype: torch.dtype, workspace_bytes: int) -> int:
