@@ -9,8 +9,9 @@
 #   forward_kl_topk   sum_T q^ (log q^ - log p)      its kl_type "forward", zero_outside_topk true
 # Selectors that read the teacher see q^, too: the support mass is that of q^, no lower bound on q's.
 # Contract and shapes were recorded from NeMo-RL 0.6.0 at commit 7ea279a (2026-08-22): loss/interfaces.py, loss/utils.py,
-# loss/loss_functions.py. Logits arrive whole, [B, S, V] (input type LOGIT): row t predicts token t + 1.
-# Not here: logits that are sharded over the vocabulary or the sequence (refused with an error), the loss (opd_ops/loss.py).
+# loss/loss_functions.py. Logits arrive as [B, S, V] (input type LOGIT): row t predicts token t + 1. Under tensor parallelism
+# they are a DTensor, or with Megatron this rank's part of the vocabulary.
+# Not here: logits that are sharded over the sequence (refused with an error), the loss (opd_ops/loss.py).
 from __future__ import annotations
 
 import sys
@@ -21,13 +22,14 @@ from nemo_rl.algorithms.loss.interfaces import LossInputType, LossType
 from torch import Tensor
 
 from opd_ops.divergences import LocalSupport, TopKForwardKL
+from opd_ops.gathered import is_dtensor
 from opd_ops.integrations.options import try_options
 from opd_ops.loss import selective_opd_loss
 from opd_ops.metrics import as_floats
 from opd_ops.teachers import TopKLogprobs
 
 DIVERGENCES: dict[str, type[LocalSupport | TopKForwardKL]] = {"local_support": LocalSupport, "forward_kl_topk": TopKForwardKL}
-GIVEN = ("weights", "num_items_in_batch")  # by NeMo-RL
+GIVEN = ("weights", "num_items_in_batch", "process_group")  # by NeMo-RL
 NEEDED = ("token_mask", "sample_mask", "teacher_topk_logits", "teacher_topk_indices")
 
 
@@ -77,9 +79,9 @@ class SelectiveDistillationLossFn:
             global_valid_toks: Valid tokens of the whole step, or None: those of this call.
         """
         student, weights = _aligned(logits, data)
-        n = student.shape[1]
+        n, (vocab_size, group) = student.shape[1], _vocabulary(student)
         ids = data["teacher_topk_indices"][:, :n].to(student.device)
-        _check_ids(ids, weights, student.shape[-1])
+        _check_ids(ids, weights, vocab_size)
         scores = data["teacher_topk_logits"][:, :n].to(student.device, torch.float32)
         out = selective_opd_loss(
             student,
@@ -87,6 +89,7 @@ class SelectiveDistillationLossFn:
             weights=weights,
             num_items_in_batch=None if global_valid_toks is None else global_valid_toks.reshape(()),
             divergence=DIVERGENCES[self.divergence](top_k=ids.shape[-1]),
+            process_group=group,
             **self.options,
         )
         return out.loss, {**_metrics(out.metrics, global_valid_toks), "num_valid_samples": data["input_ids"].shape[0]}
@@ -97,7 +100,6 @@ def _aligned(logits: Tensor, data: Any) -> tuple[Tensor, Tensor]:
     missing = [name for name in NEEDED if name not in data]
     if missing:
         raise ValueError(f"data: got no {', '.join(missing)}, expected {', '.join(NEEDED)}")
-    _check_whole(logits)
     token_mask = data["token_mask"][:, 1:].to(logits.device)
     n = token_mask.shape[1]
     if logits.dim() != 3 or logits.shape[0] != len(token_mask) or logits.shape[1] < n:
@@ -108,17 +110,13 @@ def _aligned(logits: Tensor, data: Any) -> tuple[Tensor, Tensor]:
     return logits[:, :n], token_mask * data["sample_mask"].to(logits.device).unsqueeze(-1)
 
 
-def _check_whole(logits: Tensor) -> None:
-    """Refuse shards of the vocabulary: a softmax over one would train another objective in silence."""
+def _vocabulary(logits: Tensor) -> tuple[int, Any]:
+    """How many ids there are, and the group of ranks that Megatron has share them out, in equal parts; None: no such group."""
     megatron: Any = sys.modules.get("megatron.core.parallel_state")
-    ranks = 1
-    if megatron is not None and megatron.model_parallel_is_initialized():
-        ranks = megatron.get_tensor_model_parallel_world_size()
-    if hasattr(logits, "full_tensor") or ranks > 1:
-        raise ValueError(
-            "logits: got a shard of the vocabulary, expected whole logits: tensor parallelism is not supported yet; set "
-            "tensor_parallel_size (Megatron: tensor_model_parallel_size) to 1"
-        )
+    if megatron is None or is_dtensor(logits) or not megatron.model_parallel_is_initialized():
+        return logits.shape[-1], None
+    ranks = megatron.get_tensor_model_parallel_world_size()
+    return logits.shape[-1] * ranks, megatron.get_tensor_model_parallel_group() if ranks > 1 else None
 
 
 def _check_ids(ids: Tensor, weights: Tensor, vocab_size: int) -> None:

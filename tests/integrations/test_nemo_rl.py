@@ -14,8 +14,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.cases import leaf, logit_pair
+from tests.ranks import SIZE
 from tests.tolerances import assert_gradient
 
 B, S, VOCAB, K = 3, 9, 131, 16
@@ -34,14 +36,18 @@ class LossInputType(enum.Enum):
     DISTILLATION = "distillation"
 
 
-@pytest.fixture(autouse=True)
-def make(monkeypatch):
+def stand_in(patch):
     """The loss class, imported beside stand-ins of the modules it names."""
     for name in NAMES:
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        patch.setitem(sys.modules, name, ModuleType(name))
     sys.modules[NAMES[-1]].LossType, sys.modules[NAMES[-1]].LossInputType = LossType, LossInputType
-    monkeypatch.delitem(sys.modules, ADAPTER, raising=False)
-    yield importlib.import_module(ADAPTER).SelectiveDistillationLossFn
+    patch.delitem(sys.modules, ADAPTER, raising=False)
+    return importlib.import_module(ADAPTER).SelectiveDistillationLossFn
+
+
+@pytest.fixture(autouse=True)
+def make(monkeypatch):
+    yield stand_in(monkeypatch)
     sys.modules.pop(ADAPTER, None)
 
 
@@ -180,7 +186,7 @@ def test_what_nemo_rl_asks_of_a_loss(make):
     assert pickle.loads(pickle.dumps(loss_fn)).options == loss_fn.options  # it travels to the workers
 
 
-def test_it_rejects_what_it_cannot_do(make, monkeypatch):
+def test_it_rejects_what_it_cannot_do(make):
     student, data = batch()
     with pytest.raises(ValueError, match="divergence: got 'tail_aware', expected one of: local_support, forward_kl_topk"):
         make(divergence="tail_aware")
@@ -199,16 +205,37 @@ def test_it_rejects_what_it_cannot_do(make, monkeypatch):
     shard = student[..., : int(data["teacher_topk_indices"][0].max())]
     with pytest.raises(ValueError, match=f"teacher_topk_indices: got id .*, expected ids below {shard.shape[-1]}"):
         backward(make(), shard, data)
-    for ranks in (1, 2):
-        state = SimpleNamespace(model_parallel_is_initialized=lambda: True)
-        state.get_tensor_model_parallel_world_size = lambda ranks=ranks: ranks
-        monkeypatch.setitem(sys.modules, "megatron.core.parallel_state", state)
-        if ranks == 1:
-            backward(make(), student, data)
-            continue
-        with pytest.raises(ValueError, match="logits: got a shard of the vocabulary"):
-            backward(make(), student, data)
-    monkeypatch.delitem(sys.modules, "megatron.core.parallel_state")
-    student.full_tensor = None  # as a DTensor has
-    with pytest.raises(ValueError, match="logits: got a shard of the vocabulary"):
-        make()(student, data, None, None)
+
+
+def of_parts(kind, divergence):
+    """On every rank: logits of which it has a part, as Megatron and as DTensors share them out, against whole ones."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    with pytest.MonkeyPatch.context() as patch:
+        loss_class = stand_in(patch)
+        torch.manual_seed(0)
+        student, data = batch()
+        student, rank = torch.nn.functional.pad(student, (0, 1), value=-9.0), dist.get_rank()  # padded: equal parts
+        loss_fn = loss_class(fraction=0.25, divergence=divergence)
+        want, gradient, metrics = backward(loss_fn, student, data)
+        if kind == "DTensor":
+            mine = distribute_tensor(student, init_device_mesh("cpu", (SIZE,)), [Shard(2)])
+            loss, of_parts, found = backward(loss_fn, mine, data)
+            of_parts = of_parts.full_tensor()
+        else:
+            state = SimpleNamespace(model_parallel_is_initialized=lambda: True)
+            state.get_tensor_model_parallel_world_size = lambda: SIZE
+            state.get_tensor_model_parallel_group = lambda: dist.group.WORLD
+            patch.setitem(sys.modules, "megatron.core.parallel_state", state)
+            loss, of_parts, found = backward(loss_fn, student.chunk(SIZE, 2)[rank].clone(), data)
+            gradient = gradient.chunk(SIZE, 2)[rank]
+        assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+        assert_gradient(of_parts, gradient, 1e-5)
+        assert found == pytest.approx(metrics, rel=1e-4, nan_ok=True)
+
+
+@pytest.mark.parametrize("divergence", ["local_support", "forward_kl_topk"])
+@pytest.mark.parametrize("kind", ["DTensor", "Megatron"])
+def test_ranks_may_share_out_the_vocabulary(ranks, kind, divergence):
+    ranks.run(of_parts, kind, divergence)
