@@ -110,7 +110,7 @@ def selective_opd_loss(
             those of all ranks that select together, so that the ranks' losses add up to the loss of the whole batch. DDP and
             FSDP average gradients: multiply the loss by their number, or pass the host's `num_items_in_batch` per rank.
         vocab_size: Common vocabulary to slice both models to; None: the smaller, with one warning if they differ.
-        process_group: The ranks that share out the vocabulary, in the order of its ids and in parts of any width, also none: the
+        process_group: The ranks that share out the vocabulary, in the order of its ids, in parts of any width, also 0. The
             sides are then this rank's logits or rows of the heads (or a teacher that is whole). Everything else, hidden states
             too, is the same on all of them, and so is what is returned; gradients are those of the rank's part, and of the
             hidden states whole. DTensors sharded on the vocabulary bring their group. docs/features.md says what is sent.
@@ -143,8 +143,8 @@ def selective_opd_loss(
         KL, mask None (and no weights or labels), scope "batch" (so one process), no threshold, no `score_dtype="float8"`: there
         the number of rows to train on is fixed by the shapes. torch.compile takes no `student_stats`.
     Host synchronisations on a GPU: one for the list of valid rows (none without a mask), one for that of selected rows; one
-        more for the shortlist of "float8", one for `student_stats` on backend "torch", and there one in the backward of
-        "local_support".
+        more for the shortlist of "float8", one where ranks share out the vocabulary, one for `student_stats` on "torch",
+        and there one in the backward of "local_support".
     Example: a student equal to its teacher has nothing to learn.
         >>> logits = torch.randn(6, 32)
         >>> selective_opd_loss(logits, logits).loss

@@ -95,6 +95,11 @@ def one_group(process_group: Any, implied: Sequence[tuple[str, Any]]) -> Any:
         raise TypeError(f"process_group: got {type(process_group).__name__}, expected a torch.distributed.ProcessGroup or None")
     of_student = implied[0][1]
     group = of_student if process_group is None else process_group
+    if group is not None and torch.compiler.is_compiling():
+        raise ValueError(
+            "process_group: got a vocabulary that ranks share out, which torch.compile cannot trace; call the loss outside of "
+            "the graph"
+        )
     for name, found in ((name, found) for name, found in implied if found is not None):
         if group is None:
             raise ValueError(

@@ -1,12 +1,14 @@
-# Two processes of the reference trainer, by torch's launcher over gloo, against one with twice the micro-batches, number by
-# number: whole models, and models that FSDP2 shards, the second of these cut in two and continued from its sharded checkpoint.
+# Two processes of the reference trainer, by `accelerate launch --num_processes 2` over gloo, against one with twice the
+# micro-batches, number by number: whole models, and models that FSDP2 shards, the second of these cut in two and continued
+# from its sharded checkpoint.
 #
 # Command: make test ARGS=tests/trainer/test_processes.py
-# Not here: selection over several processes, sharded vocabularies.
+# Not here: selection over several processes (test_global_selection.py), shared vocabularies (test_vocabulary_parallel.py).
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -40,13 +42,21 @@ FSDP2 = {
 def _launch(folder, steps, **environment):
     path = folder / "script.py"
     path.write_text(TRAIN)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(path)]
+    # --multi_gpu is its word for several processes of one machine; without it it starts one on a machine without a GPU.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+    command += ["--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={_free_port()}", str(path)]
     here = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
     environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": here}
     command += [str(folder / "two"), str(steps)]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def _free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def _logs(folder):
