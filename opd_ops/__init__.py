@@ -4,6 +4,7 @@
 #
 # Not here: anything else; importing this needs torch alone.
 from opd_ops.accounting import Estimate, estimate
+from opd_ops.communication import Collective, Communication, estimate_communication
 from opd_ops.divergences import (
     JSD,
     Divergence,
@@ -31,6 +32,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "JSD",
+    "Collective",
+    "Communication",
     "Divergence",
     "EntropyAware",
     "Estimate",
@@ -54,6 +57,7 @@ __all__ = [
     "TopKLogprobs",
     "TotalVariation",
     "estimate",
+    "estimate_communication",
     "score_positions",
     "select_positions",
     "selective_opd_loss",
