@@ -147,18 +147,19 @@ def _divergence(name, kind, cut, backend):
 
 
 def _divergences_by_kernels(kind):
-    """All of them after one score pass: what kernels find of a part does not depend on the divergence."""
-    from opd_ops.backends import triton
+    """All of them after one score pass: what kernels find of a part and some rows does not depend on the divergence."""
+    from opd_ops.backends import triton_shards
 
-    found, part = [], triton._part
+    found, part = {}, triton_shards._part
 
     def once(*arguments):
-        if not found:
-            found.append(part(*arguments))
-        return found[0]
+        key = (*arguments[3].tolist(), arguments[4])  # rows, top_k
+        if key not in found:
+            found[key] = part(*arguments)
+        return found[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton, "_part", once)
+        patch.setattr(triton_shards, "_part", once)
         for name in DIVERGENCES:
             _divergence(name, kind, "uneven", "triton")
 
@@ -287,7 +288,8 @@ def _bf16_heads(backend):
     for i, index in ((0, slice(None)), (1, part)):
         wanted = _gradients(oracle)[i][index]
         errors = [relative_error(x, wanted) for x in (_gradients(mine)[i], _gradients(whole)[i][index])]
-        assert errors[0] <= 1.1 * errors[1] + 1e-5, errors
+        # Kernels round the logit gradient to 16 bits, as on one process.
+        assert errors[0] <= (2.0 if backend == "triton" else 1.1) * errors[1] + 1e-5, errors
 
 
 # --- DTensors --------------------------------------------------------------------------------------------------------
@@ -500,12 +502,15 @@ def test_what_is_sent_is_what_is_stated(ranks):
     for backend in ("torch", "triton"):
         forward, backward, n, m = of("logits", "reverse_kl", backend)
         score = [("gather", n * shards.row_bytes(6, torch.float32))]
-        again = [("gather", m * shards.row_bytes(1, torch.float32))] if backend == "triton" else []
+        again = [("gather", m * shards.row_bytes(1, torch.float64))] if backend == "triton" else []
         assert forward == [("gather", 16 + 8), *score, *again]
         assert backward == []
     forward, backward, n, m = of("heads", "forward_kl", "torch")
     assert forward[2:] == []
     assert backward == [("sum", m * 24 * 4)]  # the hidden states' gradient, fp32
+    forward, backward, n, m = of("heads", "forward_kl", "triton")
+    assert forward[2:] == [("gather", m * shards.row_bytes(1, torch.float64)), ("sum", m * 24 * 4)]  # made in the forward
+    assert backward == []
     forward, backward, n, m = of("logits", "jsd", "torch")
     assert forward[2:] == [("sum", m * 24)]
     assert backward == []

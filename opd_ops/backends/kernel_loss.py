@@ -46,6 +46,17 @@ def refusal(divergence: Divergence) -> str | None:
 BY_ROW = frozenset({"ids", "values", "coef"})  # of `Found`: the others are columns, one entry a row along the last dimension
 
 
+def logsumexp(model: Transform, ref: Tensor, log2z: Tensor) -> Tensor:
+    """fp64, of a kernel's normalisers, with the digits that one fp32 number would lose."""
+    return ref.double().mul_(multiplier(model)).add_(log2z.double()).mul_(math.log(2))
+
+
+def multiplier(model: Transform) -> float:
+    """What kernels multiply stored logits by, after a soft-cap, to have them in bits."""
+    found: float = transform(model.scale, model.softcap, model.temperature).k
+    return found
+
+
 class Found(NamedTuple):
     """What the gradient needs of each row; None: of a part that the divergence does not have."""
 
@@ -145,7 +156,7 @@ class KernelLoss:
             assert t is not None
             assert score is not None
             assert self.teacher is not None
-            lse = self._logsumexp(self.teacher, score.t_ref, score.t_log2z)
+            lse = logsumexp(self.teacher, score.t_ref, score.t_log2z)
             if part.of_tokens:
                 assert tokens is not None
                 ids = tokens.unsqueeze(1)
@@ -161,20 +172,15 @@ class KernelLoss:
         inside = ascending.masked_fill((ascending < 0) | (ascending >= self.student.vocab_size), LAST_ID).sort(1).values.int()
         if part.reads_teacher_rest and t is not None and self.teacher is not None:
             of_teacher = rest_fwd(t, rows, inside, **self._of_one(self.teacher))
-            log_tail = self._logsumexp(self.teacher, *of_teacher) - lse
+            log_tail = logsumexp(self.teacher, *of_teacher) - lse
         if part.reads_rest:
             rest = rest_fwd(s, rows, inside, **self._of_one(self.student))
-            beside = self._logsumexp(self.student, *rest)
+            beside = logsumexp(self.student, *rest)
         else:
             rest, beside = torch.zeros((2, len(ids)), device=s.device), losses
         terms = evaluate(part, Support(x.double(), beside, log_q, log_tail, entropy), ids, torch.float32)
         coef = torch.zeros(len(ids), device=s.device) if terms.drest is None else terms.drest
         return terms.losses, found._replace(ids=inside, values=terms.dx.gather(1, order), rest=rest, coef=coef)
-
-    def _logsumexp(self, model: Transform, ref: Tensor, log2z: Tensor) -> Tensor:
-        """fp64, of a kernel's normalisers, with the digits that one fp32 number would lose."""
-        k: float = transform(model.scale, model.softcap, model.temperature).k
-        return ref.double().mul_(k).add_(log2z.double()).mul_(math.log(2))
 
     def _at(self, model: Transform, table: Tensor, rows: Tensor | None, ids: Tensor) -> Tensor:
         """(M, K) finished logits at the ids, -inf where missing."""

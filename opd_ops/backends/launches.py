@@ -75,10 +75,10 @@ def write_columns(
     columns: frozenset[str],
     top_k: int,
     workspace_bytes: int,
-) -> Support:
+) -> tuple[Score, Support]:
     """Fill `out`, (columns, n) in the order of `column_names`, with the statistics of the tables' rows (None: all, in order).
 
-    Returns: both models' lists.
+    Returns: what the kernels found.
     `workspace_bytes` bounds the scratch of the optional columns, which comes on top of `score_bytes` a row.
     """
     options = launch_options(*transforms)
@@ -91,7 +91,7 @@ def write_columns(
             column.copy_(_jsd(tables, rows, transforms, workspace_bytes))
         else:
             column.copy_(getattr(score if name in SCORE_COLUMNS else lists, name))
-    return lists
+    return score, lists
 
 
 def top_k_lists(lists: Support, first_id: int = 0) -> tuple[TopK, TopK]:

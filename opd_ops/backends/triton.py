@@ -9,29 +9,26 @@
 # backward pays nothing for it. The reported loss is the score pass's own column. A divergence that is no column of it is found
 # in the forward, with the few numbers a row that its gradient needs (kernel_loss.py), and these are saved.
 # With `inplace` the gradient is written over the student's logits: no second tensor of their size.
-# Logits are read where they lie, in any leading layout (table.py). Where ranks share out the vocabulary, kernels score each
-# rank's part; what is selected is trained on by torch's own operations (streamed_loss.py).
+# Logits are read where they lie, in any leading layout (table.py). Where ranks share out the vocabulary, each runs the kernels
+# on its part (triton_shards.py).
 #
 # Not here: heads (triton_heads.py, triton_heads_loss.py), what launches share (launches.py), the kernels (opd_kernels), the
 # same launches as operators for torch.compile (triton_ops.py).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-from opd_kernels.score import score_fwd
+from opd_kernels.score import Score, score_fwd
 from opd_kernels.support import Support
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opd_ops.backends import has_kernel, is_computed, kernel_loss, shards, streamed, triton_heads, triton_heads_loss
+from opd_ops.backends import has_kernel, is_computed, kernel_loss, streamed, triton_heads, triton_heads_loss
 from opd_ops.backends.head_tiling import score_bytes
 from opd_ops.backends.kernel_loss import GRADIENTS, Found, KernelLoss
-from opd_ops.backends.launches import column_names, launch_options, on_device, parse_columns, parts, top_k_lists, write_columns
-from opd_ops.backends.shards import Part
-from opd_ops.backends.summed import with_jsd
+from opd_ops.backends.launches import column_names, launch_options, on_device, parse_columns, parts, write_columns
 from opd_ops.backends.table import Layout
 from opd_ops.divergences import DIVERGENCES, Divergence, weighted_sum, without_infinite
 from opd_ops.sources import Source, Transform
@@ -95,10 +92,10 @@ def token_stats(
     with torch.no_grad():  # no decorator: torch.compile cannot trace a decorated function of a module it is handed
         shard = student.transform.shard
         if shard is not None:
-            read = partial(_part, student.detach(), teacher.detach(), score_dtype)
-            options: dict[str, Any] = {"top_k": top_k, "workspace_bytes": workspace_bytes}
-            stats = shards.token_stats(read, shard, rows, columns=columns, dtype=torch.float32, **options)
-            return with_jsd(stats, student, teacher, rows, workspace_bytes) if "jsd" in columns else stats
+            from opd_ops.backends import triton_shards
+
+            options: dict[str, Any] = {"top_k": top_k, "columns": columns, "workspace_bytes": workspace_bytes}
+            return triton_shards.token_stats(student, teacher, shard, rows, score_dtype=score_dtype, **options)
         if is_computed(student, teacher):
             table = _head_columns(student.detach(), teacher.detach(), rows, top_k, columns, workspace_bytes, score_dtype)
         else:
@@ -130,45 +127,14 @@ def _head_columns(
     return table
 
 
-def _part(
-    student: Source, teacher: Source, score_dtype: torch.dtype | None, rows: Tensor, top_k: int, workspace_bytes: int
-) -> Part:
-    """What this rank's part of the vocabulary says of the rows."""
-    found: list[Support] = []
-    if is_computed(student, teacher):
-        table = triton_heads.launch_columns(
-            student, teacher, rows, top_k, frozenset(), workspace_bytes, score_dtype, keep=found.append
-        )
-    else:
-        transform = student.transform
-        table = _launch(
-            student.leading,
-            teacher.leading,
-            rows,
-            top_k,
-            "",
-            workspace_bytes,
-            transform.vocab_size,
-            transform.temperature,
-            keep=found.append,
-        )
-    columns = dict(zip(column_names(frozenset()), table.unbind(0), strict=True))
-    lists = Support(torch.cat([x.ids for x in found]), torch.cat([x.logits for x in found]), found[0].columns)
-    return Part({name: columns[name] for name in shards.COLUMNS}, *top_k_lists(lists, student.transform.first_id))
-
-
 def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int, score_dtype: torch.dtype | None) -> OwnStats:
     """One model's statistics at the rows, from its logits alone."""
-    shard, options = source.transform.shard, {"workspace_bytes": workspace_bytes}
-    if shard is None:
-        return triton_heads.own_stats(source, rows, top_k=top_k, score_dtype=score_dtype, **options)
+    options: dict[str, Any] = {"top_k": top_k, "workspace_bytes": workspace_bytes, "score_dtype": score_dtype}
+    if source.transform.shard is None:
+        return triton_heads.own_stats(source, rows, **options)
+    from opd_ops.backends import triton_shards
 
-    def read() -> OwnStats:
-        k = min(top_k, shard.width)
-        mine = triton_heads.own_stats(source, rows, top_k=k, score_dtype=score_dtype, **options)
-        return mine._replace(ids=mine.ids + shard.first)
-
-    return shards.own_stats(read, shard, rows, top_k=top_k, dtype=torch.float32, **options)
+    return triton_shards.own_stats(source, source.transform.shard, rows, **options)
 
 
 def _dense(vocab_size: int, temperature: float) -> tuple[Transform, Transform]:
@@ -187,10 +153,10 @@ def launch_columns(
     temperature: float,
 ) -> Tensor:
     """(columns, n) statistics of the given positions, in the order of `column_names`; `optional` ones are named "a,b"."""
-    return _launch(student, teacher, rows, top_k, optional, workspace_bytes, vocab_size, temperature)
+    return launch_and_keep(student, teacher, rows, top_k, optional, workspace_bytes, vocab_size, temperature)
 
 
-def _launch(
+def launch_and_keep(
     student: Tensor,
     teacher: Tensor,
     rows: Tensor,
@@ -200,16 +166,16 @@ def _launch(
     vocab_size: int,
     temperature: float,
     *,
-    keep: Callable[[Support], None] | None = None,
+    keep: Callable[[tuple[Score, Support]], None] | None = None,
 ) -> Tensor:
-    """`launch_columns`; `keep` is given the lists of consecutive rows."""
+    """`launch_columns`; `keep` is given what the kernels found of consecutive rows."""
     layout, tables = _tables(student, teacher)
     places, columns = layout.rows(rows), parse_columns(optional)
     share = workspace_bytes // 2 if columns else workspace_bytes  # the other half is the optional columns' scratch
     out = torch.empty((len(column_names(columns)), len(rows)), device=rows.device)
     with on_device(rows.device):
         for part in parts(len(rows), score_bytes(vocab_size, top_k), share):
-            lists = write_columns(
+            found = write_columns(
                 out[:, part],
                 tables,
                 places[part],
@@ -219,7 +185,7 @@ def _launch(
                 workspace_bytes=share,
             )
             if keep is not None:
-                keep(lists)
+                keep(found)
     return out
 
 
@@ -244,16 +210,20 @@ def launch_gradient(
     temperature: float,
     *,
     inplace: bool = False,
+    columns: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of the losses weighted, of the student's shape: a new tensor, or the student itself."""
+    """The gradient of the losses weighted, of the student's shape: a new tensor, or the student itself.
+
+    `columns`: score.py's of the rows, (12, M), where these are not those of the logits alone.
+    """
     layout, tables = _tables(student, teacher)
     out, gradient = (tables[0], student.detach()) if inplace else layout.zeros(student)
     places, weights = layout.rows(rows), weights.contiguous()
     options = launch_options(*_dense(vocab_size, temperature))
     with on_device(out.device):
         for part in parts(len(places), score_bytes(vocab_size), workspace_bytes):
-            columns = score_fwd(*tables, places[part], **options).columns
-            GRADIENTS[type(DIVERGENCES[kind])](*tables, places[part], weights[part], columns, out=out, **options)
+            of_part = score_fwd(*tables, places[part], **options).columns if columns is None else columns[:, part].contiguous()
+            GRADIENTS[type(DIVERGENCES[kind])](*tables, places[part], weights[part], of_part, out=out, **options)
     if inplace:
         selected = torch.zeros(layout.shape.numel(), dtype=torch.bool, device=rows.device).index_fill(0, rows, True)
         # Also tells autograd of the write: whoever else saved these logits for a backward to come gets an error.
@@ -306,8 +276,11 @@ def selected_loss(
     `stats` are the selected positions' own, as `token_stats` computed them from the same tensors.
     """
     options: dict[str, Any] = {"divergence": divergence, "tokens": tokens, "workspace_bytes": workspace_bytes}
-    is_shared = student.transform.shard is not None
-    if kernel_loss.refusal(divergence) or is_shared:  # the same on the same device, by torch's own operations
+    if student.transform.shard is not None:
+        from opd_ops.backends import triton_shards
+
+        return triton_shards.selected_loss(student, teacher, student.transform.shard, rows, weights, stats, **options)
+    if kernel_loss.refusal(divergence):  # the same on the same device, by torch's own operations
         if divergence.whole is not None and isinstance(teacher, Source):  # to more digits than a score in 16 bits has
             score: dict[str, Any] = {"top_k": 1, "columns": frozenset(), "score_dtype": None}
             stats = streamed.token_stats(student, teacher, rows, workspace_bytes=workspace_bytes, **score)

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from opd_kernels.score import score_fwd
+from opd_kernels.score import Score, score_fwd
 from opd_kernels.support import Support, support_fwd
 from torch import Tensor
 
@@ -58,13 +58,13 @@ def launch_columns(
     workspace_bytes: int,
     score_dtype: torch.dtype | None,
     *,
-    keep: Callable[[Support], None] | None = None,
+    keep: Callable[[tuple[Score, Support]], None] | None = None,
 ) -> Tensor:
     """(columns, n) statistics of the given positions, in the order of `column_names`.
 
     Args:
         score_dtype: Of a head while it ranks; None: its own.
-        keep: Is given the lists of consecutive rows.
+        keep: Is given what the kernels found of consecutive rows.
     """
     lanes, vocab = _Lanes(rows.device), student.transform.vocab_size
     sides = [Side(source, rows, workspace_bytes // 16, score_dtype) for source in (student, teacher)]
@@ -87,9 +87,9 @@ def launch_columns(
             with lanes.turn(i):
                 s, u = (side.tile(group, tile[:n]) for side, tile in zip(sides, tiles, strict=True))
                 options: dict[str, Any] = {"columns": columns, "top_k": top_k, "workspace_bytes": workspace_bytes // 2}
-                lists = write_columns(out[:, group], (s, u), None, transforms, **options)
+                found = write_columns(out[:, group], (s, u), None, transforms, **options)
                 if keep is not None:
-                    keep(lists)
+                    keep(found)
     return out
 
 

@@ -10,6 +10,8 @@
 # Memory: groups of rows. The 16-bit logit gradients of all groups are kept for one weight gradient, rounded once, if they fit
 # 5/8 of the workspace; if not, the weight gradient takes a second look at the logits (2 rho), by blocks of the vocabulary.
 # Deterministic: no atomics, sums in a fixed order. No host synchronisation, no copy from the host.
+# Where ranks share out the vocabulary, the rows' normalisers and losses are given (triton_shards.py), the logits are those of
+# this rank's part, and the hidden states' gradient is added up over the ranks in fp32.
 #
 # Not here: statistics (triton_heads.py), what kernels do on a tile (kernel_loss.py), heads on any device (streamed_loss.py).
 from __future__ import annotations
@@ -18,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from opd_kernels.score import COLUMNS
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -38,6 +41,7 @@ class _Plan(NamedTuple):
     teacher: Source | None  # None: lists, the tensors after those of the student
     divergence: Divergence
     has_tokens: bool  # which are the last of the tensors
+    has_columns: bool  # of score.py, (12, M), before them
     workspace_bytes: int
     differentiable: bool
 
@@ -47,8 +51,10 @@ class _Plan(NamedTuple):
         split = len(self.student.tensors)
         student, rest = self.student.with_tensors(tensors[:split]), tensors[split:]
         tokens, rest = (rest[-1], rest[:-1]) if self.has_tokens else (None, rest)
+        columns, rest = (rest[-1], rest[:-1]) if self.has_columns else (None, rest)
         teacher = Listed(rest[0], rest[1], is_sampled=False) if self.teacher is None else self.teacher.with_tensors(rest)
-        return launch_loss(student, teacher, rows, weights, self.divergence, tokens, self.workspace_bytes, needs)
+        budget = self.workspace_bytes
+        return launch_loss(student, teacher, rows, weights, self.divergence, tokens, budget, needs, columns)
 
 
 class _SelectedLoss(torch.autograd.Function):
@@ -100,14 +106,16 @@ def launch_loss(
     tokens: Tensor | None,
     workspace_bytes: int,
     needs: Sequence[bool],
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """sum of weights l, l itself, (M,), and the gradients of that sum, to be scaled by `scale_back`, where needed.
 
+    `columns`: score.py's of the rows over the whole vocabulary, of which these sources hold a part.
     `teacher`: or its lists of the rows. An infinite divergence that the score pass could not see (16 bits, or the student's row
     unread) is left out.
     """
     teacher = teacher.detach() if isinstance(teacher, Source) else teacher
-    selected = _SelectedRows(student.detach(), teacher, rows, weights, divergence, tokens, workspace_bytes)
+    selected = _SelectedRows(student.detach(), teacher, rows, weights, divergence, tokens, workspace_bytes, columns)
     losses, gradients = selected.run(needs)
     return weighted_sum(losses, without_infinite(losses, weights)), losses, gradients
 
@@ -124,8 +132,9 @@ class _SelectedRows:
         divergence: Divergence,
         tokens: Tensor | None,
         workspace_bytes: int,
+        columns: Tensor | None,
     ) -> None:
-        self.student, self.rows, self.tokens = student, rows, tokens
+        self.student, self.rows, self.tokens, self.columns = student, rows, tokens, columns
         self.sources = (student, teacher) if isinstance(teacher, Source) else (student,)
         self.listed = None if isinstance(teacher, Source) else teacher
         self.unit = (weights / _scale(weights)).float().clone()
@@ -150,12 +159,17 @@ class _SelectedRows:
             narrowed = buffer_of(m if grid.keep else grid.rows, self.vocab, self.student.leading.dtype, device)[:, vocab]
         out = _Gradients.of(self.student, needs, m)
         losses = torch.empty(m, device=device)
+        if self.columns is not None:
+            losses.copy_(self.columns[COLUMNS.index(str(self.loss.divergence.column))])
         parts = []
-        for group in groups(m, grid.rows):
+        for group in groups(m, grid.rows) if self.vocab else ():
             n = group.stop - group.start
             tiles = [x.read(group, vocab, b[:n]) for x, b in zip(self.sides, buffers, strict=True)]
             s, u = tiles[0], tiles[1] if len(tiles) > 1 else None
-            losses[group], found = self.loss.first(s, u, None, tokens=self._tokens(group), listed=self._lists(group))
+            if self.columns is None:
+                losses[group], found = self.loss.first(s, u, None, tokens=self._tokens(group), listed=self._lists(group))
+            else:
+                found = Found(self.columns[:, group].contiguous(), None, None, None, None, None)
             # Left out of the sum (launch_loss), so of its gradient.
             self.unit[group] = self.unit[group].masked_fill(losses[group] == torch.inf, 0)
             if grid.second_look:
@@ -164,15 +178,16 @@ class _SelectedRows:
                 over = s if self.loss.overwrites_student else tiles[-1]
                 d = over if narrowed is None else narrowed[group] if grid.keep else narrowed[:n]
                 self.loss.gradient(s, u, None, self.unit[group], found, out=d)
-                out.add(self.student, self.rows[group], d)
+                out.add(self.student, self.rows, group, d)
                 if out.weight is not None and narrowed is None:
                     out.add_weight(d, self._weighted_hidden(group), first=group.start == 0)
-        if grid.keep and m and narrowed is not None:
+        if self.vocab and grid.keep and m and narrowed is not None:
             del buffers, tiles, s, u, over
             out.add_weight(narrowed, self._weighted_hidden(slice(0, m)), first=True)
-        elif grid.second_look and m:
+        elif self.vocab and grid.second_look and m:
             del buffers, narrowed, tiles, s, u, d, over
             self._second_look(Found.joined(parts), out)
+        out.add_up(self.student, self.rows)
         return losses, out.in_order(self.student)
 
     def _tokens(self, group: slice) -> Tensor | None:
@@ -220,6 +235,7 @@ class _Gradients(NamedTuple):
     leading: Tensor | None
     weight: Tensor | None
     bias: Tensor | None  # fp32 until it is complete
+    hidden: Tensor | None  # (M, D) fp32, of the rows' hidden states, where ranks have parts of it
     vocab: int
 
     @staticmethod
@@ -229,17 +245,27 @@ class _Gradients(NamedTuple):
             dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
             dweight[vocab if m else 0 :].zero_()  # entries beyond the common vocabulary, or all if no row writes them
         dbias = torch.zeros(len(student.bias), device=student.bias.device) if student.bias is not None and needs[2] else None
-        return _Gradients(torch.zeros_like(student.leading) if needs[0] else None, dweight, dbias, vocab)
+        hidden = None
+        if student.transform.shard is not None and student.weight is not None and needs[0]:
+            hidden = torch.zeros((m, student.leading.shape[-1]), device=student.leading.device)
+        return _Gradients(torch.zeros_like(student.leading) if needs[0] else None, dweight, dbias, hidden, vocab)
 
-    def add(self, student: Source, rows: Tensor, dlogits: Tensor) -> None:
+    def add(self, student: Source, rows: Tensor, group: slice, dlogits: Tensor) -> None:
         """What a group of rows gives beside the weight's gradient; no position comes twice."""
         if self.leading is not None:
             if student.weight is None:
-                put_rows(self.leading[..., : self.vocab], rows, dlogits)
+                put_rows(self.leading[..., : self.vocab], rows[group], dlogits)
+            elif self.hidden is not None:
+                self.hidden[group] = fp32_product(dlogits, student.weight[: self.vocab])
             else:
-                put_rows(self.leading, rows, torch.mm(dlogits, student.weight[: self.vocab]))
+                put_rows(self.leading, rows[group], torch.mm(dlogits, student.weight[: self.vocab]))
         if self.bias is not None:
             self.bias[: self.vocab] += dlogits.sum(0, dtype=torch.float32)
+
+    def add_up(self, student: Source, rows: Tensor) -> None:
+        """The hidden states' gradient of all parts of the vocabulary."""
+        if self.hidden is not None and self.leading is not None and student.transform.shard is not None:
+            put_rows(self.leading, rows, student.transform.shard.ranks.sum(self.hidden))
 
     def add_weight(self, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
         assert self.weight is not None
@@ -263,8 +289,12 @@ def selected_loss(
     divergence: Divergence,
     tokens: Tensor | None,
     workspace_bytes: int,
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """sum of weights l over the selected positions, connected to the student's tensors, and l, (M,)."""
+    """sum of weights l over the selected positions, connected to the student's tensors, and l, (M,).
+
+    `columns`: as in `launch_loss`.
+    """
     differentiable = torch.is_grad_enabled()  # within forward it never is
     if torch.compiler.is_compiling():
         from opd_ops.backends.triton_ops import head_arguments, head_loss
@@ -282,7 +312,7 @@ def selected_loss(
         of_rows = teacher.take(rows)
         beside, template = (of_rows.ids, of_rows.logprobs), None
     has_tokens = tokens is not None and template is not None
-    plan = _Plan(student.emptied(), template, divergence, has_tokens, workspace_bytes, differentiable)
-    tensors = (*student.tensors, *beside, *((tokens,) if has_tokens else ()))
+    plan = _Plan(student.emptied(), template, divergence, has_tokens, columns is not None, workspace_bytes, differentiable)
+    tensors = (*student.tensors, *beside, *(() if columns is None else (columns,)), *((tokens,) if has_tokens else ()))
     total, losses = _SelectedLoss.apply(plan, rows, weights, *tensors)
     return total, losses
