@@ -1,8 +1,7 @@
 # What the loss sends, computes and holds on many GPUs, on paper: the tables of docs/scaling.md, printed. Nothing is measured.
 #
 #   sent       `estimate_communication`, which tests count call by call; on the wire by rings
-#   matmuls    `estimate` of ceil(V / tp) ids. Parts of a vocabulary are trained on by the streamed backend's operations, also
-#              beneath "triton": the selected rows are scored once more, and all of theirs is matmuls of fp32 operands
+#   matmuls    `estimate` of ceil(V / tp) ids; of a part of a vocabulary the selected rows are scored once more
 #   a step     6 P N FLOP of the student's own forward and backward, 2 P_t N of the teacher's forward; tensor parallelism sends
 #              4 all-reduces of N D numbers a layer, FSDP 3 times the parameters of a rank's tp part
 #   seconds    bytes and FLOP over the vendor's peak rates: least times, never reached, and so are the shares made of them
@@ -25,7 +24,7 @@ TP_OWN, FSDP_OWN = 4, 3  # all-reduces a layer; passes over the parameters: two 
 MIB, GIB = 2**20, 2**30
 
 # One H100 SXM as its vendor states it; 400 Gbit/s of network a GPU.
-RATES = {"bf16": 989e12, "fp32": 67e12, "nvlink": 450e9, "network": 50e9}  # FLOP/s, dense; bytes/s each way
+RATES = {"bf16": 989e12, "nvlink": 450e9, "network": 50e9}  # FLOP/s, dense; bytes/s each way
 
 
 class Model(NamedTuple):
@@ -54,33 +53,21 @@ LAYOUTS = (
 TOKENS = (4_096, 32_768)
 
 
-class Matmuls(NamedTuple):
-    """FLOP of one rank's loss, forward and backward."""
+class Work(NamedTuple):
+    """Of one rank's loss, forward and backward."""
 
-    in_16_bits: int
-    in_fp32: int
-
-    @property
-    def seconds(self) -> float:
-        return self.in_16_bits / RATES["bf16"] + self.in_fp32 / RATES["fp32"]
-
-    @property
-    def total(self) -> int:
-        return self.in_16_bits + self.in_fp32
+    flops: int
+    peak_bytes: int  # over its inputs
 
 
-def matmuls(N: int, V: int, Ds: int, Dt: int, tp: int) -> Matmuls:
+def work_of(N: int, V: int, Ds: int, Dt: int, tp: int, **options: int) -> Work:
     """Of heads on backend "triton", whose ranks hold V / tp ids each."""
+    part, M = -(-V // tp), most_selected(N, FRACTION)
+    alone = estimate(N, part, Ds, Dt, FRACTION, DTYPE, **options)
     if tp == 1:
-        return Matmuls(estimate(N, V, Ds, Dt, FRACTION, DTYPE).flops, 0)
-    part = -(-V // tp)
-    score, again = (2 * n * part * (Ds + Dt) for n in (N, most_selected(N, FRACTION)))
-    return Matmuls(score, estimate(N, part, Ds, Dt, FRACTION, DTYPE, backend="torch").flops - score + again)
-
-
-def peak_bytes(N: int, V: int, Ds: int, Dt: int, tp: int) -> int:
-    """Of such a call, over its inputs."""
-    return estimate(N, -(-V // tp), Ds, Dt, FRACTION, DTYPE, backend="triton" if tp == 1 else "torch").peak_bytes
+        return Work(alone.flops, alone.peak_bytes)
+    # The selected rows' normalisers, and their hidden states' gradient until it is added up.
+    return Work(alone.flops + 2 * M * part * (Ds + Dt), alone.peak_bytes + 4 * M * Ds)
 
 
 def of_call(N: int, D: int = STUDENT.D, **options: object) -> Communication:
@@ -133,7 +120,7 @@ def in_short() -> Iterator[str]:
     N = 16_384
     found = of_call(N, tp=8, dp=DP, scope="global")
     vocabulary, selection = (found.only(group=group) for group in ("vocabulary", "selection"))
-    alone, of_part = (matmuls(N, V, STUDENT.D, TEACHER.D, tp).seconds / of_student(STUDENT, N, tp).seconds for tp in (1, 8))
+    alone, of_part = (work_of(N, V, STUDENT.D, TEACHER.D, tp).flops / of_student(STUDENT, N, tp).flops for tp in (1, 8))
     yield "## In short"
     yield ""
     yield (
@@ -146,13 +133,13 @@ def in_short() -> Iterator[str]:
         "any number of tokens, and of ranks but for 8 bytes of each. Its price is latency: the last table."
     )
     shares = (
-        f"{percent(matmuls(N, V, student.D, TEACHER.D, 1).total / of_student(student, N, 1).flops)} ({student.name})"
+        f"{percent(work_of(N, V, student.D, TEACHER.D, 1).flops / of_student(student, N, 1).flops)} ({student.name})"
         for student in STUDENTS
     )
     yield f"* On one rank the loss's matmuls are these shares of 6 P N: {', '.join(shares)}."
     yield (
-        f"* Where ranks share out the vocabulary, the fp32 matmuls of the selected {percent(FRACTION)} raise the share of time "
-        f"of an {STUDENT.name} student, at peak rates, from {percent(alone)} to {percent(of_part)}: more than all that is sent."
+        f"* Where ranks share out the vocabulary, scoring the selected {percent(FRACTION)} once more raises the share of an "
+        f"{STUDENT.name} student from {percent(alone)} to {percent(of_part)}."
     )
 
 
@@ -171,7 +158,7 @@ def layouts() -> Iterator[str]:
         for N in TOKENS:
             found = of_call(N, tp=tp, dp=dp, cp=cp, scope="global")
             both = [found.only(group=group) for group in ("vocabulary", "selection")]
-            work = matmuls(N, V, STUDENT.D, TEACHER.D, tp)
+            work = work_of(N, V, STUDENT.D, TEACHER.D, tp)
             rows.append(
                 (
                     f"{gpus:,}",
@@ -180,9 +167,8 @@ def layouts() -> Iterator[str]:
                     "; ".join(str(part.count) for part in both),
                     "; ".join(number(part.bytes_per_token) for part in both),
                     "; ".join(number(part.wire_bytes_per_token) for part in both),
-                    number(peak_bytes(N, V, STUDENT.D, TEACHER.D, tp) / GIB),
-                    number(work.in_16_bits / 1e12),
-                    number(work.in_fp32 / 1e12),
+                    number(work.peak_bytes / GIB),
+                    number(work.flops / 1e12),
                 )
             )
     yield from table(
@@ -194,8 +180,7 @@ def layouts() -> Iterator[str]:
             "bytes a token contributed",
             "bytes a token on the wire",
             "peak, GiB",
-            "TFLOP, 16 bits",
-            "TFLOP, fp32",
+            "TFLOP",
         ),
         rows,
     )
@@ -279,25 +264,22 @@ def steps() -> Iterator[str]:
     yield ""
     yield (
         f"Matmuls of a rank, N = {N:,}, with a teacher of {TEACHER.name} and hidden size {TEACHER.D:,}. Share of FLOP: of "
-        "6 P N, and of that and the teacher's forward, 2 P N. Share of time: at "
-        f"{RATES['bf16'] / 1e12:.0f} TFLOP/s in bf16 and {RATES['fp32'] / 1e12:.0f} in fp32, of 6 P N at the former."
+        "6 P N, and of that and the teacher's forward, 2 P N."
     )
     yield ""
     rows = []
     for student in STUDENTS:
         for tp in (1, 8):
-            work = matmuls(N, V, student.D, TEACHER.D, tp)
+            work = work_of(N, V, student.D, TEACHER.D, tp)
             own, of_teacher = of_student(student, N, tp), 2 * TEACHER.parameters * N / tp
             rows.append(
                 (
                     student.name,
                     tp,
                     number(own.flops / 1e12),
-                    number(work.in_16_bits / 1e12),
-                    number(work.in_fp32 / 1e12),
-                    percent(work.total / own.flops),
-                    percent(work.total / (own.flops + of_teacher)),
-                    percent(work.seconds / own.seconds),
+                    number(work.flops / 1e12),
+                    percent(work.flops / own.flops),
+                    percent(work.flops / (own.flops + of_teacher)),
                 )
             )
     yield from table(
@@ -305,11 +287,9 @@ def steps() -> Iterator[str]:
             "student",
             "tp",
             "6 P N / tp, TFLOP",
-            "loss, 16 bits",
-            "loss, fp32",
-            "share of FLOP",
+            "loss, TFLOP",
+            "share",
             "with the teacher's",
-            "share of time",
         ),
         rows,
     )

@@ -7,8 +7,8 @@
 #                statistics of N rows     all-gather   N row_bytes(K), in slices of what an eighth of the workspace holds
 #                a draw                   broadcast    8 a position
 #                the loss of M rows       none for reverse and forward KL; backend "triton" reads the rows once more,
-#                                         M row_bytes(1); others: 24 M summed over the vocabulary, or lists of K ids
-#                gradient of M rows       all-reduce   c M Ds, of heads alone
+#                                         M row_bytes(1) in fp64; others: 24 M summed over the vocabulary, or lists of K ids
+#                gradient of M rows       all-reduce   c M Ds, of heads alone; in the forward, where kernels make it there
 #   selection    normalisers, budget      all-reduce   the searches of order_statistics.py, of any N; all-gather of ties, 8 a
 #                                                      sequence
 #                denominators             all-reduce   16
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from opd_ops import checks
-from opd_ops.backends import shards
+from opd_ops.backends import has_kernel, shards
 from opd_ops.divergences import Divergence, Extrapolated, OnSupport, Summed, resolve_divergence
 from opd_ops.ranks import Ranks
 from opd_ops.scoring import DEFAULT_WORKSPACE_BYTES
@@ -244,30 +244,43 @@ class _Call:
             for _ in range(2):  # both models' logits of the tokens, once more
                 yield from self._vocabulary("metrics", "all_reduce", self.M * self.dtype.itemsize)
 
-    def backward(self) -> Iterator[Collective]:
-        if self.Ds is not None:
-            of_hidden = self.M * self.Ds * self.dtype.itemsize
-            yield from self._vocabulary("gradient", "all_reduce", of_hidden, phase="backward")
+    @property
+    def _by_kernels(self) -> bool:
+        """Whether the gradient is made beside the loss (triton_shards.py)."""
+        return self.backend == "triton" and has_kernel(self.divergence)
 
-    def _statistics(self, purpose: str, n: int, top_k: int, *, models: int = 2) -> Iterator[Collective]:
-        """Of n rows, from both models or from one (backends/shards.py)."""
+    def backward(self) -> Iterator[Collective]:
+        if not self._by_kernels:
+            yield from self._gradient("backward")
+
+    def _gradient(self, phase: str) -> Iterator[Collective]:
+        if self.Ds is not None:
+            yield from self._vocabulary("gradient", "all_reduce", self.M * self.Ds * self.dtype.itemsize, phase=phase)
+
+    def _statistics(
+        self, purpose: str, n: int, top_k: int, *, models: int = 2, dtype: torch.dtype | None = None
+    ) -> Iterator[Collective]:
+        """Of n rows, from both models or from one (backends/shards.py); `dtype`: another than the compute dtype."""
+        dtype = dtype or self.dtype
         if self.backend == "eager":  # everyone's logits
             for _ in range(models):
                 yield from self._vocabulary(purpose, "all_gather", n * self.shard.width * self.dtype.itemsize)
             return
-        rows = shards.rows_at_a_time(self.shard, top_k, self.dtype, self.workspace_bytes)
-        per_row = shards.row_bytes(top_k, self.dtype, models=models)
+        rows = shards.rows_at_a_time(self.shard, top_k, dtype, self.workspace_bytes)
+        per_row = shards.row_bytes(top_k, dtype, models=models)
         for start in range(0, n, rows):
             yield from self._vocabulary(purpose, "all_gather", min(rows, n - start) * per_row)
 
     def _loss(self) -> Iterator[Collective]:
-        """Of the selected rows (streamed_loss.py, to which backend "triton" leaves parts of a vocabulary)."""
+        """Of the selected rows (triton_shards.py, which leaves divergences but the KLs to streamed_loss.py)."""
         whole, support = self.divergence.whole, self.divergence.support
         if self.backend == "eager":
             yield from self._statistics("loss", self.M, 1)
             return
         if whole is not None and self.backend == "triton":  # normalisers to more digits than a score in 16 bits has
-            yield from self._statistics("loss", self.M, 1)
+            yield from self._statistics("loss", self.M, 1, dtype=torch.float64)
+        if self._by_kernels:
+            yield from self._gradient("forward")
         if isinstance(whole, Summed):
             yield from self._vocabulary("loss", "all_reduce", SUMS_BYTES * self.M)
         if support is not None:

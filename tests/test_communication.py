@@ -253,10 +253,10 @@ def worked(backend):
     options = {"fraction": paper.FRACTION, "backend": backend, "workspace_bytes": workspace, "process_group": own_pair()}
     with FlopCounterMode(display=False) as counter, LiveBytes() as meter:
         selective_opd_loss(student, teacher, **options).loss.backward()
-    found = estimate(n, vocab // 2, *dims, paper.FRACTION, dtype, workspace, backend="torch")
-    of_triton = paper.matmuls(n, vocab, *dims, 2).total  # which does not depend on the workspace
-    expected = of_triton if backend == "triton" else found.flops
-    return counter.get_total_flops(), expected, meter.peak, found.gradient_bytes, found.peak_bytes
+    found = estimate(n, vocab // 2, *dims, paper.FRACTION, dtype, workspace, backend=backend)
+    work = paper.work_of(n, vocab, *dims, 2, workspace_bytes=workspace)
+    flops, most = work if backend == "triton" else (found.flops, found.peak_bytes)
+    return counter.get_total_flops(), flops, meter.peak, found.gradient_bytes, most
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
