@@ -12,8 +12,9 @@ export PIP_CONSTRAINT := $(abspath constraints.txt)
 
 .PHONY: demo train test test-triton36 lint bench roofline gpu clean
 
+# RANKS=2: on two processes over gloo.
 demo: $(VENV)/.demo
-	$(BIN)/python -m examples.prompt_distillation $(ARGS)
+	$(BIN)/python $(if $(RANKS),-m torch.distributed.run --standalone --nproc_per_node $(RANKS)) -m examples.prompt_distillation $(ARGS)
 
 train: $(VENV)/.train
 	$(BIN)/opd-train --config examples/prompt_distillation.yaml $(ARGS)

@@ -12,8 +12,13 @@
 #   minutes and 5 GB of memory.
 # Run: make demo, or make demo ARGS="--selector entropy --fraction 0.1". The same seed gives the same numbers.
 #
+# make demo RANKS=2: data parallel on two processes over gloo. Each answers its half of a step's questions, one budget selects
+#   from the tokens of both, gradients are summed. Rank 0 evaluates and shows: held-out answers are those of one process,
+#   metrics those of all ranks, the page's tokens its own. The questions of a step are those of one process (unless the selector
+#   draws), the sampled answers are not: a batch is drawn from one stream of numbers, and each rank has a batch and a stream.
+#
 # Not here: sampling and alignment (opd_ops/trainer/rollouts.py), questions (prompts.py), weights (smollm2.py), flags
-# (settings.py), what is shown (run_report.py, opd_ops/diagnostics/token_heatmap.py).
+# (settings.py), what ranks send (processes.py), what is shown (run_report.py, opd_ops/diagnostics/token_heatmap.py).
 from __future__ import annotations
 
 import copy
@@ -26,12 +31,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from rich.console import Console
 
-from examples import run_report, smollm2
+from examples import processes, run_report, smollm2
 from examples.prompts import HELD_OUT, INSTRUCTION, TRAINING
 from examples.run_report import Record
 from examples.settings import Settings, parse_settings
 from opd_ops import LinearHead, SelectiveOPDOutput, score_positions, selective_opd_loss
 from opd_ops.diagnostics import token_heatmap
+from opd_ops.ranks import Ranks
 from opd_ops.trainer.prompts import Prompt
 from opd_ops.trainer.rollouts import Rollouts, head_over, sample
 
@@ -51,8 +57,23 @@ class Pair(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
 
+class Step(NamedTuple):
+    """What a step did: on this rank, and the metrics of each."""
+
+    number: int
+    rollouts: Rollouts
+    output: SelectiveOPDOutput
+    by_rank: list[dict[str, float]]
+    seconds: float
+
+
 def train_step(
-    pair: Pair, optimizer: torch.optim.Optimizer, questions: Sequence[Prompt], settings: Settings, generator: torch.Generator
+    pair: Pair,
+    optimizer: torch.optim.Optimizer,
+    questions: Sequence[Prompt],
+    settings: Settings,
+    generator: torch.Generator,
+    ranks: Ranks,
 ) -> tuple[Rollouts, SelectiveOPDOutput]:
     """The method: the student answers, both models score its tokens, the best-scored share of them trains it."""
     rollouts = sample(pair.student, pair.tokenizer, questions, max_new_tokens=settings.max_new_tokens)
@@ -65,11 +86,14 @@ def train_step(
         mask=rollouts.mask,
         selector=settings.selector,
         fraction=settings.fraction,
+        scope="global",  # of the tokens of all ranks; one process has no others
+        selection_group=ranks.group,
         divergence=settings.divergence,
         generator=generator,
     )
     optimizer.zero_grad()
     output.loss.backward()  # reaches the head's weight too, and with it the embedding that is tied to it
+    processes.add_gradients(pair.student, ranks)  # the ranks' losses add up to that of all selected tokens
     optimizer.step()
     return rollouts, output
 
@@ -92,13 +116,23 @@ def question_batches(size: int, generator: torch.Generator) -> Iterator[list[Pro
         queue = queue[size:]
 
 
-def run(settings: Settings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, console: Console) -> Record:
-    """Train a copy of `model`, report, write both files. `model` is the teacher and stays as it is."""
-    torch.manual_seed(settings.seed)  # generate() draws from torch's own generator
+def training(pair: Pair, settings: Settings, ranks: Ranks) -> Iterator[Step]:
+    """All steps, with this rank's share of their questions; every rank must go through them to the end."""
     generator = torch.Generator().manual_seed(settings.seed)  # the order of the questions, selectors that draw
-    pair = Pair(copy.deepcopy(model).requires_grad_(True), model.requires_grad_(False), tokenizer)
+    # Ranks must agree on the order, however much their selectors draw.
+    own = generator if ranks.size == 1 else torch.Generator().manual_seed(processes.seed_of_rank(settings.seed, ranks))
     optimizer = torch.optim.AdamW(pair.student.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+    batches = question_batches(settings.batch_size, generator)
+    for number, questions in enumerate(islice(batches, settings.steps), start=1):
+        start = time.perf_counter()
+        rollouts, output = train_step(pair, optimizer, processes.share(questions, ranks), settings, own, ranks)
+        by_rank = processes.metrics_by_rank(output.metrics, ranks)
+        yield Step(number, rollouts, output, by_rank, time.perf_counter() - start)
 
+
+def run(settings: Settings, pair: Pair, console: Console, ranks: Ranks) -> Record:
+    """Train the student and show how it changes: what the first rank does, or the only one."""
+    tokenizer = pair.tokenizer
     held_out = sample(pair.student, tokenizer, HELD_OUT, max_new_tokens=settings.max_new_tokens)
     with torch.no_grad():
         teacher_head = head_over(pair.teacher, tokenizer, held_out, system=INSTRUCTION)
@@ -108,17 +142,14 @@ def run(settings: Settings, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
 
     with run_report.StepProgress(console) as progress:
         task = progress.add_task("", total=settings.steps, status="sampling the first answers")
-        batches = question_batches(settings.batch_size, generator)
         evaluated = {-(-settings.steps * i // N_EVALUATIONS) for i in range(1, N_EVALUATIONS + 1)}  # the last one included
-        for step, questions in enumerate(islice(batches, settings.steps), start=1):
-            start = time.perf_counter()
-            rollouts, output = train_step(pair, optimizer, questions, settings, generator)
-            record.add(output, time.perf_counter() - start)
-            if step in (1, settings.steps):
-                record.pages.append(page_batch(step, rollouts, output, tokenizer))
-            if step in evaluated:
-                record.held_out_kl[step] = held_out_kl(pair, held_out, teacher_head)
-                progress.console.print(f"step {step:3}: held-out KL {record.held_out_kl[step]:.4f}", highlight=False)
+        for step in training(pair, settings, ranks):
+            record.add(step.by_rank, step.seconds)
+            if step.number in (1, settings.steps):
+                record.pages.append(page_batch(step, tokenizer))
+            if step.number in evaluated:
+                kl = record.held_out_kl[step.number] = held_out_kl(pair, held_out, teacher_head)
+                progress.console.print(f"step {step.number:3}: held-out KL {kl:.4f}", highlight=False)
             progress.update(task, advance=1, status=record.status())
 
     console.print(f"Held-out forward KL(teacher || student) after:  {record.held_out_kl[settings.steps]:.4f} nats")
@@ -137,20 +168,21 @@ def greedy_answers(
     return rollouts.answers(tokenizer)
 
 
-def page_batch(
-    step: int, rollouts: Rollouts, output: SelectiveOPDOutput, tokenizer: PreTrainedTokenizerBase
-) -> token_heatmap.Batch:
-    """The tokens of one step as text, for the page."""
-    title = f"Step {step}: the student after {step - 1} updates" if step > 1 else "Step 1: the student before any update"
-    questions, texts = [prompt.text for prompt in rollouts.prompts], rollouts.token_texts(tokenizer)
-    return token_heatmap.Batch(title, questions, texts, output._replace(loss=output.loss.detach()))
+def page_batch(step: Step, tokenizer: PreTrainedTokenizerBase) -> token_heatmap.Batch:
+    """The tokens of one step as text, for the page: those of this rank."""
+    when = f"the student after {step.number - 1} updates" if step.number > 1 else "the student before any update"
+    others = f", rank 0 of {len(step.by_rank)}" if len(step.by_rank) > 1 else ""
+    questions, texts = [prompt.text for prompt in step.rollouts.prompts], step.rollouts.token_texts(tokenizer)
+    output = step.output._replace(loss=step.output.loss.detach())
+    return token_heatmap.Batch(f"Step {step.number}: {when}{others}", questions, texts, output)
 
 
 def outcome(settings: Settings, record: Record) -> str:
     before, after = record.held_out_kl[0], record.held_out_kl[settings.steps]
-    trained, sampled = record.total("n_selected"), record.total("n_valid")
     change = f"Held-out KL {before:.3f} -> {after:.3f} nats"
-    return f"{change} after {settings.steps} steps on {trained:,} of {sampled:,} sampled tokens."
+    shares = f" ({record.shares()})" if record.n_ranks > 1 else ""
+    trained, sampled = record.total("n_selected"), record.total("n_valid")
+    return f"{change} after {settings.steps} steps on {trained:,} of {sampled:,} sampled tokens{shares}."
 
 
 def write_files(settings: Settings, record: Record) -> None:
@@ -166,15 +198,26 @@ def write_files(settings: Settings, record: Record) -> None:
     run_report.plot(record, settings.out / "kl.png")
 
 
-def main(arguments: Sequence[str] | None = None) -> Record:
-    """Read the flags, load the weights, train, write; everything that can be refused is refused before loading."""
-    began, settings, console = time.perf_counter(), parse_settings(arguments), Console()
-    try:
-        model, tokenizer = smollm2.load_model()
-    except (ModuleNotFoundError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from error
-    record = run(settings, model, tokenizer, console)
-    write_files(settings, record)
+def main(arguments: Sequence[str] | None = None) -> Record | None:
+    """Read the flags, load the weights, train, write; everything that can be refused is refused before loading.
+
+    Returns: the run's numbers, on the first rank alone.
+    """
+    began, console = time.perf_counter(), Console()
+    with processes.joined() as ranks:
+        settings = parse_settings(arguments, n_ranks=ranks.size)
+        try:
+            model, tokenizer = smollm2.load_model()
+        except (ModuleNotFoundError, FileNotFoundError) as error:
+            raise SystemExit(f"error: {error}") from error
+        torch.manual_seed(processes.seed_of_rank(settings.seed, ranks))  # generate() draws from torch's own generator
+        pair = Pair(copy.deepcopy(model).requires_grad_(True), model.requires_grad_(False), tokenizer)
+        if ranks.rank > 0:
+            for _ in training(pair, settings, ranks):
+                pass
+            return None
+        record = run(settings, pair, console, ranks)
+        write_files(settings, record)
     console.print(
         f"{outcome(settings, record)} {time.perf_counter() - began:.0f} s. "
         f"See {settings.out}/tokens.html and {settings.out}/kl.png",

@@ -1,6 +1,6 @@
 # What a run keeps and shows besides the page: its numbers, the progress bar, the answers before and after, kl.png.
 #
-#   Every number is a metric of `selective_opd_loss` or the held-out KL, in nats per token.
+#   Every number is a metric of `selective_opd_loss`, over all processes, or the held-out KL, in nats per token.
 #
 # Not here: the training loop (prompt_distillation.py), the page with the tokens (opd_ops/diagnostics/token_heatmap.py).
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from rich.text import Text
 
-from opd_ops import SelectiveOPDOutput
+from examples import processes
 from opd_ops.diagnostics.token_heatmap import Batch
 
 
@@ -23,12 +23,14 @@ class Record:
     """The numbers of a run, in the order in which they came."""
 
     held_out_kl: dict[int, float] = field(default_factory=dict)  # after that many steps
-    metrics: list[dict[str, float]] = field(default_factory=list)  # one per step
+    metrics: list[dict[str, float]] = field(default_factory=list)  # one per step, of all ranks together
+    by_rank: list[list[dict[str, float]]] = field(default_factory=list)  # the same of each rank
     answers: dict[str, list[str]] = field(default_factory=dict)  # who: greedy answers to the first held-out questions
     pages: list[Batch] = field(default_factory=list)  # the tokens of the first and the last step
 
-    def add(self, output: SelectiveOPDOutput, seconds: float) -> None:
-        self.metrics.append({name: value.item() for name, value in output.metrics.items()} | {"seconds": seconds})
+    def add(self, by_rank: list[dict[str, float]], seconds: float) -> None:
+        self.metrics.append(processes.together(by_rank) | {"seconds": seconds})
+        self.by_rank.append(by_rank)
 
     @property
     def step(self) -> int:
@@ -36,6 +38,18 @@ class Record:
 
     def total(self, name: str) -> int:
         return int(sum(metrics[name] for metrics in self.metrics))
+
+    @property
+    def n_ranks(self) -> int:
+        return len(self.by_rank[0])
+
+    def shares(self) -> str:
+        """What each rank trained on, over all steps."""
+        found = []
+        for rank in range(self.n_ranks):
+            trained, sampled = (sum(step[rank][name] for step in self.by_rank) for name in ("n_selected", "n_valid"))
+            found.append(f"rank {rank}: {trained:,.0f} of {sampled:,.0f}, {trained / max(1, sampled):.1%}")
+        return "; ".join(found)
 
     def status(self) -> str:
         """The last step, in one line."""

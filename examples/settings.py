@@ -30,8 +30,12 @@ class Settings:
     out: Path = Path("out/demo")
 
 
-def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
-    """The flags as `Settings`; a bad one ends the program with its name and what was expected."""
+def parse_settings(arguments: Sequence[str] | None = None, *, n_ranks: int = 1) -> Settings:
+    """The flags as `Settings`; a bad one ends the program with its name and what was expected.
+
+    Args:
+        n_ranks: Processes that share out the questions of a step; each needs one.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m examples.prompt_distillation",
         description="On-policy prompt distillation of SmolLM2-135M on the few tokens that are worth it.",
@@ -49,6 +53,8 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     add("--out", type=Path, metavar="FOLDER", help="where tokens.html and kl.png go")
     parser.set_defaults(**asdict(Settings()))
     settings = Settings(**vars(parser.parse_args(arguments)))
+    if settings.batch_size < n_ranks:
+        parser.error(f"argument --batch-size: got {settings.batch_size}, expected a question for each of {n_ranks} processes")
     try:
         settings.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -23,6 +23,7 @@ from examples import plain_loop, prompt_distillation, prompts, smollm2
 from examples.settings import Settings, parse_settings
 from opd_ops import selective_opd_loss
 from opd_ops.diagnostics import token_heatmap
+from opd_ops.ranks import Ranks
 from opd_ops.trainer import cli, rollouts
 from opd_ops.trainer.prompts import Prompt
 
@@ -145,7 +146,7 @@ def test_train_step_trains_the_student_alone(loaded):
     pair = prompt_distillation.Pair(copy.deepcopy(model).requires_grad_(True), model.requires_grad_(False), tokenizer)
     optimizer = torch.optim.SGD(pair.student.parameters(), lr=0.0)
     settings = Settings(max_new_tokens=6, fraction=0.25)
-    _, output = prompt_distillation.train_step(pair, optimizer, prompts.TRAINING[:2], settings, torch.Generator())
+    _, output = prompt_distillation.train_step(pair, optimizer, prompts.TRAINING[:2], settings, torch.Generator(), Ranks())
     tied = pair.student.lm_head.weight
     assert tied is pair.student.model.embed_tokens.weight
     assert output.selected.sum() == -(-output.stats.valid.sum() // 4)
