@@ -1,10 +1,11 @@
-# Parameters that data-parallel ranks shard, as FSDP2 does: gathered whole, once a call.
+# Parameters that data-parallel ranks shard: gathered whole, once a call.
 #
+#   FSDP2
 #   forward    one all-gather
 #   backward   one reduce-scatter of the mean over ranks, as FSDP2 makes of a gradient: every rank has data of its own
 #
 # A head over which ranks share out the vocabulary is not gathered: sharding.py.
-# Not here: `LinearHead.from_module`, which calls this (inputs.py).
+# Not here: `LinearHead.from_module`, which calls this (inputs.py), ZeRO-3's own way (zero3.py).
 from __future__ import annotations
 
 from typing import Any
@@ -12,13 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd_ops.zero3 import is_zero3, whole_of_zero3
+
 
 def is_dtensor(tensor: object) -> bool:
     return hasattr(tensor, "full_tensor")  # without importing what DTensors need
 
 
 def gathered(parameter: Tensor) -> Tensor:
-    """The whole of a parameter, itself if it is not sharded; every rank of its mesh must call."""
+    """The whole of a parameter, itself if it is not sharded; every rank that has a part must call."""
+    if is_zero3(parameter):
+        return whole_of_zero3(parameter)
     if not is_dtensor(parameter):
         return parameter
     from torch.distributed.tensor import Partial

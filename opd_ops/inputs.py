@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from opd_ops.float8 import Float8Rows
 from opd_ops.gathered import gathered
+from opd_ops.zero3 import is_zero3
 
 _LORA_ATTRIBUTES = ("lora_A", "lora_embedding_A", "base_layer")
 
@@ -62,6 +63,11 @@ class LinearHead:
                 raise ValueError(
                     f"LinearHead.{name}: is on {tensor.device}, hidden is on {self.hidden.device}; move them to one device"
                 )
+        if is_zero3(self.weight) and not self.weight.numel():
+            raise ValueError(
+                "LinearHead.weight: got a parameter that ZeRO-3 partitions, expected a whole one; "
+                "LinearHead.from_module(hidden, head) gathers it"
+            )
         if self.weight.dim() != 2:
             raise ValueError(f"LinearHead.weight: got shape {tuple(self.weight.shape)}, expected (V, D)")
         if self.hidden.dim() < 1 or self.hidden.shape[-1] != self.weight.shape[1]:
@@ -103,8 +109,8 @@ class LinearHead:
     ) -> LinearHead:
         """The head of an `nn.Linear`-like module; refuses one that LoRA wraps (its adapter would never train).
 
-        A weight that FSDP2 shards is gathered, once, on all its ranks; its gradient goes back as the mean over them, as FSDP2's
-        own do. To leave it sharded on the vocabulary instead, pass the DTensor as `weight` (docs/features.md).
+        A weight that FSDP2 or ZeRO-3 shards is gathered, once, on all its ranks; its gradient goes back as the mean over them,
+        as their own do. To leave a DTensor sharded on the vocabulary instead, pass it as `weight` (docs/features.md).
         """
         _refuse_lora(head)
         weight = getattr(head, "weight", None)
