@@ -4,8 +4,9 @@
 #   backward   nothing here: DeepSpeed's own hook on the parameter averages its gradient over the ranks and partitions it
 #
 # The gradient only has to get to that hook. On its way autograd compares it with the shape that the parameter had when it
-# entered the graph, hence inside of the gathering, and lays it out like the parameter, which is empty by then: DeepSpeed gathers
-# before the backward of a module, and a head that the loss reads is not called as one. The shape is enough: that is what it gets.
+# entered the graph, hence inside of the gathering, and lays it out like the parameter, which is empty by then: DeepSpeed
+# gathers before the backward of a module, and a head that the loss reads is not called as one. The shape is enough, so that is
+# what the parameter gets.
 # Checked against DeepSpeed 0.19.8 by benchmarks/check_zero3.py, which needs it installed; tests use a stand-in.
 # Not here: FSDP2 (gathered.py), `LinearHead.from_module`, which calls both (inputs.py).
 from __future__ import annotations
