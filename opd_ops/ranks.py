@@ -10,14 +10,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# By its newer name where there is one: the older warns there. A torch without torch.distributed has none.
-_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+# By its newer name where there is one: the older warns there.
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Ranks:
         if not x.numel():
             return x.new_empty(self.size, *x.shape)
         every = x.new_empty(self.size * x.numel())
-        _all_gather(every, x.contiguous().view(-1), group=self.group)
+        getattr(dist, ALL_GATHER)(every, x.contiguous().view(-1), group=self.group)
         return every.view(self.size, *x.shape)
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ from opd_ops import (
     selective_opd_token_losses,
 )
 from opd_ops.order_statistics import cost
-from opd_ops.ranks import Ranks
+from opd_ops.ranks import ALL_GATHER, Ranks
 from opd_ops.selectors import SELECTORS, minmax_norm, over_ranks, quantile_norm, released_norm
 from tests.cases import generator, head_pair, leaf, logit_pair
 from tests.ranks import SIZE, own_pair
@@ -50,7 +50,7 @@ def unequal(seed, size, most=40):
 @contextmanager
 def collectives():
     """What torch.distributed sends: (name, bytes of the contribution) of each call."""
-    sent, names = [], ("all_reduce", "all_gather_into_tensor", "broadcast")
+    sent, names = [], ("all_reduce", ALL_GATHER, "broadcast")
     kept = {name: getattr(dist, name) for name in names}
 
     def counted(name):
@@ -75,7 +75,7 @@ def assert_sent(sent, *searches, gathered=(), summed=()):
     reduced = [n for name, n in sent if name == "all_reduce"]
     assert len(reduced) == sum(n for n, _ in costs) + len(summed)
     assert sum(reduced) == sum(n for _, n in costs) + sum(summed)
-    assert [n for name, n in sent if name == "all_gather_into_tensor"] == list(gathered)
+    assert [n for name, n in sent if name == ALL_GATHER] == list(gathered)
     assert len(sent) == len(reduced) + len(gathered)
 
 
