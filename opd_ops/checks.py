@@ -81,8 +81,15 @@ def check_selection_group(scope: str | None, group: object) -> Ranks | None:
     return ranks if ranks.size > 1 else None
 
 
-def check_other_positions(scope: str | None, group: object) -> None:
-    """Where ranks share out the vocabulary, those that select together must be named: some ranks hold the same positions."""
+def check_other_positions(scope: str | None, group: dist.ProcessGroup | None, vocabulary: dist.ProcessGroup | None) -> None:
+    """Where ranks share out the vocabulary they hold the same positions: those that select together must be others."""
+    if group is not None and vocabulary is not None:
+        shared = set(dist.get_process_group_ranks(group)) & set(dist.get_process_group_ranks(vocabulary))
+        if len(shared) > 1:
+            raise ValueError(
+                f"selection_group: has ranks {sorted(shared)} in common with the group that shares out the vocabulary, which "
+                "hold the same positions; expected ranks that hold others, across that group"
+            )
     if scope == "global" and group is None:
         raise ValueError(
             "selection_group: got None where ranks share out the vocabulary, which hold the same positions; expected the group "
@@ -140,7 +147,8 @@ def check_student_stats(stats: object, student: Source, top_k: int, valid: Tenso
     if stats.ids.shape[-1] < top_k:
         raise ValueError(f"student_stats: got {stats.ids.shape[-1]} ids a position, expected at least top_k = {top_k}")
     own = student.leading.shape[-1] if student.weight is None else len(student.weight)
-    if own != transform.vocab_size:
+    own = own if transform.shard is None else transform.shard.uncut
+    if own != vocab:
         raise ValueError(
             f"student_stats: are over the student's own vocabulary of {own}, but the call compares the first {vocab} entries; "
             "pass no student_stats"

@@ -3,7 +3,7 @@
 #   tp ranks share out the vocabulary (process_group); those that select together are dp cp with scope "global", cp with
 #   "sequence" (selection_group). N valid rows a rank, M trained on, K = top_k, c bytes of the compute dtype (4; 8 for fp64).
 #
-#   vocabulary   widths of the parts      all-gather   8 (1 + sides)
+#   vocabulary   widths of the parts      all-gather   16 a side; backend "triton": whether it can run, all-reduce of 8
 #                statistics of N rows     all-gather   N row_bytes(K), in slices of what an eighth of the workspace holds
 #                a draw                   broadcast    8 a position
 #                the loss of M rows       none for reverse and forward KL; backend "triton" reads the rows once more,
@@ -170,7 +170,7 @@ def estimate_communication(
         found,
         backend,
         top_k,
-        Shard(_Noted(n=tp), (-(-V // tp),) * tp),
+        Shard(_Noted(n=tp), (-(-V // tp),) * tp, V),
     )
     return Communication(N, _joined([*call.forward(), *call.backward()]))
 
@@ -229,7 +229,9 @@ class _Call:
     def forward(self) -> Iterator[Collective]:
         """In the order of scoring.py, chosen.py and loss.py."""
         sides = 3 if isinstance(self.divergence, Extrapolated) else 2
-        yield from self._vocabulary("widths", "all_gather", 8 * (1 + sides))  # sharding.py: positions, and each side's ids
+        yield from self._vocabulary("widths", "all_gather", 16 * sides)  # sharding.py: each side's positions and ids
+        if self.backend == "triton":
+            yield from self._vocabulary("widths", "all_reduce", 8)  # whether all ranks can run it
         yield from self._statistics("statistics", self.N, self.top_k)
         if self.backend != "eager" and "jsd" in getattr(self.selector, "needs", ()):
             yield from self._vocabulary("statistics", "all_reduce", SUMS_BYTES * self.N)

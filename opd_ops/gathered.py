@@ -20,15 +20,18 @@ def is_dtensor(tensor: object) -> bool:
     return hasattr(tensor, "full_tensor")  # without importing what DTensors need
 
 
-def gathered(parameter: Tensor) -> Tensor:
-    """The whole of a parameter, itself if it is not sharded; every rank that has a part must call."""
+def gathered(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """The whole of a parameter, itself if it is not sharded; every rank that has a part must call.
+
+    `dtype`: of the hidden states beside it, in which FSDP2 gathers too where its policy computes in fewer bits.
+    """
     if is_zero3(parameter):
         return whole_of_zero3(parameter)
     if not is_dtensor(parameter):
         return parameter
     from torch.distributed.tensor import Partial
 
-    found: Any = parameter
+    found: Any = parameter.to(dtype)
     whole: Tensor = found.full_tensor(grad_placements=[Partial()] * found.device_mesh.ndim)
     scaled: Tensor = _Mean.apply(whole, found.device_mesh.size())
     return scaled

@@ -117,8 +117,8 @@ class LinearHead:
         if not isinstance(weight, Tensor):
             raise TypeError(f"head: got {type(head).__name__}, expected a module with a (V, D) weight, like nn.Linear")
         bias = getattr(head, "bias", None)
-        bias = None if bias is None else gathered(bias)
-        return cls(hidden, gathered(weight), bias, scale=scale, softcap=softcap, float8=float8)
+        bias = None if bias is None else gathered(bias, hidden.dtype)
+        return cls(hidden, gathered(weight, hidden.dtype), bias, scale=scale, softcap=softcap, float8=float8)
 
 
 def _refuse_module(weight: object) -> None:

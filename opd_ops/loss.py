@@ -59,7 +59,7 @@ def selective_opd_loss(
     num_items_in_batch: Tensor | float | None = None,
     denominator: str = "selected",
     vocab_size: int | None = None,
-    process_group: object = None,
+    process_group: dist.ProcessGroup | None = None,
     generator: torch.Generator | None = None,
     backend: str = "auto",
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,

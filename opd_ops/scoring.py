@@ -220,7 +220,7 @@ def prepare(
     temperature: float,
     cu_seqlens: Tensor | None,
     vocab_size: int | None,
-    process_group: object,
+    process_group: dist.ProcessGroup | None,
     generator: torch.Generator | None,
     backend: str,
     workspace_bytes: int,
@@ -245,8 +245,9 @@ def prepare(
         process_group=process_group,
     )
     shape, device = sources[0].leading.shape[:-1], sources[0].leading.device
-    if sources[0].transform.shard is not None:
-        checks.check_other_positions(scope, selection_group)
+    shard = sources[0].transform.shard
+    if shard is not None:
+        checks.check_other_positions(scope, selection_group, shard.ranks.group)
     vocab = sources[0].transform.whole_vocab_size
     checks.check_top_k(top_k, vocab)
     checks.check_divergence_top_k(found_divergence, vocab)
@@ -323,7 +324,7 @@ def score_positions(
     temperature: float = 1.0,
     cu_seqlens: Tensor | None = None,
     vocab_size: int | None = None,
-    process_group: object = None,
+    process_group: dist.ProcessGroup | None = None,
     generator: torch.Generator | None = None,
     backend: str = "auto",
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from opd_ops import checks, sharding
@@ -31,7 +32,7 @@ def check_sources(
     vocab_size: int | None,
     temperature: float,
     eos_ids: Sequence[int],
-    process_group: object,
+    process_group: dist.ProcessGroup | None,
 ) -> tuple[Source, Source | Listed]:
     """Both sides over their common vocabulary; one warning if their vocabularies differ and none was named."""
     checks.check_number("temperature", temperature, above=0.0)
@@ -40,12 +41,11 @@ def check_sources(
         named.append(("teacher", teacher))
         if isinstance(divergence, Extrapolated):
             named.append(("Extrapolated.reference", divergence.reference))
-    found = [(name, *sharding.to_local(name, _check_side(name, side))) for name, side in named]
-    group = sharding.one_group(process_group, [(name, of_side) for name, _, of_side in found])
-    (_, s, _), *others = found
-    for name, side, _ in others:
-        _check_beside(name, side, s)
-    vocabularies = sharding.share_out(s, [(name, side) for name, side, _ in others], group)
+    found = [sharding.to_local(name, _check_side(name, side)) for name, side in named]
+    vocabularies = sharding.share_out(found, sharding.one_group(process_group, found))
+    s, *others = found[0].side, *found[1:]
+    for other in others:
+        _check_beside(other.name, other.side, s)
     if vocabularies.ranks is not None and len(eos_ids):
         raise ValueError("eos_ids: ids cannot be merged where ranks share out the vocabulary; pass no eos_ids")
     if isinstance(teacher, (TopKLogprobs, SampledLogprobs)):
@@ -60,12 +60,11 @@ def check_sources(
         )
     shard = vocabularies.shard(vocab)
     if shard is None:
-        of_all = [Source.of(side, vocab, float(temperature), merged) for _, side, _ in found]
+        of_all = [Source.of(local.side, vocab, float(temperature), merged) for local in found]
     else:
         parts = [s]
-        parts += [
-            sharding.part_of(name, side, w, shard) for (name, side, _), w in zip(others, vocabularies.others, strict=True)
-        ]
+        for other, widths in zip(others, vocabularies.others, strict=True):
+            parts.append(sharding.part_of(other.name, other.side, widths, shard))
         of_all = [Source.of(side, shard.width, float(temperature), shard=shard) for side in parts]
     student_source, teacher_source, *reference = of_all
     if isinstance(divergence, Extrapolated):

@@ -27,6 +27,7 @@ class Shard:
 
     ranks: Ranks
     widths: tuple[int, ...]
+    uncut: int  # entries that the student has in all, of which the first are compared
 
     @property
     def first(self) -> int:

@@ -94,7 +94,7 @@ def selective_opd_token_losses(
     eos_ids: Sequence[int] = (),
     cu_seqlens: Tensor | None = None,
     vocab_size: int | None = None,
-    process_group: object = None,
+    process_group: dist.ProcessGroup | None = None,
     generator: torch.Generator | None = None,
     backend: str = "auto",
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,

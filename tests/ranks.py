@@ -39,13 +39,22 @@ class Processes:
     def run(self, function, *arguments):
         for pipe in self.pipes:
             pipe.send_bytes(pickle.dumps((function, arguments)))
-        found = [pickle.loads(pipe.recv_bytes()) for pipe in self.pipes]
+        found = [self._answer(pipe) for pipe in self.pipes]
         failed = [f"rank {rank}:\n{text}" for rank, (is_good, text) in enumerate(found) if not is_good]
         if failed:  # some may have sent what others never took
             self.close()
             self._start()
             raise AssertionError("\n".join(failed))
         return [value for _, value in found]
+
+    def _answer(self, pipe):
+        """Of a process that may have died, or wait for something else than the others."""
+        try:
+            if pipe.poll(2 * TIMEOUT):
+                return pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return False, "the process ended"
+        return False, f"no answer in {2 * TIMEOUT} seconds"
 
     def close(self):
         for process in self.processes:

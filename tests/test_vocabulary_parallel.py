@@ -182,6 +182,12 @@ def _extrapolated(kind, backend):
     torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=1e-6)
 
 
+def _pieces(kind, name):
+    """Many gathers a call, and a temperature."""
+    options = _options(divergence=DIVERGENCES[name], workspace_bytes=20_000, temperature=0.7)
+    _agree(*_sides(kind), CUTS["uneven"], dist.group.WORLD, **options)
+
+
 def _selectors(kind, backend, names):
     student, teacher = _sides(kind)
     for name in names:
@@ -292,6 +298,55 @@ def _bf16_heads(backend):
         assert errors[0] <= (2.0 if backend == "triton" else 1.1) * errors[1] + 1e-5, errors
 
 
+def _both_ways():
+    """Two by two: a vocabulary over ranks 2i and 2i + 1, positions over the ranks across; as one process that has all."""
+    rank = dist.get_rank()
+    place, row, widths = rank % 2, rank // 2, (40, 57)
+    across = [dist.new_group([i, i + 2]) for i in range(2)][place]
+    sides = [_sides("heads", seed=seed) for seed in (3, 4)]  # of each row
+    tokens = torch.randint(0, VOCAB, (2, *SHAPE), generator=generator(5))
+    mask = torch.rand((2, *SHAPE), generator=generator(6)) < 0.8
+    together = [
+        replace(x, hidden=torch.cat([x.hidden, y.hidden])) for x, y in zip(*sides, strict=True)
+    ]  # heads of the first row: the other's hidden states go through them, too
+    for name, scope, selector in (
+        ("reverse_kl", "global", "teachability"),
+        ("jsd", "global", "tip"),
+        ("tail_aware", "global", "entropy"),
+        ("sampled", "sequence", "divergence"),
+    ):
+        options = {"divergence": DIVERGENCES[name], "fraction": 0.3, "top_k": 6, "backend": "torch", "selector": selector}
+        whole = _leaf(together[0])
+        if scope == "sequence":  # each of the three sequences goes on from row to row
+            joined = [x.view(2, *SHAPE, *x.shape[2:]).transpose(0, 1).flatten(1, 2) for x in (whole.hidden, together[1].hidden)]
+            of_whole = [replace(x, hidden=hidden) for x, hidden in zip((whole, together[1]), joined, strict=True)]
+            beside = {"mask": mask.transpose(0, 1).flatten(1), "tokens": tokens.transpose(0, 1).flatten(1)}
+        else:
+            of_whole, beside = [whole, together[1]], {"mask": mask.flatten(0, 1), "tokens": tokens.flatten(0, 1)}
+        want = selective_opd_loss(*of_whole, **options, **beside, scope="batch" if scope == "global" else scope)
+        want.loss.backward()
+        hidden = [sides[row][i].hidden.clone() for i in range(2)]
+        mine = leaf_head(_cut(replace(together[0], hidden=hidden[0]), widths, place))
+        taught = _cut(replace(together[1], hidden=hidden[1]), widths, place)
+        options |= {"mask": mask[row], "tokens": tokens[row], "scope": scope}
+        got = selective_opd_loss(mine, taught, process_group=own_pair(), selection_group=across, **options)
+        got.loss.backward()
+        selected = want.selected.view(3, 2, 9)[:, row] if scope == "sequence" else want.selected.view(2, *SHAPE)[row]
+        assert torch.equal(got.selected, selected), name
+        assert relative_error(mine.hidden.grad, whole.hidden.grad.view(2, *SHAPE, -1)[row]) < 1e-5
+        part = slice(sum(widths[:place]), sum(widths[: place + 1]))
+        for gradient, of_all in ((mine.weight.grad, whole.weight.grad), (mine.bias.grad, whole.bias.grad)):
+            assert relative_error(Ranks(across).sum(gradient.clone()), of_all[part]) < 1e-5  # what data parallelism adds up
+        total = Ranks(across).sum(got.loss.detach().clone())
+        torch.testing.assert_close(total, want.loss.detach(), rtol=1e-5, atol=1e-6)
+    for selector in ("random", "multinomial"):  # one draw for a pair
+        options |= {"selector": selector, "divergence": "reverse_kl", "scope": "global"}
+        torch.manual_seed(rank)
+        got = selective_opd_loss(mine, taught, process_group=own_pair(), selection_group=across, **options)
+        assert len({tuple(x.flatten().tolist()) for x in Ranks(own_pair()).gather(got.selected.long())}) == 1
+        assert int(Ranks(across).sum(got.selected.sum())) == math.ceil(0.3 * int(mask.sum()))
+
+
 # --- DTensors --------------------------------------------------------------------------------------------------------
 
 
@@ -336,9 +391,35 @@ def _dtensors(kind):
 
 
 def _refused():
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
     student, teacher = _sides("logits")
     rank, group, options = dist.get_rank(), dist.group.WORLD, _options()
     mine, beside = (_cut(x, CUTS["uneven"], rank) for x in (student, teacher))
+    with pytest.raises(ValueError, match=r"teacher: got 27, 18, 27, 27 positions on the ranks"):
+        selective_opd_loss(mine, beside[: 2 if rank == 1 else 3], process_group=group)
+    known = StudentStats.of_logits(student, top_k=6)
+    with pytest.raises(
+        ValueError, match=r"student_stats: are over the student's own vocabulary of 97, but .* first 70 entries"
+    ):
+        selective_opd_loss(mine, beside, process_group=group, student_stats=known, vocab_size=70, **options)
+    strided = _cut(student, CUTS["empty"], rank).transpose(0, 1).contiguous().transpose(0, 1)
+    on_kernels = options | {"backend": "triton"}
+    with pytest.raises(ValueError, match="backend: got 'triton', but"):
+        selective_opd_loss(strided, _cut(teacher, CUTS["empty"], rank), process_group=group, **on_kernels)
+    with pytest.raises(ValueError, match="teacher: got 70 entries on each rank beside a student of 97 in all"):
+        selective_opd_loss(mine, teacher[..., :70], process_group=group, **options)
+    with pytest.raises(ValueError, match=r"selection_group: has ranks \[0, 1, 2, 3\] in common with the group"):
+        selective_opd_loss(mine, beside, process_group=group, scope="global", selection_group=group, **options)
+    turned = DeviceMesh("cpu", torch.tensor([3, 1, 2, 0]))
+    with pytest.raises(ValueError, match=r"student: got a DTensor on a mesh of ranks \[3, 1, 2, 0\], expected ascending"):
+        selective_opd_loss(distribute_tensor(student, turned, [Shard(2)]), teacher, **options)
+    heads, mesh = _sides("heads"), init_device_mesh("cpu", (2, 2))
+    placed = [distribute_tensor(x.weight, mesh, [Replicate(), Shard(0)]) for x in heads]
+    parts = [replace(x, weight=weight, bias=None) for x, weight in zip(heads, placed, strict=True)]
+    with pytest.raises(ValueError, match=r"student\.weight: got a DTensor on a mesh of shape \(2, 2\) beside hidden states"):
+        selective_opd_loss(*parts, **options)
     few = slice(0, 2 if rank == 1 else 3)
     with pytest.raises(ValueError, match=r"student: got 27, 18, 27, 27 positions on the ranks"):
         selective_opd_loss(mine[few], beside[few], process_group=group)
@@ -425,7 +506,9 @@ def test_two_ranks(ranks, kind):
     ranks.run(_two_ranks, kind, "torch")
 
 
-@pytest.mark.parametrize(("kind", "backend"), [("logits", "torch"), ("heads", "torch"), ("heads", "triton")])
+@pytest.mark.parametrize(
+    ("kind", "backend"), [("logits", "torch"), ("heads", "torch"), ("heads", "triton"), ("logits", "eager"), ("heads", "eager")]
+)
 def test_an_extrapolated_teacher_has_a_reference_of_the_same_parts(ranks, kind, backend):
     ranks.run(_extrapolated, kind, backend)
 
@@ -489,6 +572,16 @@ def test_dtensors_bring_their_group(ranks, kind):
     ranks.run(_dtensors, kind)
 
 
+def test_ranks_may_share_out_both_vocabulary_and_positions(ranks):
+    ranks.run(_both_ways)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd", "tail_aware"])
+@pytest.mark.parametrize("kind", ["logits", "heads"])
+def test_a_small_workspace_takes_many_gathers(ranks, kind, name):
+    ranks.run(_pieces, kind, name)
+
+
 def test_what_does_not_fit_raises_on_every_rank(ranks):
     ranks.run(_refused)
 
@@ -503,13 +596,13 @@ def test_what_is_sent_is_what_is_stated(ranks):
         forward, backward, n, m = of("logits", "reverse_kl", backend)
         score = [("gather", n * shards.row_bytes(6, torch.float32))]
         again = [("gather", m * shards.row_bytes(1, torch.float64))] if backend == "triton" else []
-        assert forward == [("gather", 16 + 8), *score, *again]
+        assert forward == [("gather", 32), *([("sum", 8)] if backend == "triton" else []), *score, *again]
         assert backward == []
     forward, backward, n, m = of("heads", "forward_kl", "torch")
     assert forward[2:] == []
     assert backward == [("sum", m * 24 * 4)]  # the hidden states' gradient, fp32
     forward, backward, n, m = of("heads", "forward_kl", "triton")
-    assert forward[2:] == [("gather", m * shards.row_bytes(1, torch.float64)), ("sum", m * 24 * 4)]  # made in the forward
+    assert forward[3:] == [("gather", m * shards.row_bytes(1, torch.float64)), ("sum", m * 24 * 4)]  # made in the forward
     assert backward == []
     forward, backward, n, m = of("logits", "jsd", "torch")
     assert forward[2:] == [("sum", m * 24)]

@@ -98,6 +98,7 @@ def resolve_backend(name: str, student: Source, teacher: Source | Listed, needs:
     chosen, because = name, "chosen by name"
     if name == "triton" or (name == "auto" and device in DEVICES):
         reason = _without_triton(device) or _triton_refusal(student, teacher, needs)
+        reason = _of_all_ranks(reason, student)
         if reason and name == "triton":
             raise ValueError(f"backend: got 'triton', but {reason}")
         chosen, because = ("torch", reason) if reason else ("triton", f"the device is {device}")
@@ -151,6 +152,15 @@ def _triton_refusal(student: Source, teacher: Source | Listed, needs: Needs) -> 
     from opd_ops.backends import triton  # importing opd_ops needs torch alone
 
     return triton.refusal(student, teacher, divergence=needs.divergence, top_k=needs.top_k)
+
+
+def _of_all_ranks(reason: str | None, student: Source) -> str | None:
+    """Ranks that share out the vocabulary use one backend: strides may differ with the width of a part."""
+    shard = student.transform.shard
+    if shard is None:
+        return reason
+    refused = shard.ranks.sum(torch.tensor([reason is not None], dtype=torch.long, device=student.leading.device))
+    return reason or ("another rank of the vocabulary's group cannot run it; its error says why" if bool(refused) else None)
 
 
 # A property of the machine: looked up while tracing.

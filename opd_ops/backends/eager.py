@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,8 +41,9 @@ def logits(source: Source, rows: Tensor, dtype: torch.dtype) -> Tensor:
     if transform.softcap is not None:
         x = transform.softcap * torch.tanh(x / transform.softcap)
     x = x / transform.temperature
-    if source.reference is not None:
-        reference = logits(source.reference, rows, dtype)
+    if source.reference is not None:  # of the same part, to which it is mixed
+        alone = source.reference._replace(transform=replace(source.reference.transform, shard=None))
+        reference = logits(alone, rows, dtype)
         x = torch.where(x == -math.inf, -math.inf, transform.lam * x + (1 - transform.lam) * reference)
     if transform.merged:
         ids = torch.tensor(transform.merged, device=x.device)

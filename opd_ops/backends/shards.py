@@ -165,7 +165,7 @@ def joined_columns(of: dict[str, Tensor]) -> dict[str, Tensor]:
     """The (n,) columns of the whole vocabulary from the (ranks, n) fp64 ones of its parts."""
     s, t, gaps = of["student_logsumexp"], of["teacher_logsumexp"], of["logsumexp_gap"]
     (s_lse, p), (t_lse, q) = _masses(s), _masses(t)
-    in_s, in_t = s > -math.inf, t > -math.inf
+    in_s, in_t = s != -math.inf, t != -math.inf  # a NaN is in
     shared = in_s & in_t
     gap = _gap(s_lse, t_lse, p, q, gaps, s, t, shared)
     d = torch.where(shared, gaps - gap, 0)
@@ -214,5 +214,5 @@ def _gap(s_lse: Tensor, t_lse: Tensor, p: Tensor, q: Tensor, gaps: Tensor, s: Te
     c = gaps.gather(0, place)
     shift = torch.where(shared, gaps - c, 0)
     ratio = (q * torch.expm1(shift)).sum(0)
-    plain = ((s > -math.inf) != (t > -math.inf)).any(0) | ~(ratio > -0.5) | ~torch.isfinite(ratio)
+    plain = ((s != -math.inf) != (t != -math.inf)).any(0) | ~(ratio > -0.5) | ~torch.isfinite(ratio)
     return torch.where(plain, s_lse - t_lse, c.squeeze(0) + torch.log1p(ratio))

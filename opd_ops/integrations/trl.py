@@ -172,7 +172,8 @@ def _selective(
 def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> LinearHead:
     """The head, gathered once where FSDP2 has sharded it, in the dtype of its hidden states then."""
     if is_dtensor(weight):
-        weight, bias = gathered(weight).to(hidden.dtype), None if bias is None else gathered(bias).to(hidden.dtype)
+        weight = gathered(weight, hidden.dtype)
+        bias = None if bias is None else gathered(bias, hidden.dtype).to(hidden.dtype)
     return LinearHead(hidden, weight, bias, scale=float(scale), softcap=softcap)
 
 
