@@ -45,7 +45,7 @@ def _loss(model, rank, **options):
     return selective_opd_loss(head, teacher, fraction=0.4, top_k=5, selector="divergence", **options)
 
 
-def _fsdp2(tied, wrapped, scope):
+def _fsdp2(tied, wrapped, scope, shape=(SIZE,)):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.debug import CommDebugMode
@@ -54,7 +54,8 @@ def _fsdp2(tied, wrapped, scope):
     model = Model(tied=tied)
     nn.init.normal_(model.embedding.weight)
     whole = copy.deepcopy(model)
-    mesh = init_device_mesh("cpu", (SIZE,))
+    names = ("replicated", "sharded")[-len(shape) :]
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     for name in wrapped:
         fully_shard(getattr(model, name), mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
@@ -76,12 +77,43 @@ def _fsdp2(tied, wrapped, scope):
     return {str(kind).split(".")[-1]: n for kind, n in sent.get_comm_counts().items() if "c10d_functional" in str(kind)}
 
 
+def _mixed_precision():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    torch.manual_seed(0)
+    model, mesh = Model(tied=False), init_device_mesh("cpu", (SIZE,))
+    nn.init.normal_(model.embedding.weight)
+    whole = copy.deepcopy(model)
+    for module in (model.head, model):
+        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    tokens, teacher = _batch(dist.get_rank())
+    head = LinearHead.from_module(model(tokens), model.head)
+    assert head.hidden.dtype == head.weight.dtype == head.bias.dtype == torch.bfloat16
+    selective_opd_loss(head, teacher, fraction=1.0, selector="all").loss.backward()
+    for rank in range(SIZE):
+        tokens, teacher = _batch(rank)
+        of_rank = LinearHead.from_module(whole(tokens), whole.head)
+        (selective_opd_loss(of_rank, teacher, fraction=1.0, selector="all").loss / SIZE).backward()
+    for got, wanted in zip(model.head.parameters(), whole.head.parameters(), strict=True):
+        assert got.grad.dtype == torch.float32
+        assert relative_error(got.grad.full_tensor(), wanted.grad) < 0.02  # what bf16 rounds
+
+
 @pytest.mark.parametrize("scope", ["batch", "global"])
 @pytest.mark.parametrize(
     ("tied", "wrapped"), [(False, ("head",)), (False, ("body",)), (True, ("body",)), (False, ("head", "body", "embedding"))]
 )
 def test_gradients_are_those_of_one_process(ranks, tied, wrapped, scope):
     assert len(ranks.run(_fsdp2, tied, wrapped, scope)) == SIZE
+
+
+def test_gradients_where_shards_are_replicated(ranks):
+    ranks.run(_fsdp2, False, ("head",), "batch", (2, 2))
+
+
+def test_a_head_is_gathered_in_the_precision_of_its_hidden_states(ranks):
+    ranks.run(_mixed_precision)
 
 
 def test_a_head_is_gathered_once_a_call(ranks):
