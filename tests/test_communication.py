@@ -306,7 +306,12 @@ def test_what_a_vocabulary_sends_does_not_depend_on_its_size():
     sent = {purpose: found[0].only(purpose=purpose).bytes for purpose in ("widths", "statistics", "loss", "gradient")}
     K, M, c = 16, 50, 4  # the equations of docs/scaling.md
     on_list = M * (16 + K * (4 + c)) + c * M * K + 2 * 8 * M
-    assert sent == {"widths": 24, "statistics": 1000 * (56 + 2 * K * (4 + 2 * c)), "loss": on_list, "gradient": c * M * 64}
+    assert sent == {
+        "widths": 2 * 16 + 8,
+        "statistics": 1000 * (56 + 2 * K * (4 + 2 * c)),
+        "loss": on_list,
+        "gradient": c * M * 64,
+    }
 
 
 def test_estimating_draws_nothing():
