@@ -10,7 +10,7 @@
 #                                         M row_bytes(1) in fp64; others: 24 M summed over the vocabulary, or lists of K ids
 #                gradient of M rows       all-reduce   c M Ds, of heads alone; in the forward, where kernels make it there
 #   selection    normalisers, budget      all-reduce   the searches of order_statistics.py, of any N; all-gather of ties, 8 a
-#                                                      sequence
+#                                                      sequence, and with sequences of their number, 8
 #                denominators             all-reduce   16
 #
 #   On the wire, per rank of p, by rings:   all-reduce 2 (p - 1) / p x,   all-gather (p - 1) x,   broadcast x

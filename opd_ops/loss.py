@@ -143,8 +143,8 @@ def selective_opd_loss(
         KL, mask None (and no weights or labels), scope "batch" (so one process), no threshold, no `score_dtype="float8"`: there
         the number of rows to train on is fixed by the shapes. torch.compile takes no `student_stats`.
     Host synchronisations on a GPU: one for the list of valid rows (none without a mask), one for that of selected rows; one
-        more for the shortlist of "float8", one where ranks share out the vocabulary, one for `student_stats` on "torch",
-        and there one in the backward of "local_support".
+        more for the shortlist of "float8", one where ranks share out vocabulary or sequences, one for `student_stats` on
+        "torch", and there one in the backward of "local_support".
     Example: a student equal to its teacher has nothing to learn.
         >>> logits = torch.randn(6, 32)
         >>> selective_opd_loss(logits, logits).loss

@@ -119,10 +119,19 @@ def select_over_ranks(
         sequences: (N,) non-decreasing numbers and how many there are, with parts of each sequence on any rank, for one budget
             each; None: one budget in all, and sequences are whole on their rank.
         keep_one_in: (N,) this rank's own sequence numbers; with `sequences` not None those are looked at instead.
+    Raises: ValueError, on every rank: ranks with different numbers of sequences.
     Collectives: a search with one target a sequence (order_statistics.py) and a gather of (n_sequences,) int64; none with a
-        threshold, but for `keep_one_in` with `sequences`: then a sum of (n_sequences,) int64 and both of these.
+        threshold, but for `keep_one_in` with `sequences`: then a sum of (n_sequences,) int64 and both of these. Before
+        a search of `sequences` one gather of an int64, which the host waits for.
     """
     keys = _keys(scores, valid)
+    if sequences is not None and (threshold is None or keep_one_in is not None):
+        counts = ranks.gather(torch.tensor([sequences[1]], device=keys.device)).flatten().tolist()
+        if len(set(counts)) != 1:
+            raise ValueError(
+                f"selection_group: its ranks hold parts of {', '.join(map(str, counts))} sequences, expected parts of the same "
+                "ones; pass as many rows, or spans of cu_seqlens, on each, empty ones too"
+            )
     ids, n = (torch.zeros_like(valid, dtype=torch.long), 1) if sequences is None else sequences
     if threshold is None:
         selected = _best_over_ranks(keys, valid, lambda count: budget(count, fraction), ids, n, ranks)

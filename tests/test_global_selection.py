@@ -154,12 +154,12 @@ def budgets_of_sequences(seeds):
         options = {"fraction": FRACTIONS[seed % 5], "keep_one_per_sequence": seed % 7 == 0}
         with collectives() as sent:
             got = select_positions(scores[mine].view(view), mask=mask[mine].view(view), **part, **options)
-        assert_sent(sent, (scores.dtype, n, 1), gathered=[8 * n])
+        assert_sent(sent, (scores.dtype, n, 1), gathered=[8, 8 * n])
         assert torch.equal(got.flatten(), select_positions(scores, mask=mask, **whole, **options)[mine]), seed
         options = {"threshold": 0.9, "keep_one_per_sequence": True}
         with collectives() as sent:
             got = select_positions(scores[mine].view(view), mask=mask[mine].view(view), **part, **options)
-        assert_sent(sent, (scores.dtype, n, 1), gathered=[8 * n], summed=[8 * n])
+        assert_sent(sent, (scores.dtype, n, 1), gathered=[8, 8 * n], summed=[8 * n])
         assert torch.equal(got.flatten(), select_positions(scores, mask=mask, **whole, **options)[mine]), seed
     return len(seeds)
 
@@ -305,7 +305,7 @@ def compared(scope, options, *, in_rank=None):
 
 def losses(scope):
     n = 1 if scope == "global" else SHAPE[0]
-    selection = {"gathered": [8 * n], "summed": [16]}
+    selection = {"gathered": [8] if scope == "global" else [8, 8 * n], "summed": [16]}
     search = torch.float32, n, 1
     quantiles = torch.float32, 1, 4
     for options in (
@@ -474,6 +474,9 @@ def refusals():
             assert not sent
     with pytest.raises(ValueError, match="selection_group: got a group, but scope 'batch'"):
         select_positions(student[..., 0], selection_group=dist.group.WORLD)
+    few = slice(0, 2 if dist.get_rank() == 1 else 3)
+    with pytest.raises(ValueError, match="selection_group: its ranks hold parts of 3, 2, 3, 3 sequences"):
+        selective_opd_loss(student[few], teacher[few], selector="entropy", **parts_of)
     out = selective_opd_loss(student, teacher, shift_labels=ids, **parts_of)  # the same on all ranks: ties
     assert int(out.selected.sum()) == (3 if dist.get_rank() == 0 else 0)
 

@@ -266,7 +266,10 @@ def test_inplace_backward_rejects_logits_that_others_may_read():
     with torch.no_grad():
         assert selective_opd_loss(student, teacher, **options).loss > 0
     for backend in ("torch", "eager"):
-        with pytest.raises(ValueError, match=f"has, for dense logits and reverse or forward KL; this call uses '{backend}'"):
+        with pytest.raises(
+            ValueError,
+            match=f"has, for dense logits of the whole vocabulary and reverse or forward KL; this call uses '{backend}'",
+        ):
             selective_opd_loss(made, teacher, backend=backend, inplace_backward=True)
     with pytest.raises(ValueError, match=r"this call uses 'torch' \(the device is cpu\)"):
         selective_opd_loss(made, teacher, inplace_backward=True)
