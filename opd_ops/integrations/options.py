@@ -3,7 +3,7 @@
 #   Whatever the loss refuses is refused here, in its words; a name it does not have, or one that the host passes, as TypeError.
 #
 # What belongs to a run's own data cannot be tried and is taken as it comes: tensors, statistics of rollouts, selectors that are
-# callables, the reference of `Extrapolated`, and whether this machine has what a backend needs.
+# callables, the reference of `Extrapolated`, process groups, and whether this machine has what a backend needs.
 # Not here: the checks themselves (opd_ops/checks.py and its neighbours), the loss (opd_ops/loss.py).
 from __future__ import annotations
 
@@ -67,6 +67,10 @@ def try_options(
         check_choice("score_dtype", score_dtype, tuple(SCORE_DTYPES))
         check_threshold(tried.get("threshold"), score_dtype)
     tried.pop("inplace_backward", None)  # asks for a GPU
+    for name in ("process_group", "selection_group"):  # other ranks need not be here
+        tried.pop(name, None)
+    if tried.get("scope") == "global":
+        tried["scope"] = "batch"
     own = {"backend": "eager", "generator": generator} | {name: made for name, made in _made().items() if name in given}
     function(student, taught, **tried, **{name: value for name, value in own.items() if name in (*known, *given)})
 

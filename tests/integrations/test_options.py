@@ -8,6 +8,7 @@ import torch
 
 from opd_ops import JSD, Extrapolated, TailAware, TopKForwardKL, selective_opd_token_losses
 from opd_ops.integrations.options import try_options
+from opd_ops.ranks import Ranks
 
 GIVEN = ("mask", "num_items_in_batch", "temperature")
 
@@ -75,3 +76,9 @@ def test_it_leaves_the_generators_alone():
     try_options({"selector": "multinomial"}, given=GIVEN)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(own.get_state(), kept)
+
+
+def test_nothing_is_sent_to_other_ranks(monkeypatch):
+    """A trainer may be made on one rank alone."""
+    monkeypatch.setattr(Ranks, "size", property(lambda _: pytest.fail("asked for the other ranks")))
+    try_options({"scope": "global", "selection_group": object(), "process_group": object()}, given=GIVEN)
