@@ -1,8 +1,7 @@
 # Parameters that data-parallel ranks shard: gathered whole, once a call.
 #
-#   FSDP2
-#   forward    one all-gather
-#   backward   one reduce-scatter of the mean over ranks, as FSDP2 makes of a gradient: every rank has data of its own
+#   FSDP2: forward   one all-gather
+#          backward  one reduce-scatter of the mean over ranks, as FSDP2 makes of a gradient: every rank has data of its own
 #
 # A head over which ranks share out the vocabulary is not gathered: sharding.py.
 # Not here: `LinearHead.from_module`, which calls this (inputs.py), ZeRO-3's own way (zero3.py).

@@ -127,6 +127,11 @@ def one_group(process_group: Any, sides: Sequence[Local]) -> Any:
     """
     if process_group is not None and not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
         raise TypeError(f"process_group: got {type(process_group).__name__}, expected a torch.distributed.ProcessGroup or None")
+    if process_group is not None and sides[0].is_dtensor and sides[0].group is None:
+        raise ValueError(
+            "process_group: got a group beside a student DTensor that every rank has whole; shard it on the vocabulary, or "
+            "pass no group"
+        )
     group = sides[0].group if process_group is None else process_group
     if group is not None and torch.compiler.is_compiling():
         raise ValueError(

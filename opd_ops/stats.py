@@ -14,6 +14,15 @@ import torch
 from torch import Tensor
 
 OPTIONAL_COLUMNS = frozenset({"jsd", "released_kl"})
+SWEPT_COLUMNS = (  # those that one sweep of both models over the vocabulary gives
+    "student_entropy",
+    "teacher_entropy",
+    "reverse_kl",
+    "forward_kl",
+    "student_logsumexp",
+    "teacher_logsumexp",
+    "logsumexp_gap",
+)
 
 
 class TokenStats(NamedTuple):

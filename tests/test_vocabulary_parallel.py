@@ -123,6 +123,13 @@ def _extrapolated(kind, backend):
     got = selective_opd_loss(mine, cut(teacher, widths, rank), **options)
     assert torch.equal(got.selected, want.selected)
     torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=1e-6)
+    want.loss.backward()
+    got.loss.backward()
+    of_parts, of_all = gradients_of(mine)[0], gradients_of(whole)[0]  # logits, or hidden states
+    if kind == "logits":
+        of_all = cut(of_all, widths, rank)
+    assert float(of_all.norm()) > 0
+    assert relative_error(of_parts, of_all) < 1e-5
 
 
 def _pieces(kind, name):

@@ -139,6 +139,9 @@ def _refused():
     turned = DeviceMesh("cpu", torch.tensor([3, 1, 2, 0]))
     with pytest.raises(ValueError, match=r"student: got a DTensor on a mesh of ranks \[3, 1, 2, 0\], expected ascending"):
         selective_opd_loss(distribute_tensor(student, turned, [Shard(2)]), teacher, **options)
+    everywhere = distribute_tensor(student, init_device_mesh("cpu", (SIZE,)), [Replicate()])
+    with pytest.raises(ValueError, match="process_group: got a group beside a student DTensor that every rank has whole"):
+        selective_opd_loss(everywhere, teacher, process_group=group, **options)
     heads, mesh = sides_of("heads"), init_device_mesh("cpu", (2, 2))
     placed = [distribute_tensor(x.weight, mesh, [Replicate(), Shard(0)]) for x in heads]
     parts = [replace(x, weight=weight, bias=None) for x, weight in zip(heads, placed, strict=True)]

@@ -20,16 +20,8 @@ from opd_ops.backends.supports import support_columns
 from opd_ops.backends.tiling import PAIR_BYTES, UNION_BYTES
 from opd_ops.backends.top_k import TopK
 from opd_ops.sources import Transform, finish_logits
+from opd_ops.stats import SWEPT_COLUMNS
 
-SCORE_COLUMNS = (
-    "student_entropy",
-    "teacher_entropy",
-    "reverse_kl",
-    "forward_kl",
-    "student_logsumexp",
-    "teacher_logsumexp",
-    "logsumexp_gap",
-)
 JSD_BUFFERS = 10  # fp32 rows of V alive at once in row_jsd
 
 
@@ -58,7 +50,7 @@ def parts(n: int, bytes_per_row: int, workspace_bytes: int) -> Iterator[slice]:
 
 def column_names(columns: frozenset[str]) -> tuple[str, ...]:
     """The columns of TokenStats that are computed, in order; `columns` are the optional ones wanted."""
-    return (*SCORE_COLUMNS, *SUPPORT_COLUMNS, *sorted(columns))
+    return (*SWEPT_COLUMNS, *SUPPORT_COLUMNS, *sorted(columns))
 
 
 def parse_columns(optional: str) -> frozenset[str]:
@@ -90,7 +82,7 @@ def write_columns(
         elif name == "jsd":
             column.copy_(_jsd(tables, rows, transforms, workspace_bytes))
         else:
-            column.copy_(getattr(score if name in SCORE_COLUMNS else lists, name))
+            column.copy_(getattr(score if name in SWEPT_COLUMNS else lists, name))
     return score, lists
 
 

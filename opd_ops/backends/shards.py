@@ -10,8 +10,8 @@
 # No term of the KL is negative, and each is of second order in what rounding does to d_r: nothing large is subtracted.
 # Every rank joins the same gathered numbers in the same order, so all have the same bits, and select the same positions.
 # Sent per row and rank: seven fp64 columns, and K ids with both models' logits of both lists (`row_bytes`).
-# Not here: how a rank reads its part (streamed.py, triton.py), who holds what (sharding.py), sums over parts of losses and
-# gradients (summed.py, gather.py, streamed_loss.py).
+# Not here: how a rank reads its part (streamed.py, triton_shards.py), who holds what (sharding.py), sums over parts of losses
+# and gradients (summed.py, gather.py, streamed_loss.py).
 from __future__ import annotations
 
 import math
@@ -26,31 +26,21 @@ from opd_ops.backends.supports import support_columns
 from opd_ops.backends.tiling import CANDIDATE_BYTES, PAIR_BYTES, UNION_BYTES
 from opd_ops.backends.top_k import TopK
 from opd_ops.sources import Shard
-from opd_ops.stats import OwnStats, TokenStats
+from opd_ops.stats import SWEPT_COLUMNS, OwnStats, TokenStats
 from opd_ops.teachers import LAST_ID
-
-COLUMNS = (
-    "student_entropy",
-    "teacher_entropy",
-    "reverse_kl",
-    "forward_kl",
-    "student_logsumexp",
-    "teacher_logsumexp",
-    "logsumexp_gap",
-)
 
 
 class Part(NamedTuple):
     """What one rank knows of n rows, from its part of the vocabulary alone."""
 
-    columns: dict[str, Tensor]  # (n,) those of `COLUMNS`
+    columns: dict[str, Tensor]  # (n,) those of `SWEPT_COLUMNS`
     student: TopK  # (n, up to K), ids over the whole vocabulary
     teacher: TopK
 
 
 def row_bytes(top_k: int, dtype: torch.dtype, *, models: int = 2) -> int:
     """What a rank sends of each row: of both models, or of one, whose log-sum-exp and entropy are its columns."""
-    columns = len(COLUMNS) if models == 2 else 2
+    columns = len(SWEPT_COLUMNS) if models == 2 else 2
     return 8 * columns + models * top_k * (4 + models * dtype.itemsize)
 
 
@@ -77,15 +67,15 @@ def token_stats(
     out: dict[str, Tensor] = {}
     n, size = len(rows), rows_at_a_time(shard, top_k, dtype, workspace_bytes)
     pairs = max(1, workspace_bytes // 16 // (UNION_BYTES * top_k + PAIR_BYTES * top_k**2))
-    for span in slices(slice(0, n), size) if n else [slice(0, 0)]:
+    for span in slices(slice(0, max(1, n)), size):  # no row is a span too: nothing is sent, and columns are made
         of_rows = rows[span]
-        if shard.width and n:
+        if shard.width and len(of_rows):
             part = read(of_rows, min(top_k, shard.width), workspace_bytes - workspace_bytes // 8)
         else:
             part = _nothing(len(of_rows), dtype, rows.device)
-        found, student, teacher = _joined(part, shard, top_k, dtype) if n else (part.columns, part.student, part.teacher)
+        found, student, teacher = _joined(part, shard, top_k, dtype)
         lse = found["student_logsumexp"].double(), found["teacher_logsumexp"].double()
-        for chunk in slices(slice(0, len(of_rows)), pairs) if n else [slice(0, 0)]:
+        for chunk in slices(slice(0, max(1, len(of_rows))), pairs):
             lists = student.rows(chunk), teacher.rows(chunk)
             of_lists = support_columns(*lists, lse[0][chunk], lse[1][chunk], columns)
             for name, column in of_lists.items():
@@ -122,13 +112,13 @@ def own_stats(
 
 
 def _joined(part: Part, shard: Shard, top_k: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], TopK, TopK]:
-    sent = [part.columns[name].double() for name in COLUMNS]
+    sent = [part.columns[name].double() for name in SWEPT_COLUMNS]
     for found in (part.student, part.teacher):
         sent += [_padded(found.ids.int(), top_k, LAST_ID)]
         sent += [_padded(logits.to(dtype), top_k, -math.inf) for logits in (found.own, found.other)]
     everyone = _gathered(shard, sent)
-    columns = {name: column.squeeze(2) for name, column in zip(COLUMNS, everyone, strict=False)}
-    lists = everyone[len(COLUMNS) :]
+    columns = {name: column.squeeze(2) for name, column in zip(SWEPT_COLUMNS, everyone, strict=False)}
+    lists = everyone[len(SWEPT_COLUMNS) :]
     return joined_columns(columns), _list(*lists[:3]).best(top_k), _list(*lists[3:]).best(top_k)
 
 
@@ -152,7 +142,7 @@ def _list(ids: Tensor, own: Tensor, other: Tensor) -> TopK:
 def _nothing(n: int, dtype: torch.dtype, device: torch.device) -> Part:
     """A part without an id in it."""
     none = TopK(*(torch.empty((n, 0), dtype=x, device=device) for x in (torch.long, dtype, dtype)))
-    columns = {name: torch.zeros(n, dtype=torch.float64, device=device) for name in COLUMNS}
+    columns = {name: torch.zeros(n, dtype=torch.float64, device=device) for name in SWEPT_COLUMNS}
     for name in ("student_logsumexp", "teacher_logsumexp"):
         columns[name].fill_(-math.inf)
     return Part(columns, none, none)

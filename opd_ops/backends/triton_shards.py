@@ -27,7 +27,7 @@ from opd_ops.backends.shards import Part
 from opd_ops.backends.summed import with_jsd
 from opd_ops.divergences import Divergence, weighted_sum, without_infinite
 from opd_ops.sources import Shard, Source, Transform
-from opd_ops.stats import OwnStats, TokenStats
+from opd_ops.stats import SWEPT_COLUMNS, OwnStats, TokenStats
 from opd_ops.teachers import Listed
 
 
@@ -62,7 +62,7 @@ def _part(
         stored = student.leading, teacher.leading
         width, temperature = student.transform.vocab_size, student.transform.temperature
         triton.launch_and_keep(*stored, rows, top_k, "", workspace_bytes, width, temperature, keep=found.append)
-    columns = {name: torch.cat([getattr(score, name) for score, _ in found]) for name in shards.COLUMNS}
+    columns = {name: torch.cat([getattr(score, name) for score, _ in found]) for name in SWEPT_COLUMNS}
     for name, source, of in (("student_logsumexp", student, "s"), ("teacher_logsumexp", teacher, "t")):
         normalisers = (torch.cat([getattr(score, f"{of}_{part}") for score, _ in found]) for part in ("ref", "log2z"))
         columns[name] = logsumexp(_stored(source), *normalisers)
@@ -118,7 +118,7 @@ def selected_loss(
 def _columns(student: Source, teacher: Source, exact: TokenStats) -> Tensor:
     """(12, M) fp32, the columns of score.py over the whole vocabulary, from fp64 statistics."""
     bits = 1 / math.log(2)
-    found = {name: getattr(exact, name) for name in shards.COLUMNS}
+    found = {name: getattr(exact, name) for name in SWEPT_COLUMNS}
     scaled = []
     for of, source, lse in (("s", student, exact.student_logsumexp), ("t", teacher, exact.teacher_logsumexp)):
         k = multiplier(_stored(source))
