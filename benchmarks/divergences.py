@@ -64,8 +64,12 @@ def steps(heads: Heads) -> dict[str, Step]:
 
 def counted(run: Step, sizes: Sizes) -> dict[str, float]:
     run()  # what torch keeps for good is no scratch
-    plain = mock.patch.object(pages, "empty", lambda size, dtype, device: torch.empty(size, dtype=dtype, device=device))
-    with plain, FlopCounterMode(display=False) as counter, LiveBytes() as meter:  # which does not see memory mapped for pages
+
+    def plain(size: Sequence[int], dtype: torch.dtype, device: torch.device, keep: bool = False) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    # The meter does not see memory that is mapped for large pages.
+    with mock.patch.object(pages, "empty", plain), FlopCounterMode(display=False) as counter, LiveBytes() as meter:
         run()
     scratch = (meter.peak - sizes.gradient_bytes) / MIB
     return {"units": counter.get_total_flops() / sizes.unit_flops, "scratch_mib": scratch}

@@ -2,8 +2,9 @@
 #
 #   incremental peak = peak RSS during the work - RSS just before it
 #
-# Before the work free pages go back to the system (malloc_trim), so that the work cannot hide in what earlier work left; the
-# kernel's own high-water mark is reset (/proc/self/clear_refs, 5) and read after it (VmHWM): no sampling, no missed spike.
+# Before the work free pages go back to the system (malloc_trim, and ours that wait for a next call), so that the work cannot
+# hide in what earlier work left; the kernel's own high-water mark is reset (/proc/self/clear_refs, 5) and read after it
+# (VmHWM): no sampling, no missed spike.
 # Counted: pages of the process that are resident, tensors or not. Where /proc has no such mark, RSS is sampled every 2 ms
 # by a thread; `meter` says which it was.
 # Not here: what is measured (measure.py).
@@ -16,7 +17,10 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from opd_ops.backends import pages
+
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+MAPPINGS = Path("/proc/self/smaps_rollup")
 RESET_PEAK = "5"
 SAMPLE_SECONDS = 0.002
 
@@ -30,14 +34,22 @@ def has_high_water_mark() -> bool:
     return True
 
 
-def _status_bytes(field: str) -> int:
-    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+def _status_bytes(field: str, of: Path = STATUS) -> int:
+    lines = dict(line.split(":", 1) for line in of.read_text().splitlines())
     return int(lines[field].split()[0]) * 1024
 
 
+def waiting_bytes() -> int | None:
+    """Resident memory that the process has handed to the kernel and would use again (MADV_FREE); None: not known here."""
+    with suppress(OSError, KeyError):
+        return _status_bytes("LazyFree", MAPPINGS)
+    return None
+
+
 def release_free_memory() -> None:
-    """Collect garbage and give the allocator's free pages back, where the C library can."""
+    """Collect garbage and give free pages back: ours, and the allocator's where the C library can."""
     gc.collect()
+    pages.release()
     with suppress(OSError, AttributeError):  # glibc alone has it
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

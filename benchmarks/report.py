@@ -52,6 +52,7 @@ def _summary(rounds: list[dict[str, Any]], gradient_bytes: int) -> dict[str, flo
         "above_gradients_mib": median(peaks) - gradient_bytes / MIB,
         "above_gradients_mib_worst": max(map(_largest_peak, rounds)) / MIB - gradient_bytes / MIB,
         "retained_mib": median(r["retained_bytes"] / MIB for r in rounds),
+        "waiting_mib": median((r["waiting_bytes"] or 0) / MIB for r in rounds),
         "cores": median(r["cpu_seconds"] / r["seconds"] for r in rounds),
     }
 
@@ -121,7 +122,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"One unit is one matmul of 2·N·V·{sizes['student_dim']} FLOP; both heads once are {sizes['score_units']:.2f}. The "
         f"gradients that the caller asks for take {sizes['gradient_bytes'] / MIB:.0f} MiB. Memory is resident memory above the "
-        "process with its inputs, in a call after a first one.",
+        "process with its inputs, in a second call that finds no free memory of the first's; times are of a third.",
         *_remarks(result),
         "",
         *_table(("target for ours", "at most", "measured", ""), [_target_row(target) for target in result["targets"]]),
@@ -133,12 +134,17 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _remarks(result: dict[str, Any]) -> list[str]:
-    """What the first calls left resident, and which methods did not have the machine to themselves."""
+    """What calls left resident, and which methods did not have the machine to themselves."""
     measured = [entry for entry in result["methods"].values() if "summary" in entry]
     if not measured:
         return []
     kept = ", ".join(f"{entry['title']} {entry['summary']['retained_mib']:.0f}" for entry in measured)
     lines = ["", f"MiB that the first call left resident for good (buffers, imports, compiled code): {kept}."]
+    waiting = [
+        f"{entry['title']} {entry['summary']['waiting_mib']:.0f}" for entry in measured if entry["summary"]["waiting_mib"] >= 1
+    ]
+    if waiting:
+        lines += ["", f"MiB of freed memory that wait for the next call, and that the kernel may take: {', '.join(waiting)}."]
     short = [entry for entry in measured if entry["summary"]["cores"] < UNDISTURBED * result["threads"]]
     if short:
         cores = ", ".join(f"{entry['title']} {entry['summary']['cores']:.2f}" for entry in short)

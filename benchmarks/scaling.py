@@ -51,7 +51,7 @@ def series(sizes: Sequence[Sizes], names: Sequence[str], threads: int) -> Points
     points = []
     for size in sizes:
         for name in names:
-            answer = run_process("measure", name, size, Settings(), threads)
+            answer = run_process("memory", name, size, Settings(), threads)
             point = {"method": name, "n": size.n, "vocab": size.vocab, "gradient_bytes": size.gradient_bytes}
             point |= {key: answer.get(key) for key in ("status", "error", "peak_bytes")}
             points.append(point)

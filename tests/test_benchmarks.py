@@ -174,7 +174,7 @@ def test_compare_rejects_bad_arguments(arguments, message, capsys):
 
 def test_summarise_says_when_a_target_is_missed():
     def entry(seconds, mib):
-        run = {"seconds": seconds, "cpu_seconds": seconds, "peak_bytes": mib * MIB, "retained_bytes": 0}
+        run = {"seconds": seconds, "cpu_seconds": seconds, "peak_bytes": mib * MIB, "retained_bytes": 0, "waiting_bytes": 0}
         run["first_call_peak_bytes"] = run["peak_bytes"]
         return {"status": "ok", "title": "", "computes": "", "units": 2.0, "rounds": [run]}
 

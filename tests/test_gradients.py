@@ -218,7 +218,7 @@ def test_gradient_accumulation_adds_up():
     whole = leaf_head(student)
     selective_opd_loss(whole, teacher, fraction=1.0).loss.backward()
     for a, b in zip(gradients(halves), gradients(whole), strict=True):
-        assert_gradient(a, b, 1e-6)
+        assert_gradient(a, b, 1e-5)  # of 6 rows and of 12: some processors' matmuls round each in their own way
 
 
 def test_no_grad_and_inference_give_the_same_loss():

@@ -181,17 +181,18 @@ class _Selected:
     def head_gradients(self, needs: Sequence[bool]) -> list[Tensor | None]:
         """Gradients of hidden, weight and bias, each only if needed, in the parameters' dtypes."""
         source, rows, shard = self.student.source, self.of.rows, self.student.source.transform.shard
-        assert source.weight is not None
+        weight = source.weight
+        assert weight is not None
         dleading = torch.zeros_like(source.leading) if needs[0] else None
         sums, places = dleading, rows
         if dleading is not None and (dleading.dtype != self.dtype or shard is not None):
             # 16 bits would round after every block; and other ranks' sums are of these rows alone.
             sums = torch.zeros((len(rows), source.leading.shape[-1]), dtype=self.dtype, device=rows.device)
             places = torch.arange(len(rows), device=rows.device)
-        dweight = pages.empty(source.weight.shape, source.weight.dtype, source.weight.device) if needs[1] else None
+        dweight = pages.empty(weight.shape, weight.dtype, weight.device, keep=True) if needs[1] else None
         if dweight is not None:  # each block is written whole; entries beyond the common vocabulary, or with no row, are not
             dweight[source.transform.vocab_size if len(rows) else 0 :].zero_()
-        dbias = torch.zeros(len(source.weight), dtype=self.dtype, device=rows.device) if any(needs[2:]) else None
+        dbias = torch.zeros(len(weight), dtype=self.dtype, device=rows.device) if any(needs[2:]) else None
         for block in self.blocks():
             w = self.student.weight(block) if sums is not None else None
             accumulated = None if dweight is None else dweight[block].to(self.dtype)  # a view where the dtypes agree
