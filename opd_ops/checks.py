@@ -122,10 +122,11 @@ def check_divergence_top_k(divergence: Divergence, vocab_size: int) -> None:
 def check_threshold(value: Tensor | float | None, score_dtype: str | None = None) -> None:
     if value is not None and score_dtype == "float8":
         raise ValueError("threshold: score_dtype='float8' scores only a shortlist of the budget exactly; pass one of the two")
-    if value is None or (isinstance(value, Tensor) and value.dim() == 0):
-        return  # a tensor's value stays on its device
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
-        raise ValueError(f"threshold: got {value!r}, expected a number or a 0-dim tensor")
+    if value is None:
+        return
+    found = _of_scalar_tensor("threshold", value) if isinstance(value, Tensor) else value
+    if found is not None and (isinstance(found, bool) or not isinstance(found, (int, float)) or math.isnan(found)):
+        raise ValueError(f"threshold: got {value!r}, expected a number or a 0-dim tensor of one")
 
 
 def check_generator(generator: object) -> None:
@@ -162,11 +163,32 @@ def check_student_stats(stats: object, student: Source, top_k: int, valid: Tenso
 
 
 def check_num_items(value: Tensor | float | int | None) -> None:
-    if value is None or (isinstance(value, Tensor) and value.dim() == 0):
-        return  # a tensor's value stays on its device
-    if isinstance(value, Tensor):
-        raise ValueError(f"num_items_in_batch: got a tensor of shape {tuple(value.shape)}, expected a 0-dim one")
-    check_number("num_items_in_batch", value, above=0.0)
+    if value is None:
+        return
+    found = _of_scalar_tensor("num_items_in_batch", value) if isinstance(value, Tensor) else value
+    if found is not None:
+        check_number("num_items_in_batch", found, above=0.0)
+
+
+def _of_scalar_tensor(name: str, tensor: Tensor) -> float | None:
+    """Its number; None where looking would wait for a device, or break a graph."""
+    if tensor.dim():
+        raise ValueError(f"{name}: got a tensor of shape {tuple(tensor.shape)}, expected a 0-dim one")
+    if tensor.dtype == torch.bool or tensor.is_complex():
+        raise ValueError(f"{name}: got a tensor of dtype {tensor.dtype}, expected one of a real number")
+    return float(tensor) if tensor.device.type == "cpu" and not torch.compiler.is_compiling() else None
+
+
+def check_scores(scores: object, shape: torch.Size, device: torch.device) -> None:
+    """What a selector returned."""
+    expected = f"expected a tensor of scores of shape {tuple(shape)}"
+    if not isinstance(scores, Tensor):
+        hint = "; it reads a column that is not computed: name it in the selector's `needs`" if scores is None else ""
+        raise ValueError(f"selector: returned {type(scores).__name__}, {expected}{hint}")
+    if scores.shape != shape:
+        raise ValueError(f"selector: returned {tuple(scores.shape)}, {expected}")
+    if scores.device != device or scores.is_complex():
+        raise ValueError(f"selector: returned {scores.dtype} scores on {scores.device}, expected real ones on {device}")
 
 
 def check_inplace_backward(student: Tensor, teacher: Source | Listed) -> None:

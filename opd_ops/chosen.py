@@ -55,6 +55,10 @@ class Chosen:
         """(...) bool: valid positions where the student's softmax or the score is not a number, which must not hide."""
         return self.stats.valid & (~torch.isfinite(self.stats.student_logsumexp) | self.scores.isnan())
 
+    def poison(self, dtype: torch.dtype) -> Tensor:
+        """What every loss is multiplied by: 1, or NaN after a blow-up."""
+        return torch.where(self.blown_up.any(), torch.nan, 1.0).to(dtype)
+
     def tokens(self) -> Tensor | None:
         """(M,) what the student sampled, if the divergence is on it."""
         return self.call.sampled(self.rows) if checks.reads_tokens(self.call.divergence) else None

@@ -112,6 +112,8 @@ class LinearHead:
         A weight that FSDP2 or ZeRO-3 shards is gathered, once, on all its ranks; its gradient goes back as the mean over them,
         as their own do. To leave a DTensor sharded on the vocabulary instead, pass it as `weight` (docs/features.md).
         """
+        if not isinstance(hidden, Tensor):
+            raise TypeError(f"hidden: got {type(hidden).__name__}, expected a tensor (..., D)")
         _refuse_lora(head)
         weight = getattr(head, "weight", None)
         if not isinstance(weight, Tensor):

@@ -83,7 +83,8 @@ def selective_opd_loss(
         mask: (...), any dtype, non-zero on the tokens the student wrote; None: all. Other rows may hold anything.
         weights: (...) factors of each position's loss; None: 1. A weight of 0 takes the position from the mask and from the
             denominator; others change neither selection nor denominator.
-        selector: What makes a position worth training on: a name of selectors.py, or a callable `TokenStats -> scores`.
+        selector: What makes a position worth training on: a name of selectors.py, or a callable `TokenStats -> scores`, whose
+            `needs` names the optional columns it reads. A NaN among its scores makes the loss NaN.
         fraction: Share of the valid positions to train on, in (0, 1]; 1.0 is plain distillation.
         threshold: Train on every valid position that scores at least this, in the place of the budget: a host that has scored
             all micro-batches of a step can fix one cut for it.
@@ -151,6 +152,7 @@ def selective_opd_loss(
         tensor(0.)
     """
     checks.check_fraction(fraction)
+    checks.check_choice("scope", scope, checks.SCOPES)
     checks.check_choice("denominator", denominator, checks.DENOMINATORS)
     checks.check_num_items(num_items_in_batch)
     checks.check_threshold(threshold, score_dtype)
@@ -196,8 +198,7 @@ def selective_opd_loss(
     chosen = settled.chosen
     # 1 if no infinite loss was dropped; over ranks their counts are added up here alone, when they are final
     correction = total / _denominator(chosen.selected, chosen.stats.valid, num_items_in_batch, denominator, call.ranks)
-    poison = torch.where(chosen.blown_up.any(), torch.nan, 1.0)
-    loss = weighted * correction.to(weighted.dtype) * poison
+    loss = weighted * correction.to(weighted.dtype) * chosen.poison(weighted.dtype)
     metrics = settled.metrics(loss, settled.loss_sum(of_rows), tokens_of)
     return SelectiveOPDOutput(loss, chosen.selected, chosen.scores, chosen.stats, metrics)
 

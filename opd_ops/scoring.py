@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,6 +29,7 @@ from opd_ops.selectors import (
     check_ranks_twice,
     check_whole_sequences,
     is_deterministic,
+    is_own,
     over_ranks,
     resolve_selector,
 )
@@ -134,6 +136,12 @@ class Scoring:
             return rows[is_finite], None, selected.masked_scatter(selected, is_finite), stats
 
     def _stats(self, rows: Tensor) -> TokenStats:
+        stats = self._of_backend(rows)
+        if isinstance(self.teacher, Source):  # a student that has blown up is not hidden by a teacher that has, too
+            stats = stats._replace(valid=stats.valid | ~torch.isfinite(stats.student_logsumexp))
+        return stats
+
+    def _of_backend(self, rows: Tensor) -> TokenStats:
         student, teacher = self.student, self.teacher
         if self.score_dtype == float8.DTYPE:
             student = student if self.known else student.in_float8()
@@ -162,14 +170,11 @@ class Scoring:
         )
 
     def _scores(self, stats: TokenStats) -> Tensor:
-        if self.ranks is None:
-            scores = self.selector(stats)
-        else:
-            with over_ranks(self.ranks):
-                scores = self.selector(stats)
-        if not isinstance(scores, Tensor) or scores.shape != self.shape:
-            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise ValueError(f"selector: returned {got}, expected a tensor of scores of shape {tuple(self.shape)}")
+        # What a user's own selector does to its argument in place must not reach the losses.
+        given = stats if is_own(self.selector) else stats.clone()
+        with nullcontext() if self.ranks is None else over_ranks(self.ranks):
+            scores = self.selector(given)
+        checks.check_scores(scores, self.shape, stats.valid.device)
         trainable = stats.valid & finite(stats, self.divergence)
         shard = self.student.transform.shard
         if shard is not None and not is_deterministic(self.selector):  # what one rank drew counts for all

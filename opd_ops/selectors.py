@@ -289,8 +289,10 @@ SELECTORS: dict[str, Selector] = {
 
 def resolve_selector(selector: str | Selector, *, generator: torch.Generator | None, sequence_ids: Tensor) -> Selector:
     """The selector of that name, or a callable as it is, given the call's generator and sequences where it has none."""
+    known = ", ".join(SELECTORS)
+    if isinstance(selector, type):
+        raise TypeError(f"selector: got the class {selector.__name__}, expected an instance of it, or one of: {known}")
     if not callable(selector):
-        known = ", ".join(SELECTORS)
         if not isinstance(selector, str):
             raise TypeError(f"selector: got {type(selector).__name__}, expected a callable or one of: {known}")
         if selector not in SELECTORS:
@@ -303,11 +305,14 @@ def resolve_selector(selector: str | Selector, *, generator: torch.Generator | N
     return selector
 
 
+def is_own(selector: Selector) -> bool:
+    """Whether it is of this file."""
+    return isinstance(selector, (Multinomial, Random, Prefix)) or selector in SELECTORS.values()
+
+
 def is_deterministic(selector: Selector) -> bool:
     """Whether equal statistics give equal scores, as far as is known: of this file's selectors that do not draw."""
-    if isinstance(selector, (Multinomial, Random)):
-        return False
-    return isinstance(selector, Prefix) or selector in SELECTORS.values()
+    return is_own(selector) and not isinstance(selector, (Multinomial, Random))
 
 
 WHOLE_ROW = (divergence_reverse_kl, tip, overconfident)  # need a KL over the vocabulary, or below, the JSD

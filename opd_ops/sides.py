@@ -23,6 +23,8 @@ from opd_ops.sharding import Vocabulary
 from opd_ops.sources import Source, compute_dtype
 from opd_ops.teachers import Listed, SampledLogprobs, SparseTeacher, TopKLogprobs
 
+_warned_of: set[tuple[int, int]] = set()  # Python's own memory of warnings is lost whenever somebody catches some
+
 
 def check_sources(
     student: object,
@@ -150,6 +152,8 @@ def _check_side(name: str, side: object) -> Tensor | LinearHead:
     elif not isinstance(side, LinearHead):
         more = ", TopKLogprobs or SampledLogprobs" if name == "teacher" else ""
         raise TypeError(f"{name}: got {type(side).__name__}, expected a logits tensor (..., V) or a LinearHead{more}")
+    if _device(side).type == "meta":
+        raise ValueError(f"{name}: is on the meta device, which holds no numbers; expected a tensor that does")
     return side
 
 
@@ -169,7 +173,8 @@ def _check_vocabulary(student: int, teacher: int, vocab_size: int | None) -> int
                 f"vocab_size: got {vocab_size}, expected at most {common} (the student has {student}, the teacher {teacher})"
             )
         return vocab_size
-    if student != teacher:
+    if student != teacher and (student, teacher) not in _warned_of:
+        _warned_of.add((student, teacher))
         warnings.warn(
             f"vocabularies differ: the student has {student} entries, the teacher {teacher}; both are sliced to the first "
             f"{common} before the softmax. Pass vocab_size={common} to say that this is meant",

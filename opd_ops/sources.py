@@ -86,8 +86,9 @@ class Source(NamedTuple):
     ) -> Source:
         if isinstance(side, LinearHead):
             transform = Transform(True, vocab_size, temperature, float(side.scale), side.softcap, merged=merged, shard=shard)
-            return Source(transform, side.hidden, side.weight, side.bias, side.float8)
-        return Source(Transform(False, vocab_size, temperature, merged=merged, shard=shard), side)
+            bias = None if side.bias is None else _saveable(side.bias)
+            return Source(transform, _saveable(side.hidden), _saveable(side.weight), bias, side.float8)
+        return Source(Transform(False, vocab_size, temperature, merged=merged, shard=shard), _saveable(side))
 
     def mixed(self, lam: float, reference: Source) -> Source:
         """The logits lam * these + (1 - lam) * the reference's."""
@@ -129,6 +130,13 @@ class Source(NamedTuple):
         return self.with_tensors([t.detach() for t in self.tensors])
 
 
+def _saveable(tensor: Tensor) -> Tensor:
+    """The same memory under a name that autograd can save: not that of a tensor made in inference mode, like a teacher's."""
+    if torch.compiler.is_compiling() or not tensor.is_inference() or torch.is_inference_mode_enabled():
+        return tensor
+    return tensor.new_empty(0).set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
 def compute_dtype(*sources: Source) -> torch.dtype:
     """fp32, or fp64 if any input is fp64: what every backend computes in."""
     is_double = any(t.dtype == torch.float64 for source in sources for t in source.tensors)
@@ -140,7 +148,7 @@ def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
     if tensor.dim() == 2:
         return tensor[rows]
     if tensor.dim() == 1:
-        return tensor.expand(len(rows), -1)
+        return tensor.unsqueeze(0)[rows]
     return tensor[coordinates(rows, tensor.shape[:-1])]
 
 

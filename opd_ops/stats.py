@@ -47,6 +47,10 @@ class TokenStats(NamedTuple):
     jsd: Tensor | None = None  # Jensen-Shannon divergence, beta = 1/2
     released_kl: Tensor | None = None  # D as the released TA code has it; see selectors.py::teachability_released
 
+    def clone(self) -> TokenStats:
+        """The same columns in memory of their own."""
+        return self._map(torch.clone)
+
     def take(self, rows: Tensor) -> TokenStats:
         """The same columns at `rows` of the flattened positions."""
         return self._map(lambda column: column.reshape(-1)[rows])

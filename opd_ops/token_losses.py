@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from opd_ops import checks
+from opd_ops.backends.first_order import first_order
 from opd_ops.chosen import Chosen
 from opd_ops.divergences import Divergence
 from opd_ops.inputs import LinearHead
@@ -49,7 +49,7 @@ class _TokenLosses(torch.autograd.Function):
         return torch.where(trained, losses, 0)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
         trained, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[4 : 4 + ctx.n_student]
@@ -126,6 +126,7 @@ def selective_opd_token_losses(
         tensor(True)
     """
     checks.check_fraction(fraction)
+    checks.check_choice("scope", scope, checks.SCOPES)
     checks.check_threshold(threshold, score_dtype)
     call = prepare(
         student,
@@ -166,7 +167,7 @@ def selective_opd_token_losses(
     if weights is not None:
         of_rows = of_rows * weights.detach().flatten()[rows].to(of_rows.dtype)
     losses = torch.zeros_like(chosen.scores.flatten(), dtype=of_rows.dtype).index_put((rows,), of_rows).view(call.shape)
-    losses = losses * torch.where(chosen.blown_up.any(), torch.nan, 1.0)
+    losses = losses * chosen.poison(losses.dtype)
     total = of_rows.detach().sum()
     metrics = settled.metrics(total / settled.trained.sum().clamp_min(1), total, sampled)
     return TokenLosses(losses, chosen.selected, chosen.scores, chosen.stats, metrics)

@@ -16,6 +16,7 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
+from opd_ops import sides  # noqa: E402
 from tests import interpreter  # noqa: E402
 
 
@@ -31,6 +32,11 @@ def prompt_launches(monkeypatch):
         gc.enable()
 
     monkeypatch.setattr(interpreter.interpreter.GridExecutor, "__call__", launch_and_collect)
+
+
+@pytest.fixture(autouse=True)
+def _no_vocabulary_was_warned_of():
+    sides._warned_of.clear()
 
 
 @pytest.fixture

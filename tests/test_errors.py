@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from opd_ops import LinearHead, score_positions, select_positions, selective_opd_loss
+from opd_ops import LinearHead, Multinomial, score_positions, select_positions, selective_opd_loss
 
 LOGITS = torch.randn(4, 3, 20, generator=torch.Generator().manual_seed(0))
 HIDDEN, WEIGHT = torch.ones(4, 3, 8), torch.ones(20, 8)
@@ -38,6 +38,14 @@ ARGUMENTS = [
     ({"process_group": object()}, TypeError, r"process_group: got object, expected a torch\.distributed\.ProcessGroup or None"),
     ({"num_items_in_batch": 0}, ValueError, "num_items_in_batch: got 0, expected a finite number > 0"),
     ({"num_items_in_batch": torch.ones(2)}, ValueError, r"num_items_in_batch: got a tensor of shape \(2,\)"),
+    ({"num_items_in_batch": torch.tensor(-3)}, ValueError, "num_items_in_batch: got -3.0, expected a finite number > 0"),
+    ({"num_items_in_batch": torch.tensor(True)}, ValueError, r"num_items_in_batch: got a tensor of dtype torch\.bool"),
+    ({"threshold": torch.tensor(float("nan"))}, ValueError, r"threshold: got tensor\(nan\), expected a number"),
+    ({"threshold": torch.ones(2)}, ValueError, r"threshold: got a tensor of shape \(2,\), expected a 0-dim one"),
+    ({"scope": None}, ValueError, "scope: got None, expected one of: batch, sequence, global"),
+    ({"selector": Multinomial}, TypeError, "selector: got the class Multinomial, expected an instance of it"),
+    ({"selector": lambda stats: stats.jsd}, ValueError, "selector: returned NoneType, .*name it in the selector's `needs`"),
+    ({"selector": lambda stats: stats.reverse_kl.to("meta")}, ValueError, "scores on meta, expected real ones on cpu"),
     ({"mask": torch.ones(4, 20)}, ValueError, r"mask: got shape \(4, 20\), expected \(4, 3\)"),
     ({"mask": [1, 0]}, TypeError, "mask: got list"),
     ({"labels": torch.ones(3, 4)}, ValueError, r"labels: got shape \(3, 4\), expected \(4, 3\)"),
@@ -68,8 +76,9 @@ def test_selective_opd_loss_rejects(options, error, message):
         (LOGITS, LOGITS.int(), TypeError, "teacher: got logits of dtype torch.int32"),
         (LOGITS, None, TypeError, "teacher: got NoneType, expected a logits tensor"),
         (LOGITS, LOGITS[:3], ValueError, r"teacher: got positions of shape \(3, 3\), expected those of the student, \(4, 3\)"),
-        (LOGITS, LOGITS.to("meta"), ValueError, "teacher: is on meta, the student is on cpu"),
+        (LOGITS, LOGITS.to("meta"), ValueError, "teacher: is on the meta device"),
         (torch.tensor(1.0), LOGITS, ValueError, r"student: got logits of shape \(\), expected \(\.\.\., V\)"),
+        (LOGITS.to("meta"), LOGITS.to("meta"), ValueError, "student: is on the meta device, which holds no numbers"),
         (torch.ones(4, 3, 0), LOGITS, ValueError, "student: got a vocabulary without an entry"),
     ],
 )
@@ -125,6 +134,8 @@ def test_linear_head_from_module_takes_weight_and_bias():
     assert built.bias is head.bias
     assert (built.scale, built.softcap) == (2.0, 30.0)
     assert LinearHead.from_module(HIDDEN, nn.Linear(8, 20, bias=False)).bias is None
+    with pytest.raises(TypeError, match=r"hidden: got NoneType, expected a tensor \(\.\.\., D\)"):
+        LinearHead.from_module(None, head)
     with pytest.raises(TypeError, match="head: got ReLU, expected a module with a"):
         LinearHead.from_module(HIDDEN, nn.ReLU())
 

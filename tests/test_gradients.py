@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from opd_ops import LinearHead, score_positions, selective_opd_loss
+from opd_ops import LinearHead, TopKLogprobs, score_positions, selective_opd_loss, selective_opd_token_losses
 from tests.cases import gradients, head_pair, leaf, leaf_head, logit_pair, to_double
 from tests.tolerances import assert_gradient, relative_error, small_kl_bound
 
@@ -290,6 +290,74 @@ def test_low_precision_hidden_states_with_fp32_weights():
     assert got.hidden.grad.dtype == torch.bfloat16
     assert_gradient(got.hidden.grad, want.hidden.grad, 4e-3)
     assert_gradient(got.weight.grad, want.weight.grad, 1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("side", ["logits", "heads"])
+@pytest.mark.parametrize("loss", [selective_opd_loss, selective_opd_token_losses])
+def test_a_second_derivative_is_an_error(backend, side, loss):
+    student, teacher = logit_pair(6, 70) if side == "logits" else head_pair((6,), 70)
+    student = leaf(student) if side == "logits" else leaf_head(student)
+    leading = student if side == "logits" else student.hidden
+    out = loss(student, teacher, fraction=0.5, backend=backend)
+    total = out.loss if loss is selective_opd_loss else out.losses.sum()
+    (gradient,) = torch.autograd.grad(total, leading, create_graph=True)
+    assert gradient.count_nonzero() > 0
+    with pytest.raises(RuntimeError, match="no second derivative; expected one backward, or backend='eager'"):
+        (total + gradient.square().sum()).backward()  # a penalty: the gradient that comes in requires none
+
+
+def test_eager_has_a_second_derivative():
+    student, teacher = logit_pair(6, 70)
+    student = leaf(student)
+    loss = selective_opd_loss(student, teacher, fraction=0.5, backend="eager").loss
+    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), student)
+    assert second.count_nonzero() > 0
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch", "triton"])
+@pytest.mark.parametrize("side", ["logits", "heads"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "tail_aware"])
+def test_a_teacher_of_inference_mode_is_a_teacher(backend, side, divergence):
+    student, teacher = logit_pair(6, 70) if side == "logits" else head_pair((6,), 70, bias=True)
+    found = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            if side == "logits":
+                given = torch.stack((teacher, teacher))[0]  # a view
+            else:
+                given = LinearHead(teacher.hidden.clone(), teacher.weight.clone(), teacher.bias.clone())
+        mine = leaf(student) if side == "logits" else leaf_head(student)
+        out = selective_opd_loss(mine, given, fraction=0.5, top_k=8, divergence=divergence, backend=backend)
+        out.loss.backward()
+        found.append([out.loss, *(gradients(mine) if side == "heads" else [mine.grad])])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_list_of_inference_mode_is_a_teacher():
+    student, teacher = (x.log_softmax(-1) for x in logit_pair(6, 70))
+    student = leaf(student)
+    with torch.inference_mode():
+        listed = TopKLogprobs(*reversed(teacher.topk(16)))
+    selective_opd_loss(student, listed, fraction=0.5, divergence="tail_aware").loss.backward()
+    assert student.grad.count_nonzero() > 0
+
+
+def test_hidden_states_of_one_position_have_a_gradient():
+    student, teacher = head_pair((1,), 130)
+    want = leaf_head(student)
+    selective_opd_loss(want, teacher).loss.backward()
+    for divergence in ("reverse_kl", "tail_aware"):
+        got = LinearHead(leaf(student.hidden[0]), leaf(student.weight))
+        other = LinearHead(teacher.hidden[0], teacher.weight)
+        out = selective_opd_loss(got, other, divergence=divergence)
+        assert out.selected.shape == ()
+        out.loss.backward()
+        assert got.hidden.grad.count_nonzero() > 0
+        if divergence == "reverse_kl":
+            for a, b in zip(gradients(got), gradients(want), strict=True):
+                assert_gradient(a.view_as(b), b, 1e-6)
 
 
 def test_gradients_are_repeatable():

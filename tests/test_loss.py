@@ -5,6 +5,7 @@
 #
 # Not here: gradients (tests/test_gradients.py), bad arguments (tests/test_errors.py).
 import math
+import warnings
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from opd_ops import (
     score_positions,
     select_positions,
     selective_opd_loss,
+    selective_opd_token_losses,
 )
 from opd_ops.metrics import as_floats
 from tests.cases import generator, head_pair, leaf, logit_pair
@@ -187,6 +189,21 @@ def test_a_nan_of_the_student_makes_the_loss_nan_wherever_it_is(backend):
     assert selective_opd_loss(nothing, teacher, mask=mask, backend=backend).loss.isnan()
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+def test_a_nan_of_both_models_is_the_student_s(backend):
+    student, teacher, mask = batch()
+    student[0, 0, 5] = teacher[0, 0, 3] = math.nan
+    student.requires_grad_()
+    out = selective_opd_loss(student, teacher, mask=mask, backend=backend)
+    assert out.loss.isnan()
+    assert out.metrics["n_teacher_nonfinite"] == 0
+    with pytest.raises(ValueError, match=r"student: got logits without a finite softmax at position \(0, 0\)"):
+        selective_opd_loss(student, teacher, mask=mask, backend=backend, check_finite=True)
+    student, teacher, mask = batch()
+    student[0, 0], teacher[0, 0], mask[0, 0] = math.nan, math.nan, 0  # masked rows hold anything
+    assert selective_opd_loss(student, teacher, mask=mask, backend=backend).loss.isfinite()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_nan_of_the_teacher_excludes_the_position_and_is_counted(backend):
     student, teacher, mask = batch()
@@ -250,6 +267,46 @@ def test_different_vocabularies_are_sliced_to_the_smaller_with_one_warning(backe
     assert out.loss.item() == want.loss.item()
     named = selective_opd_loss(student, teacher, vocab_size=136, backend=backend)  # named: no warning
     assert named.loss.item() == want.loss.item()
+
+
+def test_the_warning_comes_once_whatever_happens_to_pythons_memory_of_it():
+    student, teacher = torch.randn(6, 40), torch.randn(6, 44)
+
+    def steps():
+        for _ in range(3):
+            selective_opd_loss(student, teacher)
+            with warnings.catch_warnings():  # anybody's: it makes Python forget
+                pass
+        selective_opd_loss(student[:, :39], teacher)  # other vocabularies: another warning
+
+    with pytest.warns(UserWarning, match="vocabularies differ") as caught:
+        steps()
+    assert len(caught) == 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_selector_that_works_in_place_changes_nothing_but_its_scores(backend):
+    student, teacher, mask = batch()
+
+    def halved(stats):
+        return stats.reverse_kl.div_(2)
+
+    want = selective_opd_loss(student, teacher, mask=mask, selector=lambda stats: stats.reverse_kl / 2, backend=backend)
+    got = selective_opd_loss(student, teacher, mask=mask, selector=halved, backend=backend)
+    assert got.loss.item() == want.loss.item()
+    assert torch.equal(got.stats.reverse_kl, want.stats.reverse_kl)
+    assert torch.equal(got.scores, want.scores)
+
+
+@pytest.mark.parametrize("loss", [selective_opd_loss, selective_opd_token_losses])
+def test_the_loss_keeps_its_dtype_whatever_torch_s_default_is(loss):
+    student, teacher, mask = batch()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert loss(student, teacher, mask=mask)[0].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_the_qwen_vocabularies_are_sliced():

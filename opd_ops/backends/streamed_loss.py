@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from opd_ops.backends import pages
+from opd_ops.backends.first_order import first_order
 from opd_ops.backends.gather import merged_logits
 from opd_ops.backends.listed_gradients import listed_gradients
 from opd_ops.backends.one_model import places_in, without_ids
@@ -82,7 +82,7 @@ class _SelectedDivergence(torch.autograd.Function):
         return losses.clone()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
         plan, saved = ctx.plan, ctx.saved_tensors
         split = N_CONSTANTS + len(plan.student.tensors)

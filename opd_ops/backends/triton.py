@@ -23,9 +23,9 @@ import torch
 from opd_kernels.score import Score, score_fwd
 from opd_kernels.support import Support
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from opd_ops.backends import has_kernel, is_computed, kernel_loss, streamed, triton_heads, triton_heads_loss
+from opd_ops.backends.first_order import first_order
 from opd_ops.backends.head_tiling import score_bytes
 from opd_ops.backends.kernel_loss import GRADIENTS, Found, KernelLoss
 from opd_ops.backends.launches import column_names, launch_options, on_device, parse_columns, parts, write_columns
@@ -243,7 +243,7 @@ class _SelectedDivergence(torch.autograd.Function):
         return losses.clone()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.spent:
             raise RuntimeError(
@@ -317,7 +317,7 @@ class _FoundDivergence(torch.autograd.Function):
         return losses.clone()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
         rows, student, teacher, *found = ctx.saved_tensors
         layout, tables = _tables(student, teacher)

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from opd_kernels.score import COLUMNS
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from opd_ops.backends.first_order import first_order
 from opd_ops.backends.head_side import Side, buffer_of, groups
 from opd_ops.backends.head_tiling import BlockGrid, SelectedGrid, is_narrow
 from opd_ops.backends.kernel_loss import Found, KernelLoss
@@ -70,7 +70,7 @@ class _SelectedLoss(torch.autograd.Function):
         return total, losses
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dtotal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         rows, weights, *tensors = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None

@@ -17,9 +17,9 @@ import torch
 from opd_kernels.score import COLUMNS, Score
 from opd_kernels.support import Support
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from opd_ops.backends import has_kernel, is_computed, shards, streamed, triton, triton_heads, triton_heads_loss
+from opd_ops.backends.first_order import first_order
 from opd_ops.backends.head_side import Side
 from opd_ops.backends.kernel_loss import logsumexp, multiplier
 from opd_ops.backends.launches import top_k_lists
@@ -147,7 +147,7 @@ class _SelectedDivergence(torch.autograd.Function):
         return losses.clone()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, rows, columns = ctx.saved_tensors
         if not student.shape[-1]:
