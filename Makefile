@@ -48,7 +48,9 @@ gpu:
 clean:
 	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 
+# The library itself takes 3.10; the pinned versions of its tools do not.
 $(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"$(PYTHON) is {sys.version.split()[0]}, expected 3.11 or newer; make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 
 # torch comes first and alone: the pinned version keeps later requirements from asking for another build.

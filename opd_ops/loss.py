@@ -121,7 +121,8 @@ def selective_opd_loss(
             tensors); "auto": "triton" where it can run, else "torch".
         workspace_bytes: The most scratch memory the call may hold beyond inputs, outputs and required gradients, O(N) numbers,
             O(K) more for each position trained on by a divergence on a list of K ids, and, with `score_dtype="float8"`, the
-            8-bit copies of heads that do not bring their own.
+            8-bit copies of heads that do not bring their own. On a Linux CPU the memory of a freed weight gradient waits for
+            the next call, the kernel's to take meanwhile (opd_ops/backends/pages.py).
         score_dtype: Precision of a head's logits while they rank positions, on "triton": None: the head's own; "float32";
             "float8" (Hopper or newer): 8 bits rank all positions, and the best 2 n are ranked again by fp32 logits. What is
             trained on comes from fp32 logits with each of them.
@@ -137,9 +138,10 @@ def selective_opd_loss(
     Raises:
         ValueError: shapes, devices or numbers that do not fit ("fraction: got 1.5, expected a number in (0, 1]").
         TypeError: logits that are not floating point, or something that is no tensor.
+    A second derivative is an error, but with backend "eager"; torch.func takes that alone.
     Non-finite logits: -inf is a masked vocabulary entry. Where the divergence is infinite (p > 0, q = 0) the stats say so and
-        the position is not selected. A NaN of the student at a valid position makes the loss NaN. A NaN of the teacher makes
-        the position invalid, counted in `metrics["n_teacher_nonfinite"]`.
+        the position is not selected. A NaN of the student at a position of the mask makes the loss NaN, whatever the teacher
+        has there. A NaN of the teacher alone makes the position invalid, counted in `metrics["n_teacher_nonfinite"]`.
     torch.compile(fullgraph=True, dynamic=False) and CUDA-graph capture take calls on backend "triton" with reverse or forward
         KL, mask None (and no weights or labels), scope "batch" (so one process), no threshold, no `score_dtype="float8"`: there
         the number of rows to train on is fixed by the shapes. torch.compile takes no `student_stats`.

@@ -8,6 +8,7 @@
 import pytest
 import torch
 from opd_kernels import tiles
+from opd_kernels.device import row_step
 from opd_kernels.score import GROUP, score_fwd
 
 from tests import kernel_oracle as oracle
@@ -177,3 +178,22 @@ def test_score_parts_fills_the_device_only_with_few_rows(monkeypatch):
     parts = [tiles.score_parts(n, 151936, tile, None) for n in (1, 8, 64, 263, 264, 8192)]
     assert parts == [37, 37, 9, 3, 1, 1]
     assert tiles.score_parts(1, 500, tile, None) == 1
+
+
+# row strides
+
+
+def test_row_step_counts_in_16_bytes_where_rows_are_so_far_apart():
+    table = torch.empty(3, 64)
+    assert row_step(table) == (16, 4)
+    assert row_step(table.half()) == (8, 8)
+    assert row_step(torch.empty(3, 40, dtype=torch.bfloat16)) == (5, 8)  # no multiple of 16 elements
+    assert row_step(torch.empty(3, 50_257, dtype=torch.bfloat16)) == (50_257, 1)
+    assert row_step(table[:1].expand(3, -1)) == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stride", [4616, 4620])  # 16 bytes apart in both types, in fp32 alone
+def test_score_fwd_reads_rows_whose_stride_is_counted_in_units(dtype, stride):
+    s, t = (x.to(dtype)[:, :4500] for x in logit_pair(4, stride))
+    check(s, t, rows=torch.tensor([3, 0]), V=4500)

@@ -16,35 +16,49 @@ from benchmarks import static_roofline as roofline
 
 ROOT = Path(__file__).resolve().parents[1]
 
+KERNELS = {
+    "score_fwd", "merge_fwd", "support_groups_fwd", "support_topk_fwd", "support_stats_fwd",
+    "reverse_kl_grad", "forward_kl_grad", "jsd_fwd", "jsd_grad", "rest_fwd", "rest_grad",
+}  # fmt: skip
 GOOD = {
     "kernel": "score_fwd", "target": "sm_90", "config": "bf16", "registers": 128, "spill_bytes": 0, "local_ops": 0,
     "shared_bytes": 16, "ldg128": 8, "narrow_loads": 0, "pairs": 32, "instructions_per_pair": 23.0, "budget": 24,
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    out = tmp_path_factory.mktemp("roofline") / "rows.json"
+def compiled(folder, *arguments):
+    out = folder / "rows.json"
     # Kernels of an interpreting process cannot be compiled, hence another one.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.static_roofline", "--targets", "sm_90", "--json", str(out)],
+        [sys.executable, "-m", "benchmarks.static_roofline", *arguments, "--json", str(out)],
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert out.exists(), done.stdout + done.stderr
     return json.loads(out.read_text())["rows"]
 
 
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return compiled(tmp_path_factory.mktemp("roofline"), "--targets", "sm_90")
+
+
 def test_static_roofline_shipped_kernels_keep_their_limits(rows):
     assert [f"{row['kernel']} {row['config']}: {x}" for row in rows for x in roofline.failures(row)] == []
 
 
+def test_static_roofline_other_targets_keep_their_limits(tmp_path):
+    targets = "sm_80", "sm_100", "gfx942"
+    configs = "bf16", "bf16 rows", "bf16 K=128", "bf16 K=32", "bf16 split", "fp32 to bf16"
+    found = compiled(tmp_path, "--targets", *targets, "--configs", *configs)
+    assert {row["target"] for row in found} == set(targets)
+    for target in targets:
+        assert {row["kernel"] for row in found if row["target"] == target} == KERNELS
+    assert [f"{row['kernel']} {row['target']} {row['config']}: {x}" for row in found for x in roofline.failures(row)] == []
+
+
 def test_static_roofline_covers_every_kernel_and_type(rows):
-    names = {row["kernel"] for row in rows}
-    assert names == {
-        "score_fwd", "merge_fwd", "support_groups_fwd", "support_topk_fwd", "support_stats_fwd",
-        "reverse_kl_grad", "forward_kl_grad", "jsd_fwd", "jsd_grad", "rest_fwd", "rest_grad",
-    }  # fmt: skip
+    assert {row["kernel"] for row in rows} == KERNELS
     assert {row["config"].split()[0] for row in rows if row["kernel"] == "score_fwd"} >= {"bf16", "fp16", "fp32"}
 
 

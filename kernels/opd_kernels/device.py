@@ -15,6 +15,7 @@
 import math
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
@@ -41,6 +42,16 @@ def transform(scale: float, softcap: float | None, temperature: float) -> Transf
     if softcap is None:
         return Transform(scale * LOG2_E / temperature, 0.0, 0.0, False)
     return Transform(LOG2_E / temperature, scale / softcap, float(softcap), True)
+
+
+def row_step(table: torch.Tensor) -> tuple[int, int]:
+    """The row stride in units, and the elements of a unit: 16 bytes where rows are so far apart, else 1.
+
+    Triton sees for itself only that a stride is a multiple of 16 elements, twice or four times 16 bytes; without this a
+    vocabulary of 32,008 would be read two bytes at a time.
+    """
+    unit = 16 // table.element_size()
+    return (table.stride(0) // unit, unit) if table.stride(0) % unit == 0 else (table.stride(0), 1)
 
 
 @triton.jit

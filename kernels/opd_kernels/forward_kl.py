@@ -51,7 +51,8 @@ def _forward_kl_block(
 def _forward_kl_grad_kernel(
     s_ptr, t_ptr, rows_ptr, weights_ptr, score_ptr, out_ptr, loss_ptr, stride_sn, stride_tn, stride_on, M, V, W,
     k_s, pre_s, cap_s, k_t, pre_t, cap_t,
-    HAS_ROWS: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    HAS_ROWS: tl.constexpr, UNIT_S: tl.constexpr, UNIT_T: tl.constexpr, UNIT_O: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     k_s = tl.cast(k_s, tl.float32)
     k_t = tl.cast(k_t, tl.float32)
@@ -59,9 +60,9 @@ def _forward_kl_grad_kernel(
     row = pid_m
     if HAS_ROWS:
         row = tl.load(rows_ptr + pid_m).to(tl.int64)
-    s_row = s_ptr + row * stride_sn
-    t_row = t_ptr + row * stride_tn
-    out_row = out_ptr + row * stride_on
+    s_row = s_ptr + row * stride_sn * UNIT_S
+    t_row = t_ptr + row * stride_tn * UNIT_T
+    out_row = out_ptr + row * stride_on * UNIT_O
     weight = tl.load(weights_ptr + pid_m)
     kl = tl.load(score_ptr + 6 * M + pid_m)
     norm = _load_normalisers(score_ptr, M, pid_m)

@@ -43,7 +43,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .device import LN_2, _load_normalisers, _log2_probs, transform
+from .device import LN_2, _load_normalisers, _log2_probs, row_step, transform
 
 
 @triton.jit
@@ -100,7 +100,8 @@ def _jsd_fwd_block(
 def _jsd_fwd_kernel(
     s_ptr, t_ptr, rows_ptr, score_ptr, sums_ptr, stride_sn, stride_tn, M, V, beta,
     k_s, pre_s, cap_s, k_t, pre_t, cap_t,
-    HAS_ROWS: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    HAS_ROWS: tl.constexpr, UNIT_S: tl.constexpr, UNIT_T: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     k_s = tl.cast(k_s, tl.float32)
     k_t = tl.cast(k_t, tl.float32)
@@ -109,8 +110,8 @@ def _jsd_fwd_kernel(
     row = pid_m
     if HAS_ROWS:
         row = tl.load(rows_ptr + pid_m).to(tl.int64)
-    s_row = s_ptr + row * stride_sn
-    t_row = t_ptr + row * stride_tn
+    s_row = s_ptr + row * stride_sn * UNIT_S
+    t_row = t_ptr + row * stride_tn * UNIT_T
     norm, a, c = _mixture(_load_normalisers(score_ptr, M, pid_m), beta)
 
     lane = tl.arange(0, BLOCK_V)
@@ -158,7 +159,8 @@ def _jsd_grad_block(
 def _jsd_grad_kernel(
     s_ptr, t_ptr, rows_ptr, weights_ptr, score_ptr, sums_ptr, out_ptr, stride_sn, stride_tn, stride_on, M, V, W, beta,
     k_s, pre_s, cap_s, k_t, pre_t, cap_t,
-    HAS_ROWS: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    HAS_ROWS: tl.constexpr, UNIT_S: tl.constexpr, UNIT_T: tl.constexpr, UNIT_O: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     k_s = tl.cast(k_s, tl.float32)
     k_t = tl.cast(k_t, tl.float32)
@@ -167,9 +169,9 @@ def _jsd_grad_kernel(
     row = pid_m
     if HAS_ROWS:
         row = tl.load(rows_ptr + pid_m).to(tl.int64)
-    s_row = s_ptr + row * stride_sn
-    t_row = t_ptr + row * stride_tn
-    out_row = out_ptr + row * stride_on
+    s_row = s_ptr + row * stride_sn * UNIT_S
+    t_row = t_ptr + row * stride_tn * UNIT_T
+    out_row = out_ptr + row * stride_on * UNIT_O
     weight = tl.load(weights_ptr + pid_m)
     pull = tl.load(sums_ptr + M + pid_m) * 1.4426950408889634
     norm, a, _ = _mixture(_load_normalisers(score_ptr, M, pid_m), beta)
@@ -217,10 +219,11 @@ def jsd_fwd(
     s = transform(s_scale, s_softcap, temperature)
     t = transform(t_scale, t_softcap, temperature)
     tile = tiles.grad()
+    (stride_s, unit_s), (stride_t, unit_t) = row_step(student), row_step(teacher)
     _jsd_fwd_kernel[(M,)](
-        student, teacher, rows, columns, sums, student.stride(0), teacher.stride(0), M, vocab_size, beta,
+        student, teacher, rows, columns, sums, stride_s, stride_t, M, vocab_size, beta,
         s.k, s.pre, s.cap, t.k, t.pre, t.cap,
-        HAS_ROWS=rows is not None, CAP_S=s.has_cap, CAP_T=t.has_cap, SAME_K=s.k == t.k,
+        HAS_ROWS=rows is not None, UNIT_S=unit_s, UNIT_T=unit_t, CAP_S=s.has_cap, CAP_T=t.has_cap, SAME_K=s.k == t.k,
         **tile.constants, num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
     return sums
@@ -257,9 +260,11 @@ def jsd_grad(
     s = transform(s_scale, s_softcap, temperature)
     t = transform(t_scale, t_softcap, temperature)
     tile = tiles.grad()
+    (stride_s, unit_s), (stride_t, unit_t), (stride_o, unit_o) = (row_step(x) for x in (student, teacher, out))
     _jsd_grad_kernel[(M,)](
-        student, teacher, rows, weights, columns, sums, out, student.stride(0), teacher.stride(0), out.stride(0), M,
+        student, teacher, rows, weights, columns, sums, out, stride_s, stride_t, stride_o, M,
         vocab_size, out.shape[1], beta, s.k, s.pre, s.cap, t.k, t.pre, t.cap,
-        HAS_ROWS=rows is not None, CAP_S=s.has_cap, CAP_T=t.has_cap, SAME_K=s.k == t.k,
+        HAS_ROWS=rows is not None, UNIT_S=unit_s, UNIT_T=unit_t, UNIT_O=unit_o,
+        CAP_S=s.has_cap, CAP_T=t.has_cap, SAME_K=s.k == t.k,
         **tile.constants, num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip

@@ -41,7 +41,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .device import FLOOR, LN_2, _log2_prob, _log_ratio, _transform, _transform_slope, transform
+from .device import FLOOR, LN_2, _log2_prob, _log_ratio, _transform, _transform_slope, row_step, transform
 
 NO_ID = tl.constexpr(2**31 - 1)
 
@@ -101,7 +101,7 @@ def _rest_fwd_block(
 @triton.jit(do_not_specialize=["M", "K"])
 def _rest_fwd_kernel(
     x_ptr, rows_ptr, ids_ptr, columns_ptr, stride_xn, M, V, K, k, pre, cap,
-    HAS_ROWS: tl.constexpr, CAP: tl.constexpr, KP: tl.constexpr,
+    HAS_ROWS: tl.constexpr, UNIT_X: tl.constexpr, CAP: tl.constexpr, KP: tl.constexpr,
     LANES: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     BLOCK: tl.constexpr = LANES * R * VEC
@@ -110,7 +110,7 @@ def _rest_fwd_kernel(
     row = pid_m
     if HAS_ROWS:
         row = tl.load(rows_ptr + pid_m).to(tl.int64)
-    x_row = x_ptr + row * stride_xn
+    x_row = x_ptr + row * stride_xn * UNIT_X
     ids_row = ids_ptr + pid_m * K
 
     n_full = V // BLOCK
@@ -172,15 +172,16 @@ def _rest_grad_block(
 def _rest_grad_kernel(
     x_ptr, rows_ptr, ids_ptr, values_ptr, coef_ptr, columns_ptr, out_ptr, stride_xn, stride_on, M, V, W, K, first_id,
     k, pre, cap,
-    HAS_ROWS: tl.constexpr, ADD: tl.constexpr, CAP: tl.constexpr, KP: tl.constexpr, BLOCK_V: tl.constexpr,
+    HAS_ROWS: tl.constexpr, UNIT_X: tl.constexpr, UNIT_O: tl.constexpr,
+    ADD: tl.constexpr, CAP: tl.constexpr, KP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     k = tl.cast(k, tl.float32)
     pid_m = tl.program_id(0).to(tl.int64)
     row = pid_m
     if HAS_ROWS:
         row = tl.load(rows_ptr + pid_m).to(tl.int64)
-    x_row = x_ptr + row * stride_xn
-    out_row = out_ptr + row * stride_on
+    x_row = x_ptr + row * stride_xn * UNIT_X
+    out_row = out_ptr + row * stride_on * UNIT_O
     ids_row = ids_ptr + pid_m * K
     values_row = values_ptr + pid_m * K
     coef = tl.load(coef_ptr + pid_m)
@@ -227,9 +228,10 @@ def rest_fwd(
         return columns
     model = transform(scale, softcap, temperature)
     tile = tiles.rest(logits.dtype)
+    stride_x, unit_x = row_step(logits)
     _rest_fwd_kernel[(M,)](
-        logits, rows, ids, columns, logits.stride(0), M, vocab_size, K, model.k, model.pre, model.cap,
-        HAS_ROWS=rows is not None, CAP=model.has_cap, KP=triton.next_power_of_2(K),
+        logits, rows, ids, columns, stride_x, M, vocab_size, K, model.k, model.pre, model.cap,
+        HAS_ROWS=rows is not None, UNIT_X=unit_x, CAP=model.has_cap, KP=triton.next_power_of_2(K),
         **tile.constants, num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
     return columns
@@ -265,9 +267,10 @@ def rest_grad(
         return
     model = transform(scale, softcap, temperature)
     tile = tiles.rest_grad()
+    (stride_x, unit_x), (stride_o, unit_o) = row_step(logits), row_step(out)
     _rest_grad_kernel[(M,)](
-        logits, rows, ids, values, coef, columns, out, logits.stride(0), out.stride(0), M, vocab_size, out.shape[1],
+        logits, rows, ids, values, coef, columns, out, stride_x, stride_o, M, vocab_size, out.shape[1],
         K, first_id, model.k, model.pre, model.cap,
-        HAS_ROWS=rows is not None, ADD=add, CAP=model.has_cap, KP=triton.next_power_of_2(K),
+        HAS_ROWS=rows is not None, UNIT_X=unit_x, UNIT_O=unit_o, ADD=add, CAP=model.has_cap, KP=triton.next_power_of_2(K),
         **tile.constants, num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip

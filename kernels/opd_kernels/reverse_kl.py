@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .device import LN_2, _difference, _load_normalisers, _tokens, transform
+from .device import LN_2, _difference, _load_normalisers, _tokens, row_step, transform
 
 
 @triton.jit
@@ -62,7 +62,8 @@ def _reverse_kl_block(
 def _reverse_kl_grad_kernel(
     s_ptr, t_ptr, rows_ptr, weights_ptr, score_ptr, out_ptr, loss_ptr, stride_sn, stride_tn, stride_on, M, V, W,
     k_s, pre_s, cap_s, k_t, pre_t, cap_t,
-    HAS_ROWS: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    HAS_ROWS: tl.constexpr, UNIT_S: tl.constexpr, UNIT_T: tl.constexpr, UNIT_O: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     k_s = tl.cast(k_s, tl.float32)
     k_t = tl.cast(k_t, tl.float32)
@@ -70,9 +71,9 @@ def _reverse_kl_grad_kernel(
     row = pid_m
     if HAS_ROWS:
         row = tl.load(rows_ptr + pid_m).to(tl.int64)
-    s_row = s_ptr + row * stride_sn
-    t_row = t_ptr + row * stride_tn
-    out_row = out_ptr + row * stride_on
+    s_row = s_ptr + row * stride_sn * UNIT_S
+    t_row = t_ptr + row * stride_tn * UNIT_T
+    out_row = out_ptr + row * stride_on * UNIT_O
     weight = tl.load(weights_ptr + pid_m)
     kl = tl.load(score_ptr + 5 * M + pid_m)
     norm = _load_normalisers(score_ptr, M, pid_m)
@@ -128,11 +129,12 @@ def launch_grad(kernel, student, teacher, rows, weights, columns, out, vocab_siz
     if M == 0:
         return loss
     tile = tiles.grad()
+    (stride_s, unit_s), (stride_t, unit_t), (stride_o, unit_o) = (row_step(x) for x in (student, teacher, out))
     kernel[(M,)](
-        student, teacher, rows, weights, columns, out, loss,
-        student.stride(0), teacher.stride(0), out.stride(0), M, vocab_size, out.shape[1],
+        student, teacher, rows, weights, columns, out, loss, stride_s, stride_t, stride_o, M, vocab_size, out.shape[1],
         s.k, s.pre, s.cap, t.k, t.pre, t.cap,
-        HAS_ROWS=rows is not None, CAP_S=s.has_cap, CAP_T=t.has_cap, SAME_K=s.k == t.k,
+        HAS_ROWS=rows is not None, UNIT_S=unit_s, UNIT_T=unit_t, UNIT_O=unit_o,
+        CAP_S=s.has_cap, CAP_T=t.has_cap, SAME_K=s.k == t.k,
         **tile.constants, num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
     return loss

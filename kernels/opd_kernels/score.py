@@ -47,7 +47,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .device import FLOOR, LN_2, VOID, _log_ratio, _transform, transform
+from .device import FLOOR, LN_2, VOID, _log_ratio, _transform, row_step, transform
 
 GROUP = 128  # logits per group maximum
 COLUMNS = (
@@ -266,7 +266,8 @@ def _write_columns(out_ptr, n, total, k_s, k_t):
 def _score_fwd_kernel(
     s_ptr, t_ptr, rows_ptr, out_ptr, gmax_ptr, stride_sn, stride_tn, n, parts, V,
     k_s, pre_s, cap_s, k_t, pre_t, cap_t,
-    HAS_ROWS: tl.constexpr, SPLIT: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
+    HAS_ROWS: tl.constexpr, SPLIT: tl.constexpr, UNIT_S: tl.constexpr, UNIT_T: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr,
     R: tl.constexpr, GROUPS: tl.constexpr, QUAD: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = R * QUAD * VEC
@@ -288,8 +289,8 @@ def _score_fwd_kernel(
     row = pid_n
     if HAS_ROWS:
         row = tl.load(rows_ptr + pid_n).to(tl.int64)
-    s_row = s_ptr + row * stride_sn
-    t_row = t_ptr + row * stride_tn
+    s_row = s_ptr + row * stride_sn * UNIT_S
+    t_row = t_ptr + row * stride_tn * UNIT_T
     gmax_row = gmax_ptr + pid_n * (2 * tl.cdiv(V, G))
 
     m = tl.full((GROUPS * QUAD,), FLOOR, tl.float32)
@@ -353,10 +354,11 @@ def score_fwd(
     out = columns
     if parts > 1:
         out = torch.empty((n, parts, N_PARTIALS), dtype=torch.float32, device=student.device)
+    (stride_s, unit_s), (stride_t, unit_t) = row_step(student), row_step(teacher)
     _score_fwd_kernel[(n * parts,)](
-        student, teacher, rows, out, group_max, student.stride(0), teacher.stride(0), n, parts, vocab_size,
+        student, teacher, rows, out, group_max, stride_s, stride_t, n, parts, vocab_size,
         s.k, s.pre, s.cap, t.k, t.pre, t.cap,
-        HAS_ROWS=rows is not None, SPLIT=parts > 1, CAP_S=s.has_cap, CAP_T=t.has_cap,
+        HAS_ROWS=rows is not None, SPLIT=parts > 1, UNIT_S=unit_s, UNIT_T=unit_t, CAP_S=s.has_cap, CAP_T=t.has_cap,
         **tile.constants, num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
     if parts > 1:

@@ -40,7 +40,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .device import LN_2, _log2_prob, _order_key, _pick, _transform, transform
+from .device import LN_2, _log2_prob, _order_key, _pick, _transform, row_step, transform
 from .score import GROUP, Score
 
 SUPPORT_COLUMNS = ("support_mass", "student_support_mass", "overlap_mass", "union_kl")
@@ -82,10 +82,11 @@ def _support_groups_fwd_kernel(
     tl.store(groups_ptr + pid * KG + place, g, mask=picked)
 
 
-@triton.jit(do_not_specialize=["n", "K", "KG"])
+@triton.jit(do_not_specialize=["K", "KG", "side"])
 def _support_topk_fwd_kernel(
     x_ptr, rows_ptr, groups_ptr, found_ptr, stride_xn, V, K, KG, side,
-    HAS_ROWS: tl.constexpr, GROUP: tl.constexpr, KGP: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr,
+    HAS_ROWS: tl.constexpr, UNIT_X: tl.constexpr, GROUP: tl.constexpr, KGP: tl.constexpr, SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     row = pid
@@ -95,7 +96,7 @@ def _support_topk_fwd_kernel(
     group = tl.load(groups_ptr + (pid * 2 + side) * KG + j, mask=j < KG, other=0)
     ids = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (KGP, GROUP), ascending
     inside = (j < KG)[:, None] & (ids < V)
-    x = tl.load(x_ptr + row * stride_xn + ids, mask=inside, other=float("-inf"))
+    x = tl.load(x_ptr + row * stride_xn * UNIT_X + ids, mask=inside, other=float("-inf"))
     keys = tl.where(inside, _order_key(x, SHIFT), INT_MIN >> SHIFT)
     picked, place = _pick(keys, K, BITS)
     tl.store(found_ptr + (pid * 2 + side) * K + place, j[:, None] * GROUP + tl.arange(0, GROUP)[None, :], mask=picked)
@@ -264,9 +265,10 @@ def support_fwd(
     )  # fmt: skip
     for side, x in enumerate((student, teacher)):
         shift, bits = KEY_BITS[x.dtype]
+        stride_x, unit_x = row_step(x)
         _support_topk_fwd_kernel[(n,)](
-            x, rows, groups, found, x.stride(0), vocab_size, top_k, n_picked, side,
-            HAS_ROWS=rows is not None, GROUP=GROUP, KGP=triton.next_power_of_2(n_picked), SHIFT=shift,
+            x, rows, groups, found, stride_x, vocab_size, top_k, n_picked, side,
+            HAS_ROWS=rows is not None, UNIT_X=unit_x, GROUP=GROUP, KGP=triton.next_power_of_2(n_picked), SHIFT=shift,
             BITS=bits, num_warps=tile.topk_warps, enable_fp_fusion=False,
         )  # fmt: skip
     s = transform(s_scale, s_softcap, temperature)

@@ -10,13 +10,23 @@ from typing import NamedTuple
 import torch
 
 MAX_PARTS = 64
-_warp_size = 64 if torch.version.hip else 32
+_set_warp_size: int | None = None
 
 
-def set_warp_size(size: int) -> None:
-    """For compiling ahead of time for another device than the one at hand."""
-    global _warp_size
-    _warp_size = size
+def set_warp_size(size: int | None) -> None:
+    """For compiling ahead of time for another device than the one at hand; None: that of the device at hand."""
+    global _set_warp_size
+    _set_warp_size = size
+
+
+def _warp_size() -> int:
+    return _set_warp_size or _warp_size_of(torch.cuda.current_device() if torch.cuda.is_available() else None)
+
+
+@functools.cache
+def _warp_size_of(device: int | None) -> int:
+    """AMD's data-centre GPUs have 64 lanes a warp, its others 32, all others 32."""
+    return 32 if device is None or not torch.version.hip else torch.cuda.get_device_properties(device).warp_size
 
 
 class Tile(NamedTuple):
@@ -39,7 +49,7 @@ def score(s_dtype: torch.dtype, t_dtype: torch.dtype) -> Tile:
     QUAD = 4 makes one load of 4 neighbours 64 bytes, two full sectors, of one group of 128.
     """
     vec = 4 if s_dtype == t_dtype == torch.float32 else 8
-    return Tile({"R": 32 // vec, "GROUPS": 32, "QUAD": 4, "VEC": vec}, num_warps=128 // _warp_size)
+    return Tile({"R": 32 // vec, "GROUPS": 32, "QUAD": 4, "VEC": vec}, num_warps=128 // _warp_size())
 
 
 @functools.cache
@@ -63,7 +73,7 @@ def support(top_k: int, n_groups: int) -> SupportTile:
     would spill at K = 128; fewer make the barrier of each of the 16-32 counting rounds longer. The
     lists themselves are short: 16-32 comparisons a thread and chunk.
     """
-    scale = 32 / _warp_size
+    scale = 32 / _warp_size()
     groups_warps = 4 if n_groups <= 4096 else 8
     topk_warps = 4 if top_k <= 16 else 8 if top_k <= 64 else 16
     stats_warps = 1 if top_k <= 32 else 4
@@ -74,17 +84,17 @@ def grad() -> Tile:
     """128 threads with two 128-bit loads of each model in flight; three streams, no reuse. Also of the sums of JSD:
     30.8 instructions a pair and 72 registers.
     """
-    return Tile({"BLOCK_V": 2048}, num_warps=128 // _warp_size)
+    return Tile({"BLOCK_V": 2048}, num_warps=128 // _warp_size())
 
 
 def rest(dtype: torch.dtype) -> Tile:
     """128 threads, each 32 logits an iteration, as in the score: 8.9 instructions a logit and 53 registers."""
     vec = 4 if dtype == torch.float32 else 8
-    return Tile({"LANES": 128, "R": 32 // vec, "VEC": vec}, num_warps=128 // _warp_size)
+    return Tile({"LANES": 128, "R": 32 // vec, "VEC": vec}, num_warps=128 // _warp_size())
 
 
 def rest_grad() -> Tile:
     """128 threads with two 128-bit loads in flight: 13.4 instructions a logit and 46 registers; all of the block's
     comparisons with a listed id are made again for the next id, so no larger.
     """
-    return Tile({"BLOCK_V": 2048}, num_warps=128 // _warp_size)
+    return Tile({"BLOCK_V": 2048}, num_warps=128 // _warp_size())

@@ -71,6 +71,7 @@ _BACKENDS = {"torch": streamed, "eager": eager}
 INPLACE = ("triton",)
 KNOWN = ("auto", "eager", "torch", "triton")
 OLDEST_TRITON = (3, 6)
+OLDEST_CAPABILITY = (8, 0)  # what triton compiles for, and what has bf16
 DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
 
 
@@ -173,6 +174,9 @@ def _without_triton(device: str) -> str | None:
         return "triton is not installed; pip install 'opd-ops[triton]', or use 'torch'"
     if tuple(int(x) for x in found.split(".")[:2]) < OLDEST_TRITON:
         return f"triton {found} is installed, expected {'.'.join(map(str, OLDEST_TRITON))} or newer; upgrade it, or use 'torch'"
+    if device == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < OLDEST_CAPABILITY:
+        found = ".".join(map(str, torch.cuda.get_device_capability()))
+        return f"the GPU has compute capability {found}, expected 8.0 or newer (Ampere); use 'torch' there"
     if device not in DEVICES and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return (
             f"the logits are on {device}, expected one of: {', '.join(DEVICES)}; use 'torch' there "

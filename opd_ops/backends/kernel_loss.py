@@ -119,7 +119,7 @@ class KernelLoss:
             tokens, listed: what the student sampled at the rows, and the teacher's lists of them, if the divergence asks.
         """
         score, columns, sums = None, None, None
-        losses = torch.zeros(len(s) if rows is None else len(rows), device=s.device)
+        losses = torch.zeros(len(s) if rows is None else len(rows), dtype=torch.float32, device=s.device)
         if t is not None:
             score = score_fwd(s, t, rows, **self._options)
             columns = score.columns
@@ -177,9 +177,9 @@ class KernelLoss:
             rest = rest_fwd(s, rows, inside, **self._of_one(self.student))
             beside = logsumexp(self.student, *rest)
         else:
-            rest, beside = torch.zeros((2, len(ids)), device=s.device), losses
+            rest, beside = torch.zeros((2, len(ids)), dtype=torch.float32, device=s.device), losses
         terms = evaluate(part, Support(x.double(), beside, log_q, log_tail, entropy), ids, torch.float32)
-        coef = torch.zeros(len(ids), device=s.device) if terms.drest is None else terms.drest
+        coef = torch.zeros(len(ids), dtype=torch.float32, device=s.device) if terms.drest is None else terms.drest
         return terms.losses, found._replace(ids=inside, values=terms.dx.gather(1, order), rest=rest, coef=coef)
 
     def _at(self, model: Transform, table: Tensor, rows: Tensor | None, ids: Tensor) -> Tensor:

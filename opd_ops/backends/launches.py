@@ -98,7 +98,7 @@ def _released_kl(lists: Support, score: Score, workspace_bytes: int) -> Tensor:
     n, _, k = lists.ids.shape
     found = top_k_lists(lists)
     lse = score.student_logsumexp.double(), score.teacher_logsumexp.double()
-    out = torch.empty(n, device=lists.ids.device)
+    out = torch.empty(n, dtype=torch.float32, device=lists.ids.device)
     for part in parts(n, UNION_BYTES * k + PAIR_BYTES * k**2, workspace_bytes):
         both = found[0].rows(part), found[1].rows(part)
         out[part] = support_columns(*both, lse[0][part], lse[1][part], frozenset({"released_kl"}))["released_kl"]
@@ -110,7 +110,8 @@ def _jsd(
 ) -> Tensor:
     """In torch, on some whole rows at a time: only a sampling selector asks for it."""
     vocab = transforms[0].vocab_size
-    out = torch.empty(len(tables[0]) if rows is None else len(rows), device=tables[0].device)
+    n = len(tables[0]) if rows is None else len(rows)
+    out = torch.empty(n, dtype=torch.float32, device=tables[0].device)
     for part in parts(len(out), JSD_BUFFERS * 4 * vocab, workspace_bytes):
         taken = (table[part] if rows is None else table[rows[part]] for table in tables)
         copies = (x[:, :vocab].to(torch.float32, copy=True) for x in taken)

@@ -2,6 +2,7 @@
 #
 #   head_product   x @ w.T + bias    logits of some rows
 #   fp32_product   a @ b             of operands of any one dtype
+#   long_product   a @ b             whose sums are over the vocabulary
 #
 # The vendor's matmul accumulates in fp32 either way; CUDA can also return that sum unrounded. Elsewhere (ROCm, XPU, a CPU for
 # the interpreted kernels) the operands are widened first, a slice of the weight at a time.
@@ -35,6 +36,11 @@ def fp32_product(a: Tensor, b: Tensor) -> Tensor:
     if _returns_fp32(a):
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a.float(), b.float())
+
+
+def long_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of a long inner dimension, which the vendor may split into parts: in fp32 where it would join them in 16 bits."""
+    return torch.mm(a, b, out_dtype=torch.float32) if _returns_fp32(a) else torch.mm(a, b)
 
 
 def _returns_fp32(x: Tensor) -> bool:

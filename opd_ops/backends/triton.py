@@ -172,7 +172,7 @@ def launch_and_keep(
     layout, tables = _tables(student, teacher)
     places, columns = layout.rows(rows), parse_columns(optional)
     share = workspace_bytes // 2 if columns else workspace_bytes  # the other half is the optional columns' scratch
-    out = torch.empty((len(column_names(columns)), len(rows)), device=rows.device)
+    out = torch.empty((len(column_names(columns)), len(rows)), dtype=torch.float32, device=rows.device)
     with on_device(rows.device):
         for part in parts(len(rows), score_bytes(vocab_size, top_k), share):
             found = write_columns(

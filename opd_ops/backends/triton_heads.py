@@ -79,7 +79,7 @@ def launch_columns(
         score_dtype=score_dtype,
         tiles=lanes.number,
     )
-    out = torch.empty((len(column_names(columns)), len(rows)), device=rows.device)
+    out = torch.empty((len(column_names(columns)), len(rows)), dtype=torch.float32, device=rows.device)
     with on_device(rows.device), torch.autocast(rows.device.type, enabled=False), lanes:
         buffers = [[buffer_of(size, vocab, x.tile_dtype, rows.device) for x in sides] for _ in range(lanes.number)]
         for i, group in enumerate(groups(len(rows), size)):
@@ -99,8 +99,8 @@ def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int,
     side = Side(source, rows, workspace_bytes // 16, score_dtype)
     size = score_rows(source, n=n, top_k=top_k, optional=False, workspace_bytes=workspace_bytes, score_dtype=score_dtype)
     ids = torch.empty((n, top_k), dtype=torch.long, device=rows.device)
-    lse, entropy = torch.empty((2, n), device=rows.device)
-    out = OwnStats(lse, entropy, ids, torch.empty((n, top_k), device=rows.device))
+    lse, entropy = torch.empty((2, n), dtype=torch.float32, device=rows.device)
+    out = OwnStats(lse, entropy, ids, torch.empty((n, top_k), dtype=torch.float32, device=rows.device))
     options = launch_options(side.transform, side.transform)
     with torch.no_grad(), on_device(rows.device), torch.autocast(rows.device.type, enabled=False):
         buffer = buffer_of(size, vocab, side.tile_dtype, rows.device)

@@ -28,7 +28,7 @@ from opd_ops.backends.head_side import Side, buffer_of, groups
 from opd_ops.backends.head_tiling import BlockGrid, SelectedGrid, is_narrow
 from opd_ops.backends.kernel_loss import Found, KernelLoss
 from opd_ops.backends.launches import on_device
-from opd_ops.backends.matmul import fp32_product
+from opd_ops.backends.matmul import fp32_product, long_product
 from opd_ops.divergences import Divergence, weighted_sum, without_infinite
 from opd_ops.sources import Source, put_rows
 from opd_ops.teachers import Listed
@@ -158,7 +158,7 @@ class _SelectedRows:
         if is_narrow(self.student, needs):
             narrowed = buffer_of(m if grid.keep else grid.rows, self.vocab, self.student.leading.dtype, device)[:, vocab]
         out = _Gradients.of(self.student, needs, m)
-        losses = torch.empty(m, device=device)
+        losses = torch.empty(m, dtype=torch.float32, device=device)
         if self.columns is not None:
             losses.copy_(self.columns[COLUMNS.index(str(self.loss.divergence.column))])
         parts = []
@@ -244,10 +244,12 @@ class _Gradients(NamedTuple):
         if weight is not None and needs[1]:
             dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
             dweight[vocab if m else 0 :].zero_()  # entries beyond the common vocabulary, or all if no row writes them
-        dbias = torch.zeros(len(student.bias), device=student.bias.device) if student.bias is not None and needs[2] else None
+        dbias = None
+        if student.bias is not None and needs[2]:
+            dbias = torch.zeros(len(student.bias), dtype=torch.float32, device=student.bias.device)
         hidden = None
         if student.transform.shard is not None and student.weight is not None and needs[0]:
-            hidden = torch.zeros((m, student.leading.shape[-1]), device=student.leading.device)
+            hidden = torch.zeros((m, student.leading.shape[-1]), dtype=torch.float32, device=student.leading.device)
         return _Gradients(torch.zeros_like(student.leading) if needs[0] else None, dweight, dbias, hidden, vocab)
 
     def add(self, student: Source, rows: Tensor, group: slice, dlogits: Tensor) -> None:
@@ -258,7 +260,7 @@ class _Gradients(NamedTuple):
             elif self.hidden is not None:
                 self.hidden[group] = fp32_product(dlogits, student.weight[: self.vocab])
             else:
-                put_rows(self.leading, rows[group], torch.mm(dlogits, student.weight[: self.vocab]))
+                put_rows(self.leading, rows[group], long_product(dlogits, student.weight[: self.vocab]))
         if self.bias is not None:
             self.bias[: self.vocab] += dlogits.sum(0, dtype=torch.float32)
 

@@ -27,7 +27,7 @@ token_columns = torch.library.custom_op("opd_ops::token_columns", triton.launch_
 @token_columns.register_fake
 def _(student: Tensor, teacher: Tensor, rows: Tensor, top_k: int, optional: str, *_: Any) -> Tensor:
     names = column_names(parse_columns(optional))
-    return torch.empty((len(names), rows.shape[0]), device=rows.device)
+    return torch.empty((len(names), rows.shape[0]), dtype=torch.float32, device=rows.device)
 
 
 @torch.library.custom_op("opd_ops::divergence_gradient", mutates_args=())
@@ -129,7 +129,7 @@ def head_columns(
 def _(*arguments: Any) -> Tensor:
     rows, optional = arguments[7], arguments[9]
     names = column_names(parse_columns(optional))
-    return torch.empty((len(names), rows.shape[0]), device=rows.device)
+    return torch.empty((len(names), rows.shape[0]), dtype=torch.float32, device=rows.device)
 
 
 @torch.library.custom_op("opd_ops::head_loss", mutates_args=())
