@@ -7,23 +7,21 @@
 # Not here: the kernels one by one (gpu_check.py), the same on a CPU (tests/test_triton_heads.py), timing (gpu_heads.py).
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from benchmarks.gpu_check import CannotRunError, attempt
 from benchmarks.gpu_timing import Bench
-from opd_ops import Float8Rows, LinearHead, StudentStats, float8, score_positions, selective_opd_loss
+from opd_ops import Float8Rows, LinearHead, StudentStats, chosen, float8, score_positions, selective_opd_loss
 from opd_ops.backends import triton_heads
 from tests.cases import gradients, head_pair, leaf_head, to_double
 from tests.tolerances import HEAD_ABSOLUTE, assert_gradient, assert_stats, assert_within, relative_error
 
 GRADIENT = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 Check = Callable[[Bench], None]
-
-
-class _CannotRunError(Exception):
-    """The device lacks what a check is about: said in its row, which does not count as run."""
 
 
 def _pair(bench: Bench, dtype: torch.dtype, **options: Any) -> tuple[LinearHead, LinearHead]:
@@ -50,14 +48,16 @@ def statistics(dtype: torch.dtype, **options: Any) -> Check:
 
 def two_streams(bench: Bench) -> None:
     student, teacher = _pair(bench, torch.bfloat16)
-    common = {"backend": "triton", "workspace_bytes": 2**14 if bench.dry else 2**21}
+    # Tiles are half as large on two streams, and a matmul of another size may sum in another order. Rounded to bf16, that is
+    # a difference which would hide a tile read too early; in fp32 it is far below the bound.
+    common = {"backend": "triton", "workspace_bytes": 2**14 if bench.dry else 2**21, "score_dtype": "float32"}
     want, _ = score_positions(student, teacher, **common)
     triton_heads.OVERLAP = True
     try:
         got, _ = score_positions(student, teacher, **common)
     finally:
         triton_heads.OVERLAP = False
-    assert relative_error(got, want) < 1e-5, f"scores differ by {relative_error(got, want):.1e}"
+    assert relative_error(got, want) < 1e-4, f"scores differ by {relative_error(got, want):.1e}"
 
 
 def gradient(dtype: torch.dtype, workspace_bytes: int, divergence: str = "reverse_kl", **options: Any) -> Check:
@@ -90,7 +90,7 @@ def eight_bits(bench: Bench) -> None:
     student, _ = _pair(bench, torch.bfloat16)
     reason = float8.refusal(student.weight)
     if reason is not None:
-        raise _CannotRunError(reason)
+        raise CannotRunError(reason)
     hidden = student.hidden.flatten(0, -2)
     x, w = Float8Rows.of(hidden), Float8Rows.of(student.weight)
     out = float8.product(x, w, torch.empty((len(hidden), len(w.values)), dtype=torch.bfloat16, device=bench.device))
@@ -115,14 +115,28 @@ def _run(step: Callable[[], torch.Tensor], student: LinearHead) -> list[torch.Te
     return [loss.detach(), *gradients(student)]
 
 
+@contextmanager
+def as_in_a_graph() -> Iterator[None]:
+    """The library takes the operations that it captures: its list of rows has another length there."""
+    kept = chosen._in_graph
+    chosen._in_graph = lambda device: True
+    try:
+        yield
+    finally:
+        chosen._in_graph = kept
+
+
 def cuda_graph(bench: Bench) -> None:
-    if bench.dry:
-        raise _CannotRunError("a CPU captures no graph")
     step, student = _step(bench)
     want = [x.clone() for x in _run(step, student)]
+    if bench.dry:
+        with as_in_a_graph():
+            for a, b in zip(_run(step, student), want, strict=True):
+                assert relative_error(a, b) < 1e-5, f"the step to capture differs by {relative_error(a, b):.1e}"
+        raise CannotRunError("a CPU captures no graph")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), as_in_a_graph():  # compiles, and makes the workspaces, of what is captured
         for _ in range(3):
             _run(step, student)
     torch.cuda.current_stream().wait_stream(stream)
@@ -164,16 +178,7 @@ CHECKS: dict[str, Check] = {
 }
 
 
-def run(bench: Bench) -> list[dict[str, Any]]:
-    """One row per case; `failure` is None or what was wrong, `note` why a case was not run."""
-    out = []
+def run(bench: Bench) -> Iterator[dict[str, Any]]:
+    """One row per case."""
     for name, check in CHECKS.items():
-        row: dict[str, Any] = {"kernel": "heads", "case": name, "failure": None}
-        try:
-            check(bench)
-        except _CannotRunError as error:
-            row["note"] = f"not run: {error}"
-        except Exception as error:  # one that fails must not hide the others
-            row["failure"] = f"{type(error).__name__}: {error}".splitlines()[0]
-        out.append(row)
-    return out
+        yield attempt(bench, "heads", name, lambda check=check: check(bench))

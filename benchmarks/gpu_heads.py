@@ -5,13 +5,15 @@
 #          dH and dW.  to TRL twice: TRL's fused divergence on all rows without a graph, then on those of largest reverse KL.
 #   ours: 16-bit score tiles; "fp32 tiles": score_dtype="float32"; "8 bits": score_dtype="float8", the teacher's head kept in 8
 #   bits; "rollout": student_stats, made outside the clock.  overlap: the selected set against that of fp32 tiles.
-# Interleaved, medians after one warm-up. TRL and Liger where installed: a missing one is a row that says so.
+# Wall time as a caller sees it, from an idle GPU; interleaved, medians after one warm-up. TRL and Liger where installed: a
+# missing one is a row that says so.
 #
-# Not here: correctness (gpu_check_heads.py), dense logits (gpu_timing.py), files (gpu_report.py).
+# Not here: correctness (gpu_check_heads.py), dense logits (gpu_logits.py), clock and meter (gpu_timing.py), files
+# (gpu_report.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import methods
-from benchmarks.gpu_timing import Bench, summary
+from benchmarks.gpu_timing import LATE, Bench, first_line
 from benchmarks.heads import Heads, Sizes, build_heads
 from opd_ops import Float8Rows, LinearHead, StudentStats, selective_opd_loss
 from opd_ops.backends import triton_heads
@@ -126,21 +128,28 @@ METHODS: dict[str, Run] = {
 PEERS = ("TRL, called twice", "TRL, dense", "Liger chunked, compiled")
 
 
-def table(bench: Bench, tokens: list[int]) -> list[dict[str, Any]]:
+def table(bench: Bench, tokens: list[int]) -> Iterator[dict[str, Any]]:
     """One row per N and method; a method that fails is a row with its error's first line."""
     sizes = Sizes(max(tokens), *((320, 16, 32) if bench.dry else (151_936, 2048, 4096)))
     whole = build_heads(sizes).to(torch.bfloat16)
     weights = [x.detach().to(bench.device) for x in (whole.student_weight, whole.teacher_weight)]
-    out: list[dict[str, Any]] = []
     for n in tokens:
+        if bench.late():
+            yield {"method": "all", "n": n, "vocab": sizes.vocab, "note": LATE}
+            continue
         hidden = [x.detach()[:n].to(bench.device) for x in (whole.student_hidden, whole.teacher_hidden)]
         case = Case.of(Heads(hidden[0].requires_grad_(), weights[0].requires_grad_(), hidden[1], weights[1]))
-        rows = _rows(bench, case, n, sizes)
-        out += rows
-        for row in rows:
-            found = row.get("note") or f"{row['median_ms']:.2f} ms, {row['to_floor']:.3f} of the floor"
-            print(f"heads N={n} {row['method']}: {found}", flush=True)
-    return out
+        for row in _rows(bench, case, n, sizes):
+            print(f"heads N={n} {row['method']}: {words(row)}", flush=True)
+            yield row
+
+
+def words(row: dict[str, Any]) -> str:
+    """Without a floor's time, nothing is known of its multiples."""
+    if "median_ms" not in row:
+        return str(row["note"])
+    to_floor = f"{row['to_floor']:.3f}" if row.get("to_floor") is not None else "-"
+    return f"{row['median_ms']:.2f} ms, {to_floor} of the floor"
 
 
 def _rows(bench: Bench, case: Case, n: int, sizes: Sizes) -> list[dict[str, Any]]:
@@ -152,8 +161,8 @@ def _rows(bench: Bench, case: Case, n: int, sizes: Sizes) -> list[dict[str, Any]
         if bench.dry and name in PEERS:
             row["note"] = "left out of a dry run, whose times mean nothing"
             continue
-        if name == "eager" and not bench.fits(14.0 * n * sizes.vocab):
-            row["note"] = "does not fit"
+        if bench.late() or (name == "eager" and not bench.fits(14.0 * n * sizes.vocab)):
+            row["note"] = LATE if bench.late() else "does not fit"
             continue
         try:
             case.heads.clear_gradients()
@@ -162,17 +171,16 @@ def _rows(bench: Bench, case: Case, n: int, sizes: Sizes) -> list[dict[str, Any]
             peak = bench.peak_bytes(lambda run=run: run(case))
             row["peak_bytes"] = None if peak is None else peak - gradients
             runs[name] = run
-        except (RuntimeError, ValueError, ImportError) as error:
-            row["note"] = (str(error) or type(error).__name__).splitlines()[0]
-            if not bench.dry:
-                torch.cuda.empty_cache()
-    times = bench.milliseconds({name: lambda _, run=run: run(case) for name, run in runs.items()}, case.heads.clear_gradients)
+        except Exception as error:
+            row["note"] = first_line(error)
+            bench.free()
+    measured = bench.measure({name: lambda _, run=run: run(case) for name, run in runs.items()}, case.heads.clear_gradients)
     exact = chosen.get("ours, fp32 tiles")
     for row in rows:
         name = row["method"]
-        if name not in times:
+        row |= measured.get(name, {})
+        if "median_ms" not in row:
             continue
-        row |= summary(times[name])
         if exact is not None and isinstance(chosen[name], Tensor):
             row["overlap"] = float((chosen[name] & exact).sum() / exact.sum())
     _compare(rows)

@@ -6,7 +6,7 @@
 #   eager: full fp32 log-softmaxes without a graph, then the selected rows with one. compiled: torch.compile of its two halves.
 #   chunked autograd: as the TIP repository has it, chunks of 512 positions through full log-softmaxes that autograd keeps.
 #
-# Not here: timing (gpu_timing.py), heads (methods.py).
+# Not here: timing (gpu_logits.py), heads (methods.py).
 from __future__ import annotations
 
 import math
@@ -123,3 +123,4 @@ METHODS: dict[str, Method] = {
     "compiled": compiled,
     "chunked autograd": chunked_autograd,
 }
+IN_PLACE = {"ours, in place"}  # whose gradient needs no memory of its own

@@ -1,7 +1,10 @@
 # Block sizes and warps other than those of the launch table, timed: what would be faster is printed, never applied.
 #
 #   score: R * QUAD = GROUP / VEC chunks of a group, per thread and across threads; GROUPS groups a block
-#   gradients: BLOCK_V and warps.  Timed: one launch at N = 8192 (gradients: 409 rows), V = 151,936, as gpu_timing.py does.
+#   gradients, jsd, rest's gradient: BLOCK_V and warps;  rest: LANES threads of R * VEC logits;  support: warps of its three
+#   kernels, one changed at a time.
+#   Timed: one launch, kernel time (gpu_timing.py's `queued`), at V = 151,936; score and support (K = 16) of 8192 rows, the
+#   others of 409 (rest: lists of 32). The sums that jsd's and rest's gradients read are made before.
 #
 # Not here: the table and its reasons (kernels/opd_kernels/tiles.py).
 from __future__ import annotations
@@ -9,18 +12,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from opd_kernels import tiles
 from opd_kernels.forward_kl import forward_kl_grad
+from opd_kernels.jsd import jsd_fwd, jsd_grad
+from opd_kernels.rest import rest_fwd, rest_grad
 from opd_kernels.reverse_kl import reverse_kl_grad
 from opd_kernels.score import GROUP, score_fwd
-from opd_kernels.tiles import Tile
+from opd_kernels.support import support_fwd
+from opd_kernels.tiles import SupportTile, Tile
 
-from benchmarks.gpu_timing import PLAIN, Bench, summary
+from benchmarks.gpu_timing import PLAIN, Bench
 
 BETTER = 0.98  # of the table's time: what is worth a line
+TOP_K, LISTED, BETA = 16, 32, 0.5
+ONE = {"temperature": 1.0, "scale": 1.0, "softcap": None}
+
+
+class Sweep(NamedTuple):
+    kernel: str
+    name: str  # of the launch table's function
+    shipped: Any  # its row
+    others: list[Any]
+    launch: Callable[[], Any]
 
 
 @contextmanager
@@ -47,60 +63,83 @@ def grad_tiles() -> Iterator[Tile]:
         yield Tile({"BLOCK_V": block}, num_warps=warps)
 
 
-def run(bench: Bench) -> list[dict[str, Any]]:
+def rest_tiles(dtype: torch.dtype) -> Iterator[Tile]:
+    vec = 16 // dtype.itemsize
+    for lanes, per_lane in product((64, 128, 256), (16, 32, 64)):
+        yield Tile({"LANES": lanes, "R": per_lane // vec, "VEC": vec}, num_warps=lanes // 32)
+
+
+def support_tiles(table: SupportTile) -> Iterator[SupportTile]:
+    for field, warps in product(SupportTile._fields, (1, 2, 4, 8)):
+        yield table._replace(**{field: warps})
+
+
+def label(tile: Tile | SupportTile) -> str:
+    if isinstance(tile, SupportTile):
+        return ", ".join(f"{name}={value}" for name, value in tile._asdict().items())
+    return f"{tile.constants} num_warps={tile.num_warps}"
+
+
+def sweeps(bench: Bench) -> Iterator[Sweep]:
     n, m, V = (1, 1, 160) if bench.dry else (8192, 409, 151_936)
     student, teacher = bench.logits(n, V)
+    pair, own = {"vocab_size": V, **PLAIN}, {"vocab_size": V, **ONE}
     rows = torch.linspace(0, n - 1, m, device=bench.device).int()
     weights = torch.ones(m, device=bench.device)
-    columns = score_fwd(student, teacher, rows, vocab_size=V, **PLAIN).columns
     out = torch.empty_like(student)
+    table = tiles.score(bench.dtype, bench.dtype)
+    yield Sweep("score_fwd", "score", table, list(score_tiles(bench.dtype)), lambda: score_fwd(student, teacher, None, **pair))
+    score = score_fwd(student, teacher, None, **pair)
+    warps = tiles.support(TOP_K, score.group_max.shape[1])
+    yield Sweep(
+        "support_fwd", "support", warps, list(support_tiles(warps)),
+        lambda: support_fwd(student, teacher, None, score, top_k=TOP_K, **pair),
+    )  # fmt: skip
+    chosen = student, teacher, rows
+    columns = score_fwd(*chosen, **pair).columns
+    sums = jsd_fwd(*chosen, columns, beta=BETA, **pair)
+    grad, blocks = tiles.grad(), list(grad_tiles())
+    yield Sweep("reverse_kl_grad", "grad", grad, blocks, lambda: reverse_kl_grad(*chosen, weights, columns, out=out, **pair))
+    yield Sweep("forward_kl_grad", "grad", grad, blocks, lambda: forward_kl_grad(*chosen, weights, columns, out=out, **pair))
+    yield Sweep("jsd_fwd", "grad", grad, blocks, lambda: jsd_fwd(*chosen, columns, beta=BETA, **pair))
+    yield Sweep("jsd_grad", "grad", grad, blocks, lambda: jsd_grad(*chosen, weights, columns, sums, out=out, beta=BETA, **pair))
+    ids = student[rows.long()].float().topk(LISTED).indices.sort().values.int()
+    values, rest = torch.zeros_like(ids, dtype=torch.float32), rest_fwd(student, rows, ids, **own)
+    yield Sweep(
+        "rest_fwd", "rest", tiles.rest(bench.dtype), list(rest_tiles(bench.dtype)),
+        lambda: rest_fwd(student, rows, ids, **own),
+    )  # fmt: skip
+    listed = student, rows, ids, values, weights, rest
+    yield Sweep(
+        "rest_grad", "rest_grad", tiles.rest_grad(), blocks,
+        lambda: rest_grad(*listed, out=out, add=False, first_id=0, **own),
+    )  # fmt: skip
 
-    def gradient(kernel: Callable[..., Any]) -> Callable[[], Any]:
-        return lambda: kernel(student, teacher, rows, weights, columns, out=out, vocab_size=V, **PLAIN)
 
-    todo: list[tuple[str, str, Tile, list[Tile], Callable[[], Any]]] = [
-        (
-            "score_fwd",
-            "score",
-            tiles.score(bench.dtype, bench.dtype),
-            list(score_tiles(bench.dtype)),
-            lambda: score_fwd(student, teacher, None, vocab_size=V, **PLAIN),
-        ),
-        ("reverse_kl_grad", "grad", tiles.grad(), list(grad_tiles()), gradient(reverse_kl_grad)),
-        ("forward_kl_grad", "grad", tiles.grad(), list(grad_tiles()), gradient(forward_kl_grad)),
-    ]
-    found = []
-    for kernel, name, table, others, launch in todo:
-        found += _sweep(bench, kernel, name, table, others[:2] if bench.dry else others, launch)
-    return found
+def run(bench: Bench) -> Iterator[dict[str, Any]]:
+    """One row per kernel and tile; one that the compiler refuses is a row that says so."""
+    for sweep in sweeps(bench):
+        yield from _sweep(bench, sweep)
 
 
-def _sweep(
-    bench: Bench, kernel: str, name: str, table: Tile, others: list[Tile], launch: Callable[[], Any]
-) -> list[dict[str, Any]]:
-    def timed(tile: Tile) -> Callable[[int], Any]:
-        def run(_: int) -> None:
-            with shipped(name, tile):
-                launch()
+def _sweep(bench: Bench, sweep: Sweep) -> list[dict[str, Any]]:
+    def timed(tile: Any) -> Callable[[int], Any]:
+        def launch(_: int) -> None:
+            with shipped(sweep.name, tile):
+                sweep.launch()
 
-        return run
+        return launch
 
-    rows, variants = [], {}
-    for tile in [table, *(other for other in others if other != table)]:
-        key = f"{tile.constants} num_warps={tile.num_warps}"
-        row = {"kernel": kernel, "tile": key, "shipped": tile is table}
-        rows.append(row)
-        try:
-            timed(tile)(0)
-            variants[key] = timed(tile)
-        except Exception as error:  # a tile the compiler refuses is a row that says so
-            row["note"] = (str(error) or type(error).__name__).splitlines()[0]
-    times = {key: summary(values) for key, values in bench.milliseconds(variants).items()}
-    for row in rows:
-        row |= times.get(row["tile"], {})
-    best = rows[0]["median_ms"]
+    others = sweep.others[:2] if bench.dry else sweep.others
+    every = {label(tile): tile for tile in [sweep.shipped, *others]}
+    found = bench.measure({key: timed(tile) for key, tile in every.items()}, queued=True)
+    rows = [{"kernel": sweep.kernel, "tile": key, "shipped": key == label(sweep.shipped), **row} for key, row in found.items()]
+    best = rows[0].get("median_ms")
+    if best is None:
+        print(f"sweep {sweep.kernel}: the table's {rows[0]['tile']}: {rows[0]['note']}", flush=True)
+        return rows
     better = [row for row in rows if row.get("median_ms", best) < BETTER * best]
-    print(f"sweep {kernel}: the table's {rows[0]['tile']} takes {best:.3f} ms", flush=True)
+    print(f"sweep {sweep.kernel}: the table's {rows[0]['tile']} takes {best:.3f} ms", flush=True)
     for row in sorted(better, key=lambda row: row["median_ms"]):
         print(f"  faster: {row['tile']} takes {row['median_ms']:.3f} ms ({row['median_ms'] / best:.0%})", flush=True)
     return rows

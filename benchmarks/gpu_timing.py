@@ -1,77 +1,137 @@
-# The two tables of a GPU run: the score pass against a device copy, and the whole loss against plain torch.
+# How a GPU run takes time and memory: interleaved rounds between two events, peaks of the allocator, and when to stop.
 #
-#   score: bytes counted are both rows read once, 2 N V itemsize; the copy reads and writes the same bytes once each, so
-#          share = (2 N V itemsize / t_score) / (bytes read and written by the copy / t_copy)
-#   loss:  forward and backward to the logits, N = 8192, V = 151,936, 5 % by teachability; peak is the most memory allocated
-#          during one call, over what was allocated before it; the gradient that the caller asked for is in it, but for the
-#          method that writes it over the logits
-# Variants are interleaved, medians of `rounds` after one warm-up; input sets rotate so that L2 does not serve them. Logits are
-# normal, of scale 4.5 (entropy 1 to 3 nats), the teacher the student plus noise. A size that does not fit is a row saying so.
+#   queued:   the GPU is first given work that outlasts the launches (a sleep), so that the first event, the kernels and the
+#             last event lie in its queue when it comes to them: kernel time alone. Without, the launch of 30 to 80 us would
+#             lie between the events, as long as a kernel itself
+#   not so:   from an idle GPU to the end of its work: what a caller waits for, launches and allocations among it
+#   peak:     the most memory allocated during one call, over what was allocated before it
+# Medians of `rounds` after one warm-up, A B C A B C. A variant that fails, or comes after the time is over, is a row saying so.
+# Logits are normal, of scale 4.5 (entropy 1 to 3 nats), the teacher the student plus noise.
 #
-# Not here: methods compared with (gpu_methods.py), block sizes (gpu_sweep.py), files (gpu_report.py).
+# Not here: what is timed (gpu_logits.py, gpu_heads.py, gpu_sweep.py), files (gpu_report.py).
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from opd_kernels.score import score_fwd
 from torch import Tensor
-
-from benchmarks.gpu_methods import METHODS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PLAIN = {"temperature": 1.0, "s_scale": 1.0, "t_scale": 1.0, "s_softcap": None, "t_softcap": None}
-ROTATE_BYTES = 512 * 2**20  # input sets until they exceed any L2 by far
+LATE = "not run: the time of this part is over"
+FEWEST_ROUNDS = 3  # of a variant, however late
+SLEEP_CYCLES, MOST_SLEEP_CYCLES = 2**21, 2**26  # of the SM's clock: 1 and 34 ms at 2 GHz; a launch takes 0.03 to 0.08
 
 
 @dataclass
 class Bench:
-    """Where and how often things are timed; `dry` is a CPU, interpreted, and means nothing."""
+    """Where, how often and until when things are timed; `dry` is a CPU, interpreted, and means nothing."""
 
     device: torch.device
     dtype: torch.dtype
     rounds: int
     dry: bool
+    ends: float = math.inf  # of time.monotonic(): the part's end, whatever is left of it
+    sleep_cycles: int = SLEEP_CYCLES
 
     @staticmethod
     def of(options: argparse.Namespace) -> Bench:
         if not options.dry_run and not torch.cuda.is_available():
-            sys.exit("benchmarks.gpu: no CUDA or ROCm device found; `--dry-run` tests this program without one")
+            sys.exit(
+                "benchmarks.gpu: no CUDA or ROCm device found, and no other is measured (events, memory peaks and graphs are "
+                "torch.cuda's; an XPU has none of these); `--dry-run` tests this program without one"
+            )
         device = torch.device("cpu") if options.dry_run else torch.device("cuda", torch.cuda.current_device())
         return Bench(device, DTYPES[options.dtype], options.rounds, options.dry_run)
 
-    def milliseconds(
-        self, variants: dict[str, Callable[[int], Any]], before: Callable[[], Any] = lambda: None
-    ) -> dict[str, list[float]]:
-        """Each variant's times over the rounds, A B C A B C; a variant gets the round's number. `before` each, untimed."""
-        for run in variants.values():
-            before()
-            run(0)
-        times: dict[str, list[float]] = {name: [] for name in variants}
-        for i in range(self.rounds):
-            for name, run in variants.items():
-                before()
-                times[name].append(self._time(lambda run=run, i=i: run(i)))
-        return times
+    def late(self) -> bool:
+        return time.monotonic() > self.ends
 
-    def _time(self, run: Callable[[], Any]) -> float:
+    def measure(
+        self, variants: dict[str, Callable[[int], Any]], before: Callable[[], Any] = lambda: None, *, queued: bool = False
+    ) -> dict[str, dict[str, Any]]:
+        """Each variant's `median_ms` and spread, or the `note` why it has none. It is given the round's number.
+
+        Args:
+            before: Runs before each, untimed.
+            queued: Whether the launches are left out of the time.
+        """
+        notes: dict[str, str] = {}
+        times: dict[str, list[float]] = {}
+
+        def warm_up(name: str) -> None:
+            before()
+            variants[name](0)  # compiles
+            self._wait()  # what failed on the device shows here, with its variant
+            times[name] = []
+
+        def time_one(name: str, i: int) -> None:
+            before()
+            times[name].append(self._time(lambda: variants[name](i), queued))
+
+        for name in variants:
+            note = LATE if self.late() else self._try(warm_up, name)
+            if note:
+                notes[name] = note
+        for i in range(self.rounds):
+            if i >= FEWEST_ROUNDS and self.late():
+                break
+            for name in list(times):
+                note = self._try(time_one, name, i)
+                if note:
+                    notes[name] = note
+                    del times[name]
+        return {name: summary(times[name]) if name in times else {"note": notes[name]} for name in variants}
+
+    def _try(self, run: Callable[..., None], *arguments: Any) -> str | None:
+        """Its error's first line: one that cannot run must not take the others' times away."""
+        try:
+            run(*arguments)
+            return None
+        except Exception as error:
+            note = first_line(error)
+        self.free()  # now that no traceback holds what it had allocated
+        return note
+
+    def _time(self, run: Callable[[], Any], queued: bool) -> float:
         if self.dry:
             start = time.perf_counter()
             run()
             return 1e3 * (time.perf_counter() - start)
-        torch.cuda.synchronize()
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        run()
-        last.record()
-        torch.cuda.synchronize()
-        return float(first.elapsed_time(last))
+        while True:
+            torch.cuda.synchronize()
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            if queued:
+                torch.cuda._sleep(self.sleep_cycles)
+            first.record()
+            run()
+            last.record()
+            # If the GPU has passed the first event already, it waited for a launch behind it.
+            ahead = not queued or not first.query()
+            torch.cuda.synchronize()
+            if ahead:
+                return float(first.elapsed_time(last))
+            if self.sleep_cycles >= MOST_SLEEP_CYCLES:
+                raise RuntimeError("the launches take longer than the longest sleep, or wait for the GPU")
+            self.sleep_cycles *= 2
+
+    def _wait(self) -> None:
+        if not self.dry:
+            torch.cuda.synchronize()
+
+    def free(self) -> None:
+        """What a failed call left cached; after an error that the device does not recover from, nothing."""
+        if not self.dry:
+            with suppress(RuntimeError):
+                torch.cuda.empty_cache()
 
     def peak_bytes(self, run: Callable[[], Any]) -> int | None:
         if self.dry:
@@ -87,7 +147,10 @@ class Bench:
         return int(torch.cuda.max_memory_allocated() - before)
 
     def fits(self, n_bytes: float) -> bool:
-        return self.dry or n_bytes < torch.cuda.mem_get_info()[0]
+        if self.dry:
+            return True
+        self.free()  # what torch has cached is free for the next
+        return bool(n_bytes < torch.cuda.mem_get_info()[0])
 
     def logits(self, n: int, vocab: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         generator = torch.Generator(self.device).manual_seed(seed)
@@ -101,82 +164,12 @@ class Bench:
 
 
 def summary(times: list[float]) -> dict[str, float]:
-    return {"median_ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times)}
+    return {"median_ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times), "rounds": len(times)}
 
 
-def score_table(bench: Bench, tokens: list[int], vocab: list[int]) -> list[dict[str, Any]]:
-    out = []
-    for V in vocab:
-        for n in tokens:
-            row: dict[str, Any] = {"n": n, "vocab": V, "dtype": str(bench.dtype)[6:]}
-            one = 2 * n * V * bench.dtype.itemsize
-            if not bench.fits(1.6 * one):
-                out.append(row | {"note": "does not fit"})
-                continue
-            sets = [bench.logits(n, V, seed) for seed in range(min(8, max(1, ROTATE_BYTES // one)) if not bench.dry else 2)]
-            target = torch.empty_like(sets[0][0])
-            times = bench.milliseconds(
-                {
-                    "score": lambda i, sets=sets, V=V: score_fwd(*sets[i % len(sets)], None, vocab_size=V, **PLAIN),
-                    "copy": lambda i, sets=sets, target=target: target.copy_(sets[i % len(sets)][0]),
-                }
-            )
-            score, copy = summary(times["score"]), summary(times["copy"])
-            rate = one / score["median_ms"] / 1e6
-            copied = 2 * target.numel() * target.element_size() / copy["median_ms"] / 1e6
-            row |= score | {"bytes": one, "gb_per_s": rate, "copy_gb_per_s": copied, "share": rate / copied}
-            out.append(row)
-            print(f"score N={n} V={V}: {score['median_ms']:.3f} ms, {rate:.0f} GB/s, {rate / copied:.0%} of a copy", flush=True)
-            del sets, target
-    return out
-
-
-def loss_table(bench: Bench) -> list[dict[str, Any]]:
-    """One row per method; a method that fails is a row with its error's first line."""
-    n, V = (3, 160) if bench.dry else (8192, 151_936)
-    student, teacher = bench.logits(n, V)
-    kept = student.clone()  # a method may overwrite the logits
-
-    def restore() -> None:
-        student.copy_(kept)
-
-    out, times = [], {}
-    for name, method in METHODS.items():
-        row: dict[str, Any] = {"method": name, "n": n, "vocab": V, "dtype": str(bench.dtype)[6:]}
-        restore()
-        try:
-            loss, gradient = method(student, teacher)  # also compiles
-            row |= {"loss": loss.item(), "gradient_norm": _norm(gradient)}
-            del loss, gradient
-            restore()
-            row["peak_bytes"] = bench.peak_bytes(lambda method=method: method(student, teacher))
-            times[name] = method
-        except (RuntimeError, ValueError) as error:
-            row["note"] = (str(error) or type(error).__name__).splitlines()[0]
-            if not bench.dry:
-                torch.cuda.empty_cache()
-        out.append(row)
-    measured = bench.milliseconds({name: lambda i, m=m: m(student, teacher) for name, m in times.items()}, restore)
-    for row in out:
-        if row["method"] in measured:
-            row |= summary(measured[row["method"]])
-    _compare_to_eager(out)
-    for row in out:
-        print(
-            f"loss {row['method']}: " + (row.get("note") or f"{row['median_ms']:.2f} ms, peak {row['peak_bytes']}"), flush=True
-        )
-    return out
-
-
-def _norm(gradient: Tensor) -> float:
-    """In fp32, without an fp32 copy of the whole."""
-    return sum(float(part.float().square().sum()) for part in gradient.split(512)) ** 0.5
-
-
-def _compare_to_eager(rows: list[dict[str, Any]]) -> None:
-    eager = next(row for row in rows if row["method"] == "eager")
-    for row in rows:
-        if "median_ms" in row and "median_ms" in eager:
-            row["speed_to_eager"] = eager["median_ms"] / row["median_ms"]
-        if row.get("peak_bytes") is not None and eager.get("peak_bytes"):
-            row["peak_to_eager"] = row["peak_bytes"] / eager["peak_bytes"]
+def first_line(error: BaseException) -> str:
+    """`Type: message`, of a failed assertion its message alone; a message may be empty."""
+    message = next((line for line in str(error).splitlines() if line.strip()), "")
+    if isinstance(error, AssertionError) and message:
+        return message
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -191,7 +191,7 @@ def test_a_nan_of_the_student_makes_the_loss_nan_wherever_it_is(backend):
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 def test_a_nan_of_both_models_is_the_student_s(backend):
-    student, teacher, mask = batch()
+    student, teacher, mask = (x[:2, :3] for x in batch())
     student[0, 0, 5] = teacher[0, 0, 3] = math.nan
     student.requires_grad_()
     out = selective_opd_loss(student, teacher, mask=mask, backend=backend)
@@ -199,7 +199,7 @@ def test_a_nan_of_both_models_is_the_student_s(backend):
     assert out.metrics["n_teacher_nonfinite"] == 0
     with pytest.raises(ValueError, match=r"student: got logits without a finite softmax at position \(0, 0\)"):
         selective_opd_loss(student, teacher, mask=mask, backend=backend, check_finite=True)
-    student, teacher, mask = batch()
+    student, teacher, mask = (x[:2, :3] for x in batch())
     student[0, 0], teacher[0, 0], mask[0, 0] = math.nan, math.nan, 0  # masked rows hold anything
     assert selective_opd_loss(student, teacher, mask=mask, backend=backend).loss.isfinite()
 
