@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -207,9 +208,9 @@ def plot(found: dict[str, Any], path: Path) -> bool:
         for value in sorted({row[over] for row in rows}):
             points = sorted((row[along], row["gb_per_s"]) for row in rows if row[over] == value)
             axis.plot(*zip(*points, strict=True), marker="o", label=f"{'N' if over == 'n' else 'V'} = {value:,}")
-        if rows:
-            copy = sorted(row["copy_gb_per_s"] for row in rows)[len(rows) // 2]
-            axis.axhline(copy, color="grey", linestyle="--", label="device copy (median)")
+        copies = [row["copy_gb_per_s"] for row in rows if "copy_gb_per_s" in row]
+        if copies:
+            axis.axhline(median(copies), color="grey", linestyle="--", label="device copy (median)")
         axis.set_xlabel("vocabulary V" if along == "vocab" else "positions N")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)

@@ -13,7 +13,7 @@
 #
 # Command: python -m benchmarks.static_roofline --json FILE [--targets sm_80 sm_90 sm_100 gfx942] [--configs bf16 "bf16 rows"]
 #
-# Not here: anything timed on a GPU (bench_*.py).
+# Not here: anything timed on a GPU (gpu_*.py).
 import argparse
 import json
 import os
@@ -357,6 +357,9 @@ def main():
         shown = ["-" if row[c] is None else row[c] for c in columns]
         print("".join(f"{v!s:<24}" if i == 0 else f"{v!s:<13}" for i, v in enumerate(shown)), flush=True)
         bad += [f"{row['kernel']} {row['target']} {row['config']}: {x}" for x in failures(row)]
+    bad += [
+        f"--configs: no configuration is called {x!r}" for x in set(options.configs or ()) - {row["config"] for row in rows}
+    ]
     if options.json:
         options.json.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
     print("\n".join(bad) or f"{len(rows)} kernels within their limits")

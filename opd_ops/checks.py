@@ -165,9 +165,12 @@ def check_student_stats(stats: object, student: Source, top_k: int, valid: Tenso
 def check_num_items(value: Tensor | float | int | None) -> None:
     if value is None:
         return
-    found = _of_scalar_tensor("num_items_in_batch", value) if isinstance(value, Tensor) else value
-    if found is not None:
-        check_number("num_items_in_batch", found, above=0.0)
+    if not isinstance(value, Tensor):
+        check_number("num_items_in_batch", value, above=0.0)
+        return
+    found = _of_scalar_tensor("num_items_in_batch", value)
+    if found is not None and not 0 <= found < math.inf:  # 0: what a host counts in a step without a valid token
+        raise ValueError(f"num_items_in_batch: got {value!r}, expected a finite number > 0")
 
 
 def _of_scalar_tensor(name: str, tensor: Tensor) -> float | None:

@@ -138,10 +138,11 @@ def selective_opd_loss(
     Raises:
         ValueError: shapes, devices or numbers that do not fit ("fraction: got 1.5, expected a number in (0, 1]").
         TypeError: logits that are not floating point, or something that is no tensor.
-    A second derivative is an error, but with backend "eager"; torch.func takes that alone.
+    A second derivative is an error, but with backend "eager".
     Non-finite logits: -inf is a masked vocabulary entry. Where the divergence is infinite (p > 0, q = 0) the stats say so and
-        the position is not selected. A NaN of the student at a position of the mask makes the loss NaN, whatever the teacher
-        has there. A NaN of the teacher alone makes the position invalid, counted in `metrics["n_teacher_nonfinite"]`.
+        the position is not selected. A NaN of the student at a valid position makes the loss NaN, also where the teacher's
+        logits have one. A NaN of the teacher alone, or nothing in its list, makes a position invalid, counted in
+        `metrics["n_teacher_nonfinite"]`.
     torch.compile(fullgraph=True, dynamic=False) and CUDA-graph capture take calls on backend "triton" with reverse or forward
         KL, mask None (and no weights or labels), scope "batch" (so one process), no threshold, no `score_dtype="float8"`: there
         the number of rows to train on is fixed by the shapes. torch.compile takes no `student_stats`.

@@ -173,12 +173,21 @@ def _check_vocabulary(student: int, teacher: int, vocab_size: int | None) -> int
                 f"vocab_size: got {vocab_size}, expected at most {common} (the student has {student}, the teacher {teacher})"
             )
         return vocab_size
-    if student != teacher and (student, teacher) not in _warned_of:
-        _warned_of.add((student, teacher))
-        warnings.warn(
-            f"vocabularies differ: the student has {student} entries, the teacher {teacher}; both are sliced to the first "
-            f"{common} before the softmax. Pass vocab_size={common} to say that this is meant",
-            UserWarning,
-            stacklevel=5,
-        )
+    if student != teacher:
+        _warn_once(student, teacher)
     return common
+
+
+# Once for each graph that is traced: torch.compile takes no warning into it.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _warn_once(student: int, teacher: int) -> None:
+    if (student, teacher) in _warned_of:
+        return
+    common = min(student, teacher)
+    warnings.warn(
+        f"vocabularies differ: the student has {student} entries, the teacher {teacher}; both are sliced to the first "
+        f"{common} before the softmax. Pass vocab_size={common} to say that this is meant",
+        UserWarning,
+        stacklevel=6,
+    )
+    _warned_of.add((student, teacher))  # not if it raised

@@ -32,7 +32,7 @@ class TokenStats(NamedTuple):
     that take the student's whole row, `reverse_kl` and `forward_kl`, are NaN where that was not read.
     """
 
-    valid: Tensor  # bool: mask non-zero and the teacher's logits finite enough to have a softmax
+    valid: Tensor  # bool: mask non-zero, and the teacher has a softmax there; or the student has none, which must not hide
     student_entropy: Tensor  # H(p) = -sum p log p
     teacher_entropy: Tensor  # H(q)
     reverse_kl: Tensor  # KL(p || q); +inf where p > 0 meets q = 0

@@ -114,7 +114,7 @@ def selective_opd_token_losses(
     Returns: `TokenLosses`: `losses` of the mask's shape, fp32 (fp64 if any input is), connected to the student's tensors even
         when nothing is selected; `selected`, `scores`, `stats`, `metrics` as of `selective_opd_loss`.
     Raises: as `selective_opd_loss`. A second derivative is an error.
-    Non-finite logits: as there; a NaN of the student at a valid position makes every loss NaN, and every gradient.
+    Non-finite logits: as there; what makes the loss NaN there makes every loss NaN here, and every gradient.
     Cost in head matmuls, two heads of equal width, a share rho selected: 2 + 4 rho on backend "torch" with reverse or forward
         KL, as `selective_opd_loss`. What that keeps of its forward otherwise is found once more in the backward: 2 + 8 rho with
         "jsd" and "total_variation", and on "triton" 2 + 6 rho with the KLs and "jsd". A frozen student head costs rho less.

@@ -188,3 +188,16 @@ def test_inplace_backward_is_rejected_while_tracing():
 def test_most_selected_is_the_budget_of_all(fraction):
     for n in range(50):
         assert most_selected(n, fraction) == budget(torch.tensor(n), fraction)
+
+
+def test_vocabularies_that_differ_compile_and_are_warned_of_while_tracing():
+    student, teacher = (head.hidden @ head.weight.T for head in head_pair((6,), 131))
+
+    def call(student):
+        return selective_opd_loss(student, teacher, fraction=0.5, backend="triton").loss
+
+    student = student[:, :120]
+    with pytest.warns(UserWarning, match="vocabularies differ: the student has 120 entries, the teacher 131") as caught:
+        traced = compiled(call)(student)
+    assert sum("vocabularies differ" in str(x.message) for x in caught) == 1
+    assert torch.equal(traced, call(student))

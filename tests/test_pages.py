@@ -131,12 +131,14 @@ def test_a_small_tensor_does_not_hold_a_large_block():
 
 
 @on_large_pages
-def test_the_largest_blocks_wait_and_no_more_than_stated():
-    sizes = [(2 + i) * pages.LARGE for i in range(pages.MOST_KEPT + 2)]
+def test_the_last_blocks_wait_and_no_more_than_stated():
+    sizes = [(2 + pages.MOST_KEPT - i) * pages.LARGE for i in range(pages.MOST_KEPT + 2)]  # larger ones first
     tensors = [floats(size) for size in sizes]
     while tensors:
         del tensors[0]
-    assert sorted(map(len, pages._kept)) == sizes[2:]
+    assert list(map(len, pages._kept)) == sizes[2:]
+    place = floats(sizes[-1]).data_ptr()
+    assert floats(sizes[-1]).data_ptr() == place
     pages.release()
     assert not pages._kept
 
@@ -153,9 +155,10 @@ def test_what_waits_is_the_kernels_to_take():
     before = waiting()
     tensor = floats(8 * pages.LARGE).fill_(1.0)
     del tensor
-    assert waiting() - before == 8 * pages.LARGE
+    # Small pages may still be in a processor's queue, where nobody counts them yet.
+    assert 7 * pages.LARGE <= waiting() - before <= 8 * pages.LARGE
     again = floats(8 * pages.LARGE).fill_(2.0)
-    assert waiting() == before
+    assert waiting() - before < pages.LARGE
     assert bool((again == 2).all())
 
 

@@ -71,7 +71,7 @@ _BACKENDS = {"torch": streamed, "eager": eager}
 INPLACE = ("triton",)
 KNOWN = ("auto", "eager", "torch", "triton")
 OLDEST_TRITON = (3, 6)
-OLDEST_CAPABILITY = (8, 0)  # what triton compiles for, and what has bf16
+OLDEST_CAPABILITY = (8, 0)  # of the current device: what triton compiles for, and what has bf16
 DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
 
 

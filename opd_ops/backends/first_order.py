@@ -36,7 +36,7 @@ def first_order(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
     def once(ctx: Any, *incoming: Tensor) -> Gradients:
         with torch.no_grad():
             found = backward(ctx, *incoming)
-        if not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return found
         anchor = torch.zeros((), requires_grad=True)
         refusing = iter(_Refusing.apply(anchor, *(gradient for gradient in found if gradient is not None)))

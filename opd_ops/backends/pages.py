@@ -4,7 +4,7 @@
 #   519 MiB, four times the matmul that filled it; at 2 MiB a page 0.1 s; and in a virtual machine whose host takes free pages
 #   back, 0.7 s at either size (benchmarks/LOG.md). So pages are large, and those of a freed gradient wait for the next call.
 #   While they wait they are the kernel's to take (MADV_FREE): what others need is theirs, though the resident size counts it
-#   until then. At most `MOST_KEPT` blocks wait; `release` drops them.
+#   until then. The last `MOST_KEPT` blocks wait; `release` drops them.
 #   Linux has both; elsewhere, and on other devices, this is `torch.empty`. The storage cannot be resized.
 #
 # Not here: how large the buffers are (tiling.py).
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 LARGE = 4 << 20  # bytes, two large pages; below, nothing is to be gained
-MOST_KEPT = 2  # the largest stay, because they cost the most
+MOST_KEPT = 2  # the last freed: a step's own, and those of one more head
 MOST_LARGER = 2  # a block may serve a tensor of half its size, not less: a small tensor must not hold a large block
 
 _kept: list[mmap.mmap] = []
@@ -74,5 +74,5 @@ def _keep(block: mmap.mmap) -> None:
     if hasattr(mmap, "MADV_FREE") and _advise(block, mmap.MADV_FREE):
         _kept.append(block)
         if len(_kept) > MOST_KEPT:
-            with contextlib.suppress(ValueError):
-                _kept.remove(min(tuple(_kept), key=len, default=block))
+            with contextlib.suppress(IndexError):
+                _kept.pop(0)
