@@ -191,3 +191,13 @@ def test_summarise_says_when_a_target_is_missed():
         (200.0, False),
         (None, False),
     ]
+
+
+def test_a_report_says_what_memory_waits_for_a_next_call():
+    summary = {"retained_mib": 1.0, "cores": 2.0}
+    methods = {
+        "ours": {"title": "ours", "summary": summary | {"waiting_mib": 519.2}},
+        "eager": {"title": "eager", "summary": summary | {"waiting_mib": 0.0}},
+    }
+    lines = report._remarks({"methods": methods, "threads": 2})
+    assert lines[-1].endswith("that the kernel may take: ours 519.")

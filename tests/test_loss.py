@@ -299,14 +299,30 @@ def test_a_selector_that_works_in_place_changes_nothing_but_its_scores(backend):
 
 
 @pytest.mark.parametrize("loss", [selective_opd_loss, selective_opd_token_losses])
-def test_the_loss_keeps_its_dtype_whatever_torch_s_default_is(loss):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "tail_aware"])
+def test_the_loss_keeps_its_dtype_whatever_torch_s_default_is(loss, backend, divergence):
+    student, teacher = head_pair((4,), 131)
+    before, found = torch.get_default_dtype(), []
+    for default in (torch.float32, torch.float64, torch.bfloat16):
+        torch.set_default_dtype(default)
+        try:
+            out = loss(student, teacher, fraction=0.5, divergence=divergence, backend=backend)
+        finally:
+            torch.set_default_dtype(before)
+        assert out[0].dtype == out.stats.union_kl.dtype == torch.float32
+        found.append(out[0])
+    assert found[0].count_nonzero() > 0
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_a_step_without_a_valid_token_counts_none_of_them():
     student, teacher, mask = batch()
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        assert loss(student, teacher, mask=mask)[0].dtype == torch.float32
-    finally:
-        torch.set_default_dtype(before)
+    out = selective_opd_loss(student.requires_grad_(), teacher, mask=mask & False, num_items_in_batch=torch.tensor(0))
+    out.loss.backward()
+    assert out.loss.item() == 0
+    assert not student.grad.any()
 
 
 def test_the_qwen_vocabularies_are_sliced():

@@ -1,7 +1,8 @@
 # The static roofline as a gate: every shipped kernel configuration, compiled for sm_90, against its limits
-# (no spill, no local memory, 128-bit loads only, 24 instructions per logit pair for the score).
+# (no spill, no local memory, 128-bit loads only, 24 instructions per logit pair for the score); every kernel in one
+# configuration or more for the other targets.
 #
-# Run: make test ARGS=tests/test_static_roofline.py; about a minute, no GPU. The other targets:
+# Run: make test ARGS=tests/test_static_roofline.py; about a minute, no GPU. Every configuration for every target:
 # python -m benchmarks.static_roofline
 # Not here: values (test_kernel_*.py).
 import json

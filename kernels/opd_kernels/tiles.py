@@ -10,17 +10,17 @@ from typing import NamedTuple
 import torch
 
 MAX_PARTS = 64
-_set_warp_size: int | None = None
+_other_warp_size: int | None = None
 
 
 def set_warp_size(size: int | None) -> None:
     """For compiling ahead of time for another device than the one at hand; None: that of the device at hand."""
-    global _set_warp_size
-    _set_warp_size = size
+    global _other_warp_size
+    _other_warp_size = size
 
 
 def _warp_size() -> int:
-    return _set_warp_size or _warp_size_of(torch.cuda.current_device() if torch.cuda.is_available() else None)
+    return _other_warp_size or _warp_size_of(torch.cuda.current_device() if torch.cuda.is_available() else None)
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 # Memory on large pages, for what is large in every call: gradients of a head's weight, buffers of logits.
 #
 #   A fresh tensor on a CPU is mapped page by page at its first write. At 4 KiB a page that took 0.3 s for a gradient of
-#   519 MiB, four times the matmul that filled it; at 2 MiB a page 0.1 s; and in a virtual machine whose host takes free pages
-#   back, 0.7 s at either size (benchmarks/LOG.md). So pages are large, and those of a freed gradient wait for the next call.
+#   519 MiB, four times the matmul that filled it; at 2 MiB a page 0.1 s, but 0.6 s in a virtual machine whose host takes free
+#   large pages back (benchmarks/LOG.md). So pages are large, and those of a freed gradient wait for the next call.
 #   While they wait they are the kernel's to take (MADV_FREE): what others need is theirs, though the resident size counts it
 #   until then. The last `MOST_KEPT` blocks wait; `release` drops them.
 #   Linux has both; elsewhere, and on other devices, this is `torch.empty`. The storage cannot be resized.
