@@ -10,7 +10,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 export HF_HUB_OFFLINE := 1
 export PIP_CONSTRAINT := $(abspath constraints.txt)
 
-.PHONY: demo train test test-triton36 lint bench roofline gpu clean
+.PHONY: demo train test test-triton36 test-compiled lint bench roofline gpu clean
 
 # RANKS=2: on two processes over gloo.
 demo: $(VENV)/.demo
@@ -24,11 +24,17 @@ PARALLEL := --numprocesses 2 --dist loadfile
 
 test: $(VENV)/.test $(VENV)/.train $(VENV)/.parity
 	$(BIN)/python -m pytest $(or $(ARGS),$(PARALLEL))
-	$(if $(ARGS),,$(MAKE) test-triton36)
+	$(if $(ARGS),,$(MAKE) test-compiled test-triton36)
 
 # The kernels once more on the oldest triton they support: put before the virtual environment's own, which stays as it is.
 test-triton36: $(VENV)/.test $(VENV)/.triton36
 	PYTHONPATH=$(abspath $(VENV)/triton36) $(BIN)/python -m pytest $(PARALLEL) tests/test_kernel_*.py tests/test_triton.py tests/test_static_roofline.py
+	PYTHONPATH=$(abspath $(VENV)/triton36) OPD_KERNELS=sm_80 $(BIN)/python -m pytest $(PARALLEL) tests/test_kernel_*.py
+
+# The kernels as a GPU gets them: compiled for TARGET, and their PTX run on the CPU.
+TARGET ?= sm_90
+test-compiled: $(VENV)/.test
+	OPD_KERNELS=$(TARGET) $(BIN)/python -m pytest $(PARALLEL) tests/test_kernel_*.py tests/test_triton*.py tests/test_float8.py tests/ptx
 
 roofline: $(VENV)/.test
 	$(BIN)/python -m benchmarks.static_roofline $(ARGS)

@@ -43,7 +43,7 @@ class Sweep(NamedTuple):
 def shipped(name: str, tile: Tile) -> Iterator[None]:
     """The launch table with another row."""
     kept = getattr(tiles, name)
-    setattr(tiles, name, lambda *_: tile)
+    setattr(tiles, name, lambda *_, **__: tile)
     try:
         yield
     finally:
@@ -56,6 +56,11 @@ def score_tiles(dtype: torch.dtype) -> Iterator[Tile]:
         warps = groups * quad // 32 // lanes_per_thread
         if 1 <= warps <= 8:
             yield Tile({"R": GROUP // vec // quad, "GROUPS": groups, "QUAD": quad, "VEC": vec}, num_warps=warps)
+
+
+def odd_score_tiles() -> Iterator[Tile]:
+    for quad, threads in product((8, 16, 32), (128, 256)):
+        yield Tile({"R": GROUP // quad, "GROUPS": threads // quad, "QUAD": quad, "VEC": 1}, num_warps=threads // 32)
 
 
 def grad_tiles() -> Iterator[Tile]:
@@ -89,8 +94,14 @@ def sweeps(bench: Bench) -> Iterator[Sweep]:
     out = torch.empty_like(student)
     table = tiles.score(bench.dtype, bench.dtype)
     yield Sweep("score_fwd", "score", table, list(score_tiles(bench.dtype)), lambda: score_fwd(student, teacher, None, **pair))
+    odd = 131 if bench.dry else 50_257
+    narrow, other = bench.logits(n, odd)
+    yield Sweep(
+        f"score_fwd, V = {odd}", "score", tiles.score(bench.dtype, bench.dtype, aligned=False), list(odd_score_tiles()),
+        lambda: score_fwd(narrow, other, None, vocab_size=odd, **PLAIN),
+    )  # fmt: skip
     score = score_fwd(student, teacher, None, **pair)
-    warps = tiles.support(TOP_K, score.group_max.shape[1])
+    warps = tiles.support(TOP_K, -(-V // GROUP))
     yield Sweep(
         "support_fwd", "support", warps, list(support_tiles(warps)),
         lambda: support_fwd(student, teacher, None, score, top_k=TOP_K, **pair),

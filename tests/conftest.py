@@ -1,8 +1,8 @@
 # Settings of every test: one thread, because the tensors are small and threads would only wait for each other (two for a test
-# that asks for `two_threads`), no network, the same hypothesis examples on every machine, and Triton kernels run by its
-# interpreter, on the CPU.
+# that asks for `two_threads`), no network, the same hypothesis examples on every machine, and Triton kernels on the CPU: run by
+# its interpreter, or with OPD_KERNELS=sm_90 (or another target) compiled for that GPU and run from their PTX (tests/ptx).
 #
-# Not here: inputs (cases.py), comparisons (tolerances.py), kernels compiled for a GPU (benchmarks/gpu.py).
+# Not here: inputs (cases.py), comparisons (tolerances.py), kernels on a GPU (benchmarks/gpu.py).
 import gc
 import os
 
@@ -10,19 +10,29 @@ import hypothesis
 import pytest
 import torch
 
+TARGET = os.environ.get("OPD_KERNELS", "interpreter")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before interpreter.py
+os.environ["TRITON_INTERPRET"] = "1" if TARGET == "interpreter" else "0"  # read when triton is imported
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
+if TARGET == "interpreter":
+    from tests import interpreter
+
+    collect_ignore = ["ptx"]
+else:
+    from tests.ptx import driver
+
+    driver.use(TARGET)
 from opd_ops import sides  # noqa: E402
-from tests import interpreter  # noqa: E402
 
 
 @pytest.fixture
 def prompt_launches(monkeypatch):
     """The interpreter leaves a launch's tensors in a reference cycle: for tests that count live bytes, collect it at once."""
+    if TARGET != "interpreter":
+        return
     launch = interpreter.interpreter.GridExecutor.__call__
 
     def launch_and_collect(self, *args, **kwargs):

@@ -40,10 +40,10 @@ def wanted(s, t, weights, beta=0.5, **changed):
     return gradient, torch.stack((jsd, oracle.mixture_kls(s64, t64, beta)[0]))
 
 
-def assert_jsd(out, sums, want, want_sums, beta=0.5, tolerance=1e-4):
+def assert_jsd(out, sums, want, want_sums, beta=0.5, tolerance=1e-4, floor=0.0):
     error = (out.double() - want).norm(dim=1)
     bound = torch.tensor([max(tolerance, small_kl_bound(x / (beta * (1 - beta)))) for x in want_sums[0].tolist()])
-    assert (error <= bound * want.norm(dim=1)).all(), (error / want.norm(dim=1), bound)
+    assert (error <= bound * want.norm(dim=1) + floor).all(), (error / want.norm(dim=1), bound)
     for name, got, expected in zip(("jsd", "pull"), sums, want_sums, strict=True):
         assert_within(got, expected, relative=1e-4, absolute=1e-6, name=name)
     assert not (sums[0] < 0).any()
@@ -62,7 +62,9 @@ def test_jsd_matches_oracle_fp64(V, beta):
 def test_jsd_does_not_cancel(scale, noise, beta):
     s, t = logit_pair(1, 5003, scale=scale, noise=noise, seed=2)
     w = torch.ones(1)
-    assert_jsd(*run(s, t, w, beta), *wanted(s, t, w, beta), beta)
+    gradient, sums = wanted(s, t, w, beta)
+    # At noise 15 f and pull nearly agree: what is left of their rounding, with a GPU's exp2 of two units in the last place.
+    assert_jsd(*run(s, t, w, beta), gradient, sums, beta, floor=2e-7 * (1 - beta) * sums[1])
 
 
 @pytest.mark.parametrize("beta", BETAS)

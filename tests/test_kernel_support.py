@@ -10,7 +10,7 @@ from opd_kernels.support import SUPPORT_COLUMNS, support_fwd
 
 from opd_ops.backends import eager
 from tests import kernel_oracle as oracle
-from tests.cases import logit_pair
+from tests.cases import generator, logit_pair
 from tests.kernel_oracle import COMMON
 from tests.tolerances import assert_within
 
@@ -52,6 +52,19 @@ def test_support_fwd_matches_oracle_fp64(dtype):
 @pytest.mark.parametrize(("V", "K"), [(5000, 1), (4200, 5), (16500, 128), (777, 100), (129, 128), (17, 17), (1, 1)])
 def test_support_fwd_takes_every_k(V, K):
     check(*logit_pair(1, V, scale=4, noise=1.0, seed=V + K), K)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("V", "K"), [(20_000, 16), (20_000, 128), (300, 9)])
+def test_support_fwd_tells_keys_far_and_close_apart(dtype, V, K):
+    # All magnitudes of both signs, and next to the largest a crowd of neighbours: the bisection's longest ways.
+    s = torch.randn(2, V, generator=generator(V)).sign() * 10 ** (76 * torch.rand(2, V, generator=generator(K)) - 38)
+    s[:, 5::7] = 3.0e38 * (1 - 2.0**-7 * torch.rand(2, len(range(5, V, 7)), generator=generator(1)))
+    s[1, ::2] = -INF
+    s = s.to(dtype)
+    support = run(s, s.flip(1), K)
+    assert torch.equal(support.s_ids.long(), eager.top_k_ids(s, K))
+    assert torch.equal(support.t_ids.long(), eager.top_k_ids(s.flip(1), K))
 
 
 @pytest.mark.parametrize(("scale", "noise"), [(3, 1e-3), (60, 1e-3), (60, 5), (0.1, 0.1)])

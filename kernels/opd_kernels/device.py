@@ -54,6 +54,11 @@ def row_step(table: torch.Tensor) -> tuple[int, int]:
     return (table.stride(0) // unit, unit) if table.stride(0) % unit == 0 else (table.stride(0), 1)
 
 
+def rows_are_aligned(*tables: torch.Tensor) -> bool:
+    """Can every row be read 16 bytes at a time?"""
+    return all(row_step(x)[1] > 1 and x.data_ptr() % 16 == 0 for x in tables)
+
+
 @triton.jit
 def _transform(x, pre, cap, HAS_CAP: tl.constexpr):
     z = x.to(tl.float32)
@@ -100,26 +105,22 @@ def _order_key(x, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _count(flags):
-    return tl.sum(tl.sum(flags.to(tl.int32), 1), 0)
+def _kth_key(keys, K, low, high):
+    # The K-th largest of int32 keys, which lies in [low, high], by bisection: no sort, a count for each
+    # binary digit of high - low.
+    while low < high:
+        middle = ((low.to(tl.int64) + high.to(tl.int64) + 1) >> 1).to(tl.int32)
+        enough = tl.sum((keys >= middle).to(tl.int32)) >= K
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    return low
 
 
 @triton.jit
-def _kth_key(keys, K, BITS: tl.constexpr):
-    # The K-th largest of int32 keys in [-2^(BITS-1), 2^(BITS-1)), one bit a round from the top:
-    # BITS counts and no sort. At least K keys are expected.
-    kth = tl.where(_count(keys >= 0) >= K, 0, -(2 ** (BITS - 1)))
-    for i in range(1, BITS):
-        trial = kth + (1 << (BITS - 1 - i))
-        kth = tl.where(_count(keys >= trial) >= K, trial, kth)
-    return kth
-
-
-@triton.jit
-def _pick(keys, K, BITS: tl.constexpr):
-    # The K largest of (A, B) keys, equal ones in row-major order first: which they are, and their
-    # place 0 .. K-1 in that order. Both running counts share one scan: at most 2^15 keys.
-    kth = _kth_key(keys, K, BITS)
+def _pick(keys, K, low, high):
+    # The K largest of (A, B) keys, the K-th of which lies in [low, high], equal ones in row-major order first:
+    # which they are, and their place 0 .. K-1 in that order. Both running counts share one scan: at most 2^15 keys.
+    kth = _kth_key(keys, K, low, high)
     packed = (keys > kth).to(tl.int32) * 65536 + (keys == kth).to(tl.int32)
     in_row = tl.sum(packed, 1)
     counts = tl.cumsum(packed, 1) + (tl.cumsum(in_row, 0) - in_row)[:, None]

@@ -29,7 +29,7 @@
 #   f and g first cancel in their sums, to KL(p || m) and KL(q || m); then nothing cancels. An error e of
 #   the difference of the normalisers moves the sums by beta e and -(1 - beta) e, which their weights
 #   cancel, and f and pull alike. Clamped at 0. Models that share no mass saturate: f and pull agree, and
-#   of a gradient that vanishes rounding is left, 1e-7 of the weight.
+#   of a gradient that vanishes rounding is left, 2e-7 (1 - beta) pull of the weight.
 #   Finite for all p and q: d is clamped to +-256, beyond which 2^-|d|, p or q is 0. So p = 0, q = 0 and
 #   both (d = inf - inf) are products of 0 and a finite number. NaN logits reach p or q, the loss, and
 #   by pull the gradient.

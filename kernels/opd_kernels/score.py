@@ -10,9 +10,10 @@
 #   s, t        (N, V)      in   stored logits, fp32/bf16/fp16, unit stride along V, any row stride
 #   rows        (n,)        in   row numbers in [0, N), any order; None: rows 0 .. N-1
 #   columns     (12, n)     out  fp32, the order of COLUMNS
-#   group_max   (n, NG, 2)  out  student, teacher; the stored type (fp32 if the two differ)
+#   group_max   (n, 2, NG rounded up to 16)  out  student, teacher; the stored type (fp32 if the two differ);
+#                           what is beyond NG is not written
 #
-# Grid: (n * parts,). A program walks one part of a row in blocks of LANES * 8 * R logits; with
+# Grid: (n * parts,). A program walks one part of a row in blocks of LANES * VEC * R logits; with
 # parts > 1 (few rows) it writes its ten running values and _merge_fwd_kernel joins them, in order.
 # Traffic: 2 V logits read once, 2 NG values and 48 bytes written.
 #
@@ -47,9 +48,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .device import FLOOR, LN_2, VOID, _log_ratio, _transform, row_step, transform
+from .device import FLOOR, LN_2, VOID, _log_ratio, _transform, row_step, rows_are_aligned, transform
 
 GROUP = 128  # logits per group maximum
+ALIGN = tl.constexpr(16)  # rows of maxima are a multiple of it apart, so that support.py reads them 16 bytes at a time
 COLUMNS = (
     "student_logsumexp",
     "teacher_logsumexp",
@@ -69,7 +71,7 @@ N_PARTIALS = 10
 
 class Score(NamedTuple):
     columns: Tensor  # (12, n) fp32, the order of COLUMNS
-    group_max: Tensor  # (n, NG, 2), student and teacher
+    group_max: Tensor  # (n, 2, >= NG), student and teacher
 
     def __getattr__(self, name: str) -> Tensor:
         if name in COLUMNS:
@@ -158,7 +160,7 @@ def _sums(zs, zt, m_s, m_t, k_s, k_t, R: tl.constexpr):
 
 @triton.jit
 def _block(
-    state, s_row, t_row, gmax_row, b, limit, k_s, pre_s, cap_s, k_t, pre_t, cap_t,
+    state, s_row, t_row, gmax_lane, b, limit, k_s, pre_s, cap_s, k_t, pre_t, cap_t,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, MASKED: tl.constexpr,
     R: tl.constexpr, GROUPS: tl.constexpr, QUAD: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
@@ -176,13 +178,12 @@ def _block(
 
     lane_s = _lane_max(zs, R)
     lane_t = _lane_max(zt, R)
-    # lanes 0 and 1 of a group write its two maxima: neighbouring addresses, no layout change
+    # lanes 0 and 1 of a group write its two maxima: no layout change
     top = tl.where(quad == 0, _group_max(lane_s, GROUPS, QUAD), _group_max(lane_t, GROUPS, QUAD))
-    number = b * GROUPS + group
     write = quad < 2
     if MASKED:
-        write = write & (number * G < limit)
-    tl.store(gmax_row + (number * 2 + quad), top.to(gmax_row.dtype.element_ty), mask=write)
+        write = write & ((b * GROUPS + group) * G < limit)
+    tl.store(gmax_lane + b * GROUPS, top.to(gmax_lane.dtype.element_ty), mask=write)
 
     if CAP_S or CAP_T:
         zs = _cap_block(zs, offs, limit, pre_s, cap_s, CAP_S, MASKED, R, STEP)
@@ -291,18 +292,20 @@ def _score_fwd_kernel(
         row = tl.load(rows_ptr + pid_n).to(tl.int64)
     s_row = s_ptr + row * stride_sn * UNIT_S
     t_row = t_ptr + row * stride_tn * UNIT_T
-    gmax_row = gmax_ptr + pid_n * (2 * tl.cdiv(V, G))
+    stride_g = tl.cdiv(V, G * ALIGN) * ALIGN
+    lane = tl.arange(0, GROUPS * QUAD)
+    gmax_lane = gmax_ptr + pid_n * (2 * stride_g) + (lane % QUAD * stride_g + lane // QUAD)
 
     m = tl.full((GROUPS * QUAD,), FLOOR, tl.float32)
     z = tl.zeros((GROUPS * QUAD,), tl.float32)
     # The ragged end comes first: it leaves the running values in the layout of the loop.
     state = _block(
-        (m, m, z, z, z, z, z, z, z, z), s_row, t_row, gmax_row, n_full, limit,
+        (m, m, z, z, z, z, z, z, z, z), s_row, t_row, gmax_lane, n_full, limit,
         k_s, pre_s, cap_s, k_t, pre_t, cap_t, CAP_S, CAP_T, True, R, GROUPS, QUAD, VEC,
     )  # fmt: skip
     for b in range(b_first, b_last):
         state = _block(
-            state, s_row, t_row, gmax_row, b, limit,
+            state, s_row, t_row, gmax_lane, b, limit,
             k_s, pre_s, cap_s, k_t, pre_t, cap_t, CAP_S, CAP_T, False, R, GROUPS, QUAD, VEC,
         )  # fmt: skip
     total = _join_lanes(state, k_s, k_t)
@@ -341,15 +344,16 @@ def score_fwd(
     """The columns of COLUMNS and the group maxima, at the given rows."""
     assert student.stride(1) == teacher.stride(1) == 1, "unit stride along the vocabulary"
     n = student.shape[0] if rows is None else rows.shape[0]
-    n_groups = triton.cdiv(vocab_size, GROUP)
+    stride_g = triton.cdiv(vocab_size, GROUP * ALIGN.value) * ALIGN.value
     same = student.dtype == teacher.dtype
     columns = torch.empty((len(COLUMNS), n), dtype=torch.float32, device=student.device)
-    group_max = torch.empty((n, n_groups, 2), dtype=student.dtype if same else torch.float32, device=student.device)
+    group_max = torch.empty((n, 2, stride_g), dtype=student.dtype if same else torch.float32, device=student.device)
     if n == 0:
         return Score(columns, group_max)
     s = transform(s_scale, s_softcap, temperature)
     t = transform(t_scale, t_softcap, temperature)
-    tile = tiles.score(student.dtype, teacher.dtype)
+    aligned = rows_are_aligned(student, teacher)
+    tile = tiles.score(student.dtype, teacher.dtype, aligned=aligned, capped=s.has_cap or t.has_cap)
     parts = tiles.score_parts(n, vocab_size, tile, student.device)
     out = columns
     if parts > 1:

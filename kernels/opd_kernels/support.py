@@ -7,7 +7,7 @@
 #
 # Shapes: n rows, V vocabulary, NG = ceil(V / 128) groups, K <= 128, K <= V
 #   s, t       (N, V)      in   stored logits; rows (n,) in, or None
-#   group_max  (n, NG, 2)  in   score.py
+#   group_max  (n, 2, >= NG)  in   score.py
 #   columns    (12, n)     in   score.py
 #   ids        (n, 2, K)   out  int32, S then T, in order
 #   logits     (n, 4, K)   out  fp32 after scale, soft-cap and temperature: s at S, t at S, s at T, t at T
@@ -22,7 +22,8 @@
 # Traffic: 2 NG maxima, 2 * 128 K logits, 8 K gathered ones per row: about 2 % of the row at K = 16.
 #
 # Numerics
-#   Selection compares integers (device.py: _order_key), so it is exact for any values. It ranks
+#   Selection compares integers (device.py: _order_key), so it is exact for any values: the K-th is found by
+#   bisection between bounds a few binary digits apart, whatever the values (7 and 4 rounds on normal logits). It ranks
 #   the stored logits: the order of the logits, scale being positive and tanh strictly increasing,
 #   without the ties that rounding a soft-cap would add. -inf ranks last, by id; NaN beyond the
 #   infinities, and K different ids inside the vocabulary come out all the same.
@@ -45,8 +46,8 @@ from .score import GROUP, Score
 
 SUPPORT_COLUMNS = ("support_mass", "student_support_mass", "overlap_mass", "union_kl")
 INT_MIN = tl.constexpr(-(2**31))
-# stored type -> (low bits that are constant once it is fp32, bits of the key)
-KEY_BITS = {torch.bfloat16: (16, 16), torch.float16: (13, 19), torch.float32: (0, 32)}
+INT_MAX = tl.constexpr(2**31 - 1)
+SHIFT = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # low bits that are constant once a stored number is fp32
 
 
 class Support(NamedTuple):
@@ -70,15 +71,17 @@ class Support(NamedTuple):
 
 @triton.jit(do_not_specialize=["n_groups", "KG"])
 def _support_groups_fwd_kernel(
-    gmax_ptr, groups_ptr, n_groups, KG, NG: tl.constexpr, LINE: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr
+    gmax_ptr, groups_ptr, stride, n_groups, KG, NG: tl.constexpr, COLUMNS: tl.constexpr, SHIFT: tl.constexpr
 ):
     pid = tl.program_id(0).to(tl.int64)
-    row = pid // 2
-    side = pid % 2
-    g = tl.arange(0, NG // LINE)[:, None] * LINE + tl.arange(0, LINE)[None, :]  # (NG / LINE, LINE)
-    x = tl.load(gmax_ptr + row * n_groups * 2 + side + g * 2, mask=g < n_groups, other=float("-inf"))
+    g = tl.arange(0, NG)[None, :]
+    # stride is a multiple of 16, n_groups need not be: 128-bit loads, of whose last some is dropped
+    x = tl.load(gmax_ptr + pid * stride + g, mask=g < stride, other=float("-inf"))
     keys = tl.where(g < n_groups, _order_key(x, SHIFT), INT_MIN >> SHIFT)
-    picked, place = _pick(keys, KG, BITS)
+    # COLUMNS >= K columns have a largest key each (an empty one the lowest there is): the K-th largest of all is no
+    # less than the least of these.
+    tops = tl.max(tl.reshape(keys, (NG // COLUMNS, COLUMNS)), 0)
+    picked, place = _pick(keys, KG, tl.min(tops, 0), tl.max(tops, 0))
     tl.store(groups_ptr + pid * KG + place, g, mask=picked)
 
 
@@ -86,7 +89,6 @@ def _support_groups_fwd_kernel(
 def _support_topk_fwd_kernel(
     x_ptr, rows_ptr, groups_ptr, found_ptr, stride_xn, V, K, KG, side,
     HAS_ROWS: tl.constexpr, UNIT_X: tl.constexpr, GROUP: tl.constexpr, KGP: tl.constexpr, SHIFT: tl.constexpr,
-    BITS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     row = pid
@@ -98,7 +100,11 @@ def _support_topk_fwd_kernel(
     inside = (j < KG)[:, None] & (ids < V)
     x = tl.load(x_ptr + row * stride_xn * UNIT_X + ids, mask=inside, other=float("-inf"))
     keys = tl.where(inside, _order_key(x, SHIFT), INT_MIN >> SHIFT)
-    picked, place = _pick(keys, K, BITS)
+    # The same of the picked groups, where there are K of them: their maxima leave few keys to tell apart.
+    tops = tl.max(keys, 1)
+    least = tl.min(tl.where(j < KG, tops, INT_MAX), 0)
+    least = tl.where(KG < K, INT_MIN >> SHIFT, least)
+    picked, place = _pick(keys, K, least, tl.max(tops, 0))
     tl.store(found_ptr + (pid * 2 + side) * K + place, j[:, None] * GROUP + tl.arange(0, GROUP)[None, :], mask=picked)
 
 
@@ -246,7 +252,8 @@ def support_fwd(
 ) -> Support:
     """Both supports in order, their logits, and the columns of SUPPORT_COLUMNS."""
     assert 1 <= top_k <= min(128, vocab_size), f"top_k: got {top_k}, expected 1 .. min(128, {vocab_size})"
-    n, n_groups, _ = score.group_max.shape
+    n, _, stride = score.group_max.shape
+    n_groups = triton.cdiv(vocab_size, GROUP)
     new = {"device": student.device}
     ids = torch.empty((n, 2, top_k), dtype=torch.int32, **new)
     logits = torch.empty((n, 4, top_k), dtype=torch.float32, **new)
@@ -256,20 +263,18 @@ def support_fwd(
     n_picked = min(top_k, n_groups)
     groups = torch.empty((n, 2, n_picked), dtype=torch.int32, **new)
     found = torch.empty_like(ids)  # places among the 128 n_picked candidates
-    shift, bits = KEY_BITS[score.group_max.dtype]
     tile = tiles.support(top_k, n_groups)
     _support_groups_fwd_kernel[(2 * n,)](
-        score.group_max, groups, n_groups, n_picked,
-        NG=max(GROUP, triton.next_power_of_2(n_groups)), LINE=GROUP, SHIFT=shift, BITS=bits,
+        score.group_max, groups, stride, n_groups, n_picked,
+        NG=max(GROUP, triton.next_power_of_2(n_groups)), COLUMNS=GROUP, SHIFT=SHIFT[score.group_max.dtype],
         num_warps=tile.groups_warps, enable_fp_fusion=False,
     )  # fmt: skip
     for side, x in enumerate((student, teacher)):
-        shift, bits = KEY_BITS[x.dtype]
         stride_x, unit_x = row_step(x)
         _support_topk_fwd_kernel[(n,)](
             x, rows, groups, found, stride_x, vocab_size, top_k, n_picked, side,
-            HAS_ROWS=rows is not None, UNIT_X=unit_x, GROUP=GROUP, KGP=triton.next_power_of_2(n_picked), SHIFT=shift,
-            BITS=bits, num_warps=tile.topk_warps, enable_fp_fusion=False,
+            HAS_ROWS=rows is not None, UNIT_X=unit_x, GROUP=GROUP, KGP=triton.next_power_of_2(n_picked), SHIFT=SHIFT[x.dtype],
+            num_warps=tile.topk_warps, enable_fp_fusion=False,
         )  # fmt: skip
     s = transform(s_scale, s_softcap, temperature)
     t = transform(t_scale, t_softcap, temperature)

@@ -40,16 +40,26 @@ class SupportTile(NamedTuple):
     stats_warps: int
 
 
-def score(s_dtype: torch.dtype, t_dtype: torch.dtype) -> Tile:
-    """128 threads, each 32 logits of each model an iteration: blocks of 4096.
+def score(s_dtype: torch.dtype, t_dtype: torch.dtype, *, aligned: bool = True, capped: bool = False) -> Tile:
+    """128 threads; of aligned rows each takes 32 logits of each model an iteration: blocks of 4096.
 
     VEC is a 128-bit load. R * VEC = 32 spreads what an iteration does once per lane (rescaling, the
     fold of VEC sums, two maxima) over 32 pairs: 22.8 instructions a pair and 128 registers, four
     programs an SM. 16 pairs: 24.5 and 80 registers; 64 pairs: 21.4 but 168 registers, three programs.
     QUAD = 4 makes one load of 4 neighbours 64 bytes, two full sectors, of one group of 128.
+    Soft-capped fp32 takes 16 pairs: of 32, ptxas 12.9 spills 8 bytes for sm_90 (57.6 instructions a pair and 79
+    registers, for 54.4 and 128).
+
+    Rows that start anywhere (a vocabulary of 50,257) are read one logit at a time whatever VEC is; eight to
+    a thread would be brought to it through shared memory, at two barriers, 44.8 instructions and 219 registers. With
+    VEC = 1 they stay where they are loaded: 29.0 and 48, blocks of 1024. QUAD = 16 makes a load of 16 neighbours a sector
+    wide; QUAD = 8 takes 24.5 instructions, but twice the cache lines a load.
     """
+    if not aligned:
+        return Tile({"R": 8, "GROUPS": 8, "QUAD": 16, "VEC": 1}, num_warps=128 // _warp_size())
     vec = 4 if s_dtype == t_dtype == torch.float32 else 8
-    return Tile({"R": 32 // vec, "GROUPS": 32, "QUAD": 4, "VEC": vec}, num_warps=128 // _warp_size())
+    pairs = 16 if capped and vec == 4 else 32
+    return Tile({"R": pairs // vec, "GROUPS": pairs, "QUAD": 128 // pairs, "VEC": vec}, num_warps=128 // _warp_size())
 
 
 @functools.cache
@@ -70,9 +80,9 @@ def score_parts(n: int, vocab_size: int, tile: Tile, device: torch.device) -> in
 
 def support(top_k: int, n_groups: int) -> SupportTile:
     """Keys a thread: 16 of the groups' 2048 (V = 152k), 16-32 of the candidates' 128 K, more
-    would spill at K = 128; fewer make the barrier of each of the 16-32 counting rounds longer. The
-    lists themselves are short: 16-32 comparisons a thread and chunk. On warps of 64 lanes K = 128 takes
-    4 of them, 64 keys a thread: with 8, triton 3.6 spills 356 bytes where 3.9 spills none.
+    would spill at K = 128; fewer make the barrier of each counting round longer. The lists themselves are
+    short: 16-32 comparisons a thread and chunk. On warps of 64 lanes K = 128 takes 4 of them, 64 keys a
+    thread: with 8, triton 3.6 spills 356 bytes where 3.9 spills none.
     """
     scale = 32 / _warp_size()
     groups_warps = 4 if n_groups <= 4096 else 8

@@ -225,9 +225,11 @@ def launch_gradient(
             of_part = score_fwd(*tables, places[part], **options).columns if columns is None else columns[:, part].contiguous()
             GRADIENTS[type(DIVERGENCES[kind])](*tables, places[part], weights[part], of_part, out=out, **options)
     if inplace:
+        # By index: a mask would have all rows read and written. A stable sort finds the others without a synchronisation.
         selected = torch.zeros(layout.shape.numel(), dtype=torch.bool, device=rows.device).index_fill(0, rows, True)
+        others = selected.to(torch.uint8).argsort(stable=True)[: len(selected) - len(rows)]
         # Also tells autograd of the write: whoever else saved these logits for a backward to come gets an error.
-        gradient.masked_fill_(~selected.view(layout.shape).unsqueeze(-1), 0.0)
+        tables[0].index_fill_(0, layout.rows(others), 0.0)
     return gradient
 
 
