@@ -1,6 +1,6 @@
 # What the instructions of PTX that only compute do, on numpy arrays with one element a thread.
 #
-#   OPERATIONS[opcode without its types]: a function of the types and of operands already read as arrays of the first type.
+#   OPERATIONS[opcode without its types]: a function of the types and of operands, read as arrays of the last type.
 #   Approximate instructions are wrong by as much as their documentation allows (APPROXIMATE), with a sign that the bits of the
 #   result decide: what passes here does not rely on more.
 #   Rounding is to nearest even. Subnormals are kept, but with .ftz; NaN is a quiet one, of any payload.
@@ -20,7 +20,7 @@ TYPES = {
     "f32x2": np.uint64,
     "b64": np.uint64, "u64": np.uint64, "s64": np.int64, "f64": np.float64,
 }  # fmt: skip
-APPROXIMATE = {"ex2": 2, "div": 2, "lg2": 2, "rcp": 1}  # ulp
+APPROXIMATE = {"ex2": 2, "div": 2}  # units in the last place
 WIDE = {"s16": np.int32, "u16": np.uint32, "s32": np.int64, "u32": np.uint64}
 SMALLEST = np.float32(2.0**-126)
 
@@ -31,12 +31,11 @@ def flush(x):
 
 
 def approximate(exact, ulps: int):
-    """fp64 to fp32, up to `ulps` units of the last place away from it."""
+    """fp64 to fp32, up to `ulps` units in the last place away from it."""
     rounded = exact.astype(np.float32)
     sign = np.where((rounded.view(np.uint32) * np.uint32(2654435761)) >> 31, 1.0, -1.0)
-    return np.where(np.isfinite(rounded) & (rounded != 0), exact * (1 + sign * (ulps - 0.5) * 2.0**-24), exact).astype(
-        np.float32
-    )
+    wrong = exact + sign * (ulps - 0.5) * np.spacing(np.abs(rounded)).astype(np.float64)
+    return np.where(np.isfinite(rounded) & (rounded != 0), wrong, exact).astype(np.float32)
 
 
 def bf16_to_float(bits):
