@@ -3,8 +3,8 @@
 #   score: R * QUAD = GROUP / VEC chunks of a group, per thread and across threads; GROUPS groups a block
 #   gradients, jsd, rest's gradient: BLOCK_V and warps;  rest: LANES threads of R * VEC logits;  support: warps of its three
 #   kernels, one changed at a time.
-#   Timed: one launch, kernel time (gpu_timing.py's `queued`), at V = 151,936; score and support (K = 16) of 8192 rows, the
-#   others of 409 (rest: lists of 32). The sums that jsd's and rest's gradients read are made before.
+#   Timed: one launch, kernel time (gpu_timing.py's `queued`), at V = 151,936, of the score also 50,257; score and support
+#   (K = 16) of 8192 rows, the others of 409 (rest: lists of 32). The sums that jsd's and rest's gradients read are made before.
 #
 # Not here: the table and its reasons (kernels/opd_kernels/tiles.py).
 from __future__ import annotations

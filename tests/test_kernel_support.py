@@ -67,6 +67,15 @@ def test_support_fwd_tells_keys_far_and_close_apart(dtype, V, K):
     assert torch.equal(support.t_ids.long(), eager.top_k_ids(s.flip(1), K))
 
 
+def test_support_fwd_reads_no_maximum_beyond_the_groups():
+    s, t = logit_pair(2, 3000)
+    score = score_fwd(s, t, None, vocab_size=3000, **COMMON)
+    score.group_max[:, :, 24:] = INF  # which the score kernel leaves unwritten
+    support = support_fwd(s, t, None, score, top_k=16, vocab_size=3000, **COMMON)
+    assert torch.equal(support.s_ids.long(), eager.top_k_ids(s, 16))
+    assert torch.equal(support.t_ids.long(), eager.top_k_ids(t, 16))
+
+
 @pytest.mark.parametrize(("scale", "noise"), [(3, 1e-3), (60, 1e-3), (60, 5), (0.1, 0.1)])
 def test_support_fwd_union_kl_does_not_cancel(scale, noise):
     check(*logit_pair(1, 4000, scale=scale, noise=noise), 16)

@@ -232,6 +232,20 @@ def test_inplace_backward_gives_the_same_gradient_in_the_student_s_memory(vocab_
     assert base.grad.any()
 
 
+def test_inplace_backward_zeroes_the_right_rows_of_any_layout():
+    def gradient(inplace):
+        student, teacher = (x.view(3, 4, 40) for x in logit_pair(12, 40))
+        x = leaf(student)
+        logits = x.transpose(0, 1) * 1.0  # no view, and its rows lie in another order than its positions
+        assert logits.stride() == (40, 160, 1)
+        options = {"fraction": 0.25, "backend": "triton", "inplace_backward": inplace}
+        selective_opd_loss(logits, teacher.transpose(0, 1), **options).loss.backward()
+        return x.grad
+
+    assert torch.equal(gradient(True), gradient(False))
+    assert gradient(True).any()
+
+
 def test_inplace_backward_raises_where_the_logits_are_used_twice():
     student, teacher = logit_pair(3, 131)
     options = {"fraction": 0.5, "backend": "triton", "inplace_backward": True}

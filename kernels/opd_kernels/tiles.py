@@ -41,7 +41,7 @@ class SupportTile(NamedTuple):
 
 
 def score(s_dtype: torch.dtype, t_dtype: torch.dtype, *, aligned: bool = True, capped: bool = False) -> Tile:
-    """128 threads; of aligned rows each takes 32 logits of each model an iteration: blocks of 4096.
+    """128 threads; of aligned rows each takes 32 logits of each model an iteration (soft-capped fp32: 16).
 
     VEC is a 128-bit load. R * VEC = 32 spreads what an iteration does once per lane (rescaling, the
     fold of VEC sums, two maxima) over 32 pairs: 22.8 instructions a pair and 128 registers, four
@@ -52,8 +52,8 @@ def score(s_dtype: torch.dtype, t_dtype: torch.dtype, *, aligned: bool = True, c
 
     Rows that start anywhere (a vocabulary of 50,257) are read one logit at a time whatever VEC is; eight to
     a thread would be brought to it through shared memory, at two barriers, 44.8 instructions and 219 registers. With
-    VEC = 1 they stay where they are loaded: 29.0 and 48, blocks of 1024. QUAD = 16 makes a load of 16 neighbours a sector
-    wide; QUAD = 8 takes 24.5 instructions, but twice the cache lines a load.
+    VEC = 1 they stay where they are loaded: 28.8 and 48, blocks of 1024. Sectors asked for, over those there are, in 16
+    rows of 50,257: QUAD = 16 1.9 (a sector's width that lies in two), 8 2.9 at 24.5 instructions, 32 1.5 at 38.
     """
     if not aligned:
         return Tile({"R": 8, "GROUPS": 8, "QUAD": 16, "VEC": 1}, num_warps=128 // _warp_size())

@@ -31,7 +31,7 @@ def padded(vocab_size: int) -> int:
 
 def score_bytes(vocab_size: int, top_k: int = 0) -> int:
     """Scratch per row of a score launch: group maxima of both models in fp32 at most, lists, columns."""
-    return -(-vocab_size // GROUP) * 8 + LIST_BYTES * top_k + ROW_BYTES
+    return -(-vocab_size // (16 * GROUP)) * 16 * 8 + LIST_BYTES * top_k + ROW_BYTES  # rows of maxima are padded to 16
 
 
 def tile_dtype(source: Source, score_dtype: torch.dtype | None) -> torch.dtype:

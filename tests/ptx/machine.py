@@ -1,7 +1,7 @@
 # A grid of programs executed from their PTX, all threads in step, on numpy arrays with one element a thread.
 #
 #   Threads that branch apart go on by themselves, those at the earliest block first, until they meet again. A barrier that
-#   only a part of a program's threads reaches is an error, and so is a shuffle that asks a thread which is elsewhere.
+#   only a part of a program's threads reaches is an error, and so is a shuffle of a part of a warp.
 #   Programs run in batches: none may wait for another. Since threads run in step, a missing barrier does not show.
 #
 # Not here: text (program.py), what is computed (operations.py), where it is kept (memory.py).
@@ -12,7 +12,7 @@ from functools import reduce
 import numpy as np
 
 from tests.ptx.memory import LOCAL, Buffers, Scratch
-from tests.ptx.operations import OPERATIONS, TYPES, compare, convert
+from tests.ptx.operations import OPERATIONS, TYPES, compare, compute, convert
 from tests.ptx.program import Address, Instruction, Program, Vector
 
 BATCH = 8192  # threads that run together
@@ -74,8 +74,12 @@ class Threads:
         if isinstance(operand, Vector):  # the first is the lowest
             part = f"b{8 * dtype.itemsize // len(operand)}"
             return np.stack([self.each(x, part) for x in operand], -1).reshape(-1).view(dtype)
-        if operand[0] != "%":  # shared memory begins at 0
-            return dtype.type(LOCAL if operand.startswith("__local_depot") else 0)
+        if operand == "global_smem":  # shared memory begins at 0
+            return dtype.type(0)
+        if operand.startswith("__local_depot"):
+            return dtype.type(LOCAL)
+        if operand[0] != "%":
+            raise NotImplementedError(f"an operand of PTX that is neither a register nor a number: {operand}")
         if operand not in self.registers:  # the compiler may leave undefined what it does not use
             undefined = self._register_type(operand)
             self.registers[operand] = np.frombuffer(b"\xff" * (self.n * undefined.itemsize), undefined)
@@ -127,15 +131,17 @@ class Threads:
             values = [self.read(x, kind) for x, kind in zip(operands, kinds, strict=True)]
             if kinds[-1] != types[-1] and kinds[-1] == "f32":
                 values[:-1] = [convert(("f32", types[-1]), x) for x in values[:-1]]
+                types = (*types, "f32")
         if types[-1] == "f32x2":  # the operation on either half
             halves = [self.each(x, "b64").view(np.float32) for x in operands]
-            result = OPERATIONS[name]((*types[:-1], "f32"), *halves).view(np.uint64)
+            result = compute(name, (*types[:-1], "f32"), *halves).view(np.uint64)
         else:
-            result = OPERATIONS[name](types, *values)
+            result = compute(name, types, *values)
         self.write(target, result, active)
 
     def _setp(self, instruction: Instruction, active):
-        comparison, kind = instruction.opcode[1], instruction.opcode[-1]
+        assert len(instruction.opcode) == 3, f"a comparison that flushes, or joins another: {instruction.text}"
+        comparison, kind = instruction.opcode[1:]
         target, a, b = instruction.operands
         if not kind.endswith("x2"):
             self.write(target, compare(comparison)((kind,), self.read(a, kind), self.read(b, kind)), active)
@@ -177,6 +183,7 @@ class Threads:
         if instruction.opcode[1] == "param":
             self.write(target, self.parameters[address.base].view(TYPES[instruction.opcode[2]]), active)
             return
+        assert instruction.opcode[-1][0] != "s", f"a load that extends the sign: {instruction.text}"
         memory, places, size, count = self._space(instruction.opcode, address)
         values = memory.load(places, active, size, count)
         for register, value in zip(target if isinstance(target, Vector) else [target], values, strict=True):
@@ -200,33 +207,34 @@ class Threads:
     def _ldmatrix(self, instruction: Instruction, active):
         targets, address = instruction.operands
         for target, places in zip(targets, self._matrices(instruction, address), strict=True):
+            self._all_or_none(instruction, active, WARP)
             self.write(target, self.shared.load(places, active, 4, 1)[0], active)
 
     def _stmatrix(self, instruction: Instruction, active):
         address, sources = instruction.operands
         for source, places in zip(sources, self._matrices(instruction, address), strict=True):
+            self._all_or_none(instruction, active, WARP)
             self.shared.store(places, active, 4, [self.each(source, "b32")])
 
     # What threads exchange
 
     def _shfl(self, instruction: Instruction, active):
         mode = instruction.opcode[2]
-        target, source, by, clamp, _ = instruction.operands
+        target, source, by, clamp, members = instruction.operands
+        assert members == -1, f"a shuffle of some threads: {instruction.text}"
         assert clamp == (0 if mode == "up" else 31), f"a shuffle in parts of a warp: {instruction.text}"
-        by = self.read(by, "s32")
+        self._all_or_none(instruction, active, WARP)
+        by = self.read(by, "s32") & 31
         lane = {"bfly": self.lane ^ by, "up": self.lane - by, "down": self.lane + by, "idx": by + 0 * self.lane}[mode]
         lane = np.where((lane < 0) | (lane >= WARP), self.lane, lane)
-        asked = np.arange(self.n) - self.lane + lane
-        if not active[asked[active]].all():
-            raise RuntimeError(f"a shuffle asks a thread that is elsewhere: {instruction.text}")
-        self.write(target, self.each(source, "b32")[asked], active)
+        self.write(target, self.each(source, "b32")[np.arange(self.n) - self.lane + lane], active)
 
     def _redux(self, instruction: Instruction, active):
         name, types = _split(instruction.opcode[2:])
         target, source, _ = instruction.operands
         self._all_or_none(instruction, active, WARP)
         values = self.each(source, types[-1]).reshape(-1, WARP)
-        self.write(target, np.repeat(reduce(lambda a, b: OPERATIONS[name](types, a, b), values.T), WARP), active)
+        self.write(target, np.repeat(reduce(lambda a, b: compute(name, types, a, b), values.T), WARP), active)
 
     def _bar(self, instruction: Instruction, active):
         self._all_or_none(instruction, active, WARP if instruction.opcode[1] == "warp" else self.program.threads)

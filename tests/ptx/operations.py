@@ -1,9 +1,10 @@
 # What the instructions of PTX that only compute do, on numpy arrays with one element a thread.
 #
 #   OPERATIONS[opcode without its types]: a function of the types and of operands, read as arrays of the last type.
-#   Approximate instructions are wrong by as much as their documentation allows (APPROXIMATE), with a sign that the bits of the
-#   result decide: what passes here does not rely on more.
+#   Approximate instructions are wrong by as much as their documentation allows (APPROXIMATE), up or down as the bits of the
+#   result decide, or as `error_sign` says for all.
 #   Rounding is to nearest even. Subnormals are kept, but with .ftz; NaN is a quiet one, of any payload.
+#   What is not here is an error: fp64, arithmetic of packed or 16-bit floats but for the largest and smallest of bf16.
 #
 # Not here: memory, branches, and what threads exchange (machine.py).
 from __future__ import annotations
@@ -23,6 +24,7 @@ TYPES = {
 APPROXIMATE = {"ex2": 2, "div": 2}  # units in the last place
 WIDE = {"s16": np.int32, "u16": np.uint32, "s32": np.int64, "u32": np.uint64}
 SMALLEST = np.float32(2.0**-126)
+error_sign = 0  # of every approximate instruction: -1, 1, or 0: by the bits of the result
 
 
 def flush(x):
@@ -33,7 +35,7 @@ def flush(x):
 def approximate(exact, ulps: int):
     """fp64 to fp32, up to `ulps` units in the last place away from it."""
     rounded = exact.astype(np.float32)
-    sign = np.where((rounded.view(np.uint32) * np.uint32(2654435761)) >> 31, 1.0, -1.0)
+    sign = error_sign or np.where((rounded.view(np.uint32) * np.uint32(2654435761)) >> 31, 1.0, -1.0)
     wrong = exact + sign * (ulps - 0.5) * np.spacing(np.abs(rounded)).astype(np.float64)
     return np.where(np.isfinite(rounded) & (rounded != 0), wrong, exact).astype(np.float32)
 
@@ -102,11 +104,8 @@ def shift(function):
 
 
 def fma(types, a, b, c):
-    """The product of two fp32 is exact in fp64; so the sum alone is rounded."""
-    if "ftz" in types:
-        a, b, c = flush(a), flush(b), flush(c)
-    result = (a.astype(np.float64) * b + c).astype(np.float32)
-    return flush(result) if "ftz" in types else result
+    """The product of two fp32 is exact in fp64. The sum is rounded there too, so that rarely the last bit is not a GPU's."""
+    return (a.astype(np.float64) * b + c).astype(np.float32)
 
 
 def divide(types, a, b):
@@ -118,8 +117,7 @@ def divide(types, a, b):
 
 def exponential(types, a):
     assert "ftz" in types, "ex2 without .ftz"
-    a = flush(a)
-    return np.where(a == 0, np.float32(1), flush(approximate(np.exp2(a.astype(np.float64)), APPROXIMATE["ex2"])))
+    return np.where(a == 0, np.float32(1), approximate(np.exp2(a.astype(np.float64)), APPROXIMATE["ex2"]))
 
 
 def minimum_xorsign(types, a, b):
@@ -147,12 +145,25 @@ def permute(types, a, b, selector):
 
 
 def count_ones(types, a):
+    assert types == ("b32",), "popc of 64 bits"
     return np.unpackbits(a.astype("<u4").view(np.uint8).reshape(*a.shape, 4), axis=-1).sum(-1).astype(np.uint32)
 
 
 def of_all(function):
     """Of two operands, or three from sm_100 on."""
     return lambda types, *operands: reduce(function, operands)
+
+
+def compute(name, types, *values):
+    """The operation of that name, on values read as arrays of the last type."""
+    kind = types[-1]
+    if kind == "bf16" and name in ("min", "max", "min.NaN", "max.NaN"):
+        return float_to_bf16(OPERATIONS[name](types, *map(bf16_to_float, values)))
+    if kind in ("f64", "f16", "bf16", "f16x2", "bf16x2") and name not in ("cvt", "selp"):
+        raise NotImplementedError(f"{name} of {kind}")
+    if "ftz" in types and name != "cvt":
+        return flush(OPERATIONS[name](types, *map(flush, values)))
+    return OPERATIONS[name](types, *values)
 
 
 def wide(a, types):

@@ -87,6 +87,8 @@ UNARY = [
     ("fma.rn.ftz.f32 %r3, %r2, 0f3F800000, 0f00000000;", 2.0**-130, 0.0),
     ("sub.rn.f32 %r3, %r2, 0f00000000;", 2.0**-130, 2.0**-130),
     ("mov.b64 %rd6, {%r2, %r2}; add.rn.f32x2 %rd6, %rd6, %rd6; mov.b64 {_, %r3}, %rd6;", 1.5, 3.0),
+    ("mov.b32 {_, %rs1}, %r2; mov.b16 %rs2, 0xBF80U; max.bf16 %rs1, %rs1, %rs2; mov.b32 %r3, {0, %rs1};", -2.0, -1.0),
+    ("mul.rn.ftz.f32 %r3, %r2, 0f3F000000;", 2.0**-126, 0.0),
     ("mov.b32 {_, %rs1}, %r2; sub.rn.f32.bf16 %r3, %rs1, 0f3F000000;", 2.0, 1.5),
     ("ex2.approx.ftz.f32 %r3, %r2;", 0.0, 1.0),
     ("ex2.approx.ftz.f32 %r3, %r2;", -INF, 0.0),
@@ -188,7 +190,7 @@ def test_programs_are_run_in_batches(monkeypatch):
         ("st.shared.b32 [%r1], %r2;", "shared or local memory of 0 bytes"),
         ("setp.lt.u32 %p1, %r1, 40;\n@%p1 bra $L__BB0_1;\nbar.sync 0;\n$L__BB0_1:", "only a part of 64 threads"),
         ("setp.lt.u32 %p1, %r1, 40;\n@%p1 redux.sync.add.s32 %r3, %r1, -1;", "only a part of 32 threads"),
-        ("setp.lt.u32 %p1, %r1, 5;\n@%p1 shfl.sync.idx.b32 %r3, %r1, 7, 31, -1;", "asks a thread that is elsewhere"),
+        ("setp.lt.u32 %p1, %r1, 5;\n@%p1 shfl.sync.idx.b32 %r3, %r1, 7, 31, -1;", "only a part of 32 threads"),
     ],
 )
 def test_it_refuses(body, message):
@@ -198,5 +200,10 @@ def test_it_refuses(body, message):
 
 
 def test_an_instruction_it_does_not_know_is_an_error():
-    with pytest.raises(NotImplementedError, match=r"operations\.py does not have: sin\.approx\.f32"):
-        run("sin.approx.f32 %r3, %r2;", bits(0))
+    for body, message in (
+        ("sin.approx.f32 %r3, %r2;", r"operations\.py does not have: sin\.approx\.f32"),
+        ("add.rn.bf16x2 %r3, %r2, %r2;", "add of bf16x2"),
+        ("mov.b32 %r3, elsewhere;", "neither a register nor a number: elsewhere"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            run(body, bits(0))

@@ -46,12 +46,12 @@ def test_score_reads_nothing_of_rows_that_are_masked(pair):
     assert 0 <= score.traffic.read_bytes - 2 * pair[0][rows.long()].nbytes <= FEW
 
 
-def test_score_of_rows_that_start_anywhere_executes_hardly_more():
-    odd = logit_pair(2, ODD, dtype=torch.bfloat16)
+def test_score_of_rows_that_start_anywhere_asks_for_each_sector_twice_at_most():
+    odd = logit_pair(16, ODD, dtype=torch.bfloat16)
     _, (score,) = launched(score_fwd, *odd, None, vocab_size=ODD, **COMMON)
     rows = 2 * odd[0].nbytes
     assert score.traffic.read_bytes == rows
-    assert score.traffic.read_sectors <= 1.51 * rows / SECTOR
+    assert score.traffic.read_sectors <= 2 * rows / SECTOR
     assert 32 * score.instructions / odd[0].numel() < 37
 
 
@@ -62,6 +62,7 @@ def test_support_touches_a_small_part_of_the_rows_again(pair):
         "_support_groups_fwd_kernel", "_support_topk_fwd_kernel", "_support_topk_fwd_kernel", "_support_stats_fwd_kernel"
     ]  # fmt: skip
     assert SECTOR * sum(x.traffic.read_sectors for x in support) < 0.035 * 2 * pair[0].nbytes
+    assert 32 * sum(x.instructions for x in support) / pair[0].numel() < 5.3  # 8.2 if every digit of the keys were searched
 
 
 @pytest.mark.parametrize("gradient", [reverse_kl_grad, forward_kl_grad])
@@ -73,7 +74,7 @@ def test_a_gradient_reads_two_rows_and_writes_one_of_those_selected(pair, gradie
     _, (launch,) = launched(gradient, *pair, rows, torch.ones(2), columns, **options)
     row = pair[0][0].nbytes
     assert 0 <= launch.traffic.read_bytes - 2 * 2 * row <= 2 * 128 * 40  # each thread loads ten numbers of its row
-    assert launch.traffic.read_sectors <= 2 * 2 * row / SECTOR + FEW
+    assert launch.traffic.read_sectors <= (2 * 2 * row + FEW) / SECTOR
     assert 0 <= launch.traffic.written_bytes - 2 * row <= FEW
-    assert launch.traffic.written_sectors <= 2 * row / SECTOR + FEW
+    assert launch.traffic.written_sectors <= (2 * row + FEW) / SECTOR
     assert bool((out[1] == 7).all())
