@@ -115,29 +115,28 @@ class Threads:
     def _compute(self, instruction: Instruction, active):
         name, types = _split(instruction.opcode)
         target, *operands = instruction.operands
-        if name in ("bfe", "prmt"):  # fields and bytes are picked by constants
-            constants = operands[1:] if name == "bfe" else operands[2:]
-            values = [self.read(x, types[-1]) for x in operands[: len(operands) - len(constants)]] + constants
-        else:
-            kinds = [types[-1]] * len(operands)
-            if name == "selp":
-                kinds[2] = "pred"
-            elif name in ("shl", "shr"):
-                kinds[1] = "u32"
-            elif name == "mad.wide":
-                kinds[2] = types[-1][0] + "64"
-            elif name in ("add", "sub", "fma") and types[-1] in ("bf16", "f16") and "f32" in types:  # the last is fp32
-                kinds[-1] = "f32"
-            values = [self.read(x, kind) for x, kind in zip(operands, kinds, strict=True)]
-            if kinds[-1] != types[-1] and kinds[-1] == "f32":
-                values[:-1] = [convert(("f32", types[-1]), x) for x in values[:-1]]
-                types = (*types, "f32")
         if types[-1] == "f32x2":  # the operation on either half
             halves = [self.each(x, "b64").view(np.float32) for x in operands]
             result = compute(name, (*types[:-1], "f32"), *halves).view(np.uint64)
+        elif name in ("add", "sub", "fma") and types[-1] in ("bf16", "f16") and "f32" in types:  # in fp32, as the last is
+            values = [convert(("f32", types[-1]), self.read(x, types[-1])) for x in operands[:-1]]
+            result = compute(name, ("f32",), *values, self.read(operands[-1], "f32"))
         else:
-            result = compute(name, types, *values)
+            result = compute(name, types, *self._values(name, types[-1], operands))
         self.write(target, result, active)
+
+    def _values(self, name: str, kind: str, operands: list) -> list:
+        """Operands as `compute` takes them: read as the instruction's type, but for these."""
+        kinds = [kind] * len(operands)
+        if name == "selp":
+            kinds[2] = "pred"
+        elif name in ("shl", "shr"):
+            kinds[1] = "u32"
+        elif name == "mad.wide":
+            kinds[2] = kind[0] + "64"
+        constants = {"bfe": 2, "prmt": 1}.get(name, 0)  # at the end: fields and bytes are picked by constants
+        read = len(operands) - constants
+        return [self.read(x, k) for x, k in zip(operands[:read], kinds, strict=False)] + operands[read:]
 
     def _setp(self, instruction: Instruction, active):
         assert len(instruction.opcode) == 3, f"a comparison that flushes, or joins another: {instruction.text}"
