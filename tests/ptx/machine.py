@@ -182,11 +182,10 @@ class Threads:
         if instruction.opcode[1] == "param":
             self.write(target, self.parameters[address.base].view(TYPES[instruction.opcode[2]]), active)
             return
-        assert instruction.opcode[-1][0] != "s", f"a load that extends the sign: {instruction.text}"
         memory, places, size, count = self._space(instruction.opcode, address)
         values = memory.load(places, active, size, count)
         for register, value in zip(target if isinstance(target, Vector) else [target], values, strict=True):
-            self.write(register, value, active)
+            self.write(register, value.view(TYPES[instruction.opcode[-1]]), active)
 
     def _st(self, instruction: Instruction, active):
         address, source = instruction.operands

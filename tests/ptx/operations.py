@@ -15,7 +15,7 @@ import numpy as np
 
 TYPES = {
     "pred": np.bool_,
-    "b8": np.uint8, "u8": np.uint8,
+    "b8": np.uint8, "u8": np.uint8, "s8": np.int8,
     "b16": np.uint16, "u16": np.uint16, "s16": np.int16, "f16": np.float16, "bf16": np.uint16,
     "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "f32": np.float32, "f16x2": np.uint32, "bf16x2": np.uint32,
     "f32x2": np.uint64,

@@ -151,6 +151,12 @@ def test_matrices_are_loaded_by_rows_of_eight_lanes():
     assert run(body + STORE, bits(0), shared_bytes=16 * THREADS).tolist() == list(range(64, 96)) + list(range(192, 224))
 
 
+@pytest.mark.parametrize(("load", "want"), [("s16", 0xFFFF8001), ("b16", 0x8001), ("s8", 1)])
+def test_narrow_loads_take_the_sign_along_where_they_have_one(load, want):
+    body = f"shl.b32 %r4, %r1, 2;\nst.shared.b32 [%r4], %r2;\nld.shared.{load} %r3, [%r4+2];\n"
+    assert torch.equal(run(body + STORE, bits(0x80010000), shared_bytes=4 * THREADS), bits(want))
+
+
 def test_a_guard_leaves_the_others_as_they_were():
     body = "setp.lt.u32 %p1, %r1, 40;\nmov.b32 %r3, 1;\n@!%p1 mov.b32 %r3, 2;\n"
     assert run(body + STORE, bits(0)).tolist() == [1] * 40 + [2] * 24
