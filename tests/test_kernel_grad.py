@@ -1,4 +1,4 @@
-# The gradient kernels of reverse and forward KL, interpreted on the CPU, against autograd of the float64 specification
+# The gradient kernels of reverse and forward KL, interpreted or compiled, against autograd of the float64 specification
 # (kernel_oracle.py), scale and soft-cap included.
 #
 #   Bounds: ||g - g64|| / ||g64|| <= 1e-4, or 3e-6 / sqrt(2 KL) below KL = 1e-3; loss 1e-6 + 1e-4 KL.

@@ -1,4 +1,4 @@
-# The kernels of the generalised Jensen-Shannon divergence, interpreted on the CPU, against float64 (kernel_oracle.py): its
+# The kernels of the generalised Jensen-Shannon divergence, interpreted or compiled, against float64 (kernel_oracle.py): its
 # equation, and autograd of it through scale and soft-cap.
 #
 #   Bounds: jsd and pull 1e-6 + 1e-4 x; ||g - g64|| / ||g64|| <= 1e-4, or 3e-6 / sqrt(2 KL) below KL = 1e-3, where the KL is

@@ -1,4 +1,4 @@
-# The kernels of a row's rest off a list of ids, interpreted on the CPU, against float64 (kernel_oracle.py): its equation, and
+# The kernels of a row's rest off a list of ids, interpreted or compiled, against float64 (kernel_oracle.py): its equation, and
 # autograd of it through scale and soft-cap.
 #
 #   Bounds: rest 2e-6, of any size, 2e-5 under a soft-cap; ||g - g64|| / ||g64|| <= 1e-4, of all of the row and of what is

@@ -1,4 +1,4 @@
-# The support kernels, interpreted on the CPU, against the float64 specification (kernel_oracle.py): ids exactly, masses and
+# The support kernels, interpreted or compiled, against the float64 specification (kernel_oracle.py): ids exactly, masses and
 # union KL to 1e-5 (absolute 1e-6).
 #
 # Run: make test ARGS=tests/test_kernel_support.py

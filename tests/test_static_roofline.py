@@ -82,6 +82,12 @@ def test_failures_rejects(change):
     assert len(roofline.failures({**GOOD, **change})) == 1
 
 
+def test_only_rows_that_start_anywhere_may_be_loaded_narrowly():
+    odd = {**GOOD, "config": "bf16 V=50257", "narrow_loads": 16, "instructions_per_pair": 28.75, "budget": 31}
+    assert roofline.failures(odd) == []
+    assert len(roofline.failures({**odd, "instructions_per_pair": 31.01})) == 1
+
+
 SASS = """
 .text.kernel:
         /*0000*/                   MOV R1, c[0x0][0x28] ;

@@ -1,4 +1,4 @@
-# The Triton backend, its kernels interpreted on the CPU, against the fp64 oracle: statistics, gradients, layouts, refusals.
+# The Triton backend, its kernels interpreted or compiled, against the fp64 oracle: statistics, gradients, layouts, refusals.
 #
 #   Compared: columns of TokenStats and relative norms of gradients, by tolerances.py. Few rows: one takes 0.2 s interpreted.
 #   Run: make test ARGS=tests/test_triton.py

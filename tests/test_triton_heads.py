@@ -1,4 +1,4 @@
-# LinearHeads on the Triton backend, kernels interpreted on the CPU: values and gradients, what they cost, what they hold.
+# LinearHeads on the Triton backend, kernels interpreted or compiled: values and gradients, what they cost, what they hold.
 #
 #   Compared: columns of TokenStats and relative norms of gradients with the fp64 oracle, by tolerances.py; matmul FLOPs with
 #   2 + 4 rho units; live bytes with the workspace. Few rows: one takes up to 0.2 s interpreted.
