@@ -30,8 +30,8 @@ class ReverseKL(WholeRow):
     def loss(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return kl(log_p, log_q)
 
-    def dlogits(self, log_p: Tensor, log_ratio: Tensor, pull: Tensor) -> Tensor:
-        return log_ratio.sub_(pull).mul_(log_p.exp_())
+    def slope(self, log_p: Tensor, log_ratio: Tensor) -> Tensor:
+        return log_ratio.clone()
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,10 @@ class ForwardKL(WholeRow):
     def loss(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return kl(log_q, log_p)
 
-    def dlogits(self, log_p: Tensor, log_ratio: Tensor, pull: Tensor) -> Tensor:
+    def slope(self, log_p: Tensor, log_ratio: Tensor) -> Tensor:
+        return -torch.exp(-log_ratio)
+
+    def dlogits(self, log_p: Tensor, log_ratio: Tensor, reference_slope: Tensor, mean_slope: Tensor) -> Tensor:
         # p - q = p (1 - e^-ratio) = -p expm1(-ratio) keeps its digits where the models agree, but overflows or loses
         # p's digits where q >> p: there it is the plain difference of the two exponentials.
         q = torch.exp(log_p - log_ratio)
