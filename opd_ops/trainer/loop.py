@@ -107,12 +107,13 @@ class OPDTrainer:
             )
         self.taught_by = describe_teacher(config) if teacher is None else GIVEN
 
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"output_dir: got {config.output_dir!r}, expected a folder ({error.strerror})") from None
         mixed = None if config.mixed_precision == "no" else config.mixed_precision
         trackers = config.trackers() or None
         self.accelerator = Accelerator(mixed_precision=mixed, log_with=trackers, project_dir=str(self.folder))
-        if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self.accelerator.wait_for_everyone()
         self.tokenizer = load_tokenizer(config.student) if tokenizer is None else tokenizer
         if teacher is None:
             check_teacher(config, self.tokenizer)
