@@ -123,7 +123,9 @@ class OPDTrainer:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.model, self.optimizer = self.accelerator.prepare(model.train(), optimizer)
-        self.schedule = get_scheduler(config.lr_scheduler, self.optimizer, config.warmup_steps, config.steps)
+        # transformers' "constant" has no warm-up.
+        shape = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
+        self.schedule = get_scheduler(shape, self.optimizer, config.warmup_steps, config.steps)
         self.accelerator.register_for_checkpointing(self.schedule)
         self.is_sharded = self.accelerator.distributed_type == DistributedType.FSDP
         self.checkpoints = Checkpoints(
