@@ -101,10 +101,12 @@ class OPDConfig:
         "", "Regular expression whose last match (its group, if it has one) is an answer; '': all of it."
     )
     completions: int = _option(4, "Held-out answers in the table of completions.")
-    save_every: int = _option(0, "Steps between checkpoints; 0: only at the end and on SIGTERM.")
+    save_every: int = _option(
+        0, "Steps between checkpoints, each written once the next gradient is finite; 0: only at the end and on SIGTERM."
+    )
     keep_checkpoints: int = _option(2, "The latest ones that are kept.")
     output_dir: str = _option("out/run", "Folder of log, checkpoints and the trained model.")
-    resume: bool = _option(False, "Continue from the latest checkpoint in output_dir, if there is one.")
+    resume: bool = _option(False, "Continue from the newest intact checkpoint in output_dir, if there is one.")
     report_to: str = _option("", "Trackers, like tensorboard,wandb.")
     run_name: str = _option("opd", "The run's folder in TensorBoard, its project in Weights & Biases.")
 

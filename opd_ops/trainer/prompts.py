@@ -6,9 +6,10 @@
 # Not here: tokens (rollouts.py), which prompts a step takes (order.py).
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,11 @@ def load_prompts(source: str | Path, split: str = "train", name: str | None = No
     if not prompts:
         raise ValueError(f"prompts: got no row in {source}, expected at least one")
     return prompts
+
+
+def digest_of(prompts: Sequence[Prompt]) -> str:
+    """A digest of all that the prompts say, the same on every machine."""
+    return hashlib.sha256(json.dumps([astuple(prompt) for prompt in prompts]).encode()).hexdigest()
 
 
 def held_out(prompts: list[Prompt], size: int) -> tuple[list[Prompt], list[Prompt]]:
