@@ -17,7 +17,7 @@ from opd_ops.masking import of_positions
 from opd_ops.ranks import Ranks
 from opd_ops.rollout import StudentStats
 from opd_ops.sources import Source
-from opd_ops.teachers import Listed
+from opd_ops.teachers import Listed, SparseTeacher
 
 SCOPES = ("batch", "sequence", "global")
 DENOMINATORS = ("selected", "valid")
@@ -243,6 +243,19 @@ def check_tokens(divergence: Divergence, teacher: Source | Listed, tokens: Tenso
     if tokens is None:
         raise ValueError(
             f"tokens: got None, but divergence {divergence.name!r} is on the sampled token; pass tokens=, or shift_labels="
+        )
+
+
+def check_lists(teacher: SparseTeacher, listed: Listed, valid: Tensor | None) -> None:
+    """No NaN among the log-probabilities at valid positions; elsewhere than on a CPU looking would wait for the device."""
+    if listed.logprobs.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bad = listed.logprobs.isnan().any(1).view(teacher.positions)
+    bad = bad if valid is None else bad & valid
+    if bool(bad.any()):
+        raise ValueError(
+            f"{type(teacher).__name__}.logprobs: got NaN at position {tuple(bad.nonzero()[0].tolist())} ({int(bad.sum())} such "
+            "positions), expected log-probabilities, -inf or id -1 where one is missing"
         )
 
 

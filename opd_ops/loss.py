@@ -141,8 +141,9 @@ def selective_opd_loss(
     A second derivative is an error, but with backend "eager".
     Non-finite logits: -inf is a masked vocabulary entry. Where the divergence is infinite (p > 0, q = 0) the stats say so and
         the position is not selected. A NaN of the student at a valid position makes the loss NaN, also where the teacher's
-        logits have one. A NaN of the teacher alone, or nothing in its list, makes a position invalid, counted in
-        `metrics["n_teacher_nonfinite"]`.
+        logits have one. A NaN of the teacher's logits alone, or nothing in its list, makes a position invalid, counted in
+        `metrics["n_teacher_nonfinite"]`; a NaN in its list is an error with its position (on a GPU, where looking would wait,
+        with `check_finite` alone).
     torch.compile(fullgraph=True, dynamic=False) and CUDA-graph capture take calls on backend "triton" with reverse or forward
         KL, mask None (and no weights or labels), scope "batch" (so one process), no threshold, no `score_dtype="float8"`: there
         the number of rows to train on is fixed by the shapes. torch.compile takes no `student_stats`.

@@ -289,6 +289,8 @@ def prepare(
         checks.check_student_stats(student_stats, sources[0], top_k, found_positions.valid)
         check_known(found_selector, "student_stats")
     if isinstance(sources[1], Listed):
+        assert isinstance(teacher, (TopKLogprobs, SampledLogprobs))
+        checks.check_lists(teacher, sources[1], found_positions.valid)
         check_known(found_selector, type(teacher).__name__)
     return Scoring(
         *sources,

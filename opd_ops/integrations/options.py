@@ -4,6 +4,7 @@
 #
 # What belongs to a run's own data cannot be tried and is taken as it comes: tensors, statistics of rollouts, selectors that are
 # callables, the reference of `Extrapolated`, process groups, and whether this machine has what a backend needs.
+# Here, too, what an evaluation puts in the place of the options that select.
 # Not here: the checks themselves (opd_ops/checks.py and its neighbours), the loss (opd_ops/loss.py).
 from __future__ import annotations
 
@@ -24,6 +25,8 @@ from opd_ops.teachers import TopKLogprobs
 
 SHAPE = (1, 4)  # positions
 VOCABULARY = 256
+# Of an evaluation: every valid token of this process, whatever is selected in training. All options that select are here.
+EVERY_TOKEN = {"fraction": 1.0, "selector": "all", "threshold": None, "scope": "batch", "selection_group": None}
 LARGEST_VOCABULARY = 2**19  # beyond every tokenizer; a number above it is refused as it would be by a model
 
 
