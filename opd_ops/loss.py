@@ -138,7 +138,7 @@ def selective_opd_loss(
     Raises:
         ValueError: shapes, devices or numbers that do not fit ("fraction: got 1.5, expected a number in (0, 1]").
         TypeError: logits that are not floating point, or something that is no tensor.
-    A second derivative is an error, but with backend "eager".
+    A second derivative is an error, and so are torch.func's transforms, but with backend "eager" (there vmap alone is).
     Non-finite logits: -inf is a masked vocabulary entry. Where the divergence is infinite (p > 0, q = 0) the stats say so and
         the position is not selected. A NaN of the student at a valid position makes the loss NaN, also where the teacher's
         logits have one. A NaN of the teacher's logits alone, or nothing in its list, makes a position invalid, counted in
@@ -155,11 +155,12 @@ def selective_opd_loss(
         >>> selective_opd_loss(logits, logits).loss
         tensor(0.)
     """
-    checks.check_fraction(fraction)
+    checks.check_transforms(backend, has_vmap=False, has_gradient=True)
+    fraction = checks.check_fraction(fraction)
     checks.check_choice("scope", scope, checks.SCOPES)
     checks.check_choice("denominator", denominator, checks.DENOMINATORS)
-    checks.check_num_items(num_items_in_batch)
-    checks.check_threshold(threshold, score_dtype)
+    num_items_in_batch = checks.check_num_items(num_items_in_batch)
+    threshold = checks.check_threshold(threshold, score_dtype)
     call = prepare(
         student,
         teacher,

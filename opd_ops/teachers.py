@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opd_ops.arguments import check_layout, check_positive, take_plain
+
 LAST_ID = 2**31 - 1  # of a missing entry: beyond every vocabulary, and sorts behind every id of equal logit
 
 MISSING_LOGPROB = -9999.0  # this or less is a missing entry
@@ -29,12 +31,13 @@ def _check(name: str, ids: object, logprobs: object, temperature: object) -> Non
         raise TypeError(f"{name}.ids: got {_kind(ids)}, expected an int32 or int64 tensor")
     if not isinstance(logprobs, Tensor) or not logprobs.is_floating_point():
         raise TypeError(f"{name}.logprobs: got {_kind(logprobs)}, expected a floating-point tensor")
+    for which, tensor in (("ids", ids), ("logprobs", logprobs)):
+        check_layout(f"{name}.{which}", tensor)
     if ids.shape != logprobs.shape:
         raise ValueError(f"{name}.logprobs: got shape {tuple(logprobs.shape)}, expected that of the ids, {tuple(ids.shape)}")
     if ids.device != logprobs.device:
         raise ValueError(f"{name}.logprobs: is on {logprobs.device}, the ids are on {ids.device}; move them to one device")
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not temperature > 0:
-        raise ValueError(f"{name}.temperature: got {temperature!r}, expected a number > 0")
+    check_positive(f"{name}.temperature", temperature)
     if logprobs.device.type == "cpu" and logprobs.numel() and bool((logprobs > 1e-3).any()):  # elsewhere looking would wait
         raise ValueError(f"{name}.logprobs: got {float(logprobs.max()):.4g}, expected log-probabilities, at most 0; not logits")
 
@@ -64,6 +67,7 @@ class TopKLogprobs:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        take_plain(self, "temperature")
         _check("TopKLogprobs", self.ids, self.logprobs, self.temperature)
         if self.ids.dim() < 1 or self.ids.shape[-1] < 1:
             raise ValueError(f"TopKLogprobs.ids: got shape {tuple(self.ids.shape)}, expected (..., K) with K >= 1")
@@ -91,6 +95,7 @@ class SampledLogprobs:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        take_plain(self, "temperature")
         _check("SampledLogprobs", self.ids, self.logprobs, self.temperature)
 
     @property

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opd_ops.arguments import real, shown, take_plain
 from opd_ops.divergences.base import Summed, WholeRow
 from opd_ops.equations import kl
 
@@ -67,8 +68,9 @@ class JSD(Summed):
     name = "jsd"
 
     def __post_init__(self) -> None:
-        if isinstance(self.beta, bool) or not isinstance(self.beta, (int, float)) or not 0 <= self.beta <= 1:
-            raise ValueError(f"JSD.beta: got {self.beta!r}, expected a number in [0, 1]")
+        take_plain(self, "beta")
+        if not 0 <= real(self.beta) <= 1:
+            raise ValueError(f"JSD.beta: got {shown(self.beta)}, expected a number in [0, 1]")
 
     @property
     def whole(self) -> WholeRow:

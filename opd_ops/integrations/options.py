@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd_ops.arguments import plain
 from opd_ops.backends import check_backend
 from opd_ops.checks import check_choice, check_generator, check_threshold
 from opd_ops.divergences import Divergence, Extrapolated
@@ -90,7 +91,8 @@ def _vocabulary(options: Mapping[str, Any]) -> int:
     """Entries enough for every id and length that the options name."""
     divergence, ids = options.get("divergence"), options.get("eos_ids", ())
     support = divergence.support if isinstance(divergence, Divergence) else None
-    asked = [options.get("top_k"), options.get("vocab_size"), None if support is None else support.length]
-    asked += [i + 1 for i in ids if isinstance(i, int)] if isinstance(ids, Sequence) else []
+    asked = [plain(options.get("top_k")), plain(options.get("vocab_size")), None if support is None else support.length]
+    if isinstance(ids, Sequence) or getattr(ids, "ndim", 0) == 1:  # NumPy's, too
+        asked += [i + 1 for i in map(plain, ids) if isinstance(i, int)]
     sizes = [size for size in asked if isinstance(size, int)]
     return min(max(VOCABULARY, *sizes), LARGEST_VOCABULARY) if sizes else VOCABULARY

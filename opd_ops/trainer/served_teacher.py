@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from opd_ops.arguments import plain
 from opd_ops.teachers import MISSING_LOGPROB, TopKLogprobs
 from opd_ops.trainer.server_client import WHOLE_DISTRIBUTION, ServerClient, ServerError
 
@@ -44,6 +45,7 @@ class ServedTeacher:
         concurrency: int = 16,
         api_key: str | None = None,
     ) -> None:
+        top_k = plain(top_k)
         if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
             raise ValueError(f"top_k: got {top_k!r}, expected an integer of at least 1")
         self.client = ServerClient(url, timeout=timeout, retries=retries, concurrency=concurrency, api_key=api_key)

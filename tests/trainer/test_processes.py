@@ -68,9 +68,7 @@ def test_two_processes_are_one_with_twice_the_micro_batches(kind, environment, c
     trainer(tmp_path / "one", steps=3, gradient_accumulation_steps=4).train()
     for steps in cuts:
         checkpoints = sorted((tmp_path / "two" / "checkpoints").glob("step-*"))
-        for path in checkpoints[
-            -1:
-        ]:  # damaged: both processes go back to the one before, saved in the middle of a step
+        for path in checkpoints[-1:]:  # damaged: both processes go back to the one before, saved in the middle of a step
             os.truncate(next(path.rglob("*.distcp")), 100)
         said = _launch(tmp_path, steps, **environment)
         assert f"kind {kind}" in said
