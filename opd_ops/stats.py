@@ -60,7 +60,7 @@ class TokenStats(NamedTuple):
     reference_teacher: Tensor | None = None  # u_a
     reference_log_p: Tensor | None = None  # log p_a
     reference_log_ratio: Tensor | None = None  # log p_a - log q_a
-    reverse_kl_excess: Tensor | None = None  # reverse_kl - reference_log_ratio, not by that subtraction
+    reverse_kl_excess: Tensor | None = None  # reverse_kl - reference_log_ratio, not by subtraction; 0 where infinite
 
     def clone(self) -> TokenStats:
         """The same columns in memory of their own."""
@@ -88,11 +88,13 @@ class TokenStats(NamedTuple):
 
     def replaced(self, where: Tensor, columns: TokenStats) -> TokenStats:
         """These columns, but at the positions of the bool `where`, in order, those of `columns`."""
-        found = {}
-        for name, column in self._asdict().items():
-            if column is not None:
-                found[name] = column.masked_scatter(where, getattr(columns, name))
-        return TokenStats(**found)
+        replaced = self._asdict()
+        for name, values in columns._asdict().items():
+            if values is not None:
+                column = replaced[name]
+                column = values.new_zeros(where.shape) if column is None else column
+                replaced[name] = column.masked_scatter(where, values)
+        return TokenStats(**replaced)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> TokenStats:
         columns = self._asdict().items()

@@ -161,10 +161,11 @@ class RunningSums:
         s_gap = s.gap / s_total
         reverse_kl = (s_gap + log_ratio).clamp_min(0)
         forward_kl = (-log_ratio - t.gap / t_total).clamp_min(0)
+        infinite = _is_infinite(s, s_lse, reverse_kl)
         return {
             "student_entropy": (s_log_z - s.x / s_total).clamp_min(0),
             "teacher_entropy": (t_log_z - t.x / t_total).clamp_min(0),
-            "reverse_kl": reverse_kl.masked_fill(_is_infinite(s, s_lse, reverse_kl), math.inf),
+            "reverse_kl": reverse_kl.masked_fill(infinite, math.inf),
             "forward_kl": forward_kl.masked_fill(_is_infinite(t, t_lse, forward_kl), math.inf),
             "student_logsumexp": s_lse,
             "teacher_logsumexp": t_lse,
@@ -173,7 +174,7 @@ class RunningSums:
             "reference_teacher": u_reference,
             "reference_log_p": -s_log_z,
             "reference_log_ratio": log_ratio,
-            "reverse_kl_excess": s_gap,
+            "reverse_kl_excess": s_gap.masked_fill(infinite, 0),
         }
 
 

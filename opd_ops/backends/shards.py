@@ -191,7 +191,7 @@ def _reference(columns: dict[str, Tensor], student: TopK, teacher: TopK) -> dict
         "reference_teacher": u,
         "reference_log_p": s - columns["student_logsumexp"],
         "reference_log_ratio": log_ratio,
-        "reverse_kl_excess": columns["reverse_kl"] - log_ratio,
+        "reverse_kl_excess": (columns["reverse_kl"] - log_ratio).masked_fill(columns["reverse_kl"] == math.inf, 0),
     }
 
 
