@@ -74,7 +74,7 @@ def selective_opd_loss(
     with the highest score:
         loss = 1/|M| sum_{t in M} sum_v p[t,v] (log p[t,v] - log q[t,v])          [nats]
     (arXiv 2605.26844, eqs. 6, 12, 13.) Positions outside M receive a gradient of exactly zero, scores carry none, and the
-    teacher never receives any. Row i predicts target i: the caller has shifted.
+    teacher never receives any. Row i predicts target i: the caller has shifted. Numbers and lists of ids may be NumPy's.
 
     Args:
         student: (..., V) logits, or a `LinearHead`, whose logits are then never materialised whole.
@@ -137,7 +137,7 @@ def selective_opd_loss(
         fp64 inputs on both sides give fp64 results.
     Raises:
         ValueError: shapes, devices or numbers that do not fit ("fraction: got 1.5, expected a number in (0, 1]").
-        TypeError: logits that are not floating point, or something that is no tensor.
+        TypeError: logits that are not floating point, something that is no tensor, or a sparse or nested one.
     A second derivative is an error, and so are torch.func's transforms, but with backend "eager" (there vmap alone is).
     Non-finite logits: -inf is a masked vocabulary entry. Where the divergence is infinite (p > 0, q = 0) the stats say so and
         the position is not selected. A NaN of the student at a valid position makes the loss NaN, also where the teacher's

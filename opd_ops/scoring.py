@@ -347,7 +347,8 @@ def score_positions(
     a sparse teacher allows. A position where it is known to be infinite scores -inf, so that it is never selected; `stats` keep
     the true value. With `score_dtype="float8"` all scores are those of the first ranking, in 8 bits; `selective_opd_loss`
     scores its shortlist again. With a `selection_group` selectors normalise over the positions of all its ranks, which must all
-    call; "prefix" and `special_ids` count along the sequences that this rank holds.
+    call; "prefix" and `special_ids` count along the sequences that this rank holds. torch.func's transforms are an error, but
+    with backend "eager".
 
     Returns: `scores` (...) fp32, -inf where not valid; `stats`, `TokenStats` of the same shape.
     """

@@ -86,12 +86,32 @@ def test_page_escapes_what_came_from_outside_and_counts_what_it_left_out(context
     assert "gain G: 0.000 nats" in _Page(page).spans[0][1]
 
 
+def test_page_isolates_every_text_from_outside(contexts):
+    text = "\u05d0\u05d1\u202e(1)\u2069\u202d"  # Hebrew, and what would turn around the words after it
+    shown = "\u05d0\u05d1⟨U+202E⟩(1)⟨U+2069⟩⟨U+202D⟩"
+    named = dataclasses.replace(
+        contexts, tokens=[[text] * len(row) for row in contexts.tokens], prompts=[text] * len(contexts.prompts)
+    )
+    named = dataclasses.replace(named, clusters=torch.arange(len(named.prompts)))
+    found = study(named, {text: lambda stats: stats.union_kl}, [0.2], resamples=5)
+    page = render(named, found, {text: text})
+    for control in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067":
+        assert control not in page
+    assert page.count("\u2068") == page.count("\u2069") >= len(_Page(page).spans)
+    body = re.sub(r' data-hover="[^"]*"', "", page)  # each label of a picture is a text of its own
+    body = re.sub(r"<svg.*?</svg>", "", body, flags=re.S)
+    before = [body[max(0, place.start() - 30) : place.start()] for place in re.finditer(re.escape(shown), body)]
+    assert len(before) > len(_Page(page).spans) + MOST_ROLLOUTS
+    for words in before:
+        assert words.endswith(("<bdi>", "<bdi><code>")) or re.search(r'style="--s:[\d.]+">$', words)
+
+
 def test_page_marks_exactly_the_selected_tokens(contexts, found, page):
     spans = _Page(page).spans
     shown = torch.zeros_like(contexts.measured)
     shown[:MOST_ROLLOUTS] = contexts.measured[:MOST_ROLLOUTS]
     assert [marked for marked, _ in spans] == found.chosen.selected[shown].tolist()
-    assert all(("SELECTED by divergence, 20 %" in hover) == marked for marked, hover in spans)
+    assert all(("SELECTED by \u2068divergence\u2069, 20 %" in hover) == marked for marked, hover in spans)
     gains = (contexts.before.forward_kl - contexts.after_forward_kl)[shown].tolist()
     assert [hover.split("\n")[-1] for _, hover in spans] == [f"gain G: {g:.3f} nats" for g in gains]
 

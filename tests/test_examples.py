@@ -102,8 +102,52 @@ def test_render_shows_every_statistic_on_hover():
         "support mass C": stats.support_mass,
         "union KL D": stats.union_kl,
     }
-    assert first[0] == "token '<b>'"
+    assert first[0] == "token \u2068'<b>'\u2069"
     assert [line.removesuffix(" nats") for line in first[2:]] == [f"{k}: {v[0, 0].item():.3f}" for k, v in values.items()]
+
+
+class _Foreign(HTMLParser):
+    """The elements around each piece of text that has `word` in it."""
+
+    def __init__(self, page: str, word: str) -> None:
+        super().__init__()
+        self.open, self.around, self.word = [], [], word
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "br"):
+            self.open.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        if self.word in data:
+            assert data.startswith(self.word)
+            self.around.append((list(self.open), data))
+
+
+def test_render_isolates_every_text_from_outside():
+    text = "\u05d0\u05d1 \u202e(1) \u2069\u202d"  # Hebrew, and what would turn around the words after it
+    shown = "\u05d0\u05d1 ⟨U+202E⟩(1) ⟨U+2069⟩⟨U+202D⟩"
+    batch = _batch()
+    batch = batch._replace(title=text, questions=[text] * 2, tokens=[[text] * 6, [text] * 4])
+    page = token_heatmap.render([batch], {text: text}, [{text: text}], text, text)
+    outside = _Foreign(page, "\u05d0").around
+    assert {data for _, data in outside} == {shown}
+    tokens = [elements for elements, _ in outside if elements[-1][1].get("class", "").startswith("t")]
+    assert len(tokens) == 10
+    assert all(elements[-2] == ("p", {"class": "tokens", "dir": "auto"}) for elements in tokens)
+    assert ".t{unicode-bidi:plaintext;" in page
+    others = [elements for elements, _ in outside if elements not in tokens]
+    assert len(others) == 9  # title, two questions, a setting, an answer, both with their names, outcome, models
+    assert all(elements[-1][0] == "bdi" for elements in others)
+    assert "h1,h2,h3,dt{overflow-wrap:anywhere}" in page
+    hovers = _Page(page).hovers
+    assert all(hover.startswith(f"token \u2068{text!r}\u2069\n") for hover in hovers)
+    for control in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067":
+        assert control not in page
+    assert page.count("\u2068") == page.count("\u2069") == len(hovers)
 
 
 def test_render_needs_no_network_and_says_what_it_left_out():

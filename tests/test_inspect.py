@@ -49,7 +49,7 @@ def test_inspect_writes_the_page_and_its_numbers(folder, tmp_path, capsys):
     chosen += ["--trained", str(folder / "trained"), "--resamples", "50", "--out", str(out)]
     cli.main(flags(folder, *chosen))
     page, found = out.read_text(encoding="utf-8"), json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
-    assert "SELECTED by teachability, 30 %" in page
+    assert "SELECTED by \u2068teachability\u2069, 30 %" in page
     assert str(folder / "trained") in page
     assert found.pop("settings")["student"] == str(folder / "student")
     assert found == json.loads(json.dumps(run(folder, *chosen, "--overwrite").to_json()))  # the seed decides

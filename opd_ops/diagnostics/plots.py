@@ -19,6 +19,7 @@ from opd_ops.diagnostics.intervals import Interval
 from opd_ops.diagnostics.quadrants import NAMES, Quadrants
 from opd_ops.diagnostics.regression import REGRESSORS
 from opd_ops.diagnostics.study import Study
+from opd_ops.diagnostics.token_heatmap import SIGNS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +59,7 @@ def gains(study: Study) -> str:
             _points(panel, [found[name] for name in names], BLUE)
             panel.set(title=f"best {100 * fraction:g} % of the tokens")
             panel.grid(axis="x")
-        axes[0].set_yticks(range(len(names)), names)
+        axes[0].set_yticks(range(len(names)), [name.translate(SIGNS) for name in names])
         axes[0].invert_yaxis()
         figure.supxlabel(
             f"mean gain, nats per token  (dashed: all tokens, {everything.gain.value:.3f})", color=TEXT, fontsize=10

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 
 import torch
 
@@ -53,7 +52,7 @@ def _gains(study: Study) -> str:
     ordered = [first, *sorted(rest, key=lambda row: row.fraction)]
     rows = [
         (
-            escape(row.selector),
+            token_heatmap.isolated(row.selector),
             f"{100 * row.fraction:g} %",
             f"{row.n_selected:,}",
             _number(row.gain),
@@ -82,7 +81,7 @@ def _regression(study: Study) -> str:
         return ""
     title = "Teachability against incompatibility"
     if study.regression is None:
-        return _section(title, f"Not on these tokens. {escape(study.regression_refused or '')}")
+        return _section(title, f"Not on these tokens. {token_heatmap.isolated(study.regression_refused or '')}")
     found = study.regression
     rows = [
         ("teachability D·C", _number(found.teachability)),
@@ -145,16 +144,16 @@ def _tokens(contexts: Contexts, study: Study) -> str:
     if contexts.after_forward_kl is not None:
         gain = torch.where(contexts.measured, contexts.before.forward_kl - contexts.after_forward_kl, 0)
     share = f"{100 * chosen.fraction:g} %"
-    mark = f"SELECTED by {chosen.selector}, {share}"
+    mark = f"SELECTED by {token_heatmap.isolated_in_text(chosen.selector)}, {share}"
     answers = token_heatmap.Answers(
         contexts.prompts, contexts.tokens, chosen.scores, chosen.selected, contexts.stats, mark, gain
     )
     tokens, scale = token_heatmap.heat_map(answers)
     return _section(
         "The tokens",
-        f"The frozen answers: the stronger the shade, the higher a token's score by {escape(chosen.selector)}; a heavy outline "
-        f"marks the best {share}, which a loss would train on. Hover over a token, or move to it with the Tab key, for its "
-        "numbers.",
+        f"The frozen answers: the stronger the shade, the higher a token's score by {token_heatmap.isolated(chosen.selector)}; "
+        f"a heavy outline marks the best {share}, which a loss would train on. Hover over a token, or move to it with the Tab "
+        "key, for its numbers.",
         f'<p class="sum"><span>{int(chosen.selected.sum()):,} of {study.n_positions:,} tokens selected</span>{scale}</p>',
         tokens,
     )
@@ -190,7 +189,7 @@ def _percent(share: float) -> str:
 
 def _visible(text: str) -> str:
     """A token's text with its spaces and line breaks to be seen."""
-    return f"<code>{escape(text).replace(' ', '␣').replace(chr(10), '↵')}</code>"
+    return f"<bdi><code>{token_heatmap.readable(text).replace(' ', '␣').replace(chr(10), '↵')}</code></bdi>"
 
 
 _PAGE = """<!doctype html>

@@ -5,6 +5,7 @@
 #
 # `render` makes a whole page of training steps, `heat_map` the tokens of one batch for a page of someone else's.
 # One file with its style and its dozen lines of script inside: it needs no network and can be sent as it is.
+# Text from outside (questions, tokens, settings, names) is isolated, whatever its direction, from the words of the page.
 # Not here: what is computed (opd_ops/), a training loop that writes such a page (examples/prompt_distillation.py).
 from __future__ import annotations
 
@@ -18,6 +19,9 @@ from opd_ops.loss import SelectiveOPDOutput
 from opd_ops.stats import TokenStats
 
 MOST_ROLLOUTS = 8  # per batch: enough to read
+
+# Characters that open or close a direction, as signs: a text that closes more than it opened would leave its element.
+SIGNS = {code: f"⟨U+{code:04X}⟩" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
 class Batch(NamedTuple):
@@ -53,13 +57,29 @@ def render(
         models: what the student has and its teacher has, in a clause: "it has no instruction, its teacher has one".
     """
     sections = "".join(_section(batch) for batch in batches)
-    parts = {"facts": facts(settings), "sections": sections, "answers": _table(answers), "models": escape(models)}
-    return _PAGE.format(style=STYLE, script=SCRIPT, words=WORDS, card=CARD, outcome=escape(outcome.replace("->", "→")), **parts)
+    parts = {"facts": facts(settings), "sections": sections, "answers": _table(answers), "models": isolated(models)}
+    parts["outcome"] = isolated(outcome.replace("->", "→"))
+    return _PAGE.format(style=STYLE, script=SCRIPT, words=WORDS, card=CARD, **parts)
+
+
+def readable(text: str) -> str:
+    """Text from outside as HTML."""
+    return escape(text.translate(SIGNS))
+
+
+def isolated(text: str) -> str:
+    """The same in an element that has its own direction, and leaves that of its neighbours alone."""
+    return f"<bdi>{readable(text)}</bdi>"
+
+
+def isolated_in_text(text: str) -> str:
+    """Text from outside, isolated in plain text by Unicode's own characters."""
+    return f"\u2068{text.translate(SIGNS)}\u2069"
 
 
 def facts(settings: Mapping[str, str]) -> str:
     """The inside of a definition list: what is set, by name."""
-    return "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in settings.items())
+    return "".join(f"<div><dt>{isolated(name)}</dt><dd>{isolated(value)}</dd></div>" for name, value in settings.items())
 
 
 def heat_map(answers: Answers) -> tuple[str, str]:
@@ -78,7 +98,7 @@ def _section(batch: Batch) -> str:
     rollouts, scale = heat_map(answers)
     m = {name: value.item() for name, value in out.metrics.items()}
     return (
-        f"<section><h2>{escape(batch.title)}</h2>"
+        f"<section><h2>{isolated(batch.title)}</h2>"
         f'<p class="sum"><span>{m["n_selected"]:.0f} of {m["n_valid"]:.0f} tokens selected</span>'
         f"<span>reverse KL: {m['kl_selected']:.2f} nats on the selected, {m['kl_all']:.2f} on all</span>"
         f"{scale}</p>{rollouts}</section>"
@@ -89,17 +109,18 @@ def _rollout(answers: Answers, row: int, low: float, high: float) -> str:
     tokens = "".join(_token(answers, row, i, text, low, high) for i, text in enumerate(answers.tokens[row]))
     n = int(answers.selected[row].sum())
     return (
-        f"<article><h3>{escape(answers.questions[row])}<small>{n} of {len(answers.tokens[row])} selected</small></h3>"
-        f'<p class="tokens">{tokens}</p></article>'
+        f"<article><h3>{isolated(answers.questions[row])}<small>{n} of {len(answers.tokens[row])} selected</small></h3>"
+        f'<p class="tokens" dir="auto">{tokens}</p></article>'
     )
 
 
 def _token(answers: Answers, row: int, i: int, text: str, low: float, high: float) -> str:
     score, selected = answers.scores[row, i].item(), bool(answers.selected[row, i])
     shade = (score - low) / (high - low) if high > low and low <= score <= high else 0.0
-    hover = "\n".join((f"token {text!r}", answers.mark if selected else "not selected", *_lines(answers, row, i)))
+    mark = answers.mark if selected else "not selected"
+    hover = "\n".join((f"token {isolated_in_text(repr(text))}", mark, *_lines(answers, row, i)))
     # A line break is drawn as a sign and then made, so that it can be seen, coloured and outlined like any token.
-    body = escape(text).replace("\n", "↵<br>")
+    body = readable(text).replace("\n", "↵<br>")
     name = "t sel" if selected else "t"
     return f'<span class="{name}" tabindex="0" style="--s:{shade:.3f}" data-hover="{escape(hover)}">{body}</span>'
 
@@ -122,8 +143,8 @@ def _lines(answers: Answers, row: int, i: int) -> list[str]:
 
 
 def _table(answers: Sequence[Mapping[str, str]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in (answers[0] if answers else ()))
-    rows = "".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row.values()) + "</tr>" for row in answers)
+    head = "".join(f"<th>{isolated(name)}</th>" for name in (answers[0] if answers else ()))
+    rows = "".join("<tr>" + "".join(f"<td>{isolated(text)}</td>" for text in row.values()) + "</tr>" for row in answers)
     return f"<section><h2>Held-out questions, greedy answers</h2><table><tr>{head}</tr>{rows}</table></section>"
 
 
@@ -152,13 +173,17 @@ else. Hover over a token, or move to it with the Tab key, for its numbers.</p>
 {card}<script>{script}</script></body></html>
 """
 
+# `plaintext` isolates a token and takes its direction from its own letters; those of an answer (dir="auto") order its tokens.
 # Both schemes keep at least 4.5 : 1 between text and every shade; selection is a line, not a colour alone.
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1a1a1a;--dim:#595959;--line:#d0d0d0;--hot:#f59e0b;--ring:#1a1a1a;--card:#fff}
 @media(prefers-color-scheme:dark){:root{--bg:#16181c;--fg:#ececec;--dim:#a8adb5;--line:#3a3f47;--hot:#a05008;--ring:#fff;
 --card:#24272d}}
 *{box-sizing:border-box}
-body{margin:0 auto;max-width:1100px;padding:24px;background:var(--bg);color:var(--fg);font:16px/1.5 system-ui,sans-serif}
+body{margin:0 auto;max-width:1100px;padding:24px;background:var(--bg);color:var(--fg);font:16px/1.5 system-ui,sans-serif;
+overflow-wrap:break-word}
+h1,h2,h3,dt{overflow-wrap:anywhere}
+section>table :is(td,th){overflow-wrap:anywhere;min-width:7em}
 h1{font-size:26px;margin:0 0 8px}h2{font-size:19px;margin:28px 0 6px}
 h3{font-size:15px;margin:0 0 2px}h3 small{font-weight:400;color:var(--dim);margin-left:10px}
 dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:8px 18px;margin:16px 0;padding:12px 14px;
@@ -169,7 +194,8 @@ dt{font-size:12px;color:var(--dim)}dd{margin:0;font-size:14px;overflow-wrap:anyw
 .ramp{width:120px;height:12px;border:1px solid var(--line);background:linear-gradient(90deg,var(--bg),var(--hot))}
 article{padding:10px 0;border-top:1px solid var(--line)}
 .tokens{margin:0;font-size:17px;line-height:1.85;white-space:pre-wrap;overflow-wrap:anywhere}
-.t{padding:2px 0;border-radius:3px;background:color-mix(in srgb,var(--hot) calc(var(--s)*100%),var(--bg));cursor:default}
+.t{unicode-bidi:plaintext;padding:2px 0;border-radius:3px;cursor:default;
+background:color-mix(in srgb,var(--hot) calc(var(--s)*100%),var(--bg))}
 .sel{outline:2px solid var(--ring);font-weight:600;position:relative}
 .tokens .t:hover,.tokens .t:focus{text-decoration:underline 2px}
 .demo{padding:1px 4px}
