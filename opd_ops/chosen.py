@@ -5,6 +5,7 @@
 # Not here: scores (scoring.py), budgets and ties (selection.py), what is made of the losses (loss.py, token_losses.py).
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -46,6 +47,8 @@ class Chosen:
         scores, stats = call.run(shortlist)
         selected = select(scores, mask=stats.valid, fraction=fraction, threshold=threshold)
         rows, kept = _rows_of(selected, None if threshold is not None else fraction, call)
+        if not _in_graph(selected.device):  # the list of rows has just made the host wait for the statistics
+            _warn_of_infinite(stats.valid & ~finite(stats, call.divergence), stats.valid, call.divergence.name)
         if call.known is not None and call.divergence.whole is not None and not scores_selected_rows(call.backend, *call.sides):
             rows, kept, selected, stats = call.with_whole_rows(rows, kept, selected, stats)
         return Chosen(call, rows, kept, selected, scores, stats)
@@ -91,6 +94,8 @@ class Chosen:
         infinite = infinite.index_put((rows,), infinite[rows] | (flat[rows] & (losses == torch.inf)))
         selected = flat.index_put((rows,), flat[rows] & trained)
         shape = self.selected.shape
+        if rows.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the host would wait for the losses
+            _warn_of_infinite(infinite, stats.valid.flatten(), self.call.divergence.name)
         return Settled(replace(self, selected=selected.view(shape), stats=stats), losses, trained, infinite.view(shape))
 
 
@@ -122,6 +127,23 @@ class Settled:
         if tokens is None:
             return found
         return found | sampled_metrics(call.log_ratio(chosen.rows, tokens, chosen.stats), self.trained)
+
+
+_warned_of: set[str] = set()  # Python's own memory of warnings is lost whenever somebody catches some
+
+
+def _warn_of_infinite(infinite: Tensor, valid: Tensor, divergence: str) -> None:
+    """Once a process and divergence: where most positions are infinite, little or nothing is learned."""
+    if divergence in _warned_of:
+        return
+    n_infinite, n_valid = torch.stack((infinite.sum(), valid.sum())).tolist()
+    if 2 * n_infinite > n_valid:
+        _warned_of.add(divergence)
+        warnings.warn(
+            f"divergence: {divergence!r} is infinite at {n_infinite} of {n_valid} valid positions, which are not trained on, "
+            "because one model masks ids that the other can write; mask the same ids in both, or use 'jsd', which is finite",
+            stacklevel=4,
+        )
 
 
 def _rows_of(selected: Tensor, fraction: float | None, call: Scoring) -> tuple[Tensor, Tensor | None]:

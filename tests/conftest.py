@@ -25,7 +25,7 @@ else:
     from tests.ptx import driver
 
     driver.use(TARGET)
-from opd_ops import sides  # noqa: E402
+from opd_ops import chosen, sides  # noqa: E402
 
 
 @pytest.fixture
@@ -47,6 +47,7 @@ def prompt_launches(monkeypatch):
 @pytest.fixture(autouse=True)
 def _no_vocabulary_was_warned_of():
     sides._warned_of.clear()
+    chosen._warned_of.clear()
 
 
 @pytest.fixture

@@ -10,12 +10,13 @@
 #
 # Not here: dense rows at chosen hard cases (test_token_stats.py, test_gradients.py), heads (test_triton_heads.py).
 import math
+import warnings
 
 import pytest
 import torch
 
-from opd_ops import JSD, selective_opd_loss
-from tests.cases import generator, leaf
+from opd_ops import JSD, chosen, selective_opd_loss
+from tests.cases import generator, leaf, logit_pair
 from tests.tolerances import assert_within, small_kl_bound
 
 N, V, K = 300, 211, 16
@@ -130,3 +131,46 @@ def test_every_row_keeps_the_contract(backend, dtype, divergence):
         bound = small_kl_bound(max(kl_of_close_models, 1e-12)) + rounding
         allowed = bound * norm if losses[i] >= 5e-7 else 3e-6  # the contract's smallest KL
         assert error <= allowed, f"row {i}, loss {losses[i]:.3g}: {error / norm:.2e} > {bound:.2e}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mostly_infinite_divergences_warn_once(backend):
+    s, u = logit_pair(6, 61)
+    u[:4, 7] = -math.inf  # the student can write it
+
+    def n_infinite():
+        out = selective_opd_loss(s, u, selector="entropy", fraction=1.0, backend=backend)
+        return out.metrics["n_infinite"]
+
+    with pytest.warns(UserWarning, match="divergence: 'reverse_kl' is infinite at 4 of 6 valid positions"):
+        assert n_infinite() == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert n_infinite() == 4
+        u[0, 7] = 0.0
+        chosen._warned_of.clear()
+        assert n_infinite() == 3  # half of them
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("temperature", [0.9, 20.0])
+@pytest.mark.parametrize(("student", "teacher"), [(-1e4, None), (None, -math.inf), (None, None), (-math.inf, -1e6)])
+def test_masks_may_be_written_in_any_way(student, teacher, temperature, backend):
+    """The KL is that of the ids that are left, whatever each model writes for the others; None: finfo.min."""
+    s, u = logit_pair(5, 61)
+    want = wanted((s / temperature)[:, ::2], (u / temperature)[:, ::2], "reverse_kl")[0]
+    least = torch.finfo(torch.float32).min
+    s[:, 1::2], u[:, 1::2] = (least if x is None else x * max(temperature, 1.0) for x in (student, teacher))
+    out = selective_opd_loss(s, u, fraction=1.0, top_k=40, temperature=temperature, backend=backend)
+    assert_within(out.stats.reverse_kl, want, absolute=1e-6, relative=1e-4, name="reverse_kl")
+    assert out.stats.union_kl.isfinite().all()
+    assert out.loss.item() == pytest.approx(want.mean().item(), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_vocabulary_of_one_id_has_nothing_to_learn(backend):
+    x = torch.tensor([[61.7], [3.3]], requires_grad=True)
+    out = selective_opd_loss(x, torch.tensor([[1.1], [1000.0]]), fraction=1.0, top_k=1, backend=backend)
+    out.loss.backward()
+    assert abs(out.loss) < 1e-7  # it was 1.9e-6
+    assert x.grad.abs().max() < 1e-7
