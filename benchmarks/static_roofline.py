@@ -52,11 +52,11 @@ BUDGET = {
 }  # fmt: skip
 # With soft-cap two tanh a pair set the time, not memory: ceilings a little above what was counted, so that it gets no worse.
 CAPPED_BUDGET = {
-    "score_fwd": 58, "reverse_kl_grad": 80, "forward_kl_grad": 80, "jsd_fwd": 64, "jsd_grad": 76, "rest_fwd": 29,
+    "score_fwd": 61, "reverse_kl_grad": 80, "forward_kl_grad": 80, "jsd_fwd": 64, "jsd_grad": 76, "rest_fwd": 29,
     "rest_grad": 41,
 }  # fmt: skip
 # Rows that start anywhere: memory's again, but for jsd_fwd, a little above what was counted.
-ODD_BUDGET = {"score_fwd": 31, "reverse_kl_grad": 46, "forward_kl_grad": 46, "jsd_fwd": 35}
+ODD_BUDGET = {"score_fwd": 31, "reverse_kl_grad": 46, "forward_kl_grad": 48, "jsd_fwd": 35}
 STREAMING = ("score", "reverse_kl", "forward_kl", "jsd_", "rest_")  # kernels with a main loop over the vocabulary
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 PLAIN = {"temperature": 1.0, "s_scale": 1.0, "t_scale": 1.0, "s_softcap": None, "t_softcap": None}
