@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,16 +34,21 @@ class Chosen:
     def of(call: Scoring, *, fraction: float, threshold: Tensor | float | None, cu_seqlens: Tensor | None) -> Chosen:
         """Score the call's positions and select."""
         group = None if call.ranks is None else call.ranks.group
-        keep_one = getattr(call.selector, "keep_one_per_sequence", False)
-        select = partial(
-            select_positions, scope=call.scope, selection_group=group, cu_seqlens=cu_seqlens, keep_one_per_sequence=keep_one
-        )
 
-        def shortlist(scores: Tensor, stats: TokenStats) -> Tensor:
-            return select(scores, mask=stats.valid, fraction=min(1.0, SHORTLIST * fraction))
+        def select(scores: Tensor, stats: TokenStats, fraction: float, threshold: Tensor | float | None) -> Tensor:
+            return select_positions(
+                scores,
+                mask=stats.valid,
+                fraction=fraction,
+                scope=call.scope,
+                selection_group=group,
+                cu_seqlens=cu_seqlens,
+                threshold=threshold,
+                **call.selection_options(stats),
+            )
 
-        scores, stats = call.run(shortlist)
-        selected = select(scores, mask=stats.valid, fraction=fraction, threshold=threshold)
+        scores, stats = call.run(lambda scores, stats: select(scores, stats, min(1.0, SHORTLIST * fraction), None))
+        selected = select(scores, stats, fraction, threshold)
         rows, kept = _rows_of(selected, None if threshold is not None else fraction, call)
         if call.known is not None and call.divergence.whole is not None and not scores_selected_rows(call.backend, *call.sides):
             rows, kept, selected, stats = call.with_whole_rows(rows, kept, selected, stats)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-OPTIONAL_COLUMNS = frozenset({"jsd", "released_kl"})
+BACKEND_COLUMNS = frozenset({"jsd", "released_kl", "topk_entropy"})  # the optional ones that a backend computes
+OPTIONAL_COLUMNS = BACKEND_COLUMNS | {"response_place"}
 SWEPT_COLUMNS = (  # those that one sweep of both models over the vocabulary gives
     "student_entropy",
     "teacher_entropy",
@@ -28,8 +29,9 @@ SWEPT_COLUMNS = (  # those that one sweep of both models over the vocabulary giv
 class TokenStats(NamedTuple):
     """Per-position statistics, each of the mask's shape; fp32 (fp64 for fp64 inputs), 0 where not valid.
 
-    `jsd` and `released_kl` cost extra work and are None unless the selector asks for them. With `student_stats` the columns
-    that take the student's whole row, `reverse_kl` and `forward_kl`, are NaN where that was not read.
+    The last four are None unless the selector asks for them (`needs`). `response_place` has all positions of the responses
+    scored: the columns are then known at masked ones too, and 0 outside the responses. With `student_stats` the columns that
+    take the student's whole row, `reverse_kl` and `forward_kl`, are NaN where that was not read.
     """
 
     valid: Tensor  # bool: mask non-zero, and the teacher has a softmax there; or the student has none, which must not hide
@@ -45,7 +47,9 @@ class TokenStats(NamedTuple):
     overlap_mass: Tensor  # sum over S ∩ T of q: the lower bound on C known from two top-K lists (TA eq. 17)
     union_kl: Tensor  # D = KL(q || p), both renormalised on U (TA eq. 9)
     jsd: Tensor | None = None  # Jensen-Shannon divergence, beta = 1/2
-    released_kl: Tensor | None = None  # D as the released TA code has it; see selectors.py::teachability_released
+    released_kl: Tensor | None = None  # D as the released TA code has it; see selectors.py::TeachabilityReleased
+    topk_entropy: Tensor | None = None  # H(p renormalised on S) / ln K, in [0, 1]
+    response_place: Tensor | None = None  # int64: first, second, ... position of its response; 0: of none (masking.py)
 
     def clone(self) -> TokenStats:
         """The same columns in memory of their own."""
@@ -72,11 +76,12 @@ class TokenStats(NamedTuple):
         return self._replace(**{name: column.flatten().index_copy(0, rows, values.to(column.dtype)).view(column.shape)})
 
     def replaced(self, where: Tensor, columns: TokenStats) -> TokenStats:
-        """These columns, but at the positions of the bool `where`, in order, those of `columns`."""
+        """These columns, but at the positions of the bool `where`, in order, those that `columns` has."""
         found = {}
         for name, column in self._asdict().items():
             if column is not None:
-                found[name] = column.masked_scatter(where, getattr(columns, name))
+                other = getattr(columns, name)
+                found[name] = column if other is None else column.masked_scatter(where, other)
         return TokenStats(**found)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> TokenStats:

@@ -20,9 +20,9 @@ from opd_ops.sources import Source
 from tests.cases import head_pair, leaf, leaf_head, logit_pair
 
 OPTIONS = 2**20, 130, 0.7  # workspace_bytes, vocab_size, temperature
-HEAD_OPTIONS = 8, "jsd,released_kl", 2**20, torch.float32  # top_k, optional columns, workspace_bytes, score_dtype
+HEAD_OPTIONS = 8, "jsd,released_kl,topk_entropy", 2**20, torch.float32  # top_k, optional columns, workspace_bytes, score_dtype
 OPERATORS = {
-    "token_columns": lambda s, t, rows: (s, t, rows, 8, "jsd,released_kl", *OPTIONS),
+    "token_columns": lambda s, t, rows: (s, t, rows, 8, "jsd,released_kl,topk_entropy", *OPTIONS),
     "divergence_gradient": lambda s, t, rows: (s, t, rows, torch.ones(2), "reverse_kl", *OPTIONS),
     "selected_losses": lambda s, t, rows: (leaf(s), t, rows, torch.ones(2), "forward_kl", *OPTIONS),
 }
@@ -138,7 +138,10 @@ def test_operators_pass_opcheck(name):
 
 
 @pytest.mark.parametrize("shape", [(6, 131), (2, 3, 131)])
-@pytest.mark.parametrize(("divergence", "selector"), [("reverse_kl", "teachability"), ("forward_kl", "tip")])
+@pytest.mark.parametrize(
+    ("divergence", "selector"),
+    [("reverse_kl", "teachability"), ("forward_kl", "tip"), ("reverse_kl", "teachability-released")],
+)
 def test_selective_opd_loss_compiles_fullgraph(divergence, selector, shape):
     student, teacher = (x.view(shape) for x in logit_pair(6, 131))
     teacher = teacher.clone()
