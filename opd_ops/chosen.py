@@ -129,7 +129,7 @@ class Settled:
 
 
 def _rows_of(selected: Tensor, fraction: float | None, call: Scoring) -> tuple[Tensor, Tensor | None]:
-    """The selected positions; in a graph as many as the budget, and which of those are selected (None: all).
+    """The selected positions; in a graph as many as may be selected at most, and which of those are selected (None: all).
 
     Their number depends on the data (NaN or infinite rows leave the budget unfilled), which no graph can hold, torch.compile's
     or CUDA's. There the list is filled up with other rows, whose losses become 0: a weight at which the gradient is exactly
@@ -139,7 +139,10 @@ def _rows_of(selected: Tensor, fraction: float | None, call: Scoring) -> tuple[T
     fixed = call.given is None and call.scope == "batch" and drops_weightless_rows(call.backend)
     if fraction is None or not fixed or not _in_graph(flat.device):
         return flat.nonzero().squeeze(1), None
-    rows = torch.sort(flat.to(torch.uint8), descending=True, stable=True).indices[: most_selected(len(flat), fraction)]
+    most = most_selected(len(flat), fraction)
+    if getattr(call.selector, "keep_one_per_sequence", False):  # on top of the budget
+        most += call.positions.n_sequences
+    rows = torch.sort(flat.to(torch.uint8), descending=True, stable=True).indices[:most]
     return rows, flat[rows]
 
 

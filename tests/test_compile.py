@@ -124,6 +124,24 @@ def test_rows_that_fill_up_a_captured_call_may_hold_nan(workspace_bytes, dtype, 
         torch.testing.assert_close(a, b, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
 
 
+def test_a_captured_call_trains_on_what_is_kept_on_top_of_the_budget(monkeypatch):
+    heads = head_pair((4, 3), 131)
+    options = {"fraction": 0.1, "backend": "triton", "selector": "teachability-released"}
+    runs = []
+    for capturing in (False, True):
+        monkeypatch.setattr("opd_ops.chosen._in_graph", lambda device, capturing=capturing: capturing)
+        student = leaf_head(heads[0])
+        with _NoSynchronisation() if capturing else nullcontext():
+            out = selective_opd_loss(student, heads[1], **options)
+            out.loss.backward()
+        assert out.selected.sum() > most_selected(12, 0.1)
+        runs.append([out.loss.detach(), out.selected, student.weight.grad, student.hidden.grad])
+    assert torch.equal(runs[0][1], runs[1][1])
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert bool((runs[1][3].abs().sum(-1) > 0).equal(runs[1][1]))
+
+
 def compiled(call):
     """For these shapes alone: a shape that varies between calls is not supported, and dynamo would try."""
     torch._dynamo.reset()
