@@ -61,7 +61,7 @@ def estimate(
     Other divergences take as many units on backend "triton"; docs/features.md has those of "torch".
 
     Args:
-        N, V: Valid positions; entries of the common vocabulary.
+        N, V: Valid positions, with "teachability-released" all of the responses; entries of the common vocabulary.
         Ds, Dt: Hidden sizes of student and teacher.
         fraction, workspace_bytes, top_k, score_dtype: As in `selective_opd_loss`.
         dtype: Of hidden states and weights.

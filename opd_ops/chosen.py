@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,16 +35,21 @@ class Chosen:
     def of(call: Scoring, *, fraction: float, threshold: Tensor | float | None, cu_seqlens: Tensor | None) -> Chosen:
         """Score the call's positions and select."""
         group = None if call.ranks is None else call.ranks.group
-        keep_one = getattr(call.selector, "keep_one_per_sequence", False)
-        select = partial(
-            select_positions, scope=call.scope, selection_group=group, cu_seqlens=cu_seqlens, keep_one_per_sequence=keep_one
-        )
 
-        def shortlist(scores: Tensor, stats: TokenStats) -> Tensor:
-            return select(scores, mask=stats.valid, fraction=min(1.0, SHORTLIST * fraction))
+        def select(scores: Tensor, stats: TokenStats, fraction: float, threshold: Tensor | float | None) -> Tensor:
+            return select_positions(
+                scores,
+                mask=stats.valid,
+                fraction=fraction,
+                scope=call.scope,
+                selection_group=group,
+                cu_seqlens=cu_seqlens,
+                threshold=threshold,
+                **call.selection_options(stats),
+            )
 
-        scores, stats = call.run(shortlist)
-        selected = select(scores, mask=stats.valid, fraction=fraction, threshold=threshold)
+        scores, stats = call.run(lambda scores, stats: select(scores, stats, min(1.0, SHORTLIST * fraction), None))
+        selected = select(scores, stats, fraction, threshold)
         rows, kept = _rows_of(selected, None if threshold is not None else fraction, call)
         if not _in_graph(selected.device):  # the list of rows has just made the host wait for the statistics
             _warn_of_infinite(stats.valid & ~finite(stats, call.divergence), stats.valid, call.divergence.name)
@@ -147,7 +151,7 @@ def _warn_of_infinite(infinite: Tensor, valid: Tensor, divergence: str) -> None:
 
 
 def _rows_of(selected: Tensor, fraction: float | None, call: Scoring) -> tuple[Tensor, Tensor | None]:
-    """The selected positions; in a graph as many as the budget, and which of those are selected (None: all).
+    """The selected positions; in a graph as many as may be selected at most, and which of those are selected (None: all).
 
     Their number depends on the data (NaN or infinite rows leave the budget unfilled), which no graph can hold, torch.compile's
     or CUDA's. There the list is filled up with other rows, whose losses become 0: a weight at which the gradient is exactly
@@ -157,7 +161,10 @@ def _rows_of(selected: Tensor, fraction: float | None, call: Scoring) -> tuple[T
     fixed = call.given is None and call.scope == "batch" and drops_weightless_rows(call.backend)
     if fraction is None or not fixed or not _in_graph(flat.device):
         return flat.nonzero().squeeze(1), None
-    rows = torch.sort(flat.to(torch.uint8), descending=True, stable=True).indices[: most_selected(len(flat), fraction)]
+    most = most_selected(len(flat), fraction)
+    if getattr(call.selector, "keep_one_per_sequence", False):  # on top of the budget
+        most += call.positions.n_sequences
+    rows = torch.sort(flat.to(torch.uint8), descending=True, stable=True).indices[:most]
     return rows, flat[rows]
 
 

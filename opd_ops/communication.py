@@ -11,6 +11,8 @@
 #                gradient of M rows       all-reduce   c M Ds, of heads alone; in the forward, where kernels make it there
 #   selection    normalisers, budget      all-reduce   the searches of order_statistics.py, of any N; all-gather of ties, 8 a
 #                                                      sequence, and with sequences of their number, 8
+#                responses they share     all-gather   of sequences' number, 8, and of their ends, 24 a sequence, where the
+#                                                      selector reads whole responses
 #                denominators             all-reduce   16
 #
 #   On the wire, per rank of p, by rings:   all-reduce 2 (p - 1) / p x,   all-gather (p - 1) x,   broadcast x
@@ -24,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,10 +35,11 @@ from opd_ops import checks
 from opd_ops.arguments import check_integer
 from opd_ops.backends import has_kernel, shards
 from opd_ops.divergences import Divergence, Extrapolated, OnSupport, Summed, resolve_divergence
+from opd_ops.masking import Positions
 from opd_ops.ranks import Ranks
 from opd_ops.scoring import DEFAULT_WORKSPACE_BYTES
 from opd_ops.selection import most_selected, select_over_ranks
-from opd_ops.selectors import Selector, is_deterministic, over_ranks, resolve_selector
+from opd_ops.selectors import Selector, is_deterministic, over_ranks, resolve_selector, selection_options
 from opd_ops.sources import Shard
 from opd_ops.stats import OPTIONAL_COLUMNS, TokenStats
 
@@ -47,7 +51,8 @@ class Collective:
     """Equal collectives that follow each other."""
 
     phase: str  # "forward", "backward"
-    purpose: str  # "widths", "statistics", "scores", "draw", "budget", "loss", "denominator", "metrics", "gradient"
+    purpose: str  # "widths", "responses", "statistics", "scores", "draw", "budget", "loss", "denominator", "metrics", or
+    # "gradient"
     group: str  # "vocabulary", "selection"
     kind: str  # "all_gather", "all_reduce", "broadcast"
     ranks: int  # of the group
@@ -120,7 +125,8 @@ def estimate_communication(
     """What one call of `selective_opd_loss` and its backward send, as one rank sees it.
 
     Args:
-        N, V: Valid positions of this rank, which all ranks of its vocabulary's group hold; entries of the whole vocabulary.
+        N, V: Valid positions of this rank, which all ranks of its vocabulary's group hold, with "teachability-released" all
+            of its responses; entries of the whole vocabulary.
         Ds: Hidden size of the student, whose hidden states require a gradient; None: dense logits.
         fraction, workspace_bytes, scope, selector, divergence, top_k: As in `selective_opd_loss`.
         dtype: Of logits, or hidden states and weights, on both sides.
@@ -232,6 +238,7 @@ class _Call:
         yield from self._vocabulary("widths", "all_gather", 16 * sides)  # sharding.py: each side's positions and ids
         if self.backend == "triton":
             yield from self._vocabulary("widths", "all_reduce", 8)  # whether all ranks can run it
+        yield from self._selection("responses", self._responses())
         yield from self._statistics("statistics", self.N, self.top_k)
         if self.backend != "eager" and "jsd" in getattr(self.selector, "needs", ()):
             yield from self._vocabulary("statistics", "all_reduce", SUMS_BYTES * self.N)
@@ -239,7 +246,9 @@ class _Call:
         yield from self._selection("scores", sent)
         if not is_deterministic(self.selector):
             yield from self._vocabulary("draw", "broadcast", scores.dtype.itemsize * self.n_positions)
-        yield from self._selection("budget", self._budget())
+        options, sent = self._options()
+        yield from self._selection("scores", sent)
+        yield from self._selection("budget", self._budget(options))
         yield from self._loss()
         yield from self._selection("denominator", [("all_reduce", 16)])  # two int64
         if self.divergence.support is not None and self.divergence.support.of_tokens:
@@ -300,20 +309,41 @@ class _Call:
         if support.reads_rest:
             yield from self._vocabulary("loss", "all_gather", rest)
 
-    def _scores(self) -> tuple[Tensor, list[tuple[str, int]]]:
-        """The selector's scores of no position, for their dtype, and what its normalisers send."""
+    def _responses(self) -> list[tuple[str, int]]:
+        """What finding the responses of sequences sends whose parts the ranks hold."""
+        noted = _Noted(n=self.selecting)
+        if self.n_sequences is not None and "response_place" in getattr(self.selector, "needs", ()):
+            none = torch.empty((self.n_sequences, 0), dtype=torch.long)
+            Positions(None, none, None, None, None).response_places(noted)
+        return noted.sent
+
+    def _statistics_of_no_position(self) -> TokenStats:
         optional = OPTIONAL_COLUMNS - frozenset(getattr(self.selector, "needs", ()))
         columns = {name: torch.empty(0, dtype=self.dtype) for name in TokenStats._fields if name not in optional}
+        integers = {"response_place": torch.empty(0, dtype=torch.long)} if "response_place" in columns else {}
+        return TokenStats(**columns | integers | {"valid": torch.empty(0, dtype=torch.bool)})
+
+    def _scores(self) -> tuple[Tensor, list[tuple[str, int]]]:
+        """The selector's scores of no position, for their dtype, and what its normalisers send."""
         noted = _Noted(n=self.selecting)
         with torch.no_grad(), over_ranks(noted):
-            scores = self.selector(TokenStats(**columns | {"valid": torch.empty(0, dtype=torch.bool)}))
+            scores = self.selector(self._statistics_of_no_position())
         return scores, noted.sent
 
-    def _budget(self) -> list[tuple[str, int]]:
+    def _options(self) -> tuple[dict[str, Any], list[tuple[str, int]]]:
+        """What the selector asks of the budget, and what the normalisers in it send."""
+        noted = _Noted(n=self.selecting)
+        with torch.no_grad(), over_ranks(noted):
+            options = selection_options(self.selector, self._statistics_of_no_position())
+        return options, noted.sent
+
+    def _budget(self, options: dict[str, Any]) -> list[tuple[str, int]]:
         """What finding the n-th best sends, and counting who holds its ties."""
         noted, valid = _Noted(n=self.selecting), torch.empty(0, dtype=torch.bool)
         sequences = None if self.n_sequences is None else (valid.long(), self.n_sequences)
-        select_over_ranks(torch.empty(0, dtype=self.dtype), valid, self.fraction, noted, sequences)
+        places = options["places"] if sequences is None else None  # scoring.py
+        scores = torch.empty(0, dtype=self.dtype)
+        select_over_ranks(scores, valid, self.fraction, noted, sequences, places=places)
         return noted.sent
 
     def _vocabulary(self, purpose: str, kind: str, n_bytes: int, *, phase: str = "forward") -> Iterator[Collective]:

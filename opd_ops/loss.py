@@ -80,7 +80,8 @@ def selective_opd_loss(
         student: (..., V) logits, or a `LinearHead`, whose logits are then never materialised whole.
         teacher: The same for the teacher, with the same leading dimensions; or `TopKLogprobs`, `SampledLogprobs`, what a server
             returns. docs/features.md has the table of what each teacher supports.
-        mask: (...), any dtype, non-zero on the tokens the student wrote; None: all. Other rows may hold anything.
+        mask: (...), any dtype, non-zero on the tokens the student wrote; None: all. Other rows may hold anything, and matter to
+            "teachability-released" alone, if they lie inside a response (docs/features.md).
         weights: (...) factors of each position's loss; None: 1. A weight of 0 takes the position from the mask and from the
             denominator; others change neither selection nor denominator.
         selector: What makes a position worth training on: a name of selectors.py, or a callable `TokenStats -> scores`, whose

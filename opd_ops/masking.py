@@ -2,6 +2,8 @@
 #
 #   special tokens: the first occurrence of each id in each response leaves the mask and the denominator (arXiv 2603.25562's
 #   released code: student and teacher may tokenise `<think>` or end a turn differently)
+#   response: from the first to the last position of a sequence that is valid, or would be without `special_ids`; what is masked
+#   in between is part of it
 #
 # Everything stays on the device. Row i predicts target i: whoever passes tokens has shifted them; labels are shifted here.
 # Not here: budgets (selection.py), merged ids (sources.py).
@@ -14,7 +16,10 @@ import torch
 from torch import Tensor
 
 from opd_ops.arguments import check_layout, plain, shown
-from opd_ops.selection import sequence_ids
+from opd_ops.ranks import Ranks
+from opd_ops.selection import check_same_sequences, count_sequences, numbered_sequences, sequence_ids
+
+BEYOND = 2**62  # a place behind every position
 
 
 class Positions(NamedTuple):
@@ -23,6 +28,36 @@ class Positions(NamedTuple):
     valid: Tensor | None  # bool of the positions' shape; None: all
     sequences: Tensor  # the number of each position's sequence
     tokens: Tensor | None  # the token each position predicts
+    allowed: Tensor | None  # `valid` before `special_ids` took positions from it; None: all
+    cu_seqlens: Tensor | None
+
+    @property
+    def n_sequences(self) -> int:
+        return count_sequences(self.sequences.shape, self.cu_seqlens)
+
+    def response_places(self, ranks: Ranks | None) -> Tensor:
+        """int64 of the positions' shape: 1, 2, ... along each sequence's response; 0 outside of it.
+
+        `ranks`: which hold parts of the same sequences, that follow each other in their order; None: sequences are whole.
+        Collectives: gathers of an int64, for which the host waits, and of (3, n_sequences) int64.
+        Raises: ValueError, on every rank: ranks with different numbers of sequences.
+        """
+        shape, device = self.sequences.shape, self.sequences.device
+        ids, n = numbered_sequences(shape, self.cu_seqlens, device)
+        if ranks is not None:
+            check_same_sequences(n, ranks, device)
+        allowed = torch.ones_like(ids, dtype=torch.bool) if self.allowed is None else self.allowed.flatten()
+        length = torch.zeros(n, dtype=torch.long, device=device).index_add(0, ids, torch.ones_like(ids))
+        place = torch.arange(len(ids), device=device) - (length.cumsum(0) - length)[ids]  # in this rank's part
+        first = torch.full_like(length, BEYOND).scatter_reduce(0, ids, torch.where(allowed, place, BEYOND), "amin")
+        last = torch.full_like(length, -1).scatter_reduce(0, ids, torch.where(allowed, place, -1), "amax")
+        parts = torch.stack((length, first, last))
+        lengths, firsts, lasts = (parts.unsqueeze(0) if ranks is None else ranks.gather(parts)).unbind(1)  # (ranks, n)
+        before = lengths.cumsum(0) - lengths
+        first = torch.where(lasts < 0, BEYOND, firsts + before).amin(0)
+        last = torch.where(lasts < 0, -1, lasts + before).amax(0)
+        place = place + before[0 if ranks is None else ranks.rank][ids]
+        return torch.where((place >= first[ids]) & (place <= last[ids]), place - first[ids] + 1, 0).view(shape)
 
 
 def positions(
@@ -62,12 +97,12 @@ def positions(
     tokens = targets if tokens is None else tokens
     if among is not None and tokens is not None:  # a token that is none cannot be trained on
         found.append((tokens >= 0) & (tokens < among))
-    valid = None if not found else torch.stack(found).all(0)
+    valid = allowed = None if not found else torch.stack(found).all(0)
     if len(special_ids):
         if tokens is None:
             raise ValueError("special_ids: got ids, but no tokens to look among; pass tokens=, or labels to the loss")
         valid = _without_first(valid, tokens, special_ids, sequences)
-    return Positions(valid, sequences, tokens)
+    return Positions(valid, sequences, tokens, allowed, cu_seqlens)
 
 
 def _without_first(valid: Tensor | None, tokens: Tensor, ids: Sequence[int], sequences: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from opd_ops.backends import Backend, Needs, check_backend, drops_weightless_row
 from opd_ops.backends.gather import logits_at
 from opd_ops.divergences import Divergence, ReverseKL, SampledToken, TailAware, resolve_divergence
 from opd_ops.inputs import LinearHead
-from opd_ops.masking import Positions, positions
+from opd_ops.masking import Positions, of_positions, positions
 from opd_ops.ranks import Ranks
 from opd_ops.rollout import StudentStats
 from opd_ops.selection import numbered_sequences, select, select_over_ranks, sequence_ids
@@ -33,10 +34,11 @@ from opd_ops.selectors import (
     is_own,
     over_ranks,
     resolve_selector,
+    selection_options,
 )
 from opd_ops.sides import check_sources
 from opd_ops.sources import Source
-from opd_ops.stats import OPTIONAL_COLUMNS, TokenStats
+from opd_ops.stats import BACKEND_COLUMNS, TokenStats
 from opd_ops.teachers import Listed, SampledLogprobs, SparseTeacher, TopKLogprobs
 
 DEFAULT_WORKSPACE_BYTES = 512 * 2**20
@@ -103,8 +105,13 @@ class Scoring:
         with torch.no_grad():  # no decorator: torch.compile cannot trace a decorated method
             # A host synchronisation, if there is a mask: the list of valid rows has a length.
             everything = torch.arange(self.shape.numel(), device=self.student.leading.device)
-            rows = everything if self.given is None else self.given.flatten().nonzero().squeeze(1)
-            stats = self._stats(rows).spread(None if self.given is None else rows, self.shape)
+            places = self._response_places()
+            read = self.given if self.given is None or places is None else places > 0
+            rows = everything if read is None else read.flatten().nonzero().squeeze(1)
+            stats = self._stats(rows).spread(None if read is None else rows, self.shape)
+            if places is not None:
+                valid = stats.valid if self.given is None else stats.valid & self.given
+                stats = stats._replace(valid=valid, response_place=places)
             if self.score_dtype == float8.DTYPE and shortlist is not None:
                 best = shortlist(self._scores(stats), stats)
                 exact = self._exactly()._stats(best.flatten().nonzero().squeeze(1))
@@ -115,6 +122,22 @@ class Scoring:
             if self.check_finite:
                 self._refuse_nonfinite(stats)
             return scores, stats
+
+    def selection_options(self, stats: TokenStats) -> dict[str, Any]:
+        """Of `select_positions`, as the selector asks for them."""
+        with torch.no_grad(), nullcontext() if self.ranks is None else over_ranks(self.ranks):
+            found = selection_options(self.selector, stats if is_own(self.selector) else stats.clone())
+        if found["keep_scores"] is not None:
+            checks.check_scores(found["keep_scores"], self.shape, stats.valid.device)
+        if self.scope == "sequence":  # in a sequence the smaller place is the earlier position, on any rank
+            found["places"] = None
+        return found
+
+    def _response_places(self) -> Tensor | None:
+        """The column, if the selector asks for it: then whole responses are scored."""
+        if "response_place" not in getattr(self.selector, "needs", ()):
+            return None
+        return self.positions.response_places(self.ranks if self.scope == "sequence" else None)
 
     def _exactly(self) -> Scoring:
         """The same call with fp32 logits."""
@@ -147,7 +170,7 @@ class Scoring:
         if self.score_dtype == float8.DTYPE:
             student = student if self.known else student.in_float8()
             teacher = teacher.in_float8() if isinstance(teacher, Source) else teacher
-        needs = frozenset(getattr(self.selector, "needs", ())) & OPTIONAL_COLUMNS
+        needs = frozenset(getattr(self.selector, "needs", ())) & BACKEND_COLUMNS
         if self.known is not None or isinstance(teacher, Listed):
             return two_lists.token_stats(
                 self.backend,
@@ -347,8 +370,8 @@ def score_positions(
     a sparse teacher allows. A position where it is known to be infinite scores -inf, so that it is never selected; `stats` keep
     the true value. With `score_dtype="float8"` all scores are those of the first ranking, in 8 bits; `selective_opd_loss`
     scores its shortlist again. With a `selection_group` selectors normalise over the positions of all its ranks, which must all
-    call; "prefix" and `special_ids` count along the sequences that this rank holds. torch.func's transforms are an error, but
-    with backend "eager".
+    call; "prefix", `special_ids` and "teachability-released" look at the sequences that this rank holds.
+    torch.func's transforms are an error, but with backend "eager".
 
     Returns: `scores` (...) fp32, -inf where not valid; `stats`, `TokenStats` of the same shape.
     """
@@ -388,12 +411,15 @@ def select_positions(
     selection_group: dist.ProcessGroup | None = None,
     cu_seqlens: Tensor | None = None,
     keep_one_per_sequence: bool = False,
+    keep_scores: Tensor | None = None,
+    places: Tensor | None = None,
     threshold: Tensor | float | None = None,
 ) -> Tensor:
     """The best-scored share of the valid positions: the second half of `selective_opd_loss`.
 
     n = max(1, ceil(fraction * n_valid)) positions of the batch, or of each sequence (arXiv 2605.26844 eq. 13, arXiv
-    2604.14084 eq. 8). Equal scores go to the earlier position; a score of -inf or NaN is never selected.
+    2604.14084 eq. 8). Equal scores go to the earlier position; a score of -inf or NaN is never selected. What a selector asks
+    for beside its scores, `selectors.selection_options(selector, stats)` gives as arguments of this function.
 
     Args:
         scores: (...) floating point.
@@ -405,6 +431,8 @@ def select_positions(
             "global" (None: all there are), or with "sequence" where each rank holds a part of every sequence, maybe an empty
             one; their number must agree. All ranks must call, also with no position.
         keep_one_per_sequence: Add the best position of every sequence that the budget left without one.
+        keep_scores: (...) floating point: what is best there, of the positions with a score; None: the scores.
+        places: (...) int64, below 2**24: equal scores go to the smaller place, across sequences, before the earlier position.
         threshold: In the place of a budget: keep the valid positions that score at least this, however many they are.
     Returns: `selected` (...) bool.
     Raises: ValueError, TypeError: an argument that does not fit, by name.
@@ -417,9 +445,21 @@ def select_positions(
     ranks = checks.check_selection_group(scope, selection_group)
     checks.check_cu_seqlens(cu_seqlens, scores.shape)
     threshold = checks.check_threshold(threshold)
+    if keep_scores is not None and not keep_one_per_sequence:
+        raise ValueError("keep_scores: got scores, but keep_one_per_sequence=False keeps nothing by them; pass True")
+    if keep_scores is not None:
+        of_positions("keep_scores", keep_scores, scores.shape, scores.device)
+    if places is not None and of_positions("places", places, scores.shape, scores.device).dtype != torch.int64:
+        raise TypeError(f"places: got dtype {places.dtype}, expected int64")
+    ids = sequence_ids(scores.shape, cu_seqlens, scores.device)
+    options: dict[str, Any] = {
+        "keep_one_in": ids if keep_one_per_sequence else None,
+        "keep_scores": None if keep_scores is None else keep_scores.flatten(),
+        "places": None if places is None else places.flatten(),
+        "threshold": threshold,
+    }
     valid = positions(scores.shape, scores.device, mask=mask).valid
     flat = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
-    ids = sequence_ids(scores.shape, cu_seqlens, scores.device)
     if ranks is not None:
         return select_over_ranks(
             scores.flatten(),
@@ -427,14 +467,12 @@ def select_positions(
             fraction,
             ranks,
             numbered_sequences(scores.shape, cu_seqlens, scores.device) if scope == "sequence" else None,
-            keep_one_in=ids if keep_one_per_sequence else None,
-            threshold=threshold,
+            **options,
         ).view(scores.shape)
     return select(
         scores.flatten(),
         flat.flatten(),
         fraction,
         ids if scope == "sequence" else None,
-        keep_one_in=ids if keep_one_per_sequence else None,
-        threshold=threshold,
+        **options,
     ).view(scores.shape)

@@ -10,11 +10,15 @@
 #   tip                     h + d - h d                          TIP eq. 7; h, d clipped min-max of H, min-max of KL(p||q)
 #   overconfident           KL(q||p) (1 - h)                     TIP section 7.3, Q3
 #   multinomial             H^alpha JSD^gamma, sampled           TIP table 3
-#   teachability-released   TA's released code, where it differs from the paper
+#   teachability-released   TA's released code: the same on the two top-K lists, with a normaliser, ties and keep-one of its own
 #   random, all, prefix     controls
 #   Norm(z) = clip((z - Q.05) / (Q.95 - Q.05 + eps), 0, 1), TA eq. 11, over the valid positions of the whole batch.
 #
-# A selector is a callable TokenStats -> scores, so a user's own is on the same footing; `needs` names optional columns.
+# A selector is a callable TokenStats -> scores, so a user's own is on the same footing. Attributes say what else it wants:
+#   needs                    names of optional columns; "response_place" has whole responses scored, masked positions too
+#   keep_one_per_sequence    True: the best position of a sequence that the budget left empty is added
+#   keep_scores              TokenStats -> scores: what is best there, instead of the selector's own scores
+#   ties_by_place            True: equal scores go to the smaller place in its response (the column), across sequences
 # Over ranks (`over_ranks`) normalisers look at the valid positions of all of them: equal to one process that holds these all.
 # Everything is computed in fp64 and without looking at a value on the host. Infinite statistics (student or teacher logits
 # of -inf) stay out of the fit of a normaliser and count as its largest value.
@@ -26,7 +30,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -118,13 +122,13 @@ def quantile_norm(z: Tensor, valid: Tensor, *, epsilon: float = EPSILON) -> Tens
     return _infinite_is_one(z, torch.where(constant, 0.0, (z - low) / (high - low + epsilon)))
 
 
-def released_norm(z: Tensor, valid: Tensor) -> Tensor:
-    """The normaliser of TA's released code: no epsilon, and 0 where the range is below 1e-12."""
+def released_norm(z: Tensor, among: Tensor) -> Tensor:
+    """The normaliser of TA's released code: no epsilon, 0 where the range is below 1e-12; what is not finite counts as 0."""
     dtype = z.dtype
-    z, fitted = _fit(z, valid)
-    low, high = _quantiles(z, fitted, (0.05, 0.95), dtype)
-    flat = high - low < RELEASED_RANGE
-    return _infinite_is_one(z, torch.where(flat, 0.0, (z - low) / torch.where(flat, 1.0, high - low)))
+    z = torch.where(torch.isfinite(z), z, 0).double()
+    low, high = _quantiles(z, among, (0.05, 0.95), dtype)
+    flat = ~(high - low >= RELEASED_RANGE)  # also where nothing is among: the difference is NaN
+    return torch.where(flat, 0.0, (z - low) / torch.where(flat, 1.0, high - low)).clamp(0, 1)
 
 
 def minmax_norm(z: Tensor, valid: Tensor, *, clip: float | None = None) -> Tensor:
@@ -204,17 +208,32 @@ def everything(stats: TokenStats) -> Tensor:
 
 @dataclass(frozen=True)
 class TeachabilityReleased:
-    """TA's released code: D from the two top-K lists alone, C its lower bound on S ∩ T, a normaliser without epsilon.
+    """TA's released code (its `dlearn_high`): Norm(D) Norm(C), from the two top-K lists alone.
 
-    After the budget the best position of every response that kept none is added (`keep_one_per_sequence`).
+    D is of the lists, each renormalised; C is the sum of q over S ∩ T. Norm has no epsilon, and is fitted on all positions of
+    the responses, masked ones too. After the budget a response that kept none gets its best by soft-or(Norm(H), Norm(D C)), H
+    the entropy of the student's renormalised list over ln K, D C the product before normalising. Ties go to the smaller place
+    in the response, across responses, then to the earlier response.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"released_kl"})
+    needs: ClassVar[frozenset[str]] = frozenset({"released_kl", "topk_entropy", "response_place"})
     keep_one_per_sequence: ClassVar[bool] = True
+    ties_by_place: ClassVar[bool] = True
 
     def __call__(self, stats: TokenStats) -> Tensor:
         assert stats.released_kl is not None
-        return released_norm(stats.released_kl, stats.valid) * released_norm(stats.overlap_mass, stats.valid)
+        assert stats.response_place is not None
+        among = stats.response_place > 0
+        return released_norm(stats.released_kl, among) * released_norm(stats.overlap_mass, among)
+
+    def keep_scores(self, stats: TokenStats) -> Tensor:
+        """The released code's `ca_softor`, by which it keeps one position of every response whatever ranks the others."""
+        assert stats.released_kl is not None
+        assert stats.topk_entropy is not None
+        assert stats.response_place is not None
+        among = stats.response_place > 0
+        h = released_norm(stats.topk_entropy, among)
+        return 1 - (1 - h) * (1 - released_norm(stats.released_kl * stats.overlap_mass, among))  # ties at exactly 1
 
 
 @dataclass(frozen=True)
@@ -320,6 +339,16 @@ def is_own(selector: Selector) -> bool:
 def is_deterministic(selector: Selector) -> bool:
     """Whether equal statistics give equal scores, as far as is known: of this file's selectors that do not draw."""
     return is_own(selector) and not isinstance(selector, (Multinomial, Random))
+
+
+def selection_options(selector: Selector, stats: TokenStats) -> dict[str, Any]:
+    """What a selector's attributes ask of `select_positions`, by the statistics that it ranked; the header lists them."""
+    keep_scores = getattr(selector, "keep_scores", None)
+    return {
+        "keep_one_per_sequence": getattr(selector, "keep_one_per_sequence", False),
+        "keep_scores": None if keep_scores is None else keep_scores(stats),
+        "places": stats.response_place if getattr(selector, "ties_by_place", False) else None,
+    }
 
 
 WHOLE_ROW = (divergence_reverse_kl, tip, overconfident)  # need a KL over the vocabulary, or below, the JSD

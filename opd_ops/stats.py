@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-OPTIONAL_COLUMNS = frozenset({"jsd", "released_kl"})
+BACKEND_COLUMNS = frozenset({"jsd", "released_kl", "topk_entropy"})  # the optional ones that a backend computes
+OPTIONAL_COLUMNS = BACKEND_COLUMNS | {"response_place"}
 SWEPT_COLUMNS = (  # those that one sweep of both models over the vocabulary gives
     "student_entropy",
     "teacher_entropy",
@@ -36,9 +37,10 @@ REFERENCE_COLUMNS = (
 class TokenStats(NamedTuple):
     """Per-position statistics, each of the mask's shape; fp32 (fp64 for fp64 inputs), 0 where not valid.
 
-    `jsd` and `released_kl` cost extra work and are None unless the selector asks for them; the last five are those of
-    backend "torch", and None with others. With `student_stats` the columns
-    that take the student's whole row, `reverse_kl` and `forward_kl`, are NaN where that was not read.
+    `jsd` to `response_place` are None unless the selector asks for them (`needs`). The last five are those of backend "torch";
+    other backends leave them None. With `response_place` all positions of the responses are scored: the columns are then known
+    at masked positions too, and 0 outside the responses. With `student_stats` the columns that take the student's whole row,
+    `reverse_kl` and `forward_kl`, are NaN where that was not read.
     """
 
     valid: Tensor  # bool: mask non-zero, and the teacher has a softmax there; or the student has none, which must not hide
@@ -54,7 +56,9 @@ class TokenStats(NamedTuple):
     overlap_mass: Tensor  # sum over S ∩ T of q: the lower bound on C known from two top-K lists (TA eq. 17)
     union_kl: Tensor  # D = KL(q || p), both renormalised on U (TA eq. 9)
     jsd: Tensor | None = None  # Jensen-Shannon divergence, beta = 1/2
-    released_kl: Tensor | None = None  # D as the released TA code has it; see selectors.py::teachability_released
+    released_kl: Tensor | None = None  # D as the released TA code has it; see selectors.py::TeachabilityReleased
+    topk_entropy: Tensor | None = None  # H(p renormalised on S) / ln K, in [0, 1]
+    response_place: Tensor | None = None  # int64: first, second, ... position of its response; 0: of none (masking.py)
     # `REFERENCE_COLUMNS`: what gradients of "torch" read, a being the student's most likely id (backends/reference.py)
     reference_student: Tensor | None = None  # s_a
     reference_teacher: Tensor | None = None  # u_a

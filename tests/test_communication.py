@@ -66,6 +66,7 @@ def case(**options):
     return pytest.param(options, id=" ".join(f"{name}={getattr(x, '__name__', x)}" for name, x in options.items()))
 
 
+SHARED = ({"dp": 2, "scope": "global"}, {"cp": 2, "scope": "sequence"})
 CASES = [
     case(kind="heads", scope="batch"),  # one rank of each: nothing
     case(kind="heads", scope="global"),
@@ -101,6 +102,8 @@ CASES = [
     case(kind="logits", tp=2, dp=2, scope="global", divergence="tail_aware", selector=noisy),
     case(kind="heads", tp=2, dp=2, scope="batch", selector="random"),
     case(kind="heads", tp=2, cp=2, scope="sequence", divergence="sampled", selector="tip"),
+    *(case(kind="heads", tp=2, **shared, selector="teachability-released") for shared in SHARED),
+    *(case(kind="logits", **shared, selector="teachability-released") for shared in (*SHARED, {"cp": 4, "scope": "sequence"})),
     case(kind="logits", tp=4, backend="triton", divergence="jsd", selector="multinomial"),
     case(kind="heads", tp=2, dp=2, scope="global", backend="triton", dtype=torch.bfloat16),
 ]
@@ -208,7 +211,7 @@ def sent(
         forward = list(calls)
         out.loss.backward()
     found = estimate_communication(
-        int(out.metrics["n_valid"]),
+        int(out.metrics["n_valid"] if out.stats.response_place is None else (out.stats.response_place > 0).sum()),
         VOCAB,
         DS if kind == "heads" else None,
         dtype=dtype,

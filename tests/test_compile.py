@@ -20,9 +20,9 @@ from opd_ops.sources import Source
 from tests.cases import head_pair, leaf, leaf_head, logit_pair
 
 OPTIONS = 2**20, 130, 0.7  # workspace_bytes, vocab_size, temperature
-HEAD_OPTIONS = 8, "jsd,released_kl", 2**20, torch.float32  # top_k, optional columns, workspace_bytes, score_dtype
+HEAD_OPTIONS = 8, "jsd,released_kl,topk_entropy", 2**20, torch.float32  # top_k, optional columns, workspace_bytes, score_dtype
 OPERATORS = {
-    "token_columns": lambda s, t, rows: (s, t, rows, 8, "jsd,released_kl", *OPTIONS),
+    "token_columns": lambda s, t, rows: (s, t, rows, 8, "jsd,released_kl,topk_entropy", *OPTIONS),
     "divergence_gradient": lambda s, t, rows: (s, t, rows, torch.ones(2), "reverse_kl", *OPTIONS),
     "selected_losses": lambda s, t, rows: (leaf(s), t, rows, torch.ones(2), "forward_kl", *OPTIONS),
 }
@@ -124,6 +124,24 @@ def test_rows_that_fill_up_a_captured_call_may_hold_nan(workspace_bytes, dtype, 
         torch.testing.assert_close(a, b, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
 
 
+def test_a_captured_call_trains_on_what_is_kept_on_top_of_the_budget(monkeypatch):
+    heads = head_pair((4, 3), 131)
+    options = {"fraction": 0.1, "backend": "triton", "selector": "teachability-released"}
+    runs = []
+    for capturing in (False, True):
+        monkeypatch.setattr("opd_ops.chosen._in_graph", lambda device, capturing=capturing: capturing)
+        student = leaf_head(heads[0])
+        with _NoSynchronisation() if capturing else nullcontext():
+            out = selective_opd_loss(student, heads[1], **options)
+            out.loss.backward()
+        assert out.selected.sum() > most_selected(12, 0.1)
+        runs.append([out.loss.detach(), out.selected, student.weight.grad, student.hidden.grad])
+    assert torch.equal(runs[0][1], runs[1][1])
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert bool((runs[1][3].abs().sum(-1) > 0).equal(runs[1][1]))
+
+
 def compiled(call):
     """For these shapes alone: a shape that varies between calls is not supported, and dynamo would try."""
     torch._dynamo.reset()
@@ -138,7 +156,10 @@ def test_operators_pass_opcheck(name):
 
 
 @pytest.mark.parametrize("shape", [(6, 131), (2, 3, 131)])
-@pytest.mark.parametrize(("divergence", "selector"), [("reverse_kl", "teachability"), ("forward_kl", "tip")])
+@pytest.mark.parametrize(
+    ("divergence", "selector"),
+    [("reverse_kl", "teachability"), ("forward_kl", "tip"), ("reverse_kl", "teachability-released")],
+)
 def test_selective_opd_loss_compiles_fullgraph(divergence, selector, shape):
     student, teacher = (x.view(shape) for x in logit_pair(6, 131))
     teacher = teacher.clone()

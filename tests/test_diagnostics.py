@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from opd_ops import score_positions
+from opd_ops import score_positions, select_positions
 from opd_ops.diagnostics import Contexts, study
 from opd_ops.diagnostics.fixed_context import gain, relative_gain
 from opd_ops.diagnostics.intervals import Interval, draw_weights, mean_intervals
 from opd_ops.diagnostics.quadrants import quadrant_numbers, quadrants
 from opd_ops.diagnostics.regression import DegenerateError, ols, regress
+from opd_ops.selectors import SELECTORS, selection_options
 from tests.cases import generator
 from tests.diagnostics_cases import frozen_contexts
 
@@ -102,6 +103,10 @@ def test_study_takes_callables_and_the_released_selector(contexts):
     n = math.ceil(0.02 * found.n_positions)
     assert found.gains[1].n_selected == n
     assert found.gains[2].n_selected >= len(contexts.prompts) > n  # its released code keeps one of every answer
+    released, stats = SELECTORS["teachability-released"], contexts.stats
+    options = {"mask": contexts.measured, "fraction": 0.02, **selection_options(released, stats)}
+    chosen = select_positions(released(stats).to(stats.reverse_kl.dtype), **options)[contexts.measured]
+    assert found.gains[2].gain.value == pytest.approx(gain(contexts)[chosen].mean().item(), rel=1e-12)
     best = contexts.before.teacher_entropy[contexts.measured].numpy().argsort()[::-1][:n]
     assert found.gains[1].gain.value == pytest.approx(gain(contexts).numpy()[best].mean(), rel=1e-12)
 

@@ -11,6 +11,7 @@ import torch
 
 from opd_ops import LinearHead, score_positions, selective_opd_loss
 from opd_ops.selectors import Multinomial, TeachabilityReleased
+from opd_ops.stats import OPTIONAL_COLUMNS
 from tests.cases import head_pair, leaf, logit_pair, to_double
 from tests.tolerances import assert_gradient
 
@@ -47,11 +48,12 @@ def by_hand(s: list[float], u: list[float], k: int) -> dict[str, float]:
         "union_kl": kl(softmax([u[v] for v in union]), softmax([s[v] for v in union])),
         "jsd": (kl(p, m) + kl(q, m)) / 2,
         "released_kl": math.fsum(a * (math.log(a) - math.log(b)) for a, b in released),
+        "topk_entropy": -math.fsum(x * math.log(x) for x in p_list.values()) / math.log(max(k, 2)),
     }
 
 
 class _Everything:
-    needs = frozenset({"jsd", "released_kl"})
+    needs = frozenset({"jsd", "released_kl", "topk_entropy"})
 
     def __call__(self, stats):
         return stats.jsd
@@ -71,10 +73,20 @@ def test_token_stats_match_the_equations_by_hand(top_k):
 def test_optional_columns_are_computed_only_when_asked_for(selector):
     student, teacher = logit_pair(6, 29)
     _, stats = score_positions(student, teacher, backend="eager")
-    assert stats.jsd is None
-    assert stats.released_kl is None
+    assert all(getattr(stats, name) is None for name in OPTIONAL_COLUMNS)
     _, stats = score_positions(student, teacher, selector=selector, backend="eager")
-    assert [name for name in ("jsd", "released_kl") if getattr(stats, name) is not None] == list(selector.needs)
+    assert {name for name in OPTIONAL_COLUMNS if getattr(stats, name) is not None} == selector.needs
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch"])
+@pytest.mark.parametrize("masked", [-math.inf, -1e4])
+def test_topk_entropy_is_over_the_log_of_how_many_ids_are_listed(masked, backend):
+    student, teacher = logit_pair(5, 29, scale=2.0)
+    student[:, 3:] = masked
+    _, stats = score_positions(student, teacher, selector=_Everything(), top_k=7, backend=backend)
+    p = torch.softmax(student[:, :3].double(), -1)
+    want = -(p * p.log()).sum(-1) / math.log(3)
+    torch.testing.assert_close(stats.topk_entropy.double(), want, rtol=1e-5, atol=1e-6)
 
 
 def test_head_logits_apply_bias_scale_softcap_and_temperature():
@@ -85,8 +97,8 @@ def test_head_logits_apply_bias_scale_softcap_and_temperature():
 
     _, got = score_positions(student, teacher, temperature=1.3, backend="eager")
     _, want = score_positions(logits(student), logits(teacher), backend="eager")
-    for a, b in zip(got[1:-2], want[1:-2], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    for name in set(got._fields) - {"valid"} - OPTIONAL_COLUMNS:
+        torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

@@ -25,6 +25,7 @@ from opd_ops import (
 from opd_ops.order_statistics import cost
 from opd_ops.ranks import ALL_GATHER, Ranks
 from opd_ops.selectors import SELECTORS, minmax_norm, over_ranks, quantile_norm, released_norm
+from tests import released_oracle
 from tests.cases import generator, head_pair, leaf, logit_pair
 from tests.ranks import SIZE, own_pair
 from tests.tolerances import assert_gradient
@@ -111,6 +112,13 @@ def one_budget(seeds):
             got = select_positions(scores[mine], mask=mask[mine], scope="global", selection_group=group, **options)
         assert_sent(sent, (scores.dtype, 1, 1), gathered=[8])
         assert torch.equal(got, select_positions(scores, mask=mask, **options)[mine]), seed
+        places = torch.randint(0, 9, scores.shape, generator=generator(seed))
+        with collectives() as sent:
+            got = select_positions(
+                scores[mine], mask=mask[mine], places=places[mine], scope="global", selection_group=group, **options
+            )
+        assert_sent(sent, (scores.dtype, 1, 1), (torch.float32, 1, 1), gathered=[8])
+        assert torch.equal(got, select_positions(scores, mask=mask, places=places, **options)[mine]), seed
         with collectives() as sent:
             got = select_positions(scores[mine], threshold=0.25, scope="global", selection_group=group)
         assert not sent
@@ -161,6 +169,16 @@ def budgets_of_sequences(seeds):
             got = select_positions(scores[mine].view(view), mask=mask[mine].view(view), **part, **options)
         assert_sent(sent, (scores.dtype, n, 1), gathered=[8, 8 * n], summed=[8 * n])
         assert torch.equal(got.flatten(), select_positions(scores, mask=mask, **whole, **options)[mine]), seed
+        others = {
+            "keep_scores": (3 * torch.rand(scores.shape, generator=generator(seed))).round(),
+            "places": torch.randint(0, 4, scores.shape, generator=generator(seed)),
+        }
+        own = {name: x[mine].view(view) for name, x in others.items()}
+        with collectives() as sent:
+            got = select_positions(scores[mine].view(view), mask=mask[mine].view(view), **part, **options, **own)
+        assert_sent(sent, (scores.dtype, n, 1), (torch.float32, n, 1), gathered=[8, 8 * n], summed=[8 * n])
+        want = select_positions(scores, mask=mask, **whole, **options, **others)[mine]
+        assert torch.equal(got.flatten(), want), seed
     return len(seeds)
 
 
@@ -183,7 +201,7 @@ def test_one_process_is_a_group_of_its_own():
 def columns_of(n, seed, dtype=torch.float32):
     """Statistics with ties, infinities and NaN, which no model would make but a normaliser must bear."""
     g = generator(seed)
-    names = [name for name in TokenStats._fields if name != "valid"]
+    names = [name for name in TokenStats._fields if name not in ("valid", "response_place")]
     found = {name: torch.rand(n, generator=g, dtype=torch.float64).pow(1 + 3 * (seed % 3)).to(dtype) for name in names}
     if seed % 2:
         found = {name: x.bfloat16().to(dtype) for name, x in found.items()}
@@ -191,7 +209,8 @@ def columns_of(n, seed, dtype=torch.float32):
             found[name] = torch.where(
                 torch.rand(n, generator=g) < 0.1, torch.tensor([math.inf, math.nan])[seed // 2 % 2], found[name]
             )
-    return TokenStats(valid=torch.rand(n, generator=g) > (2.0 if seed % 7 == 0 else 0.2), **found)
+    place = torch.randint(0, 9, (n,), generator=generator(seed))
+    return TokenStats(valid=torch.rand(n, generator=g) > (2.0 if seed % 7 == 0 else 0.2), response_place=place, **found)
 
 
 def normalised(seeds):
@@ -218,6 +237,11 @@ def normalised(seeds):
             assert_sent(sent, *((dtype, 1, searched[norm]) for norm in norms.get(name, ())))
             want = SELECTORS[name](stats)[mine]
             assert torch.equal(got.nan_to_num(nan=7.0), want.nan_to_num(nan=7.0)), (seed, name)
+        released = SELECTORS["teachability-released"]
+        with over_ranks(world), collectives() as sent:
+            got = released.keep_scores(stats.take(mine))
+        assert_sent(sent, *[(dtype, 1, 4)] * 2)
+        assert torch.equal(got, released.keep_scores(stats)[mine]), seed
         for dtype in (torch.bfloat16, torch.float16):  # a column of a user's own
             z, valid = stats.support_mass.to(dtype), stats.valid
             for norm in (quantile_norm, released_norm, minmax_norm):
@@ -321,7 +345,10 @@ def losses(scope):
     sent = compared(scope, {"selector": "tip", "threshold": 0.6})
     assert_sent(sent, (torch.float32, 1, 6), quantiles, summed=[16])
     sent = compared(scope, {"selector": "teachability-released", "fraction": 0.1})
-    assert_sent(sent, quantiles, quantiles, search, **selection)
+    if scope == "global":
+        assert_sent(sent, *[quantiles] * 4, search, search, **selection)
+    else:
+        assert_sent(sent, *[quantiles] * 4, search, summed=[16], gathered=[8, 24 * n, 8, 8 * n])
     # Nothing valid on one more rank.
     compared(scope, {"fraction": 0.3}, in_rank=lambda mask: mask & (torch.arange(9) > 3) & (torch.arange(6).view(6, 1) > 2))
     return True
@@ -330,6 +357,37 @@ def losses(scope):
 @pytest.mark.parametrize("scope", ["global", "sequence"])
 def test_losses_and_gradients_of_the_ranks_add_up(ranks, scope):
     assert ranks.run(losses, scope) == [True] * SIZE
+
+
+def released(seeds, scope):
+    """Against the oracle, but for budgets of sequences, which the released code does not have: there against one process."""
+    options = {"selector": "teachability-released", "top_k": 5, "backend": "torch", "scope": scope}
+    for seed in seeds:
+        case = released_oracle.case(seed, size=(6, 11))
+        if scope == "global":  # the ranks hold sequences, one of them none; in another order by seed
+            sequences = [torch.arange(*rows) for rows in ((0, 3), (3, 3), (3, 4), (4, 6))]
+            sequences = sequences[seed % SIZE :] + sequences[: seed % SIZE]
+            part = parts([len(x) for x in sequences], dist.get_rank())
+            case = [x[torch.cat(sequences)] for x in case]
+        else:  # columns of every sequence, often none
+            cuts = [0, *torch.randint(0, 12, (SIZE - 1,), generator=generator(seed)).sort().values.tolist(), 11]
+            part = slice(None), slice(*cuts[dist.get_rank() : dist.get_rank() + 2])
+        student, teacher, responses, mask = case
+        own = {"mask": mask[part], "selection_group": dist.group.WORLD} | options
+        for budget in ({"fraction": 0.05}, {"fraction": 0.4}, {"threshold": 0.6}):
+            if scope == "global" or "threshold" in budget:
+                want = torch.from_numpy(released_oracle.released(*case, top_k=5, **{"fraction": 1.0} | budget).selected)
+            else:
+                want = selective_opd_loss(student, teacher, mask=mask, **options, **budget).selected
+            got = selective_opd_loss(student[part], teacher[part], **own, **budget)
+            assert torch.equal(got.selected, want[part]), (seed, budget)
+            assert torch.equal(got.stats.response_place > 0, responses[part])
+    return len(seeds)
+
+
+@pytest.mark.parametrize("scope", ["global", "sequence"])
+def test_teachability_released_over_ranks_selects_what_the_released_code_does(ranks, scope):
+    assert ranks.run(released, range(6), scope) == [6] * SIZE
 
 
 def late_infinities():

@@ -218,3 +218,32 @@ def test_eos_ids_reject():
         selective_opd_loss(student, teacher, eos_ids=EOS, student_stats=StudentStats.of_logits(student))
     with pytest.raises(ValueError, match=r"backend: got 'triton', but student has merged ids"):
         selective_opd_loss(student, teacher, eos_ids=EOS, backend="triton")
+
+
+# --- responses -------------------------------------------------------------------------------------------------------
+
+
+def places_of(**options):
+    options = {"shape": torch.Size((3, 6)), "device": CPU} | options
+    return positions(**options).response_places(None).tolist()
+
+
+def test_a_response_is_from_the_first_to_the_last_valid_position_of_its_sequence():
+    mask = torch.tensor([[0, 1, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 1]])
+    want = [[0, 1, 2, 3, 4, 0], [0] * 6, [1, 2, 3, 4, 5, 6]]
+    assert places_of(mask=mask) == want
+    assert places_of(weights=mask.float()) == want
+    assert places_of(shift_labels=torch.where(mask == 0, -100, 3)) == want
+    assert places_of(mask=torch.ones(3, 6), weights=mask.float()) == want
+    assert places_of() == [[1, 2, 3, 4, 5, 6]] * 3
+    packed = {"shape": torch.Size((18,)), "cu_seqlens": torch.tensor([0, 0, 4, 4, 12, 18])}
+    assert places_of(mask=mask.flatten(), **packed) == [0, 1, 2, 3, 1, *[0] * 7, 1, 2, 3, 4, 5, 6]
+    for shape in ((), (0,), (3, 0)):
+        assert positions(torch.Size(shape), CPU).response_places(None).shape == shape
+
+
+def test_special_ids_stay_in_the_response():
+    mask, tokens = torch.tensor([[0, 1, 1, 1, 1, 0]] * 3), torch.tensor([[9, 9, 5, 5, 5, 9], [5] * 6, [5, 5, 5, 5, 9, 5]])
+    found = positions(torch.Size((3, 6)), CPU, mask=mask, tokens=tokens, special_ids=[9])
+    assert found.valid.int().tolist() == [[0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 0, 0]]
+    assert found.response_places(None).tolist() == [[0, 1, 2, 3, 4, 0]] * 3

@@ -1,4 +1,5 @@
-# Budgets, scopes and ties of `select_positions`, against counts made with exact fractions.
+# Budgets, scopes and ties of `select_positions`, against counts made with exact fractions; what "teachability-released"
+# selects, against released_oracle.py.
 #
 #   Compared: how many and which positions are kept. Run: make test ARGS=tests/test_selection.py
 #
@@ -6,11 +7,14 @@
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
-from opd_ops import select_positions
+from opd_ops import select_positions, selective_opd_loss
 from opd_ops.selection import budget
+from opd_ops.selectors import SELECTORS, selection_options
+from tests import released_oracle
 from tests.cases import generator
 
 
@@ -91,6 +95,104 @@ def test_keep_one_per_sequence_adds_the_best_of_those_left_out():
     assert plain.tolist() == [[True, True, False], [False] * 3, [False] * 3]
     added = select_positions(scores, mask=mask, fraction=0.3, keep_one_per_sequence=True)
     assert added.tolist() == [[True, True, False], [False, True, False], [False] * 3]
+
+
+def test_keep_scores_say_what_is_best_of_those_left_out():
+    scores = torch.tensor([[9.0, 8.0, 7.0], [1.0, 3.0, -math.inf], [5.0, 6.0, math.nan]])
+    keep_scores = torch.tensor([[1.0, 2.0, 3.0], [2.0, 1.0, 9.0], [4.0, 3.0, 9.0]])
+    got = select_positions(scores, fraction=0.2, keep_one_per_sequence=True, keep_scores=keep_scores)
+    assert got.tolist() == [[True, True, False], [True, False, False], [True, False, False]]
+    got = select_positions(scores, threshold=6.5, keep_one_per_sequence=True, keep_scores=-keep_scores)
+    assert got.tolist() == [[True] * 3, [False, True, False], [False, True, False]]
+
+
+def test_places_give_ties_to_the_smaller_one_across_sequences():
+    scores = torch.tensor([[0.0, 1.0, 1.0, 1.0], [2.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 1.0]])
+    places = torch.tensor([[1, 2, 3, 4], [0, 1, 2, 3], [1, 2, 3, 4]])
+
+    def kept(n, **options):
+        return select_positions(scores, fraction=n / 12, places=places, **options).nonzero().tolist()
+
+    assert kept(1) == [[1, 0]]
+    assert kept(2) == [[1, 0], [1, 1]]
+    assert kept(3) == [[1, 0], [1, 1], [2, 0]]
+    assert kept(5) == [[0, 1], [1, 0], [1, 1], [1, 2], [2, 0]]
+    assert kept(6) == [[0, 1], [1, 0], [1, 1], [1, 2], [2, 0], [2, 1]]
+    descending = torch.arange(12, 0, -1).view(3, 4)
+    assert select_positions(scores, fraction=0.25, scope="sequence", places=descending).nonzero().tolist() == [
+        [0, 3],
+        [1, 0],
+        [2, 3],
+    ]
+    got = select_positions(scores, threshold=2, places=descending, keep_one_per_sequence=True)
+    assert got.nonzero().tolist() == [[0, 3], [1, 0], [2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"keep_scores": torch.zeros(2, 3)}, ValueError, "keep_scores: got scores, but keep_one_per_sequence=False"),
+        ({"keep_scores": torch.zeros(6), "keep_one_per_sequence": True}, ValueError, r"keep_scores: got shape \(6,\)"),
+        ({"places": torch.zeros(2, 3)}, TypeError, "places: got dtype torch.float32, expected int64"),
+        ({"places": torch.zeros(3, 2, dtype=torch.long)}, ValueError, r"places: got shape \(3, 2\)"),
+    ],
+)
+def test_select_positions_rejects_what_does_not_fit(options, error, message):
+    with pytest.raises(error, match=message):
+        select_positions(torch.zeros(2, 3), **options)
+
+
+RELEASED = "teachability-released"
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch"])
+def test_teachability_released_selects_what_the_released_code_does(backend):
+    """All of it: fit, budget, ties across responses, the one of a response that kept none."""
+    differ = {"fit": 0, "ties": 0, "keep": 0}
+    for seed in range(25):
+        student, teacher, responses, mask = released_oracle.case(seed)
+        for fraction in (0.05, 0.3, 0.6):
+            want = released_oracle.released(student, teacher, responses, mask, fraction=fraction, top_k=5)
+            options = {"mask": mask, "fraction": fraction}
+            out = selective_opd_loss(student, teacher, selector=RELEASED, top_k=5, backend=backend, **options)
+            assert out.selected.tolist() == want.selected.tolist(), (seed, fraction)
+            # The two halves, as a user puts them together.
+            asked = selection_options(SELECTORS[RELEASED], out.stats)
+            assert torch.equal(select_positions(out.scores, **options, **asked), out.selected)
+            for name, without in (("ties", {"places": None}), ("keep", {"keep_scores": None})):
+                differ[name] += not torch.equal(select_positions(out.scores, **options, **asked | without), out.selected)
+            other = released_oracle.released(student, teacher, mask, mask, fraction=fraction, top_k=5)
+            differ["fit"] += not np.array_equal(other.selected, want.selected)
+    assert min(differ.values()) > 10, differ  # each of the three decides often
+
+
+def test_teachability_released_with_a_threshold_or_a_budget_for_each_sequence():
+    for seed in range(12):
+        student, teacher, responses, mask = released_oracle.case(seed)
+        want = released_oracle.released(student, teacher, responses, mask, fraction=1.0, top_k=5, threshold=0.5)
+        options = {"mask": mask, "selector": RELEASED, "top_k": 5}
+        got = selective_opd_loss(student, teacher, threshold=0.5, **options).selected
+        assert got.tolist() == want.selected.tolist()
+        got = selective_opd_loss(student, teacher, scope="sequence", fraction=0.3, **options).selected
+        for row in range(len(mask)):
+            valid = mask[row].nonzero().flatten().tolist()
+            best = sorted(valid, key=lambda i, row=row: (-want.scores[row, i], i))[: math.ceil(Fraction("0.3") * len(valid))]
+            assert got[row].nonzero().flatten().tolist() == sorted(best)
+
+
+def test_special_ids_stay_in_the_response_that_teachability_released_reads():
+    """The first token of the response leaves the mask; the places of the others and the fit do not change."""
+    differ = 0
+    for seed in range(20):
+        student, teacher, responses, mask = released_oracle.case(seed)
+        first = responses & (responses.cumsum(1) == 1)
+        tokens = torch.where(first, 7, 8)
+        options = {"selector": RELEASED, "top_k": 5, "fraction": 0.3}
+        want = released_oracle.released(student, teacher, responses, mask & ~first, fraction=0.3, top_k=5)
+        got = selective_opd_loss(student, teacher, mask=mask, tokens=tokens, special_ids=[7], **options).selected
+        assert got.tolist() == want.selected.tolist()
+        differ += not torch.equal(got, selective_opd_loss(student, teacher, mask=mask & ~first, **options).selected)
+    assert differ > 3
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (3, 0)])

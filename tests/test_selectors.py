@@ -1,4 +1,5 @@
-# Selectors against the papers' equations, written once more over the valid positions alone with NumPy.
+# Selectors against the papers' equations, written once more over the valid positions alone with NumPy; the released code's
+# against released_oracle.py.
 #
 #   Compared: scores at valid positions. Run: make test ARGS=tests/test_selectors.py
 #
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from opd_ops import Multinomial, score_positions
+from opd_ops import Multinomial, StudentStats, TopKLogprobs, score_positions, selective_opd_loss
 from opd_ops.selectors import SELECTORS, minmax_norm, quantile_norm, released_norm
+from tests import released_oracle
 from tests.cases import generator, logit_pair
 
 N = 60
@@ -47,7 +49,6 @@ EQUATIONS = {
     "tip": lambda x: either(minmax(x.student_entropy, 0.98), minmax(x.reverse_kl)),
     "overconfident": lambda x: x.forward_kl * (1 - minmax(x.student_entropy, 0.98)),
     "all": lambda x: np.zeros_like(x.reverse_kl),
-    "teachability-released": lambda x: norm(x.released_kl, 0) * norm(x.overlap_mass, 0),
 }
 
 
@@ -61,7 +62,7 @@ def test_selector_matches_the_paper(selector, case):
 
 
 def test_every_named_selector_has_a_test():
-    assert {*EQUATIONS, "random", "multinomial", "prefix"} == set(SELECTORS)
+    assert {*EQUATIONS, "teachability-released", "random", "multinomial", "prefix"} == set(SELECTORS)
 
 
 @pytest.mark.parametrize("normaliser", [quantile_norm, released_norm, minmax_norm])
@@ -102,11 +103,107 @@ def test_quantiles_are_those_of_numpy(n):
 def test_infinite_statistics_stay_out_of_the_fit_and_rank_first():
     z = torch.tensor([0.0, 1.0, 2.0, 3.0, math.inf])
     valid = torch.ones(5, dtype=torch.bool)
-    for normaliser in (quantile_norm, released_norm, minmax_norm):
+    for normaliser in (quantile_norm, minmax_norm):
         scaled = normaliser(z, valid)
         torch.testing.assert_close(scaled[:4], normaliser(z[:4], valid[:4]))
         assert scaled[4] == 1
     assert quantile_norm(torch.tensor([math.inf]), valid[:1]).item() == 1
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 19, 100])
+def test_released_norm_matches_numpy_and_takes_what_is_not_finite_as_zero(n):
+    z = 3 + torch.randn(n + 7, generator=generator(n), dtype=torch.float64)
+    z[n // 2], z[n // 3] = math.nan, math.inf
+    among = torch.arange(n + 7) < n
+    got = released_norm(z, among)
+    np.testing.assert_allclose(got[among].numpy(), released_oracle.norm(z[among].numpy()), rtol=1e-12, atol=1e-15)
+    assert got[n // 2] == got[n // 3] == 0
+    assert not released_norm(z, among & False).any()
+
+
+@pytest.mark.parametrize(("step", "want"), [(9e-13, 0.0), (3e-12, 1.0)])
+def test_released_norm_is_zero_where_the_range_is_below_its_least(step, want):
+    z = torch.tensor([0.0, 0.0, step, step], dtype=torch.float64)
+    assert released_norm(z, torch.ones(4, dtype=torch.bool)).max() == want
+
+
+RELEASED = "teachability-released"
+
+
+def released_scores(student, teacher, **options):
+    """Scores of the selector and by which it keeps one."""
+    scores, stats = score_positions(student, teacher, selector=RELEASED, **options)
+    return scores, SELECTORS[RELEASED].keep_scores(stats), stats
+
+
+@pytest.mark.parametrize(("seed", "backend"), [(0, "eager"), (3, "eager"), (0, "torch"), (3, "torch"), (7, "triton")])
+def test_teachability_released_matches_the_released_code(seed, backend):
+    kernels = backend == "triton"
+    student, teacher, responses, mask = released_oracle.case(
+        seed, size=(2, 8) if kernels else (5, 12), dtype=torch.float32 if kernels else torch.float64
+    )
+    holes = responses & ~mask
+    assert holes.any()
+    want = released_oracle.released(student, teacher, responses, mask, fraction=0.1, top_k=5)
+    scores, keep_scores, stats = released_scores(student, teacher, mask=mask, top_k=5, backend=backend)
+    tolerance = {"rtol": 2e-4, "atol": 2e-6} if kernels else {"rtol": 1e-9, "atol": 1e-12}
+    np.testing.assert_allclose(scores[mask].numpy(), want.scores[mask.numpy()], **tolerance)
+    np.testing.assert_allclose(keep_scores[mask].numpy(), want.keep_scores[mask.numpy()], **tolerance)
+    assert bool((scores[~mask] == -math.inf).all())
+    assert torch.equal(stats.valid, mask)
+    assert torch.equal(stats.response_place > 0, responses)
+    # Fitted on the valid rows alone it would be another ranking.
+    other = released_oracle.released(student, teacher, mask, mask, fraction=0.1, top_k=5)
+    assert np.abs(other.scores - want.scores)[mask.numpy()].max() > 3e-3
+
+
+@pytest.mark.parametrize("known", ["lists", "rollout", "packed"])
+def test_teachability_released_is_the_same_from_what_else_may_be_known(known):
+    student, teacher, responses, mask = released_oracle.case(1, dtype=torch.float32)
+    want = released_oracle.released(student, teacher, responses, mask, fraction=0.1, top_k=5)
+    options = {"mask": mask, "top_k": 5, "backend": "torch"}
+    if known == "lists":
+        best = torch.log_softmax(teacher, -1).topk(8)
+        teacher = TopKLogprobs(best.indices, best.values)
+    elif known == "rollout":
+        options["student_stats"] = StudentStats.of_logits(student, top_k=7)
+    else:
+        student, teacher, options["mask"] = student.flatten(0, 1), teacher.flatten(0, 1), mask.flatten()
+        options["cu_seqlens"] = torch.tensor([0, 12, 12, 24, 36, 48, 60])
+    scores, keep_scores, _ = released_scores(student, teacher, **options)
+    np.testing.assert_allclose(scores.view(mask.shape)[mask].numpy(), want.scores[mask.numpy()], rtol=2e-4, atol=2e-6)
+    np.testing.assert_allclose(keep_scores.view(mask.shape)[mask].numpy(), want.keep_scores[mask.numpy()], rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_teachability_released_counts_masked_rows_that_are_no_numbers_as_zero(side):
+    student, teacher, responses, mask = released_oracle.case(1)
+    holes = responses & ~mask
+    (student if side == "student" else teacher)[holes] = math.nan
+    want = released_oracle.released(student, teacher, responses, mask, fraction=0.1, top_k=5)
+    scores, keep_scores, stats = released_scores(student, teacher, mask=mask, top_k=5)
+    np.testing.assert_allclose(scores[mask].numpy(), want.scores[mask.numpy()], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(keep_scores[mask].numpy(), want.keep_scores[mask.numpy()], rtol=1e-9, atol=1e-12)
+    out = selective_opd_loss(student, teacher, mask=mask, selector=RELEASED, top_k=5, fraction=0.3)
+    assert out.loss.isfinite()
+    assert out.metrics["n_teacher_nonfinite"] == 0
+    assert torch.equal(out.stats.valid, stats.valid)
+
+
+def test_a_students_nan_at_a_valid_position_is_not_hidden_by_the_released_normaliser():
+    student, teacher, _, mask = released_oracle.case(0)
+    student[tuple(mask.nonzero()[3])] = math.nan
+    assert selective_opd_loss(student, teacher, mask=mask, selector=RELEASED, top_k=5).loss.isnan()
+
+
+def test_masked_rows_are_scored_only_where_a_selector_reads_whole_responses():
+    student, teacher, responses, mask = released_oracle.case(1)
+    for selector in sorted(SELECTORS):
+        _, stats = score_positions(student, teacher, mask=mask, selector=selector)
+        read = responses if selector == RELEASED else mask
+        assert torch.equal(stats.student_entropy > 0, read), selector
+        assert (stats.response_place is None) == (selector != RELEASED)
+        assert torch.equal(stats.valid, mask)
 
 
 def test_teachability_released_ranks_differently_from_the_paper(case):

@@ -24,6 +24,7 @@ from opd_ops.stats import OwnStats, TokenStats
 from opd_ops.teachers import LAST_ID, Listed, tail
 
 RELEASED_FLOOR = 1e-12  # what the released TA code puts for an id missing from a list
+LEAST_LISTED = -745.0  # log of the smallest fp64 number: below, the released TA code's p is 0 and the id is not listed
 
 
 def logits(source: Source, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -149,6 +150,13 @@ def released_kl(s: Tensor, u: Tensor, in_s: Tensor, in_t: Tensor) -> Tensor:
     return torch.where(in_s | in_t, log_q.exp() * (log_q - log_p), 0).sum(-1)
 
 
+def topk_entropy(listed: Tensor) -> Tensor:
+    """(n,) entropy of the softmax over a list's (n, K) logits, over the log of how many ids have a probability there."""
+    log_p = torch.log_softmax(listed, -1)
+    length = (log_p > LEAST_LISTED).sum(-1).clamp_min(2)
+    return equations.entropy(log_p) / length.to(log_p.dtype).log()
+
+
 @torch.no_grad()
 def token_stats(
     student: Source,
@@ -164,7 +172,8 @@ def token_stats(
     dtype = compute_dtype(student, teacher)
     s, u = logits(student, rows, dtype), logits(teacher, rows, dtype)
     q = torch.softmax(u, dim=-1)
-    in_s = membership(top_k_ids(s, top_k), s.shape[1])
+    s_ids = top_k_ids(s, top_k)
+    in_s = membership(s_ids, s.shape[1])
     in_t = membership(top_k_ids(u, top_k), u.shape[1])
     s_lse, t_lse = torch.logsumexp(s, -1), torch.logsumexp(u, -1)
     return TokenStats(
@@ -182,6 +191,7 @@ def token_stats(
         union_kl=kl_on(in_s | in_t, u, s).clamp_min(0),
         jsd=jsd(s, u).clamp_min(0) if "jsd" in columns else None,
         released_kl=released_kl(s, u, in_s, in_t) if "released_kl" in columns else None,
+        topk_entropy=topk_entropy(s.gather(1, s_ids)) if "topk_entropy" in columns else None,
     )
 
 

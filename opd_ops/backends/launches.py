@@ -76,9 +76,10 @@ def write_columns(
     options = launch_options(*transforms)
     score = score_fwd(*tables, rows, **options)
     lists = support_fwd(*tables, rows, score, top_k=top_k, **options)
+    of_lists = _of_lists(lists, score, columns - {"jsd"}, workspace_bytes)
     for name, column in zip(column_names(columns), out, strict=True):
-        if name == "released_kl":
-            column.copy_(_released_kl(lists, score, workspace_bytes))
+        if name in of_lists:
+            column.copy_(of_lists[name])
         elif name == "jsd":
             column.copy_(_jsd(tables, rows, transforms, workspace_bytes))
         else:
@@ -93,15 +94,18 @@ def top_k_lists(lists: Support, first_id: int = 0) -> tuple[TopK, TopK]:
     return of_student, TopK(lists.t_ids.long() + first_id, t_at_t, s_at_t)
 
 
-def _released_kl(lists: Support, score: Score, workspace_bytes: int) -> Tensor:
-    """From the kernels' lists; pairs of their ids are compared, hence parts."""
+def _of_lists(lists: Support, score: Score, columns: frozenset[str], workspace_bytes: int) -> dict[str, Tensor]:
+    """Optional columns from the kernels' lists; pairs of their ids are compared, hence parts."""
     n, _, k = lists.ids.shape
+    out = {name: torch.empty(n, dtype=torch.float32, device=lists.ids.device) for name in columns}
+    if not columns:
+        return out
     found = top_k_lists(lists)
     lse = score.student_logsumexp.double(), score.teacher_logsumexp.double()
-    out = torch.empty(n, dtype=torch.float32, device=lists.ids.device)
     for part in parts(n, UNION_BYTES * k + PAIR_BYTES * k**2, workspace_bytes):
-        both = found[0].rows(part), found[1].rows(part)
-        out[part] = support_columns(*both, lse[0][part], lse[1][part], frozenset({"released_kl"}))["released_kl"]
+        of_part = support_columns(found[0].rows(part), found[1].rows(part), lse[0][part], lse[1][part], columns)
+        for name in columns:
+            out[name][part] = of_part[name]
     return out
 
 

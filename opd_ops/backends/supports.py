@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from opd_ops.backends.eager import RELEASED_FLOOR
+from opd_ops.backends.eager import RELEASED_FLOOR, topk_entropy
 from opd_ops.backends.top_k import TopK
 from opd_ops.equations import kl
 
@@ -40,4 +40,6 @@ def support_columns(student: TopK, teacher: TopK, s_lse: Tensor, t_lse: Tensor, 
         log_p_at_t = torch.where(shared, log_p.unsqueeze(2), floor).amax(1)
         only_s = torch.where(s_in_t, 0, RELEASED_FLOOR * (floor - log_p)).sum(1)
         out["released_kl"] = (log_q.exp() * (log_q - log_p_at_t)).sum(1) + only_s
+    if "topk_entropy" in columns:
+        out["topk_entropy"] = topk_entropy(s_at_s)
     return out

@@ -19,7 +19,7 @@ from opd_ops.diagnostics.contexts import Contexts
 from opd_ops.diagnostics.intervals import Interval, mean_intervals
 from opd_ops.scoring import select_positions
 from opd_ops.selection import sequence_ids
-from opd_ops.selectors import SELECTORS, Selector, everything, resolve_selector
+from opd_ops.selectors import SELECTORS, Selector, everything, resolve_selector, selection_options
 
 LEAST_KL = 1e-6  # nats: what the library's KL may be off by, so a ratio to less than this means nothing
 TAILS = (0.01, 0.99)
@@ -102,7 +102,7 @@ def selection(contexts: Contexts, scores: Tensor, selector: Selector, fraction: 
         scores,
         mask=contexts.measured,
         fraction=fraction,
-        keep_one_per_sequence=getattr(selector, "keep_one_per_sequence", False),
+        **selection_options(selector, contexts.stats),
     )
 
 
