@@ -1,7 +1,8 @@
 # How to run everything: `make demo`, `make train`, `make test`, `make lint`, `make bench`, `make roofline`; each creates .venv on
 # its own. `make gpu` runs on the python it is given.
 #
-# Not here: versions (constraints.txt), extras (setup.py), what the commands do (README.md, CONTRIBUTING.md).
+# Not here: versions (constraints.txt), extras that users install (setup.py), groups that only developers install
+# (pyproject.toml), what the commands do (README.md, CONTRIBUTING.md).
 
 PYTHON ?= python3
 VENV := .venv
@@ -59,19 +60,21 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"$(PYTHON) is {sys.version.split()[0]}, expected 3.11 or newer; make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 
-# torch comes first and alone: the pinned version keeps later requirements from asking for another build.
+# pip first, because that of a new virtual environment may be too old for --group. Then torch, alone: the pinned version keeps
+# later requirements from asking for another build.
 $(VENV)/.core: constraints.txt setup.py | $(VENV)/bin/python
+	$(BIN)/python -m pip --disable-pip-version-check --quiet install "pip==$$(sed -n 's/^pip==//p' constraints.txt)"
 	$(PIP) install "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	$(PIP) install --editable .
 	touch $@
 
-$(VENV)/.test: $(VENV)/.core
-	$(PIP) install --editable '.[test,lint]'
+$(VENV)/.test: $(VENV)/.core pyproject.toml
+	$(PIP) install --group test --group lint
 	touch $@
 
-# verl and torchtune without their dependencies: of those their losses need what the extra names, and verl's own pins are older.
-$(VENV)/.parity: $(VENV)/.core
-	$(PIP) install --editable '.[parity]'
+# verl and torchtune without their dependencies: their losses need only what the group lists, and verl's own pins are older.
+$(VENV)/.parity: $(VENV)/.core pyproject.toml
+	$(PIP) install --group parity
 	$(PIP) install --no-deps verl==0.9.1 torchtune==0.6.1
 	touch $@
 
@@ -90,6 +93,6 @@ $(VENV)/.train: $(VENV)/.demo
 	$(PIP) install --editable '.[train]'
 	touch $@
 
-$(VENV)/.bench: $(VENV)/.demo
-	$(PIP) install --editable '.[bench]'
+$(VENV)/.bench: $(VENV)/.demo pyproject.toml
+	$(PIP) install --group bench
 	touch $@

@@ -1,7 +1,7 @@
 # Packaging of `opd_ops` (what a user imports) and `opd_kernels` (its Triton kernels): honest ranges, no pins.
 #
-# Not here: the exact versions that the project's own virtual environment uses (constraints.txt), tool settings
-# (pyproject.toml).
+# Not here: what only developers need (`[dependency-groups]` of pyproject.toml), the exact versions that the project's own
+# virtual environment uses (constraints.txt), tool settings (pyproject.toml).
 import re
 from pathlib import Path
 
@@ -39,32 +39,5 @@ setup(
         "inspect": ["transformers>=5.19", "accelerate>=1.10", "gguf>=0.17", "matplotlib>=3.8", "rich>=13"],
         "trl": ["trl>=1.16,<1.17"],
         "hf": ["transformers>=5.19", "accelerate>=1.10"],
-        "bench": ["trl==1.16.0", "liger-kernel==0.8.5", "matplotlib>=3.8", "rich>=13", "psutil>=5.9"],
-        "test": [
-            "pytest>=8",
-            "pytest-xdist>=3.6",
-            "hypothesis>=6.100",
-            "numpy>=1.26",
-            "matplotlib>=3.8",
-            "triton>=3.6",
-            "tensorboardX>=2.6",
-        ],
-        # The losses of others that tests/parity compares with, and the trainers of tests/integrations. verl and torchtune come
-        # on top without their dependencies, of which their losses need only these (Makefile); torchao is the newest that
-        # torchtune 0.6.1 imports with.
-        "parity": [
-            "trl==1.16.0",
-            "liger-kernel==0.8.5",
-            "torchao==0.16.0",
-            "tensordict>=0.10",
-            "ray>=2.50",
-            "omegaconf>=2.3",
-            "codetiming>=1.4",
-            "tiktoken>=0.14",
-            "sentencepiece>=0.2.1",
-            "torchdata>=0.11",
-            "pillow>=11",
-        ],
-        "lint": ["ruff>=0.12", "mypy>=1.15"],
     },
 )
