@@ -163,14 +163,22 @@ def check_student_stats(stats: object, student: Source, top_k: int, valid: Tenso
 
 
 def check_num_items(value: Tensor | float | int | None) -> None:
-    if value is None:
+    """A number or a 0-dim tensor, by one rule. 0 is what a host counts in a step without a valid token."""
+    found = _of_scalar_tensor("num_items_in_batch", value) if isinstance(value, Tensor) else value
+    if found is None:
         return
-    if not isinstance(value, Tensor):
-        check_number("num_items_in_batch", value, above=0.0)
-        return
-    found = _of_scalar_tensor("num_items_in_batch", value)
-    if found is not None and not 0 <= found < math.inf:  # 0: what a host counts in a step without a valid token
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 <= found < math.inf:
         raise ValueError(f"num_items_in_batch: got {value!r}, expected a finite number > 0")
+
+
+def check_some_items(value: Tensor | float | int | None, n_selected: int) -> None:
+    """Refuse a count of 0 where positions are selected: nothing can be divided by it."""
+    found = _of_scalar_tensor("num_items_in_batch", value) if isinstance(value, Tensor) else value
+    if found == 0 and n_selected:
+        raise ValueError(
+            f"num_items_in_batch: got {value!r}, expected a finite number > 0: {n_selected} positions are selected. Pass the "
+            "count of valid tokens, or a mask without one"
+        )
 
 
 def _of_scalar_tensor(name: str, tensor: Tensor) -> float | None:

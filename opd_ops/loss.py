@@ -105,7 +105,9 @@ def selective_opd_loss(
         special_ids: Token ids whose first occurrence in each sequence is not trained on, nor counted (arXiv 2603.25562's code).
         eos_ids: Ids that mean the same, like two ends of a turn: both models' probabilities of them are added up.
         cu_seqlens: (n_sequences + 1,) boundaries of packed sequences in the flattened positions.
-        num_items_in_batch: The host trainer's count of valid tokens over all micro-batches (and ranks).
+        num_items_in_batch: The host trainer's count of valid tokens over all micro-batches (and ranks). 0, a number's or a
+            tensor's, is for a step without a valid token, whose loss is 0; where positions are selected it is an error, and
+            the loss NaN where looking would wait for a device or for other ranks.
         denominator: "selected": mean over M; with `num_items_in_batch` the sum is divided by
             `num_items_in_batch * n_selected / n_valid`. "valid": divided by n_valid, or by `num_items_in_batch`. Both n are
             those of all ranks that select together, so that the ranks' losses add up to the loss of the whole batch. DDP and
@@ -192,6 +194,8 @@ def selective_opd_loss(
     checks.check_tokens(call.divergence, call.teacher, call.positions.tokens)
     chosen = Chosen.of(call, fraction=fraction, threshold=threshold, cu_seqlens=cu_seqlens)
     rows, kept, tokens_of = chosen.rows, chosen.kept, chosen.tokens()
+    if call.ranks is None:  # over ranks others would wait for the one that raised: there the loss is NaN
+        checks.check_some_items(num_items_in_batch, len(rows))
     total = _denominator(chosen.selected, chosen.stats.valid, num_items_in_batch, denominator)
     factors = (1 / total).to(chosen.scores.dtype).expand(len(rows))
     factors = factors if kept is None else torch.where(kept, factors, 0)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from opd_ops import equations
+from opd_ops.backends.overwritten import unchanged
 from opd_ops.divergences import JSD, Divergence, OnSupport, Support, weighted_sum, without_infinite
 from opd_ops.sources import Shard, Source, compute_dtype, take_rows
 from opd_ops.stats import OwnStats, TokenStats
@@ -34,10 +35,12 @@ def logits(source: Source, rows: Tensor, dtype: torch.dtype) -> Tensor:
         if transform.shard is not None:
             x = _Shared.apply(x, transform.shard)
         with torch.autocast(rows.device.type, enabled=False):  # which would take the product in 16 bits
-            x = x @ source.weight.to(dtype).T
+            # Cut first: rows beyond the common vocabulary may hold NaN, which 0 times a gradient would not remove.
+            x = x @ source.weight[: transform.vocab_size].to(dtype).T
+    x = x[:, : transform.vocab_size]
     if source.bias is not None:
-        x = x + source.bias.to(dtype)
-    x = transform.scale * x[:, : transform.vocab_size]
+        x = x + source.bias[: transform.vocab_size].to(dtype)
+    x = transform.scale * x
     if transform.softcap is not None:
         x = transform.softcap * torch.tanh(x / transform.softcap)
     x = x / transform.temperature
@@ -130,7 +133,7 @@ def released_kl(s: Tensor, u: Tensor, in_s: Tensor, in_t: Tensor) -> Tensor:
     floor = math.log(RELEASED_FLOOR)
     log_p = torch.log_softmax(s.masked_fill(~in_s, -math.inf), -1).clamp_min(floor)
     log_q = torch.log_softmax(u.masked_fill(~in_t, -math.inf), -1).clamp_min(floor)
-    return torch.where(in_s | in_t, log_q.exp() * (log_q - log_p), 0).sum(-1)
+    return torch.where(in_s | in_t, log_q.exp() * (log_q - log_p), 0).sum(-1).clamp_min(0)
 
 
 @torch.no_grad()
@@ -155,16 +158,16 @@ def token_stats(
         valid=torch.isfinite(t_lse),
         student_entropy=entropy(s),
         teacher_entropy=entropy(u),
-        reverse_kl=reverse_kl(s, u).clamp_min(0),
-        forward_kl=forward_kl(s, u).clamp_min(0),
+        reverse_kl=reverse_kl(s, u),
+        forward_kl=forward_kl(s, u),
         student_logsumexp=s_lse,
         teacher_logsumexp=t_lse,
         logsumexp_gap=s_lse - t_lse,
         support_mass=mass(q, in_s),
         student_support_mass=mass(torch.softmax(s, -1), in_s),
         overlap_mass=mass(q, in_s & in_t),
-        union_kl=kl_on(in_s | in_t, u, s).clamp_min(0),
-        jsd=jsd(s, u).clamp_min(0) if "jsd" in columns else None,
+        union_kl=kl_on(in_s | in_t, u, s),
+        jsd=jsd(s, u) if "jsd" in columns else None,
         released_kl=released_kl(s, u, in_s, in_t) if "released_kl" in columns else None,
     )
 
@@ -201,6 +204,7 @@ def selected_loss(
     if divergence.support is not None:
         found = None if isinstance(teacher, Source) else teacher.take(rows)
         losses = losses + divergence.support.loss(support(divergence.support, s, u, found, tokens))
+    losses = unchanged(losses, rows, student, workspace_bytes=workspace_bytes)  # autograd saved the head, not the teacher
     return weighted_sum(losses, without_infinite(losses, weights)), losses.detach()
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from opd_ops.divergences.base import OnSupport, Support
-from opd_ops.equations import kl
+from opd_ops.equations import kl, log_ratio_sum
 
 
 def check_top_k(name: str, top_k: object) -> None:
@@ -73,7 +73,7 @@ class TopKForwardKL(OnSupport):
         check_top_k("TopKForwardKL", self.top_k)
 
     def loss(self, at: Support) -> Tensor:
-        return kl(at.teacher, at.log_p)
+        return log_ratio_sum(at.teacher, at.log_p)
 
 
 @dataclass(frozen=True)
