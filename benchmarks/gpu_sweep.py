@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from opd_kernels import tiles
+from opd_kernels.argmax import argmax_fwd
 from opd_kernels.forward_kl import forward_kl_grad
 from opd_kernels.jsd import jsd_fwd, jsd_grad
 from opd_kernels.rest import rest_fwd, rest_grad
@@ -107,13 +108,15 @@ def sweeps(bench: Bench) -> Iterator[Sweep]:
         lambda: support_fwd(student, teacher, None, score, top_k=TOP_K, **pair),
     )  # fmt: skip
     chosen = student, teacher, rows
-    columns = score_fwd(*chosen, **pair).columns
+    of_chosen = score_fwd(*chosen, **pair)
+    columns, top = of_chosen.columns, argmax_fwd(student, rows, of_chosen, vocab_size=V)
+    write = {"top": top, "out": out, **pair}
     sums = jsd_fwd(*chosen, columns, beta=BETA, **pair)
     grad, blocks = tiles.grad(), list(grad_tiles())
-    yield Sweep("reverse_kl_grad", "grad", grad, blocks, lambda: reverse_kl_grad(*chosen, weights, columns, out=out, **pair))
-    yield Sweep("forward_kl_grad", "grad", grad, blocks, lambda: forward_kl_grad(*chosen, weights, columns, out=out, **pair))
+    yield Sweep("reverse_kl_grad", "grad", grad, blocks, lambda: reverse_kl_grad(*chosen, weights, columns, **write))
+    yield Sweep("forward_kl_grad", "grad", grad, blocks, lambda: forward_kl_grad(*chosen, weights, columns, **write))
     yield Sweep("jsd_fwd", "grad", grad, blocks, lambda: jsd_fwd(*chosen, columns, beta=BETA, **pair))
-    yield Sweep("jsd_grad", "grad", grad, blocks, lambda: jsd_grad(*chosen, weights, columns, sums, out=out, beta=BETA, **pair))
+    yield Sweep("jsd_grad", "grad", grad, blocks, lambda: jsd_grad(*chosen, weights, columns, sums, beta=BETA, **write))
     ids = student[rows.long()].float().topk(LISTED).indices.sort().values.int()
     values, rest = torch.zeros_like(ids, dtype=torch.float32), rest_fwd(student, rows, ids, **own)
     yield Sweep(

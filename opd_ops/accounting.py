@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from opd_ops import checks, float8
+from opd_ops.arguments import check_integer
 from opd_ops.backends.head_tiling import BlockGrid, SelectedGrid, padded, score_rows, tile_dtype
 from opd_ops.backends.tiling import gradient_grid, score_grid
 from opd_ops.scoring import DEFAULT_WORKSPACE_BYTES, SCORE_DTYPES
@@ -73,11 +74,11 @@ def estimate(
         >>> round(estimate(16_384, 151_936, 2048, 4096).matmul_units, 2)
         3.25
     """
-    for name, value in (("N", N), ("V", V), ("Ds", Ds), ("Dt", Dt), ("workspace_bytes", workspace_bytes)):
-        checks.check_integer(name, value, least=1)
-    checks.check_fraction(fraction)
+    sizes = {"N": N, "V": V, "Ds": Ds, "Dt": Dt, "workspace_bytes": workspace_bytes}
+    N, V, Ds, Dt, workspace_bytes = (check_integer(name, value, least=1) for name, value in sizes.items())
+    fraction = checks.check_fraction(fraction)
     checks.check_choice("backend", backend, ("triton", "torch"))
-    checks.check_top_k(top_k, V)
+    top_k = checks.check_top_k(top_k, V)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype: got {dtype!r}, expected a floating-point torch.dtype")
     if score_dtype is not None:

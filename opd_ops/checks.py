@@ -2,58 +2,59 @@
 #
 #   An error says which argument, what came, what was expected. ValueError for values, TypeError for types.
 #
-# Not here: the checks of both sides together (sides.py), of a LinearHead or a sparse teacher alone (inputs.py, teachers.py).
+# Not here: numbers, ids and tensors of every call (arguments.py), the checks of both sides together (sides.py), of a LinearHead
+# or a sparse teacher alone (inputs.py, teachers.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from opd_ops.arguments import check_integer, check_layout, check_positive, real, shown
 from opd_ops.divergences import Divergence
 from opd_ops.masking import of_positions
 from opd_ops.ranks import Ranks
 from opd_ops.rollout import StudentStats
 from opd_ops.sources import Source
-from opd_ops.teachers import Listed
+from opd_ops.teachers import Listed, SparseTeacher
 
 SCOPES = ("batch", "sequence", "global")
 DENOMINATORS = ("selected", "valid")
 
 
-def check_number(name: str, value: object, *, above: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= above:
-        raise ValueError(f"{name}: got {value!r}, expected a finite number > {above:g}")
+def check_transforms(backend: object, *, has_vmap: bool, has_gradient: bool) -> None:
+    """Refuse torch.func's transforms (grad, vmap, jvp, ...), but those that the oracle's plain torch allows.
+
+    `has_vmap`, `has_gradient`: whether "eager" has a rule for vmap, and for the others.
+    """
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return
+    active = [interpreter.key().name.lower() for interpreter in torch._C._functorch.get_interpreter_stack() or ()]
+    refused = [name for name in active if backend != "eager" or not (has_vmap if name == "vmap" else has_gradient)]
+    if refused:
+        instead = "loss.backward() or torch.autograd.grad"
+        if backend != "eager" and has_gradient:
+            instead += ", or backend='eager'" + ("" if has_vmap else " (not under vmap)")
+        raise ValueError(
+            f"backend: got {backend!r} under a transform of torch.func ({', '.join(refused)}), for which it has no rule; use "
+            f"{instead}"
+        )
 
 
-def check_integer(name: str, value: object, *, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {value!r}, expected an integer")
-    if value < least:
-        raise ValueError(f"{name}: got {value}, expected at least {least}")
-
-
-def check_ids(name: str, ids: object) -> tuple[int, ...]:
-    """Token ids as a tuple of integers, none negative."""
-    if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
-        raise TypeError(f"{name}: got {ids!r}, expected a sequence of token ids")
-    found = tuple(ids)
-    for x in found:
-        check_integer(name, x, least=0)
+def check_top_k(top_k: object, vocab_size: int) -> int:
+    found = check_integer("top_k", top_k, least=1)
+    if found > vocab_size:
+        raise ValueError(f"top_k: got {found}, expected at most the vocabulary size, {vocab_size}")
     return found
 
 
-def check_top_k(top_k: int, vocab_size: int) -> None:
-    check_integer("top_k", top_k, least=1)
-    if top_k > vocab_size:
-        raise ValueError(f"top_k: got {top_k}, expected at most the vocabulary size, {vocab_size}")
-
-
-def check_fraction(fraction: object) -> None:
-    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
-        raise ValueError(f"fraction: got {fraction!r}, expected a number in (0, 1]")
+def check_fraction(fraction: object) -> float:
+    found = real(fraction)
+    if not 0 < found <= 1:
+        raise ValueError(f"fraction: got {shown(fraction)}, expected a number in (0, 1]")
+    return found
 
 
 def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
@@ -97,9 +98,9 @@ def check_other_positions(scope: str | None, group: dist.ProcessGroup | None, vo
         )
 
 
-def check_parts_of_sequences(special_ids: object, labels: Tensor | None) -> None:
+def check_parts_of_sequences(special_ids: tuple[int, ...], labels: Tensor | None) -> None:
     """Refuse what looks at whole sequences where a rank holds parts of them."""
-    if check_ids("special_ids", special_ids):
+    if special_ids:
         raise ValueError(
             "special_ids: got ids, whose first occurrence in a sequence may be on another rank of selection_group; take these "
             "positions from the mask"
@@ -119,14 +120,15 @@ def check_divergence_top_k(divergence: Divergence, vocab_size: int) -> None:
         )
 
 
-def check_threshold(value: Tensor | float | None, score_dtype: str | None = None) -> None:
-    if value is not None and score_dtype == "float8":
-        raise ValueError("threshold: score_dtype='float8' scores only a shortlist of the budget exactly; pass one of the two")
+def check_threshold(value: object, score_dtype: str | None = None) -> Tensor | float | None:
     if value is None:
-        return
-    found = _of_scalar_tensor("threshold", value) if isinstance(value, Tensor) else value
-    if found is not None and (isinstance(found, bool) or not isinstance(found, (int, float)) or math.isnan(found)):
-        raise ValueError(f"threshold: got {value!r}, expected a number or a 0-dim tensor of one")
+        return None
+    if score_dtype == "float8":
+        raise ValueError("threshold: score_dtype='float8' scores only a shortlist of the budget exactly; pass one of the two")
+    found = _of_scalar_tensor("threshold", value) if isinstance(value, Tensor) else real(value)
+    if found is not None and math.isnan(found):
+        raise ValueError(f"threshold: got {shown(value)}, expected a number or a 0-dim tensor of one")
+    return value if isinstance(value, Tensor) else found
 
 
 def check_generator(generator: object) -> None:
@@ -162,27 +164,35 @@ def check_student_stats(stats: object, student: Source, top_k: int, valid: Tenso
             )
 
 
-def check_num_items(value: Tensor | float | int | None) -> None:
+def check_num_items(value: object) -> Tensor | float | None:
     """A number or a 0-dim tensor, by one rule. 0 is what a host counts in a step without a valid token."""
-    found = _of_scalar_tensor("num_items_in_batch", value) if isinstance(value, Tensor) else value
-    if found is None:
+    if value is None:
+        return None
+    found = _of_scalar_tensor("num_items_in_batch", value) if isinstance(value, Tensor) else real(value)
+    if found is not None and not 0 <= found < math.inf:
+        raise ValueError(f"num_items_in_batch: got {shown(value)}, expected a finite number > 0")
+    return value if isinstance(value, Tensor) else found
+
+
+def check_some_items(value: Tensor | float | None, selected: Tensor) -> None:
+    """Refuse a count of 0 where positions are selected. A device's count is not looked at; the loss is 0 then."""
+    if value is None or torch.compiler.is_compiling():
         return
-    if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 <= found < math.inf:
-        raise ValueError(f"num_items_in_batch: got {value!r}, expected a finite number > 0")
-
-
-def check_some_items(value: Tensor | float | int | None, n_selected: int) -> None:
-    """Refuse a count of 0 where positions are selected: nothing can be divided by it."""
     found = _of_scalar_tensor("num_items_in_batch", value) if isinstance(value, Tensor) else value
-    if found == 0 and n_selected:
+    if found == 0 and bool(selected.any()):
         raise ValueError(
-            f"num_items_in_batch: got {value!r}, expected a finite number > 0: {n_selected} positions are selected. Pass the "
-            "count of valid tokens, or a mask without one"
+            f"num_items_in_batch: got {shown(value)}, expected a finite number > 0, because {int(selected.sum())} positions are "
+            "selected. Pass the count of valid tokens, or a mask without one"
         )
+
+
+        raise ValueError(f"num_items_in_batch: got {value!r}, expected a finite number > 0")
+    return value
 
 
 def _of_scalar_tensor(name: str, tensor: Tensor) -> float | None:
     """Its number; None where looking would wait for a device, or break a graph."""
+    check_layout(name, tensor)
     if tensor.dim():
         raise ValueError(f"{name}: got a tensor of shape {tuple(tensor.shape)}, expected a 0-dim one")
     if tensor.dtype == torch.bool or tensor.is_complex():
@@ -198,6 +208,8 @@ def check_scores(scores: object, shape: torch.Size, device: torch.device) -> Non
         raise ValueError(f"selector: returned {type(scores).__name__}, {expected}{hint}")
     if scores.shape != shape:
         raise ValueError(f"selector: returned {tuple(scores.shape)}, {expected}")
+    if scores.layout != torch.strided:
+        raise ValueError(f"selector: returned a tensor of layout {scores.layout}, {expected}")
     if scores.device != device or scores.is_complex():
         raise ValueError(f"selector: returned {scores.dtype} scores on {scores.device}, expected real ones on {device}")
 
@@ -254,6 +266,19 @@ def check_tokens(divergence: Divergence, teacher: Source | Listed, tokens: Tenso
         )
 
 
+def check_lists(teacher: SparseTeacher, listed: Listed, valid: Tensor | None) -> None:
+    """No NaN among the log-probabilities at valid positions; elsewhere than on a CPU looking would wait for the device."""
+    if listed.logprobs.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bad = listed.logprobs.isnan().any(1).view(teacher.positions)
+    bad = bad if valid is None else bad & valid
+    if bool(bad.any()):
+        raise ValueError(
+            f"{type(teacher).__name__}.logprobs: got NaN at position {tuple(bad.nonzero()[0].tolist())} ({int(bad.sum())} such "
+            "positions), expected log-probabilities, -inf or id -1 where one is missing"
+        )
+
+
 def check_cu_seqlens(cu_seqlens: Tensor | None, shape: torch.Size) -> None:
     """(n_sequences + 1,) integers from 0 to the number of positions; their order is checked where they are on the CPU."""
     if cu_seqlens is None:
@@ -261,6 +286,7 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, shape: torch.Size) -> None:
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         came = f"dtype {cu_seqlens.dtype}" if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"cu_seqlens: got {came}, expected an int32 or int64 tensor")
+    check_layout("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
         raise ValueError(f"cu_seqlens: got shape {tuple(cu_seqlens.shape)}, expected (n_sequences + 1,)")
     if cu_seqlens.device.type == "cpu":

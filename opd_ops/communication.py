@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from opd_ops import checks
+from opd_ops.arguments import check_integer
 from opd_ops.backends import has_kernel, shards
 from opd_ops.divergences import Divergence, Extrapolated, OnSupport, Summed, resolve_divergence
 from opd_ops.ranks import Ranks
@@ -137,17 +138,16 @@ def estimate_communication(
         >>> round(estimate_communication(16_384, 151_936, 4096, tp=8).bytes_per_token)
         1264
     """
-    for name, value in (("V", V), ("workspace_bytes", workspace_bytes), ("tp", tp), ("dp", dp), ("cp", cp)):
-        checks.check_integer(name, value, least=1)
-    checks.check_integer("N", N, least=0)
-    for name, given, least in (("Ds", Ds, 1), ("n_selected", n_selected, 0), ("n_positions", n_positions, 0)):
-        if given is not None:
-            checks.check_integer(name, given, least=least)
-    checks.check_integer("n_sequences", n_sequences, least=1)
-    checks.check_fraction(fraction)
+    sizes = {"V": V, "workspace_bytes": workspace_bytes, "tp": tp, "dp": dp, "cp": cp, "n_sequences": n_sequences}
+    V, workspace_bytes, tp, dp, cp, n_sequences = (check_integer(name, value, least=1) for name, value in sizes.items())
+    N = check_integer("N", N, least=0)
+    Ds = None if Ds is None else check_integer("Ds", Ds, least=1)
+    n_selected = None if n_selected is None else check_integer("n_selected", n_selected, least=0)
+    n_positions = None if n_positions is None else check_integer("n_positions", n_positions, least=0)
+    fraction = checks.check_fraction(fraction)
     checks.check_choice("scope", scope, checks.SCOPES)
     checks.check_choice("backend", backend, ("triton", "torch", "eager"))
-    checks.check_top_k(top_k, V)
+    top_k = checks.check_top_k(top_k, V)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype: got {dtype!r}, expected a floating-point torch.dtype")
     if dtype == torch.float64 and backend == "triton":

@@ -7,12 +7,12 @@
 # Not here: reading rows of either kind (sources.py), checking both sides of a call against each other (sides.py).
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from opd_ops.arguments import check_layout, check_positive, take_plain
 from opd_ops.float8 import Float8Rows
 from opd_ops.gathered import gathered
 from opd_ops.zero3 import is_zero3
@@ -51,12 +51,14 @@ class LinearHead:
     float8: Float8Rows | None = None
 
     def __post_init__(self) -> None:
+        take_plain(self, "scale", "softcap")
         _refuse_module(self.weight)
         for name, tensor in (("hidden", self.hidden), ("weight", self.weight), ("bias", self.bias)):
             if tensor is None and name == "bias":
                 continue
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"LinearHead.{name}: got {type(tensor).__name__}, expected a tensor")
+            check_layout(f"LinearHead.{name}", tensor)
             if not tensor.is_floating_point():
                 raise TypeError(f"LinearHead.{name}: got dtype {tensor.dtype}, expected a floating-point dtype")
             if tensor.device != self.hidden.device:
@@ -82,9 +84,7 @@ class LinearHead:
         for name, number in (("scale", self.scale), ("softcap", self.softcap)):
             if number is None and name == "softcap":
                 continue
-            if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number) or number <= 0:
-                raise ValueError(f"LinearHead.{name}: got {number!r}, expected a finite number > 0")
-
+            check_positive(f"LinearHead.{name}", number)
         if self.float8 is not None and not isinstance(self.float8, Float8Rows):
             raise TypeError(f"LinearHead.float8: got {type(self.float8).__name__}, expected Float8Rows.of(weight) or None")
         if self.float8 is not None and self.float8.values.shape != Float8Rows.shape_of(self.weight):

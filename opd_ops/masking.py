@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opd_ops.arguments import check_layout, plain, shown
 from opd_ops.selection import sequence_ids
 
 
@@ -42,17 +43,18 @@ def positions(
 
     `among`: the vocabulary that the tokens must be of where a position is to be valid; None: they need not.
     """
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: got {ignore_index!r}, expected an integer")
+    ignored = plain(ignore_index)
+    if isinstance(ignored, bool) or not isinstance(ignored, int):
+        raise TypeError(f"ignore_index: got {shown(ignore_index)}, expected an integer")
     sequences = sequence_ids(shape, cu_seqlens, device).view(shape)
     found: list[Tensor] = []
     if mask is not None:
         found.append(of_positions("mask", mask, shape, device) != 0)
     if weights is not None:
         found.append(_weights(weights, shape, device) != 0)
-    targets = _targets(shape, device, labels, shift_labels, ignore_index, None if cu_seqlens is None else sequences)
+    targets = _targets(shape, device, labels, shift_labels, ignored, None if cu_seqlens is None else sequences)
     if targets is not None:
-        found.append(targets != ignore_index)
+        found.append(targets != ignored)
     if tokens is not None:
         tokens = of_positions("tokens", tokens, shape, device)
         if tokens.dtype not in (torch.int32, torch.int64):
@@ -92,16 +94,28 @@ def _targets(
     """What each position predicts. With the sequence numbers of `packed` rows the last row of each predicts nothing: the next
     label is another sequence's."""
     if shift_labels is not None:
-        return of_positions("shift_labels", shift_labels, shape, device)
+        return _holding(ignore_index, "shift_labels", of_positions("shift_labels", shift_labels, shape, device))
     if labels is None:
         return None
-    labels = of_positions("labels", labels, shape, device)
+    labels = _holding(ignore_index, "labels", of_positions("labels", labels, shape, device))
     if not labels.dim():
         raise ValueError("labels: got a 0-dim tensor, expected at least one dimension to shift along")
     targets = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
     if packed is not None:
         targets[..., :-1].masked_fill_(packed[..., 1:] != packed[..., :-1], ignore_index)
     return targets
+
+
+def _holding(ignore_index: int, name: str, labels: Tensor) -> Tensor:
+    """The labels, if one may be the ignored number: torch compares with what their dtype holds of it (uint8: -100 is 156)."""
+    if not labels.is_floating_point() and labels.dtype != torch.bool:
+        range_ = torch.iinfo(labels.dtype)
+        if not range_.min <= ignore_index <= range_.max:
+            raise ValueError(
+                f"ignore_index: got {shown(ignore_index)}, which {name} of dtype {labels.dtype} cannot hold; pass them as "
+                "int64, or another ignore_index"
+            )
+    return labels
 
 
 def _weights(weights: object, shape: torch.Size, device: torch.device) -> Tensor:
@@ -115,6 +129,7 @@ def of_positions(name: str, tensor: object, shape: torch.Size, device: torch.dev
     """The tensor, if it has one entry per position."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor of shape {tuple(shape)}")
+    check_layout(name, tensor)
     if tensor.shape != shape:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(shape)}, one entry per position")
     if tensor.device != device:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opd_ops.arguments import check_integer, check_layout, check_positive
 from opd_ops.backends.top_k import extended
 
 CANDIDATES = 1 << 22  # logits that may be ranked at a time
@@ -43,6 +44,8 @@ class StudentStats:
                 raise TypeError(f"StudentStats.{name}: got {_kind(getattr(self, name))}, expected a floating-point tensor")
         if not isinstance(self.ids, Tensor) or self.ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"StudentStats.ids: got {_kind(self.ids)}, expected an int32 or int64 tensor")
+        for name in ("logsumexp", "entropy", "ids", "logprobs"):
+            check_layout(f"StudentStats.{name}", getattr(self, name))
         shape = self.logsumexp.shape
         if self.entropy.shape != shape:
             raise ValueError(f"StudentStats.entropy: got shape {tuple(self.entropy.shape)}, expected {tuple(shape)}")
@@ -56,10 +59,10 @@ class StudentStats:
     def of_logits(cls, logits: Tensor, *, top_k: int = 16, temperature: float = 1.0) -> StudentStats:
         """The statistics of (..., V) logits, computed in fp32 (fp64 for fp64): for a sampler of one's own.
 
-        Raises: ValueError: a top_k below 1, or a temperature that is not above 0.
+        Raises: ValueError: a top_k below 1, or a temperature that is not above 0. TypeError: a top_k that is no integer.
         """
-        if top_k < 1 or not temperature > 0:
-            raise ValueError(f"StudentStats: got top_k {top_k} and temperature {temperature}, expected both above 0")
+        top_k, temperature = check_integer("top_k", top_k, least=1), check_positive("temperature", temperature)
+        check_layout("logits", logits)
         x = logits.reshape(-1, logits.shape[-1])
         x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32) / temperature
         log_p = torch.log_softmax(x, 1)

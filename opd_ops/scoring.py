@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opd_ops import checks, float8
+from opd_ops.arguments import check_ids, check_integer, check_layout
 from opd_ops.backends import Backend, Needs, check_backend, drops_weightless_rows, resolve_backend, two_lists
 from opd_ops.backends.gather import logits_at
 from opd_ops.divergences import Divergence, ReverseKL, SampledToken, TailAware, resolve_divergence
@@ -238,8 +239,9 @@ def prepare(
 ) -> Scoring:
     """Check all that scoring depends on; raises before any work. `scope`: None where no selection follows."""
     check_backend(backend)
-    checks.check_integer("top_k", top_k, least=1)
-    checks.check_integer("workspace_bytes", workspace_bytes, least=1)
+    top_k = check_integer("top_k", top_k, least=1)
+    workspace_bytes = check_integer("workspace_bytes", workspace_bytes, least=1)
+    special_ids, eos_ids = check_ids("special_ids", special_ids), check_ids("eos_ids", eos_ids)
     ranks = checks.check_selection_group(scope, selection_group)
     found_divergence = _scored_for(teacher) if divergence is None else resolve_divergence(divergence)
     sources = check_sources(
@@ -258,7 +260,7 @@ def prepare(
     if shard is not None:
         checks.check_other_positions(scope, selection_group, shard.ranks.group)
     vocab = sources[0].transform.whole_vocab_size
-    checks.check_top_k(top_k, vocab)
+    top_k = checks.check_top_k(top_k, vocab)
     checks.check_divergence_top_k(found_divergence, vocab)
     if score_dtype is not None:
         checks.check_choice("score_dtype", score_dtype, tuple(SCORE_DTYPES))
@@ -273,7 +275,7 @@ def prepare(
         ignore_index=ignore_index,
         cu_seqlens=cu_seqlens,
         tokens=teacher.ids if tokens is None and isinstance(teacher, SampledLogprobs) else tokens,
-        special_ids=checks.check_ids("special_ids", special_ids),
+        special_ids=special_ids,
         among=vocab if checks.reads_tokens(found_divergence) else None,
     )
     checks.check_generator(generator)
@@ -292,6 +294,8 @@ def prepare(
         checks.check_student_stats(student_stats, sources[0], top_k, found_positions.valid)
         check_known(found_selector, "student_stats")
     if isinstance(sources[1], Listed):
+        assert isinstance(teacher, (TopKLogprobs, SampledLogprobs))
+        checks.check_lists(teacher, sources[1], found_positions.valid)
         check_known(found_selector, type(teacher).__name__)
     return Scoring(
         *sources,
@@ -350,6 +354,7 @@ def score_positions(
 
     Returns: `scores` (...) fp32, -inf where not valid; `stats`, `TokenStats` of the same shape.
     """
+    checks.check_transforms(backend, has_vmap=True, has_gradient=True)
     return prepare(
         student,
         teacher,
@@ -409,10 +414,11 @@ def select_positions(
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
         raise TypeError(f"scores: got {got}, expected a floating-point tensor")
-    checks.check_fraction(fraction)
+    check_layout("scores", scores)
+    fraction = checks.check_fraction(fraction)
     ranks = checks.check_selection_group(scope, selection_group)
     checks.check_cu_seqlens(cu_seqlens, scores.shape)
-    checks.check_threshold(threshold)
+    threshold = checks.check_threshold(threshold)
     valid = positions(scores.shape, scores.device, mask=mask).valid
     flat = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
     ids = sequence_ids(scores.shape, cu_seqlens, scores.device)

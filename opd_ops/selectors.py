@@ -31,6 +31,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from opd_ops.arguments import real, shown, take_plain
 from opd_ops.order_statistics import order_statistics
 from opd_ops.ranks import Ranks
 from opd_ops.stats import TokenStats
@@ -228,6 +229,12 @@ class Multinomial:
     gamma: float = 1.0
     generator: torch.Generator | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"jsd"})
+
+    def __post_init__(self) -> None:
+        take_plain(self, "alpha", "gamma")
+        for name in ("alpha", "gamma"):
+            if not math.isfinite(real(getattr(self, name))):
+                raise ValueError(f"Multinomial.{name}: got {shown(getattr(self, name))}, expected a finite number")
 
     def __call__(self, stats: TokenStats) -> Tensor:
         assert stats.jsd is not None

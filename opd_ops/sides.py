@@ -9,14 +9,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opd_ops import checks, sharding
+from opd_ops import sharding
+from opd_ops.arguments import check_integer, check_layout, check_positive
 from opd_ops.divergences import DIVERGENCES, Divergence, Extrapolated
 from opd_ops.inputs import LinearHead, positions_shape
 from opd_ops.sharding import Vocabulary
@@ -33,13 +33,13 @@ def check_sources(
     *,
     vocab_size: int | None,
     temperature: float,
-    eos_ids: Sequence[int],
+    eos_ids: tuple[int, ...],
     process_group: dist.ProcessGroup | None,
     top_k: int,
     workspace_bytes: int,
 ) -> tuple[Source, Source | Listed]:
     """Both sides over their common vocabulary; one warning if their vocabularies differ and none was named."""
-    checks.check_number("temperature", temperature, above=0.0)
+    temperature = check_positive("temperature", temperature)
     named = [("student", student)]
     if not isinstance(teacher, (TopKLogprobs, SampledLogprobs)):
         named.append(("teacher", teacher))
@@ -50,20 +50,10 @@ def check_sources(
     s, *others = found[0].side, *found[1:]
     for other in others:
         _check_beside(other.name, other.side, s)
-    if vocabularies.ranks is not None and len(eos_ids):
+    if vocabularies.ranks is not None and eos_ids:
         raise ValueError("eos_ids: ids cannot be merged where ranks share out the vocabulary; pass no eos_ids")
     if isinstance(teacher, (TopKLogprobs, SampledLogprobs)):
-        return _check_sparse(
-            s,
-            vocabularies,
-            teacher,
-            divergence,
-            vocab_size,
-            float(temperature),
-            eos_ids,
-            top_k=top_k,
-            workspace_bytes=workspace_bytes,
-        )
+        return _check_sparse(s, vocabularies, teacher, divergence, vocab_size, temperature, eos_ids, top_k, workspace_bytes)
     totals = [widths.total for widths in (vocabularies.student, *vocabularies.others)]
     vocab = _check_vocabulary(totals[0], totals[1], vocab_size)
     merged = _check_eos_ids(eos_ids, vocab)
@@ -74,12 +64,12 @@ def check_sources(
         )
     shard = vocabularies.shard(vocab)
     if shard is None:
-        of_all = [Source.of(local.side, vocab, float(temperature), merged) for local in found]
+        of_all = [Source.of(local.side, vocab, temperature, merged) for local in found]
     else:
         parts = [s]
         for other, widths in zip(others, vocabularies.others, strict=True):
             parts.append(sharding.part_of(other.name, other.side, widths, shard))
-        of_all = [Source.of(side, shard.width, float(temperature), shard=shard) for side in parts]
+        of_all = [Source.of(side, shard.width, temperature, shard=shard) for side in parts]
     student_source, teacher_source, *reference = of_all
     if isinstance(divergence, Extrapolated):
         unmerged = reference[0]._replace(transform=replace(reference[0].transform, merged=()))
@@ -94,8 +84,7 @@ def _check_sparse(
     divergence: Divergence,
     vocab_size: int | None,
     temperature: float,
-    eos_ids: Sequence[int],
-    *,
+    eos_ids: tuple[int, ...],
     top_k: int,
     workspace_bytes: int,
 ) -> tuple[Source, Listed]:
@@ -131,7 +120,7 @@ def _check_sparse(
             f"temperature: got {temperature:g}, but {name} holds log-probabilities at {teacher.temperature:g}; ask the server "
             f"for those at {temperature:g} and pass {name}(..., temperature={temperature:g})"
         )
-    if len(eos_ids) and isinstance(teacher, SampledLogprobs):
+    if eos_ids and isinstance(teacher, SampledLogprobs):
         raise ValueError("eos_ids: SampledLogprobs knows one of the ids alone, not their sum; pass no eos_ids, or TopKLogprobs")
     total = vocabularies.student.total
     vocab = _check_vocabulary(total, total, vocab_size)
@@ -153,15 +142,15 @@ def _check_beside(name: str, side: Tensor | LinearHead, student: Tensor | Linear
         raise ValueError(f"{name}: is on {_device(side)}, the student is on {_device(student)}; move them to one device")
 
 
-def _check_eos_ids(ids: object, vocab_size: int) -> tuple[int, ...]:
-    found = checks.check_ids("eos_ids", ids)
-    if len(set(found)) != len(found) or any(x >= vocab_size for x in found):
-        raise ValueError(f"eos_ids: got {list(found)}, expected different ids below the vocabulary size, {vocab_size}")
-    return found if len(found) > 1 else ()
+def _check_eos_ids(ids: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+    if len(set(ids)) != len(ids) or any(x >= vocab_size for x in ids):
+        raise ValueError(f"eos_ids: got {list(ids)}, expected different ids below the vocabulary size, {vocab_size}")
+    return ids if len(ids) > 1 else ()
 
 
 def _check_side(name: str, side: object) -> Tensor | LinearHead:
     if isinstance(side, Tensor):
+        check_layout(name, side)
         if not side.is_floating_point():
             raise TypeError(f"{name}: got logits of dtype {side.dtype}, expected a floating-point dtype")
         if side.dim() < 1:
@@ -184,7 +173,7 @@ def _check_vocabulary(student: int, teacher: int, vocab_size: int | None) -> int
         name = "student" if student < 1 else "teacher"
         raise ValueError(f"{name}: got a vocabulary without an entry, expected logits (..., V) with V >= 1")
     if vocab_size is not None:
-        checks.check_integer("vocab_size", vocab_size, least=1)
+        vocab_size = check_integer("vocab_size", vocab_size, least=1)
         if vocab_size > common:
             raise ValueError(
                 f"vocab_size: got {vocab_size}, expected at most {common} (the student has {student}, the teacher {teacher})"

@@ -4,6 +4,7 @@
 #   V is the common vocabulary: both models are sliced to it before any softmax, never padded.
 #   mixed with a reference model:  lam * logits + (1 - lam) * its logits     (arXiv 2602.12125), a teacher's -inf stays -inf
 #   merged ids e0, e1, ...: logit e0 becomes log sum e^logits of all of them, the others -inf: one action
+#   masked: a stored logit of -inf, or as low as the library transformers writes for it (`mask_limit`), is -inf: probability 0
 #   a shard: the source holds the ids first ... first + width - 1 alone, other ranks hold the others; lists of ids are global
 #
 # Not here: what is computed from the logits (backends/), the checks of both sides (sides.py).
@@ -108,6 +109,13 @@ class Source(NamedTuple):
         return self._replace(float8=Float8Rows.of(self.weight))
 
     @property
+    def stored_dtype(self) -> torch.dtype | None:
+        """The dtype in which a masked entry is stored; None: a head without a bias masks none."""
+        if not self.transform.is_head:
+            return self.leading.dtype
+        return None if self.bias is None else torch.float32  # its logits are computed in fp32 or wider
+
+    @property
     def is_plain(self) -> bool:
         """Whether stored numbers and a transform per number are all there is to it."""
         return self.reference is None and not self.transform.merged
@@ -181,8 +189,22 @@ def coordinates(rows: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
     return tuple(reversed(found))
 
 
-def finish_logits(x: Tensor, transform: Transform) -> Tensor:
-    """Scale, soft-cap and temperature, in place: raw head outputs or dense logits become the model's logits."""
+def mask_limit(dtype: torch.dtype) -> float:
+    """Stored logits up to this are masked: -inf and `finfo.min`, which transformers writes for it.
+
+    A wide dtype leaves room for what adding to, scaling or widening `finfo.min` makes of it. fp16's own minimum is an ordinary
+    logit in any other dtype.
+    """
+    return torch.finfo(dtype).min if dtype == torch.float16 else -(2.0**120)
+
+
+def finish_logits(x: Tensor, transform: Transform, stored: torch.dtype | None) -> Tensor:
+    """Masks, scale, soft-cap and temperature, in place: raw head outputs or dense logits become the model's logits.
+
+    `stored`: the dtype that masked entries were written in; None: there are none.
+    """
+    if stored is not None:
+        torch.threshold_(x, mask_limit(stored), -torch.inf)
     if transform.scale != 1.0:
         x.mul_(transform.scale)
     if transform.softcap is not None:

@@ -24,11 +24,20 @@ SWEPT_COLUMNS = (  # those that one sweep of both models over the vocabulary giv
     "logsumexp_gap",
 )
 
+REFERENCE_COLUMNS = (
+    "reference_student",
+    "reference_teacher",
+    "reference_log_p",
+    "reference_log_ratio",
+    "reverse_kl_excess",
+)
+
 
 class TokenStats(NamedTuple):
     """Per-position statistics, each of the mask's shape; fp32 (fp64 for fp64 inputs), 0 where not valid.
 
-    `jsd` and `released_kl` cost extra work and are None unless the selector asks for them. With `student_stats` the columns
+    `jsd` and `released_kl` cost extra work and are None unless the selector asks for them; the last five are those of
+    backend "torch", and None with others. With `student_stats` the columns
     that take the student's whole row, `reverse_kl` and `forward_kl`, are NaN where that was not read.
     """
 
@@ -46,6 +55,12 @@ class TokenStats(NamedTuple):
     union_kl: Tensor  # D = KL(q || p), both renormalised on U (TA eq. 9)
     jsd: Tensor | None = None  # Jensen-Shannon divergence, beta = 1/2
     released_kl: Tensor | None = None  # D as the released TA code has it; see selectors.py::teachability_released
+    # `REFERENCE_COLUMNS`: what gradients of "torch" read, a being the student's most likely id (backends/reference.py)
+    reference_student: Tensor | None = None  # s_a
+    reference_teacher: Tensor | None = None  # u_a
+    reference_log_p: Tensor | None = None  # log p_a
+    reference_log_ratio: Tensor | None = None  # log p_a - log q_a
+    reverse_kl_excess: Tensor | None = None  # reverse_kl - reference_log_ratio, not by subtraction; 0 where infinite
 
     def clone(self) -> TokenStats:
         """The same columns in memory of their own."""
@@ -73,11 +88,13 @@ class TokenStats(NamedTuple):
 
     def replaced(self, where: Tensor, columns: TokenStats) -> TokenStats:
         """These columns, but at the positions of the bool `where`, in order, those of `columns`."""
-        found = {}
-        for name, column in self._asdict().items():
-            if column is not None:
-                found[name] = column.masked_scatter(where, getattr(columns, name))
-        return TokenStats(**found)
+        replaced = self._asdict()
+        for name, values in columns._asdict().items():
+            if values is not None:
+                column = replaced[name]
+                column = values.new_zeros(where.shape) if column is None else column
+                replaced[name] = column.masked_scatter(where, values)
+        return TokenStats(**replaced)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> TokenStats:
         columns = self._asdict().items()

@@ -3,6 +3,7 @@
 #   TopKLogprobs(ids, logprobs)      what vLLM (`prompt_logprobs`), SGLang (`input_top_logprobs`) and verl's teacher return
 #   SampledLogprobs(ids, logprobs)   what slime, SkyRL, prime-rl and tinker return: log q(y) of the rollout tokens y
 #
+#   An entry of -9999 or less is missing: vLLM's servers write it for -inf, which JSON does not know.
 #   What they know is a lower bound on C: sum of q over S ∩ T (arXiv 2605.26844 eq. 17), and D with q = 0 off T.
 #
 # Not here: statistics made of lists (backends/two_lists.py), the losses they allow (divergences/support.py).
@@ -15,9 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opd_ops.arguments import check_layout, check_positive, take_plain
 from opd_ops.sources import take_rows
 
 LAST_ID = 2**31 - 1  # of a missing entry: beyond every vocabulary, and sorts behind every id of equal logit
+
+MISSING_LOGPROB = -9999.0  # this or less is a missing entry
 
 # What a list may leave out at least: fp32 log-probabilities do not say more, and their sum may exceed 1.
 LEAST_TAIL = math.log(torch.finfo(torch.float32).eps)
@@ -30,12 +34,13 @@ def _check(name: str, ids: object, logprobs: object, temperature: object) -> Non
         raise TypeError(f"{name}.ids: got {_kind(ids)}, expected an int32 or int64 tensor")
     if not isinstance(logprobs, Tensor) or not logprobs.is_floating_point():
         raise TypeError(f"{name}.logprobs: got {_kind(logprobs)}, expected a floating-point tensor")
+    for which, tensor in (("ids", ids), ("logprobs", logprobs)):
+        check_layout(f"{name}.{which}", tensor)
     if ids.shape != logprobs.shape:
         raise ValueError(f"{name}.logprobs: got shape {tuple(logprobs.shape)}, expected that of the ids, {tuple(ids.shape)}")
     if ids.device != logprobs.device:
         raise ValueError(f"{name}.logprobs: is on {logprobs.device}, the ids are on {ids.device}; move them to one device")
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not temperature > 0:
-        raise ValueError(f"{name}.temperature: got {temperature!r}, expected a number > 0")
+    check_positive(f"{name}.temperature", temperature)
     if logprobs.device.type == "cpu" and logprobs.numel() and bool((logprobs > 1e-3).any()):  # elsewhere looking would wait
         raise ValueError(f"{name}.logprobs: got {float(logprobs.max()):.4g}, expected log-probabilities, at most 0; not logits")
 
@@ -44,9 +49,12 @@ def _check(name: str, ids: object, logprobs: object, temperature: object) -> Non
 class TopKLogprobs:
     """The teacher's log-probabilities of its most likely tokens, at the positions of the student.
 
-    Rows need no order. An entry is missing where its id is negative or beyond the vocabulary, or its log-probability -inf. An
-    id that comes twice counts once, as the likelier, so that K + 1 columns, the sampled token's and the top K, may be passed as
-    they come. Of ids that are merged (`eos_ids`) those that are not listed count among the rest.
+    Rows need no order. An entry is missing where its id is negative or beyond the vocabulary, or its log-probability -9999 or
+    less. An id that comes twice counts once, as the likelier, so that K + 1 columns, the sampled token's and the top K, may be
+    passed as they come. Of ids that are merged (`eos_ids`) those that are not listed count among the rest.
+
+    A NaN at a valid position is an error of the call on a CPU. Elsewhere looking would wait for the device: the position is not
+    valid then, counted in `metrics["n_teacher_nonfinite"]`, and an error with `check_finite=True`.
 
     Args:
         ids: (..., K) int64 or int32.
@@ -62,6 +70,7 @@ class TopKLogprobs:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        take_plain(self, "temperature")
         _check("TopKLogprobs", self.ids, self.logprobs, self.temperature)
         if self.ids.dim() < 1 or self.ids.shape[-1] < 1:
             raise ValueError(f"TopKLogprobs.ids: got shape {tuple(self.ids.shape)}, expected (..., K) with K >= 1")
@@ -75,8 +84,10 @@ class TopKLogprobs:
 class SampledLogprobs:
     """The teacher's log-probability of the token that the student sampled, at the positions of the student.
 
+    What is missing and what NaN does is as in `TopKLogprobs`; a position whose token is missing is not valid.
+
     Args:
-        ids: (...) the token that each position predicts. A negative one, or one beyond the vocabulary, is missing.
+        ids: (...) the token that each position predicts.
         logprobs: (...) log q of it, q over the whole vocabulary; at most 0.
         temperature: At which the server computed them; must be the call's.
     Raises: as `TopKLogprobs`.
@@ -87,6 +98,7 @@ class SampledLogprobs:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        take_plain(self, "temperature")
         _check("SampledLogprobs", self.ids, self.logprobs, self.temperature)
 
     @property
@@ -139,8 +151,8 @@ class Listed(NamedTuple):
         ids: Tensor, logprobs: Tensor, vocab_size: int, dtype: torch.dtype, merged: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
         """Some whole lists, (n, K) each."""
+        missing = (ids < 0) | (ids >= vocab_size) | is_missing(logprobs)
         ids, logprobs = ids.long(), logprobs.to(dtype)
-        missing = (ids < 0) | (ids >= vocab_size) | (logprobs == -torch.inf)
         ids, logprobs = _by_id(ids.masked_fill(missing, LAST_ID), logprobs.masked_fill(missing, -torch.inf))
         again = torch.nn.functional.pad(ids[:, 1:] == ids[:, :-1], (1, 0))
         ids, logprobs = ids.masked_fill(again, LAST_ID), logprobs.masked_fill(again, -torch.inf)
@@ -164,6 +176,11 @@ class Listed(NamedTuple):
     def valid(self) -> Tensor:
         """(n,) bool: something is listed, and it is a number."""
         return torch.isfinite(self.logprobs).any(1) & ~self.logprobs.isnan().any(1)
+
+
+def is_missing(logprobs: Tensor) -> Tensor:
+    """Bool: -9999 or less, in the tensor's own dtype: torch rounds the number as the server's was (bf16: -9984)."""
+    return logprobs <= MISSING_LOGPROB
 
 
 def tail(log_q: Tensor) -> Tensor:

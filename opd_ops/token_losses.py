@@ -114,7 +114,7 @@ def selective_opd_token_losses(
     Arguments are those of `selective_opd_loss`, less what concerns its denominator, and less `inplace_backward`.
     Returns: `TokenLosses`: `losses` of the mask's shape, fp32 (fp64 if any input is), connected to the student's tensors even
         when nothing is selected; `selected`, `scores`, `stats`, `metrics` as of `selective_opd_loss`.
-    Raises: as `selective_opd_loss`. A second derivative is an error.
+    Raises: as `selective_opd_loss`. A second derivative is an error, and so are torch.func's transforms.
     Non-finite logits: as there; what makes the loss NaN there makes every loss NaN here, and every gradient.
     Cost in head matmuls, two heads of equal width, a share rho selected: 2 + 4 rho on backend "torch" with reverse or forward
         KL, as `selective_opd_loss`. What that keeps of its forward otherwise is found once more in the backward: 2 + 8 rho with
@@ -126,9 +126,10 @@ def selective_opd_token_losses(
         >>> out.losses.sum() / out.selected.sum() == selective_opd_loss(student, teacher, fraction=0.5).loss
         tensor(True)
     """
-    checks.check_fraction(fraction)
+    checks.check_transforms(backend, has_vmap=False, has_gradient=False)
+    fraction = checks.check_fraction(fraction)
     checks.check_choice("scope", scope, checks.SCOPES)
-    checks.check_threshold(threshold, score_dtype)
+    threshold = checks.check_threshold(threshold, score_dtype)
     call = prepare(
         student,
         teacher,

@@ -19,7 +19,7 @@ DIVERGENCES = {"reverse_kl": eager.reverse_kl, "forward_kl": eager.forward_kl}
 
 
 def logit(x, scale=1.0, softcap=None, temperature=1.0):
-    return finish_logits(x.double().clone(), Transform(True, x.shape[-1], temperature, scale, softcap))
+    return finish_logits(x.double().clone(), Transform(True, x.shape[-1], temperature, scale, softcap), x.dtype)
 
 
 def statistics(s, t):

@@ -307,7 +307,7 @@ def test_a_divergence_must_say_what_it_sums():
         def loss(self, log_p, log_q):
             return log_p.sum(-1)
 
-        def dlogits(self, log_p, log_ratio, pull):
+        def slope(self, log_p, log_ratio):
             return log_p
 
     with pytest.raises(TypeError, match="divergence: got Unknown, which says nowhere what it sums; make it a `Summed`"):

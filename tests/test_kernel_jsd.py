@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 import torch
+from opd_kernels.argmax import argmax_fwd
 from opd_kernels.jsd import jsd_fwd, jsd_grad
 from opd_kernels.score import score_fwd
 
@@ -25,10 +26,11 @@ BETAS = [0.1, 0.5, 0.9]
 
 def run(s, t, weights, beta=0.5, rows=None, V=None, out=None, **changed):
     common = {**COMMON, **changed, "vocab_size": V or s.shape[1]}
-    columns = score_fwd(s, t, rows, **common).columns
-    sums = jsd_fwd(s, t, rows, columns, beta=beta, **common)
+    score = score_fwd(s, t, rows, **common)
+    sums = jsd_fwd(s, t, rows, score.columns, beta=beta, **common)
     out = torch.full(s.shape, float("nan"), dtype=s.dtype) if out is None else out
-    jsd_grad(s, t, rows, weights, columns, sums, out=out, beta=beta, **common)
+    top = argmax_fwd(s, rows, score, vocab_size=common["vocab_size"])
+    jsd_grad(s, t, rows, weights, score.columns, sums, top=top, out=out, beta=beta, **common)
     return out, sums
 
 
@@ -154,9 +156,9 @@ def test_jsd_grad_of_blocks_of_the_vocabulary_equals_that_of_the_whole():
     columns = score_fwd(s, t, None, **COMMON, vocab_size=4500).columns
     sums = jsd_fwd(s, t, None, columns, **common, vocab_size=4500)
     whole, parts = torch.full_like(s, float("nan")), torch.full_like(s, float("nan"))
-    jsd_grad(s, t, None, w, columns, sums, out=whole, **common, vocab_size=4500)
+    jsd_grad(s, t, None, w, columns, sums, top=None, out=whole, **common, vocab_size=4500)
     for a, b in ((0, 2048), (2048, 2100), (2100, 4500)):
-        jsd_grad(s[:, a:b], t[:, a:b], None, w, columns, sums, out=parts[:, a:b], **common, vocab_size=b - a)
+        jsd_grad(s[:, a:b], t[:, a:b], None, w, columns, sums, top=None, out=parts[:, a:b], **common, vocab_size=b - a)
     assert torch.equal(whole, parts)
 
 

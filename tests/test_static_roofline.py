@@ -18,7 +18,7 @@ from benchmarks import static_roofline as roofline
 ROOT = Path(__file__).resolve().parents[1]
 
 KERNELS = {
-    "score_fwd", "merge_fwd", "support_groups_fwd", "support_topk_fwd", "support_stats_fwd",
+    "score_fwd", "merge_fwd", "argmax_fwd", "support_groups_fwd", "support_topk_fwd", "support_stats_fwd",
     "reverse_kl_grad", "forward_kl_grad", "jsd_fwd", "jsd_grad", "rest_fwd", "rest_grad",
 }  # fmt: skip
 GOOD = {

@@ -167,11 +167,89 @@ def test_labels_are_the_sampled_tokens_too():
     assert torch.equal(shifted.loss, want.loss)
 
 
+def with_absent(ids, logprobs, s, absent):
+    """The lists, and before them the student's best token that is not listed, with the log-probability `absent`."""
+    listed = torch.zeros_like(s, dtype=torch.bool).scatter(-1, ids, True)
+    best = s.masked_fill(listed, -INF).argmax(-1, keepdim=True)
+    return torch.cat((best, ids), -1), torch.cat((torch.full(best.shape, absent), logprobs), -1)
+
+
+@every_backend
+@on_lists
+def test_an_entry_of_minus_9999_is_missing(name, backend):
+    s, u = logit_pair(6, 211, scale=3.0, seed=1)
+    divergence, options = ON_LISTS[name][0], {"backend": backend, **ALL}
+    ids, logprobs = top_k(u, K - 1)
+    found = []
+    for absent in (-9999.0, -INF):
+        x = leaf(s)
+        out = selective_opd_loss(x, TopKLogprobs(*with_absent(ids, logprobs, s, absent)), divergence=divergence, **options)
+        out.loss.backward()
+        found.append((out.loss.detach(), x.grad, out.stats.support_mass, out.stats.union_kl))
+    assert all(map(torch.equal, *found))
+    assert found[0][1].any(1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])  # bf16 makes -9984 of -9999
+def test_listed_drops_minus_9999_or_less_of_every_dtype(dtype):
+    logprobs = torch.tensor([[-9999.0, -1.0, -12345.0, -9000.0]], dtype=dtype)
+    found = Listed.of(TopKLogprobs(torch.tensor([[1, 2, 3, 4]]), logprobs), 100, torch.float32)
+    assert found.ids.tolist() == [[2, 4, LAST_ID, LAST_ID]]
+    assert found.logprobs[0, 2:].tolist() == [-INF, -INF]
+
+
+@every_backend
+def test_a_sampled_token_of_minus_9999_is_dropped(backend):
+    s, u = logit_pair(6, 211, scale=3.0, seed=1)
+    tokens = draw_tokens(s)
+    logprobs = u.double().log_softmax(1).gather(1, tokens.unsqueeze(1)).squeeze(1).float()
+    logprobs[2] = -9999.0
+    x = leaf(s)
+    out = selective_opd_loss(x, SampledLogprobs(tokens, logprobs), divergence="sampled", backend=backend, **ALL)
+    out.loss.backward()
+    kept = torch.arange(6) != 2
+    losses, gradient = oracle.sampled(s[kept], u[kept], tokens[kept])
+    assert_within(out.loss, losses.sum(), absolute=1e-5, relative=1e-5, name="loss")
+    assert_gradient(x.grad[kept], gradient)
+    assert not x.grad[2].any()
+    assert out.selected.tolist() == kept.tolist()
+    assert out.metrics["n_teacher_nonfinite"] == 1
+
+
+@every_backend
+def test_nan_in_a_list_is_an_error_with_its_position(backend):
+    s, u = logit_pair(12, 97, scale=3.0)
+    s, u, tokens = s.view(3, 4, -1), u.view(3, 4, -1), draw_tokens(s).view(3, 4)
+    ids, logprobs = top_k(u)
+    logprobs[1, 2, 5], logprobs[2, 3, 0] = math.nan, math.nan
+    mask = ~logprobs.isnan().any(-1)
+    options = {"divergence": TailAware(top_k=K), "backend": backend, **ALL}
+    message = r"logprobs: got NaN at position \(1, 2\) \(2 such positions\), expected log-probabilities, -inf or id -1 where"
+    with pytest.raises(ValueError, match=rf"TopKLogprobs\.{message}"):
+        selective_opd_loss(s, TopKLogprobs(ids, logprobs), **options)
+    of_tokens = {"divergence": "sampled", "backend": backend, **ALL}
+    with pytest.raises(ValueError, match=rf"SampledLogprobs\.{message}"):
+        selective_opd_loss(s, SampledLogprobs(tokens, torch.where(mask, -1.0, math.nan)), **of_tokens)
+    # Rows outside the mask may hold anything, and an id of -1 beside anything is missing.
+    got = selective_opd_loss(s, TopKLogprobs(ids, logprobs), mask=mask, **options).loss
+    whole = selective_opd_loss(s, TopKLogprobs(ids, logprobs.nan_to_num(-1.0)), mask=mask, **options).loss
+    assert torch.equal(got, whole)
+    assert got > 0
+    gone = TopKLogprobs(ids.masked_fill(logprobs.isnan(), -1), logprobs)
+    assert selective_opd_loss(s, gone, **options).selected.all()
+
+
+def test_nan_in_a_list_that_is_not_looked_at_makes_the_position_invalid():
+    ids, logprobs = top_k(logit_pair(4, 97, scale=3.0)[1])
+    ids[1], logprobs[2, 3] = -1, math.nan
+    assert Listed.of(TopKLogprobs(ids, logprobs), 97, torch.float32).valid.tolist() == [True, False, False, True]
+
+
 @every_backend
 def test_positions_without_a_listed_entry_are_not_valid(backend):
     s, u = logit_pair(4, 97, scale=3.0)
     ids, logprobs = top_k(u)
-    ids[1], logprobs[2, 3] = -1, math.nan
+    ids[1], logprobs[2] = -1, -INF
     x = leaf(s)
     out = selective_opd_loss(x, TopKLogprobs(ids, logprobs), divergence="tail_aware", backend=backend, **ALL)
     out.loss.backward()

@@ -140,7 +140,7 @@ def test_masked_rows_never_matter_whatever_they_hold():
         again, stats_again = score_positions(student, teacher, mask=mask, backend=backend)
         assert torch.equal(again == -math.inf, ~mask)
         assert_within(again[mask], scores[mask], absolute=1e-5, relative=1e-5, name="scores")
-        for column in stats_again[:-2]:
+        for column in filter(lambda x: x is not None, stats_again):
             assert not column[~mask].any()
     assert not stats.valid[~mask].any()
 
@@ -189,7 +189,7 @@ def test_a_head_and_dense_logits_may_be_mixed():
 def test_statistics_are_repeatable():
     student, teacher = head_pair((40,), 2003)
     first, second = (score_positions(student, teacher, workspace_bytes=2**20)[1] for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first[:-2], second[:-2], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if a is not None)
 
 
 def test_no_positions():

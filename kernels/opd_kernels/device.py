@@ -10,8 +10,8 @@
 # tanh makes a stored -inf the logit -softcap / T. Order is that of the stored logits either way.
 # Python floats may arrive as fp64 (torch.compile before 2.15), hence the casts.
 #
-# Not here: kernels and launchers (score.py, support.py, reverse_kl.py, forward_kl.py, jsd.py, rest.py); block sizes
-# (tiles.py).
+# Not here: kernels and launchers (score.py, support.py, argmax.py, reverse_kl.py, forward_kl.py, jsd.py, rest.py); block
+# sizes (tiles.py).
 import math
 from typing import NamedTuple
 
@@ -26,6 +26,8 @@ LN_2 = tl.constexpr(math.log(2.0))
 # exponents exceeds VOID / 2 only where one of the two logits is -inf and the other is not.
 FLOOR = tl.constexpr(-(2.0**90))
 VOID = tl.constexpr(-(2.0**120))
+# 2^x is 0 in fp64 below about this: a probability that small makes no divergence infinite.
+LOG2_ZERO = tl.constexpr(-745.0 / math.log(2.0))
 
 
 class Transform(NamedTuple):
@@ -70,6 +72,19 @@ def _transform(x, pre, cap, HAS_CAP: tl.constexpr):
         th = (1.0 - e) / (1.0 + e)
         z = tl.cast(cap, tl.float32) * tl.where(a < 0, -th, th)
     return z
+
+
+@triton.jit
+def _is_masked(x, HAS_CAP: tl.constexpr):
+    # Stored logits of -inf, or as low as the library transformers writes for it (opd_ops/sources.py: mask_limit). A
+    # soft-cap makes finite logits of them.
+    limit = -(2.0**120)
+    if x.dtype == tl.float16:
+        limit = -65504.0
+    if HAS_CAP:
+        limit = float("-inf")
+        return x.to(tl.float32) < limit
+    return x.to(tl.float32) <= limit
 
 
 @triton.jit
@@ -139,13 +154,13 @@ def _log2_prob(z, k, ref, log2z):
 @triton.jit
 def _log2_probs(s, t, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm,
                 CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr):  # fmt: skip
-    # log2 p, log2 q, the gap log2 p - log2 q, and dz/dx of the student, per token of a block. With one
-    # multiplier the stored logits are subtracted first, which is exact where they are close.
+    # log2 p, log2 q, the gap log2 p - log2 q, and dz/dx of the student, per token of a block. The references are
+    # subtracted first, so that models that differ by a constant lose nothing.
     s_ref, s_log2z, t_ref, t_log2z, gap_log2z = norm
     z_s = _transform(s, pre_s, cap_s, CAP_S)
     z_t = _transform(t, pre_t, cap_t, CAP_T)
     if SAME_K:
-        gap = tl.fma((z_s - z_t) - (s_ref - t_ref), k_s, tl.broadcast_to(-gap_log2z, z_s.shape))
+        gap = tl.fma((z_s - s_ref) - (z_t - t_ref), k_s, tl.broadcast_to(-gap_log2z, z_s.shape))
     else:
         gap = ((z_s - s_ref) * k_s - (z_t - t_ref) * k_t) - gap_log2z
     log2_p = _log2_prob(z_s, k_s, s_ref, s_log2z)
@@ -173,6 +188,24 @@ def _difference(p, q, gap):
     series = tl.fma(series, x, tl.full(x.shape, 0.5, tl.float32))
     series = tl.fma(series, x, tl.full(x.shape, 1.0, tl.float32))
     return tl.where((tl.abs(gap) < 0.5) & (p > 0.0), -p * (x * series), p - q)
+
+
+@triton.jit
+def _likely_top(top_ptr, norm):
+    # The row's top id if p > 1/2 there, else -1: of a flat row the sum of all others has more rounding than any entry.
+    return tl.where(norm[1] < 1.0, tl.load(top_ptr), -1)
+
+
+@triton.jit
+def _store_top(out_row, top, dlogit, coef, z, pre, cap, HAS_CAP: tl.constexpr):
+    # The gradient of the top id, if there is one, whose z is the row's reference: over what another thread stored there.
+    slope = 1.0
+    if HAS_CAP:
+        cap = tl.cast(cap, tl.float32)
+        slope = (tl.cast(pre, tl.float32) * cap) * (1.0 - (z / cap) * (z / cap))
+    grad = tl.where(coef == 0.0, 0.0, dlogit * (coef * slope))
+    tl.debug_barrier()
+    tl.store(out_row + top, grad.to(out_row.dtype.element_ty), mask=top >= 0)
 
 
 @triton.jit

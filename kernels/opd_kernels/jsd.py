@@ -3,7 +3,7 @@
 #   m = beta q + (1 - beta) p,  0 < beta < 1                                      [nats]
 #   f[v] = log(p[v] / m[v]);  g[v] = log(q[v] / m[v]);  pull = sum_v p[v] f[v]
 #   jsd = (1 - beta) pull + beta sum_v q[v] g[v]
-#   d jsd / d logit[v] = (1 - beta) p[v] (f[v] - pull)
+#   d jsd / d logit[v] = (1 - beta) p[v] (f[v] - pull);  at a top id with p > 1/2 minus the sum of the others
 #   out[rows[i], v] = weights[i] (1 - beta) p[v] (f[v] - pull) dlogit/dx,  x the stored logit
 #   Source: arXiv:2306.13649, beta as there and in TRL; the whole vocabulary.
 #
@@ -12,11 +12,12 @@
 #   rows        (M,)      in   row numbers in [0, N), each at most once; None: rows 0 .. M-1
 #   weights     (M,)      in   fp32; 0 writes zeros whatever the row holds
 #   columns     (12, M)   in   score.py's columns of these rows
+#   top         (M,)      in   int32, argmax.py; None where the tables are a block of the vocabulary
 #   sums        (2, M)    fp32 jsd, pull: out of the loss, in to the gradient
 #   out         (N, W)    out  at rows; W >= V, columns V .. W-1 become 0. May be s or t itself: a program
 #                              loads a block of its row before it stores that block, and no other row.
-#   The gradient sums nothing over the row: s, t and out may be a block of the vocabulary, columns and
-#   sums being those of the whole row.
+#   Without `top` the gradient sums nothing over the row: s, t and out may be a block of the vocabulary,
+#   columns and sums being those of the whole row.
 #
 # Grid: (M,). Traffic: 2 V logits read by either, W gradients written.
 #
@@ -43,7 +44,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .device import LN_2, _load_normalisers, _log2_probs, row_step, transform
+from .device import LN_2, _likely_top, _load_normalisers, _log2_probs, _store_top, row_step, transform
 
 
 @triton.jit
@@ -135,7 +136,7 @@ def _jsd_fwd_kernel(
 
 @triton.jit
 def _jsd_grad_block(
-    s_row, t_row, out_row, offs, V, a, coef, weight, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm,
+    s_row, t_row, out_row, offs, V, top, a, coef, weight, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     if MASKED:
@@ -147,19 +148,21 @@ def _jsd_grad_block(
     log2_p, _, d, slope = _log2_probs(s, t, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm, CAP_S, CAP_T, SAME_K)
     d = tl.maximum(d, -256.0)  # finite times p = 0; NaN (both -inf) too
     f = (a - _log2_one_plus(d)) + tl.minimum(d, 0.0)
-    grad = (tl.exp2(log2_p) * f) * (coef * slope)
-    grad = tl.where(weight == 0.0, 0.0, grad)
+    dlogit = tl.exp2(log2_p) * f
+    grad = tl.where(weight == 0.0, 0.0, dlogit * (coef * slope))
     if MASKED:
         tl.store(out_row + offs, grad.to(out_row.dtype.element_ty), mask=offs < V)
+        dlogit = tl.where(offs < V, dlogit, 0.0)
     else:
         tl.store(out_row + offs, grad.to(out_row.dtype.element_ty))
+    return tl.where(offs == top, 0.0, dlogit)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _jsd_grad_kernel(
-    s_ptr, t_ptr, rows_ptr, weights_ptr, score_ptr, sums_ptr, out_ptr, stride_sn, stride_tn, stride_on, M, V, W, beta,
+    s_ptr, t_ptr, rows_ptr, weights_ptr, score_ptr, sums_ptr, top_ptr, out_ptr, stride_sn, stride_tn, stride_on, M, V, W, beta,
     k_s, pre_s, cap_s, k_t, pre_t, cap_t,
-    HAS_ROWS: tl.constexpr, UNIT_S: tl.constexpr, UNIT_T: tl.constexpr, UNIT_O: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_TOP: tl.constexpr, UNIT_S: tl.constexpr, UNIT_T: tl.constexpr, UNIT_O: tl.constexpr,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     k_s = tl.cast(k_s, tl.float32)
@@ -177,20 +180,25 @@ def _jsd_grad_kernel(
     norm, a, _ = _mixture(_load_normalisers(score_ptr, M, pid_m), beta)
     a -= pull
     coef = weight * (1.0 - beta) * (k_s * LN_2) * LN_2
+    top = -1
+    if HAS_TOP:
+        top = _likely_top(top_ptr + pid_m, norm)
 
     lane = tl.arange(0, BLOCK_V)
     n_full = V // BLOCK_V
-    _jsd_grad_block(
-        s_row, t_row, out_row, n_full * BLOCK_V + lane, V, a, coef, weight, pre_s, cap_s, k_s,
+    total = _jsd_grad_block(
+        s_row, t_row, out_row, n_full * BLOCK_V + lane, V, top, a, coef, weight, pre_s, cap_s, k_s,
         pre_t, cap_t, k_t, norm, CAP_S, CAP_T, SAME_K, True,
     )  # fmt: skip
     for b in range(n_full):
-        _jsd_grad_block(
-            s_row, t_row, out_row, b * BLOCK_V + lane, V, a, coef, weight, pre_s, cap_s, k_s,
+        total += _jsd_grad_block(
+            s_row, t_row, out_row, b * BLOCK_V + lane, V, top, a, coef, weight, pre_s, cap_s, k_s,
             pre_t, cap_t, k_t, norm, CAP_S, CAP_T, SAME_K, False,
         )  # fmt: skip
     for v in range(V, W, BLOCK_V):
         tl.store(out_row + (v + lane), tl.zeros((BLOCK_V,), out_row.dtype.element_ty), mask=v + lane < W)
+    if HAS_TOP:
+        _store_top(out_row, top, -tl.sum(total, 0), tl.where(weight == 0.0, 0.0, coef), norm[0], pre_s, cap_s, CAP_S)
 
 
 def jsd_fwd(
@@ -237,6 +245,7 @@ def jsd_grad(
     columns: Tensor,  # (12, M) fp32, Score.columns of these rows, of the whole vocabulary
     sums: Tensor,  # (2, M) fp32, of jsd_fwd with the same beta
     *,
+    top: Tensor | None,  # (M,) int32, argmax_fwd of these rows; None: the tables are a block of the vocabulary
     out: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary; may be student or teacher
     beta: float,
     vocab_size: int,
@@ -262,9 +271,9 @@ def jsd_grad(
     tile = tiles.grad()
     (stride_s, unit_s), (stride_t, unit_t), (stride_o, unit_o) = (row_step(x) for x in (student, teacher, out))
     _jsd_grad_kernel[(M,)](
-        student, teacher, rows, weights, columns, sums, out, stride_s, stride_t, stride_o, M,
+        student, teacher, rows, weights, columns, sums, top, out, stride_s, stride_t, stride_o, M,
         vocab_size, out.shape[1], beta, s.k, s.pre, s.cap, t.k, t.pre, t.cap,
-        HAS_ROWS=rows is not None, UNIT_S=unit_s, UNIT_T=unit_t, UNIT_O=unit_o,
+        HAS_ROWS=rows is not None, HAS_TOP=top is not None, UNIT_S=unit_s, UNIT_T=unit_t, UNIT_O=unit_o,
         CAP_S=s.has_cap, CAP_T=t.has_cap, SAME_K=s.k == t.k,
         **tile.constants, num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip

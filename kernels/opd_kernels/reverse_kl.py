@@ -1,7 +1,7 @@
-# Reverse KL on selected rows: the loss, recomputed, and its gradient with respect to the stored logits.
+# Reverse KL on selected rows: its gradient with respect to the stored logits.
 #
 #   g[v] = log p[v] - log q[v];  kl = sum_v p[v] g[v]                             [nats]
-#   d kl / d logit[v] = p[v] (g[v] - kl)
+#   d kl / d logit[v] = p[v] (g[v] - kl);  at a top id with p > 1/2 minus the sum of the others
 #   out[rows[i], v] = weights[i] p[v] (g[v] - kl) dlogit/dx,  x the stored logit
 #   Source: arXiv:2605.26844, eq. 6; the whole vocabulary.
 #
@@ -10,18 +10,18 @@
 #   rows        (M,)      in   row numbers in [0, N), each at most once; None: rows 0 .. M-1
 #   weights     (M,)      in   fp32; 0 writes zeros whatever the row holds
 #   columns     (12, M)   in   score.py's columns of these rows
+#   top         (M,)      in   int32, argmax.py; None where the tables are a block of the vocabulary
 #   out         (N, W)    out  at rows; W >= V, columns V .. W-1 become 0. May be s itself: a program
 #                              loads a block of its row before it stores that block, and no other row.
-#   loss        (M,)      out  fp32
 #
 # Grid: (M,). Traffic: 2 V logits read, W gradients written.
 #
 # Numerics
 #   Second sweep: normalisers and kl are known, so nothing is rescaled and kl enters as a constant.
-#   loss = sum p g + (q - p): the second sum is 0 but for the rounding of the normalisers, whose
-#   effect on the first it cancels. Clamped at 0.
+#   At the top id g - kl is the difference of two numbers that agree where p is near 1: sum p = 1 makes it
+#   minus the sum of all others, which loses nothing.
 #   p = 0 gives a gradient of 0, before any product (0 * inf). A row with kl = +inf has no finite
-#   gradient: it gets zeros and loss +inf. NaN logits give NaN, never hidden.
+#   gradient: it gets zeros. NaN logits give NaN, never hidden.
 #
 # Not here: which rows (opd_ops/selectors.py), weights (opd_ops/loss.py), forward KL (forward_kl.py).
 # Specification: autograd of opd_ops/backends/eager.py. Tests: tests/test_kernel_grad.py.
@@ -32,12 +32,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .device import LN_2, _difference, _load_normalisers, _tokens, row_step, transform
+from .device import LN_2, _likely_top, _load_normalisers, _store_top, _tokens, row_step, transform
 
 
 @triton.jit
 def _reverse_kl_block(
-    s_row, t_row, out_row, offs, V, kl, coef, weight, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm,
+    s_row, t_row, out_row, offs, V, top, kl, coef, weight, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     if MASKED:
@@ -46,23 +46,22 @@ def _reverse_kl_block(
     else:
         s = tl.load(s_row + offs)
         t = tl.load(t_row + offs)
-    p, q, gap, slope = _tokens(s, t, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm, CAP_S, CAP_T, SAME_K)
-    grad = tl.where(p == 0.0, 0.0, p * (gap - kl)) * (coef * slope)
-    grad = tl.where((weight == 0.0) | (kl == float("inf")), 0.0, grad)
-    term = tl.where(p == 0.0, q, tl.fma(p, gap, -_difference(p, q, gap)))
+    p, _, gap, slope = _tokens(s, t, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm, CAP_S, CAP_T, SAME_K)
+    dlogit = tl.where(p == 0.0, 0.0, p * (gap - kl))
+    grad = tl.where((weight == 0.0) | (kl == float("inf")), 0.0, dlogit * (coef * slope))
     if MASKED:
         tl.store(out_row + offs, grad.to(out_row.dtype.element_ty), mask=offs < V)
-        term = tl.where(offs < V, term, 0.0)
+        dlogit = tl.where(offs < V, dlogit, 0.0)
     else:
         tl.store(out_row + offs, grad.to(out_row.dtype.element_ty))
-    return term
+    return tl.where(offs == top, 0.0, dlogit)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _reverse_kl_grad_kernel(
-    s_ptr, t_ptr, rows_ptr, weights_ptr, score_ptr, out_ptr, loss_ptr, stride_sn, stride_tn, stride_on, M, V, W,
+    s_ptr, t_ptr, rows_ptr, weights_ptr, score_ptr, top_ptr, out_ptr, stride_sn, stride_tn, stride_on, M, V, W,
     k_s, pre_s, cap_s, k_t, pre_t, cap_t,
-    HAS_ROWS: tl.constexpr, UNIT_S: tl.constexpr, UNIT_T: tl.constexpr, UNIT_O: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_TOP: tl.constexpr, UNIT_S: tl.constexpr, UNIT_T: tl.constexpr, UNIT_O: tl.constexpr,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     k_s = tl.cast(k_s, tl.float32)
@@ -78,22 +77,26 @@ def _reverse_kl_grad_kernel(
     kl = tl.load(score_ptr + 5 * M + pid_m)
     norm = _load_normalisers(score_ptr, M, pid_m)
     coef = weight * (k_s * LN_2)
+    top = -1
+    if HAS_TOP:
+        top = _likely_top(top_ptr + pid_m, norm)
 
     lane = tl.arange(0, BLOCK_V)
     n_full = V // BLOCK_V
     total = _reverse_kl_block(
-        s_row, t_row, out_row, n_full * BLOCK_V + lane, V, kl, coef, weight, pre_s, cap_s, k_s, pre_t, cap_t, k_t,
+        s_row, t_row, out_row, n_full * BLOCK_V + lane, V, top, kl, coef, weight, pre_s, cap_s, k_s, pre_t, cap_t, k_t,
         norm, CAP_S, CAP_T, SAME_K, True,
     )  # fmt: skip
     for b in range(n_full):
         total += _reverse_kl_block(
-            s_row, t_row, out_row, b * BLOCK_V + lane, V, kl, coef, weight, pre_s, cap_s, k_s, pre_t, cap_t, k_t,
+            s_row, t_row, out_row, b * BLOCK_V + lane, V, top, kl, coef, weight, pre_s, cap_s, k_s, pre_t, cap_t, k_t,
             norm, CAP_S, CAP_T, SAME_K, False,
         )  # fmt: skip
     for v in range(V, W, BLOCK_V):
         tl.store(out_row + (v + lane), tl.zeros((BLOCK_V,), out_row.dtype.element_ty), mask=v + lane < W)
-    loss = tl.maximum(tl.sum(total, 0), 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(loss_ptr + pid_m, tl.where(kl == float("inf"), kl, loss))
+    if HAS_TOP:
+        coef = tl.where((weight == 0.0) | (kl == float("inf")), 0.0, coef)
+        _store_top(out_row, top, -tl.sum(total, 0), coef, norm[0], pre_s, cap_s, CAP_S)
 
 
 def reverse_kl_grad(
@@ -103,6 +106,7 @@ def reverse_kl_grad(
     weights: Tensor,  # (M,) fp32, the gradient of the total with respect to each row's loss
     columns: Tensor,  # (12, M) fp32, Score.columns of these rows
     *,
+    top: Tensor | None,  # (M,) int32, argmax_fwd of these rows; None: the tables are a block of the vocabulary
     out: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary; may be student
     vocab_size: int,
     temperature: float,
@@ -110,31 +114,29 @@ def reverse_kl_grad(
     t_scale: float,
     s_softcap: float | None,
     t_softcap: float | None,
-) -> Tensor:
-    """Writes the gradient into `out` at `rows`, whole rows of it, and returns the (M,) losses."""
-    return launch_grad(
-        _reverse_kl_grad_kernel, student, teacher, rows, weights, columns, out, vocab_size,
+) -> None:
+    """Writes the gradient into `out` at `rows`, whole rows of it."""
+    launch_grad(
+        _reverse_kl_grad_kernel, student, teacher, rows, weights, columns, top, out, vocab_size,
         transform(s_scale, s_softcap, temperature), transform(t_scale, t_softcap, temperature),
     )  # fmt: skip
 
 
-def launch_grad(kernel, student, teacher, rows, weights, columns, out, vocab_size, s, t) -> Tensor:
+def launch_grad(kernel, student, teacher, rows, weights, columns, top, out, vocab_size, s, t) -> None:
     """The launch that the gradients of reverse and forward KL share."""
     M = weights.shape[0]
     assert out.stride(1) == student.stride(1) == teacher.stride(1) == 1, "unit stride along the vocabulary"
     assert columns.shape == (12, M)
     assert columns.is_contiguous()
     assert weights.dtype == torch.float32
-    loss = torch.empty(M, dtype=torch.float32, device=student.device)
     if M == 0:
-        return loss
+        return
     tile = tiles.grad()
     (stride_s, unit_s), (stride_t, unit_t), (stride_o, unit_o) = (row_step(x) for x in (student, teacher, out))
     kernel[(M,)](
-        student, teacher, rows, weights, columns, out, loss, stride_s, stride_t, stride_o, M, vocab_size, out.shape[1],
+        student, teacher, rows, weights, columns, top, out, stride_s, stride_t, stride_o, M, vocab_size, out.shape[1],
         s.k, s.pre, s.cap, t.k, t.pre, t.cap,
-        HAS_ROWS=rows is not None, UNIT_S=unit_s, UNIT_T=unit_t, UNIT_O=unit_o,
+        HAS_ROWS=rows is not None, HAS_TOP=top is not None, UNIT_S=unit_s, UNIT_T=unit_t, UNIT_O=unit_o,
         CAP_S=s.has_cap, CAP_T=t.has_cap, SAME_K=s.k == t.k,
         **tile.constants, num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
-    return loss

@@ -25,10 +25,10 @@
 #   The KLs do not cancel: with x, y the two exponents, s - t is centred by the difference of the
 #   references for free,  KL(p||q) = ln 2 E_p[x - y] - log(sum 2^x / sum 2^y),  and both terms
 #   are as small as the models are close. Rounding may leave -1e-7; that is clamped to 0.
-#   -inf becomes VOID = -2^120, whose exponential is 0 and whose product with 0 is 0. Where only
-#   one model has it, |x - y| exceeds 2^119: KL(p||q) = +inf if some s > -inf has t = -inf, however
-#   small p is there, and the reverse for KL(q||p). Finite logits of magnitude 2^118 / k or more
-#   count as infinite. exp2 flushes below 2^-126.
+#   A masked logit (device.py: _is_masked) becomes VOID = -2^120 or another exponent so low that its exponential
+#   is 0 and its product with 0 is 0. Where only one model masks, |x - y| exceeds FAR k: then, and
+#   then alone, the row is read once more for the largest logit of each model where the other one masks.
+#   KL(p||q) = +inf if p there is above 0 in fp64, and the reverse for KL(q||p). exp2 flushes below 2^-126.
 #   NaN (or +inf) makes that model's log-sum-exp and entropy and both KLs NaN; a row of -inf
 #   alone has log-sum-exp -inf and NaN for the rest.
 #   FP contraction is off (enable_fp_fusion=False) and every fused multiply-add is written out:
@@ -48,9 +48,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .device import FLOOR, LN_2, VOID, _log_ratio, _transform, row_step, rows_are_aligned, transform
+from .device import FLOOR, LN_2, LOG2_ZERO, VOID, _is_masked, _log_ratio, _transform, row_step, rows_are_aligned, transform
 
 GROUP = 128  # logits per group maximum
+FAR = tl.constexpr(2.0**14)  # stored logits further apart than this may be masked: the least that masks is fp16's -65504
 ALIGN = tl.constexpr(16)  # rows of maxima are a multiple of it apart, so that support.py reads them 16 bytes at a time
 COLUMNS = (
     "student_logsumexp",
@@ -217,19 +218,44 @@ def _cap_block(z, offs, limit, pre, cap, CAP: tl.constexpr, MASKED: tl.constexpr
 @triton.jit
 def _join_lanes(state, k_s, k_t):
     # (LANES,) running values of one row -> the same ten values of the whole row, scalars
-    m_s, m_t, sum_s, sum_t, x_s, x_t, gap_s, gap_t, d_max, d_min = state
+    m_s, m_t, sum_s, sum_t, x_s, x_t, gap_s, gap_t, alone_s, alone_t = state
     top_s = tl.max(m_s, 0)
     top_t = tl.max(m_t, 0)
     a = _rescale((m_s, m_t, sum_s, sum_t, x_s, x_t, gap_s, gap_t), top_s, top_t, k_s, k_t)
     return (
         top_s, top_t, tl.sum(a[0], 0), tl.sum(a[1], 0), tl.sum(a[2], 0), tl.sum(a[3], 0),
-        tl.sum(a[4], 0), tl.sum(a[5], 0), tl.max(d_max, 0), tl.min(d_min, 0),
+        tl.sum(a[4], 0), tl.sum(a[5], 0), tl.max(alone_s, 0), tl.max(alone_t, 0),
     )  # fmt: skip
 
 
 @triton.jit
+def _alone(
+    state, s_row, t_row, first, last, k_s, pre_s, cap_s, k_t, pre_t, cap_t,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    # The running values with d_max and d_min replaced by what they hint at: the largest z of each model where the other one
+    # masks, -inf if it never does. Few rows have any: the others skip the loop.
+    m_s, m_t, sum_s, sum_t, x_s, x_t, gap_s, gap_t, d_max, d_min = state
+    alone_s = tl.full((LANES,), float("-inf"), tl.float32)
+    alone_t = tl.full((LANES,), float("-inf"), tl.float32)
+    far = FAR * tl.minimum(k_s, k_t)
+    if (tl.max(d_max, 0) > far) | (tl.min(d_min, 0) < -far):
+        for v in range(first, last, LANES):
+            offs = v + tl.arange(0, LANES)
+            s = tl.load(s_row + offs, mask=offs < last, other=float("-inf"))
+            t = tl.load(t_row + offs, mask=offs < last, other=float("-inf"))
+            s_masked = _is_masked(s, CAP_S) | (offs >= last)
+            t_masked = _is_masked(t, CAP_T) | (offs >= last)
+            z_s = _transform(s, pre_s, cap_s, CAP_S)
+            z_t = _transform(t, pre_t, cap_t, CAP_T)
+            alone_s = tl.maximum(alone_s, tl.where(t_masked & (s_masked == 0), z_s, float("-inf")))
+            alone_t = tl.maximum(alone_t, tl.where(s_masked & (t_masked == 0), z_t, float("-inf")))
+    return m_s, m_t, sum_s, sum_t, x_s, x_t, gap_s, gap_t, alone_s, alone_t
+
+
+@triton.jit
 def _write_columns(out_ptr, n, total, k_s, k_t):
-    top_s, top_t, sum_s, sum_t, x_s, x_t, gap_s, gap_t, d_max, d_min = total
+    top_s, top_t, sum_s, sum_t, x_s, x_t, gap_s, gap_t, alone_s, alone_t = total
     ref_s = top_s * k_s
     ref_t = top_t * k_t
     log_zs = _log_ratio(sum_s, 1.0)
@@ -242,8 +268,10 @@ def _write_columns(out_ptr, n, total, k_s, k_t):
     forward = dz - (gap_t / sum_t) * LN_2
     reverse = tl.maximum(reverse, 0.0, propagate_nan=tl.PropagateNan.ALL)
     forward = tl.maximum(forward, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    reverse = tl.where(both, tl.where(d_max > -0.5 * VOID, INF, reverse), NAN)
-    forward = tl.where(both, tl.where(d_min < 0.5 * VOID, INF, forward), NAN)
+    log2_p = (alone_s * k_s - ref_s) - log_zs * 1.4426950408889634
+    log2_q = (alone_t * k_t - ref_t) - log_zt * 1.4426950408889634
+    reverse = tl.where(both, tl.where((log2_p > LOG2_ZERO) & (reverse == reverse), INF, reverse), NAN)
+    forward = tl.where(both, tl.where((log2_q > LOG2_ZERO) & (forward == forward), INF, forward), NAN)
     ent_s = tl.maximum(log_zs - (x_s / sum_s) * LN_2, 0.0, propagate_nan=tl.PropagateNan.ALL)
     ent_t = tl.maximum(log_zt - (x_t / sum_t) * LN_2, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(out_ptr, ref_s * LN_2 + log_zs)
@@ -308,6 +336,12 @@ def _score_fwd_kernel(
             state, s_row, t_row, gmax_lane, b, limit,
             k_s, pre_s, cap_s, k_t, pre_t, cap_t, CAP_S, CAP_T, False, R, GROUPS, QUAD, VEC,
         )  # fmt: skip
+    last = V
+    if SPLIT:
+        last = tl.where(part == parts - 1, V, b_last * BLOCK)
+    state = _alone(
+        state, s_row, t_row, b_first * BLOCK, last, k_s, pre_s, cap_s, k_t, pre_t, cap_t, CAP_S, CAP_T, GROUPS * QUAD
+    )
     total = _join_lanes(state, k_s, k_t)
     if SPLIT:
         for i in tl.static_range(10):
@@ -325,7 +359,7 @@ def _merge_fwd_kernel(part_ptr, out_ptr, n, parts, k_s, k_t, PARTS: tl.constexpr
     ptr = part_ptr + (pid_n * parts + lane) * 10
     state = ()
     for i in tl.static_range(10):
-        state = state + (tl.load(ptr + i, mask=lane < parts, other=FLOOR if i < 2 else 0.0),)
+        state = state + (tl.load(ptr + i, mask=lane < parts, other=FLOOR if i < 2 else float("-inf") if i > 7 else 0.0),)
     _write_columns(out_ptr + pid_n, n, _join_lanes(state, k_s, k_t), k_s, k_t)
 
 

@@ -30,7 +30,7 @@
 #   infinities, and K different ids inside the vocabulary come out all the same.
 #   On U, D = sum q(log q - log p) + sum p - sum q: the last two are equal but for the rounding of
 #   the normalisers, whose effect on the first they cancel. Clamped at 0.
-#   D = +inf if some id of U has t > -inf and s = -inf; both -inf contribute 0.
+#   Masked logits (device.py: _is_masked) are -inf. D = +inf if some id of U has s = -inf and q > 0 in fp64.
 #
 # Not here: what K is for (opd_ops/selectors.py), full-vocabulary statistics (score.py).
 # Specification: opd_ops/backends/eager.py. Tests: tests/test_kernel_support.py.
@@ -42,7 +42,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .device import LN_2, _log2_prob, _order_key, _pick, _transform, row_step, transform
+from .device import LN_2, LOG2_ZERO, _is_masked, _log2_prob, _order_key, _pick, _transform, row_step, transform
 from .score import GROUP, Score
 
 SUPPORT_COLUMNS = ("support_mass", "student_support_mass", "overlap_mass", "union_kl")
@@ -150,6 +150,12 @@ def _place_lists(
 
 
 @triton.jit
+def _logit(x, pre, cap, CAP: tl.constexpr):
+    # z of a stored logit, -inf where masked
+    return tl.where(_is_masked(x, CAP), float("-inf"), _transform(x, pre, cap, CAP))
+
+
+@triton.jit
 def _union_terms(a, b, keep):
     # per id of U: q (log2 q - log2 p), q, p, and whether q > 0 = p
     both = keep & (a > float("-inf")) & (b > float("-inf"))
@@ -157,7 +163,7 @@ def _union_terms(a, b, keep):
     p = tl.where(keep, tl.exp2(a), 0.0)
     q = tl.where(keep, tl.exp2(b), 0.0)
     term = tl.where(both | nan, q * (b - a), 0.0)
-    lost = keep & (a == float("-inf")) & (b > float("-inf"))
+    lost = keep & (a == float("-inf")) & (b > LOG2_ZERO)
     return term, q, p, lost
 
 
@@ -209,10 +215,10 @@ def _support_stats_fwd_kernel(
     x_ts = tl.load(t_row + s_ids, mask=mask_k, other=float("-inf"))
     x_st = tl.load(s_row + t_ids, mask=mask_k, other=float("-inf"))
     x_tt = tl.load(t_row + t_ids, mask=mask_k, other=float("-inf"))
-    s_at_s = _transform(x_ss, pre_s, cap_s, CAP_S)
-    t_at_s = _transform(x_ts, pre_t, cap_t, CAP_T)
-    s_at_t = _transform(x_st, pre_s, cap_s, CAP_S)
-    t_at_t = _transform(x_tt, pre_t, cap_t, CAP_T)
+    s_at_s = _logit(x_ss, pre_s, cap_s, CAP_S)
+    t_at_s = _logit(x_ts, pre_t, cap_t, CAP_T)
+    s_at_t = _logit(x_st, pre_s, cap_s, CAP_S)
+    t_at_t = _logit(x_tt, pre_t, cap_t, CAP_T)
 
     tl.store(ids_ptr + pid * 2 * K + s_place, s_ids, mask=mask_k)
     tl.store(ids_ptr + pid * 2 * K + K + t_place, t_ids, mask=mask_k)

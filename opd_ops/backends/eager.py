@@ -20,7 +20,7 @@ from torch import Tensor
 from opd_ops import equations
 from opd_ops.backends.overwritten import unchanged
 from opd_ops.divergences import JSD, Divergence, OnSupport, Support, weighted_sum, without_infinite
-from opd_ops.sources import Shard, Source, compute_dtype, take_rows
+from opd_ops.sources import Shard, Source, compute_dtype, mask_limit, take_rows
 from opd_ops.stats import OwnStats, TokenStats
 from opd_ops.teachers import LAST_ID, Listed, tail
 
@@ -40,6 +40,8 @@ def logits(source: Source, rows: Tensor, dtype: torch.dtype) -> Tensor:
     x = x[:, : transform.vocab_size]
     if source.bias is not None:
         x = x + source.bias[: transform.vocab_size].to(dtype)
+    if source.stored_dtype is not None:
+        x = torch.where(x <= mask_limit(source.stored_dtype), -math.inf, x)
     x = transform.scale * x
     if transform.softcap is not None:
         x = transform.softcap * torch.tanh(x / transform.softcap)
@@ -53,6 +55,19 @@ def logits(source: Source, rows: Tensor, dtype: torch.dtype) -> Tensor:
         one = equations.logsumexp(x[:, ids])
         x = x.index_fill(1, ids, -math.inf).index_copy(1, ids[:1], one)
     return x if transform.shard is None else _Whole.apply(x, transform.shard)
+
+
+def relative_to_top(x: Tensor) -> Tensor:
+    """(n, V) logits less the row's largest, which is then the constant 0.
+
+    No loss depends on a constant added to a row. So the largest logit's gradient is minus the sum of the others', and keeps its
+    digits where p is near 1 there.
+    """
+    top = x.argmax(1, keepdim=True)
+    largest = x.gather(1, top)
+    is_masked = largest == -math.inf
+    zero = torch.where(is_masked, -math.inf, largest.detach() * 0)  # NaN stays NaN
+    return (x - largest.masked_fill(is_masked, 0)).scatter(1, top, zero)
 
 
 class _Shared(torch.autograd.Function):
@@ -195,7 +210,7 @@ def selected_loss(
     """The weighted sum of the divergence over the positions, connected to the student by autograd itself, and its terms."""
     assert not inplace
     dtype = compute_dtype(student, *([teacher] if isinstance(teacher, Source) else []))
-    s = logits(student, rows, dtype)
+    s = relative_to_top(logits(student, rows, dtype))
     u = logits(teacher.detach(), rows, dtype) if isinstance(teacher, Source) else None
     losses = torch.zeros(len(rows), dtype=dtype, device=rows.device)
     if divergence.whole is not None:

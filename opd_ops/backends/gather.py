@@ -54,7 +54,7 @@ def _gathered(source: Source, rows: Tensor, ids: Tensor, dtype: torch.dtype) -> 
             x = torch.bmm(source.weight[ids].to(dtype), taken.to(dtype).unsqueeze(2)).squeeze(2)
         if source.bias is not None:
             x = x + source.bias[ids]
-    x = finish_logits(x, source.transform)
+    x = finish_logits(x, source.transform, source.stored_dtype)
     if source.reference is None:
         return x
     return mix_logits(x, _gathered(source.reference, rows, ids, dtype), source.transform.lam)
@@ -70,7 +70,7 @@ def _column(source: Source, rows: Tensor, i: int, dtype: torch.dtype) -> Tensor:
             x = taken.to(dtype) @ source.weight[i : i + 1].to(dtype).T
         if source.bias is not None:
             x = x + source.bias[i : i + 1]
-    x = finish_logits(x, source.transform)
+    x = finish_logits(x, source.transform, source.stored_dtype)
     if source.reference is None:
         return x
     return mix_logits(x, _column(source.reference, rows, i, dtype), source.transform.lam)

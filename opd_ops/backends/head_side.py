@@ -42,7 +42,7 @@ class Side:
             return self._read(part, columns, out)
         mixed, beside = self._read(part, columns, out), self.reference._read(part, columns, torch.empty_like(out))
         for x, side in ((mixed, self), (beside, self.reference)):
-            finish_logits(x, replace(side.source.transform, temperature=1.0))
+            finish_logits(x, replace(side.source.transform, temperature=1.0), side.source.stored_dtype)
         return mix_logits(mixed, beside, self.source.transform.lam)
 
     def _read(self, part: slice, columns: slice, out: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from opd_kernels.argmax import argmax_fwd
 from opd_kernels.device import transform
 from opd_kernels.forward_kl import forward_kl_grad
 from opd_kernels.jsd import jsd_fwd, jsd_grad
@@ -29,7 +30,7 @@ from opd_ops.divergences import JSD, Divergence, ForwardKL, OnSupport, ReverseKL
 from opd_ops.sources import Transform, finish_logits
 from opd_ops.teachers import LAST_ID, Listed, tail
 
-GRADIENTS: dict[type, Callable[..., Tensor]] = {ReverseKL: reverse_kl_grad, ForwardKL: forward_kl_grad}
+GRADIENTS: dict[type, Callable[..., None]] = {ReverseKL: reverse_kl_grad, ForwardKL: forward_kl_grad}
 MAX_LIST = 128
 LIST_BYTES = 320  # per row and id: ids, both models' logits in fp64, their gradients and autograd's temporaries
 
@@ -43,7 +44,9 @@ def refusal(divergence: Divergence) -> str | None:
     return None
 
 
-BY_ROW = frozenset({"ids", "values", "coef"})  # of `Found`: the others are columns, one entry a row along the last dimension
+BY_ROW = frozenset(
+    {"top", "at_top", "ids", "values", "coef"}
+)  # of `Found`: the others are columns, one entry a row along the last dimension
 
 
 def logsumexp(model: Transform, ref: Tensor, log2z: Tensor) -> Tensor:
@@ -62,6 +65,8 @@ class Found(NamedTuple):
 
     columns: Tensor | None  # (12, M) of score.py
     sums: Tensor | None  # (2, M) of jsd.py
+    top: Tensor | None  # (M,) int32, the student's most likely id; None: the rows are a part of a shared vocabulary
+    at_top: Tensor | None  # (M, 1) the gradient there, once whole rows of it were made
     ids: Tensor | None  # (M, K) int32, ascending
     values: Tensor | None  # (M, K) d loss / d logit at the ids
     rest: Tensor | None  # (2, M) of rest.py
@@ -118,12 +123,15 @@ class KernelLoss:
             rows: (M,) rows of the tables; None: all.
             tokens, listed: what the student sampled at the rows, and the teacher's lists of them, if the divergence asks.
         """
-        score, columns, sums = None, None, None
+        score, columns, sums, top = None, None, None, None
         losses = torch.zeros(len(s) if rows is None else len(rows), dtype=torch.float32, device=s.device)
         if t is not None:
             score = score_fwd(s, t, rows, **self._options)
             columns = score.columns
         whole = self.divergence.whole
+        if whole is not None:
+            assert score is not None
+            top = argmax_fwd(s, rows, score, vocab_size=self.student.vocab_size)
         if isinstance(whole, JSD):
             assert t is not None
             sums = jsd_fwd(s, t, rows, columns, beta=float(whole.beta), **self._options)
@@ -131,7 +139,7 @@ class KernelLoss:
         elif whole is not None:
             assert whole.column is not None
             losses = losses + getattr(score, whole.column)
-        found = Found(columns, sums, None, None, None, None)
+        found = Found(columns, sums, top, None, None, None, None, None)
         if self.divergence.support is not None:
             of_list, found = self._listed(self.divergence.support, s, t, rows, score, tokens, listed, found)
             losses = losses + of_list.float()
@@ -187,7 +195,7 @@ class KernelLoss:
         missing = (ids < 0) | (ids >= model.vocab_size)
         inside = ids.masked_fill(missing, 0)
         x = table.gather(1, inside) if rows is None else table[rows.unsqueeze(1), inside]
-        return finish_logits(x.to(torch.float32, copy=True), model).masked_fill(missing, -math.inf)
+        return finish_logits(x.to(torch.float32, copy=True), model, table.dtype).masked_fill(missing, -math.inf)
 
     @property
     def overwrites_student(self) -> bool:
@@ -213,11 +221,12 @@ class KernelLoss:
         whole, width = self.divergence.whole, vocab_size or self.student.vocab_size
         if whole is not None:
             assert t is not None
-            options = {**self._options, "vocab_size": width}
+            top = found.top if width == self.student.vocab_size else None
+            options = {**self._options, "vocab_size": width, "top": top, "out": out}
             if isinstance(whole, JSD):
-                jsd_grad(s, t, rows, weights, found.columns, found.sums, out=out, beta=float(whole.beta), **options)
+                jsd_grad(s, t, rows, weights, found.columns, found.sums, beta=float(whole.beta), **options)
             else:
-                GRADIENTS[type(whole)](s, t, rows, weights, found.columns, out=out, **options)
+                GRADIENTS[type(whole)](s, t, rows, weights, found.columns, **options)
         if found.ids is not None:
             assert found.values is not None
             assert found.coef is not None
@@ -233,3 +242,8 @@ class KernelLoss:
                 first_id=first_id,
                 **self._of_one(self.student, vocab_size=width),
             )
+        if found.top is not None and found.at_top is not None:  # a block cannot sum the others
+            place = found.top.long().unsqueeze(1) - first_id
+            inside = (place >= 0) & (place < width)
+            place = place.clamp(0, width - 1)
+            out.scatter_(1, place, torch.where(inside, found.at_top, out.gather(1, place)))

@@ -115,6 +115,7 @@ def _jsd(
     for part in parts(len(out), JSD_BUFFERS * 4 * vocab, workspace_bytes):
         taken = (table[part] if rows is None else table[rows[part]] for table in tables)
         copies = (x[:, :vocab].to(torch.float32, copy=True) for x in taken)
-        s, u = (finish_logits(x, transform) for x, transform in zip(copies, transforms, strict=True))
+        sides = zip(copies, transforms, tables, strict=True)
+        s, u = (finish_logits(x, transform, table.dtype) for x, transform, table in sides)
         out[part] = row_jsd(s, u).float()
     return out

@@ -49,8 +49,7 @@ def _own_part(source: Source, rows: Tensor, top_k: int, workspace_bytes: int) ->
             for block in slices(slice(0, source.transform.vocab_size), grid.columns):
                 u = side.read(everyone, block, buffer)
                 best = extended(best, u, u, top_k, first_id + block.start, grid.candidates)
-                top = best.own[:, 0]
-                sums.add(block_sums(u, u, top, top, top, scratch))  # as both models: its price is that of two
+                sums.add(block_sums(u, u, best, best, first_id + block.start, scratch))  # as both models, at the price of two
             assert best is not None
             columns = sums.columns()
             found.append(OwnStats(columns["teacher_logsumexp"], columns["teacher_entropy"], best.ids, best.own))

@@ -60,7 +60,7 @@ class Rows:
                 torch.mm(self.hidden(group), self.weight(part).T, out=into)
             if self.source.bias is not None:
                 block.add_(self.source.bias[columns])
-        finish_logits(block, self.source.transform)
+        finish_logits(block, self.source.transform, self.source.stored_dtype)
 
     def merged_in(self, columns: slice) -> list[tuple[int, int]]:
         """Which merged ids (their number in the list) are in the block, and at which of its columns."""

@@ -1,13 +1,16 @@
 # Full-vocabulary statistics of two rows of logits, accumulated block by block of the vocabulary in one sweep.
 #
-#   Z = sum e^{s-m},  H = log Z - E_p[s-m],  KL(p||q) = E_p[g-c] - (Delta-c),  KL(q||p) = (Delta-c) - E_q[g-c]
-#   with g = s-u the gap, Delta = logsumexp(s) - logsumexp(u), and m, c constants of the row     (algebra of TokenStats)
+#   Each model's exponents are relative to its largest logit so far, at the ids a (student) and b (teacher):
+#     log Z_s = s_a + log1p(sum_{v != a} e^{s_v - s_a}),   H = log Z - s_a - E_p[s - s_a]
+#   Gaps are relative to the student's top id a:  g_v = (s_v - s_a) - (u_v - u_a),  r_a = log p_a - log q_a
+#     KL(p||q) = r_a + E_p[g],   KL(q||p) = -r_a - E_q[g]                                        (algebra of TokenStats)
 #
-# Numerics: the textbook one-pass KL, E_p[s-u] - Delta, subtracts two large numbers. Here each block centres its gap at c,
-#   the gap at the arg-max of s so far, before anything is summed; s-u is exact where the models nearly agree; and
-#   blocks are joined in fp64. What is left to subtract is then as small as the KL itself.
-# Non-finite: -inf logits make g infinite or NaN, so such rows are summed with those entries masked, and "p > 0 met q = 0"
-#   is kept as a flag per row, because e^{s-m} may have underflowed there.
+# Numerics
+#   Both maxima are subtracted before the models are, so that models that differ by a constant lose nothing.
+#   The top entry adds exactly 1 to Z and exactly 0 to the other sums: it is left out of the sums, and a row with p_a near 1
+#   keeps the digits of 1 - p_a. Blocks are joined in fp64.
+#   A masked entry (-inf) is left out of the sums. Where the other model does not mask it, the divergence is infinite if that
+#   model's probability there is above 0 in fp64: the largest such logit of each model is kept, and compared at the end.
 #
 # Not here: the top-K lists (top_k.py), tiles and matmuls (streamed.py).
 from __future__ import annotations
@@ -19,56 +22,66 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opd_ops.backends.top_k import TopK
+from opd_ops.equations import LOG_ZERO
+
 
 class ModelSums(NamedTuple):
-    """One model's sums over some columns, (n,) each, with e = e^{x-m}."""
+    """One model's sums over some columns but for its top entry, (n,) each, with e = e^{x - maximum}."""
 
-    maximum: Tensor  # m
+    maximum: Tensor  # the largest logit so far
     z: Tensor  # sum e
-    x: Tensor  # sum e (x-m)
-    gap: Tensor  # sum e (g-c)
+    x: Tensor  # sum e (x - maximum)
+    gap: Tensor  # sum e g
+    alone: Tensor  # the largest logit where the other model masks, -inf if it masks none
 
 
 class BlockSums(NamedTuple):
-    """Both models' sums over some columns, and the centre c their gap sums are relative to."""
+    """Both models' sums over some columns."""
 
     student: ModelSums
     teacher: ModelSums
-    centre: Tensor
-    p_without_q: Tensor  # bool: some s > -inf where u = -inf
-    q_without_p: Tensor
+    centre: Tensor  # s_a - u_a, fp64
 
 
-def block_sums(s: Tensor, u: Tensor, s_top: Tensor, u_at_s_top: Tensor, u_top: Tensor, scratch: Tensor) -> BlockSums:
+def block_sums(s: Tensor, u: Tensor, s_best: TopK, t_best: TopK, first_id: int, scratch: Tensor) -> BlockSums:
     """Sums of one block.
 
     Args:
-        s, u: (n, B) logits.
-        s_top, u_at_s_top: (n,) the largest student logit of this and all earlier blocks, and the teacher's logit there.
-        u_top: (n,) the largest teacher logit of this and all earlier blocks.
+        s, u: (n, B) logits, the first of id `first_id`.
+        s_best, t_best: lists of each model's best ids of this and all earlier blocks; the first entry is read.
         scratch: (3 C,), C >= B: C // B rows are summed at a time.
     """
     n, width = s.shape
-    centre = torch.nan_to_num(s_top - u_at_s_top, nan=0.0, posinf=0.0, neginf=0.0)
-    references = torch.stack((_finite(s_top), _finite(u_top), centre)).unsqueeze(2)
-    sums = s.new_empty(6, n)
-    absent = torch.zeros(2, n, dtype=torch.bool, device=s.device)
+    s_top, t_top = s_best.own[:, 0], t_best.own[:, 0]
+    # Where the teacher masks the student's top id, any finite number will do for u_a.
+    u_reference = torch.where(s_best.other[:, 0] == -math.inf, _finite(t_top), s_best.other[:, 0])
+    references = torch.stack((_finite(s_top), _finite(t_top), u_reference)).unsqueeze(2)
+    places = [best.ids[:, :1] - first_id for best in (s_best, t_best)]
+    inside = [(place >= 0) & (place < width) for place in places]
+    tops = [x.clamp(0, width - 1) for x in places] + [torch.where(x, 0.0, math.inf).to(s.dtype) for x in inside]
+    sums, alone = s.new_empty(6, n), s.new_full((2, n), -math.inf)
     step = min(n, scratch.numel() // (3 * width))
     work = scratch[: 3 * step * width].view(3, step, width).unbind()
     # All views are made here: made chunk by chunk, they cost as much as a pass over the logits.
-    chunks = [_Chunk(*views) for views in zip(*(x.split(step) for x in (s, u, *references, *sums, *absent)), strict=True)]
+    chunks = [_Chunk(*views) for views in zip(*(x.split(step) for x in (s, u, *references, *tops, *sums, *alone)), strict=True)]
     # On a CPU one look at the outcome spares the masks; on a device it would synchronise, so there masks are the rule.
-    with_absent = chunks
-    if s.device.type == "cpu":
+    on_cpu = s.device.type == "cpu"
+    holds_top = [not on_cpu or bool(x.any()) for x in inside]
+    masked_chunks = chunks
+    if on_cpu:
         for chunk in chunks:
-            chunk.sum(work, masked=False)
+            chunk.sum(work, holds_top, masked=False)
         finite = torch.isfinite(sums).all(0)
-        with_absent = []
+        masked_chunks = []
         if not bool(finite.all()):
-            with_absent = [chunk for chunk, ok in zip(chunks, finite.split(step), strict=True) if not bool(ok.all())]
-    for chunk in with_absent:
-        chunk.sum(work, masked=True)
-    return BlockSums(ModelSums(s_top, *sums[:3]), ModelSums(u_top, *sums[3:]), centre, *absent)
+            masked_chunks = [chunk for chunk, ok in zip(chunks, finite.split(step), strict=True) if not bool(ok.all())]
+    for chunk in masked_chunks:
+        chunk.sum(work, holds_top, masked=True)
+    s_sums, t_sums = (
+        ModelSums(top, x[0], x[1], x[2], low) for top, x, low in zip((s_top, t_top), sums.view(2, 3, n), alone, strict=True)
+    )
+    return BlockSums(s_sums, t_sums, _finite(s_top).double() - u_reference.double())
 
 
 class _Chunk(NamedTuple):
@@ -77,37 +90,45 @@ class _Chunk(NamedTuple):
     s: Tensor  # (c, B)
     u: Tensor
     s_reference: Tensor  # (c, 1)
+    t_reference: Tensor
     u_reference: Tensor
-    centre: Tensor
+    s_top: Tensor  # (c, 1) column of the top entry
+    t_top: Tensor
+    s_bound: Tensor  # (c, 1) 0 where this block holds the top entry, else +inf
+    t_bound: Tensor
     s_z: Tensor  # (c,)
     s_x: Tensor
     s_gap: Tensor
-    u_z: Tensor
-    u_x: Tensor
-    u_gap: Tensor
-    p_without_q: Tensor
-    q_without_p: Tensor
+    t_z: Tensor
+    t_x: Tensor
+    t_gap: Tensor
+    s_alone: Tensor
+    t_alone: Tensor
 
-    def sum(self, work: Sequence[Tensor], *, masked: bool) -> None:
-        """Compute the sums; `masked` leaves out -inf logits and sets the flags. `work`: three buffers of (c or more, B)."""
+    def sum(self, work: Sequence[Tensor], holds_top: Sequence[bool], *, masked: bool) -> None:
+        """Compute the sums; `masked` leaves out -inf logits. `work`: three buffers of (c or more, B)."""
         gap, shifted, weight = work if len(self.s) == len(work[0]) else (buffer[: len(self.s)] for buffer in work)
-        torch.sub(self.s, self.u, out=gap).sub_(self.centre)
-        s_absent = u_absent = None
+        torch.sub(self.s, self.s_reference, out=gap)
+        gap.sub_(torch.sub(self.u, self.u_reference, out=shifted))
+        s_masked = t_masked = None
         if masked:
-            s_absent, u_absent = self.s == -math.inf, self.u == -math.inf
-            torch.any(u_absent & ~s_absent, 1, out=self.p_without_q)
-            torch.any(s_absent & ~u_absent, 1, out=self.q_without_p)
-            gap.masked_fill_(s_absent | u_absent, 0.0)
-        for logits, reference, absent, z, x, of_gap in (
-            (self.s, self.s_reference, s_absent, self.s_z, self.s_x, self.s_gap),
-            (self.u, self.u_reference, u_absent, self.u_z, self.u_x, self.u_gap),
+            s_masked, t_masked = self.s == -math.inf, self.u == -math.inf
+            torch.amax(self.s.masked_fill(~t_masked, -math.inf), 1, out=self.s_alone)
+            torch.amax(self.u.masked_fill(~s_masked, -math.inf), 1, out=self.t_alone)
+            gap.masked_fill_(s_masked | t_masked, 0.0)
+        s_sums, t_sums = (self.s_z, self.s_x, self.s_gap), (self.t_z, self.t_x, self.t_gap)
+        for logits, reference, is_masked, has_top, top, bound, (z, x, of_gap) in (
+            (self.s, self.s_reference, s_masked, holds_top[0], self.s_top, self.s_bound, s_sums),
+            (self.u, self.t_reference, t_masked, holds_top[1], self.t_top, self.t_bound, t_sums),
         ):
             torch.exp(torch.sub(logits, reference, out=shifted), out=weight)
-            if absent is not None:
-                shifted.masked_fill_(absent, 0.0)  # 0 * -inf would be NaN
-            torch.sum(weight, 1, out=z)
+            if is_masked is not None:
+                shifted.masked_fill_(is_masked, 0.0)  # 0 * -inf would be NaN
             torch.sum(shifted.mul_(weight), 1, out=x)
-            torch.sum(weight.mul_(gap), 1, out=of_gap)
+            torch.sum(torch.mul(weight, gap, out=shifted), 1, out=of_gap)
+            if has_top:
+                weight.scatter_reduce_(1, top, bound, "amin")
+            torch.sum(weight, 1, out=z)
 
 
 def _finite(maximum: Tensor) -> Tensor:
@@ -116,43 +137,49 @@ def _finite(maximum: Tensor) -> Tensor:
 
 
 class RunningSums:
-    """The sums of all blocks so far, in fp64, relative to the running maxima and the running centre."""
+    """The sums of all blocks so far, in fp64, relative to the largest logits so far."""
 
     def __init__(self, n: int, device: torch.device) -> None:
         zero = torch.zeros(n, dtype=torch.float64, device=device)
-        never = torch.zeros(n, dtype=torch.bool, device=device)
-        nothing = ModelSums(torch.full_like(zero, -math.inf), zero, zero, zero)
-        self._sums = BlockSums(nothing, nothing, zero, never, never)
+        low = torch.full_like(zero, -math.inf)
+        self._sums = BlockSums(ModelSums(low, zero, zero, zero, low), ModelSums(low, zero, zero, zero, low), zero)
 
     def add(self, block: BlockSums) -> None:
-        """Join the sums of one more block."""
-        a, b = self._sums, _widened(block)
-        # The centre follows the student's running arg-max: it stays where the student's mass is.
-        centre = torch.where(b.student.maximum > a.student.maximum, b.centre, a.centre)
-        self._sums = BlockSums(
-            _join(a.student, b.student, a.centre - centre, b.centre - centre),
-            _join(a.teacher, b.teacher, a.centre - centre, b.centre - centre),
-            centre,
-            a.p_without_q | b.p_without_q,
-            a.q_without_p | b.q_without_p,
-        )
+        """Join the sums of one more block, whose maxima and centre are those of all blocks so far."""
+        before, shift = self._sums, self._sums.centre - block.centre
+        student, teacher = (_join(a, b, shift) for a, b in zip(before[:2], block[:2], strict=True))
+        self._sums = BlockSums(student, teacher, block.centre)
 
     def columns(self) -> dict[str, Tensor]:
         """The full-vocabulary columns of `TokenStats`, (n,) fp64."""
-        (s_max, s_z, s_x, s_gap), (t_max, t_z, t_x, t_gap), centre, p_without_q, q_without_p = self._sums
-        log_s_z, log_t_z = s_z.log(), t_z.log()
-        gap = s_max - t_max + log_s_z - log_t_z  # Delta
-        reverse_kl = (s_gap / s_z + (centre - gap)).clamp_min(0)
-        forward_kl = ((gap - centre) - t_gap / t_z).clamp_min(0)
+        s, t, centre = self._sums
+        s_total, t_total = _total(s), _total(t)
+        s_log_z, t_log_z = (torch.where(x.maximum == -math.inf, -math.inf, x.z.log1p()) for x in (s, t))
+        s_lse, t_lse = s.maximum + s_log_z, t.maximum + t_log_z
+        u_reference = _finite(s.maximum) - centre
+        log_ratio = (t.maximum - u_reference) + (t_log_z - s_log_z)  # r_a
+        s_gap = s.gap / s_total
+        reverse_kl = (s_gap + log_ratio).clamp_min(0)
+        forward_kl = (-log_ratio - t.gap / t_total).clamp_min(0)
+        infinite = _is_infinite(s, s_lse, reverse_kl)
         return {
-            "student_entropy": (log_s_z - s_x / s_z).clamp_min(0),
-            "teacher_entropy": (log_t_z - t_x / t_z).clamp_min(0),
-            "reverse_kl": reverse_kl.masked_fill(p_without_q & ~reverse_kl.isnan(), math.inf),
-            "forward_kl": forward_kl.masked_fill(q_without_p & ~forward_kl.isnan(), math.inf),
-            "student_logsumexp": s_max + log_s_z,
-            "teacher_logsumexp": t_max + log_t_z,
-            "logsumexp_gap": gap,
+            "student_entropy": (s_log_z - s.x / s_total).clamp_min(0),
+            "teacher_entropy": (t_log_z - t.x / t_total).clamp_min(0),
+            "reverse_kl": reverse_kl.masked_fill(infinite, math.inf),
+            "forward_kl": forward_kl.masked_fill(_is_infinite(t, t_lse, forward_kl), math.inf),
+            "student_logsumexp": s_lse,
+            "teacher_logsumexp": t_lse,
+            "logsumexp_gap": centre - log_ratio,
+            "reference_student": _finite(s.maximum),
+            "reference_teacher": u_reference,
+            "reference_log_p": -s_log_z,
+            "reference_log_ratio": log_ratio,
+            "reverse_kl_excess": s_gap.masked_fill(infinite, 0),
         }
+
+
+def _is_infinite(model: ModelSums, lse: Tensor, kl: Tensor) -> Tensor:
+    return (model.alone - lse > LOG_ZERO) & ~kl.isnan()
 
 
 def row_jsd(s: Tensor, u: Tensor) -> Tensor:
@@ -169,19 +196,21 @@ def row_jsd(s: Tensor, u: Tensor) -> Tensor:
     return (p_term.sum(1, dtype=torch.float64) + q_term.sum(1, dtype=torch.float64)).div_(2).clamp_min_(0)
 
 
-def _join(a: ModelSums, b: ModelSums, a_shift: Tensor, b_shift: Tensor) -> ModelSums:
-    """Bring two sets of sums to the larger maximum and, by the shifts c_old - c_new, to one centre."""
-    maximum = torch.maximum(a.maximum, b.maximum)
-    z, x, gap = torch.zeros_like(a.z), torch.zeros_like(a.z), torch.zeros_like(a.z)
-    for part, shift in ((a, a_shift), (b, b_shift)):
-        factor = torch.exp(part.maximum - _finite(maximum))
-        z = z + factor * part.z
-        x = x + factor * (part.x + part.z * (_finite(part.maximum) - _finite(maximum)))
-        gap = gap + factor * (part.gap + part.z * shift)
-    return ModelSums(maximum, z, x, gap)
+def _total(model: ModelSums) -> Tensor:
+    """Z relative to the maximum: 1 for the top entry and the others; 0 where all logits so far are -inf."""
+    return torch.where(model.maximum == -math.inf, 0.0, 1 + model.z)
 
 
-def _widened(block: BlockSums) -> BlockSums:
-    """The same sums in fp64."""
-    student, teacher = (ModelSums(*(column.double() for column in sums)) for sums in block[:2])
-    return BlockSums(student, teacher, block.centre.double(), block.p_without_q, block.q_without_p)
+def _join(a: ModelSums, b: ModelSums, shift: Tensor) -> ModelSums:
+    """Sums so far and those of one more block, at the block's maximum and centre; `shift` is the change of the centre."""
+    b = ModelSums(*(x.double() for x in b))
+    total, change = _total(a), _finite(a.maximum) - _finite(b.maximum)
+    factor = torch.exp(a.maximum - _finite(b.maximum))
+    moved = b.maximum > a.maximum  # the top entry so far is one of the others now
+    return ModelSums(
+        b.maximum,
+        factor * torch.where(moved, total, a.z) + b.z,
+        factor * (a.x + total * change) + b.x,
+        factor * (a.gap + total * shift) + b.gap,
+        torch.maximum(a.alone, b.alone),
+    )

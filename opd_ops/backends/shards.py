@@ -74,6 +74,7 @@ def token_stats(
         else:
             part = _nothing(len(of_rows), dtype, rows.device)
         found, student, teacher = _joined(part, shard, top_k, dtype)
+        found |= _reference(found, student, teacher)
         lse = found["student_logsumexp"].double(), found["teacher_logsumexp"].double()
         for chunk in slices(slice(0, max(1, len(of_rows))), pairs):
             lists = student.rows(chunk), teacher.rows(chunk)
@@ -165,8 +166,9 @@ def joined_columns(of: dict[str, Tensor]) -> dict[str, Tensor]:
     # In a part that one model alone has, P_r e^{-d_r} - P_r is what is left: the other's mass.
     reverse = torch.where(shared, _times(p, of["reverse_kl"]) + of_p, q)
     forward = torch.where(shared, _times(q, of["forward_kl"]) + of_q, p)
-    p_without_q = ((in_s & (t == -math.inf)) | (shared & (of["reverse_kl"] == math.inf))).any(0)
-    q_without_p = ((in_t & (s == -math.inf)) | (shared & (of["forward_kl"] == math.inf))).any(0)
+    # A part whose mass is 0 in fp64 makes nothing infinite.
+    p_without_q = ((p > 0) & ((t == -math.inf) | (of["reverse_kl"] == math.inf))).any(0)
+    q_without_p = ((q > 0) & ((s == -math.inf) | (of["forward_kl"] == math.inf))).any(0)
     reverse_kl, forward_kl = reverse.sum(0).clamp_min(0), forward.sum(0).clamp_min(0)
     return {
         "student_entropy": _entropy(p, of["student_entropy"]),
@@ -176,6 +178,20 @@ def joined_columns(of: dict[str, Tensor]) -> dict[str, Tensor]:
         "student_logsumexp": s_lse,
         "teacher_logsumexp": t_lse,
         "logsumexp_gap": gap,
+    }
+
+
+def _reference(columns: dict[str, Tensor], student: TopK, teacher: TopK) -> dict[str, Tensor]:
+    """The columns that gradients read, of whole rows; fp64 leaves them the digits of 1 - p_a down to 1e-11."""
+    s, u, u_top = (x[:, 0].double() for x in (student.own, student.other, teacher.own))
+    s, u = s.masked_fill(s == -math.inf, 0), torch.where(u == -math.inf, u_top.masked_fill(u_top == -math.inf, 0), u)
+    log_ratio = (s - u) - columns["logsumexp_gap"]
+    return {
+        "reference_student": s,
+        "reference_teacher": u,
+        "reference_log_p": s - columns["student_logsumexp"],
+        "reference_log_ratio": log_ratio,
+        "reverse_kl_excess": (columns["reverse_kl"] - log_ratio).masked_fill(columns["reverse_kl"] == math.inf, 0),
     }
 
 

@@ -105,8 +105,7 @@ def _tile(
         t_list = extended(t_list, u, s, top_k, first_id + block.start, grid.candidates)
         if with_jsd:  # the grid has one block, as wide as the vocabulary
             out["jsd"] = torch.cat([row_jsd(s[chunk], u[chunk]) for chunk in slices(rows, grid.chunk)])
-        best = s_list.own[:, 0], s_list.other[:, 0], t_list.own[:, 0]
-        sums.add(block_sums(s, u, *best, scratch))
+        sums.add(block_sums(s, u, s_list, t_list, first_id + block.start, scratch))
     assert s_list is not None
     assert t_list is not None
     return out | sums.columns(), s_list, t_list

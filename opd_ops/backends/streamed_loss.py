@@ -28,6 +28,7 @@ from opd_ops.backends.listed_gradients import listed_gradients
 from opd_ops.backends.one_model import places_in, without_ids
 from opd_ops.backends.overwritten import unchanged
 from opd_ops.backends.reading import Rows, slices
+from opd_ops.backends.reference import Reference
 from opd_ops.backends.summed import Sums, summed
 from opd_ops.backends.support_terms import Terms, support_terms
 from opd_ops.backends.tiling import gradient_grid
@@ -52,9 +53,11 @@ class _Constants(NamedTuple):
     """What the gradient needs of each selected row, (M, ...); None: of a part that the divergence does not have."""
 
     rows: Tensor
-    pull: Tensor | None  # with the normalisers, for a divergence over the whole row
-    lse: Tensor | None
-    gap: Tensor | None
+    mean_slope: Tensor | None  # for a divergence over the whole row, with the reference
+    reference_student: Tensor | None
+    reference_teacher: Tensor | None
+    reference_log_p: Tensor | None
+    reference_log_ratio: Tensor | None
     ids: Tensor | None  # for one on a list
     dx: Tensor | None
     rest: Tensor | None
@@ -63,7 +66,12 @@ class _Constants(NamedTuple):
     @property
     def is_list_alone(self) -> bool:
         """Whether the gradient is zero off the lists; `ids` and `dx` are then those of the raw logits."""
-        return self.pull is None and self.drest is None
+        return self.mean_slope is None and self.drest is None
+
+    @property
+    def reference(self) -> Reference:
+        columns = self[2:6]
+        return Reference(*columns)  # type: ignore[arg-type]
 
     def group(self, name: str, group: slice) -> Tensor:
         column: Tensor = getattr(self, name)[group]
@@ -145,8 +153,10 @@ class _Selected:
             total = self._of_list(s.clone() if self.whole is not None else s, group, first_id)
         if self.whole is not None:
             assert u is not None
-            log_ratio = torch.sub(s, u, out=u).sub_(self.of.group("gap", group))
-            of_row = self.whole.dlogits(s.sub_(self.of.group("lse", group)), log_ratio, self.of.group("pull", group))
+            reference = self.of.reference.rows(group)
+            reference_slope = self.whole.slope(reference.log_p, reference.log_ratio)
+            log_p, log_ratio = reference.log_probabilities(s, u)
+            of_row = self.whole.dlogits(log_p, log_ratio, reference_slope, self.of.group("mean_slope", group))
             total = of_row if total is None else total.add_(of_row)
         assert total is not None
         return total
@@ -254,14 +264,15 @@ def selected_loss(
     losses: Tensor | None = None
     if whole is not None:
         assert isinstance(teacher, Source)
-        lse, gap = stats.student_logsumexp, stats.logsumexp_gap
+        reference = Reference.of(stats)
         if isinstance(whole, Summed):
-            sums = summed(whole, student, teacher, rows, lse, gap, workspace_bytes)
+            sums = summed(whole, student, teacher, rows, reference, workspace_bytes)
         else:
             assert whole.column is not None
-            known = getattr(stats, whole.column)
-            sums = Sums(known, known)
-        losses, of = sums.losses, of._replace(pull=sums.pull, lse=lse, gap=gap)
+            assert stats.reverse_kl_excess is not None
+            sums = Sums(getattr(stats, whole.column), stats.reverse_kl_excess)
+        losses = sums.losses
+        of = _Constants(rows, sums.mean_slope, *reference, *(None,) * 4)
     if support is not None:
         terms = support_terms(support, student, teacher, rows, tokens, workspace_bytes=workspace_bytes)
         of_list = terms.losses.to(terms.dx.dtype)

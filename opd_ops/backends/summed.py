@@ -1,6 +1,6 @@
-# A divergence that is a sum over the vocabulary, of rows whose normalisers are known: its value and the pull of its gradient.
+# A divergence that is a sum over the vocabulary, of rows whose normalisers are known: its value and its mean slope.
 #
-#   l = sum_v f(p_v, q_v),   pull = sum_v p_v f'(p_v, q_v)                                    (divergences/base.py, `Summed`)
+#   l = sum_v f(p_v, q_v),   mean slope = sum_v p_v (f'(p_v, q_v) - f'_a),  a the student's top id    (divergences/base.py)
 #
 # One sweep of both models, block by block. Ranks that share out the vocabulary add up their parts: one all-reduce of 24 bytes
 # a row.
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from opd_ops.backends import pages
 from opd_ops.backends.reading import Rows, slices
+from opd_ops.backends.reference import Reference
 from opd_ops.backends.tiling import gradient_grid
 from opd_ops.divergences import JSD, Summed
 from opd_ops.sources import Source, compute_dtype
@@ -25,30 +26,29 @@ class Sums(NamedTuple):
     """A divergence over whole rows, and the number that its gradient needs of each."""
 
     losses: Tensor  # (M,)
-    pull: Tensor  # (M,)
+    mean_slope: Tensor  # (M,)
 
 
 @torch.no_grad()
-def summed(
-    whole: Summed, student: Source, teacher: Source, rows: Tensor, lse: Tensor, gap: Tensor, workspace_bytes: int
-) -> Sums:
-    """Of the rows, whose student log-sum-exp and gap are given, (M,) each."""
+def summed(whole: Summed, student: Source, teacher: Source, rows: Tensor, reference: Reference, workspace_bytes: int) -> Sums:
+    """Of the rows, whose reference is given."""
     dtype = compute_dtype(student, teacher)
     grid = gradient_grid(student, teacher, len(rows), workspace_bytes=workspace_bytes, two_parts=True)
     sides = [Rows(source.detach(), rows, dtype, grid.columns) for source in (student, teacher)]
     buffers = [pages.empty((grid.rows * grid.columns,), dtype, rows.device) for _ in sides]
     sums = torch.zeros(3, len(rows), dtype=torch.float64, device=rows.device)
-    lse, gap = lse.unsqueeze(1), gap.unsqueeze(1)
     with torch.autocast(rows.device.type, enabled=False):
         for block in slices(slice(0, student.transform.vocab_size), grid.columns):
             for group in slices(slice(0, len(rows)), grid.rows):
                 s, u = (side.read(group, block, buffer) for side, buffer in zip(sides, buffers, strict=True))
-                log_ratio = torch.sub(s, u).sub_(gap[group])
-                no_p = s == -math.inf
-                log_ratio.masked_fill_(no_p & (u == -math.inf), 0)
-                log_p, log_q = s.sub_(lse[group]), u.sub_(lse[group] - gap[group])
+                of_rows = reference.rows(group)
+                no_p, no_q = s == -math.inf, u == -math.inf
+                log_q = (u - of_rows.teacher).add_(of_rows.log_p - of_rows.log_ratio)
+                log_p, log_ratio = of_rows.log_probabilities(s, u)
+                log_ratio.masked_fill_(no_p & no_q, 0)
                 sums[0, group] += whole.term(log_p, log_q, log_ratio).sum(1)
-                slope, p = whole.slope(log_p, log_ratio), log_p.exp_()
+                slope = whole.slope(log_p, log_ratio).sub_(whole.slope(of_rows.log_p, of_rows.log_ratio))
+                p = log_p.exp_()
                 sums[1, group] += slope.mul_(p).masked_fill_(no_p, 0).sum(1)
                 sums[2, group] += p.sum(1)
     if student.transform.shard is not None:
@@ -60,5 +60,5 @@ def summed(
 def with_jsd(stats: TokenStats, student: Source, teacher: Source, rows: Tensor, workspace_bytes: int) -> TokenStats:
     """The rows' columns and their Jensen-Shannon divergence, whose terms need the normalisers of the whole vocabulary."""
     half: Summed = JSD(0.5)
-    found = summed(half, student, teacher, rows, stats.student_logsumexp, stats.logsumexp_gap, workspace_bytes)
+    found = summed(half, student, teacher, rows, Reference.of(stats), workspace_bytes)
     return stats._replace(jsd=found.losses)

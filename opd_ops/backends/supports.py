@@ -13,6 +13,7 @@ from torch import Tensor
 
 from opd_ops.backends.eager import RELEASED_FLOOR
 from opd_ops.backends.top_k import TopK
+from opd_ops.equations import kl
 
 
 def support_columns(student: TopK, teacher: TopK, s_lse: Tensor, t_lse: Tensor, columns: frozenset[str]) -> dict[str, Tensor]:
@@ -30,7 +31,7 @@ def support_columns(student: TopK, teacher: TopK, s_lse: Tensor, t_lse: Tensor, 
         "support_mass": q_at_s.sum(1),
         "student_support_mass": torch.exp(s_at_s - s_lse.unsqueeze(1)).sum(1),
         "overlap_mass": torch.where(s_in_t, q_at_s, 0).sum(1),
-        "union_kl": _kl(torch.log_softmax(q_logits, 1), torch.log_softmax(p_logits, 1)).clamp_min(0),
+        "union_kl": kl(torch.log_softmax(q_logits, 1), torch.log_softmax(p_logits, 1)).clamp_min(0),
     }
     if "released_kl" in columns:
         floor = math.log(RELEASED_FLOOR)
@@ -50,8 +51,3 @@ def matches(ids: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
     ascending, order = torch.sort(among, dim=1, stable=True)  # stable: the first of equal ids
     place = torch.searchsorted(ascending, ids.contiguous()).clamp_max(among.shape[1] - 1)
     return ascending.gather(1, place) == ids, order.gather(1, place)
-
-
-def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """sum a (log a - log b) over the last dimension; a = 0 contributes 0, b = 0 under a > 0 is +inf."""
-    return torch.where(log_a == -math.inf, 0, log_a.exp() * (log_a - log_b)).sum(1)

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from opd_kernels.argmax import argmax_fwd
 from opd_kernels.score import Score, score_fwd
 from opd_kernels.support import Support
 from torch import Tensor
@@ -223,8 +224,12 @@ def launch_gradient(
     options = launch_options(*_dense(vocab_size, temperature))
     with on_device(out.device):
         for part in parts(len(places), score_bytes(vocab_size), workspace_bytes):
-            of_part = score_fwd(*tables, places[part], **options).columns if columns is None else columns[:, part].contiguous()
-            GRADIENTS[type(DIVERGENCES[kind])](*tables, places[part], weights[part], of_part, out=out, **options)
+            if columns is None:
+                score = score_fwd(*tables, places[part], **options)
+                of_part, top = score.columns, argmax_fwd(tables[0], places[part], score, vocab_size=vocab_size)
+            else:  # of a part of a shared vocabulary, whose other entries are not here
+                of_part, top = columns[:, part].contiguous(), None
+            GRADIENTS[type(DIVERGENCES[kind])](*tables, places[part], weights[part], of_part, top=top, out=out, **options)
     if inplace:
         # By index: a mask would have all rows read and written. A stable sort finds the others without a synchronisation.
         selected = torch.zeros(layout.shape.numel(), dtype=torch.bool, device=rows.device).index_fill(0, rows, True)

@@ -182,15 +182,16 @@ class _SelectedRows:
             if self.columns is None:
                 losses[group], found = self.loss.first(s, u, None, tokens=self._tokens(group), listed=self._lists(group))
             else:
-                found = Found(self.columns[:, group].contiguous(), None, None, None, None, None)
+                found = Found(self.columns[:, group].contiguous(), *(None,) * 7)
             # Left out of the sum (launch_loss), so of its gradient.
             self.unit[group] = self.unit[group].masked_fill(losses[group] == torch.inf, 0)
-            if grid.second_look:
-                parts.append(found)
             if any(needs):
                 over = s if self.loss.overwrites_student else tiles[-1]
                 d = over if narrowed is None else narrowed[group] if grid.keep else narrowed[:n]
                 self.loss.gradient(s, u, None, self.unit[group], found, out=d)
+                if grid.second_look:
+                    top = found.top
+                    parts.append(found if top is None else found._replace(at_top=d.gather(1, top.long().unsqueeze(1))))
                 out.add(self.student, self.rows, group, d)
                 if out.weight is not None and narrowed is None:
                     out.add_weight(d, self._weighted_hidden(group), first=group.start == 0)

@@ -25,11 +25,13 @@ from opd_ops.diagnostics.measure import Reader, compare, sample_answers
 from opd_ops.diagnostics.study import FRACTIONS, SELECTED, Study, study
 from opd_ops.selectors import SELECTORS
 from opd_ops.stats import OPTIONAL_COLUMNS
+from opd_ops.trainer.files import check_path, check_text
 from opd_ops.trainer.models import load_model, load_tokenizer
 from opd_ops.trainer.prompts import Prompt, load_prompts
 from opd_ops.trainer.teachers import check_tokenizers
 
 NEEDED = ("transformers", "matplotlib", "rich")  # each is imported only where it is used, which may be after the models ran
+PATHS = ("student", "teacher", "trained", "prompts", "out")  # where the models are no names on the hub
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 Item = TypeVar("Item")
 
@@ -82,25 +84,47 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, list[Prompt
     add("--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page; its numbers go to FILE with .json")
     add("--overwrite", action="store_true", help="replace the page and numbers that FILE already has")
     settings = Settings(**vars(parser.parse_args(arguments)))
+    try:
+        for name, value in asdict(settings).items():
+            flag = f"argument --{name.replace('_', '-')}"
+            if isinstance(value, (str, Path)):
+                check_text(str(value), flag)
+            if name in PATHS and value is not None:
+                check_path(str(value), flag)
+    except ValueError as error:
+        parser.error(str(error))
     if not Path(settings.prompts).is_file():
         parser.error(f"argument --prompts: got {settings.prompts!r}, expected a JSONL file")
     try:
-        settings.out.parent.mkdir(parents=True, exist_ok=True)
         prompts = load_prompts(settings.prompts)[: settings.limit]
-    except OSError as error:
-        parser.error(f"argument --out: got {str(settings.out)!r}, expected a file that can be written ({error.strerror})")
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(f"argument --prompts: {error}")
     if settings.out.is_dir() or settings.out.suffix == ".json":
         parser.error(f"argument --out: got {str(settings.out)!r}, expected the name of an HTML file")
-    if settings.out.with_suffix(".json").resolve() == Path(settings.prompts).resolve():
+    numbers = settings.out.with_suffix(".json")
+    if numbers.resolve() == Path(settings.prompts).resolve():
         parser.error(f"argument --out: got {str(settings.out)!r}, whose numbers would go over the prompts; name it otherwise")
-    for path in (settings.out, settings.out.with_suffix(".json")):
-        if path.exists() and not settings.overwrite:
-            parser.error(f"argument --out: {path} exists; name another file, or pass --overwrite to replace it")
+    try:
+        _check_output((settings.out, numbers), overwrite=settings.overwrite)
+    except ValueError as error:
+        parser.error(f"argument --out: {error}")
+    except OSError as error:
+        parser.error(f"argument --out: got {str(settings.out)!r}, expected a file that can be written ({error.strerror})")
     if settings.trained is not None and len({prompt.messages for prompt in prompts}) < 2:
         parser.error("argument --prompts: got 1 different prompt, expected at least 2: --trained resamples them for intervals")
     return settings, prompts
+
+
+def _check_output(paths: Sequence[Path], *, overwrite: bool) -> None:
+    """Whether the files can be written. Raises: OSError: they cannot. ValueError: there is one that may not be replaced."""
+    for path in paths:
+        is_new = not path.exists()
+        if not is_new and not overwrite:
+            raise ValueError(f"{path} exists; name another file, or pass --overwrite to replace it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+        if is_new:
+            path.unlink()
 
 
 def run(settings: Settings, prompts: Sequence[Prompt]) -> tuple[Contexts, Study]:
@@ -159,7 +183,8 @@ def _found(role: str, name: str, load: Callable[[str], Item]) -> Item:
     try:
         return load(name)
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        raise SystemExit(f"error: --{role}: got {name!r}, expected a model that can be loaded ({error})") from error
+        reason = " ".join(str(error).split())  # one line, however many a library's error has
+        raise SystemExit(f"error: --{role}: got {name!r}, expected a model that can be loaded ({reason})") from error
 
 
 def _clusters(prompts: Sequence[Prompt]) -> torch.Tensor:

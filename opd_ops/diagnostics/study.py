@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from opd_ops.checks import check_fraction, check_integer
+from opd_ops.arguments import check_integer
+from opd_ops.checks import check_fraction
 from opd_ops.diagnostics.contexts import Contexts
 from opd_ops.diagnostics.fixed_context import SelectorGain, gains_by_selector, named_selectors, scores_of, selection
 from opd_ops.diagnostics.intervals import draw_weights
@@ -87,10 +88,8 @@ def study(
     found = named_selectors(selectors)
     if not len(fractions):
         raise ValueError("fractions: got none, expected at least one")
-    for fraction in fractions:
-        check_fraction(fraction)
-    check_integer("resamples", resamples, least=1)
-    check_integer("seed", seed, least=0)
+    fractions = [check_fraction(fraction) for fraction in fractions]
+    resamples, seed = check_integer("resamples", resamples, least=1), check_integer("seed", seed, least=0)
     gains, regression, refused, weights = None, None, None, None
     if contexts.after_forward_kl is not None:
         weights = draw_weights(contexts.n_clusters, resamples, seed)

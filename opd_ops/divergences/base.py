@@ -1,9 +1,10 @@
 # What a divergence is: a loss per selected position, made of a sum over the whole vocabulary, of a function of a short list of
 # ids, or of both.
 #
-#   WholeRow    l = sum_v f(p_v, q_v)                              dl/ds_v = p_v (f'_v - sum_w p_w f'_w),  f' = df/dp
+#   WholeRow    l = sum_v f(p_v, q_v)                   dl/ds_v = p_v ((f'_v - f'_a) - sum_w p_w (f'_w - f'_a)),  f' = df/dp
 #   OnSupport   l = f(logits x_k at K ids, log-sum-exp off them)   dl/ds_v = df/dx_k at the ids, df/drest e^{s_v - rest} off
-#   s: student logits after temperature. Nothing of size V is kept for either.
+#   s: student logits after temperature; a: the student's most likely id. Nothing of size V is kept for either.
+#   Slopes are relative to that of a: at a itself, where p may be near 1, the mean slope is left, and nothing is subtracted.
 #
 # A new divergence is one small class of one of these kinds in a file of its own (CONTRIBUTING.md).
 # Not here: the divergences themselves (whole.py, support.py, composite.py), how backends compute the two forms.
@@ -43,30 +44,30 @@ class WholeRow(Divergence):
         """The equation, (M,) of whole (M, V) rows; differentiable in `log_p`. The specification: clarity before speed."""
 
     @abstractmethod
-    def dlogits(self, log_p: Tensor, log_ratio: Tensor, pull: Tensor) -> Tensor:
+    def slope(self, log_p: Tensor, log_ratio: Tensor) -> Tensor:
+        """(M, B) df/dp at (p_v, q_v), up to a constant, finite where q = 0. Where p = 0 anything will do."""
+
+    def dlogits(self, log_p: Tensor, log_ratio: Tensor, reference_slope: Tensor, mean_slope: Tensor) -> Tensor:
         """d loss / d student logits on any block of columns.
 
         Args:
             log_p: (M, B) the student's log-probabilities in the block; may be overwritten.
             log_ratio: (M, B) log p - log q, with the digits that subtracting the two would lose; may be overwritten.
-            pull: (M, 1) sum p f' over the whole vocabulary; the divergence's value where that is a column of TokenStats.
+            reference_slope: (M, 1) f'_a.
+            mean_slope: (M, 1) sum p (f' - f'_a) over the whole vocabulary.
         Returns: (M, B). Entries where p = 0 may hold anything: the caller sets them to zero.
         """
+        slope, p = self.slope(log_p, log_ratio), log_p.exp_()
+        # A slope is infinite where q = 0, which a finite divergence has only where p = 0.
+        return slope.sub_(reference_slope).sub_(mean_slope).mul_(p).masked_fill_(p == 0, 0)
 
 
 class Summed(WholeRow):
-    """One whose value and pull take a sweep of their own over the selected rows."""
+    """One whose value and mean slope take a sweep of their own over the selected rows."""
 
     @abstractmethod
     def term(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         """(M, B) f(p_v, q_v) on a block, p = 0 and q = 0 included; `log_ratio` is log p - log q, and 0 where both are 0."""
-
-    @abstractmethod
-    def slope(self, log_p: Tensor, log_ratio: Tensor) -> Tensor:
-        """(M, B) df/dp at (p_v, q_v), up to a constant, finite where q = 0. Where p = 0 anything will do."""
-
-    def dlogits(self, log_p: Tensor, log_ratio: Tensor, pull: Tensor) -> Tensor:
-        return self.slope(log_p, log_ratio).sub_(pull).mul_(log_p.exp_())
 
 
 class Support(NamedTuple):

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from opd_ops.arguments import check_integer, check_positive, real, shown, take_plain
 from opd_ops.divergences.base import Divergence, OnSupport, Support, WholeRow
-from opd_ops.divergences.support import check_top_k
 from opd_ops.divergences.whole import ReverseKL
 from opd_ops.equations import kl
 
@@ -56,11 +56,11 @@ class EntropyAware(Divergence):
     name = "entropy_aware"
 
     def __post_init__(self) -> None:
-        check_top_k("EntropyAware", self.top_k)
-        for name, least in (("alpha", 0.0), ("tau", -math.inf)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least < value < math.inf:
-                raise ValueError(f"EntropyAware.{name}: got {value!r}, expected a finite number{' > 0' if least == 0 else ''}")
+        take_plain(self, "alpha", "tau", "top_k")
+        check_integer("EntropyAware.top_k", self.top_k, least=1)
+        check_positive("EntropyAware.alpha", self.alpha)
+        if not math.isfinite(real(self.tau)):
+            raise ValueError(f"EntropyAware.tau: got {shown(self.tau)}, expected a finite number")
         if not isinstance(self.divergence, WholeRow):
             raise TypeError(
                 f"EntropyAware.divergence: got {type(self.divergence).__name__}, expected one over the whole vocabulary, "
@@ -95,8 +95,9 @@ class Extrapolated(Divergence):
     name = "extrapolated"
 
     def __post_init__(self) -> None:
-        if isinstance(self.lam, bool) or not isinstance(self.lam, (int, float)) or not math.isfinite(self.lam):
-            raise ValueError(f"Extrapolated.lam: got {self.lam!r}, expected a finite number; 1.25 is the paper's")
+        take_plain(self, "lam")
+        if not math.isfinite(real(self.lam)):
+            raise ValueError(f"Extrapolated.lam: got {shown(self.lam)}, expected a finite number; 1.25 is the paper's")
         if not isinstance(self.divergence, Divergence) or isinstance(self.divergence, Extrapolated):
             raise TypeError(
                 f"Extrapolated.divergence: got {type(self.divergence).__name__}, expected another divergence, like ReverseKL()"

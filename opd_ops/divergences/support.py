@@ -17,15 +17,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from opd_ops.arguments import check_integer, check_positive, take_plain
 from opd_ops.divergences.base import OnSupport, Support
 from opd_ops.equations import kl, log_ratio_sum
-
-
-def check_top_k(name: str, top_k: object) -> None:
-    if isinstance(top_k, bool) or not isinstance(top_k, int):
-        raise TypeError(f"{name}.top_k: got {top_k!r}, expected an integer")
-    if top_k < 1:
-        raise ValueError(f"{name}.top_k: got {top_k}, expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -37,7 +31,8 @@ class LocalSupport(OnSupport):
     reads_rest: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_top_k("LocalSupport", self.top_k)
+        take_plain(self, "top_k")
+        check_integer("LocalSupport.top_k", self.top_k, least=1)
 
     def loss(self, at: Support) -> Tensor:
         nothing = (at.student == -math.inf).all(1)  # the student can write none of T
@@ -55,7 +50,8 @@ class TailAware(OnSupport):
     reads_teacher_rest: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_top_k("TailAware", self.top_k)
+        take_plain(self, "top_k")
+        check_integer("TailAware.top_k", self.top_k, least=1)
 
     def loss(self, at: Support) -> Tensor:
         log_p = torch.log_softmax(torch.cat((at.student, at.student_rest.unsqueeze(1)), 1), 1)
@@ -70,7 +66,8 @@ class TopKForwardKL(OnSupport):
     name = "forward_kl_topk"
 
     def __post_init__(self) -> None:
-        check_top_k("TopKForwardKL", self.top_k)
+        take_plain(self, "top_k")
+        check_integer("TopKForwardKL.top_k", self.top_k, least=1)
 
     def loss(self, at: Support) -> Tensor:
         return log_ratio_sum(at.teacher, at.log_p)
@@ -92,9 +89,9 @@ class SampledToken(OnSupport):
     of_tokens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        clip = self.clip
-        if clip is not None and (isinstance(clip, bool) or not isinstance(clip, (int, float)) or not 0 < clip < math.inf):
-            raise ValueError(f"SampledToken.clip: got {clip!r}, expected a finite number > 0, or None")
+        take_plain(self, "clip")
+        if self.clip is not None:
+            check_positive("SampledToken.clip", self.clip, ", or None")
 
     def loss(self, at: Support) -> Tensor:
         log_p = at.log_p[:, 0]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opd_ops.arguments import real, shown, take_plain
 from opd_ops.divergences.base import Summed, WholeRow
 from opd_ops.equations import kl
 
@@ -30,8 +31,8 @@ class ReverseKL(WholeRow):
     def loss(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return kl(log_p, log_q)
 
-    def dlogits(self, log_p: Tensor, log_ratio: Tensor, pull: Tensor) -> Tensor:
-        return log_ratio.sub_(pull).mul_(log_p.exp_())
+    def slope(self, log_p: Tensor, log_ratio: Tensor) -> Tensor:
+        return log_ratio.clone()
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,10 @@ class ForwardKL(WholeRow):
     def loss(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return kl(log_q, log_p)
 
-    def dlogits(self, log_p: Tensor, log_ratio: Tensor, pull: Tensor) -> Tensor:
+    def slope(self, log_p: Tensor, log_ratio: Tensor) -> Tensor:
+        return -torch.exp(-log_ratio)
+
+    def dlogits(self, log_p: Tensor, log_ratio: Tensor, reference_slope: Tensor, mean_slope: Tensor) -> Tensor:
         # p - q = p (1 - e^-ratio) = -p expm1(-ratio) keeps its digits where the models agree, but overflows or loses
         # p's digits where q >> p: there it is the plain difference of the two exponentials.
         q = torch.exp(log_p - log_ratio)
@@ -64,8 +68,9 @@ class JSD(Summed):
     name = "jsd"
 
     def __post_init__(self) -> None:
-        if isinstance(self.beta, bool) or not isinstance(self.beta, (int, float)) or not 0 <= self.beta <= 1:
-            raise ValueError(f"JSD.beta: got {self.beta!r}, expected a number in [0, 1]")
+        take_plain(self, "beta")
+        if not 0 <= real(self.beta) <= 1:
+            raise ValueError(f"JSD.beta: got {shown(self.beta)}, expected a number in [0, 1]")
 
     @property
     def whole(self) -> WholeRow:

@@ -3,7 +3,8 @@
 #   `num_items_in_batch` is the count of labels over the accumulated micro-batches (and ranks); the sum over the selected tokens
 #   is divided by num_items n_selected / n_valid, so that neither accumulation nor selecting changes the size of a step.
 #
-# On-policy data come from the caller: batches hold what the student wrote, with labels -100 on the prompt.
+# On-policy data come from the caller: batches hold what the student wrote, with labels -100 on the prompt. Without labels all
+# that the attention mask says is no padding is trained on.
 # Not here: the heads (heads.py), the trial of the options (options.py), TRL's trainers, which also roll out (trl.py), the loss
 # (opd_ops/loss.py).
 from __future__ import annotations
@@ -17,25 +18,27 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from opd_ops.integrations.heads import frozen_head, head_of, last_hidden
-from opd_ops.integrations.options import try_options
+from opd_ops.integrations.options import EVERY_TOKEN, try_options
 from opd_ops.loss import selective_opd_loss
 from opd_ops.metrics import as_floats
 
 LOGGED = ("kl_selected", "kl_all", "entropy_selected", "entropy", "support_mass", "n_valid", "n_selected", "n_infinite")
 LABELS = ("labels", "shift_labels")
-GIVEN = (*LABELS, "num_items_in_batch")  # by the Trainer
+GIVEN = (*LABELS, "mask", "num_items_in_batch")  # by the Trainer
 
 
 class SelectiveDistillationMixin:
     """Distil inside `Trainer`: `class MyTrainer(SelectiveDistillationMixin, Trainer)`.
 
     Both models run without their logits; the loss reads hidden states and heads. What was selected is logged under `opd/`:
-    of this process, means over the micro-batches since the last log. Evaluation takes all tokens.
+    of this process, means over the micro-batches since the last log. Evaluation takes all tokens. A batch without labels trains
+    on every token but padding, which the inputs' `attention_mask` tells.
 
     Args (by name, beside those of `Trainer`):
         teacher: A causal language model over the same tokens, or a callable `inputs -> LinearHead or logits`. Never trained.
         selection: Options of `selective_opd_loss`: fraction, selector, scope, divergence, ...; None: its defaults.
-    Raises: TypeError: no teacher, or an option that the loss does not have. ValueError: one that it refuses.
+    Raises: TypeError: no teacher, or an option that the loss does not have. ValueError: one that it refuses; in training, a
+        batch with neither labels nor an attention mask.
     """
 
     def __init__(
@@ -64,12 +67,13 @@ class SelectiveDistillationMixin:
         trainer: Any = self
         labels: dict[str, Any] = {name: inputs.get(name) for name in LABELS}
         inputs = {name: value for name, value in inputs.items() if name not in LABELS}
+        mask = None if any(value is not None for value in labels.values()) else _without_padding(inputs)
         unwrapped = trainer.accelerator.unwrap_model(model)
         hidden, outputs = last_hidden(model, unwrapped, inputs)
         teacher = frozen_head(self._teacher, inputs) if isinstance(self._teacher, nn.Module) else self._teacher(inputs)
-        options = self.selection if model.training else self.selection | {"fraction": 1.0, "selector": "all"}
+        options = self.selection if model.training else self.selection | EVERY_TOKEN
         out = selective_opd_loss(
-            head_of(unwrapped, hidden), teacher, num_items_in_batch=num_items_in_batch, **labels, **options
+            head_of(unwrapped, hidden), teacher, mask=mask, num_items_in_batch=num_items_in_batch, **labels, **options
         )
         for name, value in as_floats({name: out.metrics[name] for name in LOGGED if name in out.metrics}).items():
             self._opd[f"{'' if model.training else 'eval_'}opd/{name}"].append(value)
@@ -99,13 +103,15 @@ class SelectiveComputeLoss:
     """A `compute_loss_func` for any `Trainer`: `Trainer(..., compute_loss_func=SelectiveComputeLoss(student, teacher))`.
 
     The Trainer hands over the student's outputs, but not the inputs that the teacher needs: they are kept from the student's
-    forward by a hook. Logits of both models exist whole here; the mixin spares them.
+    forward by a hook. Logits of both models exist whole here; the mixin spares them. Evaluation, which runs without grad mode,
+    takes all tokens. A batch without labels trains on every token but padding, as with the mixin.
 
     Args:
         student: The model that the Trainer trains.
         teacher: A causal language model over the same tokens.
         options: Of `selective_opd_loss`.
-    Raises: TypeError: an option that the loss does not have. ValueError: one that it refuses.
+    Raises: TypeError: an option that the loss does not have. ValueError: one that it refuses; in training, a batch with neither
+        labels nor an attention mask.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, **options: Any) -> None:
@@ -122,8 +128,10 @@ class SelectiveComputeLoss:
         """Loss from the student's `outputs`, with `labels` unshifted, as the Trainer calls it."""
         with torch.no_grad():
             teacher = self.teacher(**self._inputs, use_cache=False).logits
+        options = self.options if torch.is_grad_enabled() else self.options | EVERY_TOKEN
+        mask = _without_padding(self._inputs) if labels is None else None
         out = selective_opd_loss(
-            outputs["logits"], teacher, labels=labels, num_items_in_batch=num_items_in_batch, **self.options
+            outputs["logits"], teacher, mask=mask, labels=labels, num_items_in_batch=num_items_in_batch, **options
         )
         self.metrics = out.metrics
         return out.loss
@@ -131,3 +139,20 @@ class SelectiveComputeLoss:
     def remove(self) -> None:
         """Take the hook off the student."""
         self._hook.remove()
+
+
+def _without_padding(inputs: dict[str, Any]) -> Tensor:
+    """(B, T) bool: rows of the text whose next token is of the text, too. Row i predicts token i + 1, as shifted labels say."""
+    attended = inputs.get("attention_mask")
+    if attended is None:
+        raise ValueError(
+            "labels: got none, and no attention_mask, which would say what is padding; expected one of them in the batch: pass "
+            "labels, -100 on what is not trained on"
+        )
+    if attended.dim() != 2:
+        raise ValueError(
+            f"attention_mask: got shape {tuple(attended.shape)}, expected (B, T), non-zero on the text, in a batch without "
+            "labels; pass labels, -100 on what is not trained on"
+        )
+    text = attended != 0
+    return nn.functional.pad(text[:, :-1] & text[:, 1:], (0, 1))

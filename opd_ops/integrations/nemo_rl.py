@@ -26,7 +26,7 @@ from opd_ops.gathered import is_dtensor
 from opd_ops.integrations.options import try_options
 from opd_ops.loss import selective_opd_loss
 from opd_ops.metrics import as_floats
-from opd_ops.teachers import TopKLogprobs
+from opd_ops.teachers import TopKLogprobs, is_missing
 
 DIVERGENCES: dict[str, type[LocalSupport | TopKForwardKL]] = {"local_support": LocalSupport, "forward_kl_topk": TopKForwardKL}
 GIVEN = ("weights", "num_items_in_batch", "process_group")  # by NeMo-RL
@@ -82,10 +82,9 @@ class SelectiveDistillationLossFn:
         n, (vocab_size, group) = student.shape[1], _vocabulary(student)
         ids = data["teacher_topk_indices"][:, :n].to(student.device)
         _check_ids(ids, weights, vocab_size)
-        scores = data["teacher_topk_logits"][:, :n].to(student.device, torch.float32)
         out = selective_opd_loss(
             student,
-            TopKLogprobs(ids, scores.log_softmax(-1)),
+            TopKLogprobs(ids, _renormalised(data["teacher_topk_logits"][:, :n].to(student.device))),
             weights=weights,
             num_items_in_batch=None if global_valid_toks is None else global_valid_toks.reshape(()),
             divergence=DIVERGENCES[self.divergence](top_k=ids.shape[-1]),
@@ -108,6 +107,12 @@ def _aligned(logits: Tensor, data: Any) -> tuple[Tensor, Tensor]:
             "context parallelism is not supported yet"
         )
     return logits[:, :n], token_mask * data["sample_mask"].to(logits.device).unsqueeze(-1)
+
+
+def _renormalised(logits: Tensor) -> Tensor:
+    """log q^ of the list, fp32, -inf where a logit is masked: less their normaliser, -9999 may become a larger number."""
+    missing = is_missing(logits)
+    return logits.float().masked_fill(missing, -torch.inf).log_softmax(-1).masked_fill(missing, -torch.inf)
 
 
 def _vocabulary(logits: Tensor) -> tuple[int, Any]:

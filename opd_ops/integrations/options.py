@@ -4,6 +4,7 @@
 #
 # What belongs to a run's own data cannot be tried and is taken as it comes: tensors, statistics of rollouts, selectors that are
 # callables, the reference of `Extrapolated`, process groups, and whether this machine has what a backend needs.
+# Here, too, what an evaluation puts in the place of the options that select.
 # Not here: the checks themselves (opd_ops/checks.py and its neighbours), the loss (opd_ops/loss.py).
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd_ops.arguments import plain
 from opd_ops.backends import check_backend
 from opd_ops.checks import check_choice, check_generator, check_threshold
 from opd_ops.divergences import Divergence, Extrapolated
@@ -24,6 +26,8 @@ from opd_ops.teachers import TopKLogprobs
 
 SHAPE = (1, 4)  # positions
 VOCABULARY = 256
+# Of an evaluation: every valid token of this process, whatever is selected in training. All options that select are here.
+EVERY_TOKEN = {"fraction": 1.0, "selector": "all", "threshold": None, "scope": "batch", "selection_group": None}
 LARGEST_VOCABULARY = 2**19  # beyond every tokenizer; a number above it is refused as it would be by a model
 
 
@@ -87,7 +91,8 @@ def _vocabulary(options: Mapping[str, Any]) -> int:
     """Entries enough for every id and length that the options name."""
     divergence, ids = options.get("divergence"), options.get("eos_ids", ())
     support = divergence.support if isinstance(divergence, Divergence) else None
-    asked = [options.get("top_k"), options.get("vocab_size"), None if support is None else support.length]
-    asked += [i + 1 for i in ids if isinstance(i, int)] if isinstance(ids, Sequence) else []
+    asked = [plain(options.get("top_k")), plain(options.get("vocab_size")), None if support is None else support.length]
+    if isinstance(ids, Sequence) or getattr(ids, "ndim", 0) == 1:  # NumPy's, too
+        asked += [i + 1 for i in map(plain, ids) if isinstance(i, int)]
     sizes = [size for size in asked if isinstance(size, int)]
     return min(max(VOCABULARY, *sizes), LARGEST_VOCABULARY) if sizes else VOCABULARY

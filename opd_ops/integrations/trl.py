@@ -17,6 +17,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 try:
@@ -28,7 +29,7 @@ except ImportError as error:
 from opd_ops.divergences import JSD, Divergence
 from opd_ops.gathered import gathered, is_dtensor
 from opd_ops.inputs import LinearHead
-from opd_ops.integrations.options import try_options
+from opd_ops.integrations.options import EVERY_TOKEN, try_options
 from opd_ops.loss import selective_opd_loss
 from opd_ops.metrics import as_floats
 
@@ -94,6 +95,8 @@ class _Swap(AbstractContextManager["_Swap"]):
 
 class patch_trl(_Swap):
     """Swap the loss inside TRL's `DistillationTrainer` for `selective_opd_loss`, at once, until `undo()` or the block's end.
+
+    Evaluation, which runs without grad mode, takes all valid tokens.
 
     Args:
         fraction: Share of the valid tokens of each micro-batch to train on; 1.0 is TRL's loss.
@@ -162,7 +165,7 @@ def _selective(
         mask=completion_mask,
         num_items_in_batch=num_items_in_batch,
         temperature=temperature,
-        **{"divergence": JSD(beta), **options},
+        **{"divergence": JSD(beta), **options, **({} if torch.is_grad_enabled() else EVERY_TOKEN)},
     )
     if on_metrics is not None:
         on_metrics(out.metrics)
@@ -230,13 +233,12 @@ class SelectiveDistillationTrainer(DistillationTrainer):
 
     def _compute_loss(self, unwrapped_student: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None) -> Any:
         mode = "train" if self.model.training else "eval"
-        options = self._selection if mode == "train" else self._selection | {"fraction": 1.0, "selector": "all"}
 
         def log(metrics: Metrics) -> None:
             for name, value in as_floats({name: metrics[name] for name in LOGGED if name in metrics}).items():
                 self._metrics[mode][f"opd/{name}"].append(value)
 
-        with _Swap(options, log):  # which were tried when the configuration was made
+        with _Swap(self._selection, log):  # which were tried when the configuration was made
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
 
 
@@ -274,7 +276,8 @@ def generalized_jsd_loss(
 ) -> Tensor:
     """The loss of TRL's GKD and GOLD trainers on the selected tokens.
 
-    `GKDTrainer.generalized_jsd_loss = staticmethod(partial(generalized_jsd_loss, fraction=0.1))`.
+    `GKDTrainer.generalized_jsd_loss = staticmethod(partial(generalized_jsd_loss, fraction=0.1))`. Evaluation, which runs
+    without grad mode, takes all valid tokens.
 
     Args:
         student_logits, teacher_logits: (B, T, V), already shifted.
@@ -289,13 +292,13 @@ def generalized_jsd_loss(
     if reduction not in ("batchmean", "sum"):
         raise ValueError(f"reduction: got {reduction!r}, expected 'batchmean' or 'sum'")
     mask = None if labels is None else labels != -100
+    options |= {"fraction": fraction} if torch.is_grad_enabled() else EVERY_TOKEN
     out = selective_opd_loss(
         student_logits,
         teacher_logits,
         mask=mask,
         temperature=temperature,
         num_items_in_batch=num_items_in_batch,
-        fraction=fraction,
         divergence=JSD(beta) if divergence is None else divergence,
         **options,
     )

@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error}; opd-train needs what pip install 'opd-ops[train]' installs")
     except (ValueError, OSError, FloatingPointError, ServerError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).split())}")  # one line, however many a library's error has
 
 
 if __name__ == "__main__":

@@ -18,11 +18,13 @@ from typing import Any, Literal
 
 from opd_ops.divergences import Divergence, resolve_divergence
 from opd_ops.integrations.options import try_options
+from opd_ops.trainer.files import check_path, check_text, read_text
 from opd_ops.trainer.prompts import PromptSource
 
 SAME = "same"
 GIVEN = "passed as an object"
 MOST_TOP_K = 128
+PATHS = ("student", "teacher", "prompts", "eval_prompts", "output_dir")  # where they are no names on the hub
 GIVEN_TO_LOSS = ("mask", "tokens", "num_items_in_batch", "generator")  # by the loop, beside the options
 
 
@@ -99,10 +101,12 @@ class OPDConfig:
         "", "Regular expression whose last match (its group, if it has one) is an answer; '': all of it."
     )
     completions: int = _option(4, "Held-out answers in the table of completions.")
-    save_every: int = _option(0, "Steps between checkpoints; 0: only at the end and on SIGTERM.")
+    save_every: int = _option(
+        0, "Steps between checkpoints, each written once the next gradient is finite; 0: only at the end and on SIGTERM."
+    )
     keep_checkpoints: int = _option(2, "The latest ones that are kept.")
     output_dir: str = _option("out/run", "Folder of log, checkpoints and the trained model.")
-    resume: bool = _option(False, "Continue from the latest checkpoint in output_dir, if there is one.")
+    resume: bool = _option(False, "Continue from the newest intact checkpoint in output_dir, if there is one.")
     report_to: str = _option("", "Trackers, like tensorboard,wandb.")
     run_name: str = _option("opd", "The run's folder in TensorBoard, its project in Weights & Biases.")
 
@@ -153,6 +157,11 @@ class OPDConfig:
 
     def check(self) -> OPDConfig:
         """Itself, if a run can begin; files are looked for, models are not loaded."""
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, str):
+                check_text(value, name)
+                if name in PATHS:
+                    check_path(value, name)
         for name in ("student", "prompts"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: got nothing, expected {OPDConfig.__dataclass_fields__[name].metadata['help']}")
@@ -282,24 +291,59 @@ def read_config(arguments: Sequence[str] | None = None) -> OPDConfig:
 def read_yaml(path: Path) -> list[str]:
     """The file's options as flags, so that one parser reads and checks both.
 
-    Raises: ValueError: no such file, no mapping, or an option that there is not.
+    Raises: ValueError: no such file, no mapping, an option that there is not, or one twice; names the file and the line.
     """
     import yaml
 
+    check_path(str(path), "config")
     if not path.is_file():
         raise ValueError(f"config: got {str(path)!r}, expected a YAML file that exists")
+    text = read_text(path)
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
     except yaml.YAMLError as error:
-        raise ValueError(f"config: {path} is no YAML: {error}") from None
+        raise ValueError(f"config: {path}:{_line(error, text)} is no YAML: {_reason(error)}") from None
+    except RecursionError:
+        raise ValueError(f"config: {path}:{loader.line + 1} is nested too deeply, expected lines `name: value`") from None
     known = [f.name for f in dataclasses.fields(OPDConfig)]
-    if not isinstance(found, dict) or not set(found) <= set(known):
-        extra = sorted(set(map(str, found)) - set(known)) if isinstance(found, dict) else [type(found).__name__]
-        raise ValueError(
-            f"config: {path} has {', '.join(extra)}, expected lines `name: value` with names of: {', '.join(known)}"
-        )
-    # --name=value, so that a value that begins with a minus is none of the flags.
-    return [f"--{name}={value}" for name, value in found.items() if value is not None]
+    if root is None:
+        return []
+    if not isinstance(root, yaml.MappingNode):
+        kind = type(loader.construct_document(root)).__name__
+        raise ValueError(f"config: {path} has {kind}, expected lines `name: value` with names of: {', '.join(known)}")
+    flags: dict[str, str] = {}
+    lines: dict[str, int] = {}
+    for key, value in root.value:
+        name, line = key.value if isinstance(key, yaml.ScalarNode) else key.id, key.start_mark.line + 1
+        where = f"config: {path}:{line}"
+        if name not in known:
+            shown = name if name.isidentifier() else repr(name[:40])
+            raise ValueError(f"{where} has {shown}, expected lines `name: value` with names of: {', '.join(known)}")
+        if name in lines:
+            raise ValueError(f"{where} has {name} again, which line {lines[name]} has already; keep one of them")
+        lines[name] = line
+        if not isinstance(value, yaml.ScalarNode):
+            raise ValueError(f"{where}: {name}: got a {value.id}, expected one value")
+        try:
+            set_to = loader.construct_object(value)
+        except ValueError as error:  # a date or a number that Python has not
+            raise ValueError(f"{where}: {name}: got {value.value[:40]!r}, expected a value ({error})") from None
+        check_text(str(set_to), f"{where}: {name}")
+        if set_to is not None:
+            flags[name] = f"--{name}={set_to}"  # one word, so that a value that begins with a minus is no flag
+    return list(flags.values())
+
+
+def _line(error: Any, text: str) -> int:
+    """Where the parser's error is: at a mark, or, a character that YAML does not allow, at a position."""
+    mark = getattr(error, "problem_mark", None)
+    return 1 + (text.count("\n", 0, getattr(error, "position", 0)) if mark is None else int(mark.line))
+
+
+def _reason(error: Exception) -> str:
+    """The parser's error in one line, without the excerpt that it draws."""
+    return str(getattr(error, "problem", None) or str(error).partition("\n")[0])
 
 
 def _number(text: str) -> float | int:

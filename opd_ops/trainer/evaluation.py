@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from opd_ops.inputs import LinearHead
+from opd_ops.integrations.options import EVERY_TOKEN
 from opd_ops.loss import selective_opd_loss
 from opd_ops.trainer.order import seed_of
 from opd_ops.trainer.prompts import Prompt
@@ -81,10 +82,9 @@ def held_out_metrics(
         rows = slice(first, first + batch_size)
         part = Rollouts(contexts.prompts[rows], contexts.tokens[rows], contexts.mask[rows])
         head = head_over(model, tokenizer, part, unwrapped=unwrapped)
-        everything = loss_options | {"selector": "all", "fraction": 1.0, "scope": "batch"}  # every process has all of them
         taught = teacher(part)
         known = ("loss", *COLUMNS) if isinstance(taught, LinearHead) else ("loss", "student_entropy")
-        out = selective_opd_loss(head, taught, mask=part.mask, tokens=part.tokens, **everything)
+        out = selective_opd_loss(head, taught, mask=part.mask, tokens=part.tokens, **(loss_options | EVERY_TOKEN))
         totals["loss"] += out.metrics["loss_sum"].item()
         for name in COLUMNS:
             totals[name] += getattr(out.stats, name).sum().item()

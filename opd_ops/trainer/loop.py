@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -26,14 +25,15 @@ from transformers import get_scheduler
 
 from opd_ops.loss import SelectiveOPDOutput, selective_opd_loss
 from opd_ops.trainer import evaluation
-from opd_ops.trainer.checkpoints import FOLDER, Checkpoints, check_resume, save_model
+from opd_ops.trainer.blow_up import are_finite, blow_up
+from opd_ops.trainer.checkpoints import FOLDER, Checkpoints, check_resume, choose, save_model
 from opd_ops.trainer.config import GIVEN, SAME, OPDConfig
 from opd_ops.trainer.model_card import describe_teacher, model_card
 from opd_ops.trainer.models import load_tokenizer
 from opd_ops.trainer.order import seed_of
-from opd_ops.trainer.prompts import Prompt, held_out, load_prompts
+from opd_ops.trainer.prompts import Prompt, digest_of, held_out, load_prompts
 from opd_ops.trainer.rollouts import Rollouts, end_tokens, head_over, in_bf16, seeded
-from opd_ops.trainer.runlog import FILE, RunLog
+from opd_ops.trainer.runlog import FILE, RunLog, read_rows
 from opd_ops.trainer.samplers import (
     LocalSampler,
     ServerSampler,
@@ -49,7 +49,7 @@ from opd_ops.trainer.teachers import Teacher, check_teacher, make_teacher
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CONTEXTS = "held_out.safetensors"
+MODEL = "model"  # in output_dir
 EVAL = "eval_"
 MEANS = {  # logged name: the metric's sum, and what it is divided by
     "kl": ("kl_all_sum", "n_valid"),
@@ -94,10 +94,9 @@ class OPDTrainer:
             prompts=config.prompts or ("" if prompts is None else GIVEN),
         ).check()
         self.folder = Path(config.output_dir)
-        if (self.folder / FILE).exists() and not config.resume:
+        holds_run = (self.folder / FILE).exists() or any((self.folder / FOLDER).glob("*")) or (self.folder / MODEL).exists()
+        if holds_run and not config.resume:
             raise ValueError(f"output_dir: {self.folder} holds a run; pass resume to continue it, or another folder")
-        if config.resume:
-            check_resume(self.folder / FOLDER, config)
         self.prompts, self.held_out = self._read_prompts(prompts, eval_prompts)
         is_itself = teacher is None and config.teacher == SAME and config.teacher_url is None
         if is_itself and config.teacher_system is None and all(prompt.teacher_system is None for prompt in self.prompts):
@@ -107,12 +106,16 @@ class OPDTrainer:
             )
         self.taught_by = describe_teacher(config) if teacher is None else GIVEN
 
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"output_dir: got {config.output_dir!r}, expected a folder ({error.strerror})") from None
         mixed = None if config.mixed_precision == "no" else config.mixed_precision
         trackers = config.trackers() or None
         self.accelerator = Accelerator(mixed_precision=mixed, log_with=trackers, project_dir=str(self.folder))
-        if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self.accelerator.wait_for_everyone()
+        digests = {"prompts": digest_of(self.prompts), "held-out prompts": digest_of(self.held_out)}
+        self.start, self.damaged = choose(self.folder / FOLDER, self.accelerator) if config.resume else (None, {})
+        self.changed = {} if self.start is None else check_resume(self.start, config, digests)
         self.tokenizer = load_tokenizer(config.student) if tokenizer is None else tokenizer
         if teacher is None:
             check_teacher(config, self.tokenizer)
@@ -122,7 +125,9 @@ class OPDTrainer:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.model, self.optimizer = self.accelerator.prepare(model.train(), optimizer)
-        self.schedule = get_scheduler(config.lr_scheduler, self.optimizer, config.warmup_steps, config.steps)
+        # transformers' "constant" has no warm-up.
+        shape = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
+        self.schedule = get_scheduler(shape, self.optimizer, config.warmup_steps, config.steps)
         self.accelerator.register_for_checkpointing(self.schedule)
         self.is_sharded = self.accelerator.distributed_type == DistributedType.FSDP
         self.checkpoints = Checkpoints(
@@ -130,41 +135,44 @@ class OPDTrainer:
             self.config,
             self.accelerator,
             self.unwrapped,
+            digests,
             adapters_alone=config.lora_rank > 0 and not self.is_sharded,
         )
-        self.sampling = sampling_options(config) | ({"synced_gpus": True} if self.is_sharded else {})
+        # From weights that have blown up something is sampled too: the step, in which all processes agree, says what happened.
+        self.sampling = sampling_options(config) | {"remove_invalid_values": True}
+        self.sampling |= {"synced_gpus": True} if self.is_sharded else {}
         self.sampler = self._make_sampler()
         self.contexts: Rollouts | None = None
 
     def train(self) -> dict[str, float]:
         """Train to the end, or to SIGTERM; the last held-out numbers, nats a token.
 
-        Raises: SystemExit(143): SIGTERM came; a checkpoint was saved before.
+        Raises: SystemExit(143): SIGTERM came; a checkpoint was saved before. FloatingPointError: a loss, a gradient or weights
+            that are not finite; nothing is saved of them, and the message names the checkpoint to continue from.
         """
         settings = {name: value for name, value in dataclasses.asdict(self.config).items() if value is not None}
         self.accelerator.init_trackers(self.config.run_name, config=settings)
         with Stopping(self.accelerator) as stopping, RunLog(self.folder, self.accelerator, self.config.steps) as log:
-            found = self.checkpoints.all() if self.config.resume else []
-            first = self.checkpoints.load(found[-1]) if found else 0
-            log.begin_at(first, is_new=not found)
-            self.contexts = self._held_out_contexts(is_first=not found)
-            after = self._logged(first) if found else self._evaluate(0, log)
+            first = self._begin(log)
+            after = self._evaluate(0, log) if self.start is None else self._logged(first)
             for step in range(first, self.config.steps):
-                log.advance(self._step(step, log))
+                is_due = bool(self.config.save_every) and step > first and step % self.config.save_every == 0
+                log.advance(self._step(step, log, saves=is_due))
                 done = step + 1
                 is_last = done == self.config.steps
                 if is_last or done % self.config.eval_every == 0:
                     after = self._evaluate(done, log)
                 is_stopped = stopping.is_asked()
-                if is_last or is_stopped or (self.config.save_every and done % self.config.save_every == 0):
-                    self.checkpoints.save(done)
+                if is_last or is_stopped:
+                    # After a SIGTERM no gradient has shown that these weights are good: an older checkpoint stays beside them.
+                    self.checkpoints.save(done, self.contexts, prunes=is_last)
                 if is_stopped and not is_last:
                     log.say(f"SIGTERM: saved after step {done}; --resume continues")
                     self.accelerator.end_training()
                     raise SystemExit(143)
             card = model_card(self.config, self.taught_by, self._logged(0), after)
-            save_model(self.folder / "model", self.accelerator, self.model, self.tokenizer, card)
-            log.say(f"{self.folder}/model is the student; {self.folder}/{FILE} has the numbers")
+            save_model(self.folder / MODEL, self.accelerator, self.model, self.tokenizer, card)
+            log.say(f"{self.folder}/{MODEL} is the student; {self.folder}/{FILE} has the numbers")
         self.accelerator.end_training()
         return after
 
@@ -172,10 +180,29 @@ class OPDTrainer:
     def unwrapped(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
+    def _begin(self, log: RunLog) -> int:
+        """What a checkpoint holds, if there is one to continue from; the number of updates done."""
+        first = 0
+        if self.start is None:
+            self.contexts = self._sample_contexts()
+        else:
+            first, contexts = self.checkpoints.load(self.start)
+            self._set_rates()
+            if self.held_out:
+                device = self.accelerator.device
+                self.contexts = Rollouts(self.held_out, contexts["tokens"].to(device), contexts["mask"].to(device))
+        log.begin_at(first, is_new=self.start is None)
+        for path, defect in self.damaged.items():
+            aside = self.checkpoints.set_aside(path, "damaged")
+            log.say(f"{path}: {defect}; it is now {aside.name}, and the run continues from {self.start}")
+        if self.changed and first < self.config.steps:
+            log.change(first + 1, self.changed)
+        return first
+
     # --- a step ------------------------------------------------------------------------------------------------------
 
-    def _step(self, step: int, log: RunLog) -> str:
-        """One update, logged; its numbers in a line."""
+    def _step(self, step: int, log: RunLog, *, saves: bool) -> str:
+        """One update, logged; its numbers in a line. With `saves`, the weights before it, known by then to have a gradient."""
         began = time.perf_counter()
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         mine = [i * ranks + rank for i in range(self.config.gradient_accumulation_steps)]
@@ -191,21 +218,33 @@ class OPDTrainer:
             for name, value in out.metrics.items():
                 totals[name] = totals.get(name, 0) + value.double()
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm or math.inf)
-        if not math.isfinite(float(norm)):
-            raise FloatingPointError(
-                f"step {step + 1}: the gradient's norm is {float(norm)}, expected a finite number; nothing was updated. Lower "
-                "learning_rate or set max_grad_norm, and continue from the last checkpoint with resume"
-            )
-        numbers = self._numbers(totals) | {"grad_norm": float(norm), "learning_rate": self.schedule.get_last_lr()[0]}
+        numbers = self._numbers(totals) | {"grad_norm": float(norm), "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        for name, value in (("gradient's norm", numbers["grad_norm"]), ("loss", numbers["loss"])):
+            if not math.isfinite(value):
+                what = f"step {step + 1}: the {name} is {value}, expected a finite number; nothing was updated"
+                raise blow_up(self.checkpoints, step, what)
+        if saves:
+            paused = time.perf_counter()
+            self.checkpoints.save(step, self.contexts)
+            began += time.perf_counter() - paused
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if not are_finite(self.model, self.accelerator):
+            raise blow_up(self.checkpoints, step + 1, f"step {step + 1}: its update left weights that are not finite")
         speed = numbers["n_valid"] / (time.perf_counter() - began)
         log.add(step + 1, numbers, tokens_per_second=speed)
         return (
             f"loss {numbers['loss']:.4f}, KL {numbers.get('kl', math.nan):.4f}, "
             f"{numbers['n_selected'] / max(1, numbers['n_valid']):.1%} of {numbers['n_valid']:.0f} tokens, {speed:.0f} tokens/s"
         )
+
+    def _set_rates(self) -> None:
+        """The optimizer's numbers as the options have them, where a checkpoint has brought its own."""
+        self.schedule.base_lrs = [self.config.learning_rate] * len(self.schedule.base_lrs)
+        for group, scale in zip(self.optimizer.param_groups, self.schedule.lr_lambdas, strict=True):
+            group["weight_decay"], group["initial_lr"] = self.config.weight_decay, self.config.learning_rate
+            group["lr"] = self.config.learning_rate * scale(self.schedule.last_epoch)
 
     def _loss(self, batch: Rollouts, n_items: Tensor, step: int, number: int) -> SelectiveOPDOutput:
         seed = seed_of(self.config.seed, "loss", step, number)
@@ -242,21 +281,12 @@ class OPDTrainer:
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
-    def _held_out_contexts(self, *, is_first: bool) -> Rollouts | None:
-        """Sampled by the untrained student, and kept in a file for a run that continues."""
-        from safetensors.torch import load_file, save_file
-
+    def _sample_contexts(self) -> Rollouts | None:
+        """Answers of the untrained student, which every checkpoint keeps."""
         if not self.held_out:
             return None
-        path, device = self.folder / CONTEXTS, self.accelerator.device
-        if not is_first:
-            found = load_file(path)
-            return Rollouts(self.held_out, found["tokens"].to(device), found["mask"].to(device))
         options = self.sampling | {"batch_size": self.config.batch_size, "seed": self.config.seed}
-        contexts = evaluation.sample_contexts(self.unwrapped, self.tokenizer, self.held_out, **options)
-        if self.accelerator.is_main_process:
-            save_file({"tokens": contexts.tokens.cpu(), "mask": contexts.mask.cpu()}, path)
-        return contexts
+        return evaluation.sample_contexts(self.unwrapped, self.tokenizer, self.held_out, **options)
 
     def _evaluate(self, step: int, log: RunLog) -> dict[str, float]:
         config = self.config
@@ -271,6 +301,9 @@ class OPDTrainer:
             unwrapped=self.unwrapped,
             loss_options=config.loss_options(),
         )
+        loss = numbers.get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise blow_up(self.checkpoints, step, f"step {step}: the held-out loss is {loss}, expected a finite number")
         answered = [prompt for prompt in self.held_out if prompt.answer is not None]
         options = self.sampling | {"batch_size": config.batch_size, "pattern": config.answer_pattern}
         shown = answered or self.held_out[: config.completions]
@@ -287,8 +320,7 @@ class OPDTrainer:
         """The held-out numbers of that step in the log, which the first process alone writes."""
         if not (self.folder / FILE).is_file():
             return {}
-        rows = [json.loads(line) for line in (self.folder / FILE).read_text().splitlines()]
-        found = (item for row in rows if row["step"] == step for item in row.items())
+        found = (item for row in read_rows(self.folder / FILE) if row["step"] == step for item in row.items())
         return {name.removeprefix(EVAL): value for name, value in found if name.startswith(EVAL)}
 
     # --- what a run is made of ---------------------------------------------------------------------------------------

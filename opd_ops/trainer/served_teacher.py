@@ -2,7 +2,7 @@
 #
 #   vLLM's extension of POST /v1/completions: with "prompt_logprobs": K the answer's choice has, for every token of the prompt
 #   but the first, {token id: {"logprob": log q, ...}}: the K likeliest, and the prompt's own token where it is not among them
-#   (vllm/entrypoints/openai/completion/protocol.py). -9999 stands for -inf there.
+#   (vllm/entrypoints/openai/completion/protocol.py). -9999 stands for -inf there (opd_ops/teachers.py).
 #
 # Log-probabilities are at temperature 1, whatever the server samples at: the loss refuses another one (opd_ops/sides.py).
 # SGLang's own format is another one. Not here: HTTP (server_client.py), a server to try it with (examples/serve_teacher.py).
@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from opd_ops.teachers import TopKLogprobs
+from opd_ops.arguments import plain
+from opd_ops.teachers import MISSING_LOGPROB, TopKLogprobs
 from opd_ops.trainer.server_client import WHOLE_DISTRIBUTION, ServerClient, ServerError
 
-NEVER = -9999.0  # what vLLM sends in the place of -inf, which JSON does not know
 SERVE = "serve the teacher with vLLM: vllm serve MODEL --max-logprobs {k}"
 
 
@@ -45,6 +45,7 @@ class ServedTeacher:
         concurrency: int = 16,
         api_key: str | None = None,
     ) -> None:
+        top_k = plain(top_k)
         if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
             raise ValueError(f"top_k: got {top_k!r}, expected an integer of at least 1")
         self.client = ServerClient(url, timeout=timeout, retries=retries, concurrency=concurrency, api_key=api_key)
@@ -122,6 +123,6 @@ class ServedTeacher:
                     f"{where}: prompt_logprobs[{position}] lists {len(pairs)} tokens, {sorted(listed)[:8]} …, expected the top "
                     f"{self.top_k} and token {prompt[position]} of the prompt, each with a number"
                 )
-            pairs = [(token, logprob) if logprob > NEVER else (-1, -math.inf) for token, logprob in pairs]
+            pairs = [(token, logprob) if logprob > MISSING_LOGPROB else (-1, -math.inf) for token, logprob in pairs]
             rows.append(pairs + [(-1, -math.inf)] * (self.top_k + 1 - len(pairs)))
         return rows

@@ -1,6 +1,7 @@
 # The selective loss inside Hugging Face's `Trainer`, in real runs of tiny models: as a mixin and as a compute_loss_func.
 #
-#   Compared: loss and gradient norm with the same put together by hand from the models' logits; micro-batches with whole ones.
+#   Compared: loss and gradient norm with the same put together by hand from the models' logits; micro-batches with whole ones;
+#   batches without labels with the same rows and labels on what is no padding.
 #   Run: make test ARGS=tests/integrations/test_hf.py
 #
 # Not here: TRL (test_trl.py).
@@ -34,11 +35,19 @@ def rollouts(n=8):
     return Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
 
 
-def collate(rows):
-    return {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}
+def padded(side, n=8):
+    """Sequences without labels, half of each of them padding on one side."""
+    ids = torch.randint(3, VOCAB, (n, LENGTH), generator=generator(0))
+    mask = torch.zeros(n, LENGTH, dtype=torch.long)
+    mask[:, slice(LENGTH // 2, None) if side == "left" else slice(LENGTH // 2)] = 1
+    return Dataset.from_dict({"input_ids": ids.masked_fill(mask == 0, 0).tolist(), "attention_mask": mask.tolist()})
 
 
-def run(folder, *, batch=8, accumulation=1, steps=1, trainer=SelectiveDistillationTrainer, student=None, **options):
+def stacked(rows):
+    return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+
+
+def run(folder, *, batch=8, accumulation=1, steps=1, trainer=SelectiveDistillationTrainer, student=None, data=None, **options):
     arguments = TrainingArguments(
         str(folder), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=steps,
         learning_rate=0.0, logging_steps=1, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True,
@@ -47,9 +56,9 @@ def run(folder, *, batch=8, accumulation=1, steps=1, trainer=SelectiveDistillati
     made = trainer(
         language_model(1) if student is None else student,
         arguments,
-        train_dataset=rollouts(),
-        eval_dataset=rollouts(),
-        data_collator=collate,
+        train_dataset=rollouts() if data is None else data,
+        eval_dataset=rollouts() if data is None else data,
+        data_collator=stacked,
         **options,
     )
     made.train()
@@ -63,7 +72,7 @@ def logged(trainer, name):
 def by_hand(fraction, **options):
     """Loss and gradient norm from both models' logits."""
     student, teacher = language_model(1), language_model(2, width=48)
-    batch = collate(list(rollouts()))
+    batch = stacked(list(rollouts()))
     with torch.no_grad():
         u = teacher(batch["input_ids"]).logits
     out = selective_opd_loss(student(batch["input_ids"]).logits, u, labels=batch["labels"], fraction=fraction, **options)
@@ -97,6 +106,71 @@ def test_evaluation_takes_every_token(tmp_path):
     want, _ = by_hand(1.0, selector="all")
     assert made.evaluate()["eval_loss"] == pytest.approx(want.loss.item(), rel=1e-4)
     assert logged(made, "eval_opd/n_selected")[0] == want.metrics["n_valid"]
+
+
+@pytest.mark.parametrize("selection", [{"threshold": 1e9}, {"threshold": 0.5, "fraction": 0.1, "selector": "tip"}])
+def test_evaluation_depends_on_no_option_of_the_selection(tmp_path, selection):
+    made = run(tmp_path, teacher=language_model(2, width=48), selection=selection)
+    want, _ = by_hand(1.0, selector="all")
+    assert made.evaluate()["eval_loss"] == pytest.approx(want.loss.item(), rel=1e-4)
+    assert logged(made, "eval_opd/n_selected")[0] == want.metrics["n_valid"]
+
+
+def of_padded(data, side):
+    """What a padded batch without labels gives by hand: the loss over its rows that predict a token of the text."""
+    batch = stacked(list(data))
+    real = slice(LENGTH // 2, LENGTH - 1) if side == "left" else slice(LENGTH // 2 - 1)
+    mask = torch.zeros_like(batch["attention_mask"])
+    mask[:, real] = 1
+    student, teacher = language_model(1), language_model(2, width=48)
+    with torch.no_grad():
+        u = teacher(**batch).logits
+    out = selective_opd_loss(student(**batch).logits, u, mask=mask, selector="entropy", fraction=0.5)
+    out.loss.backward()
+    return out, torch.stack([p.grad.norm() for p in student.parameters() if p.grad is not None]).norm().item()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_without_labels_trains_on_no_padding(tmp_path, side):
+    data = padded(side)
+    made = run(tmp_path, data=data, teacher=language_model(2, width=48), selection={"selector": "entropy", "fraction": 0.5})
+    want, norm = of_padded(data, side)
+    assert logged(made, "opd/n_valid")[0] == 8 * (LENGTH // 2 - 1)
+    assert logged(made, "loss")[0] == pytest.approx(want.loss.item(), rel=1e-4)
+    assert logged(made, "grad_norm")[0] == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_compute_loss_func_without_labels_trains_on_no_padding(tmp_path, side):
+    data, student = padded(side), language_model(1)
+    function = SelectiveComputeLoss(student, language_model(2, width=48), selector="entropy", fraction=0.5)
+    made = run(tmp_path, data=data, trainer=Trainer, student=student, compute_loss_func=function)
+    want, norm = of_padded(data, side)
+    assert function.metrics["n_valid"] == 8 * (LENGTH // 2 - 1)
+    assert logged(made, "loss")[0] == pytest.approx(want.loss.item(), rel=1e-4)
+    assert logged(made, "grad_norm")[0] == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "labels: got none, and no attention_mask, which would say what is padding; .*labels, -100 on what is not trained"),
+        (
+            {"attention_mask": torch.ones(2, 1, LENGTH, LENGTH)},
+            r"attention_mask: got shape \(2, 1, 12, 12\), expected \(B, T\)",
+        ),
+    ],
+)
+def test_a_batch_that_does_not_say_what_is_padding_is_refused(tmp_path, inputs, message):
+    made = run(tmp_path, teacher=language_model(2, width=48))
+    ids = torch.randint(3, VOCAB, (2, LENGTH), generator=generator(0))
+    with pytest.raises(ValueError, match=message):
+        made.compute_loss(made.model, {"input_ids": ids, **inputs})
+    student = language_model(1)
+    function = SelectiveComputeLoss(student, language_model(2, width=48))
+    function._inputs = {"input_ids": ids, **inputs}
+    with pytest.raises(ValueError, match=message):
+        function({"logits": torch.zeros(2, LENGTH, VOCAB)}, None)
 
 
 def test_the_teacher_may_be_a_callable_and_the_student_lora(tmp_path):
@@ -155,6 +229,34 @@ def test_compute_loss_func_in_a_plain_trainer(tmp_path, accumulation):
     assert function.metrics["n_selected"] > 0
     function.remove()
     assert not student._forward_pre_hooks
+
+
+def test_compute_loss_func_evaluates_on_every_token(tmp_path):
+    student = language_model(1)
+    function = SelectiveComputeLoss(student, language_model(2, width=48), fraction=0.1, threshold=1e9)
+    made = run(tmp_path, trainer=Trainer, student=student, compute_loss_func=function)
+    want, _ = by_hand(1.0, selector="all")
+    assert made.evaluate()["eval_loss"] == pytest.approx(want.loss.item(), rel=1e-4)
+    assert function.metrics["n_selected"] == want.metrics["n_valid"]
+
+
+def of_ranks():
+    """On each rank: the loss of its own batch, in evaluation, where training has one budget over all ranks."""
+    student, rank = language_model(1), torch.distributed.get_rank()
+    function = SelectiveComputeLoss(student, language_model(2, width=48), fraction=0.1, scope="global")
+    own = {name: column[2 * rank : 2 * rank + 2] for name, column in stacked(list(rollouts())).items()}
+    with torch.no_grad():
+        outputs = student(input_ids=own["input_ids"])
+        loss = function(outputs, own["labels"])
+    want = selective_opd_loss(
+        outputs.logits, function.teacher(own["input_ids"]).logits, labels=own["labels"], selector="all", fraction=1.0
+    )
+    assert loss.item() == pytest.approx(want.loss.item(), rel=1e-5)
+    assert loss > 0
+
+
+def test_evaluation_on_ranks_is_each_rank_s_own(ranks):
+    ranks.run(of_ranks)
 
 
 def of_family(family):

@@ -171,6 +171,25 @@ def test_without_a_count_it_is_the_mean_of_the_call(make):
     assert metrics["opd/selected_share"] == 1
 
 
+@pytest.mark.parametrize("divergence", ["local_support", "forward_kl_topk"])
+def test_a_logit_of_minus_9999_or_less_is_a_missing_entry(make, divergence):
+    student, data = batch()
+    least = data["teacher_topk_logits"][..., -4:]
+    least.copy_(torch.tensor([-9999.0, -12345.0, torch.finfo(torch.float32).min, -torch.inf]))
+    data["teacher_topk_logits"] -= 40.0  # their normaliser is below 0
+    data["teacher_topk_logits"].clamp_min_(torch.finfo(torch.float32).min)
+    data["teacher_topk_logits"][0, 5] = -9999.0  # nothing is listed there
+    loss, gradient, _ = backward(make(fraction=1.0, divergence=divergence), student, data)
+    want = leaf(student, torch.float64)
+    few = data | {name: data[name][..., :-4] for name in ("teacher_topk_logits", "teacher_topk_indices")}
+    losses, mask = formula(want, few, divergence)
+    mask[0, 5] = 0
+    expected = (losses * mask).sum() / 40.0
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    expected.backward()
+    assert_gradient(gradient, want.grad, 1e-5)
+
+
 def test_no_valid_token_is_a_connected_zero(make):
     student, data = batch()
     data["sample_mask"].zero_()

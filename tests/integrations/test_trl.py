@@ -206,6 +206,18 @@ def test_the_subclass_evaluates_on_every_token(tmp_path):
     assert found["eval_opd/n_selected"] == found["eval_opd/n_valid"] > 0
 
 
+def test_the_patch_evaluates_on_every_token(tmp_path):
+    want = train(tmp_path, steps=1, learning_rate=0.0).evaluate()["eval_loss"]
+    found = []
+    with patch_trl(fraction=0.05, threshold=1e9, on_metrics=found.append):
+        made = train(tmp_path, steps=1, learning_rate=0.0)
+        assert found[-1]["n_selected"] == 0
+        loss = made.evaluate()["eval_loss"]
+        assert found[-1]["n_selected"] == found[-1]["n_valid"] > 0
+    assert loss == pytest.approx(want, rel=1e-4)
+    assert loss > 0
+
+
 def test_the_subclass_rejects_another_config(tmp_path):
     with pytest.raises(TypeError, match="args: got DistillationConfig, expected a SelectiveDistillationConfig"):
         train(tmp_path, trainer=SelectiveDistillationTrainer)
@@ -240,6 +252,14 @@ def test_generalized_jsd_loss_at_fraction_one_is_gkd_s(beta, has_labels, options
         results.append((loss, x.grad))
     assert results[0][0].item() == pytest.approx(results[1][0].item(), rel=1e-5)
     assert_gradient(results[0][1], results[1][1])
+
+
+def test_generalized_jsd_loss_evaluates_on_every_token():
+    s, u = (x.view(2, 10, 97) for x in logit_pair(20, 97, scale=3.0))
+    with torch.no_grad():
+        whole, found = (generalized_jsd_loss(s, u, fraction=f, threshold=t) for f, t in ((1.0, None), (0.1, 1e9)))
+    assert torch.equal(found, whole)
+    assert found > 0
 
 
 def test_generalized_jsd_loss_of_a_share_does_not_shrink():

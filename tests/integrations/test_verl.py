@@ -128,6 +128,22 @@ def test_all_tokens_are_verl_s_own_loss_and_gradient(aggregation, is_nested, cla
             assert metrics[name].aggregate() == pytest.approx(theirs[name].aggregate(), rel=PEER)
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl_topk", "local_support", "tail_aware"])
+def test_an_entry_of_minus_9999_is_missing(divergence):
+    student, teacher = pair()
+    teacher = teacher.masked_fill(teacher < teacher.topk(K - 4).values[:, -1:], -math.inf)
+    found = []
+    for absent in (-9999.0, -math.inf):
+        data, x = micro_batch(teacher), leaf(student)
+        data["teacher_logprobs"] = jagged(data["teacher_logprobs"].values().clamp_min(absent))
+        with patch_verl(fraction=1.0, divergence=divergence):
+            loss, _ = step(x, data, *settings())
+        loss.backward()
+        found.append((loss.detach(), x.grad))
+    assert all(map(torch.equal, *found))
+    assert found[0][1].any()
+
+
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
 @pytest.mark.parametrize(
     ("name", "instance"),

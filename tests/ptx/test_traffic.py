@@ -6,6 +6,7 @@
 #   own, of the main loop.
 import pytest
 import torch
+from opd_kernels.argmax import argmax_fwd
 from opd_kernels.forward_kl import forward_kl_grad
 from opd_kernels.reverse_kl import reverse_kl_grad
 from opd_kernels.score import GROUP, score_fwd
@@ -68,10 +69,10 @@ def test_support_touches_a_small_part_of_the_rows_again(pair):
 @pytest.mark.parametrize("gradient", [reverse_kl_grad, forward_kl_grad])
 def test_a_gradient_reads_two_rows_and_writes_one_of_those_selected(pair, gradient):
     rows = torch.tensor([2, 0], dtype=torch.int32)
-    columns = score_fwd(*pair, rows, vocab_size=V, **COMMON).columns
-    out = torch.full_like(pair[0], 7.0)
-    options = {"out": out, "vocab_size": V, **COMMON}
-    _, (launch,) = launched(gradient, *pair, rows, torch.ones(2), columns, **options)
+    score = score_fwd(*pair, rows, vocab_size=V, **COMMON)
+    out, top = torch.full_like(pair[0], 7.0), argmax_fwd(pair[0], rows, score, vocab_size=V)
+    options = {"top": top, "out": out, "vocab_size": V, **COMMON}
+    _, (launch,) = launched(gradient, *pair, rows, torch.ones(2), score.columns, **options)
     row = pair[0][0].nbytes
     assert 0 <= launch.traffic.read_bytes - 2 * 2 * row <= 2 * 128 * 40  # each thread loads ten numbers of its row
     assert launch.traffic.read_sectors <= (2 * 2 * row + FEW) / SECTOR

@@ -28,9 +28,11 @@ def prompts(n: int = 12) -> list[Prompt]:
     return [Prompt.of(" ".join(f"w{3 + (7 * i + j) % 50}" for j in range(4)), answer="w9" if i % 2 else None) for i in range(n)]
 
 
-def trainer(folder: Path, *, steps: int, taught_by: int | None = 1, **options: Any) -> OPDTrainer:
+def trainer(
+    folder: Path, *, steps: int, taught_by: int | None = 1, asked: list[Prompt] | None = None, **options: Any
+) -> OPDTrainer:
     """`taught_by`: the seed of the teacher's weights (the student's is 0); None: the one that the options name."""
     words = tokenizer()
     config = OPDConfig(output_dir=str(folder), steps=steps, **SMALL | options)
     teacher = None if taught_by is None else LocalTeacher(language_model(taught_by), words)
-    return OPDTrainer(config, student=language_model(0), tokenizer=words, teacher=teacher, prompts=prompts())
+    return OPDTrainer(config, student=language_model(0), tokenizer=words, teacher=teacher, prompts=asked or prompts())

@@ -74,6 +74,15 @@ def test_sigterm_saves_and_resume_continues_bit_for_bit(tmp_path, capsys):
     assert all(bool((weights[0][name] == weights[1][name]).all()) for name in weights[0])
 
 
+def test_the_flags_that_a_blow_up_advises_are_taken(tmp_path):
+    _write(tmp_path)
+    flags = _flags(tmp_path, tmp_path / "out", "--save_every=1", "--steps=4", "--warmup_steps=3")
+    with pytest.raises(SystemExit, match=r"error: step 2: .*step-000001 is good: lower learning_rate, .* and pass resume to"):
+        cli.main([*flags, "--learning_rate=1e20"])
+    cli.main([*flags, "--learning_rate=1e-3", "--resume"])
+    assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
+
+
 def test_what_is_found_late_is_said_in_one_line(tmp_path):
     _write(tmp_path)
     (tmp_path / "prompts.jsonl").write_text('{"question": "w5"}')

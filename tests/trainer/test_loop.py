@@ -120,6 +120,13 @@ def test_a_step_is_the_gradient_of_all_its_tokens(tmp_path):
     assert row["n_valid"] == row["n_selected"] == count
 
 
+@pytest.mark.parametrize(("shape", "after"), [("constant", 1.0), ("linear", 0.5)])
+def test_the_learning_rate_warms_up_under_every_schedule(shape, after, tmp_path):
+    trainer(tmp_path, steps=4, warmup_steps=2, lr_scheduler=shape, eval_size=0).train()
+    rates = [row["learning_rate"] for row in _log(tmp_path)]
+    assert rates == pytest.approx([0, 0.5e-3, 1e-3, after * 1e-3])
+
+
 def test_a_share_of_the_tokens_does_not_shrink_the_step(tmp_path):
     norms = {}
     for fraction in (1.0, 0.25):

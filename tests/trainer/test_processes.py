@@ -1,6 +1,6 @@
 # Two processes of the reference trainer, by `accelerate launch --num_processes 2` over gloo, against one with twice the
 # micro-batches, number by number: whole models, and models that FSDP2 shards, the second of these cut in two and continued
-# from its sharded checkpoint.
+# from a sharded checkpoint, the newer one being damaged.
 #
 # Command: make test ARGS=tests/trainer/test_processes.py
 # Not here: selection over several processes (test_global_selection.py), shared vocabularies (test_vocabulary_parallel.py).
@@ -25,7 +25,7 @@ if os.environ.get("ACCELERATE_USE_FSDP"):
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
 from tests.trainer.runs import trainer
-run = trainer(Path(sys.argv[1]), steps=int(sys.argv[2]), gradient_accumulation_steps=2, resume=True)
+run = trainer(Path(sys.argv[1]), steps=int(sys.argv[2]), gradient_accumulation_steps=2, resume=True, save_every=1)
 print("kind", run.accelerator.distributed_type.value, type(next(run.unwrapped.parameters())).__name__)
 run.train()
 """
@@ -67,7 +67,12 @@ def _logs(folder):
 def test_two_processes_are_one_with_twice_the_micro_batches(kind, environment, cuts, tmp_path):
     trainer(tmp_path / "one", steps=3, gradient_accumulation_steps=4).train()
     for steps in cuts:
-        assert f"kind {kind}" in _launch(tmp_path, steps, **environment)
+        checkpoints = sorted((tmp_path / "two" / "checkpoints").glob("step-*"))
+        for path in checkpoints[-1:]:  # damaged: both processes go back to the one before, saved in the middle of a step
+            os.truncate(next(path.rglob("*.distcp")), 100)
+        said = _launch(tmp_path, steps, **environment)
+        assert f"kind {kind}" in said
+        assert said.count("is now damaged-") == bool(checkpoints)
     for one, two in zip(*_logs(tmp_path), strict=True):
         assert one.keys() == two.keys()
         for name, value in one.items():

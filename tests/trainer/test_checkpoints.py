@@ -1,0 +1,159 @@
+# Checkpoints whose files are damaged, one kind of file after the other: the run continues from the newest intact one and is the
+# undamaged run bit for bit; what a run without `resume` leaves alone; prompts that were edited.
+#
+# Command: make test ARGS=tests/trainer/test_checkpoints.py
+# Not here: which checkpoints are good after a blow-up (test_blow_up.py), sharded ones (test_processes.py).
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from opd_ops.trainer.checkpoints import SETTINGS, complete, damage
+from opd_ops.trainer.files import write_whole
+from tests.trainer.runs import prompts, trainer
+
+OPTIONS = {"save_every": 1, "keep_checkpoints": 3, "eval_every": 1}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of three steps with a checkpoint of each."""
+    folder = tmp_path_factory.mktemp("finished")
+    trainer(folder, steps=3, **OPTIONS).train()
+    return folder
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    """A copy of it, to be damaged."""
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def _cut(path):
+    size = path.stat().st_size
+    os.truncate(path, size // 2)
+    return f"{path.name} has {size // 2} bytes of {size}"
+
+
+def _empty(path):
+    os.truncate(path, 0)
+    return f"{path.name} does not list the files"
+
+
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return f"{path.name} is not what was written"
+
+
+def _remove(path):
+    path.unlink()
+    return f"{path.name} is missing"
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("model.safetensors", _cut),
+        ("optimizer.bin", _cut),
+        ("held_out.safetensors", _cut),
+        ("run.json", _empty),
+        ("run.json", lambda path: _cut(path).partition(" ")[0] + " does not list the files"),
+        ("model.safetensors", _flip),
+        ("custom_checkpoint_0.pkl", _remove),
+    ],
+)
+def test_resume_takes_the_newest_intact_checkpoint_and_says_so(name, harm, finished, folder, capsys):
+    newest, older = folder / "checkpoints" / "step-000003", folder / "checkpoints" / "step-000002"
+    defect = harm(newest / name)
+    run = trainer(folder, steps=3, resume=True, **OPTIONS | {"keep_checkpoints": 2})
+    run.train()
+    assert f"{newest}: {defect}; it is now damaged-step-000003, and the run continues from {older}" in capsys.readouterr().out
+    assert (folder / "log.jsonl").read_text() == (finished / "log.jsonl").read_text()
+    weights = [load_file(x / "checkpoints" / "step-000003" / "model.safetensors") for x in (finished, folder)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(x, weights[1][key]) for key, x in weights[0].items())
+    assert sorted(path.name for path in newest.parent.iterdir()) == ["damaged-step-000003", "step-000002", "step-000003"]
+
+
+def test_a_checkpoint_lists_all_its_files(finished):
+    for path in complete(finished / "checkpoints"):
+        listed = json.loads((path / SETTINGS).read_text())["files"]
+        assert {*listed, SETTINGS} == {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+        assert {"model.safetensors", "optimizer.bin", "held_out.safetensors"} <= listed.keys()
+        assert damage(path) is None
+
+
+def test_resume_refuses_when_no_checkpoint_is_intact_and_begins_anew_without_them(finished, folder):
+    for path in complete(folder / "checkpoints"):
+        _cut(path / "optimizer.bin")
+    message = (
+        r"resume: no checkpoint in .* is intact \(step-000003: optimizer.bin has .* step-000001: .*or remove .*: resume then"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer(folder, steps=3, resume=True, **OPTIONS)
+    shutil.rmtree(folder / "checkpoints")
+    trainer(folder, steps=3, resume=True, **OPTIONS).train()
+    assert (folder / "log.jsonl").read_text() == (finished / "log.jsonl").read_text()
+
+
+@pytest.mark.parametrize("left", ["checkpoints", "model"])
+def test_a_run_without_resume_leaves_the_checkpoints_and_the_model_of_another_alone(left, folder):
+    """Also where its log is gone."""
+    for path in folder.iterdir():
+        if path.name != left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"output_dir: .* holds a run; pass resume to continue it, or another folder"):
+        trainer(folder, steps=1, **OPTIONS)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_resume_does_without_the_log(folder):
+    (folder / "log.jsonl").unlink()
+    trainer(folder, steps=4, resume=True, **OPTIONS).train()
+    assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()] == [4, 4]
+
+
+@pytest.mark.parametrize(("edited", "name"), [(0, "prompts"), (11, "held-out prompts")])
+def test_resume_refuses_prompts_that_were_edited(edited, name, folder):
+    asked = prompts()
+    asked[edited] = dataclasses.replace(asked[edited], answer="w10")
+    with pytest.raises(ValueError, match=f"resume: the {name} are not those that .*step-000003 was trained with; put their"):
+        trainer(folder, steps=4, resume=True, asked=asked, **OPTIONS)
+
+
+def test_resume_names_the_line_of_a_log_that_it_cannot_read(folder):
+    log = folder / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join([lines[0], "\0\0\n", *lines[1:]]))
+    with pytest.raises(ValueError, match=r"log.jsonl:2: got .*, expected a line of the log; remove that line"):
+        trainer(folder, steps=4, resume=True, **OPTIONS).train()
+
+
+def test_a_checkpoint_beyond_six_digits_is_the_newest(tmp_path):
+    for step in (999999, 1000000):
+        (tmp_path / f"step-{step}").mkdir()
+        (tmp_path / f"step-{step}" / SETTINGS).write_text("{}")
+    assert [path.name for path in complete(tmp_path)] == ["step-999999", "step-1000000"]
+
+
+def test_write_whole_leaves_the_old_text_where_it_fails(tmp_path, monkeypatch):
+    path = tmp_path / "run.json"
+    write_whole(path, "old")
+
+    def fail(_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="full"):
+        write_whole(path, "new")
+    assert path.read_text() == "old"
