@@ -185,7 +185,6 @@ def check_some_items(value: Tensor | float | None, selected: Tensor) -> None:
             "selected. Pass the count of valid tokens, or a mask without one"
         )
 
-
         raise ValueError(f"num_items_in_batch: got {value!r}, expected a finite number > 0")
     return value
 

@@ -206,7 +206,9 @@ def selective_opd_loss(
     settled = chosen.settled(losses)
     chosen = settled.chosen
     # 1 if no infinite loss was dropped; over ranks their counts are added up here alone, when they are final
-    correction = total * _inverse(_denominator(chosen.selected, chosen.stats.valid, num_items_in_batch, denominator, call.ranks))
+    correction = total * _inverse(
+        _denominator(chosen.selected, chosen.stats.valid, num_items_in_batch, denominator, call.ranks)
+    )
     loss = weighted * correction.to(weighted.dtype) * chosen.poison(weighted.dtype)
     metrics = settled.metrics(loss, settled.loss_sum(of_rows), tokens_of)
     return SelectiveOPDOutput(loss, chosen.selected, chosen.scores, chosen.stats, metrics)

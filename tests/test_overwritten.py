@@ -130,6 +130,26 @@ def test_digest_sees_one_bit_and_any_two_words_exchanged(dtype, vocab):
     assert torch.equal(digests((source,), rows, budget), before)
 
 
+@pytest.mark.parametrize("kind", ["logits", "filtered", "weight", "bias"])
+def test_digest_of_a_sample_sees_a_buffer_that_is_filled_again(kind):
+    if kind in ("logits", "filtered"):
+        first, second = logit_pair(40, 20_000, noise=1e-3)
+        if kind == "filtered":  # all but the 50 best are masked, as a server's top-k filter does
+            first, second = (x.masked_fill(x < x.topk(50).values[:, -1:], -torch.inf) for x in (first, second.flip(1)))
+        given = in_inference_mode(first)
+        tensor, source = given, Source.of(given, 20_000, 1.0)
+    else:
+        given = in_inference_mode(head_pair((40,), 3000, teacher_dim=1000, bias=True)[1])
+        tensor, source = getattr(given, kind), Source.of(given, 3000, 1.0)
+        second = tensor + 1e-3 * tensor.abs()
+    rows = torch.arange(0, 40, 2)
+    before = digests((source,), rows, 2**20)
+    assert torch.equal(digests((source,), rows, 2**14), before)
+    with torch.inference_mode():
+        tensor.copy_(second)
+    assert not torch.equal(digests((source,), rows, 2**20), before)
+
+
 def test_an_overwritten_tensor_makes_gradients_nan_where_looking_would_wait():
     before = torch.tensor([3, 5])
     assert factor(torch.tensor([3, 5]), before).item() == 1
@@ -144,7 +164,7 @@ def test_an_overwritten_tensor_makes_gradients_nan_where_looking_would_wait():
 
 @pytest.mark.parametrize("side", ["logits", "heads"])
 def test_a_teacher_of_inference_mode_costs_no_memory(side):
-    student, teacher = (logit_pair(200, 701) if side == "logits" else head_pair((200,), 701, bias=True))
+    student, teacher = logit_pair(200, 701) if side == "logits" else head_pair((200,), 701, bias=True)
     found = []
     for given in (teacher, in_inference_mode(teacher)):
         mine = leaf(student) if side == "logits" else leaf_head(student)

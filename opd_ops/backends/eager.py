@@ -148,7 +148,7 @@ def released_kl(s: Tensor, u: Tensor, in_s: Tensor, in_t: Tensor) -> Tensor:
     floor = math.log(RELEASED_FLOOR)
     log_p = torch.log_softmax(s.masked_fill(~in_s, -math.inf), -1).clamp_min(floor)
     log_q = torch.log_softmax(u.masked_fill(~in_t, -math.inf), -1).clamp_min(floor)
-    return torch.where(in_s | in_t, log_q.exp() * (log_q - log_p), 0).sum(-1).clamp_min(0)
+    return torch.where(in_s | in_t, log_q.exp() * (log_q - log_p), 0).sum(-1)
 
 
 @torch.no_grad()

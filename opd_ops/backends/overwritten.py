@@ -1,11 +1,11 @@
 # Tensors of inference mode, which a backward reads again: overwritten in between, they would give a wrong gradient in silence.
 #
-#   digest = sum_i sum_j (i + 1) (j + 1) word[i, j]  mod 2^64,   word: the bits of what is read, 8 bytes at a time
+#   digest = sum_i sum_j (i + 1) (j + 1) bits[i, j]  mod 2^64,   i: rows that are read, j: columns evenly spaced
 #
 # Autograd sees by a version counter that a saved tensor was overwritten. A tensor of inference mode has none. So the forward
-# keeps a digest of what the backward will read: the rows of logits or hidden states, a whole weight. It is a sum of integers:
-# the same bits on every device and in every order. 8 bytes are kept a tensor, where a copy of the rows would keep M V numbers.
-# Price: one read of these in the forward, one in the backward, a quarter of the workspace for it.
+# keeps a digest of a sample of what the backward will read: SAMPLED columns or more of every row of logits or hidden states,
+# as many rows and columns of a weight. That sees a buffer that is filled again, not one entry that is changed. The whole would
+# take as long as the loss does; a copy would keep M V numbers. It is a sum of integers: the same on every device, in any order.
 # Not here: which tensors are of inference mode (sources.py), the version counter of all others (autograd).
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from torch import Tensor
 from opd_ops.backends.reading import slices
 from opd_ops.sources import Source, take_rows
 
-WORD = torch.int64
+SAMPLED = 256  # columns of 2^18: 1 sector in 64 of the row is fetched; up to 511 columns all are
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+DIGEST_BYTES = 32  # per number of the sample: copied, widened to 64 bits and multiplied
 NAMES = "student", "teacher"
 
 
 def unchanged(connected: Tensor, rows: Tensor, *sources: Source, workspace_bytes: int) -> Tensor:
-    """The same losses; their backward first compares what it will read of the sources with what it is now.
+    """The same losses; their backward first compares what it will read of the sources with what the forward read.
 
-    Of (student,) or (student, teacher), as the losses' own backward reads them again at the rows. Only tensors of inference
-    mode are compared. One that was overwritten is an error on a CPU; elsewhere, where looking would wait for the device, it
-    makes every gradient NaN.
+    `sources`: (student,) or (student, teacher), as the losses' own backward reads them again at the rows. Only tensors of
+    inference mode are compared. One that was overwritten is an error on a CPU. Elsewhere looking would wait for the device:
+    there it makes every gradient NaN.
     """
     before = digests(sources, rows, workspace_bytes) if connected.requires_grad else None
     if before is None:
@@ -42,7 +43,7 @@ def unchanged(connected: Tensor, rows: Tensor, *sources: Source, workspace_bytes
 @torch.no_grad()
 def digests(sources: tuple[Source, ...], rows: Tensor, workspace_bytes: int) -> Tensor | None:
     """(tensors of inference mode,) int64; None if there are none."""
-    of_all = [_digest(tensor, places, workspace_bytes // 4) for _, tensor, places in _read(sources, rows)]
+    of_all = [_digest(tensor, places, workspace_bytes) for _, tensor, places in _read(sources, rows)]
     return torch.stack(of_all) if of_all else None
 
 
@@ -52,7 +53,9 @@ def verified(before: Tensor, sources: tuple[Source, ...], rows: Tensor, workspac
     now = digests(sources, rows, workspace_bytes)
     assert now is not None
     if now.device.type == "cpu" and not torch.equal(now, before):
-        overwritten = [name for (name, _, _), same in zip(_read(sources, rows), (now == before).tolist(), strict=True) if not same]
+        overwritten = [
+            name for (name, _, _), same in zip(_read(sources, rows), (now == before).tolist(), strict=True) if not same
+        ]
         raise RuntimeError(
             f"{overwritten[0]}: a tensor made in torch.inference_mode() was overwritten between the forward and the backward, "
             "which reads it again; expected it unchanged. Run the backward first, pass a copy (.clone()), or compute it under "
@@ -89,8 +92,8 @@ class _Unchanged(torch.autograd.Function):
             n = len(source.tensors)
             sources.append(source.with_tensors(left[:n]))
             left = left[n:]
-        found = verified(before, tuple(sources), rows, ctx.workspace_bytes)
-        return gradient * found.to(gradient.dtype), *(None,) * (4 + len(tensors))
+        multiplier = verified(before, tuple(sources), rows, ctx.workspace_bytes)
+        return gradient * multiplier.to(gradient.dtype), *(None,) * (4 + len(tensors))
 
 
 def _read(sources: tuple[Source, ...], rows: Tensor) -> Iterator[tuple[str, Tensor, Tensor | None]]:
@@ -113,16 +116,15 @@ def _read_of(name: str, source: Source, rows: Tensor) -> Iterator[tuple[str, Ten
         yield from _read_of("Extrapolated.reference", source.reference, rows)
 
 
-def _digest(tensor: Tensor, rows: Tensor | None, budget: int) -> Tensor:
-    """0-dim int64, of the rows of (..., width), or of all those of (n, width)."""
-    width, size = tensor.shape[-1], tensor.element_size()
-    in_words = width - width % (WORD.itemsize // size)
-    n, total = len(tensor) if rows is None else len(rows), torch.zeros((), dtype=WORD, device=tensor.device)
-    for part in slices(slice(0, n), max(1, budget // max(1, 2 * width * size))):
-        for columns, of in ((slice(0, in_words), WORD), (slice(in_words, width), INTEGERS[size])):
-            block = tensor[..., columns]
-            copy = block[part].clone(memory_format=torch.contiguous_format) if rows is None else take_rows(block, rows[part])
-            words = copy.contiguous().view(of).to(WORD)
-            words.mul_(torch.arange(1, words.shape[1] + 1, device=words.device))
-            total += words.sum(1).mul_(torch.arange(part.start + 1, part.stop + 1, device=words.device)).sum()
+def _digest(tensor: Tensor, rows: Tensor | None, workspace_bytes: int) -> Tensor:
+    """0-dim int64, of these rows of (..., width); None: of a sample of the rows of (n, width)."""
+    block = tensor[..., :: max(1, tensor.shape[-1] // SAMPLED)]
+    if rows is None:
+        block = block[:: max(1, len(block) // SAMPLED)]
+        rows = torch.arange(len(block), device=tensor.device)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    columns = torch.arange(1, block.shape[-1] + 1, device=tensor.device)
+    for part in slices(slice(0, len(rows)), max(1, workspace_bytes // (DIGEST_BYTES * max(1, len(columns))))):
+        of_rows = (take_rows(block, rows[part]).view(INTEGERS[tensor.element_size()]) * columns).sum(1)
+        total += (of_rows * torch.arange(part.start + 1, part.stop + 1, device=tensor.device)).sum()
     return total

@@ -39,7 +39,7 @@ def support_columns(student: TopK, teacher: TopK, s_lse: Tensor, t_lse: Tensor, 
         log_q = torch.log_softmax(t_at_t, 1).clamp_min(floor)  # on T
         log_p_at_t = torch.where(t_in_s, log_p.gather(1, place), floor)
         only_s = torch.where(s_in_t, 0, RELEASED_FLOOR * (floor - log_p)).sum(1)
-        out["released_kl"] = ((log_q.exp() * (log_q - log_p_at_t)).sum(1) + only_s).clamp_min(0)
+        out["released_kl"] = (log_q.exp() * (log_q - log_p_at_t)).sum(1) + only_s
     return out
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from opd_ops.backends.gather import gathered_bytes, logits_at
 from opd_ops.backends.reading import slices
 from opd_ops.backends.supports import matches, support_columns
-from opd_ops.backends.tiling import LIST_BYTES, UNION_BYTES
+from opd_ops.backends.tiling import UNION_BYTES
 from opd_ops.backends.top_k import TopK
 from opd_ops.sources import Source, compute_dtype, take_rows
 from opd_ops.stats import OwnStats, TokenStats
@@ -27,6 +27,7 @@ from opd_ops.teachers import Listed
 if TYPE_CHECKING:  # rollout.py builds on backends/top_k.py
     from opd_ops.rollout import StudentStats
 
+OWN_LIST_BYTES = 32  # per row and K: ids and logits of both models
 SUPPORT_COLUMNS = ("support_mass", "student_support_mass", "overlap_mass", "union_kl")
 
 
@@ -51,7 +52,7 @@ def token_stats(
     """The columns at the rows, (n,) each; those that cannot be known are NaN."""
     sides = student.detach(), teacher.top(top_k) if isinstance(teacher, Listed) else teacher.detach()
     options = {"top_k": top_k, "columns": columns, "workspace_bytes": workspace_bytes, "score_dtype": score_dtype}
-    size = max(1, workspace_bytes // 4 // (LIST_BYTES * top_k))  # of the lists alone, which are many numbers a row
+    size = max(1, workspace_bytes // 4 // (OWN_LIST_BYTES * top_k))
     spans = [_of_rows(backend, *sides, rows[span], known, **options) for span in slices(slice(0, max(1, len(rows))), size)]
     return TokenStats(*(None if x[0] is None else torch.cat(x) for x in zip(*spans, strict=True)))
 
