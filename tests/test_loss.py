@@ -400,7 +400,7 @@ def test_num_items_of_zero_that_nobody_may_look_at_gives_no_gradient(zero, denom
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
 @pytest.mark.parametrize("backend", ["eager", "torch", "triton"])
 def test_divergences_of_models_that_nearly_agree_are_not_negative(divergence, backend):
-    student, teacher = logit_pair(300, 97, noise=1e-5)
+    student, teacher = logit_pair(20 if backend == "triton" else 300, 97, noise=1e-5)  # interpreted rows are slow
     x = leaf(student)
     out = selective_opd_loss(x, teacher, fraction=1.0, selector="all", divergence=divergence, backend=backend)
     for name in ("reverse_kl", "forward_kl", "union_kl"):
