@@ -24,7 +24,8 @@ from opd_ops.selection import SHORTLIST, most_selected
 from opd_ops.sources import Source, Transform
 
 POSITION_BYTES = 480  # statistics, masks, sort keys and their fp64 temporaries: some 60 numbers a position
-SAVED_ROW_BYTES = {"torch": 21, "triton": 8}  # the row; on "torch" also loss, log-sum-exp, gap, whether weighted
+ROW_BYTES, WEIGHT_BYTES = 8, 1  # saved per selected row: its number; on "torch" also whether its weight is 0 and
+SAVED_COLUMNS = 6  # the weight, the mean slope and the four of `Reference`
 SAVED_SCALAR_BYTES = 64  # of the mean: sums and denominators
 
 
@@ -107,7 +108,7 @@ def estimate(
         bytes_moved=sum(run.bytes for run in passes),
         gradient_bytes=gradients,
         peak_bytes=workspace_bytes + gradients + POSITION_BYTES * N + in_8_bits + sums,
-        saved_bytes=SAVED_ROW_BYTES[backend] * M + SAVED_SCALAR_BYTES,
+        saved_bytes=call.saved_row_bytes * M + SAVED_SCALAR_BYTES,
         held_bytes=gradients if backend == "triton" else 0,
     )
 
@@ -129,6 +130,11 @@ class _Call:
     trainable_head: bool
     top_k: int
     student_stats: bool
+
+    @property
+    def saved_row_bytes(self) -> int:
+        computed = 8 if self.dtype == torch.float64 else 4
+        return ROW_BYTES if self.backend == "triton" else ROW_BYTES + WEIGHT_BYTES + SAVED_COLUMNS * computed
 
     def sources(self, n: int) -> tuple[Source, Source]:
         transform = Transform(True, self.V, 1.0)

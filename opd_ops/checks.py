@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opd_ops.arguments import check_integer, check_layout, check_positive, real, shown
+from opd_ops.arguments import check_integer, check_layout, real, shown
 from opd_ops.divergences import Divergence
 from opd_ops.masking import of_positions
 from opd_ops.ranks import Ranks
@@ -165,14 +165,25 @@ def check_student_stats(stats: object, student: Source, top_k: int, valid: Tenso
 
 
 def check_num_items(value: object) -> Tensor | float | None:
+    """A number or a 0-dim tensor, by one rule. 0 is what a host counts in a step without a valid token."""
     if value is None:
         return None
-    if not isinstance(value, Tensor):
-        return check_positive("num_items_in_batch", value)
-    found = _of_scalar_tensor("num_items_in_batch", value)
-    if found is not None and not 0 <= found < math.inf:  # 0: what a host counts in a step without a valid token
-        raise ValueError(f"num_items_in_batch: got {value!r}, expected a finite number > 0")
-    return value
+    found = _of_scalar_tensor("num_items_in_batch", value) if isinstance(value, Tensor) else real(value)
+    if found is not None and not 0 <= found < math.inf:
+        raise ValueError(f"num_items_in_batch: got {shown(value)}, expected a finite number > 0")
+    return value if isinstance(value, Tensor) else found
+
+
+def check_some_items(value: Tensor | float | None, selected: Tensor) -> None:
+    """Refuse a count of 0 where positions are selected. A device's count is not looked at; the loss is 0 then."""
+    if value is None or torch.compiler.is_compiling():
+        return
+    found = _of_scalar_tensor("num_items_in_batch", value) if isinstance(value, Tensor) else value
+    if found == 0 and bool(selected.any()):
+        raise ValueError(
+            f"num_items_in_batch: got {shown(value)}, expected a finite number > 0: {int(selected.sum())} positions are "
+            "selected. Pass the count of valid tokens, or a mask without one"
+        )
 
 
 def _of_scalar_tensor(name: str, tensor: Tensor) -> float | None:

@@ -21,7 +21,14 @@ def entropy(log_p: Tensor) -> Tensor:
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b) over the last dimension; a = 0 contributes 0, b = 0 under a > 0 gives +inf."""
+    """KL(a || b) over the last dimension, never negative; a = 0 contributes 0, b = 0 under a > 0 gives +inf."""
+    total = log_ratio_sum(log_a, log_b)
+    # Rounding may take it below 0. There the value is 0, and the gradient that of the sum: a clamp would drop it.
+    return torch.where(total < 0, total - total.detach(), total)
+
+
+def log_ratio_sum(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """sum a (log a - log b) over the last dimension, of a and b that need not add up to 1: it may be negative."""
     absent = log_a < LOG_ZERO
     # where() before the product: a zero weight times an infinite difference would be NaN, forward and backward.
     difference = torch.where(absent, 0, log_a) - torch.where(absent, 0, log_b)

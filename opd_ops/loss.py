@@ -105,7 +105,9 @@ def selective_opd_loss(
         special_ids: Token ids whose first occurrence in each sequence is not trained on, nor counted (arXiv 2603.25562's code).
         eos_ids: Ids that mean the same, like two ends of a turn: both models' probabilities of them are added up.
         cu_seqlens: (n_sequences + 1,) boundaries of packed sequences in the flattened positions.
-        num_items_in_batch: The host trainer's count of valid tokens over all micro-batches (and ranks).
+        num_items_in_batch: The host trainer's count of valid tokens over all micro-batches (and ranks). 0, a number or a
+            tensor, is for a step without a valid token: the loss is 0. Where positions are selected, 0 is an error. On a device
+            that the host would wait for, in a graph and over ranks it is none: the loss and its gradient are 0.
         denominator: "selected": mean over M; with `num_items_in_batch` the sum is divided by
             `num_items_in_batch * n_selected / n_valid`. "valid": divided by n_valid, or by `num_items_in_batch`. Both n are
             those of all ranks that select together, so that the ranks' losses add up to the loss of the whole batch. DDP and
@@ -194,15 +196,18 @@ def selective_opd_loss(
     checks.check_tokens(call.divergence, call.teacher, call.positions.tokens)
     chosen = Chosen.of(call, fraction=fraction, threshold=threshold, cu_seqlens=cu_seqlens)
     rows, kept, tokens_of = chosen.rows, chosen.kept, chosen.tokens()
+    if call.ranks is None:  # over ranks the others would wait for the one that raised
+        checks.check_some_items(num_items_in_batch, chosen.selected)
     total = _denominator(chosen.selected, chosen.stats.valid, num_items_in_batch, denominator)
-    factors = (1 / total).to(chosen.scores.dtype).expand(len(rows))
+    factors = _ratio(torch.ones_like(total), total).to(chosen.scores.dtype).expand(len(rows))
     factors = factors if kept is None else torch.where(kept, factors, 0)
     of_rows = None if weights is None else weights.detach().flatten()[rows].to(factors.dtype)
     weighted, losses = chosen.loss(factors if of_rows is None else factors * of_rows, tokens_of, inplace=inplace_backward)
     settled = chosen.settled(losses)
     chosen = settled.chosen
     # 1 if no infinite loss was dropped; over ranks their counts are added up here alone, when they are final
-    correction = total / _denominator(chosen.selected, chosen.stats.valid, num_items_in_batch, denominator, call.ranks)
+    final = _denominator(chosen.selected, chosen.stats.valid, num_items_in_batch, denominator, call.ranks)
+    correction = _ratio(total, final)
     loss = weighted * correction.to(weighted.dtype) * chosen.poison(weighted.dtype)
     metrics = settled.metrics(loss, settled.loss_sum(of_rows), tokens_of)
     return SelectiveOPDOutput(loss, chosen.selected, chosen.scores, chosen.stats, metrics)
@@ -223,3 +228,8 @@ def _denominator(
     elif num_items is not None:  # filled on the device: a copy from the host would wait for it
         total = torch.full((), num_items, dtype=torch.float64, device=valid.device)
     return torch.where(n_selected > 0, total * share, 1.0)
+
+
+def _ratio(number: Tensor, total: Tensor) -> Tensor:
+    """number / total; 0 for a total of 0, which a host counts in a step without a valid token."""
+    return torch.where(total == 0, 0.0, number / total)

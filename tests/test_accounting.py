@@ -28,9 +28,9 @@ CASES = [
 ]
 
 
-def call(*, dtype=torch.bfloat16, trainable_head=True, student_stats=False, **options):
+def call(*, n=N, dtype=torch.bfloat16, trainable_head=True, student_stats=False, **options):
     """A function that makes the call, and the tensors that go in."""
-    student, teacher = head_pair((N,), V, student_dim=DS, teacher_dim=DT, dtype=dtype)
+    student, teacher = head_pair((n,), V, student_dim=DS, teacher_dim=DT, dtype=dtype)
     known = StudentStats.of_logits(student.hidden @ student.weight.T) if student_stats else None
     student = leaf_head(student) if trainable_head else LinearHead(leaf(student.hidden), student.weight)
     inputs = [student.hidden, student.weight, teacher.hidden, teacher.weight]
@@ -110,3 +110,26 @@ def test_the_group_of_the_sizing_is_that_of_the_kernels():
     from opd_kernels.score import GROUP
 
     assert int(GROUP) == head_tiling.GROUP
+
+
+@pytest.mark.parametrize(
+    ("n", "options"),
+    [
+        (33, {"backend": "torch"}),
+        (401, {"backend": "torch"}),
+        (401, {"backend": "torch", "dtype": torch.float32}),
+        (401, {"backend": "torch", "dtype": torch.float64}),
+        (401, {"backend": "torch", "trainable_head": False}),
+        (401, {"backend": "torch", "student_stats": True}),
+        (33, {"backend": "triton"}),
+        (33, {"backend": "triton", "trainable_head": False, "dtype": torch.float32}),
+        (33, {"backend": "triton", "student_stats": True}),
+    ],
+)
+def test_a_call_of_many_rows_saves_no_more_than_estimated(n, options, prompt_launches):
+    run, inputs = call(fraction=1.0, n=n, **options)
+    with saved_bytes(inputs) as saved:
+        loss = run()
+    found = estimate(n, V, DS, DT, **{"fraction": 1.0, "workspace_bytes": 2**17, **options})
+    assert loss.item() > 0
+    assert found.saved_bytes - SAVED_SCALAR_BYTES < saved["bytes"] <= found.saved_bytes

@@ -317,9 +317,10 @@ def test_the_loss_keeps_its_dtype_whatever_torch_s_default_is(loss, backend, div
     assert torch.equal(found[0], found[2])
 
 
-def test_a_step_without_a_valid_token_counts_none_of_them():
+@pytest.mark.parametrize("zero", [0, torch.tensor(0)])
+def test_a_step_without_a_valid_token_counts_none_of_them(zero):
     student, teacher, mask = batch()
-    out = selective_opd_loss(student.requires_grad_(), teacher, mask=mask & False, num_items_in_batch=torch.tensor(0))
+    out = selective_opd_loss(student.requires_grad_(), teacher, mask=mask & False, num_items_in_batch=zero)
     out.loss.backward()
     assert out.loss.item() == 0
     assert not student.grad.any()
@@ -364,3 +365,66 @@ def test_metrics_of_any_dtype_become_floats_under_their_names():
     found = as_floats({"n": torch.tensor(3), "x": torch.tensor(0.1, dtype=torch.float64), "flag": torch.tensor(True)})
     assert found == {"n": 3.0, "x": 0.1, "flag": 1.0}
     assert as_floats({}) == {}
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, torch.tensor(0), torch.tensor(0.0)])
+def test_num_items_of_zero_is_an_error_where_positions_are_selected(zero):
+    student, teacher, mask = batch()
+    with pytest.raises(
+        ValueError, match=r"num_items_in_batch: got .*0.*, expected a finite number > 0.* selected.*valid tokens"
+    ):
+        selective_opd_loss(student, teacher, mask=mask, num_items_in_batch=zero)
+
+
+@pytest.mark.parametrize("zero", [0, torch.tensor(0)])
+@pytest.mark.parametrize("denominator", ["selected", "valid"])
+@pytest.mark.parametrize("backend", ["eager", "torch", "triton"])
+def test_num_items_of_zero_that_nobody_may_look_at_gives_no_gradient(zero, denominator, backend, monkeypatch):
+    monkeypatch.setattr(
+        "opd_ops.checks.check_some_items", lambda value, selected: None
+    )  # as on a device, in a graph, over ranks
+    student, teacher, mask = batch()
+    x = leaf(student)
+    out = selective_opd_loss(x, teacher, mask=mask, num_items_in_batch=zero, denominator=denominator, backend=backend)
+    out.loss.backward()
+    assert out.selected.any()
+    assert out.loss.item() == 0
+    assert not x.grad.any()
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("backend", ["eager", "torch", "triton"])
+def test_divergences_of_models_that_nearly_agree_are_not_negative(divergence, backend):
+    student, teacher = logit_pair(20 if backend == "triton" else 300, 97, noise=1e-5)  # interpreted rows are slow
+    x = leaf(student)
+    out = selective_opd_loss(x, teacher, fraction=1.0, selector="all", divergence=divergence, backend=backend)
+    for name in ("reverse_kl", "forward_kl", "union_kl"):
+        assert getattr(out.stats, name).min() >= 0
+    assert out.loss.item() >= 0
+    out.loss.backward()
+    y = leaf(student, torch.float64)
+    selective_opd_loss(
+        y, teacher.double(), fraction=1.0, selector="all", divergence=divergence, backend="eager"
+    ).loss.backward()
+    scale = (student.softmax(-1) / len(student)).norm().item()  # rounding of log-probabilities, relative to the probabilities
+    assert (x.grad - y.grad).norm() <= 3e-6 * scale
+    assert (x.grad != 0).any(1).all()  # no row's gradient is lost where rounding made its divergence negative
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch", "triton"])
+def test_what_a_head_holds_beyond_the_common_vocabulary_reaches_nothing(backend):
+    student, teacher = head_pair((6,), 70, bias=True)
+    expected = None
+    for filler in (0.0, math.nan, math.inf):
+        sides = []
+        for head in (student, teacher):
+            weight, bias = head.weight.clone(), head.bias.clone()
+            weight[64:], bias[64:] = filler, filler
+            sides.append(LinearHead(leaf(head.hidden), leaf(weight), leaf(bias)))
+        out = selective_opd_loss(*sides, fraction=0.5, vocab_size=64, backend=backend)
+        out.loss.backward()
+        found = [out.loss.detach(), sides[0].hidden.grad, sides[0].weight.grad, sides[0].bias.grad]
+        expected = found if expected is None else expected
+        for got, want in zip(found, expected, strict=True):
+            assert torch.equal(got, want)
+    assert expected[1].count_nonzero() > 0

@@ -34,10 +34,11 @@ def logits(source: Source, rows: Tensor, dtype: torch.dtype) -> Tensor:
         if transform.shard is not None:
             x = _Shared.apply(x, transform.shard)
         with torch.autocast(rows.device.type, enabled=False):  # which would take the product in 16 bits
-            x = x @ source.weight.to(dtype).T
-    if source.bias is not None:
-        x = x + source.bias.to(dtype)
+            # Cut first: rows beyond the common vocabulary may hold NaN, which 0 times a gradient would not remove.
+            x = x @ source.weight[: transform.vocab_size].to(dtype).T
     x = x[:, : transform.vocab_size]
+    if source.bias is not None:
+        x = x + source.bias[: transform.vocab_size].to(dtype)
     if source.stored_dtype is not None:
         x = torch.where(x <= mask_limit(source.stored_dtype), -math.inf, x)
     x = transform.scale * x
@@ -171,16 +172,16 @@ def token_stats(
         valid=torch.isfinite(t_lse),
         student_entropy=entropy(s),
         teacher_entropy=entropy(u),
-        reverse_kl=reverse_kl(s, u).clamp_min(0),
-        forward_kl=forward_kl(s, u).clamp_min(0),
+        reverse_kl=reverse_kl(s, u),
+        forward_kl=forward_kl(s, u),
         student_logsumexp=s_lse,
         teacher_logsumexp=t_lse,
         logsumexp_gap=s_lse - t_lse,
         support_mass=mass(q, in_s),
         student_support_mass=mass(torch.softmax(s, -1), in_s),
         overlap_mass=mass(q, in_s & in_t),
-        union_kl=kl_on(in_s | in_t, u, s).clamp_min(0),
-        jsd=jsd(s, u).clamp_min(0) if "jsd" in columns else None,
+        union_kl=kl_on(in_s | in_t, u, s),
+        jsd=jsd(s, u) if "jsd" in columns else None,
         released_kl=released_kl(s, u, in_s, in_t) if "released_kl" in columns else None,
     )
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from opd_ops.arguments import check_integer, check_positive, take_plain
 from opd_ops.divergences.base import OnSupport, Support
-from opd_ops.equations import kl
+from opd_ops.equations import kl, log_ratio_sum
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class TopKForwardKL(OnSupport):
         check_integer("TopKForwardKL.top_k", self.top_k, least=1)
 
     def loss(self, at: Support) -> Tensor:
-        return kl(at.teacher, at.log_p)
+        return log_ratio_sum(at.teacher, at.log_p)
 
 
 @dataclass(frozen=True)
