@@ -239,6 +239,8 @@ def prepare(
 ) -> Scoring:
     """Check all that scoring depends on; raises before any work. `scope`: None where no selection follows."""
     check_backend(backend)
+    top_k = check_integer("top_k", top_k, least=1)
+    workspace_bytes = check_integer("workspace_bytes", workspace_bytes, least=1)
     special_ids, eos_ids = check_ids("special_ids", special_ids), check_ids("eos_ids", eos_ids)
     ranks = checks.check_selection_group(scope, selection_group)
     found_divergence = _scored_for(teacher) if divergence is None else resolve_divergence(divergence)
@@ -250,6 +252,8 @@ def prepare(
         temperature=temperature,
         eos_ids=eos_ids,
         process_group=process_group,
+        top_k=top_k,
+        workspace_bytes=workspace_bytes,
     )
     shape, device = sources[0].leading.shape[:-1], sources[0].leading.device
     shard = sources[0].transform.shard
@@ -258,7 +262,6 @@ def prepare(
     vocab = sources[0].transform.whole_vocab_size
     top_k = checks.check_top_k(top_k, vocab)
     checks.check_divergence_top_k(found_divergence, vocab)
-    workspace_bytes = check_integer("workspace_bytes", workspace_bytes, least=1)
     if score_dtype is not None:
         checks.check_choice("score_dtype", score_dtype, tuple(SCORE_DTYPES))
     checks.check_cu_seqlens(cu_seqlens, shape)

@@ -35,6 +35,8 @@ def check_sources(
     temperature: float,
     eos_ids: tuple[int, ...],
     process_group: dist.ProcessGroup | None,
+    top_k: int,
+    workspace_bytes: int,
 ) -> tuple[Source, Source | Listed]:
     """Both sides over their common vocabulary; one warning if their vocabularies differ and none was named."""
     temperature = check_positive("temperature", temperature)
@@ -51,7 +53,7 @@ def check_sources(
     if vocabularies.ranks is not None and eos_ids:
         raise ValueError("eos_ids: ids cannot be merged where ranks share out the vocabulary; pass no eos_ids")
     if isinstance(teacher, (TopKLogprobs, SampledLogprobs)):
-        return _check_sparse(s, vocabularies, teacher, divergence, vocab_size, temperature, eos_ids)
+        return _check_sparse(s, vocabularies, teacher, divergence, vocab_size, temperature, eos_ids, top_k, workspace_bytes)
     totals = [widths.total for widths in (vocabularies.student, *vocabularies.others)]
     vocab = _check_vocabulary(totals[0], totals[1], vocab_size)
     merged = _check_eos_ids(eos_ids, vocab)
@@ -83,6 +85,8 @@ def _check_sparse(
     vocab_size: int | None,
     temperature: float,
     eos_ids: tuple[int, ...],
+    top_k: int,
+    workspace_bytes: int,
 ) -> tuple[Source, Listed]:
     name = type(teacher).__name__
     if isinstance(divergence, Extrapolated):
@@ -122,7 +126,9 @@ def _check_sparse(
     vocab = _check_vocabulary(total, total, vocab_size)
     shard, merged = vocabularies.shard(vocab), _check_eos_ids(eos_ids, vocab)
     source = Source.of(student, vocab if shard is None else shard.width, temperature, merged, shard)
-    return source, Listed.of(teacher, vocab, compute_dtype(source), source.transform.merged)
+    assert of_list is not None
+    read = {"longest": max(top_k, of_list.length), "workspace_bytes": workspace_bytes}
+    return source, Listed.of(teacher, vocab, compute_dtype(source), source.transform.merged, **read)
 
 
 def _check_beside(name: str, side: Tensor | LinearHead, student: Tensor | LinearHead) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from opd_ops.arguments import check_layout, check_positive, take_plain
+from opd_ops.sources import take_rows
 
 LAST_ID = 2**31 - 1  # of a missing entry: beyond every vocabulary, and sorts behind every id of equal logit
 
@@ -24,6 +25,8 @@ MISSING_LOGPROB = -9999.0  # this or less is a missing entry
 
 # What a list may leave out at least: fp32 log-probabilities do not say more, and their sum may exceed 1.
 LEAST_TAIL = math.log(torch.finfo(torch.float32).eps)
+
+SORTED_BYTES = 64  # per entry of lists that are put in order: ids and log-probabilities, sorted, and the orders between
 
 
 def _check(name: str, ids: object, logprobs: object, temperature: object) -> None:
@@ -114,12 +117,42 @@ class Listed(NamedTuple):
     is_sampled: bool
 
     @staticmethod
-    def of(teacher: SparseTeacher, vocab_size: int, dtype: torch.dtype, merged: tuple[int, ...] = ()) -> Listed:
-        """In order, each id once, `merged` ids as their first."""
-        is_sampled = isinstance(teacher, SampledLogprobs)
-        shape = teacher.positions.numel(), 1 if is_sampled else teacher.ids.shape[-1]
-        ids, logprobs = teacher.ids.detach().reshape(shape).long(), teacher.logprobs.detach().reshape(shape).to(dtype)
-        missing = (ids < 0) | (ids >= vocab_size) | is_missing(teacher.logprobs.detach()).reshape(shape)
+    def of(
+        teacher: SparseTeacher,
+        vocab_size: int,
+        dtype: torch.dtype,
+        merged: tuple[int, ...] = (),
+        *,
+        longest: int | None = None,
+        workspace_bytes: int | None = None,
+    ) -> Listed:
+        """In order, each id once, `merged` ids as their first.
+
+        Args:
+            longest: How many entries of a list the call reads, the first ones; None: all.
+            workspace_bytes: Scratch of the sort, a group of lists at a time; None: all at once.
+        """
+        n, is_sampled = teacher.positions.numel(), isinstance(teacher, SampledLogprobs)
+        given = [x.detach().unsqueeze(-1) if is_sampled else x.detach() for x in (teacher.ids, teacher.logprobs)]
+        width, device = given[0].shape[-1], teacher.ids.device
+        kept = width if longest is None else min(longest, width)
+        size = max(1, n if workspace_bytes is None else workspace_bytes // (SORTED_BYTES * width))
+        ids = torch.empty((n, kept), dtype=torch.long, device=device)
+        logprobs = torch.empty((n, kept), dtype=dtype, device=device)
+        for start in range(0, n, size):
+            group = slice(start, min(start + size, n))
+            of_ids, of_logprobs = (take_rows(x, torch.arange(group.start, group.stop, device=device)) for x in given)
+            ordered = Listed._in_order(of_ids, of_logprobs, vocab_size, dtype, merged)
+            ids[group], logprobs[group] = (x[:, :kept] for x in ordered)
+        return Listed(ids, logprobs, is_sampled)
+
+    @staticmethod
+    def _in_order(
+        ids: Tensor, logprobs: Tensor, vocab_size: int, dtype: torch.dtype, merged: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Some whole lists, (n, K) each."""
+        missing = (ids < 0) | (ids >= vocab_size) | is_missing(logprobs)
+        ids, logprobs = ids.long(), logprobs.to(dtype)
         ids, logprobs = _by_id(ids.masked_fill(missing, LAST_ID), logprobs.masked_fill(missing, -torch.inf))
         again = torch.nn.functional.pad(ids[:, 1:] == ids[:, :-1], (1, 0))
         ids, logprobs = ids.masked_fill(again, LAST_ID), logprobs.masked_fill(again, -torch.inf)
@@ -131,7 +164,7 @@ class Listed(NamedTuple):
             ids = torch.where(first, merged[0], ids.masked_fill(inside, LAST_ID))
             ids, logprobs = _by_id(ids, logprobs)
         order = torch.sort(logprobs, dim=1, descending=True, stable=True).indices
-        return Listed(ids.gather(1, order), logprobs.gather(1, order), is_sampled)
+        return ids.gather(1, order), logprobs.gather(1, order)
 
     def take(self, rows: Tensor | slice) -> Listed:
         return self._replace(ids=self.ids[rows], logprobs=self.logprobs[rows])

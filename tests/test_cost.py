@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from opd_ops import LinearHead, score_positions, selective_opd_loss
+from opd_ops import LinearHead, TailAware, TopKLogprobs, score_positions, selective_opd_loss
 from tests.cases import head_pair, leaf, leaf_head, logit_pair
 from tests.meters import LiveBytes, saved_bytes
 
@@ -145,3 +145,33 @@ def test_nothing_of_the_workspace_outlives_the_forward():
         out = selective_opd_loss(student, teacher, fraction=FRACTION, workspace_bytes=2**21)
         assert meter.live <= 200 * 600
     assert out.loss.requires_grad
+
+
+@pytest.mark.parametrize("length", [16, 256])
+def test_long_lists_of_a_teacher_take_the_workspace_and_themselves_in_order(length):
+    n, vocab, width, workspace_bytes = 800, 512, 256, 2**18
+    student, teacher = logit_pair(n, vocab)
+    logprobs, ids = teacher.log_softmax(-1).topk(width)
+    lists = TopKLogprobs(ids, logprobs)
+    divergence = TailAware(top_k=length)
+    with LiveBytes() as meter:
+        selective_opd_loss(student, lists, divergence=divergence, fraction=FRACTION, workspace_bytes=workspace_bytes)
+    in_order = 12 * n * length  # int64 ids and fp32 log-probabilities, of the entries that the divergence reads
+    selected = 8 * 20 * n * FRACTION * length  # of these entries, both models' numbers in fp64, their gradients and temporaries
+    assert workspace_bytes // 4 < meter.peak
+    assert meter.peak <= workspace_bytes + in_order + selected + 8 * 60 * n
+
+
+@pytest.mark.parametrize("sides", ["logits", "lists"])
+def test_a_long_top_k_makes_no_table_of_all_pairs(sides):
+    n, vocab, top_k, workspace_bytes = 4, 4096, 2500, 2**20
+    student, teacher = logit_pair(n, vocab)
+    if sides == "lists":
+        logprobs, ids = teacher.log_softmax(-1).topk(top_k)
+        teacher = TopKLogprobs(ids, logprobs)
+    options = {"top_k": top_k, "selector": "entropy", "backend": "torch", "workspace_bytes": workspace_bytes}
+    with LiveBytes() as meter:
+        _, stats = score_positions(student, teacher, **options)
+    assert bool((stats.union_kl > 0).all())
+    assert meter.largest < top_k**2 / 4
+    assert meter.peak <= 2 * workspace_bytes  # one row of so many ids takes more than its share

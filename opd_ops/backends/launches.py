@@ -17,7 +17,7 @@ from torch import Tensor
 
 from opd_ops.backends.running import row_jsd
 from opd_ops.backends.supports import support_columns
-from opd_ops.backends.tiling import PAIR_BYTES, UNION_BYTES
+from opd_ops.backends.tiling import UNION_BYTES
 from opd_ops.backends.top_k import TopK
 from opd_ops.sources import Transform, finish_logits
 from opd_ops.stats import SWEPT_COLUMNS
@@ -94,12 +94,12 @@ def top_k_lists(lists: Support, first_id: int = 0) -> tuple[TopK, TopK]:
 
 
 def _released_kl(lists: Support, score: Score, workspace_bytes: int) -> Tensor:
-    """From the kernels' lists; pairs of their ids are compared, hence parts."""
+    """From the kernels' lists, some rows at a time."""
     n, _, k = lists.ids.shape
     found = top_k_lists(lists)
     lse = score.student_logsumexp.double(), score.teacher_logsumexp.double()
     out = torch.empty(n, dtype=torch.float32, device=lists.ids.device)
-    for part in parts(n, UNION_BYTES * k + PAIR_BYTES * k**2, workspace_bytes):
+    for part in parts(n, UNION_BYTES * k, workspace_bytes):
         both = found[0].rows(part), found[1].rows(part)
         out[part] = support_columns(*both, lse[0][part], lse[1][part], frozenset({"released_kl"}))["released_kl"]
     return out

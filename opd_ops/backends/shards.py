@@ -23,7 +23,7 @@ from torch import Tensor
 
 from opd_ops.backends.reading import slices
 from opd_ops.backends.supports import support_columns
-from opd_ops.backends.tiling import CANDIDATE_BYTES, PAIR_BYTES, UNION_BYTES
+from opd_ops.backends.tiling import CANDIDATE_BYTES, UNION_BYTES
 from opd_ops.backends.top_k import TopK
 from opd_ops.sources import Shard
 from opd_ops.stats import SWEPT_COLUMNS, OwnStats, TokenStats
@@ -66,7 +66,7 @@ def token_stats(
     """
     out: dict[str, Tensor] = {}
     n, size = len(rows), rows_at_a_time(shard, top_k, dtype, workspace_bytes)
-    pairs = max(1, workspace_bytes // 16 // (UNION_BYTES * top_k + PAIR_BYTES * top_k**2))
+    pairs = max(1, workspace_bytes // 16 // (UNION_BYTES * top_k))
     for span in slices(slice(0, max(1, n)), size):  # no row is a span too: nothing is sent, and columns are made
         of_rows = rows[span]
         if shard.width and len(of_rows):

@@ -20,8 +20,8 @@ def support_columns(student: TopK, teacher: TopK, s_lse: Tensor, t_lse: Tensor, 
     """The support columns of `TokenStats`, (n,) fp64, from both lists and both (n,) fp64 log-sum-exps."""
     s_at_s, t_at_s = student.own.double(), student.other.double()
     t_at_t, s_at_t = teacher.own.double(), teacher.other.double()
-    shared = student.ids.unsqueeze(2) == teacher.ids.unsqueeze(1)  # (n, K of S, K of T)
-    s_in_t, t_in_s = shared.any(2), shared.any(1)
+    s_in_t = matches(student.ids, teacher.ids)[0]
+    t_in_s, place = matches(teacher.ids, student.ids)
     q_at_s = torch.exp(t_at_s - t_lse.unsqueeze(1))
 
     # U as a list of 2K: S, then T without what S already has.
@@ -37,7 +37,17 @@ def support_columns(student: TopK, teacher: TopK, s_lse: Tensor, t_lse: Tensor, 
         floor = math.log(RELEASED_FLOOR)
         log_p = torch.log_softmax(s_at_s, 1).clamp_min(floor)  # on S
         log_q = torch.log_softmax(t_at_t, 1).clamp_min(floor)  # on T
-        log_p_at_t = torch.where(shared, log_p.unsqueeze(2), floor).amax(1)
+        log_p_at_t = torch.where(t_in_s, log_p.gather(1, place), floor)
         only_s = torch.where(s_in_t, 0, RELEASED_FLOOR * (floor - log_p)).sum(1)
         out["released_kl"] = (log_q.exp() * (log_q - log_p_at_t)).sum(1) + only_s
     return out
+
+
+def matches(ids: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, K) whether each of the (n, K) ids is in its row of the (n, K') others, and its first place there, else any.
+
+    By a sorted copy: a table of all pairs takes K K' numbers a row.
+    """
+    ascending, order = torch.sort(among, dim=1, stable=True)  # stable: the first of equal ids
+    place = torch.searchsorted(ascending, ids.contiguous()).clamp_max(among.shape[1] - 1)
+    return ascending.gather(1, place) == ids, order.gather(1, place)

@@ -22,8 +22,7 @@ MIN_COLUMNS = 256  # the least a block may be, and one row of it the least a til
 CHUNK_ELEMENTS = 1 << 18
 CANDIDATE_BYTES = 64  # ids, logits, keys and their temporaries, per number that the top-K ranks
 LIST_BYTES = 128  # of both models' lists per row and K, and of one while a block's newcomers are merged into it
-UNION_BYTES = 160  # per row and K: the union as fp64 logits and probabilities
-PAIR_BYTES = 9  # per row and pair of ids: equal or not, and a probability in fp64
+UNION_BYTES = 160  # per row and K: the union as fp64 logits and probabilities, or sorted ids of both lists
 GRADIENT_BUFFERS = 7  # blocks of logits alive at once in the backward: both logits, mask, slope and temporaries
 
 
@@ -63,7 +62,7 @@ def score_grid(student: Source, teacher: Source, n: int, *, top_k: int, whole_ro
         scratch = min(scratch, CHUNK_ELEMENTS)
     chunk = max(1, min(rows, scratch // columns))
     candidates = max(ranked_per_row(columns, min(top_k, columns)), sixteenth // CANDIDATE_BYTES)
-    list_rows = max(1, min(rows, sixteenth // (UNION_BYTES * top_k + PAIR_BYTES * top_k**2)))
+    list_rows = max(1, min(rows, sixteenth // (UNION_BYTES * top_k)))
     return ScoreGrid(rows, columns, chunk, candidates, list_rows, cast_columns)
 
 

@@ -10,14 +10,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from opd_ops.backends.gather import gathered_bytes, logits_at
-from opd_ops.backends.supports import support_columns
-from opd_ops.backends.tiling import PAIR_BYTES, UNION_BYTES
+from opd_ops.backends.reading import slices
+from opd_ops.backends.supports import matches, support_columns
+from opd_ops.backends.tiling import UNION_BYTES
 from opd_ops.backends.top_k import TopK
 from opd_ops.sources import Source, compute_dtype, take_rows
 from opd_ops.stats import OwnStats, TokenStats
@@ -26,6 +27,7 @@ from opd_ops.teachers import Listed
 if TYPE_CHECKING:  # rollout.py builds on backends/top_k.py
     from opd_ops.rollout import StudentStats
 
+OWN_LIST_BYTES = 32  # per row and K: ids and logits of both models
 SUPPORT_COLUMNS = ("support_mass", "student_support_mass", "overlap_mass", "union_kl")
 
 
@@ -48,15 +50,46 @@ def token_stats(
     score_dtype: torch.dtype | None,
 ) -> TokenStats:
     """The columns at the rows, (n,) each; those that cannot be known are NaN."""
-    student, dtype = student.detach(), compute_dtype(student, *([teacher] if isinstance(teacher, Source) else []))
+    sides = student.detach(), teacher.top(top_k) if isinstance(teacher, Listed) else teacher.detach()
+    options: dict[str, Any] = {
+        "top_k": top_k,
+        "columns": columns,
+        "workspace_bytes": workspace_bytes,
+        "score_dtype": score_dtype,
+    }
+    size = max(1, workspace_bytes // 4 // (OWN_LIST_BYTES * top_k))
+    spans = [_of_rows(backend, *sides, rows[span], known, **options) for span in slices(slice(0, max(1, len(rows))), size)]
+    found = {
+        name: torch.cat(columns) for name, *columns in zip(TokenStats._fields, *spans, strict=True) if columns[0] is not None
+    }
+    return TokenStats(**found)
+
+
+def _of_rows(
+    backend: _Backend,
+    student: Source,
+    teacher: Source | Listed,
+    rows: Tensor,
+    known: StudentStats | None,
+    *,
+    top_k: int,
+    columns: frozenset[str],
+    workspace_bytes: int,
+    score_dtype: torch.dtype | None,
+) -> TokenStats:
+    dtype = compute_dtype(student, *([teacher] if isinstance(teacher, Source) else []))
 
     def swept(source: Source) -> OwnStats:
         found = backend.own_stats(source, rows, top_k=top_k, workspace_bytes=workspace_bytes, score_dtype=score_dtype)
         return found._replace(logsumexp=found.logsumexp.to(dtype), entropy=found.entropy.to(dtype))
 
     s = swept(student) if known is None else _from_rollout(known, rows, top_k, dtype)
-    t = swept(teacher.detach()) if isinstance(teacher, Source) else _from_server(teacher.take(rows).top(top_k))
-    valid = torch.isfinite(t.logsumexp) if isinstance(teacher, Source) else teacher.take(rows).valid
+    if isinstance(teacher, Source):
+        t = swept(teacher)
+        valid = torch.isfinite(t.logsumexp)
+    else:
+        listed = teacher.take(rows)
+        t, valid = _from_server(listed), listed.valid
     unknown = torch.full_like(s.logsumexp, math.nan)
     if isinstance(teacher, Listed) and teacher.is_sampled:
         out = dict.fromkeys(SUPPORT_COLUMNS, unknown)
@@ -78,7 +111,7 @@ def token_stats(
 
 def _from_rollout(known: StudentStats, rows: Tensor, top_k: int, dtype: torch.dtype) -> OwnStats:
     lse, entropy = (column.flatten()[rows].to(dtype) for column in (known.logsumexp, known.entropy))
-    ids, log_p = (take_rows(column, rows) for column in (known.ids.long(), known.logprobs.to(dtype)))
+    ids, log_p = take_rows(known.ids, rows).long(), take_rows(known.logprobs, rows).to(dtype)
     best = TopK(ids, log_p, log_p).best(top_k)
     return OwnStats(lse, entropy, best.ids, best.own + lse.unsqueeze(1))
 
@@ -100,7 +133,7 @@ def _supports(
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     k = max(s.ids.shape[1], t.ids.shape[1])
-    per_row = UNION_BYTES * k + PAIR_BYTES * k**2 + gathered_bytes(student, k)
+    per_row = UNION_BYTES * k + gathered_bytes(student, k)
     if isinstance(teacher, Source):
         per_row += gathered_bytes(teacher, k)
     size = max(1, workspace_bytes // per_row)
@@ -109,10 +142,10 @@ def _supports(
         part = slice(start, min(start + size, len(rows)))
         s_ids, t_ids, s_at_s, t_at_t = s.ids[part], t.ids[part], s.logits[part], t.logits[part]
         if isinstance(teacher, Source):
-            t_at_s = logits_at(teacher.detach(), rows[part], s_ids, dtype, workspace_bytes)
+            t_at_s = logits_at(teacher, rows[part], s_ids, dtype, workspace_bytes)
         else:
-            shared = s_ids.unsqueeze(2) == t_ids.unsqueeze(1)
-            t_at_s = torch.where(shared, t_at_t.unsqueeze(1), -math.inf).amax(2)
+            s_in_t, place = matches(s_ids, t_ids)
+            t_at_s = torch.where(s_in_t, t_at_t.gather(1, place), -math.inf)
         s_at_t = logits_at(student, rows[part], t_ids, dtype, workspace_bytes)
         lists = TopK(s_ids, s_at_s, t_at_s), TopK(t_ids, t_at_t, s_at_t)
         of_part = support_columns(*lists, s.logsumexp[part].double(), t.logsumexp[part].double(), columns)
