@@ -79,7 +79,9 @@ def selective_opd_loss(
     Args:
         student: (..., V) logits, or a `LinearHead`, whose logits are then never materialised whole.
         teacher: The same for the teacher, with the same leading dimensions; or `TopKLogprobs`, `SampledLogprobs`, what a server
-            returns. docs/features.md has the table of what each teacher supports.
+            returns. docs/features.md has the table of what each teacher supports. Tensors made in `torch.inference_mode()` have
+            to stay as they are until the backward, which reads them again: a buffer that was filled again is an error on a CPU,
+            and makes the gradients NaN elsewhere. A sample of each row is compared, so one changed entry may go unseen.
         mask: (...), any dtype, non-zero on the tokens the student wrote; None: all. Other rows may hold anything.
         weights: (...) factors of each position's loss; None: 1. A weight of 0 takes the position from the mask and from the
             denominator; others change neither selection nor denominator.

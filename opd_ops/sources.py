@@ -76,6 +76,7 @@ class Source(NamedTuple):
     bias: Tensor | None = None  # (V',)
     float8: Float8Rows | None = None  # the weight in 8 bits, read only by a score pass in 8 bits
     reference: Source | None = None  # whose logits are mixed in
+    uncounted: tuple[bool, bool, bool] = (False, False, False)  # which of its tensors have no version counter of their own
 
     @staticmethod
     def of(
@@ -87,9 +88,12 @@ class Source(NamedTuple):
     ) -> Source:
         if isinstance(side, LinearHead):
             transform = Transform(True, vocab_size, temperature, float(side.scale), side.softcap, merged=merged, shard=shard)
-            bias = None if side.bias is None else _saveable(side.bias)
-            return Source(transform, _saveable(side.hidden), _saveable(side.weight), bias, side.float8)
-        return Source(Transform(False, vocab_size, temperature, merged=merged, shard=shard), _saveable(side))
+            made = Source(transform, side.hidden, side.weight, side.bias, side.float8)
+        else:
+            made = Source(Transform(False, vocab_size, temperature, merged=merged, shard=shard), side)
+        uncounted = _is_uncounted(made.leading), _is_uncounted(made.weight), _is_uncounted(made.bias)
+        made = made.with_tensors([_alias(x) if _is_uncounted(x) else x for x in made.tensors])
+        return made._replace(uncounted=uncounted)
 
     def mixed(self, lam: float, reference: Source) -> Source:
         """The logits lam * these + (1 - lam) * the reference's."""
@@ -138,10 +142,16 @@ class Source(NamedTuple):
         return self.with_tensors([t.detach() for t in self.tensors])
 
 
-def _saveable(tensor: Tensor) -> Tensor:
-    """The same memory under a name that autograd can save: not that of a tensor made in inference mode, like a teacher's."""
-    if torch.compiler.is_compiling() or not tensor.is_inference() or torch.is_inference_mode_enabled():
-        return tensor
+def _is_uncounted(tensor: Tensor | None) -> bool:
+    """Whether it was made in inference mode, like a teacher's: autograd can then neither save it nor see it overwritten."""
+    if tensor is None or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return False
+    return tensor.is_inference()
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """The same memory under a name that autograd can save. What is written to it by its own name is not seen
+    (backends/overwritten.py looks)."""
     return tensor.new_empty(0).set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 

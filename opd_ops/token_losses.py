@@ -18,6 +18,7 @@ from torch import Tensor
 
 from opd_ops import checks
 from opd_ops.backends.first_order import first_order
+from opd_ops.backends.overwritten import unchanged
 from opd_ops.chosen import Chosen
 from opd_ops.divergences import Divergence
 from opd_ops.inputs import LinearHead
@@ -164,7 +165,9 @@ def selective_opd_token_losses(
         settled = chosen.settled(found)
         chosen = settled.chosen
     teachers = tuple(t.detach() for t in call.teacher.tensors) if isinstance(call.teacher, Source) else ()
-    of_rows = _TokenLosses.apply(chosen, sampled, found, settled.trained, *call.student.tensors, *teachers)
+    of_rows: Tensor = _TokenLosses.apply(chosen, sampled, found, settled.trained, *call.student.tensors, *teachers)
+    read_again = (call.student, call.teacher) if isinstance(call.teacher, Source) else (call.student,)
+    of_rows = unchanged(of_rows, rows, *read_again, workspace_bytes=call.workspace_bytes)
     if weights is not None:
         of_rows = of_rows * weights.detach().flatten()[rows].to(of_rows.dtype)
     losses = torch.zeros_like(chosen.scores.flatten(), dtype=of_rows.dtype).index_put((rows,), of_rows).view(call.shape)

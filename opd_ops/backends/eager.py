@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from opd_ops import equations
+from opd_ops.backends.overwritten import unchanged
 from opd_ops.divergences import JSD, Divergence, OnSupport, Support, weighted_sum, without_infinite
 from opd_ops.sources import Shard, Source, compute_dtype, mask_limit, take_rows
 from opd_ops.stats import OwnStats, TokenStats
@@ -218,6 +219,7 @@ def selected_loss(
     if divergence.support is not None:
         found = None if isinstance(teacher, Source) else teacher.take(rows)
         losses = losses + divergence.support.loss(support(divergence.support, s, u, found, tokens))
+    losses = unchanged(losses, rows, student, workspace_bytes=workspace_bytes)  # autograd saved the head, not the teacher
     return weighted_sum(losses, without_infinite(losses, weights)), losses.detach()
 
 

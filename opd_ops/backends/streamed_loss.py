@@ -26,6 +26,7 @@ from opd_ops.backends.first_order import first_order
 from opd_ops.backends.gather import merged_logits
 from opd_ops.backends.listed_gradients import listed_gradients
 from opd_ops.backends.one_model import places_in, without_ids
+from opd_ops.backends.overwritten import unchanged
 from opd_ops.backends.reading import Rows, slices
 from opd_ops.backends.reference import Reference
 from opd_ops.backends.summed import Sums, summed
@@ -286,6 +287,8 @@ def selected_loss(
     plan = _Plan(student.emptied(), None if beside is None else beside.emptied(), whole, workspace_bytes, losses.dtype)
     tensors = (*of, *student.tensors, *(() if beside is None else beside.tensors))
     connected: Tensor = _SelectedDivergence.apply(plan, losses, *tensors)
+    read_again = (student,) if beside is None else (student, beside)
+    connected = unchanged(connected, rows, *read_again, workspace_bytes=workspace_bytes)
     return weighted_sum(connected, without_infinite(losses, weights)), losses
 
 

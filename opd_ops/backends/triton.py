@@ -30,6 +30,7 @@ from opd_ops.backends.first_order import first_order
 from opd_ops.backends.head_tiling import score_bytes
 from opd_ops.backends.kernel_loss import GRADIENTS, Found, KernelLoss
 from opd_ops.backends.launches import column_names, launch_options, on_device, parse_columns, parts, write_columns
+from opd_ops.backends.overwritten import unchanged
 from opd_ops.backends.table import Layout
 from opd_ops.divergences import DIVERGENCES, Divergence, weighted_sum, without_infinite
 from opd_ops.sources import Source, Transform
@@ -309,6 +310,7 @@ def selected_loss(
         connected = selected_losses(*logits, rows, losses, *settings)
     else:
         connected = _SelectedDivergence.apply(inplace, settings, rows, losses, *logits)
+        connected = unchanged(connected, rows, student, teacher, workspace_bytes=workspace_bytes)
     return weighted_sum(connected, weights), losses
 
 
@@ -363,4 +365,6 @@ def _found_loss(
     if divergence.whole is None:  # the gradient does not read the teacher
         beside, kept = None, kept._replace(columns=None)
     connected: Tensor = _FoundDivergence.apply(loss, joined, rows, student.leading, beside, *kept)
+    read_again = (student, teacher) if beside is not None and isinstance(teacher, Source) else (student,)
+    connected = unchanged(connected, rows, *read_again, workspace_bytes=workspace_bytes)
     return weighted_sum(connected, without_infinite(joined, weights)), joined

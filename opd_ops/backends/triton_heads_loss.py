@@ -29,6 +29,7 @@ from opd_ops.backends.head_tiling import BlockGrid, SelectedGrid, is_narrow
 from opd_ops.backends.kernel_loss import Found, KernelLoss
 from opd_ops.backends.launches import on_device
 from opd_ops.backends.matmul import fp32_product, long_product
+from opd_ops.backends.overwritten import digests, verified
 from opd_ops.divergences import Divergence, weighted_sum, without_infinite
 from opd_ops.sources import Source, put_rows
 from opd_ops.teachers import Listed
@@ -44,6 +45,17 @@ class _Plan(NamedTuple):
     has_columns: bool  # of score.py, (12, M), before them
     workspace_bytes: int
     differentiable: bool
+    before: Tensor | None  # digests of the tensors of inference mode (overwritten.py)
+
+    def verified(self, rows: Tensor, tensors: Sequence[Tensor]) -> Tensor | float:
+        """What the gradients of one more `run` are multiplied by: NaN where an input was overwritten unseen."""
+        if self.before is None:
+            return 1.0
+        split = len(self.student.tensors)
+        sources: tuple[Source, ...] = (self.student.with_tensors(tensors[:split]),)
+        if self.teacher is not None:
+            sources += (self.teacher.with_tensors(tensors[split:]),)
+        return verified(self.before, sources, rows, self.workspace_bytes)
 
     def run(
         self, rows: Tensor, weights: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]
@@ -74,9 +86,10 @@ class _SelectedLoss(torch.autograd.Function):
     def backward(ctx: Any, dtotal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         rows, weights, *tensors = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:  # handed out, and perhaps overwritten, by an earlier backward
-            gradients = ctx.plan.run(rows, weights, tensors, ctx.needs)[2]
         factor = scale_back(dtotal, weights)
+        if gradients is None:  # handed out, and perhaps overwritten, by an earlier backward
+            factor = factor * ctx.plan.verified(rows, tensors)
+            gradients = ctx.plan.run(rows, weights, tensors, ctx.needs)[2]
         for gradient in gradients:
             if gradient is not None:
                 torch.mul(gradient, factor, out=gradient)
@@ -309,13 +322,24 @@ def selected_loss(
         total, losses, *_ = head_loss(*arguments, rows, weights, kind, workspace_bytes, needs)
         return total, losses.detach()
     beside: tuple[Tensor, ...]
+    inputs: tuple[Source, ...] = (student,)
     if isinstance(teacher, Source):
-        beside, template = teacher.detach().tensors, teacher.emptied()
+        beside, template, inputs = teacher.detach().tensors, teacher.emptied(), (student, teacher)
     else:
         of_rows = teacher.take(rows)
         beside, template = (of_rows.ids, of_rows.logprobs), None
     has_tokens = tokens is not None and template is not None
-    plan = _Plan(student.emptied(), template, divergence, has_tokens, columns is not None, workspace_bytes, differentiable)
+    needed = differentiable and any(tensor.requires_grad for tensor in student.tensors)
+    plan = _Plan(
+        student.emptied(),
+        template,
+        divergence,
+        has_tokens,
+        columns is not None,
+        workspace_bytes,
+        differentiable,
+        digests(inputs, rows, workspace_bytes) if needed else None,
+    )
     tensors = (*student.tensors, *beside, *(() if columns is None else (columns,)), *((tokens,) if has_tokens else ()))
     total, losses = _SelectedLoss.apply(plan, rows, weights, *tensors)
     return total, losses

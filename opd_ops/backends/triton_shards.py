@@ -23,6 +23,7 @@ from opd_ops.backends.first_order import first_order
 from opd_ops.backends.head_side import Side
 from opd_ops.backends.kernel_loss import logsumexp, multiplier
 from opd_ops.backends.launches import top_k_lists
+from opd_ops.backends.overwritten import unchanged
 from opd_ops.backends.shards import Part
 from opd_ops.backends.summed import with_jsd
 from opd_ops.divergences import Divergence, weighted_sum, without_infinite
@@ -112,6 +113,7 @@ def selected_loss(
     losses = columns[COLUMNS.index(divergence.whole.name)]
     settings = divergence.whole.name, workspace_bytes, student.transform.vocab_size, student.transform.temperature
     connected: Tensor = _SelectedDivergence.apply(settings, rows, losses, columns, student.leading, teacher.leading.detach())
+    connected = unchanged(connected, rows, student, teacher, workspace_bytes=workspace_bytes)
     return weighted_sum(connected, without_infinite(losses, weights)), losses
 
 
