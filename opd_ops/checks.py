@@ -181,8 +181,8 @@ def check_some_items(value: Tensor | float | None, selected: Tensor) -> None:
     found = _of_scalar_tensor("num_items_in_batch", value) if isinstance(value, Tensor) else value
     if found == 0 and bool(selected.any()):
         raise ValueError(
-            f"num_items_in_batch: got {shown(value)}, expected a finite number > 0, because {int(selected.sum())} positions "
-            "are selected. Pass the count of valid tokens, or a mask without one"
+            f"num_items_in_batch: got {shown(value)}, expected a finite number > 0: {int(selected.sum())} positions are "
+            "selected. Pass the count of valid tokens, or a mask without one"
         )
 
 

@@ -79,9 +79,10 @@ def selective_opd_loss(
     Args:
         student: (..., V) logits, or a `LinearHead`, whose logits are then never materialised whole.
         teacher: The same for the teacher, with the same leading dimensions; or `TopKLogprobs`, `SampledLogprobs`, what a server
-            returns. docs/features.md has the table of what each teacher supports.
-        mask: (...), any dtype, non-zero on the tokens the student wrote; None: all. Other rows may hold anything, and matter to
-            "teachability-released" alone, if they lie inside a response (docs/features.md).
+            returns. docs/features.md has the table of what each teacher supports. Tensors made in `torch.inference_mode()` have
+            to stay as they are until the backward, which reads them again: a buffer that was filled again is an error on a CPU,
+            and makes the gradients NaN elsewhere. A sample of each row is compared, so one changed entry may go unseen.
+        mask: (...), any dtype, non-zero on the tokens the student wrote; None: all. Other rows may hold anything.
         weights: (...) factors of each position's loss; None: 1. A weight of 0 takes the position from the mask and from the
             denominator; others change neither selection nor denominator.
         selector: What makes a position worth training on: a name of selectors.py, or a callable `TokenStats -> scores`, whose
@@ -200,16 +201,15 @@ def selective_opd_loss(
     if call.ranks is None:  # over ranks the others would wait for the one that raised
         checks.check_some_items(num_items_in_batch, chosen.selected)
     total = _denominator(chosen.selected, chosen.stats.valid, num_items_in_batch, denominator)
-    factors = _inverse(total).to(chosen.scores.dtype).expand(len(rows))
+    factors = _ratio(torch.ones_like(total), total).to(chosen.scores.dtype).expand(len(rows))
     factors = factors if kept is None else torch.where(kept, factors, 0)
     of_rows = None if weights is None else weights.detach().flatten()[rows].to(factors.dtype)
     weighted, losses = chosen.loss(factors if of_rows is None else factors * of_rows, tokens_of, inplace=inplace_backward)
     settled = chosen.settled(losses)
     chosen = settled.chosen
     # 1 if no infinite loss was dropped; over ranks their counts are added up here alone, when they are final
-    correction = total * _inverse(
-        _denominator(chosen.selected, chosen.stats.valid, num_items_in_batch, denominator, call.ranks)
-    )
+    final = _denominator(chosen.selected, chosen.stats.valid, num_items_in_batch, denominator, call.ranks)
+    correction = _ratio(total, final)
     loss = weighted * correction.to(weighted.dtype) * chosen.poison(weighted.dtype)
     metrics = settled.metrics(loss, settled.loss_sum(of_rows), tokens_of)
     return SelectiveOPDOutput(loss, chosen.selected, chosen.scores, chosen.stats, metrics)
@@ -232,6 +232,6 @@ def _denominator(
     return torch.where(n_selected > 0, total * share, 1.0)
 
 
-def _inverse(total: Tensor) -> Tensor:
-    """1 / total; 0 for a total of 0, which a host counts in a step without a valid token."""
-    return torch.where(total == 0, 0.0, 1 / total)
+def _ratio(number: Tensor, total: Tensor) -> Tensor:
+    """number / total; 0 for a total of 0, which a host counts in a step without a valid token."""
+    return torch.where(total == 0, 0.0, number / total)

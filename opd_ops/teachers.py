@@ -141,8 +141,8 @@ class Listed(NamedTuple):
         logprobs = torch.empty((n, kept), dtype=dtype, device=device)
         for start in range(0, n, size):
             group = slice(start, min(start + size, n))
-            rows = torch.arange(group.start, group.stop, device=device)
-            ordered = Listed._in_order(take_rows(given[0], rows), take_rows(given[1], rows), vocab_size, dtype, merged)
+            of_ids, of_logprobs = (take_rows(x, torch.arange(group.start, group.stop, device=device)) for x in given)
+            ordered = Listed._in_order(of_ids, of_logprobs, vocab_size, dtype, merged)
             ids[group], logprobs[group] = (x[:, :kept] for x in ordered)
         return Listed(ids, logprobs, is_sampled)
 

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -51,21 +51,18 @@ def token_stats(
 ) -> TokenStats:
     """The columns at the rows, (n,) each; those that cannot be known are NaN."""
     sides = student.detach(), teacher.top(top_k) if isinstance(teacher, Listed) else teacher.detach()
+    options: dict[str, Any] = {
+        "top_k": top_k,
+        "columns": columns,
+        "workspace_bytes": workspace_bytes,
+        "score_dtype": score_dtype,
+    }
     size = max(1, workspace_bytes // 4 // (OWN_LIST_BYTES * top_k))
-    spans = [
-        _of_rows(
-            backend,
-            *sides,
-            rows[span],
-            known,
-            top_k=top_k,
-            columns=columns,
-            workspace_bytes=workspace_bytes,
-            score_dtype=score_dtype,
-        )._asdict()
-        for span in slices(slice(0, max(1, len(rows))), size)
-    ]
-    return TokenStats(**{name: torch.cat([span[name] for span in spans]) for name, x in spans[0].items() if x is not None})
+    spans = [_of_rows(backend, *sides, rows[span], known, **options) for span in slices(slice(0, max(1, len(rows))), size)]
+    found = {
+        name: torch.cat(columns) for name, *columns in zip(TokenStats._fields, *spans, strict=True) if columns[0] is not None
+    }
+    return TokenStats(**found)
 
 
 def _of_rows(
@@ -87,8 +84,12 @@ def _of_rows(
         return found._replace(logsumexp=found.logsumexp.to(dtype), entropy=found.entropy.to(dtype))
 
     s = swept(student) if known is None else _from_rollout(known, rows, top_k, dtype)
-    t = swept(teacher) if isinstance(teacher, Source) else _from_server(teacher.take(rows))
-    valid = torch.isfinite(t.logsumexp) if isinstance(teacher, Source) else teacher.take(rows).valid
+    if isinstance(teacher, Source):
+        t = swept(teacher)
+        valid = torch.isfinite(t.logsumexp)
+    else:
+        listed = teacher.take(rows)
+        t, valid = _from_server(listed), listed.valid
     unknown = torch.full_like(s.logsumexp, math.nan)
     if isinstance(teacher, Listed) and teacher.is_sampled:
         out = dict.fromkeys(SUPPORT_COLUMNS, unknown)
