@@ -29,16 +29,16 @@ test: $(VENV)/.test $(VENV)/.train $(VENV)/.parity
 
 # The kernels once more on the oldest triton they support: put before the virtual environment's own, which stays as it is.
 test-triton36: $(VENV)/.test $(VENV)/.triton36
-	PYTHONPATH=$(abspath $(VENV)/triton36) $(BIN)/python -m pytest $(PARALLEL) tests/test_kernel_*.py tests/test_triton.py tests/test_static_roofline.py
-	PYTHONPATH=$(abspath $(VENV)/triton36) OPD_KERNELS=sm_80 $(BIN)/python -m pytest $(PARALLEL) tests/test_kernel_*.py
+	PYTHONPATH=$(abspath $(VENV)/triton36) $(BIN)/python -m pytest $(PARALLEL) tests/kernels tests/backends/test_triton.py tests/benchmarks/test_roofline.py
+	PYTHONPATH=$(abspath $(VENV)/triton36) OPD_KERNELS=sm_80 $(BIN)/python -m pytest $(PARALLEL) tests/kernels
 
 # The kernels as a GPU gets them: compiled for TARGET, and their PTX run on the CPU.
 TARGET ?= sm_90
 test-compiled: $(VENV)/.test
-	OPD_KERNELS=$(TARGET) $(BIN)/python -m pytest $(PARALLEL) tests/test_kernel_*.py tests/test_triton*.py tests/test_float8.py tests/ptx
+	OPD_KERNELS=$(TARGET) $(BIN)/python -m pytest $(PARALLEL) tests/kernels tests/backends/test_triton*.py tests/inputs/test_float8.py tests/loss/test_contract.py tests/support/ptx
 
 roofline: $(VENV)/.test
-	$(BIN)/python -m benchmarks.static_roofline $(ARGS)
+	$(BIN)/python -m benchmarks.static.roofline $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -46,11 +46,11 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m benchmarks.compare $(ARGS)
+	$(BIN)/python -m benchmarks.cpu.compare $(ARGS)
 
 # On a machine with a GPU: its own python, with its own torch and triton, no network, no virtual environment.
 gpu:
-	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu $(ARGS)
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu.run $(ARGS)
 
 clean:
 	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -1,7 +1,9 @@
-# Packaging of `opd_ops` (what a user imports) and `opd_kernels` (its Triton kernels): honest ranges, no pins.
-#
-# Not here: what only developers need (`[dependency-groups]` of pyproject.toml), the exact versions that the project's own
-# virtual environment uses (constraints.txt), tool settings (pyproject.toml).
+"""Packaging of `opd_ops` (what a user imports) and `opd_kernels` (its Triton kernels): honest ranges, no pins.
+
+Not here: what only developers need (`[dependency-groups]` of pyproject.toml), the exact versions that the project's own
+virtual environment uses (constraints.txt), tool settings (pyproject.toml).
+"""
+
 import re
 from pathlib import Path
 

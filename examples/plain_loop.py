@@ -1,12 +1,14 @@
-# A plain PyTorch loop, teacher to smaller student: SmolLM2-135M teaches a copy of itself that lost every third layer.
-#
-#   loss = 1/|M| sum_{t in M} KL(student || teacher) on the student's own answers; M: the best-scored fifth of their tokens
-#   (arXiv 2605.26844, eqs. 6, 12, 13)
-#
-# You will see: every few steps the mean KL over all sampled tokens, 4.5 nats at first and 2.4 after 16 steps, and how many
-#   tokens were trained on. On 2 CPU cores, in two and a half minutes. Run: python -m examples.plain_loop [STEPS]
-#
-# Not here: evaluation on held-out questions and pictures (prompt_distillation.py).
+"""A plain PyTorch loop, teacher to smaller student: SmolLM2-135M teaches a copy of itself that lost every third layer.
+
+  loss = 1/|M| sum_{t in M} KL(student || teacher) on the student's own answers; M: the best-scored fifth of their tokens
+  (arXiv 2605.26844, eqs. 6, 12, 13)
+
+You will see: every few steps the mean KL over all sampled tokens, 4.5 nats at first and 2.4 after 16 steps, and how many
+  tokens were trained on. On 2 CPU cores, in two and a half minutes. Run: python -m examples.plain_loop [STEPS]
+
+Not here: evaluation on held-out questions and pictures (prompt_distillation.py).
+"""
+
 from __future__ import annotations
 
 import copy

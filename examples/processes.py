@@ -1,11 +1,14 @@
-# The demonstration on several processes: how they find each other, who answers what, what they send.
-#
-#   rank r of R answers questions [r B / R, (r + 1) B / R) of a step's B, so that ranks hold them in the order of one process
-#   dL/dw = sum_r dL_r/dw, because the ranks' losses, each with the denominator of all (scope "global"), add up to L
-#
-# A step sends what selection does (docs/features.md), one all-reduce a parameter, and one all-gather of a few metrics. Every
-# rank keeps a whole model and optimizer; they stay equal to the bit, as all apply the same summed gradients.
-# Not here: the step itself (prompt_distillation.py), the collectives (opd_ops/ranks.py), sharded models (opd_ops/trainer/).
+"""The demonstration on several processes: how they find each other, who answers what, what they send.
+
+  rank r of R answers questions [r B / R, (r + 1) B / R) of a step's B, so that ranks hold them in the order of one process
+  dL/dw = sum_r dL_r/dw, because the ranks' losses, each with the denominator of all (scope "global"), add up to L
+
+A step sends what selection does (docs/features.md), one all-reduce a parameter, and one all-gather of a few metrics. Every
+rank keeps a whole model and optimizer; they stay equal to the bit, as all apply the same summed gradients.
+Not here: the step itself (prompt_distillation.py), the collectives (opd_ops/distributed/ranks.py), sharded models
+(opd_ops/trainer/).
+"""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from opd_ops.ranks import Ranks
+from opd_ops.distributed.ranks import Ranks
 from opd_ops.trainer.order import seed_of
 
 Item = TypeVar("Item")

@@ -1,24 +1,26 @@
-# On-policy prompt distillation on real weights: a student without an instruction learns from itself with one.
-#
-#   loss = 1/|M| sum_{t in M} KL(student || teacher) at position t of the student's own answers;  M: the best-scored 5 %
-#   (arXiv 2605.26844, eqs. 6, 12, 13). Teacher: SmolLM2-135M-Instruct told to answer like a pirate. Student: a trainable
-#   copy of the same weights, never told. Both score the same sampled tokens from hidden states: no logits are stored.
-#
-# Held-out forward KL(teacher || student), nats per token: on 16 questions never trained on, each with one answer sampled
-#   from the untrained student with the run's seed. The contexts stay the same before and after and for every selector, so
-#   only the model changes between two numbers (the fixed-context diagnostic of arXiv 2605.26844, section 3).
-# You will see: a progress bar; that KL before and after; two greedy answers before and after; tokens.html (the answers of
-#   the first and the last step, every token with its score, the selected ones outlined) and kl.png. On 2 CPU cores, in 4
-#   minutes and 5 GB of memory.
-# Run: make demo, or make demo ARGS="--selector entropy --fraction 0.1". The same seed gives the same numbers.
-#
-# make demo RANKS=2: data parallel on two processes over gloo. Each answers its half of a step's questions, one budget selects
-#   from the tokens of both, gradients are summed. Rank 0 evaluates and shows: held-out answers are those of one process,
-#   metrics those of all ranks, the page's tokens its own. The questions of a step are those of one process (unless the selector
-#   draws), the sampled answers are not: a batch is drawn from one stream of numbers, and each rank has a batch and a stream.
-#
-# Not here: sampling and alignment (opd_ops/trainer/rollouts.py), questions (prompts.py), weights (smollm2.py), flags
-# (settings.py), what ranks send (processes.py), what is shown (run_report.py, opd_ops/diagnostics/token_heatmap.py).
+"""On-policy prompt distillation on real weights: a student without an instruction learns from itself with one.
+
+  loss = 1/|M| sum_{t in M} KL(student || teacher) at position t of the student's own answers;  M: the best-scored 5 %
+  (arXiv 2605.26844, eqs. 6, 12, 13). Teacher: SmolLM2-135M-Instruct told to answer like a pirate. Student: a trainable
+  copy of the same weights, never told. Both score the same sampled tokens from hidden states: no logits are stored.
+
+Held-out forward KL(teacher || student), nats per token: on 16 questions never trained on, each with one answer sampled
+  from the untrained student with the run's seed. The contexts stay the same before and after and for every selector, so
+  only the model changes between two numbers (the fixed-context diagnostic of arXiv 2605.26844, section 3).
+You will see: a progress bar; that KL before and after; two greedy answers before and after; tokens.html (the answers of
+  the first and the last step, every token with its score, the selected ones outlined) and kl.png. On 2 CPU cores, in 4
+  minutes and 5 GB of memory.
+Run: make demo, or make demo ARGS="--selector entropy --fraction 0.1". The same seed gives the same numbers.
+
+make demo RANKS=2: data parallel on two processes over gloo. Each answers its half of a step's questions, one budget selects
+  from the tokens of both, gradients are summed. Rank 0 evaluates and shows: held-out answers are those of one process,
+  metrics those of all ranks, the page's tokens its own. The questions of a step are those of one process (unless the selector
+  draws), the sampled answers are not: a batch is drawn from one stream of numbers, and each rank has a batch and a stream.
+
+Not here: sampling and alignment (opd_ops/trainer/rollouts.py), questions (prompts.py), weights (smollm2.py), flags
+(settings.py), what ranks send (processes.py), what is shown (run_report.py, opd_ops/diagnostics/token_heatmap.py).
+"""
+
 from __future__ import annotations
 
 import copy
@@ -37,7 +39,7 @@ from examples.run_report import Record
 from examples.settings import Settings, parse_settings
 from opd_ops import LinearHead, SelectiveOPDOutput, score_positions, selective_opd_loss
 from opd_ops.diagnostics import token_heatmap
-from opd_ops.ranks import Ranks
+from opd_ops.distributed.ranks import Ranks
 from opd_ops.trainer.prompts import Prompt
 from opd_ops.trainer.rollouts import Rollouts, head_over, sample
 

@@ -1,8 +1,10 @@
-# What a run keeps and shows besides the page: its numbers, the progress bar, the answers before and after, kl.png.
-#
-#   Every number is a metric of `selective_opd_loss`, over all processes, or the held-out KL, in nats per token.
-#
-# Not here: the training loop (prompt_distillation.py), the page with the tokens (opd_ops/diagnostics/token_heatmap.py).
+"""What a run keeps and shows besides the page: its numbers, the progress bar, the answers before and after, kl.png.
+
+  Every number is a metric of `selective_opd_loss`, over all processes, or the held-out KL, in nats per token.
+
+Not here: the training loop (prompt_distillation.py), the page with the tokens (opd_ops/diagnostics/token_heatmap.py).
+"""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence

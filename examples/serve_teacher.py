@@ -1,13 +1,15 @@
-# A small OpenAI-compatible server for a teacher, on the standard library: GET /v1/models, POST /v1/completions.
-#
-#   Beside plain sampling it answers vLLM's "prompt_logprobs": K, which distillation reads: for every token of the prompt but
-#   the first, log q of the K likeliest tokens and of the token itself; and "return_token_ids".
-#
-# You will see: the address, and a line for every request. It serves SmolLM2-135M on a CPU, from about 15 s after the start; one
-#   request after another, well under a second each: for real work serve the teacher with vLLM.
-# Run: python -m examples.serve_teacher [PORT]; then python -m examples.served_teacher --url http://127.0.0.1:8000
-#
-# Not here: the client (opd_ops/trainer/served_teacher.py), the training (served_teacher.py), the weights (smollm2.py).
+"""A small OpenAI-compatible server for a teacher, on the standard library: GET /v1/models, POST /v1/completions.
+
+  Beside plain sampling it answers vLLM's "prompt_logprobs": K, which distillation reads: for every token of the prompt but
+  the first, log q of the K likeliest tokens and of the token itself; and "return_token_ids".
+
+You will see: the address, and a line for every request. It serves SmolLM2-135M on a CPU, from about 15 s after the start; one
+  request after another, well under a second each: for real work serve the teacher with vLLM.
+Run: python -m examples.serve_teacher [PORT]; then python -m examples.served_teacher --url http://127.0.0.1:8000
+
+Not here: the client (opd_ops/trainer/servers/teacher.py), the training (served_teacher.py), the weights (smollm2.py).
+"""
+
 from __future__ import annotations
 
 import json

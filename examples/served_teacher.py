@@ -1,17 +1,19 @@
-# A teacher that is only a server: the student learns from the top-K log-probabilities that it sends for the student's tokens.
-#
-#   loss = 1/|M| sum_{t in M} KL over the teacher's top K and one more outcome, the tail (arXiv 2608.14728); M: the best-scored
-#   fifth of the sampled tokens, by teachability from the same lists (arXiv 2605.26844, eqs. 12, 13, 17)
-#
-# The teacher is SmolLM2-135M told to answer like a pirate, the student the same weights, never told: what the teacher reads
-#   before an answer is its own affair, and goes into the contexts that it is sent.
-# You will see: every few steps that KL over all sampled tokens, 0.23 nats at first and 0.11 after 12 steps, and the seconds
-#   that the server took. On 2 CPU cores, in about three minutes.
-# Run: python -m examples.served_teacher, which starts a server of its own; or with --url http://teacher:8000, vLLM's or that of
-#   serve_teacher.py, for a teacher with SmolLM2's tokenizer.
-#
-# Not here: the server (serve_teacher.py), the client (opd_ops/trainer/served_teacher.py), a teacher in memory
-# (prompt_distillation.py).
+"""A teacher that is only a server: the student learns from the top-K log-probabilities that it sends for the student's tokens.
+
+  loss = 1/|M| sum_{t in M} KL over the teacher's top K and one more outcome, the tail (arXiv 2608.14728); M: the best-scored
+  fifth of the sampled tokens, by teachability from the same lists (arXiv 2605.26844, eqs. 12, 13, 17)
+
+The teacher is SmolLM2-135M told to answer like a pirate, the student the same weights, never told: what the teacher reads
+  before an answer is its own affair, and goes into the contexts that it is sent.
+You will see: every few steps that KL over all sampled tokens, 0.23 nats at first and 0.11 after 12 steps, and the seconds
+  that the server took. On 2 CPU cores, in about three minutes.
+Run: python -m examples.served_teacher, which starts a server of its own; or with --url http://teacher:8000, vLLM's or that of
+  serve_teacher.py, for a teacher with SmolLM2's tokenizer.
+
+Not here: the server (serve_teacher.py), the client (opd_ops/trainer/servers/teacher.py), a teacher in memory
+(prompt_distillation.py).
+"""
+
 from __future__ import annotations
 
 import argparse
@@ -27,7 +29,7 @@ from examples.prompts import INSTRUCTION, TRAINING
 from examples.serve_teacher import NAME, Served, running
 from opd_ops import TailAware, selective_opd_loss
 from opd_ops.trainer.rollouts import encode, head_over, sample
-from opd_ops.trainer.served_teacher import ServedTeacher
+from opd_ops.trainer.servers.teacher import ServedTeacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

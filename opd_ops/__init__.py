@@ -1,10 +1,10 @@
-# The public names of `opd_ops`, one explicit list: selective on-policy distillation of language models.
-#
-#   loss = 1/|M| sum_{t in M} KL(student || teacher) over the few positions M worth training on   (loss.py)
-#
-# Not here: anything else; importing this needs torch alone.
-from opd_ops.accounting import Estimate, estimate
-from opd_ops.communication import Collective, Communication, estimate_communication
+"""The public names of `opd_ops`, one explicit list: selective on-policy distillation of language models.
+
+  loss = 1/|M| sum_{t in M} KL(student || teacher) over the few positions M worth training on   (loss.py)
+
+Not here: anything else; importing this needs torch alone.
+"""
+
 from opd_ops.divergences import (
     JSD,
     Divergence,
@@ -18,14 +18,16 @@ from opd_ops.divergences import (
     TopKForwardKL,
     TotalVariation,
 )
-from opd_ops.float8 import Float8Rows
-from opd_ops.inputs import LinearHead
+from opd_ops.estimates.communication import Collective, Communication, estimate_communication
+from opd_ops.estimates.compute import Estimate, estimate
+from opd_ops.inputs.float8 import Float8Rows
+from opd_ops.inputs.linear_head import LinearHead
+from opd_ops.inputs.rollout import RolloutRecorder, StudentStats
+from opd_ops.inputs.teacher_lists import SampledLogprobs, TopKLogprobs
 from opd_ops.loss import SelectiveOPDOutput, selective_opd_loss
-from opd_ops.rollout import RolloutRecorder, StudentStats
 from opd_ops.scoring import score_positions, select_positions
-from opd_ops.selectors import Multinomial, Selector
-from opd_ops.stats import TokenStats
-from opd_ops.teachers import SampledLogprobs, TopKLogprobs
+from opd_ops.selection.selectors import Multinomial, Selector
+from opd_ops.selection.stats import TokenStats
 from opd_ops.token_losses import TokenLosses, selective_opd_token_losses
 
 __version__ = "0.1.0"

@@ -1,8 +1,11 @@
-# One argument alone: numbers and lists of ids as users write them, NumPy's too, as Python's own; tensors that hold every entry.
-#
-#   An error says which argument, what came, what was expected. ValueError for values, TypeError for types.
-#
-# Not here: arguments that depend on others (checks.py, sides.py).
+"""One argument alone: numbers and lists of ids as users write them, NumPy's too, as Python's own; tensors that hold every
+entry.
+
+  An error says which argument, what came, what was expected. ValueError for values, TypeError for types.
+
+Not here: arguments that depend on others (call/checks.py, inputs/pair.py).
+"""
+
 from __future__ import annotations
 
 import math

@@ -1,9 +1,11 @@
-# `selective_opd_loss`: score every valid position, select the best share, train on those alone.
-#
-#   L = 1/|M| sum_{t in M} l_t,  M the selected positions, l the divergence       arXiv 2605.26844 eq. 6; 2604.14084 eq. 9
-#
-# Not here: the two halves (scoring.py), what is selected and its losses (chosen.py), a loss per position for hosts that reduce
-# by themselves (token_losses.py), the divergences (divergences/), statistics and gradients (backends/).
+"""`selective_opd_loss`: score every valid position, select the best share, train on those alone.
+
+  L = 1/|M| sum_{t in M} l_t,  M the selected positions, l the divergence       arXiv 2605.26844 eq. 6; 2604.14084 eq. 9
+
+Not here: the two halves (scoring.py), what is selected and its losses (call/choose.py), a loss per position for hosts that
+reduce by themselves (token_losses.py), the divergences (divergences/), statistics and gradients (backends/).
+"""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -13,16 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opd_ops import checks
-from opd_ops.chosen import Chosen
+from opd_ops.call import checks
+from opd_ops.call.choose import Chosen
+from opd_ops.distributed.ranks import Ranks
 from opd_ops.divergences import Divergence
-from opd_ops.inputs import LinearHead
-from opd_ops.ranks import Ranks
-from opd_ops.rollout import StudentStats
+from opd_ops.inputs.linear_head import LinearHead
+from opd_ops.inputs.rollout import StudentStats
+from opd_ops.inputs.teacher_lists import SparseTeacher
 from opd_ops.scoring import DEFAULT_WORKSPACE_BYTES, prepare
-from opd_ops.selectors import Selector
-from opd_ops.stats import TokenStats
-from opd_ops.teachers import SparseTeacher
+from opd_ops.selection.selectors import Selector
+from opd_ops.selection.stats import TokenStats
 
 
 class SelectiveOPDOutput(NamedTuple):
@@ -85,7 +87,8 @@ def selective_opd_loss(
         mask: (...), any dtype, non-zero on the tokens the student wrote; None: all. Other rows may hold anything.
         weights: (...) factors of each position's loss; None: 1. A weight of 0 takes the position from the mask and from the
             denominator; others change neither selection nor denominator.
-        selector: What makes a position worth training on: a name of selectors.py, or a callable `TokenStats -> scores`, whose
+        selector: What makes a position worth training on: a name of selection/selectors.py, or a callable `TokenStats ->
+        scores`, whose
             `needs` names the optional columns it reads. A NaN among its scores makes the loss NaN.
         fraction: Share of the valid positions to train on, in (0, 1]; 1.0 is plain distillation.
         threshold: Train on every valid position that scores at least this, in the place of the budget: a host that has scored
@@ -126,7 +129,7 @@ def selective_opd_loss(
         workspace_bytes: The most scratch memory the call may hold beyond inputs, outputs and required gradients, O(N) numbers,
             O(K) more for each position trained on by a divergence on a list of K ids, and, with `score_dtype="float8"`, the
             8-bit copies of heads that do not bring their own. On a Linux CPU the memory of a freed weight gradient waits for
-            the next call, the kernel's to take meanwhile (opd_ops/backends/pages.py).
+            the next call, the kernel's to take meanwhile (opd_ops/backends/shared/pages.py).
         score_dtype: Precision of a head's logits while they rank positions, on "triton": None: the head's own; "float32";
             "float8" (Hopper or newer): 8 bits rank all positions, and the best 2 n are ranked again by fp32 logits. What is
             trained on comes from fp32 logits with each of them.

@@ -1,9 +1,11 @@
-# The two halves of the loss on their own: statistics to scores, scores to selected positions.
-#
-#   scores = selector(statistics);  selected = the budget's best                 arXiv 2605.26844 eqs. 12, 13
-#
-# For users who bring their own loss; `selective_opd_loss` (loss.py) is made of the same functions.
-# Not here: selectors (selectors.py), budget and ties (selection.py), how statistics are computed (backends/).
+"""The two halves of the loss on their own: statistics to scores, scores to selected positions.
+
+  scores = selector(statistics);  selected = the budget's best                 arXiv 2605.26844 eqs. 12, 13
+
+For users who bring their own loss; `selective_opd_loss` (loss.py) is made of the same functions.
+Not here: selectors (selection/selectors.py), budget and ties (selection/budget.py), how statistics are computed (backends/).
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -15,17 +17,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opd_ops import checks, float8
 from opd_ops.arguments import check_ids, check_integer, check_layout
-from opd_ops.backends import Backend, Needs, check_backend, drops_weightless_rows, resolve_backend, two_lists
-from opd_ops.backends.gather import logits_at
+from opd_ops.backends.interface import Backend, Needs, check_backend, drops_weightless_rows, resolve_backend
+from opd_ops.backends.shared import two_lists
+from opd_ops.backends.shared.logits_at import logits_at
+from opd_ops.call import checks
+from opd_ops.distributed.ranks import Ranks
 from opd_ops.divergences import Divergence, ReverseKL, SampledToken, TailAware, resolve_divergence
-from opd_ops.inputs import LinearHead
-from opd_ops.masking import Positions, of_positions, positions
-from opd_ops.ranks import Ranks
-from opd_ops.rollout import StudentStats
-from opd_ops.selection import numbered_sequences, select, select_over_ranks, sequence_ids
-from opd_ops.selectors import (
+from opd_ops.inputs import float8
+from opd_ops.inputs.linear_head import LinearHead
+from opd_ops.inputs.pair import check_sources
+from opd_ops.inputs.positions import Positions, of_positions, positions
+from opd_ops.inputs.rollout import StudentStats
+from opd_ops.inputs.sources import Source
+from opd_ops.inputs.teacher_lists import Listed, SampledLogprobs, SparseTeacher, TopKLogprobs
+from opd_ops.selection.budget import numbered_sequences, select, select_over_ranks, sequence_ids
+from opd_ops.selection.selectors import (
     Selector,
     check_known,
     check_ranks_twice,
@@ -36,10 +43,7 @@ from opd_ops.selectors import (
     resolve_selector,
     selection_options,
 )
-from opd_ops.sides import check_sources
-from opd_ops.sources import Source
-from opd_ops.stats import BACKEND_COLUMNS, TokenStats
-from opd_ops.teachers import Listed, SampledLogprobs, SparseTeacher, TopKLogprobs
+from opd_ops.selection.stats import BACKEND_COLUMNS, TokenStats
 
 DEFAULT_WORKSPACE_BYTES = 512 * 2**20
 SCORE_DTYPES = {"float32": torch.float32, "float8": float8.DTYPE}

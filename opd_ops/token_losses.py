@@ -1,11 +1,13 @@
-# `selective_opd_token_losses`: the selected positions' losses one by one, connected to the graph, for hosts that reduce by
-# themselves (verl, PPO-style trainers).
-#
-#   losses_t = w_t l_t at the selected positions t, 0 elsewhere;  d(sum_t c_t losses_t) = sum_t c_t w_t dl_t   for any c
-#
-# The forward finds the losses without a graph. The backward, which alone knows c, is that of the weighted sum which every
-# backend has, with c_t w_t as the weights, on the selected positions; nothing is scored or selected again.
-# Not here: the mean over the selected positions (loss.py), how they are selected (chosen.py).
+"""`selective_opd_token_losses`: the selected positions' losses one by one, connected to the graph, for hosts that reduce by
+themselves (verl, PPO-style trainers).
+
+  losses_t = w_t l_t at the selected positions t, 0 elsewhere;  d(sum_t c_t losses_t) = sum_t c_t w_t dl_t   for any c
+
+The forward finds the losses without a graph. The backward, which alone knows c, is that of the weighted sum which every
+backend has, with c_t w_t as the weights, on the selected positions; nothing is scored or selected again.
+Not here: the mean over the selected positions (loss.py), how they are selected (call/choose.py).
+"""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -16,18 +18,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opd_ops import checks
-from opd_ops.backends.first_order import first_order
-from opd_ops.backends.overwritten import unchanged
-from opd_ops.chosen import Chosen
+from opd_ops.backends.shared.first_order import first_order
+from opd_ops.backends.shared.overwritten import unchanged
+from opd_ops.call import checks
+from opd_ops.call.choose import Chosen
 from opd_ops.divergences import Divergence
-from opd_ops.inputs import LinearHead
-from opd_ops.rollout import StudentStats
+from opd_ops.inputs.linear_head import LinearHead
+from opd_ops.inputs.rollout import StudentStats
+from opd_ops.inputs.sources import Source
+from opd_ops.inputs.teacher_lists import SparseTeacher
 from opd_ops.scoring import DEFAULT_WORKSPACE_BYTES, prepare
-from opd_ops.selectors import Selector
-from opd_ops.sources import Source
-from opd_ops.stats import TokenStats
-from opd_ops.teachers import SparseTeacher
+from opd_ops.selection.selectors import Selector
+from opd_ops.selection.stats import TokenStats
 
 
 class TokenLosses(NamedTuple):

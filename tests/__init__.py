@@ -1,6 +1,7 @@
-# Tests, one file per subject; run from the repository's root: `make test`.
-#
-#   cases.py inputs; tolerances.py bounds; meters.py counted cost; interpreter.py and kernel_oracle.py for the kernels;
-#   support/ the recorder of calls, and the figures of the source's structure
-#
-# Not here: anything timed (benchmarks/).
+"""Tests, one file per subject; run from the repository's root: `make test`.
+
+  support/cases.py inputs; support/tolerances.py bounds; support/meters.py counted cost; support/interpreter.py and
+  support/kernel_oracle.py for the kernels; support/ the recorder of calls, and the figures of the source's structure
+
+Not here: anything timed (benchmarks/).
+"""

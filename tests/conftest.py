@@ -1,8 +1,10 @@
-# Settings of every test: one thread, because the tensors are small and threads would only wait for each other (two for a test
-# that asks for `two_threads`), no network, the same hypothesis examples on every machine, and Triton kernels on the CPU: run by
-# its interpreter, or with OPD_KERNELS=sm_90 (or another target) compiled for that GPU and run from their PTX (tests/ptx).
-#
-# Not here: inputs (cases.py), comparisons (tolerances.py), kernels on a GPU (benchmarks/gpu.py).
+"""Settings of every test: one thread, because the tensors are small and threads would only wait for each other (two for a test
+that asks for `two_threads`), no network, the same hypothesis examples on every machine, and Triton kernels on the CPU: run by
+its interpreter, or with OPD_KERNELS=sm_90 (or another target) compiled for that GPU and run from their PTX (tests/support/ptx).
+
+Not here: inputs (support/cases.py), comparisons (support/tolerances.py), kernels on a GPU (benchmarks/gpu/run.py).
+"""
+
 import gc
 import os
 
@@ -18,14 +20,15 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 
 if TARGET == "interpreter":
-    from tests import interpreter
+    from tests.support import interpreter
 
-    collect_ignore = ["ptx"]
+    collect_ignore = ["support/ptx"]
 else:
-    from tests.ptx import driver
+    from tests.support.ptx import driver
 
     driver.use(TARGET)
-from opd_ops import chosen, sides  # noqa: E402
+from opd_ops.call import choose as chosen  # noqa: E402
+from opd_ops.inputs import pair as sides  # noqa: E402
 
 
 @pytest.fixture
@@ -60,8 +63,8 @@ def two_threads():
 
 @pytest.fixture(scope="session")
 def ranks():
-    """Four processes over gloo (tests/ranks.py)."""
-    from tests.ranks import Processes
+    """Four processes over gloo (tests/support/ranks.py)."""
+    from tests.support.ranks import Processes
 
     processes = Processes()
     yield processes

@@ -1,17 +1,19 @@
-# Argmax: the student's most likely id of each row, found from score.py's maxima of groups of 128 logits.
-#
-#   top = the lowest v with s[v] = max s
-#   Gradients over the whole vocabulary sum to 0: that of the top id, where p may be near 1, is minus the sum of the others.
-#
-# Shapes: n rows, V vocabulary, NG = ceil(V / 128) groups
-#   s          (N, V)           in   stored logits; rows (n,) in, or None
-#   group_max  (n, 2, >= NG)    in   score.py; the student's are read
-#   top        (n,)             out  int32
-#
-# Grid: (n,). Traffic: NG maxima and 128 logits a row, about 2 % of it.
-# The order of stored logits is that of the logits. A row of NaN or of -inf alone gets some id inside the vocabulary.
-#
-# Not here: the K most likely (support.py). Tests: tests/test_kernel_grad.py.
+"""Argmax: the student's most likely id of each row, found from score.py's maxima of groups of 128 logits.
+
+  top = the lowest v with s[v] = max s
+  Gradients over the whole vocabulary sum to 0: that of the top id, where p may be near 1, is minus the sum of the others.
+
+Shapes: n rows, V vocabulary, NG = ceil(V / 128) groups
+  s          (N, V)           in   stored logits; rows (n,) in, or None
+  group_max  (n, 2, >= NG)    in   score.py; the student's are read
+  top        (n,)             out  int32
+
+Grid: (n,). Traffic: NG maxima and 128 logits a row, about 2 % of it.
+The order of stored logits is that of the logits. A row of NaN or of -inf alone gets some id inside the vocabulary.
+
+Not here: the K most likely (support.py). Tests: tests/kernels/test_grad.py.
+"""
+
 import torch
 import triton
 import triton.language as tl

@@ -1,17 +1,19 @@
-# Device helpers that two or more kernels share: the model's transform of a stored logit, the
-# logarithm of a ratio near one, and the integer key that orders logits.
-#
-# A stored logit x stands for  softcap * tanh(scale * x / softcap) / T,  or  scale * x / T  without
-# soft-cap (LinearHead in opd_ops/inputs.py). Kernels never form that number. They hold
-#   z = _transform(x)  and one multiplier  k,  so that  2^(k (z - z_ref)) = e^(logit - logit_ref):
-#   without soft-cap  z = x,                          k = scale * log2(e) / T
-#   with soft-cap     z = softcap * tanh(scale * x / softcap),  k = log2(e) / T
-#
-# tanh makes a stored -inf the logit -softcap / T. Order is that of the stored logits either way.
-# Python floats may arrive as fp64 (torch.compile before 2.15), hence the casts.
-#
-# Not here: kernels and launchers (score.py, support.py, argmax.py, reverse_kl.py, forward_kl.py, jsd.py, rest.py); block
-# sizes (tiles.py).
+"""Device helpers that two or more kernels share: the model's transform of a stored logit, the
+logarithm of a ratio near one, and the integer key that orders logits.
+
+A stored logit x stands for  softcap * tanh(scale * x / softcap) / T,  or  scale * x / T  without
+soft-cap (LinearHead in opd_ops/inputs/linear_head.py). Kernels never form that number. They hold
+  z = _transform(x)  and one multiplier  k,  so that  2^(k (z - z_ref)) = e^(logit - logit_ref):
+  without soft-cap  z = x,                          k = scale * log2(e) / T
+  with soft-cap     z = softcap * tanh(scale * x / softcap),  k = log2(e) / T
+
+tanh makes a stored -inf the logit -softcap / T. Order is that of the stored logits either way.
+Python floats may arrive as fp64 (torch.compile before 2.15), hence the casts.
+
+Not here: kernels and launchers (score.py, support.py, argmax.py, reverse_kl.py, forward_kl.py, jsd.py, rest.py); block
+sizes (tiles.py).
+"""
+
 import math
 from typing import NamedTuple
 
@@ -76,7 +78,7 @@ def _transform(x, pre, cap, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def _is_masked(x, HAS_CAP: tl.constexpr):
-    # Stored logits of -inf, or as low as the library transformers writes for it (opd_ops/sources.py: mask_limit). A
+    # Stored logits of -inf, or as low as the library transformers writes for it (opd_ops/inputs/sources.py: mask_limit). A
     # soft-cap makes finite logits of them.
     limit = -(2.0**120)
     if x.dtype == tl.float16:

@@ -1,21 +1,22 @@
-# Forward KL on selected rows: its gradient with respect to the stored logits.
-#
-#   g[v] = log p[v] - log q[v];  kl = -sum_v q[v] g[v]                            [nats]
-#   d kl / d logit[v] = p[v] - q[v];  at a top id with p > 1/2 minus the sum of the others
-#   out[rows[i], v] = weights[i] (p[v] - q[v]) dlogit/dx,  x the stored logit
-#   Source: arXiv:2306.13649 (forward KL); the whole vocabulary.
-#
-# Shapes, grid, traffic: those of reverse_kl.py.
-#
-# Numerics
-#   p - q = -p expm1(-g): where |g| < 1/2 a polynomial gives expm1 to 2^-22, so that close models
-#   lose no digits; elsewhere the subtraction itself is as good.
-#   Where both models put all on one token, p - q there is the difference of two numbers near 1: sum p = sum q
-#   makes it minus the sum of all others, which loses nothing.
-#   p = 0 has a gradient of -q: finite, though kl is then +inf.
-#
-# Not here: which rows (opd_ops/selectors.py), weights (opd_ops/loss.py), the launch (reverse_kl.py).
-# Specification: autograd of opd_ops/backends/eager.py. Tests: tests/test_kernel_grad.py.
+"""Forward KL on selected rows: its gradient with respect to the stored logits.
+
+  g[v] = log p[v] - log q[v];  kl = -sum_v q[v] g[v]                            [nats]
+  d kl / d logit[v] = p[v] - q[v];  at a top id with p > 1/2 minus the sum of the others
+  out[rows[i], v] = weights[i] (p[v] - q[v]) dlogit/dx,  x the stored logit
+  Source: arXiv:2306.13649 (forward KL); the whole vocabulary.
+
+Shapes, grid, traffic: those of reverse_kl.py.
+
+Numerics
+  p - q = -p expm1(-g): where |g| < 1/2 a polynomial gives expm1 to 2^-22, so that close models
+  lose no digits; elsewhere the subtraction itself is as good.
+  Where both models put all on one token, p - q there is the difference of two numbers near 1: sum p = sum q
+  makes it minus the sum of all others, which loses nothing.
+  p = 0 has a gradient of -q: finite, though kl is then +inf.
+
+Not here: which rows (opd_ops/selection/selectors.py), weights (opd_ops/loss.py), the launch (reverse_kl.py).
+Specification: autograd of opd_ops/backends/eager.py. Tests: tests/kernels/test_grad.py.
+"""
 
 import triton
 import triton.language as tl

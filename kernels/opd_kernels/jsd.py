@@ -1,42 +1,43 @@
-# Generalised Jensen-Shannon divergence on selected rows: the loss, and its gradient with respect to the stored logits.
-#
-#   m = beta q + (1 - beta) p,  0 < beta < 1                                      [nats]
-#   f[v] = log(p[v] / m[v]);  g[v] = log(q[v] / m[v]);  pull = sum_v p[v] f[v]
-#   jsd = (1 - beta) pull + beta sum_v q[v] g[v]
-#   d jsd / d logit[v] = (1 - beta) p[v] (f[v] - pull);  at a top id with p > 1/2 minus the sum of the others
-#   out[rows[i], v] = weights[i] (1 - beta) p[v] (f[v] - pull) dlogit/dx,  x the stored logit
-#   Source: arXiv:2306.13649, beta as there and in TRL; the whole vocabulary.
-#
-# Shapes: N tokens, M selected rows, V vocabulary
-#   s, t        (N, V)    in   stored logits, fp32/bf16/fp16, unit stride along V
-#   rows        (M,)      in   row numbers in [0, N), each at most once; None: rows 0 .. M-1
-#   weights     (M,)      in   fp32; 0 writes zeros whatever the row holds
-#   columns     (12, M)   in   score.py's columns of these rows
-#   top         (M,)      in   int32, argmax.py; None where the tables are a block of the vocabulary
-#   sums        (2, M)    fp32 jsd, pull: out of the loss, in to the gradient
-#   out         (N, W)    out  at rows; W >= V, columns V .. W-1 become 0. May be s or t itself: a program
-#                              loads a block of its row before it stores that block, and no other row.
-#   Without `top` the gradient sums nothing over the row: s, t and out may be a block of the vocabulary,
-#   columns and sums being those of the whole row.
-#
-# Grid: (M,). Traffic: 2 V logits read by either, W gradients written.
-#
-# Numerics
-#   With d = log p - log q + log((1 - beta) / beta),  f = -log(1 - beta) - log(1 + e^-d)  and
-#   g = -log(beta) - log(1 + e^d); in base 2, both from one polynomial of 2^-|d|. d comes from stored
-#   logits and normalisers, as in reverse_kl.py, where models are close exactly. The two constants are
-#   the polynomial's own values at p = q, so that f and g are exactly 0 there and the polynomial's error
-#   is relative where they are small. Rounding of d and 2^-|d|: 3e-7 of log p - log q = 1, for any beta.
-#   f and g first cancel in their sums, to KL(p || m) and KL(q || m); then nothing cancels. An error e of
-#   the difference of the normalisers moves the sums by beta e and -(1 - beta) e, which their weights
-#   cancel, and f and pull alike. Clamped at 0. Models that share no mass saturate: f and pull agree, and
-#   of a gradient that vanishes rounding is left, 2e-7 (1 - beta) pull of the weight.
-#   Finite for all p and q: d is clamped to +-256, beyond which 2^-|d|, p or q is 0. So p = 0, q = 0 and
-#   both (d = inf - inf) are products of 0 and a finite number. NaN logits reach p or q, the loss, and
-#   by pull the gradient.
-#
-# Not here: which rows (opd_ops/selectors.py), weights (opd_ops/loss.py), normalisers (score.py).
-# Specification: the equations above, by autograd (tests/kernel_oracle.py). Tests: tests/test_kernel_jsd.py.
+"""Generalised Jensen-Shannon divergence on selected rows: the loss, and its gradient with respect to the stored logits.
+
+  m = beta q + (1 - beta) p,  0 < beta < 1                                      [nats]
+  f[v] = log(p[v] / m[v]);  g[v] = log(q[v] / m[v]);  pull = sum_v p[v] f[v]
+  jsd = (1 - beta) pull + beta sum_v q[v] g[v]
+  d jsd / d logit[v] = (1 - beta) p[v] (f[v] - pull);  at a top id with p > 1/2 minus the sum of the others
+  out[rows[i], v] = weights[i] (1 - beta) p[v] (f[v] - pull) dlogit/dx,  x the stored logit
+  Source: arXiv:2306.13649, beta as there and in TRL; the whole vocabulary.
+
+Shapes: N tokens, M selected rows, V vocabulary
+  s, t        (N, V)    in   stored logits, fp32/bf16/fp16, unit stride along V
+  rows        (M,)      in   row numbers in [0, N), each at most once; None: rows 0 .. M-1
+  weights     (M,)      in   fp32; 0 writes zeros whatever the row holds
+  columns     (12, M)   in   score.py's columns of these rows
+  top         (M,)      in   int32, argmax.py; None where the tables are a block of the vocabulary
+  sums        (2, M)    fp32 jsd, pull: out of the loss, in to the gradient
+  out         (N, W)    out  at rows; W >= V, columns V .. W-1 become 0. May be s or t itself: a program
+                             loads a block of its row before it stores that block, and no other row.
+  Without `top` the gradient sums nothing over the row: s, t and out may be a block of the vocabulary,
+  columns and sums being those of the whole row.
+
+Grid: (M,). Traffic: 2 V logits read by either, W gradients written.
+
+Numerics
+  With d = log p - log q + log((1 - beta) / beta),  f = -log(1 - beta) - log(1 + e^-d)  and
+  g = -log(beta) - log(1 + e^d); in base 2, both from one polynomial of 2^-|d|. d comes from stored
+  logits and normalisers, as in reverse_kl.py, where models are close exactly. The two constants are
+  the polynomial's own values at p = q, so that f and g are exactly 0 there and the polynomial's error
+  is relative where they are small. Rounding of d and 2^-|d|: 3e-7 of log p - log q = 1, for any beta.
+  f and g first cancel in their sums, to KL(p || m) and KL(q || m); then nothing cancels. An error e of
+  the difference of the normalisers moves the sums by beta e and -(1 - beta) e, which their weights
+  cancel, and f and pull alike. Clamped at 0. Models that share no mass saturate: f and pull agree, and
+  of a gradient that vanishes rounding is left, 2e-7 (1 - beta) pull of the weight.
+  Finite for all p and q: d is clamped to +-256, beyond which 2^-|d|, p or q is 0. So p = 0, q = 0 and
+  both (d = inf - inf) are products of 0 and a finite number. NaN logits reach p or q, the loss, and
+  by pull the gradient.
+
+Not here: which rows (opd_ops/selection/selectors.py), weights (opd_ops/loss.py), normalisers (score.py).
+Specification: the equations above, by autograd (tests/support/kernel_oracle.py). Tests: tests/kernels/test_jsd.py.
+"""
 
 import torch
 import triton

@@ -1,39 +1,40 @@
-# Rest: what one model puts on a row off a short list of ids, and the gradient of a loss of both.
-#
-#   rest = log sum_{v off ids} e^logit[v]                                         [nats]
-#   of a loss of (logits at ids, rest), with values its derivatives at ids and coef that by rest:
-#   d loss / d logit[v] = values[k] at v = ids[k],  coef e^(logit[v] - rest) off ids
-#   out[rows[i], v] (= or +=) d loss / d logit[v] dlogit/dx,  x the stored logit
-#   arXiv:2605.26844, eq. 9 renormalises on the list (support.py); here what is off it is one more outcome.
-#
-# Shapes: N tokens, M selected rows, V vocabulary, K <= 128
-#   x           (N, V)    in   stored logits, fp32/bf16/fp16, unit stride along V
-#   rows        (M,)      in   row numbers in [0, N), each at most once; None: rows 0 .. M-1
-#   ids         (M, K)    in   int32, ascending, each at most once, filled up at the end with 2^31 - 1
-#   values      (M, K)    in   fp32, in that order
-#   coef        (M,)      in   fp32; 0 makes every entry off ids 0 whatever the row holds
-#   columns     (2, M)    fp32 ref, log2z: rest = ln 2 (k ref + log2z), k of device.py
-#   out         (N, W)    out  at rows; W >= V, columns V .. W-1 become 0, or stay as they are if added to.
-#                              May be x itself if not added to: a program loads a block of its row before
-#                              it stores that block, and no other row.
-#   In the gradient x and out may be a block of the vocabulary, its first column being of id first_id;
-#   ids outside it are passed over.
-#
-# Grid: (M,). Traffic: V logits read by either; V gradients written, and read before if added to.
-#
-# Ids: a program walks its row in blocks and its ids beside it: while the next id is in the block, the
-#   one lane that has it is masked (sum) or replaced (gradient), K times a row, not K times a logit.
-#
-# Numerics
-#   Lane: the logits that one thread sees, with its own maximum and sum, joined once, after the loop, as
-#   in score.py; a lane that saw nothing but -inf or ids has the maximum FLOOR. Rounded k ref + log2z
-#   would lose the digits of log2z where the rest is of size 300; hence two columns.
-#   Nothing off ids, or -inf alone: log2z = -inf, ref finite, and the gradient off ids 0. NaN off ids
-#   (or +inf) gives NaN; at an id the list has it, and the rest does not see it.
-#   The gradient's softmax is not normalised again: coef e^(logit - rest) <= coef.
-#
-# Not here: which ids (support.py), values and coef (opd_ops/loss.py), block sizes (tiles.py).
-# Specification: the equations above, by autograd (tests/kernel_oracle.py). Tests: tests/test_kernel_rest.py.
+"""Rest: what one model puts on a row off a short list of ids, and the gradient of a loss of both.
+
+  rest = log sum_{v off ids} e^logit[v]                                         [nats]
+  of a loss of (logits at ids, rest), with values its derivatives at ids and coef that by rest:
+  d loss / d logit[v] = values[k] at v = ids[k],  coef e^(logit[v] - rest) off ids
+  out[rows[i], v] (= or +=) d loss / d logit[v] dlogit/dx,  x the stored logit
+  arXiv:2605.26844, eq. 9 renormalises on the list (support.py); here what is off it is one more outcome.
+
+Shapes: N tokens, M selected rows, V vocabulary, K <= 128
+  x           (N, V)    in   stored logits, fp32/bf16/fp16, unit stride along V
+  rows        (M,)      in   row numbers in [0, N), each at most once; None: rows 0 .. M-1
+  ids         (M, K)    in   int32, ascending, each at most once, filled up at the end with 2^31 - 1
+  values      (M, K)    in   fp32, in that order
+  coef        (M,)      in   fp32; 0 makes every entry off ids 0 whatever the row holds
+  columns     (2, M)    fp32 ref, log2z: rest = ln 2 (k ref + log2z), k of device.py
+  out         (N, W)    out  at rows; W >= V, columns V .. W-1 become 0, or stay as they are if added to.
+                             May be x itself if not added to: a program loads a block of its row before
+                             it stores that block, and no other row.
+  In the gradient x and out may be a block of the vocabulary, its first column being of id first_id;
+  ids outside it are passed over.
+
+Grid: (M,). Traffic: V logits read by either; V gradients written, and read before if added to.
+
+Ids: a program walks its row in blocks and its ids beside it: while the next id is in the block, the
+  one lane that has it is masked (sum) or replaced (gradient), K times a row, not K times a logit.
+
+Numerics
+  Lane: the logits that one thread sees, with its own maximum and sum, joined once, after the loop, as
+  in score.py; a lane that saw nothing but -inf or ids has the maximum FLOOR. Rounded k ref + log2z
+  would lose the digits of log2z where the rest is of size 300; hence two columns.
+  Nothing off ids, or -inf alone: log2z = -inf, ref finite, and the gradient off ids 0. NaN off ids
+  (or +inf) gives NaN; at an id the list has it, and the rest does not see it.
+  The gradient's softmax is not normalised again: coef e^(logit - rest) <= coef.
+
+Not here: which ids (support.py), values and coef (opd_ops/loss.py), block sizes (tiles.py).
+Specification: the equations above, by autograd (tests/support/kernel_oracle.py). Tests: tests/kernels/test_rest.py.
+"""
 
 import torch
 import triton

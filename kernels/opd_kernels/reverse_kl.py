@@ -1,30 +1,31 @@
-# Reverse KL on selected rows: its gradient with respect to the stored logits.
-#
-#   g[v] = log p[v] - log q[v];  kl = sum_v p[v] g[v]                             [nats]
-#   d kl / d logit[v] = p[v] (g[v] - kl);  at a top id with p > 1/2 minus the sum of the others
-#   out[rows[i], v] = weights[i] p[v] (g[v] - kl) dlogit/dx,  x the stored logit
-#   Source: arXiv:2605.26844, eq. 6; the whole vocabulary.
-#
-# Shapes: N tokens, M selected rows, V vocabulary
-#   s, t        (N, V)    in   stored logits, fp32/bf16/fp16, unit stride along V
-#   rows        (M,)      in   row numbers in [0, N), each at most once; None: rows 0 .. M-1
-#   weights     (M,)      in   fp32; 0 writes zeros whatever the row holds
-#   columns     (12, M)   in   score.py's columns of these rows
-#   top         (M,)      in   int32, argmax.py; None where the tables are a block of the vocabulary
-#   out         (N, W)    out  at rows; W >= V, columns V .. W-1 become 0. May be s itself: a program
-#                              loads a block of its row before it stores that block, and no other row.
-#
-# Grid: (M,). Traffic: 2 V logits read, W gradients written.
-#
-# Numerics
-#   Second sweep: normalisers and kl are known, so nothing is rescaled and kl enters as a constant.
-#   At the top id g - kl is the difference of two numbers that agree where p is near 1: sum p = 1 makes it
-#   minus the sum of all others, which loses nothing.
-#   p = 0 gives a gradient of 0, before any product (0 * inf). A row with kl = +inf has no finite
-#   gradient: it gets zeros. NaN logits give NaN, never hidden.
-#
-# Not here: which rows (opd_ops/selectors.py), weights (opd_ops/loss.py), forward KL (forward_kl.py).
-# Specification: autograd of opd_ops/backends/eager.py. Tests: tests/test_kernel_grad.py.
+"""Reverse KL on selected rows: its gradient with respect to the stored logits.
+
+  g[v] = log p[v] - log q[v];  kl = sum_v p[v] g[v]                             [nats]
+  d kl / d logit[v] = p[v] (g[v] - kl);  at a top id with p > 1/2 minus the sum of the others
+  out[rows[i], v] = weights[i] p[v] (g[v] - kl) dlogit/dx,  x the stored logit
+  Source: arXiv:2605.26844, eq. 6; the whole vocabulary.
+
+Shapes: N tokens, M selected rows, V vocabulary
+  s, t        (N, V)    in   stored logits, fp32/bf16/fp16, unit stride along V
+  rows        (M,)      in   row numbers in [0, N), each at most once; None: rows 0 .. M-1
+  weights     (M,)      in   fp32; 0 writes zeros whatever the row holds
+  columns     (12, M)   in   score.py's columns of these rows
+  top         (M,)      in   int32, argmax.py; None where the tables are a block of the vocabulary
+  out         (N, W)    out  at rows; W >= V, columns V .. W-1 become 0. May be s itself: a program
+                             loads a block of its row before it stores that block, and no other row.
+
+Grid: (M,). Traffic: 2 V logits read, W gradients written.
+
+Numerics
+  Second sweep: normalisers and kl are known, so nothing is rescaled and kl enters as a constant.
+  At the top id g - kl is the difference of two numbers that agree where p is near 1: sum p = 1 makes it
+  minus the sum of all others, which loses nothing.
+  p = 0 gives a gradient of 0, before any product (0 * inf). A row with kl = +inf has no finite
+  gradient: it gets zeros. NaN logits give NaN, never hidden.
+
+Not here: which rows (opd_ops/selection/selectors.py), weights (opd_ops/loss.py), forward KL (forward_kl.py).
+Specification: autograd of opd_ops/backends/eager.py. Tests: tests/kernels/test_grad.py.
+"""
 
 import torch
 import triton

@@ -1,39 +1,41 @@
-# Support: exact top-K of both models and the statistics that live on it.
-#
-#   S, T: ids of the K largest logits of student and teacher, order (logit descending, id ascending)
-#   support_mass C = sum_S q                    (arXiv:2605.26844 eq. 10; q over the whole vocabulary)
-#   student_support_mass = sum_S p,  overlap_mass = sum_{S & T} q       (eq. 17)
-#   union_kl D = KL(q|U || p|U), U = S | T, both renormalised on U      (eq. 9, forward KL)
-#
-# Shapes: n rows, V vocabulary, NG = ceil(V / 128) groups, K <= 128, K <= V
-#   s, t       (N, V)      in   stored logits; rows (n,) in, or None
-#   group_max  (n, 2, >= NG)  in   score.py
-#   columns    (12, n)     in   score.py
-#   ids        (n, 2, K)   out  int32, S then T, in order
-#   logits     (n, 4, K)   out  fp32 after scale, soft-cap and temperature: s at S, t at S, s at T, t at T
-#   columns    (4, n)      out  fp32, the order of SUPPORT_COLUMNS
-#
-# Three kernels, a launch boundary where a thread needs what another one wrote:
-#   groups  (2n programs)  the K groups of largest maximum, ties to the lower group. They hold the
-#           top-K: an element outside them is preceded by K group maxima, each larger, or equal and of lower id.
-#   topk    (n programs, once per model)  the K largest of those 128 K logits, ties to the lower id,
-#           as places among the candidates.
-#   stats   (n programs)   puts each list in order by counting, gathers, reduces.
-# Traffic: 2 NG maxima, 2 * 128 K logits, 8 K gathered ones per row: about 3 % of the row at K = 16.
-#
-# Numerics
-#   Selection compares integers (device.py: _order_key), so it is exact for any values. The K-th is found by bisection
-#   between a lower bound and the largest: 7 and 5 rounds on normal bf16 logits at V = 152k and K = 16, 23 and 21 in
-#   fp32; never more than a key has bits. It ranks
-#   the stored logits: the order of the logits, scale being positive and tanh strictly increasing,
-#   without the ties that rounding a soft-cap would add. -inf ranks last, by id; NaN beyond the
-#   infinities, and K different ids inside the vocabulary come out all the same.
-#   On U, D = sum q(log q - log p) + sum p - sum q: the last two are equal but for the rounding of
-#   the normalisers, whose effect on the first they cancel. Clamped at 0.
-#   Masked logits (device.py: _is_masked) are -inf. D = +inf if some id of U has s = -inf and q > 0 in fp64.
-#
-# Not here: what K is for (opd_ops/selectors.py), full-vocabulary statistics (score.py).
-# Specification: opd_ops/backends/eager.py. Tests: tests/test_kernel_support.py.
+"""Support: exact top-K of both models and the statistics that live on it.
+
+  S, T: ids of the K largest logits of student and teacher, order (logit descending, id ascending)
+  support_mass C = sum_S q                    (arXiv:2605.26844 eq. 10; q over the whole vocabulary)
+  student_support_mass = sum_S p,  overlap_mass = sum_{S & T} q       (eq. 17)
+  union_kl D = KL(q|U || p|U), U = S | T, both renormalised on U      (eq. 9, forward KL)
+
+Shapes: n rows, V vocabulary, NG = ceil(V / 128) groups, K <= 128, K <= V
+  s, t       (N, V)      in   stored logits; rows (n,) in, or None
+  group_max  (n, 2, >= NG)  in   score.py
+  columns    (12, n)     in   score.py
+  ids        (n, 2, K)   out  int32, S then T, in order
+  logits     (n, 4, K)   out  fp32 after scale, soft-cap and temperature: s at S, t at S, s at T, t at T
+  columns    (4, n)      out  fp32, the order of SUPPORT_COLUMNS
+
+Three kernels, a launch boundary where a thread needs what another one wrote:
+  groups  (2n programs)  the K groups of largest maximum, ties to the lower group. They hold the
+          top-K: an element outside them is preceded by K group maxima, each larger, or equal and of lower id.
+  topk    (n programs, once per model)  the K largest of those 128 K logits, ties to the lower id,
+          as places among the candidates.
+  stats   (n programs)   puts each list in order by counting, gathers, reduces.
+Traffic: 2 NG maxima, 2 * 128 K logits, 8 K gathered ones per row: about 3 % of the row at K = 16.
+
+Numerics
+  Selection compares integers (device.py: _order_key), so it is exact for any values. The K-th is found by bisection
+  between a lower bound and the largest: 7 and 5 rounds on normal bf16 logits at V = 152k and K = 16, 23 and 21 in
+  fp32; never more than a key has bits. It ranks
+  the stored logits: the order of the logits, scale being positive and tanh strictly increasing,
+  without the ties that rounding a soft-cap would add. -inf ranks last, by id; NaN beyond the
+  infinities, and K different ids inside the vocabulary come out all the same.
+  On U, D = sum q(log q - log p) + sum p - sum q: the last two are equal but for the rounding of
+  the normalisers, whose effect on the first they cancel. Clamped at 0.
+  Masked logits (device.py: _is_masked) are -inf. D = +inf if some id of U has s = -inf and q > 0 in fp64.
+
+Not here: what K is for (opd_ops/selection/selectors.py), full-vocabulary statistics (score.py).
+Specification: opd_ops/backends/eager.py. Tests: tests/kernels/test_support.py.
+"""
+
 from typing import NamedTuple
 
 import torch

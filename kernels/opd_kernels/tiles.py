@@ -1,9 +1,11 @@
-# Launch table: the one place that chooses block sizes and warps, per kernel, stored type and device.
-#
-# Every reason below is a static count (python -m benchmarks.static_roofline): registers, spills and
-# instructions per pair for sm_80, sm_90 and sm_100. None has been measured on a GPU yet.
-#
-# Not here: kernels; autotuning, which there is none of.
+"""Launch table: the one place that chooses block sizes and warps, per kernel, stored type and device.
+
+Every reason below is a static count (python -m benchmarks.static.roofline): registers, spills and
+instructions per pair for sm_80, sm_90 and sm_100. None has been measured on a GPU yet.
+
+Not here: kernels; autotuning, which there is none of.
+"""
+
 import functools
 from typing import NamedTuple
 

@@ -1,13 +1,15 @@
-# The specification: every statistic and every loss in the shortest correct torch, over full (n, V) tensors.
-#
-#   H(p) = -sum p log p;  KL(p||q) = sum p (log p - log q);  C = sum_{S} q;  D = KL(q|U || p|U)  (TokenStats' header)
-#   Sources: arXiv 2605.26844 eqs. 6, 9, 10, 17; arXiv 2604.14084 eq. 3; definitions are those of TokenStats.
-#
-# The divergences' equations are their own `loss` (divergences/), differentiated here by autograd alone.
-# Runs in any dtype, fp64 included, and is the oracle of the tests; gradients are autograd's, so that the closed forms of
-# the other backends are checked against something else than themselves.
-# Where ranks share out the vocabulary, logits are gathered whole, and every rank computes the same.
-# Not here: memory or speed (streamed.py), selection (selectors.py).
+"""The specification: every statistic and every loss in the shortest correct torch, over full (n, V) tensors.
+
+  H(p) = -sum p log p;  KL(p||q) = sum p (log p - log q);  C = sum_{S} q;  D = KL(q|U || p|U)  (TokenStats' header)
+  Sources: arXiv 2605.26844 eqs. 6, 9, 10, 17; arXiv 2604.14084 eq. 3; definitions are those of TokenStats.
+
+The divergences' equations are their own `loss` (divergences/), differentiated here by autograd alone.
+Runs in any dtype, fp64 included, and is the oracle of the tests; gradients are autograd's, so that the closed forms of
+the other backends are checked against something else than themselves.
+Where ranks share out the vocabulary, logits are gathered whole, and every rank computes the same.
+Not here: memory or speed (streamed/backend.py), selection (selection/selectors.py).
+"""
+
 from __future__ import annotations
 
 import math
@@ -17,12 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_ops import equations
-from opd_ops.backends.overwritten import unchanged
-from opd_ops.divergences import JSD, Divergence, OnSupport, Support, weighted_sum, without_infinite
-from opd_ops.sources import Shard, Source, compute_dtype, mask_limit, take_rows
-from opd_ops.stats import OwnStats, TokenStats
-from opd_ops.teachers import LAST_ID, Listed, tail
+from opd_ops.backends.shared.overwritten import unchanged
+from opd_ops.divergences import JSD, Divergence, OnSupport, Support, equations, weighted_sum, without_infinite
+from opd_ops.inputs.sources import Shard, Source, compute_dtype, mask_limit, take_rows
+from opd_ops.inputs.teacher_lists import LAST_ID, Listed, tail
+from opd_ops.selection.stats import OwnStats, TokenStats
 
 RELEASED_FLOOR = 1e-12  # what the released TA code puts for an id missing from a list
 LEAST_LISTED = -745.0  # log of the smallest fp64 number: below, the released TA code's p is 0 and the id is not listed

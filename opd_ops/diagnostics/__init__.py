@@ -1,8 +1,10 @@
-# Diagnostics: what selection does on a real student and teacher, as numbers (`study`) and as one page (report.py).
-#
-#   from opd_ops.diagnostics import Contexts, study
-#
-# These names need torch alone. Not here: the page, which needs matplotlib (report.py), `opd-inspect` (cli.py).
+"""Diagnostics: what selection does on a real student and teacher, as numbers (`study`) and as one page (report.py).
+
+  from opd_ops.diagnostics import Contexts, study
+
+These names need torch alone. Not here: the page, which needs matplotlib (report.py), `opd-inspect` (cli.py).
+"""
+
 from opd_ops.diagnostics.contexts import Contexts
 from opd_ops.diagnostics.fixed_context import SelectorGain
 from opd_ops.diagnostics.intervals import Interval

@@ -1,11 +1,13 @@
-# `opd-inspect`: what selection does for a student, a teacher and prompts of your own, as one HTML page.
-#
-#   opd-inspect --student NAME --teacher NAME --prompts prompts.jsonl [--trained NAME] [--out report.html]
-#
-# The student answers the prompts with a fixed seed; those answers stay as they are. Student and teacher are compared on their
-# tokens, and with a trained student the gain of each token is known (arXiv 2605.26844 section 3). The numbers go to a JSON file
-# beside the page. What can be refused is refused before a model loads.
-# Not here: running models (measure.py), the numbers (study.py), the page (report.py), names of models (trainer/models.py).
+"""`opd-inspect`: what selection does for a student, a teacher and prompts of your own, as one HTML page.
+
+  opd-inspect --student NAME --teacher NAME --prompts prompts.jsonl [--trained NAME] [--out report.html]
+
+The student answers the prompts with a fixed seed; those answers stay as they are. Student and teacher are compared on their
+tokens, and with a trained student the gain of each token is known (arXiv 2605.26844 section 3). The numbers go to a JSON file
+beside the page. What can be refused is refused before a model loads.
+Not here: running models (measure.py), the numbers (study.py), the page (report.py), names of models (trainer/models.py).
+"""
+
 from __future__ import annotations
 
 import argparse
@@ -23,8 +25,8 @@ from opd_ops.diagnostics.contexts import Contexts
 from opd_ops.diagnostics.fixed_context import named_selectors
 from opd_ops.diagnostics.measure import Reader, compare, sample_answers
 from opd_ops.diagnostics.study import FRACTIONS, SELECTED, Study, study
-from opd_ops.selectors import SELECTORS
-from opd_ops.stats import OPTIONAL_COLUMNS
+from opd_ops.selection.selectors import SELECTORS
+from opd_ops.selection.stats import OPTIONAL_COLUMNS
 from opd_ops.trainer.files import check_path, check_text
 from opd_ops.trainer.models import load_model, load_tokenizer
 from opd_ops.trainer.prompts import Prompt, load_prompts

@@ -1,9 +1,11 @@
-# `Contexts`: what is known of frozen answers, the material of every diagnostic.
-#
-#   A context is an answer that the student wrote before training, position by position: the statistics of student and teacher
-#   there, and KL(q || p_after) of a trained student at the same positions (arXiv 2605.26844, section 3 and appendix C).
-#
-# Not here: how models are run to fill them (cli.py), what is computed from them (study.py).
+"""`Contexts`: what is known of frozen answers, the material of every diagnostic.
+
+  A context is an answer that the student wrote before training, position by position: the statistics of student and teacher
+  there, and KL(q || p_after) of a trained student at the same positions (arXiv 2605.26844, section 3 and appendix C).
+
+Not here: how models are run to fill them (cli.py), what is computed from them (study.py).
+"""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd_ops.stats import TokenStats
+from opd_ops.selection.stats import TokenStats
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,12 +1,14 @@
-# The fixed-context diagnostic: how far training brought the student to the teacher, and on which tokens.
-#
-#   G = KL(q || p_before) - KL(q || p_after) at the same positions of frozen answers     (arXiv 2605.26844 section 3)  [nats]
-#   relative gain = G / KL(q || p_before), winsorised at its 1 % and 99 % quantiles      (appendix C, the released tool)
-#   gain of a selector = mean of G over the positions that it ranks highest by the statistics *before*; G plays no part in it.
-#
-# The selection is made once, on all answers, as training makes it on a batch; a bootstrap resample then draws prompts with
-# whatever was selected of them. So intervals say how the mean would vary over prompts for this ranking and threshold.
-# Not here: the scores' equations (opd_ops/selectors.py), the resampling (intervals.py).
+"""The fixed-context diagnostic: how far training brought the student to the teacher, and on which tokens.
+
+  G = KL(q || p_before) - KL(q || p_after) at the same positions of frozen answers     (arXiv 2605.26844 section 3)  [nats]
+  relative gain = G / KL(q || p_before), winsorised at its 1 % and 99 % quantiles      (appendix C, the released tool)
+  gain of a selector = mean of G over the positions that it ranks highest by the statistics *before*; G plays no part in it.
+
+The selection is made once, on all answers, as training makes it on a batch; a bootstrap resample then draws prompts with
+whatever was selected of them. So intervals say how the mean would vary over prompts for this ranking and threshold.
+Not here: the scores' equations (opd_ops/selection/selectors.py), the resampling (intervals.py).
+"""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -18,8 +20,8 @@ from torch import Tensor
 from opd_ops.diagnostics.contexts import Contexts
 from opd_ops.diagnostics.intervals import Interval, mean_intervals
 from opd_ops.scoring import select_positions
-from opd_ops.selection import sequence_ids
-from opd_ops.selectors import SELECTORS, Selector, everything, resolve_selector, selection_options
+from opd_ops.selection.budget import sequence_ids
+from opd_ops.selection.selectors import SELECTORS, Selector, everything, resolve_selector, selection_options
 
 LEAST_KL = 1e-6  # nats: what the library's KL may be off by, so a ratio to less than this means nothing
 TAILS = (0.01, 0.99)

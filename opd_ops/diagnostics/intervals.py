@@ -1,11 +1,13 @@
-# Cluster bootstrap: intervals of means over tokens that allow for tokens of one prompt not being independent.
-#
-#   A resample draws C prompts of C with replacement, each with all its tokens; a mean over tokens is then
-#       sum_c w_c S_c / sum_c w_c n_c,    w_c: how often cluster c was drawn, S_c, n_c: its sum and count of tokens
-#   and the interval is between the 2.5 % and 97.5 % percentiles of the resamples   (arXiv 2605.26844, appendix C).
-#
-# Every statistic is a function of sums over clusters, so a resample costs one product with the weights, not a pass over tokens.
-# Not here: which tokens (fixed_context.py, quadrants.py), the regression's function of the sums (regression.py).
+"""Cluster bootstrap: intervals of means over tokens that allow for tokens of one prompt not being independent.
+
+  A resample draws C prompts of C with replacement, each with all its tokens; a mean over tokens is then
+      sum_c w_c S_c / sum_c w_c n_c,    w_c: how often cluster c was drawn, S_c, n_c: its sum and count of tokens
+  and the interval is between the 2.5 % and 97.5 % percentiles of the resamples   (arXiv 2605.26844, appendix C).
+
+Every statistic is a function of sums over clusters, so a resample costs one product with the weights, not a pass over tokens.
+Not here: which tokens (fixed_context.py, quadrants.py), the regression's function of the sums (regression.py).
+"""
+
 from __future__ import annotations
 
 import math

@@ -1,10 +1,12 @@
-# Models to statistics: the student writes answers, which are frozen, and two models are compared on their tokens.
-#
-#   frozen = sample_answers(student, prompts, ...)
-#   before = compare(student, teacher, frozen, ...);  after = compare(trained, teacher, frozen, ...).forward_kl
-#
-# Answers go through the models in batches; no logits are stored, and two models at a time are needed.
-# Not here: what is made of the statistics (study.py), flags (cli.py), sampling and alignment (opd_ops/trainer/rollouts.py).
+"""Models to statistics: the student writes answers, which are frozen, and two models are compared on their tokens.
+
+  frozen = sample_answers(student, prompts, ...)
+  before = compare(student, teacher, frozen, ...);  after = compare(trained, teacher, frozen, ...).forward_kl
+
+Answers go through the models in batches; no logits are stored, and two models at a time are needed.
+Not here: what is made of the statistics (study.py), flags (cli.py), sampling and alignment (opd_ops/trainer/rollouts.py).
+"""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -15,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from opd_ops.scoring import score_positions
-from opd_ops.selectors import everything
-from opd_ops.stats import TokenStats
+from opd_ops.selection.selectors import everything
+from opd_ops.selection.stats import TokenStats
 from opd_ops.trainer.order import seed_of
 from opd_ops.trainer.prompts import Prompt
 from opd_ops.trainer.rollouts import Rollouts, head_over, sample

@@ -1,9 +1,11 @@
-# The pictures of the report, as SVG inside the page: gains by selector, the regression, the quadrant map, distributions.
-#
-#   Lines and text take the page's own colour, so that they are readable in a light and in a dark scheme; marks are of middle
-#   lightness, and density is opacity. Text stays text: it can be selected, and is set in the reader's own font.
-#
-# Not here: the numbers (study.py), the words around them (report.py).
+"""The pictures of the report, as SVG inside the page: gains by selector, the regression, the quadrant map, distributions.
+
+  Lines and text take the page's own colour, so that they are readable in a light and in a dark scheme; marks are of middle
+  lightness, and density is opacity. Text stays text: it can be selected, and is set in the reader's own font.
+
+Not here: the numbers (study.py), the words around them (report.py).
+"""
+
 from __future__ import annotations
 
 import re

@@ -1,10 +1,12 @@
-# TIP's quadrants: tokens by the student's entropy and by its disagreement with the teacher.
-#
-#   Q1: entropy high, KL high    Q2: entropy high, KL low    Q3: entropy low, KL high (overconfident)    Q4: both low
-#   entropy = H(p), KL = KL(p || q) in nats; high: above the median of the measured positions.
-#   (arXiv 2604.14084 section 3 names them without thresholds; the released code of arXiv 2605.26844 splits at the medians.)
-#
-# Not here: selectors made of the same two (opd_ops/selectors.py: tip, overconfident), the map as a picture (plots.py).
+"""TIP's quadrants: tokens by the student's entropy and by its disagreement with the teacher.
+
+  Q1: entropy high, KL high    Q2: entropy high, KL low    Q3: entropy low, KL high (overconfident)    Q4: both low
+  entropy = H(p), KL = KL(p || q) in nats; high: above the median of the measured positions.
+  (arXiv 2604.14084 section 3 names them without thresholds; the released code of arXiv 2605.26844 splits at the medians.)
+
+Not here: selectors made of the same two (opd_ops/selection/selectors.py: tip, overconfident), the map as a picture (plots.py).
+"""
+
 from __future__ import annotations
 
 import math

@@ -1,11 +1,13 @@
-# Where gains come from: the regression of the gain on teachability and on incompatibility.
-#
-#   z(G) = b_1 z(D C) + b_2 z(D (1 - C)) + residual,   z: minus its mean, over its standard deviation; D, C: quantile-normalised
-#   Least squares over tokens; intervals by cluster bootstrap      (arXiv 2605.26844 section 3, appendix C; Norm is its eq. 11)
-#
-# D and C are normalised once, on all tokens. A resample centres and scales anew: its b solves R b = r, with R the correlations
-# of the two regressors and r theirs with G, all from the clusters' sums of products.
-# Not here: G (fixed_context.py), the two scores as selectors (opd_ops/selectors.py).
+"""Where gains come from: the regression of the gain on teachability and on incompatibility.
+
+  z(G) = b_1 z(D C) + b_2 z(D (1 - C)) + residual,   z: minus its mean, over its standard deviation; D, C: quantile-normalised
+  Least squares over tokens; intervals by cluster bootstrap      (arXiv 2605.26844 section 3, appendix C; Norm is its eq. 11)
+
+D and C are normalised once, on all tokens. A resample centres and scales anew: its b solves R b = r, with R the correlations
+of the two regressors and r theirs with G, all from the clusters' sums of products.
+Not here: G (fixed_context.py), the two scores as selectors (opd_ops/selection/selectors.py).
+"""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from torch import Tensor
 from opd_ops.diagnostics.contexts import Contexts
 from opd_ops.diagnostics.fixed_context import gain
 from opd_ops.diagnostics.intervals import Interval, cluster_sums, interval
-from opd_ops.selectors import incompatibility, teachability
+from opd_ops.selection.selectors import incompatibility, teachability
 
 REGRESSORS = ("teachability", "incompatibility")
 LEAST_DETERMINANT = 1e-10  # of the correlations: below it the two regressors are one, up to rounding

@@ -1,8 +1,10 @@
-# The report: one HTML page with the numbers, the pictures and the tokens of a study, which opens without a network.
-#
-#   gains by selector, regression, quadrants, distributions, heat maps, settings; each with a paragraph on how to read it.
-#
-# Not here: the numbers (study.py), the pictures (plots.py), the tokens' style and script (token_heatmap.py), models (cli.py).
+"""The report: one HTML page with the numbers, the pictures and the tokens of a study, which opens without a network.
+
+  gains by selector, regression, quadrants, distributions, heat maps, settings; each with a paragraph on how to read it.
+
+Not here: the numbers (study.py), the pictures (plots.py), the tokens' style and script (token_heatmap.py), models (cli.py).
+"""
+
 from __future__ import annotations
 
 import math

@@ -1,9 +1,11 @@
-# `study`: every diagnostic of some frozen answers, in one call and as plain numbers.
-#
-#   gains by selector (fixed_context.py), the regression (regression.py), the quadrants (quadrants.py)
-#   Source: arXiv 2605.26844 section 3 and appendix C; arXiv 2604.14084 section 3.
-#
-# Not here: the page that shows them (report.py).
+"""`study`: every diagnostic of some frozen answers, in one call and as plain numbers.
+
+  gains by selector (fixed_context.py), the regression (regression.py), the quadrants (quadrants.py)
+  Source: arXiv 2605.26844 section 3 and appendix C; arXiv 2604.14084 section 3.
+
+Not here: the page that shows them (report.py).
+"""
+
 from __future__ import annotations
 
 import math
@@ -14,13 +16,13 @@ from typing import Any
 from torch import Tensor
 
 from opd_ops.arguments import check_integer
-from opd_ops.checks import check_fraction
+from opd_ops.call.checks import check_fraction
 from opd_ops.diagnostics.contexts import Contexts
 from opd_ops.diagnostics.fixed_context import SelectorGain, gains_by_selector, named_selectors, scores_of, selection
 from opd_ops.diagnostics.intervals import draw_weights
 from opd_ops.diagnostics.quadrants import Quadrants, quadrants
 from opd_ops.diagnostics.regression import DegenerateError, Regression, regress
-from opd_ops.selectors import Selector
+from opd_ops.selection.selectors import Selector
 
 SELECTED = (
     "teachability",
@@ -76,7 +78,7 @@ def study(
     """Gains by selector, regression and quadrants of frozen answers.
 
     Args:
-        selectors: Names of opd_ops/selectors.py, or a mapping from names to callables `TokenStats -> scores`.
+        selectors: Names of opd_ops/selection/selectors.py, or a mapping from names to callables `TokenStats -> scores`.
         fractions: Shares of the positions, each in (0, 1].
         resamples: Of the prompts, for 95 % intervals; 500 to 1000 in the paper.
         seed: Of the resampling and of selectors that draw.

@@ -1,12 +1,14 @@
-# Token heat maps: sampled tokens coloured by their score, the selected ones outlined, their statistics on hover.
-#
-#   shade of a token = (score - lowest) / (highest - lowest) over the finite scores of its batch
-#   The statistics are the columns of TokenStats, arXiv 2605.26844 eqs. 9, 10; each is named again in the page.
-#
-# `render` makes a whole page of training steps, `heat_map` the tokens of one batch for a page of someone else's.
-# One file with its style and its dozen lines of script inside: it needs no network and can be sent as it is.
-# Text from outside (questions, tokens, settings, names) is isolated, whatever its direction, from the words of the page.
-# Not here: what is computed (opd_ops/), a training loop that writes such a page (examples/prompt_distillation.py).
+"""Token heat maps: sampled tokens coloured by their score, the selected ones outlined, their statistics on hover.
+
+  shade of a token = (score - lowest) / (highest - lowest) over the finite scores of its batch
+  The statistics are the columns of TokenStats, arXiv 2605.26844 eqs. 9, 10; each is named again in the page.
+
+`render` makes a whole page of training steps, `heat_map` the tokens of one batch for a page of someone else's.
+One file with its style and its dozen lines of script inside: it needs no network and can be sent as it is.
+Text from outside (questions, tokens, settings, names) is isolated, whatever its direction, from the words of the page.
+Not here: what is computed (opd_ops/), a training loop that writes such a page (examples/prompt_distillation.py).
+"""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +18,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from opd_ops.loss import SelectiveOPDOutput
-from opd_ops.stats import TokenStats
+from opd_ops.selection.stats import TokenStats
 
 MOST_ROLLOUTS = 8  # per batch: enough to read
 

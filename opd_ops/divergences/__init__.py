@@ -1,6 +1,8 @@
-# The losses that may be applied to the selected positions, by name or as instances that carry their parameters.
-#
-# Not here: what a divergence is (base.py), the divergences (whole.py, support.py, composite.py).
+"""The losses that may be applied to the selected positions, by name or as instances that carry their parameters.
+
+Not here: what a divergence is (base.py), the divergences (whole.py, support.py, composite.py).
+"""
+
 from __future__ import annotations
 
 from opd_ops.divergences.base import Divergence, OnSupport, Summed, Support, WholeRow, weighted_sum, without_infinite

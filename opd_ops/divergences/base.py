@@ -1,13 +1,15 @@
-# What a divergence is: a loss per selected position, made of a sum over the whole vocabulary, of a function of a short list of
-# ids, or of both.
-#
-#   WholeRow    l = sum_v f(p_v, q_v)                   dl/ds_v = p_v ((f'_v - f'_a) - sum_w p_w (f'_w - f'_a)),  f' = df/dp
-#   OnSupport   l = f(logits x_k at K ids, log-sum-exp off them)   dl/ds_v = df/dx_k at the ids, df/drest e^{s_v - rest} off
-#   s: student logits after temperature; a: the student's most likely id. Nothing of size V is kept for either.
-#   Slopes are relative to that of a: at a itself, where p may be near 1, the mean slope is left, and nothing is subtracted.
-#
-# A new divergence is one small class of one of these kinds in a file of its own (CONTRIBUTING.md).
-# Not here: the divergences themselves (whole.py, support.py, composite.py), how backends compute the two forms.
+"""What a divergence is: a loss per selected position, made of a sum over the whole vocabulary, of a function of a short list of
+ids, or of both.
+
+  WholeRow    l = sum_v f(p_v, q_v)                   dl/ds_v = p_v ((f'_v - f'_a) - sum_w p_w (f'_w - f'_a)),  f' = df/dp
+  OnSupport   l = f(logits x_k at K ids, log-sum-exp off them)   dl/ds_v = df/dx_k at the ids, df/drest e^{s_v - rest} off
+  s: student logits after temperature; a: the student's most likely id. Nothing of size V is kept for either.
+  Slopes are relative to that of a: at a itself, where p may be near 1, the mean slope is left, and nothing is subtracted.
+
+A new divergence is one small class of one of these kinds in a file of its own (CONTRIBUTING.md).
+Not here: the divergences themselves (whole.py, support.py, composite.py), how backends compute the two forms.
+"""
+
 from __future__ import annotations
 
 from abc import ABC, abstractmethod

@@ -1,10 +1,12 @@
-# Divergences made of others: one that adds to a divergence, one that moves its teacher.
-#
-#   entropy_aware   l + alpha 1[H(q) > tau] sum_T q~ (log q~ - log p), q~ renormalised on the teacher's top-K T    (EOPD,
-#                   arXiv 2603.07079; it adds, it does not switch)
-#   extrapolated    l to the teacher softmax(lam u + (1 - lam) r), r the logits of a reference   (G-OPD, arXiv 2602.12125)
-#
-# Not here: the divergences they are made of (whole.py, support.py), reading mixed logits (opd_ops/sources.py).
+"""Divergences made of others: one that adds to a divergence, one that moves its teacher.
+
+  entropy_aware   l + alpha 1[H(q) > tau] sum_T q~ (log q~ - log p), q~ renormalised on the teacher's top-K T    (EOPD,
+                  arXiv 2603.07079; it adds, it does not switch)
+  extrapolated    l to the teacher softmax(lam u + (1 - lam) r), r the logits of a reference   (G-OPD, arXiv 2602.12125)
+
+Not here: the divergences they are made of (whole.py, support.py), reading mixed logits (opd_ops/inputs/sources.py).
+"""
+
 from __future__ import annotations
 
 import math
@@ -16,11 +18,11 @@ from torch import Tensor
 
 from opd_ops.arguments import check_integer, check_positive, real, shown, take_plain
 from opd_ops.divergences.base import Divergence, OnSupport, Support, WholeRow
+from opd_ops.divergences.equations import kl
 from opd_ops.divergences.whole import ReverseKL
-from opd_ops.equations import kl
 
 if TYPE_CHECKING:
-    from opd_ops.inputs import LinearHead
+    from opd_ops.inputs.linear_head import LinearHead
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
-# Divergences on a short list of ids: the teacher's top-K T, or the token that was sampled.
-#
-#   local_support     sum_T p^ (log p^ - log q^), p^ and q^ renormalised on T                      arXiv 2603.25562 eqs. 6-8
-#   tail_aware        sum_T p (log p - log q) + p_tail (log p_tail - log q_tail), p_tail = 1 - p(T)       arXiv 2608.14728
-#   forward_kl_topk   sum_T q (log q - log p), nothing renormalised: verl's loss of that name
-#   sampled           -A log p(y), A = log q(y) - log p(y) held constant: policy gradient of -KL(p || q) on the rollout token y
-#
-# `tail_aware` is a KL of two distributions of K + 1 outcomes: its tails are summed off the list, not taken from 1.
-# Truncated reverse KL without renormalisation is not offered: it is negative and unstable.
-# Not here: how a list is found and read (backends/support_terms.py).
+"""Divergences on a short list of ids: the teacher's top-K T, or the token that was sampled.
+
+  local_support     sum_T p^ (log p^ - log q^), p^ and q^ renormalised on T                      arXiv 2603.25562 eqs. 6-8
+  tail_aware        sum_T p (log p - log q) + p_tail (log p_tail - log q_tail), p_tail = 1 - p(T)       arXiv 2608.14728
+  forward_kl_topk   sum_T q (log q - log p), nothing renormalised: verl's loss of that name
+  sampled           -A log p(y), A = log q(y) - log p(y) held constant: policy gradient of -KL(p || q) on the rollout token y
+
+`tail_aware` is a KL of two distributions of K + 1 outcomes: its tails are summed off the list, not taken from 1.
+Truncated reverse KL without renormalisation is not offered: it is negative and unstable.
+Not here: how a list is found and read (backends/shared/list_losses.py).
+"""
+
 from __future__ import annotations
 
 import math
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from opd_ops.arguments import check_integer, check_positive, take_plain
 from opd_ops.divergences.base import OnSupport, Support
-from opd_ops.equations import kl, log_ratio_sum
+from opd_ops.divergences.equations import kl, log_ratio_sum
 
 
 @dataclass(frozen=True)

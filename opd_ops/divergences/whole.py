@@ -1,13 +1,15 @@
-# Divergences over the whole vocabulary: value and gradient in closed form, block by block.
-#
-#   reverse_kl       l = KL(p || q) = sum p (log p - log q)              dl/ds_v = p_v [(log p_v - log q_v) - l]
-#   forward_kl       l = KL(q || p) = sum q (log q - log p)              dl/ds_v = p_v - q_v
-#   jsd(beta)        l = beta KL(q || m) + (1-beta) KL(p || m),          dl/ds_v = (1-beta) p_v [log(p_v/m_v) - sum p log(p/m)]
-#                    m = beta q + (1-beta) p;  beta = 0: forward_kl, 1: reverse_kl (TRL's convention)
-#   total_variation  l = 1/2 sum |p - q|                                 dl/ds_v = 1/2 p_v [sign(p_v - q_v) - sum p sign(p - q)]
-#   s: student logits after temperature. arXiv 2605.26844 eq. 6; arXiv 2306.13649 (GKD).
-#
-# Not here: losses on a short list of ids (support.py), the mean over positions (opd_ops/loss.py).
+"""Divergences over the whole vocabulary: value and gradient in closed form, block by block.
+
+  reverse_kl       l = KL(p || q) = sum p (log p - log q)              dl/ds_v = p_v [(log p_v - log q_v) - l]
+  forward_kl       l = KL(q || p) = sum q (log q - log p)              dl/ds_v = p_v - q_v
+  jsd(beta)        l = beta KL(q || m) + (1-beta) KL(p || m),          dl/ds_v = (1-beta) p_v [log(p_v/m_v) - sum p log(p/m)]
+                   m = beta q + (1-beta) p;  beta = 0: forward_kl, 1: reverse_kl (TRL's convention)
+  total_variation  l = 1/2 sum |p - q|                                 dl/ds_v = 1/2 p_v [sign(p_v - q_v) - sum p sign(p - q)]
+  s: student logits after temperature. arXiv 2605.26844 eq. 6; arXiv 2306.13649 (GKD).
+
+Not here: losses on a short list of ids (support.py), the mean over positions (opd_ops/loss.py).
+"""
+
 from __future__ import annotations
 
 import math
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from opd_ops.arguments import real, shown, take_plain
 from opd_ops.divergences.base import Summed, WholeRow
-from opd_ops.equations import kl
+from opd_ops.divergences.equations import kl
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
-# A Hugging Face causal language model's hidden states and head as a `LinearHead`, with what the model does to its logits.
-#
-#   logits = softcap(scale * (hidden @ weight.T + bias)):  softcap Gemma 2 and 3; scale Cohere, Falcon-H1, Granite and others
-#
-# A scale that is ignored trains another objective in silence, so all that models of transformers call it are looked for.
-# Of the hidden states the last ones alone are returned: `output_hidden_states=True` would keep those of every layer alive.
-# Not here: when and with which inputs the models run (hf.py), TRL, which hands both numbers over (trl.py).
+"""A Hugging Face causal language model's hidden states and head as a `LinearHead`, with what the model does to its logits.
+
+  logits = softcap(scale * (hidden @ weight.T + bias)):  softcap Gemma 2 and 3; scale Cohere, Falcon-H1, Granite and others
+
+A scale that is ignored trains another objective in silence, so all that models of transformers call it are looked for.
+Of the hidden states the last ones alone are returned: `output_hidden_states=True` would keep those of every layer alive.
+Not here: when and with which inputs the models run (hf.py), TRL, which hands both numbers over (trl.py).
+"""
+
 from __future__ import annotations
 
 import inspect
@@ -16,7 +18,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from opd_ops.inputs import LinearHead
+from opd_ops.inputs.linear_head import LinearHead
 
 MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 DIVIDER = "logits_scaling"  # but a multiplier in HyperCLOVA X

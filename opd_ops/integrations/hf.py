@@ -1,12 +1,14 @@
-# Hugging Face's `Trainer`: distillation on selected tokens as a mixin over hidden states, or as a `compute_loss_func`.
-#
-#   `num_items_in_batch` is the count of labels over the accumulated micro-batches (and ranks); the sum over the selected tokens
-#   is divided by num_items n_selected / n_valid, so that neither accumulation nor selecting changes the size of a step.
-#
-# On-policy data come from the caller: batches hold what the student wrote, with labels -100 on the prompt. Without labels all
-# that the attention mask says is no padding is trained on.
-# Not here: the heads (heads.py), the trial of the options (options.py), TRL's trainers, which also roll out (trl.py), the loss
-# (opd_ops/loss.py).
+"""Hugging Face's `Trainer`: distillation on selected tokens as a mixin over hidden states, or as a `compute_loss_func`.
+
+  `num_items_in_batch` is the count of labels over the accumulated micro-batches (and ranks); the sum over the selected tokens
+  is divided by num_items n_selected / n_valid, so that neither accumulation nor selecting changes the size of a step.
+
+On-policy data come from the caller: batches hold what the student wrote, with labels -100 on the prompt. Without labels all
+that the attention mask says is no padding is trained on.
+Not here: the heads (heads.py), the trial of the options (options.py), TRL's trainers, which also roll out (trl.py), the loss
+(opd_ops/loss.py).
+"""
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -17,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from opd_ops.call.metrics import as_floats
 from opd_ops.integrations.heads import frozen_head, head_of, last_hidden
 from opd_ops.integrations.options import EVERY_TOKEN, try_options
 from opd_ops.loss import selective_opd_loss
-from opd_ops.metrics import as_floats
 
 LOGGED = ("kl_selected", "kl_all", "entropy_selected", "entropy", "support_mass", "n_valid", "n_selected", "n_infinite")
 LABELS = ("labels", "shift_labels")

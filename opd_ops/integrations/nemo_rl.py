@@ -1,17 +1,19 @@
-# NeMo-RL: a loss function object for its on-policy distillation, in the place of its `DistillationLossFn`.
-#
-#   NeMo-RL:  sum over valid tokens of l / global_valid_toks
-#   here:     sum over selected ones / (global_valid_toks n_selected / n_valid), n of the call
-#
-# NeMo-RL's teacher sends top-K logits without their normaliser: log q + c, c unknown in each row. What they do determine is q
-# renormalised on the list, q^; so the divergences are the two that need no more:
-#   local_support     sum_T p^ (log p^ - log q^)     NeMo-RL's kl_type "reverse", zero_outside_topk false
-#   forward_kl_topk   sum_T q^ (log q^ - log p)      its kl_type "forward", zero_outside_topk true
-# Selectors that read the teacher see q^, too: the support mass is that of q^, no lower bound on q's.
-# Contract and shapes were recorded from NeMo-RL 0.6.0 at commit 7ea279a (2026-08-22): loss/interfaces.py, loss/utils.py,
-# loss/loss_functions.py. Logits arrive as [B, S, V] (input type LOGIT): row t predicts token t + 1. Under tensor parallelism
-# they are a DTensor, or with Megatron this rank's part of the vocabulary.
-# Not here: logits that are sharded over the sequence (refused with an error), the loss (opd_ops/loss.py).
+"""NeMo-RL: a loss function object for its on-policy distillation, in the place of its `DistillationLossFn`.
+
+  NeMo-RL:  sum over valid tokens of l / global_valid_toks
+  here:     sum over selected ones / (global_valid_toks n_selected / n_valid), n of the call
+
+NeMo-RL's teacher sends top-K logits without their normaliser: log q + c, c unknown in each row. What they do determine is q
+renormalised on the list, q^; so the divergences are the two that need no more:
+  local_support     sum_T p^ (log p^ - log q^)     NeMo-RL's kl_type "reverse", zero_outside_topk false
+  forward_kl_topk   sum_T q^ (log q^ - log p)      its kl_type "forward", zero_outside_topk true
+Selectors that read the teacher see q^, too: the support mass is that of q^, no lower bound on q's.
+Contract and shapes were recorded from NeMo-RL 0.6.0 at commit 7ea279a (2026-08-22): loss/interfaces.py, loss/utils.py,
+loss/loss_functions.py. Logits arrive as [B, S, V] (input type LOGIT): row t predicts token t + 1. Under tensor parallelism
+they are a DTensor, or with Megatron this rank's part of the vocabulary.
+Not here: logits that are sharded over the sequence (refused with an error), the loss (opd_ops/loss.py).
+"""
+
 from __future__ import annotations
 
 import sys
@@ -21,12 +23,12 @@ import torch
 from nemo_rl.algorithms.loss.interfaces import LossInputType, LossType
 from torch import Tensor
 
+from opd_ops.call.metrics import as_floats
 from opd_ops.divergences import LocalSupport, TopKForwardKL
-from opd_ops.gathered import is_dtensor
+from opd_ops.inputs.teacher_lists import TopKLogprobs, is_missing
+from opd_ops.inputs.unshard import is_dtensor
 from opd_ops.integrations.options import try_options
 from opd_ops.loss import selective_opd_loss
-from opd_ops.metrics import as_floats
-from opd_ops.teachers import TopKLogprobs, is_missing
 
 DIVERGENCES: dict[str, type[LocalSupport | TopKForwardKL]] = {"local_support": LocalSupport, "forward_kl_topk": TopKForwardKL}
 GIVEN = ("weights", "num_items_in_batch", "process_group")  # by NeMo-RL

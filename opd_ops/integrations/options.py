@@ -1,11 +1,13 @@
-# Options of the loss, tried on a few random logits before a run that would first use them when its models are loaded.
-#
-#   Whatever the loss refuses is refused here, in its words; a name it does not have, or one that the host passes, as TypeError.
-#
-# What belongs to a run's own data cannot be tried and is taken as it comes: tensors, statistics of rollouts, selectors that are
-# callables, the reference of `Extrapolated`, process groups, and whether this machine has what a backend needs.
-# Here, too, what an evaluation puts in the place of the options that select.
-# Not here: the checks themselves (opd_ops/checks.py and its neighbours), the loss (opd_ops/loss.py).
+"""Options of the loss, tried on a few random logits before a run that would first use them when its models are loaded.
+
+  Whatever the loss refuses is refused here, in its words; a name it does not have, or one that the host passes, as TypeError.
+
+What belongs to a run's own data cannot be tried and is taken as it comes: tensors, statistics of rollouts, selectors that are
+callables, the reference of `Extrapolated`, process groups, and whether this machine has what a backend needs.
+Here, too, what an evaluation puts in the place of the options that select.
+Not here: the checks themselves (opd_ops/call/checks.py and its neighbours), the loss (opd_ops/loss.py).
+"""
+
 from __future__ import annotations
 
 import inspect
@@ -16,13 +18,13 @@ import torch
 from torch import Tensor
 
 from opd_ops.arguments import plain
-from opd_ops.backends import check_backend
-from opd_ops.checks import check_choice, check_generator, check_threshold
+from opd_ops.backends.interface import check_backend
+from opd_ops.call.checks import check_choice, check_generator, check_threshold
 from opd_ops.divergences import Divergence, Extrapolated
+from opd_ops.inputs.rollout import StudentStats
+from opd_ops.inputs.teacher_lists import TopKLogprobs
 from opd_ops.loss import selective_opd_loss
-from opd_ops.rollout import StudentStats
 from opd_ops.scoring import SCORE_DTYPES
-from opd_ops.teachers import TopKLogprobs
 
 SHAPE = (1, 4)  # positions
 VOCABULARY = 256

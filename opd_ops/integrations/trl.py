@@ -1,12 +1,15 @@
-# TRL: the selective loss inside `DistillationTrainer`, by one line or by a subclass, and in the shape of GKD's and GOLD's loss.
-#
-#   TRL:   sum over valid tokens of JSD_beta / num_items
-#   here:  sum over selected ones / (num_items n_selected / n_valid), so that selecting does not shrink the step
-#
-# `DistillationTrainer` hands hidden states and heads of both models to one module-level function; it is private, so its
-# parameters are compared before it is replaced. TRL rolls out once per optimizer step and cuts that into micro-batches: with
-# scope "batch" the budget is one per micro-batch.
-# Not here: the trial of the options (options.py), the loss itself (opd_ops/loss.py).
+"""TRL: the selective loss inside `DistillationTrainer`, by one line or by a subclass, and in the shape of GKD's and GOLD's
+loss.
+
+  TRL:   sum over valid tokens of JSD_beta / num_items
+  here:  sum over selected ones / (num_items n_selected / n_valid), so that selecting does not shrink the step
+
+`DistillationTrainer` hands hidden states and heads of both models to one module-level function; it is private, so its
+parameters are compared before it is replaced. TRL rolls out once per optimizer step and cuts that into micro-batches: with
+scope "batch" the budget is one per micro-batch.
+Not here: the trial of the options (options.py), the loss itself (opd_ops/loss.py).
+"""
+
 from __future__ import annotations
 
 import inspect
@@ -26,12 +29,12 @@ try:
 except ImportError as error:
     raise ImportError(f"trl: {error}; opd_ops.integrations.trl fits trl 1.16, install 'trl==1.16.*'") from error
 
+from opd_ops.call.metrics import as_floats
 from opd_ops.divergences import JSD, Divergence
-from opd_ops.gathered import gathered, is_dtensor
-from opd_ops.inputs import LinearHead
+from opd_ops.inputs.linear_head import LinearHead
+from opd_ops.inputs.unshard import gathered, is_dtensor
 from opd_ops.integrations.options import EVERY_TOKEN, try_options
 from opd_ops.loss import selective_opd_loss
-from opd_ops.metrics import as_floats
 
 FITS = "1.16"
 HOOK = "_chunked_divergence_loss"

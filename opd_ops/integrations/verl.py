@@ -1,16 +1,18 @@
-# verl: the selective loss inside its distillation, by one line and `distillation.distillation_loss.loss_mode=selective_opd`.
-#
-#   verl:  sum over valid tokens of min(l, loss_max_clamp) / batch_num_tokens
-#   here:  sum over selected ones / (batch_num_tokens n_selected / n_valid), n of the micro-batch, so that selecting does not
-#          shrink the step: the aggregated scalar is multiplied by n_valid / n_selected, after verl's own clamp and aggregation
-#
-# verl calls `compute_topk_loss` inside its logits processor, on packed rows (1, n, V): row t predicts token t + 1, prompts are
-# rows too, logits come divided by the rollout's temperature, the teacher's lists are at temperature 1. Later it cuts the
-# responses out of what that returned and aggregates. Both functions are replaced, and do verl's own for any other loss mode.
-# Where log-probabilities share the logits (task rewards), flash-attn's cross entropy overwrites the logits with their gradient
-# before the backward comes here: the selected rows are then copied.
-# Not here: sequence parallelism, Megatron, fused kernels, the loss as a reward (refused with an error); the loss itself
-# (opd_ops/token_losses.py).
+"""verl: the selective loss inside its distillation, by one line and `distillation.distillation_loss.loss_mode=selective_opd`.
+
+  verl:  sum over valid tokens of min(l, loss_max_clamp) / batch_num_tokens
+  here:  sum over selected ones / (batch_num_tokens n_selected / n_valid), n of the micro-batch, so that selecting does not
+         shrink the step: the aggregated scalar is multiplied by n_valid / n_selected, after verl's own clamp and aggregation
+
+verl calls `compute_topk_loss` inside its logits processor, on packed rows (1, n, V): row t predicts token t + 1, prompts are
+rows too, logits come divided by the rollout's temperature, the teacher's lists are at temperature 1. Later it cuts the
+responses out of what that returned and aggregates. Both functions are replaced, and do verl's own for any other loss mode.
+Where log-probabilities share the logits (task rewards), flash-attn's cross entropy overwrites the logits with their gradient
+before the backward comes here: the selected rows are then copied.
+Not here: sequence parallelism, Megatron, fused kernels, the loss as a reward (refused with an error); the loss itself
+(opd_ops/token_losses.py).
+"""
+
 from __future__ import annotations
 
 import inspect
@@ -27,11 +29,11 @@ from verl.utils import tensordict_utils
 from verl.utils.ulysses import get_ulysses_sequence_parallel_world_size
 from verl.workers.utils.padding import no_padding_2_padding
 
+from opd_ops.call.metrics import as_floats
 from opd_ops.divergences import Divergence, LocalSupport, TailAware, TopKForwardKL
 from opd_ops.divergences.base import Support
+from opd_ops.inputs.teacher_lists import TopKLogprobs
 from opd_ops.integrations.options import try_options
-from opd_ops.metrics import as_floats
-from opd_ops.teachers import TopKLogprobs
 from opd_ops.token_losses import TokenLosses, selective_opd_token_losses
 
 FITS = "0.9.1"

@@ -1,10 +1,12 @@
-# Blow-ups: a loss, a gradient or weights that are not finite end the run, and nothing of them is saved.
-#
-#   The weights after n updates are good if the loss and the gradient of step n + 1, which are made with them, are finite.
-#
-# So a checkpoint is written one step late, when that is known (loop.py); only those of a SIGTERM and of the end cannot wait.
-# All processes decide alike, since every number that is looked at is a sum over them.
-# Not here: the files (checkpoints.py).
+"""Blow-ups: a loss, a gradient or weights that are not finite end the run, and nothing of them is saved.
+
+  The weights after n updates are good if the loss and the gradient of step n + 1, which are made with them, are finite.
+
+So a checkpoint is written one step late, when that is known (loop.py); only those of a SIGTERM and of the end cannot wait.
+All processes decide alike, since every number that is looked at is a sum over them.
+Not here: the files (checkpoints.py).
+"""
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,14 +1,16 @@
-# Checkpoints: everything a run continues from bit for bit, and the folder of the finished model with its card.
-#
-#   output_dir/checkpoints/step-000040/  weights (safetensors), optimizer, learning-rate schedule, by accelerate;
-#                                        held_out.safetensors, the answers that evaluations read;
-#                                        run.json: step, options, digests of the prompts, size and SHA-256 of every other file
-#   output_dir/model/                    the student by `save_pretrained`, its tokenizer, README.md
-#
-# run.json is written last and whole, so a checkpoint that has none was cut off, and one whose files differ from it is damaged.
-# What a step draws is a function of the step (order.py), so no data order and no generator is stored beyond accelerate's own.
-# Under LoRA a checkpoint holds the adapters alone, except where the model is sharded.
-# Not here: when they are written (loop.py), the card's text (model_card.py).
+"""Checkpoints: everything a run continues from bit for bit, and the folder of the finished model with its card.
+
+  output_dir/checkpoints/step-000040/  weights (safetensors), optimizer, learning-rate schedule, by accelerate;
+                                       held_out.safetensors, the answers that evaluations read;
+                                       run.json: step, options, digests of the prompts, size and SHA-256 of every other file
+  output_dir/model/                    the student by `save_pretrained`, its tokenizer, README.md
+
+run.json is written last and whole, so a checkpoint that has none was cut off, and one whose files differ from it is damaged.
+What a step draws is a function of the step (order.py), so no data order and no generator is stored beyond accelerate's own.
+Under LoRA a checkpoint holds the adapters alone, except where the model is sharded.
+Not here: when they are written (loop.py), the card's text (model_card.py).
+"""
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,13 +1,15 @@
-# `opd-train`: the reference trainer from the command line, alone or under `accelerate launch -m opd_ops.trainer.cli`.
-#
-# Not here: its options (config.py), the run (loop.py).
+"""`opd-train`: the reference trainer from the command line, alone or under `accelerate launch -m opd_ops.trainer.cli`.
+
+Not here: its options (config.py), the run (loop.py).
+"""
+
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
 from opd_ops.trainer.config import read_config
-from opd_ops.trainer.server_client import ServerError
+from opd_ops.trainer.servers.client import ServerError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,8 +1,10 @@
-# What can be set about a run: a dataclass, read from a YAML file and flags, checked before any model loads.
-#
-#   opd-train --config FILE.yaml --fraction 0.05:  a line `name: value` of the file is the flag `--name value`; flags win
-#
-# Not here: what they do (loop.py and its neighbours), how those of the loss are tried (integrations/options.py).
+"""What can be set about a run: a dataclass, read from a YAML file and flags, checked before any model loads.
+
+  opd-train --config FILE.yaml --fraction 0.05:  a line `name: value` of the file is the flag `--name value`; flags win
+
+Not here: what they do (loop.py and its neighbours), how those of the loss are tried (integrations/options.py).
+"""
+
 from __future__ import annotations
 
 import argparse
@@ -76,7 +78,7 @@ class OPDConfig:
     rollout_model: str | None = _option(None, "Name that server has for the student's base; none: the only model it serves.")
     rollout_api_key_env: str | None = _option(None, "Environment variable that holds the key of that server, if it wants one.")
     # loss
-    selector: str = _option("teachability", "What makes a token worth training on (opd_ops/selectors.py).")
+    selector: str = _option("teachability", "What makes a token worth training on (opd_ops/selection/selectors.py).")
     fraction: float = _option(0.05, "Share of the tokens of each micro-batch to train on, in (0, 1].")
     scope: Literal["batch", "sequence", "global"] = _option(
         "batch", "One budget for each process's micro-batch, for each answer, or for all processes' micro-batches together."

@@ -1,12 +1,14 @@
-# Held-out evaluation: divergences on contexts that never change, and fresh greedy answers.
-#
-#   The contexts are answers that the untrained student sampled once to the held-out prompts: between two evaluations, and
-#   between two runs with one seed, only the model changes (the fixed-context diagnostic of arXiv 2605.26844, section 3).
-#   forward_kl = mean over their tokens of KL(teacher || student), nats; entropies likewise
-#   accuracy = share of the prompts with an answer whose greedy completion says exactly that
-#
-# Every process evaluates all of it: none waits for another, and sharded models are gathered in step.
-# Not here: when (loop.py), where the numbers go (runlog.py).
+"""Held-out evaluation: divergences on contexts that never change, and fresh greedy answers.
+
+  The contexts are answers that the untrained student sampled once to the held-out prompts: between two evaluations, and
+  between two runs with one seed, only the model changes (the fixed-context diagnostic of arXiv 2605.26844, section 3).
+  forward_kl = mean over their tokens of KL(teacher || student), nats; entropies likewise
+  accuracy = share of the prompts with an answer whose greedy completion says exactly that
+
+Every process evaluates all of it: none waits for another, and sharded models are gathered in step.
+Not here: when (loop.py), where the numbers go (runlog.py).
+"""
+
 from __future__ import annotations
 
 import re
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from opd_ops.inputs import LinearHead
+from opd_ops.inputs.linear_head import LinearHead
 from opd_ops.integrations.options import EVERY_TOKEN
 from opd_ops.loss import selective_opd_loss
 from opd_ops.trainer.order import seed_of

@@ -1,6 +1,8 @@
-# Text and paths as users give them, refused with their place; files that a run depends on, written whole or not at all.
-#
-# Not here: what the files hold (prompts.py, config.py, checkpoints.py, runlog.py).
+"""Text and paths as users give them, refused with their place; files that a run depends on, written whole or not at all.
+
+Not here: what the files hold (prompts.py, config.py, checkpoints.py, runlog.py).
+"""
+
 from __future__ import annotations
 
 import codecs

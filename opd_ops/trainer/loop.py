@@ -1,12 +1,14 @@
-# The on-policy loop: the student answers, the teacher reads its tokens, the best-scored share of them trains the student.
-#
-#   gradient of a step = sum over its micro-batches and processes of
-#       sum over selected tokens of the divergence / (n n_selected / n_valid),   n: valid tokens of the whole step
-#   (arXiv 2605.26844, eqs. 6, 12, 13), so that neither accumulation, processes nor selecting change the size of a step.
-#
-# Rollouts are made once a step, with the weights that it updates. Budgets are per micro-batch (scope "batch") or per answer.
-# Both models run to hidden states; logits exist only as the loss's blocks, and the sampler's last row.
-# Not here: what can be set (config.py), what a step draws (order.py), the loss (opd_ops/loss.py).
+"""The on-policy loop: the student answers, the teacher reads its tokens, the best-scored share of them trains the student.
+
+  gradient of a step = sum over its micro-batches and processes of
+      sum over selected tokens of the divergence / (n n_selected / n_valid),   n: valid tokens of the whole step
+  (arXiv 2605.26844, eqs. 6, 12, 13), so that neither accumulation, processes nor selecting change the size of a step.
+
+Rollouts are made once a step, with the weights that it updates. Budgets are per micro-batch (scope "batch") or per answer.
+Both models run to hidden states; logits exist only as the loss's blocks, and the sampler's last row.
+Not here: what can be set (config.py), what a step draws (order.py), the loss (opd_ops/loss.py).
+"""
+
 from __future__ import annotations
 
 import dataclasses
@@ -70,7 +72,7 @@ class OPDTrainer:
         config: The options; checked here.
         student: A causal language model to train (LoRA and checkpointing of activations are still put on it).
         tokenizer: Its tokenizer.
-        teacher: `rollouts -> LinearHead (B, L, D) or TopKLogprobs (B, L, K)`, see teachers.py.
+        teacher: `rollouts -> LinearHead (B, L, D) or TopKLogprobs (B, L, K)`, see inputs/teacher_lists.py.
         prompts, eval_prompts: Lists of `Prompt`.
     Raises (before any model loads): ValueError: an option, a prompt, a teacher with another vocabulary, a checkpoint of another
         run. ServerError: a server that cannot teach or sample.

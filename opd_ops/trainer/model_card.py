@@ -1,6 +1,8 @@
-# The card of a trained student: what it was made from and how, with every setting and the last held-out numbers.
-#
-# Not here: where it is written (checkpoints.py).
+"""The card of a trained student: what it was made from and how, with every setting and the last held-out numbers.
+
+Not here: where it is written (checkpoints.py).
+"""
+
 from __future__ import annotations
 
 import dataclasses

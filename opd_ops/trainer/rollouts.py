@@ -1,10 +1,12 @@
-# Sampled answers, and a model's head over them: which hidden state predicts which token.
-#
-#   left-padded prompt of P columns, then L answer tokens y: hidden state P - 1 + i predicts y[i], for i = 0 ... L - 1
-#   mask[i] = 1 up to and including the first end token; what comes after it is padding.
-#
-# Prompts of two models may differ (the teacher may be told more); the answer's tokens and their alignment are the same.
-# Not here: which prompts (order.py), their text (prompts.py), answers sampled by a server (served_rollouts.py).
+"""Sampled answers, and a model's head over them: which hidden state predicts which token.
+
+  left-padded prompt of P columns, then L answer tokens y: hidden state P - 1 + i predicts y[i], for i = 0 ... L - 1
+  mask[i] = 1 up to and including the first end token; what comes after it is padding.
+
+Prompts of two models may differ (the teacher may be told more); the answer's tokens and their alignment are the same.
+Not here: which prompts (order.py), their text (prompts.py), answers sampled by a server (servers/rollouts.py).
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from opd_ops.inputs import LinearHead
+from opd_ops.inputs.linear_head import LinearHead
 from opd_ops.integrations.heads import head_of, last_hidden
 from opd_ops.trainer.prompts import Conversation, Prompt
 

@@ -1,10 +1,12 @@
-# What a run writes and shows: log.jsonl, the trackers' numbers, a progress bar, tables of completions.
-#
-#   log.jsonl: one object a line, {"step": n, ...numbers}, in nats a token unless the name says otherwise. A resumed run drops
-#   the lines after its checkpoint, so the file reads as if there had been one run; {"step": n, "changed": {option: [was, is]}}
-#   stands where it was resumed with other options.
-#
-# Not here: what the numbers are (loop.py, evaluation.py).
+"""What a run writes and shows: log.jsonl, the trackers' numbers, a progress bar, tables of completions.
+
+  log.jsonl: one object a line, {"step": n, ...numbers}, in nats a token unless the name says otherwise. A resumed run drops
+  the lines after its checkpoint, so the file reads as if there had been one run; {"step": n, "changed": {option: [was, is]}}
+  stands where it was resumed with other options.
+
+Not here: what the numbers are (loop.py, evaluation.py).
+"""
+
 from __future__ import annotations
 
 import json

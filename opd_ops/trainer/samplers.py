@@ -1,8 +1,10 @@
-# Where a step's answers come from: `generate` on this machine, or a vLLM server that is sent the student's adapters first.
-#
-#   sampler(step, micro_batch) -> Rollouts, a function of the run's seed, the step and the micro-batch (order.py)
-#
-# Not here: the sampling itself (rollouts.py), the server's protocol (served_rollouts.py).
+"""Where a step's answers come from: `generate` on this machine, or a vLLM server that is sent the student's adapters first.
+
+  sampler(step, micro_batch) -> Rollouts, a function of the run's seed, the step and the micro-batch (order.py)
+
+Not here: the sampling itself (rollouts.py), the server's protocol (servers/rollouts.py).
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -17,7 +19,7 @@ from opd_ops.trainer.prompts import Prompt
 from opd_ops.trainer.rollouts import Rollouts, encode, end_tokens, sample
 
 if TYPE_CHECKING:
-    from opd_ops.trainer.served_rollouts import ServedRollouts
+    from opd_ops.trainer.servers.rollouts import ServedRollouts
 
 PromptsOf = Callable[[int, int], list[Prompt]]  # (step, micro-batch) -> prompts
 
@@ -37,7 +39,7 @@ def check_rollout_server(config: OPDConfig, n_processes: int) -> None:
         return
     if n_processes > 1:
         raise ValueError(f"rollout_url: got {n_processes} processes, expected one, since the adapter is one")
-    from opd_ops.trainer.server_client import ServerClient
+    from opd_ops.trainer.servers.client import ServerClient
 
     key = config.api_key("rollout")
     ServerClient(config.rollout_url, timeout=60, retries=3, concurrency=1, api_key=key).choose(config.rollout_model)
@@ -45,7 +47,7 @@ def check_rollout_server(config: OPDConfig, n_processes: int) -> None:
 
 def rollout_server(config: OPDConfig, end_ids: Sequence[int]) -> ServedRollouts:
     """The one that the options name."""
-    from opd_ops.trainer.served_rollouts import ServedRollouts
+    from opd_ops.trainer.servers.rollouts import ServedRollouts
 
     assert config.rollout_url is not None
     key = config.api_key("rollout")

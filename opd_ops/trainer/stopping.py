@@ -1,6 +1,8 @@
-# SIGTERM, as schedulers send it before they take a machine away: a step is finished and saved before the process ends.
-#
-# Not here: the saving (checkpoints.py).
+"""SIGTERM, as schedulers send it before they take a machine away: a step is finished and saved before the process ends.
+
+Not here: the saving (checkpoints.py).
+"""
+
 from __future__ import annotations
 
 import signal

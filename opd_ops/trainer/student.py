@@ -1,8 +1,10 @@
-# The student: loaded, with LoRA adapters or all weights trainable, with or without gradient checkpointing.
-#
-#   LoRA: W + (alpha / rank) B A on every linear layer but the head, which stays frozen: the loss then makes no gradient for it.
-#
-# Not here: how models are found (models.py), the optimizer (loop.py).
+"""The student: loaded, with LoRA adapters or all weights trainable, with or without gradient checkpointing.
+
+  LoRA: W + (alpha / rank) B A on every linear layer but the head, which stays frozen: the loss then makes no gradient for it.
+
+Not here: how models are found (models.py), the optimizer (loop.py).
+"""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any

@@ -1,9 +1,11 @@
-# Who teaches: a model here, the student's base under LoRA, or a server; each reads the rollouts under its own system message.
-#
-#   teacher(rollouts) -> LinearHead over (B, L, D), or TopKLogprobs (B, L, K);  row i is about answer token i
-#
-# The teacher's prompt is written by the student's tokenizer, chat template included: the two share one vocabulary.
-# Not here: the server's protocol (served_teacher.py), how prompts and answers are aligned (rollouts.py).
+"""Who teaches: a model here, the student's base under LoRA, or a server; each reads the rollouts under its own system message.
+
+  teacher(rollouts) -> LinearHead over (B, L, D), or TopKLogprobs (B, L, K);  row i is about answer token i
+
+The teacher's prompt is written by the student's tokenizer, chat template included: the two share one vocabulary.
+Not here: the server's protocol (servers/teacher.py), how prompts and answers are aligned (rollouts.py).
+"""
+
 from __future__ import annotations
 
 import copy
@@ -13,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from opd_ops.inputs import LinearHead
-from opd_ops.teachers import TopKLogprobs
+from opd_ops.inputs.linear_head import LinearHead
+from opd_ops.inputs.teacher_lists import TopKLogprobs
 from opd_ops.trainer.config import SAME, OPDConfig
 from opd_ops.trainer.models import load_model, load_tokenizer
 from opd_ops.trainer.prompts import Prompt
@@ -23,7 +25,7 @@ from opd_ops.trainer.rollouts import Rollouts, encode, head_over
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from opd_ops.trainer.served_teacher import ServedTeacher
+    from opd_ops.trainer.servers.teacher import ServedTeacher
 
 Teacher = Callable[[Rollouts], LinearHead | TopKLogprobs]
 
@@ -84,7 +86,7 @@ def check_teacher(config: OPDConfig, tokenizer: PreTrainedTokenizerBase) -> None
 
 
 def _server(config: OPDConfig) -> ServedTeacher:
-    from opd_ops.trainer.served_teacher import ServedTeacher
+    from opd_ops.trainer.servers.teacher import ServedTeacher
 
     assert config.teacher_url is not None
     options: dict[str, Any] = {"top_k": config.teacher_top_k, "api_key": config.api_key("teacher")}

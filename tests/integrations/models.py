@@ -1,6 +1,8 @@
-# Tiny language models, a tokenizer and prompts, made here: no download, no training time to speak of.
-#
-# Not here: what is trained with them (test_trl.py and its neighbours, tests/trainer/).
+"""Tiny language models, a tokenizer and prompts, made here: no download, no training time to speak of.
+
+Not here: what is trained with them (test_trl.py and its neighbours, tests/trainer/).
+"""
+
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers

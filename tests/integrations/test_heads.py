@@ -1,9 +1,11 @@
-# A causal language model's last hidden states, taken through whatever wraps it, and without those of the layers below.
-#
-#   Compared: with `output_hidden_states=True`, values and gradients; counted: hidden states that stay alive.
-#   Run: make test ARGS=tests/integrations/test_heads.py
-#
-# Not here: the head over them against the model's own logits (test_hf.py).
+"""A causal language model's last hidden states, taken through whatever wraps it, and without those of the layers below.
+
+  Compared: with `output_hidden_states=True`, values and gradients; counted: hidden states that stay alive.
+  Run: make test ARGS=tests/integrations/test_heads.py
+
+Not here: the head over them against the model's own logits (test_hf.py).
+"""
+
 import weakref
 
 import pytest
@@ -17,9 +19,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 
 from opd_ops.integrations import heads
 from opd_ops.integrations.heads import last_hidden
-from tests.cases import generator
 from tests.integrations.models import VOCAB, language_model, llama_model
-from tests.tolerances import assert_gradient
+from tests.support.cases import generator
+from tests.support.tolerances import assert_gradient
 
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64}

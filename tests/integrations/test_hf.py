@@ -1,10 +1,12 @@
-# The selective loss inside Hugging Face's `Trainer`, in real runs of tiny models: as a mixin and as a compute_loss_func.
-#
-#   Compared: loss and gradient norm with the same put together by hand from the models' logits; micro-batches with whole ones;
-#   batches without labels with the same rows and labels on what is no padding.
-#   Run: make test ARGS=tests/integrations/test_hf.py
-#
-# Not here: TRL (test_trl.py).
+"""The selective loss inside Hugging Face's `Trainer`, in real runs of tiny models: as a mixin and as a compute_loss_func.
+
+  Compared: loss and gradient norm with the same put together by hand from the models' logits; micro-batches with whole ones;
+  batches without labels with the same rows and labels on what is no padding.
+  Run: make test ARGS=tests/integrations/test_hf.py
+
+Not here: TRL (test_trl.py).
+"""
+
 import pytest
 import torch
 from datasets import Dataset
@@ -15,12 +17,12 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, Granite
 
 from opd_ops import LinearHead, selective_opd_loss
 from opd_ops.backends import eager
+from opd_ops.inputs.sources import Source
 from opd_ops.integrations import hf, trl
 from opd_ops.integrations.heads import head_of, last_hidden, logit_scale
 from opd_ops.integrations.hf import SelectiveComputeLoss, SelectiveDistillationTrainer
-from opd_ops.sources import Source
-from tests.cases import generator
 from tests.integrations.models import VOCAB, language_model
+from tests.support.cases import generator
 
 LENGTH, PROMPT = 12, 4
 

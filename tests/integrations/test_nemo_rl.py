@@ -1,11 +1,13 @@
-# NeMo-RL's loss contract, against its equations written once more here, on shapes recorded from 0.6.0 at commit 7ea279a.
-#
-#   Compared: value and gradient in fp64 with its masked mean of KL(p^ || q^) and of sum q^ (log q^ - log p) on the teacher's
-#   top K; metrics as floats whose sum over micro-batches is a mean over tokens.
-#   NeMo-RL itself is not needed: stand-ins have the two enumerations that the loss names.
-#   Run: make test ARGS=tests/integrations/test_nemo_rl.py
-#
-# Not here: NeMo-RL's own code and workers; the loss itself (tests/test_divergences.py).
+"""NeMo-RL's loss contract, against its equations written once more here, on shapes recorded from 0.6.0 at commit 7ea279a.
+
+  Compared: value and gradient in fp64 with its masked mean of KL(p^ || q^) and of sum q^ (log q^ - log p) on the teacher's
+  top K; metrics as floats whose sum over micro-batches is a mean over tokens.
+  NeMo-RL itself is not needed: stand-ins have the two enumerations that the loss names.
+  Run: make test ARGS=tests/integrations/test_nemo_rl.py
+
+Not here: NeMo-RL's own code and workers; the loss itself (tests/divergences/test_divergences.py).
+"""
+
 import enum
 import importlib
 import pickle
@@ -16,9 +18,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.cases import leaf, logit_pair
-from tests.ranks import SIZE
-from tests.tolerances import assert_gradient
+from tests.support.cases import leaf, logit_pair
+from tests.support.ranks import SIZE
+from tests.support.tolerances import assert_gradient
 
 B, S, VOCAB, K = 3, 9, 131, 16
 NAMES = ("nemo_rl", "nemo_rl.algorithms", "nemo_rl.algorithms.loss", "nemo_rl.algorithms.loss.interfaces")

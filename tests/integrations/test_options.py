@@ -1,14 +1,16 @@
-# The trial of the loss's options that trainers make before their models load: what it refuses, and what it lets pass.
-#
-#   Run: make test ARGS=tests/integrations/test_options.py
-#
-# Not here: that each trainer makes it (its neighbours, tests/trainer/test_config.py).
+"""The trial of the loss's options that trainers make before their models load: what it refuses, and what it lets pass.
+
+  Run: make test ARGS=tests/integrations/test_options.py
+
+Not here: that each trainer makes it (its neighbours, tests/trainer/test_config.py).
+"""
+
 import pytest
 import torch
 
 from opd_ops import JSD, Extrapolated, TailAware, TopKForwardKL, selective_opd_token_losses
+from opd_ops.distributed.ranks import Ranks
 from opd_ops.integrations.options import try_options
-from opd_ops.ranks import Ranks
 
 GIVEN = ("mask", "num_items_in_batch", "temperature")
 

@@ -1,9 +1,11 @@
-# The selective loss inside TRL 1.16's `DistillationTrainer`, in real runs: patched, subclassed, with and without LoRA.
-#
-#   Compared: with TRL's own loss at fraction 1: loss, grad_norm and entropy of every step, at 1 and 2 accumulation steps.
-#   Run: make test ARGS=tests/integrations/test_trl.py
-#
-# Not here: TRL's loss function against the equations (tests/parity/test_trl.py).
+"""The selective loss inside TRL 1.16's `DistillationTrainer`, in real runs: patched, subclassed, with and without LoRA.
+
+  Compared: with TRL's own loss at fraction 1: loss, grad_norm and entropy of every step, at 1 and 2 accumulation steps.
+  Run: make test ARGS=tests/integrations/test_trl.py
+
+Not here: TRL's loss function against the equations (tests/parity/test_trl.py).
+"""
+
 from dataclasses import fields
 from functools import partial
 
@@ -22,9 +24,9 @@ from opd_ops.integrations.trl import (
     generalized_jsd_loss,
     patch_trl,
 )
-from tests.cases import generator, leaf, logit_pair
 from tests.integrations.models import VOCAB, language_model, prompts, tokenizer
-from tests.tolerances import assert_gradient, relative_error
+from tests.support.cases import generator, leaf, logit_pair
+from tests.support.tolerances import assert_gradient, relative_error
 
 LOGGED = ("loss", "grad_norm", "entropy")
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)

@@ -1,11 +1,13 @@
-# verl 0.9.1 with the selective loss inside: its own `distillation_ppo_loss` both ways, on its own types.
-#
-#   Compared: at fraction 1 verl's own "forward_kl_topk", unpatched: loss, gradient and metrics, with its default clamps and
-#   without; at a share, `selective_opd_loss` over the response tokens with verl's counts as num_items_in_batch.
-#   What stands for the engine is the few lines of `step`: packed logits in, jagged columns out, as in FSDPEngineWithLMHead.
-#   Run: make test ARGS=tests/integrations/test_verl.py
-#
-# Not here: workers and their rollouts, which need ray and a GPU; verl's formula itself (tests/parity/test_verl.py).
+"""verl 0.9.1 with the selective loss inside: its own `distillation_ppo_loss` both ways, on its own types.
+
+  Compared: at fraction 1 verl's own "forward_kl_topk", unpatched: loss, gradient and metrics, with its default clamps and
+  without; at a share, `selective_opd_loss` over the response tokens with verl's counts as num_items_in_batch.
+  What stands for the engine is the few lines of `step`: packed logits in, jagged columns out, as in FSDPEngineWithLMHead.
+  Run: make test ARGS=tests/integrations/test_verl.py
+
+Not here: workers and their rollouts, which need ray and a GPU; verl's formula itself (tests/parity/test_verl.py).
+"""
+
 import math
 import os
 import subprocess
@@ -22,8 +24,8 @@ from verl.workers.utils.padding import left_right_2_no_padding
 
 from opd_ops import JSD, LocalSupport, TailAware, TopKForwardKL, TopKLogprobs, selective_opd_loss
 from opd_ops.integrations.verl import AGGREGATIONS, MODE, patch_verl
-from tests.cases import leaf, logit_pair
-from tests.tolerances import assert_gradient
+from tests.support.cases import leaf, logit_pair
+from tests.support.tolerances import assert_gradient
 
 VOCAB, K, PROMPT, RESPONSE = 131, 16, 4, 10
 PROMPTS, RESPONSES = [2, 4, 1], [10, 6, 8]  # lengths

@@ -1,16 +1,18 @@
-# Parity with Liger Kernel 0.8.5: its chunked fused linear JSD, its Triton JSD (fused linear, and on logits), its total
-# variation.
-#
-#   Compared: Liger and this library, each with the fp64 formula (formulas.py): values, and gradients by hidden, weight,
-#   bias, logits.
-#   Conventions: beta is TRL's at every beta and in all three implementations: 0 is KL(teacher || student), 1 is
-#   KL(student || teacher), else beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p, not scaled by T^2; the
-#   mean over labels other than -100. Ours are the same. Liger has no scale, no soft-cap and no num_items_in_batch.
-#   Where Liger differs: tests named test_liger_differs_*, each with its measured error.
-#   Run: make test ARGS=tests/parity/test_liger.py
-#
-# Not here: its hard loss (weight 0 throughout), its compiled path, its kernels compiled for a GPU (Triton's interpreter
-# runs them).
+"""Parity with Liger Kernel 0.8.5: its chunked fused linear JSD, its Triton JSD (fused linear, and on logits), its total
+variation.
+
+  Compared: Liger and this library, each with the fp64 formula (formulas.py): values, and gradients by hidden, weight,
+  bias, logits.
+  Conventions: beta is TRL's at every beta and in all three implementations: 0 is KL(teacher || student), 1 is
+  KL(student || teacher), else beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p, not scaled by T^2; the
+  mean over labels other than -100. Ours are the same. Liger has no scale, no soft-cap and no num_items_in_batch.
+  Where Liger differs: tests named test_liger_differs_*, each with its measured error.
+  Run: make test ARGS=tests/parity/test_liger.py
+
+Not here: its hard loss (weight 0 throughout), its compiled path, its kernels compiled for a GPU (Triton's interpreter
+runs them).
+"""
+
 import math
 
 import numpy as np
@@ -22,9 +24,9 @@ from liger_kernel.transformers import LigerFusedLinearJSD, LigerJSD, LigerTVDLos
 from triton.runtime import interpreter
 
 from opd_ops import JSD, ForwardKL, LinearHead, ReverseKL, TotalVariation, selective_opd_loss
-from tests.cases import generator, gradients, head_pair, leaf, leaf_head, logit_pair, to_double
 from tests.parity.formulas import jsd, logits_of, variation
-from tests.tolerances import assert_gradient, relative_error, small_kl_bound
+from tests.support.cases import generator, gradients, head_pair, leaf, leaf_head, logit_pair, to_double
+from tests.support.tolerances import assert_gradient, relative_error, small_kl_bound
 
 BACKENDS = ["torch", "eager"]
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]

@@ -1,15 +1,17 @@
-# Parity with torchtune 0.6.1: its six distillation losses on logits.
-#
-#   Compared: torchtune and this library, each with the fp64 formula (formulas.py): values, and gradients by logits and by
-#   heads.
-#   Conventions: the mean over labels other than -100 (or the sum, `normalize=False`); Reverse is KL(student || teacher);
-#   Forward is the cross-entropy -sum q log p, the KL plus the teacher's entropy, with the KL's gradient; Symmetric(r) is r
-#   Forward + (1 - r) Reverse; the chunked ones take a list of chunks along the sequence. No temperature and no
-#   num_items_in_batch.
-#   Where torchtune differs: tests named test_torchtune_differs_*, each with its measured error.
-#   Run: make test ARGS=tests/parity/test_torchtune.py
-#
-# Not here: its recipes; heads and soft-caps, which it does not have (the logits of one are given to it).
+"""Parity with torchtune 0.6.1: its six distillation losses on logits.
+
+  Compared: torchtune and this library, each with the fp64 formula (formulas.py): values, and gradients by logits and by
+  heads.
+  Conventions: the mean over labels other than -100 (or the sum, `normalize=False`); Reverse is KL(student || teacher);
+  Forward is the cross-entropy -sum q log p, the KL plus the teacher's entropy, with the KL's gradient; Symmetric(r) is r
+  Forward + (1 - r) Reverse; the chunked ones take a list of chunks along the sequence. No temperature and no
+  num_items_in_batch.
+  Where torchtune differs: tests named test_torchtune_differs_*, each with its measured error.
+  Run: make test ARGS=tests/parity/test_torchtune.py
+
+Not here: its recipes; heads and soft-caps, which it does not have (the logits of one are given to it).
+"""
+
 import math
 
 import pytest
@@ -24,9 +26,9 @@ from torchtune.modules.loss.kd_losses import (
 )
 
 from opd_ops import ForwardKL, ReverseKL, selective_opd_loss
-from tests.cases import generator, gradients, head_pair, leaf, leaf_head, logit_pair, to_double
 from tests.parity.formulas import entropy, jsd, logits_of
-from tests.tolerances import assert_gradient, relative_error
+from tests.support.cases import generator, gradients, head_pair, leaf, leaf_head, logit_pair, to_double
+from tests.support.tolerances import assert_gradient, relative_error
 
 BACKENDS = ["torch", "eager"]
 PEER = 1e-5  # torchtune's fp32 gradients: 3e-7 measured on these inputs

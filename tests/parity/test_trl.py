@@ -1,16 +1,18 @@
-# Parity with TRL 1.16: its fused divergence on heads, the generalised JSD of its trainers on logits, its top-K and sampled
-# losses.
-#
-#   Compared: TRL and this library, each with the fp64 formula (formulas.py): values, and gradients by hidden, weight, bias,
-#   logits.
-#   Conventions: beta 0 is KL(teacher || student), 1 is KL(student || teacher); sum over valid tokens / their number, or
-#   / num_items_in_batch; temperature divides after scale and soft-cap; the loss is not scaled back by its square. Ours are
-#   the same.
-#   Where TRL differs: tests named test_trl_differs_*, each with its measured error.
-#   Run: make test ARGS=tests/parity/test_trl.py
-#
-# Not here: trainers, servers and adapters around these functions; TRL's Triton kernels, which need a GPU (the torch code
-# that it runs elsewhere is what is compared).
+"""Parity with TRL 1.16: its fused divergence on heads, the generalised JSD of its trainers on logits, its top-K and sampled
+losses.
+
+  Compared: TRL and this library, each with the fp64 formula (formulas.py): values, and gradients by hidden, weight, bias,
+  logits.
+  Conventions: beta 0 is KL(teacher || student), 1 is KL(student || teacher); sum over valid tokens / their number, or
+  / num_items_in_batch; temperature divides after scale and soft-cap; the loss is not scaled back by its square. Ours are
+  the same.
+  Where TRL differs: tests named test_trl_differs_*, each with its measured error.
+  Run: make test ARGS=tests/parity/test_trl.py
+
+Not here: trainers, servers and adapters around these functions; TRL's Triton kernels, which need a GPU (the torch code
+that it runs elsewhere is what is compared).
+"""
+
 import math
 from types import SimpleNamespace
 
@@ -37,9 +39,9 @@ from opd_ops import (
     TailAware,
     selective_opd_loss,
 )
-from tests.cases import generator, gradients, head_pair, leaf, leaf_head, logit_pair, to_double
 from tests.parity.formulas import entropy, jsd, kl, local_support, logits_of, tail_aware
-from tests.tolerances import assert_gradient, relative_error, small_kl_bound
+from tests.support.cases import generator, gradients, head_pair, leaf, leaf_head, logit_pair, to_double
+from tests.support.tolerances import assert_gradient, relative_error, small_kl_bound
 
 BACKENDS = ["torch", "eager"]
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]

@@ -1,18 +1,20 @@
-# Parity with verl 0.9.1: its forward KL on a teacher's top K, and its k1, k2, k3 estimators on the sampled token.
-#
-#   Compared: verl and this library, each with the fp64 formula (formulas.py): values, and gradients by logits and by heads.
-#   verl's side runs its own code: compute_forward_kl_topk on nested tensors, then distillation_loss, which aligns, clamps,
-#   masks and aggregates ("token-mean" is the sum over valid tokens / batch_num_tokens, our num_items_in_batch).
-#   With no clamp, forward_kl_topk is TopKForwardKL. What the estimators train on, in expectation over the student's own tokens:
-#     k1, policy gradient   gradient of KL(student || teacher)     SampledToken's, token by token
-#     k2, backpropagated    gradient of KL(student || teacher)     SampledToken's, token by token; its value is another number
-#     k3, backpropagated    gradient of KL(teacher || student)     ForwardKL's in expectation only, and biased by its clamps
-#     k1, backpropagated    zero (verl refuses it)
-#   Where verl differs: tests named test_verl_differs_*, each with its measured error.
-#   Run: make test ARGS=tests/parity/test_verl.py
-#
-# Not here: its Megatron path, which needs megatron-core (the same formula on a shard of the vocabulary, and its clamps);
-# ray, whose workers call these functions; PPO's ratio, which is 1 where the student has not moved since the rollout.
+"""Parity with verl 0.9.1: its forward KL on a teacher's top K, and its k1, k2, k3 estimators on the sampled token.
+
+  Compared: verl and this library, each with the fp64 formula (formulas.py): values, and gradients by logits and by heads.
+  verl's side runs its own code: compute_forward_kl_topk on nested tensors, then distillation_loss, which aligns, clamps,
+  masks and aggregates ("token-mean" is the sum over valid tokens / batch_num_tokens, our num_items_in_batch).
+  With no clamp, forward_kl_topk is TopKForwardKL. What the estimators train on, in expectation over the student's own tokens:
+    k1, policy gradient   gradient of KL(student || teacher)     SampledToken's, token by token
+    k2, backpropagated    gradient of KL(student || teacher)     SampledToken's, token by token; its value is another number
+    k3, backpropagated    gradient of KL(teacher || student)     ForwardKL's in expectation only, and biased by its clamps
+    k1, backpropagated    zero (verl refuses it)
+  Where verl differs: tests named test_verl_differs_*, each with its measured error.
+  Run: make test ARGS=tests/parity/test_verl.py
+
+Not here: its Megatron path, which needs megatron-core (the same formula on a shard of the vocabulary, and its clamps);
+ray, whose workers call these functions; PPO's ratio, which is 1 where the student has not moved since the rollout.
+"""
+
 import math
 from types import SimpleNamespace
 
@@ -25,9 +27,9 @@ from verl.trainer.ppo.core_algos import kl_penalty
 from verl.workers.config import DistillationLossConfig
 
 from opd_ops import SampledLogprobs, SampledToken, TopKForwardKL, TopKLogprobs, selective_opd_loss
-from tests.cases import generator, gradients, head_pair, leaf, leaf_head, logit_pair, to_double
 from tests.parity.formulas import jsd, kl, logits_of, top_k_forward
-from tests.tolerances import assert_gradient, relative_error
+from tests.support.cases import generator, gradients, head_pair, leaf, leaf_head, logit_pair, to_double
+from tests.support.tolerances import assert_gradient, relative_error
 
 BACKENDS = ["torch", "eager"]
 PEER = 1e-5  # verl's fp32 gradients: 4e-7 measured on these inputs

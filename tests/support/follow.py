@@ -1,17 +1,19 @@
-# Follows one argument through the calls of a package, without running it: from a function, into every function that receives
-# the argument, to the door of the backends.
-#
-#   stay     a module is entered by a call that hands the argument on, or something made of it; the calls of one function into
-#            one module are one stay while it calls no other
-#   return   a stay in a module that was entered before
-#   climb    a return to a module that was entered earlier than the one that calls
-#
-# What holds the argument: the name itself, its attributes that are objects, tuples and lists of it, what `replace` makes of it,
-# and what a function of the package returns as an object (by its return annotation) when it was handed the argument. Tensors
-# that functions return, statistics and results do not hold it. Methods are found by the annotations of fields, parameters and
-# return values. A call of a module under `backends` is not entered. Branches are all taken, once each, in the order of the
-# source.
-# Not here: the figures' limits (structure.py).
+"""Follows one argument through the calls of a package, without running it: from a function, into every function that receives
+the argument, to the door of the backends.
+
+  stay     a module is entered by a call that hands the argument on, or something made of it; the calls of one function into
+           one module are one stay while it calls no other
+  return   a stay in a module that was entered before
+  climb    a return to a module that was entered earlier than the one that calls
+
+What holds the argument: the name itself, its attributes that are objects, tuples and lists of it, what `replace` makes of it,
+and what a function of the package returns as an object (by its return annotation) when it was handed the argument. Tensors
+that functions return, statistics and results do not hold it. Methods are found by the annotations of fields, parameters and
+return values. A call of a module under `backends` is not entered. Branches are all taken, once each, in the order of the
+source.
+Not here: the figures' limits (structure.py).
+"""
+
 from __future__ import annotations
 
 import ast

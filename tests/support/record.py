@@ -1,15 +1,17 @@
-# Records what the library computes: a set of calls, and of each number that they return the sha256 of its exact bytes.
-#
-#   python -m tests.support.record out/before.json              runs the calls (under five minutes on one core) and writes
-#   python -m tests.support.record out/after.json --only 'ranks/*'           a part of them, by name
-#   python -m tests.support.record --compare out/before.json out/after.json  how many are equal, and each that is not
-#
-# For a change that must change nothing: record before it and after it, on one machine, because processors round differently.
-# With `--tensors out` both times the numbers themselves are kept, and --compare prints how far unequal ones are apart.
-# A digest holds dtype, shape and bytes; a call that is refused is recorded by its error. Recordings stay out of the repository.
-# PYTHONPATH=.:kernels is needed where the package is not installed in place.
-#
-# Not here: the calls (recorded/).
+"""Records what the library computes: a set of calls, and of each number that they return the sha256 of its exact bytes.
+
+  python -m tests.support.record out/before.json              runs the calls (under five minutes on one core) and writes
+  python -m tests.support.record out/after.json --only 'ranks/*'           a part of them, by name
+  python -m tests.support.record --compare out/before.json out/after.json  how many are equal, and each that is not
+
+For a change that must change nothing: record before it and after it, on one machine, because processors round differently.
+With `--tensors out` both times the numbers themselves are kept, and --compare prints how far unequal ones are apart.
+A digest holds dtype, shape and bytes; a call that is refused is recorded by its error. Recordings stay out of the repository.
+PYTHONPATH=.:kernels is needed where the package is not installed in place.
+
+Not here: the calls (recorded/).
+"""
+
 from __future__ import annotations
 
 import argparse
@@ -178,8 +180,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _record_to(out: Path, only: str, folder: Path | None) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
-    from tests import interpreter  # noqa: F401  (rounds as GPUs do)
-    from tests.support import recorded
+    from tests.support import (
+        interpreter,  # noqa: F401  (rounds as GPUs do)
+        recorded,
+    )
 
     began = time.monotonic()
     try:

@@ -1,8 +1,10 @@
-# The source of a package as ast: its modules, what each imports, and what a name in one of them stands for.
-#
-# Nothing is imported or run. Imports under `if TYPE_CHECKING` are left out of `imports`, because they never run; those inside
-# functions are in.
-# Not here: what is counted (structure.py), how an argument is followed (follow.py).
+"""The source of a package as ast: its modules, what each imports, and what a name in one of them stands for.
+
+Nothing is imported or run. Imports under `if TYPE_CHECKING` are left out of `imports`, because they never run; those inside
+functions are in.
+Not here: what is counted (structure.py), how an argument is followed (follow.py).
+"""
+
 from __future__ import annotations
 
 import ast

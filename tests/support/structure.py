@@ -1,21 +1,23 @@
-# The structure of the source, in figures that must not get worse: `python -m tests.support.structure`.
-#
-#   --json     the same for programs        --limits     exit 1 where a figure is worse than in LIMITS
-#
-#   circles            groups of modules that import each other, and groups of a folder's files and folders that do so by
-#                      the modules inside them; an import inside a function counts, one under TYPE_CHECKING does not
-#   arrows back up     fewest imports that would have to go so that there is no circle
-#   rooms              files and folders at the top of opd_ops
-#   stays, climbs      of `student` on its way from selective_opd_loss to the backends (follow.py)
-#   parameters         most of a function that is no public door: neither in opd_ops.__all__ nor a method of a class there
-#   places             most places that write the default of one setting, a keyword of selective_opd_loss: functions and classes
-#                      that have `fraction` or at least three of the settings, and constants DEFAULT_...
-#   docstring          words of the longest one
-#   README             lines, words
-#   Any                annotations with `Any` in signatures of opd_ops, but for functions whose first parameter is `ctx`
-#
-# A change that improves a figure lowers its limit in the same commit; a limit is never raised.
-# Not here: reading the source (source_tree.py), following an argument (follow.py).
+"""The structure of the source, in figures that must not get worse: `python -m tests.support.structure`.
+
+  --json     the same for programs        --limits     exit 1 where a figure is worse than in LIMITS
+
+  circles            groups of modules that import each other, and groups of a folder's files and folders that do so by
+                     the modules inside them; an import inside a function counts, one under TYPE_CHECKING does not
+  arrows back up     fewest imports that would have to go so that there is no circle
+  rooms              files and folders at the top of opd_ops
+  stays, climbs      of `student` on its way from selective_opd_loss to the backends (follow.py)
+  parameters         most of a function that is no public door: neither in opd_ops.__all__ nor a method of a class there
+  places             most places that write the default of one setting, a keyword of selective_opd_loss: functions and classes
+                     that have `fraction` or at least three of the settings, and constants DEFAULT_...
+  docstring          words of the longest one
+  README             lines, words
+  Any                annotations with `Any` in signatures of opd_ops, but for functions whose first parameter is `ctx`
+
+A change that improves a figure lowers its limit in the same commit; a limit is never raised.
+Not here: reading the source (source_tree.py), following an argument (follow.py).
+"""
+
 from __future__ import annotations
 
 import argparse

@@ -1,15 +1,17 @@
-# The recorder of calls: digests change with every number, comparisons name what differs, and no name is left out.
-#
-#   Run: make test ARGS=tests/support/test_record.py
-#
-# Not here: the recorded calls themselves, which take minutes (`python -m tests.support.record`).
+"""The recorder of calls: digests change with every number, comparisons name what differs, and no name is left out.
+
+  Run: make test ARGS=tests/support/test_record.py
+
+Not here: the recorded calls themselves, which take minutes (`python -m tests.support.record`).
+"""
+
 import json
 
 import pytest
 import torch
 
 from opd_ops.divergences import DIVERGENCES
-from opd_ops.selectors import SELECTORS
+from opd_ops.selection.selectors import SELECTORS
 from tests.support import record, recorded
 from tests.support.recorded import calls
 from tests.support.recorded.case import Call, Custom

@@ -1,6 +1,8 @@
-# Every test with accelerate's state as a fresh process has it: precision and processes are settled once a process otherwise.
-#
-# Not here: the interpreter of the kernels (tests/conftest.py).
+"""Every test with accelerate's state as a fresh process has it: precision and processes are settled once a process otherwise.
+
+Not here: the interpreter of the kernels (tests/conftest.py).
+"""
+
 import pytest
 from accelerate.state import AcceleratorState
 

@@ -1,6 +1,8 @@
-# Runs of the reference trainer small enough for a test: two layers, 64 words, a second or two.
-#
-# Not here: what is compared (test_loop.py, test_processes.py).
+"""Runs of the reference trainer small enough for a test: two layers, 64 words, a second or two.
+
+Not here: what is compared (test_loop.py, test_processes.py).
+"""
+
 from __future__ import annotations
 
 from pathlib import Path

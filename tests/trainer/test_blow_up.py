@@ -1,10 +1,12 @@
-# Runs that blow up: what is saved, what the error says, and whether the program takes its own advice; options that change when
-# a run continues, against the update that AdamW's equation gives.
-#
-#   The blow-up is real: a warm-up whose first rate is 0 and whose second is so large that the next gradient is not finite.
-#
-# Command: make test ARGS=tests/trainer/test_blow_up.py
-# Not here: damaged files (test_checkpoints.py).
+"""Runs that blow up: what is saved, what the error says, and whether the program takes its own advice; options that change when
+a run continues, against the update that AdamW's equation gives.
+
+  The blow-up is real: a warm-up whose first rate is 0 and whose second is so large that the next gradient is not finite.
+
+Command: make test ARGS=tests/trainer/test_blow_up.py
+Not here: damaged files (test_checkpoints.py).
+"""
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,8 +1,11 @@
-# Checkpoints whose files are damaged, one kind of file after the other: the run continues from the newest intact one and is the
-# undamaged run bit for bit; what a run without `resume` leaves alone; prompts that were edited.
-#
-# Command: make test ARGS=tests/trainer/test_checkpoints.py
-# Not here: which checkpoints are good after a blow-up (test_blow_up.py), sharded ones (test_processes.py).
+"""Checkpoints whose files are damaged, one kind of file after the other: the run continues from the newest intact one and is
+the
+undamaged run bit for bit; what a run without `resume` leaves alone; prompts that were edited.
+
+Command: make test ARGS=tests/trainer/test_checkpoints.py
+Not here: which checkpoints are good after a blow-up (test_blow_up.py), sharded ones (test_processes.py).
+"""
+
 from __future__ import annotations
 
 import dataclasses

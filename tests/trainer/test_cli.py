@@ -1,8 +1,10 @@
-# `opd-train` as a user runs it: models and prompts in files, a YAML file, a SIGTERM in the middle, a continuation; against the
-# run that nothing stopped, number by number.
-#
-# Command: make test ARGS=tests/trainer/test_cli.py
-# Not here: which options are refused (test_config.py).
+"""`opd-train` as a user runs it: models and prompts in files, a YAML file, a SIGTERM in the middle, a continuation; against the
+run that nothing stopped, number by number.
+
+Command: make test ARGS=tests/trainer/test_cli.py
+Not here: which options are refused (test_config.py).
+"""
+
 from __future__ import annotations
 
 import json

@@ -1,7 +1,9 @@
-# The options of the reference trainer: a YAML file and flags against the dataclass they describe; what is refused, and when.
-#
-# Command: make test ARGS=tests/trainer/test_config.py
-# Not here: what the options do (test_loop.py).
+"""The options of the reference trainer: a YAML file and flags against the dataclass they describe; what is refused, and when.
+
+Command: make test ARGS=tests/trainer/test_config.py
+Not here: what the options do (test_loop.py).
+"""
+
 from __future__ import annotations
 
 import dataclasses

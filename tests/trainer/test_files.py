@@ -1,8 +1,10 @@
-# Files and paths that a user can get wrong, given to `opd-train` and to `opd-inspect`: one line that names the file and the
-# place, before a model is looked for.
-#
-# Command: make test ARGS=tests/trainer/test_files.py
-# Not here: options (test_config.py), rows of prompts (test_prompts.py).
+"""Files and paths that a user can get wrong, given to `opd-train` and to `opd-inspect`: one line that names the file and the
+place, before a model is looked for.
+
+Command: make test ARGS=tests/trainer/test_files.py
+Not here: options (test_config.py), rows of prompts (test_prompts.py).
+"""
+
 from __future__ import annotations
 
 import datasets

@@ -1,8 +1,10 @@
-# The reference trainer: its step against the gradient written out; a run that was cut in two against one that was not, bit for
-# bit; what it writes.
-#
-# Command: make test ARGS=tests/trainer/test_loop.py
-# Not here: several processes (test_processes.py), the command line (test_cli.py).
+"""The reference trainer: its step against the gradient written out; a run that was cut in two against one that was not, bit for
+bit; what it writes.
+
+Command: make test ARGS=tests/trainer/test_loop.py
+Not here: several processes (test_processes.py), the command line (test_cli.py).
+"""
+
 from __future__ import annotations
 
 import json
@@ -18,7 +20,7 @@ from opd_ops.trainer.evaluation import accuracy, completions_of, held_out_metric
 from opd_ops.trainer.rollouts import Rollouts, head_over
 from opd_ops.trainer.teachers import LocalTeacher
 from tests.integrations.models import language_model, tokenizer
-from tests.tolerances import assert_gradient
+from tests.support.tolerances import assert_gradient
 from tests.trainer.runs import prompts, trainer
 
 NUMBERS = {"loss", "kl", "kl_selected", "entropy", "teacher_entropy", "support_mass", "grad_norm", "learning_rate", "n_valid"}

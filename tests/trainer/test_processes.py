@@ -1,9 +1,12 @@
-# Two processes of the reference trainer, by `accelerate launch --num_processes 2` over gloo, against one with twice the
-# micro-batches, number by number: whole models, and models that FSDP2 shards, the second of these cut in two and continued
-# from a sharded checkpoint, the newer one being damaged.
-#
-# Command: make test ARGS=tests/trainer/test_processes.py
-# Not here: selection over several processes (test_global_selection.py), shared vocabularies (test_vocabulary_parallel.py).
+"""Two processes of the reference trainer, by `accelerate launch --num_processes 2` over gloo, against one with twice the
+micro-batches, number by number: whole models, and models that FSDP2 shards, the second of these cut in two and continued
+from a sharded checkpoint, the newer one being damaged.
+
+Command: make test ARGS=tests/trainer/test_processes.py
+Not here: selection over several processes (selection/test_budget_over_ranks.py), shared vocabularies
+(inputs/test_vocabulary.py).
+"""
+
 from __future__ import annotations
 
 import json

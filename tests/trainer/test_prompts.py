@@ -1,8 +1,10 @@
-# Prompts and the order in which steps take them: rows of a file against the conversations they stand for; micro-batches of any
-# cut of a step against the same endless sequence.
-#
-# Command: make test ARGS=tests/trainer/test_prompts.py
-# Not here: their tokens (test_rollouts.py).
+"""Prompts and the order in which steps take them: rows of a file against the conversations they stand for; micro-batches of any
+cut of a step against the same endless sequence.
+
+Command: make test ARGS=tests/trainer/test_prompts.py
+Not here: their tokens (test_rollouts.py).
+"""
+
 from __future__ import annotations
 
 import json

@@ -1,7 +1,9 @@
-# Rollouts: masks and alignment against one conversation at a time; tokenizers, models and adapters as the trainer finds them.
-#
-# Command: make test ARGS=tests/trainer/test_rollouts.py
-# Not here: the same on real weights (tests/test_examples.py).
+"""Rollouts: masks and alignment against one conversation at a time; tokenizers, models and adapters as the trainer finds them.
+
+Command: make test ARGS=tests/trainer/test_rollouts.py
+Not here: the same on real weights (tests/examples/test_demo.py).
+"""
+
 from __future__ import annotations
 
 import copy
@@ -19,7 +21,7 @@ from opd_ops.trainer.rollouts import Rollouts, encode, head_over, in_bf16, model
 from opd_ops.trainer.student import make_trainable
 from opd_ops.trainer.teachers import BaseTeacher, LocalTeacher, check_tokenizers, systems
 from tests.integrations.models import language_model, llama_model, tokenizer
-from tests.tolerances import relative_error
+from tests.support.tolerances import relative_error
 from tests.trainer.runs import prompts
 
 END, PADDING = 1, 2

@@ -1,8 +1,10 @@
-# The reference trainer with servers: a teacher that sends lists against the same model here; answers sampled elsewhere, which
-# must come from the adapters as they are at every step.
-#
-# Command: make test ARGS=tests/trainer/test_servers.py
-# Not here: the protocols (tests/test_served.py); vLLM itself, which needs a GPU.
+"""The reference trainer with servers: a teacher that sends lists against the same model here; answers sampled elsewhere, which
+must come from the adapters as they are at every step.
+
+Command: make test ARGS=tests/trainer/test_servers.py
+Not here: the protocols (tests/trainer/test_served.py); vLLM itself, which needs a GPU.
+"""
+
 from __future__ import annotations
 
 import json
@@ -11,14 +13,15 @@ import pytest
 import torch
 
 from examples.serve_teacher import Served, running
-from opd_ops.trainer import loop, server_client
+from opd_ops.trainer import loop
 from opd_ops.trainer.rollouts import encode
-from opd_ops.trainer.served_rollouts import ServedRollouts
-from opd_ops.trainer.served_teacher import ServedTeacher
-from opd_ops.trainer.server_client import ServerError
+from opd_ops.trainer.servers import client as server_client
+from opd_ops.trainer.servers.client import ServerError
+from opd_ops.trainer.servers.rollouts import ServedRollouts
+from opd_ops.trainer.servers.teacher import ServedTeacher
 from opd_ops.trainer.teachers import LocalTeacher, ServerTeacher
 from tests.integrations.models import language_model, tokenizer
-from tests.servers import prompt_logprobs, scripted, serving
+from tests.support.servers import prompt_logprobs, scripted, serving
 from tests.trainer.runs import prompts, trainer
 
 

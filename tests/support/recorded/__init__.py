@@ -1,6 +1,8 @@
-# The recorded calls, in the order in which they run.
-#
-# Not here: digests of what they return (tests/support/record.py).
+"""The recorded calls, in the order in which they run.
+
+Not here: digests of what they return (tests/support/record.py).
+"""
+
 from collections.abc import Iterator
 
 from tests.support.recorded import calls, hosts, pieces, ranks

@@ -1,8 +1,10 @@
-# The calls of one process: every divergence, selector, kind of teacher, scope and setting, on every backend.
-#
-# Kernels run in Triton's interpreter, about 0.3 s a row on one core: they get three rows, of which one or two are selected, and
-# fewer combinations than the backends in plain torch.
-# Not here: ranks (ranks.py), trainers of others (hosts.py), functions that are not of two models (pieces.py).
+"""The calls of one process: every divergence, selector, kind of teacher, scope and setting, on every backend.
+
+Kernels run in Triton's interpreter, about 0.3 s a row on one core: they get three rows, of which one or two are selected, and
+fewer combinations than the backends in plain torch.
+Not here: ranks (support/ranks.py), trainers of others (hosts.py), functions that are not of two models (pieces.py).
+"""
+
 from __future__ import annotations
 
 import math
@@ -29,7 +31,7 @@ from opd_ops import (
     TopKLogprobs,
     TotalVariation,
 )
-from tests.cases import generator, head_pair, logit_pair
+from tests.support.cases import generator, head_pair, logit_pair
 from tests.support.recorded.case import DTYPES, Call
 
 SHAPE, VOCAB, TOP_K = (3, 9), 97, 6

@@ -1,10 +1,12 @@
-# One recorded call: its name, the call in words, and what it gives as named tensors.
-#
-#   Call     a public function of two models, whose inputs are data; its gradient is taken, too
-#   Custom   anything else: a function without arguments that returns named values
-#
-# All calls go through the public functions here, so that a change of their signatures is followed in one place.
-# Not here: which calls there are (calls.py, ranks.py, hosts.py), digests (record.py).
+"""One recorded call: its name, the call in words, and what it gives as named tensors.
+
+  Call     a public function of two models, whose inputs are data; its gradient is taken, too
+  Custom   anything else: a function without arguments that returns named values
+
+All calls go through the public functions here, so that a change of their signatures is followed in one place.
+Not here: which calls there are (calls.py, support/ranks.py, hosts.py), digests (record.py).
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from opd_ops import LinearHead, score_positions, selective_opd_loss, selective_opd_token_losses
-from tests.cases import generator, leaf, leaf_head
+from tests.support.cases import generator, leaf, leaf_head
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 REFUSALS = (ValueError, TypeError)  # what the library raises at its public door

@@ -1,8 +1,10 @@
-# Every integration, on its host's own types: TRL, Hugging Face's Trainer, verl, NeMo-RL, and the reference trainer.
-#
-# Models, batches and runs are those that the tests of each integration make (tests/integrations, tests/trainer). A host is
-# imported when its first call runs.
-# Not here: the loss alone (calls.py).
+"""Every integration, on its host's own types: TRL, Hugging Face's Trainer, verl, NeMo-RL, and the reference trainer.
+
+Models, batches and runs are those that the tests of each integration make (tests/integrations, tests/trainer). A host is
+imported when its first call runs.
+Not here: the loss alone (calls.py).
+"""
+
 from __future__ import annotations
 
 import tempfile
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 from opd_ops import selective_opd_loss
-from tests.cases import generator, head_pair, leaf, logit_pair
+from tests.support.cases import generator, head_pair, leaf, logit_pair
 from tests.support.recorded.case import Custom, as_leaf, gradients
 
 DIVERGENCES_OF_LISTS = ("forward_kl_topk", "local_support", "tail_aware")

@@ -1,6 +1,8 @@
-# What is not one plain call of two models: selection alone, statistics of a rollout, 8 bits, ways to call, estimates.
-#
-# Not here: calls of two models (calls.py).
+"""What is not one plain call of two models: selection alone, statistics of a rollout, 8 bits, ways to call, estimates.
+
+Not here: calls of two models (calls.py).
+"""
+
 from __future__ import annotations
 
 import math
@@ -20,7 +22,7 @@ from opd_ops import (
     select_positions,
     selective_opd_loss,
 )
-from tests.cases import generator, head_pair
+from tests.support.cases import generator, head_pair
 from tests.support.recorded.calls import CU_SEQLENS, SHAPE, mask, options, sides
 from tests.support.recorded.case import Custom, as_leaf, called, gradients
 

@@ -1,10 +1,12 @@
-# Calls on four ranks over gloo: vocabularies that they share out, and one selection over all of their positions.
-#
-#   vocabulary   every rank has a part of the logits' columns, or of the heads' rows
-#   selection    every rank has a part of the positions, one of them an empty one
-#
-# A child process finds a call by its name, so `ON_RANKS` is a table: name -> (words, function).
-# Not here: the processes (tests/ranks.py), what one process calls (calls.py).
+"""Calls on four ranks over gloo: vocabularies that they share out, and one selection over all of their positions.
+
+  vocabulary   every rank has a part of the logits' columns, or of the heads' rows
+  selection    every rank has a part of the positions, one of them an empty one
+
+A child process finds a call by its name, so `ON_RANKS` is a table: name -> (words, function).
+Not here: the processes (tests/support/ranks.py), what one process calls (calls.py).
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -16,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from opd_ops import JSD, Extrapolated, LinearHead, StudentStats, TotalVariation, select_positions
-from tests.cases import generator, head_pair
-from tests.ranks import SIZE, Processes, own_pair
+from tests.support.cases import generator, head_pair
+from tests.support.ranks import SIZE, Processes, own_pair
 from tests.support.recorded.calls import (
     DIVERGENCES,
     LISTS,

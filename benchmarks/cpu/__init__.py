@@ -1,0 +1,1 @@
+"""Benchmarks on a CPU, and those that compare with other libraries."""

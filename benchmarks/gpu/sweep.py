@@ -1,0 +1,161 @@
+"""Block sizes and warps other than those of the launch table, timed: what would be faster is printed, never applied.
+
+  score: R * QUAD = GROUP / VEC chunks of a group, per thread and across threads; GROUPS groups a block
+  gradients, jsd, rest's gradient: BLOCK_V and warps;  rest: LANES threads of R * VEC logits;  support: warps of its three
+  kernels, one changed at a time.
+  Timed: one launch, kernel time (timing.py's `queued`), at V = 151,936, of the score also 50,257; score and support
+  (K = 16) of 8192 rows, the others of 409 (rest: lists of 32). The sums that jsd's and rest's gradients read are made before.
+
+Not here: the table and its reasons (kernels/opd_kernels/tiles.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from opd_kernels import tiles
+from opd_kernels.argmax import argmax_fwd
+from opd_kernels.forward_kl import forward_kl_grad
+from opd_kernels.jsd import jsd_fwd, jsd_grad
+from opd_kernels.rest import rest_fwd, rest_grad
+from opd_kernels.reverse_kl import reverse_kl_grad
+from opd_kernels.score import GROUP, score_fwd
+from opd_kernels.support import support_fwd
+from opd_kernels.tiles import SupportTile, Tile
+
+from benchmarks.gpu.timing import PLAIN, Bench
+
+BETTER = 0.98  # of the table's time: what is worth a line
+TOP_K, LISTED, BETA = 16, 32, 0.5
+ONE = {"temperature": 1.0, "scale": 1.0, "softcap": None}
+
+
+class Sweep(NamedTuple):
+    kernel: str
+    name: str  # of the launch table's function
+    shipped: Any  # its row
+    others: list[Any]
+    launch: Callable[[], Any]
+
+
+@contextmanager
+def shipped(name: str, tile: Tile) -> Iterator[None]:
+    """The launch table with another row."""
+    kept = getattr(tiles, name)
+    setattr(tiles, name, lambda *_, **__: tile)
+    try:
+        yield
+    finally:
+        setattr(tiles, name, kept)
+
+
+def score_tiles(dtype: torch.dtype) -> Iterator[Tile]:
+    vec = 16 // dtype.itemsize
+    for quad, groups, lanes_per_thread in product((2, 4, 8), (16, 32, 64), (1, 2)):
+        warps = groups * quad // 32 // lanes_per_thread
+        if 1 <= warps <= 8:
+            yield Tile({"R": GROUP // vec // quad, "GROUPS": groups, "QUAD": quad, "VEC": vec}, num_warps=warps)
+
+
+def odd_score_tiles() -> Iterator[Tile]:
+    for quad, threads in product((8, 16, 32), (128, 256)):
+        yield Tile({"R": GROUP // quad, "GROUPS": threads // quad, "QUAD": quad, "VEC": 1}, num_warps=threads // 32)
+
+
+def grad_tiles() -> Iterator[Tile]:
+    for block, warps in product((1024, 2048, 4096, 8192), (2, 4, 8)):
+        yield Tile({"BLOCK_V": block}, num_warps=warps)
+
+
+def rest_tiles(dtype: torch.dtype) -> Iterator[Tile]:
+    vec = 16 // dtype.itemsize
+    for lanes, per_lane in product((64, 128, 256), (16, 32, 64)):
+        yield Tile({"LANES": lanes, "R": per_lane // vec, "VEC": vec}, num_warps=lanes // 32)
+
+
+def support_tiles(table: SupportTile) -> Iterator[SupportTile]:
+    for field, warps in product(SupportTile._fields, (1, 2, 4, 8)):
+        yield table._replace(**{field: warps})
+
+
+def label(tile: Tile | SupportTile) -> str:
+    if isinstance(tile, SupportTile):
+        return ", ".join(f"{name}={value}" for name, value in tile._asdict().items())
+    return f"{tile.constants} num_warps={tile.num_warps}"
+
+
+def sweeps(bench: Bench) -> Iterator[Sweep]:
+    n, m, V = (1, 1, 160) if bench.dry else (8192, 409, 151_936)
+    student, teacher = bench.logits(n, V)
+    pair, own = {"vocab_size": V, **PLAIN}, {"vocab_size": V, **ONE}
+    rows = torch.linspace(0, n - 1, m, device=bench.device).int()
+    weights = torch.ones(m, device=bench.device)
+    out = torch.empty_like(student)
+    table = tiles.score(bench.dtype, bench.dtype)
+    yield Sweep("score_fwd", "score", table, list(score_tiles(bench.dtype)), lambda: score_fwd(student, teacher, None, **pair))
+    odd = 131 if bench.dry else 50_257
+    narrow, other = bench.logits(n, odd)
+    yield Sweep(
+        f"score_fwd, V = {odd}", "score", tiles.score(bench.dtype, bench.dtype, aligned=False), list(odd_score_tiles()),
+        lambda: score_fwd(narrow, other, None, vocab_size=odd, **PLAIN),
+    )  # fmt: skip
+    score = score_fwd(student, teacher, None, **pair)
+    warps = tiles.support(TOP_K, -(-V // GROUP))
+    yield Sweep(
+        "support_fwd", "support", warps, list(support_tiles(warps)),
+        lambda: support_fwd(student, teacher, None, score, top_k=TOP_K, **pair),
+    )  # fmt: skip
+    chosen = student, teacher, rows
+    of_chosen = score_fwd(*chosen, **pair)
+    columns, top = of_chosen.columns, argmax_fwd(student, rows, of_chosen, vocab_size=V)
+    write = {"top": top, "out": out, **pair}
+    sums = jsd_fwd(*chosen, columns, beta=BETA, **pair)
+    grad, blocks = tiles.grad(), list(grad_tiles())
+    yield Sweep("reverse_kl_grad", "grad", grad, blocks, lambda: reverse_kl_grad(*chosen, weights, columns, **write))
+    yield Sweep("forward_kl_grad", "grad", grad, blocks, lambda: forward_kl_grad(*chosen, weights, columns, **write))
+    yield Sweep("jsd_fwd", "grad", grad, blocks, lambda: jsd_fwd(*chosen, columns, beta=BETA, **pair))
+    yield Sweep("jsd_grad", "grad", grad, blocks, lambda: jsd_grad(*chosen, weights, columns, sums, beta=BETA, **write))
+    ids = student[rows.long()].float().topk(LISTED).indices.sort().values.int()
+    values, rest = torch.zeros_like(ids, dtype=torch.float32), rest_fwd(student, rows, ids, **own)
+    yield Sweep(
+        "rest_fwd", "rest", tiles.rest(bench.dtype), list(rest_tiles(bench.dtype)),
+        lambda: rest_fwd(student, rows, ids, **own),
+    )  # fmt: skip
+    listed = student, rows, ids, values, weights, rest
+    yield Sweep(
+        "rest_grad", "rest_grad", tiles.rest_grad(), blocks,
+        lambda: rest_grad(*listed, out=out, add=False, first_id=0, **own),
+    )  # fmt: skip
+
+
+def run(bench: Bench) -> Iterator[dict[str, Any]]:
+    """One row per kernel and tile; one that the compiler refuses is a row that says so."""
+    for sweep in sweeps(bench):
+        yield from _sweep(bench, sweep)
+
+
+def _sweep(bench: Bench, sweep: Sweep) -> list[dict[str, Any]]:
+    def timed(tile: Any) -> Callable[[int], Any]:
+        def launch(_: int) -> None:
+            with shipped(sweep.name, tile):
+                sweep.launch()
+
+        return launch
+
+    others = sweep.others[:2] if bench.dry else sweep.others
+    every = {label(tile): tile for tile in [sweep.shipped, *others]}
+    found = bench.measure({key: timed(tile) for key, tile in every.items()}, queued=True)
+    rows = [{"kernel": sweep.kernel, "tile": key, "shipped": key == label(sweep.shipped), **row} for key, row in found.items()]
+    best = rows[0].get("median_ms")
+    if best is None:
+        print(f"sweep {sweep.kernel}: the table's {rows[0]['tile']}: {rows[0]['note']}", flush=True)
+        return rows
+    better = [row for row in rows if row.get("median_ms", best) < BETTER * best]
+    print(f"sweep {sweep.kernel}: the table's {rows[0]['tile']} takes {best:.3f} ms", flush=True)
+    for row in sorted(better, key=lambda row: row["median_ms"]):
+        print(f"  faster: {row['tile']} takes {row['median_ms']:.3f} ms ({row['median_ms'] / best:.0%})", flush=True)
+    return rows

@@ -1,0 +1,1 @@
+"""The compiled kernels counted without a GPU: `make roofline`."""

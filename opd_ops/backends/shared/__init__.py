@@ -1,0 +1,1 @@
+"""What the streamed and the Triton backend both stand on."""

@@ -1,0 +1,72 @@
+"""Gradients of a loss whose logit gradient is zero but at a few ids of each row: only the columns that occur are multiplied.
+
+  dhidden = D W_U,  dweight_U = D^T hidden,  U the ids that occur, D (M, U) the gradient there
+
+Beside dense sums over V this is U / V of the matmuls, and unlike a scatter into the weight's gradient it has a fixed order.
+Host synchronisation: one, for the number of ids.
+Not here: gradients that fill the row (streamed/loss.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from opd_ops.backends.streamed.tiles import slices
+from opd_ops.inputs.sources import Source, compute_dtype, coordinates, put_rows, take_rows
+
+
+def listed_gradients(
+    student: Source, rows: Tensor, ids: Tensor, values: Tensor, needs: Sequence[bool], workspace_bytes: int
+) -> list[Tensor | None]:
+    """Gradients of the student's tensors, each if needed, in their dtypes.
+
+    Args:
+        ids, values: (M, K) columns of the raw logits and the gradient there; ids outside the vocabulary, or outside of the part
+            that this rank holds, are missing.
+    """
+    shard = student.transform.shard
+    ids = ids - student.transform.first_id
+    missing = (ids < 0) | (ids >= student.transform.vocab_size)
+    ids, values = ids.masked_fill(missing, 0), values.masked_fill(missing, 0)  # which adds 0 to column 0
+    if student.weight is None:
+        dense = torch.zeros_like(student.leading)
+        if not student.transform.vocab_size:
+            return [dense]
+        of_rows = (x.unsqueeze(1) for x in coordinates(rows, student.leading.shape[:-1]))
+        return [dense.index_put_((*of_rows, ids), values.to(dense.dtype), accumulate=True)]
+    dtype, width = compute_dtype(student), student.leading.shape[-1]
+    used = torch.unique(ids) if student.transform.vocab_size else ids.new_empty(0)
+    dleading = torch.zeros_like(student.leading) if needs[0] else None
+    dweight = torch.zeros_like(student.weight) if needs[1] else None
+    dbias = None if student.bias is None else torch.zeros_like(student.bias)
+    sums = torch.zeros(len(rows), width, dtype=dtype, device=rows.device) if needs[0] else None
+    # A quarter of the workspace each: rows of the weight with their gradient, hidden rows, the gradient between.
+    share = workspace_bytes // 4 // dtype.itemsize
+    n_columns = max(1, share // (2 * width))
+    n_rows = max(1, min(share // (2 * width), share // n_columns))
+    for part in slices(slice(0, len(used)), n_columns):
+        columns = used[part]
+        weight = student.weight[columns].to(dtype)
+        total, total_bias = torch.zeros_like(weight), weight.new_zeros(len(columns))
+        for group in slices(slice(0, len(rows)), n_rows):
+            places = torch.searchsorted(columns, ids[group]).clamp_max(len(columns) - 1)
+            here = columns[places] == ids[group]
+            d = weight.new_zeros(len(places), len(columns))
+            d.scatter_add_(1, places, values[group].to(dtype).masked_fill(~here, 0))
+            if sums is not None:
+                sums[group] += d @ weight
+            if dweight is not None:
+                total += d.T @ take_rows(student.leading, rows[group]).to(dtype)
+            total_bias += d.sum(0)
+        if dweight is not None:
+            dweight[columns] = total.to(dweight.dtype)
+        if dbias is not None:
+            dbias[columns] = total_bias.to(dbias.dtype)
+    if dleading is not None and sums is not None:
+        if shard is not None:
+            shard.ranks.sum(sums)
+        put_rows(dleading, rows, sums)
+    return [dleading, dweight] if student.bias is None else [dleading, dweight, dbias]

@@ -1,0 +1,132 @@
+"""Tensors of inference mode, which a backward reads again: overwritten in between, they would give a wrong gradient in silence.
+
+  digest = sum_i sum_j (i + 1) (j + 1) bits[i, j]  mod 2^64,   i: rows that are read, j: columns evenly spaced
+
+Autograd sees by a version counter that a saved tensor was overwritten. A tensor of inference mode has none. So the forward
+keeps a digest of a sample of what the backward will read: SAMPLED columns or more of every row of logits or hidden states,
+as many rows and columns of a weight. That sees a buffer that is filled again, not one entry that is changed. The whole would
+take as long as the loss does; a copy would keep M V numbers. It is a sum of integers: the same on every device, in any order.
+Not here: which tensors are of inference mode (inputs/sources.py), the version counter of all others (autograd).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_ops.backends.streamed.tiles import slices
+from opd_ops.inputs.sources import Source, take_rows
+
+SAMPLED = 256  # columns of 2^18: 1 sector in 64 of the row is fetched; up to 511 columns all are
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+DIGEST_BYTES = 32  # per number of the sample: copied, widened to 64 bits and multiplied
+NAMES = "student", "teacher"
+
+
+def unchanged(connected: Tensor, rows: Tensor, *sources: Source, workspace_bytes: int) -> Tensor:
+    """The same losses; their backward first compares what it will read of the sources with what the forward read.
+
+    `sources`: (student,) or (student, teacher), as the losses' own backward reads them again at the rows. Only tensors of
+    inference mode are compared. One that was overwritten is an error on a CPU. Elsewhere looking would wait for the device:
+    there it makes every gradient NaN.
+    """
+    before = digests(sources, rows, workspace_bytes) if connected.requires_grad else None
+    if before is None:
+        return connected
+    emptied = tuple(source.emptied() for source in sources)
+    tensors = [tensor for source in sources for tensor in source.tensors]
+    compared: Tensor = _Unchanged.apply(connected, emptied, workspace_bytes, before, rows, *tensors)
+    return compared
+
+
+@torch.no_grad()
+def digests(sources: tuple[Source, ...], rows: Tensor, workspace_bytes: int) -> Tensor | None:
+    """(tensors of inference mode,) int64; None if there are none."""
+    of_all = [_digest(tensor, places, workspace_bytes) for _, tensor, places in _read(sources, rows)]
+    return torch.stack(of_all) if of_all else None
+
+
+@torch.no_grad()
+def verified(before: Tensor, sources: tuple[Source, ...], rows: Tensor, workspace_bytes: int) -> Tensor:
+    """1, 0-dim fp32, where the digests are still the same, else NaN; on a CPU that is an error."""
+    now = digests(sources, rows, workspace_bytes)
+    assert now is not None
+    if now.device.type == "cpu" and not torch.equal(now, before):
+        overwritten = [
+            name for (name, _, _), same in zip(_read(sources, rows), (now == before).tolist(), strict=True) if not same
+        ]
+        raise RuntimeError(
+            f"{overwritten[0]}: a tensor made in torch.inference_mode() was overwritten between the forward and the backward, "
+            "which reads it again; expected it unchanged. Run the backward first, pass a copy (.clone()), or compute it under "
+            "torch.no_grad() in a tensor of its own"
+        )
+    return factor(now, before)
+
+
+def factor(now: Tensor, before: Tensor) -> Tensor:
+    """What gradients are multiplied by, without a look from the host."""
+    return torch.where((now == before).all(), 1.0, torch.nan)
+
+
+class _Unchanged(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        connected: Tensor,
+        sources: tuple[Source, ...],
+        workspace_bytes: int,
+        before: Tensor,
+        rows: Tensor,
+        *tensors: Tensor,
+    ) -> Tensor:
+        ctx.sources, ctx.workspace_bytes = sources, workspace_bytes
+        ctx.save_for_backward(before, rows, *tensors)
+        return connected.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        before, rows, *tensors = ctx.saved_tensors
+        sources, left = [], tensors
+        for source in ctx.sources:
+            n = len(source.tensors)
+            sources.append(source.with_tensors(left[:n]))
+            left = left[n:]
+        multiplier = verified(before, tuple(sources), rows, ctx.workspace_bytes)
+        return gradient * multiplier.to(gradient.dtype), *(None,) * (4 + len(tensors))
+
+
+def _read(sources: tuple[Source, ...], rows: Tensor) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Name of each tensor of inference mode, what is read of it, and at which rows; None: at all."""
+    for name, source in zip(NAMES, sources, strict=False):
+        yield from _read_of(name, source, rows)
+
+
+def _read_of(name: str, source: Source, rows: Tensor) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    vocab, is_head = source.transform.vocab_size, source.transform.is_head
+    own = {
+        ".hidden" if is_head else "": (source.leading if is_head else source.leading[..., :vocab], rows),
+        ".weight": (None if source.weight is None else source.weight[:vocab], None),
+        ".bias": (None if source.bias is None else source.bias[:vocab].unsqueeze(0), None),
+    }
+    for (part, (tensor, places)), uncounted in zip(own.items(), source.uncounted, strict=True):
+        if uncounted and tensor is not None:
+            yield name + part, tensor, places
+    if source.reference is not None:
+        yield from _read_of("Extrapolated.reference", source.reference, rows)
+
+
+def _digest(tensor: Tensor, rows: Tensor | None, workspace_bytes: int) -> Tensor:
+    """0-dim int64, of these rows of (..., width); None: of a sample of the rows of (n, width)."""
+    block = tensor[..., :: max(1, tensor.shape[-1] // SAMPLED)]
+    if rows is None:
+        block = block[:: max(1, len(block) // SAMPLED)]
+        rows = torch.arange(len(block), device=tensor.device)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    columns = torch.arange(1, block.shape[-1] + 1, device=tensor.device)
+    for part in slices(slice(0, len(rows)), max(1, workspace_bytes // (DIGEST_BYTES * max(1, len(columns))))):
+        of_rows = (take_rows(block, rows[part]).view(INTEGERS[tensor.element_size()]) * columns).sum(1)
+        total += (of_rows * torch.arange(part.start + 1, part.stop + 1, device=tensor.device)).sum()
+    return total

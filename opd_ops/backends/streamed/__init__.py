@@ -1,0 +1,1 @@
+"""The streamed backend: any device, in bounded memory."""

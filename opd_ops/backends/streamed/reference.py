@@ -1,0 +1,40 @@
+"""The reference of a row: its normalisers, relative to the logits of the student's most likely id a.
+
+  log p_v = (s_v - s_a) + log p_a,   log p_v - log q_v = (s_v - s_a) - (u_v - u_a) + (log p_a - log q_a)
+
+A log-sum-exp rounded to fp32 would lose what small divergences and rows with p_a near 1 are made of.
+Not here: how the score pass finds these columns (running.py), what divergences make of the two (divergences/).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from opd_ops.selection.stats import TokenStats
+
+
+class Reference(NamedTuple):
+    """Of (M,) rows, the columns of `TokenStats` that gradients read."""
+
+    student: Tensor  # s_a
+    teacher: Tensor  # u_a, or another logit of the teacher where it masks a
+    log_p: Tensor  # log p_a
+    log_ratio: Tensor  # log p_a - log q_a, or what it would be with that other logit
+
+    @staticmethod
+    def of(stats: TokenStats) -> Reference:
+        columns = stats.reference_student, stats.reference_teacher, stats.reference_log_p, stats.reference_log_ratio
+        assert all(x is not None for x in columns), "statistics of a backend whose gradients have other normalisers"
+        return Reference(*columns)  # type: ignore[arg-type]
+
+    def rows(self, group: slice) -> Reference:
+        """(n, 1) of some of the rows."""
+        return Reference(*(column[group].unsqueeze(1) for column in self))
+
+    def log_probabilities(self, s: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """log p and log p - log q of a block of (n, B) logits, in the place of s and u; this is of (n, 1)."""
+        s.sub_(self.student)
+        log_ratio = u.sub_(self.teacher).neg_().add_(s).add_(self.log_ratio)
+        return s.add_(self.log_p), log_ratio

@@ -1,0 +1,66 @@
+"""A divergence that is a sum over the vocabulary, of rows whose normalisers are known: its value and its mean slope.
+
+  l = sum_v f(p_v, q_v),   mean slope = sum_v p_v (f'(p_v, q_v) - f'_a),  a the student's top id    (divergences/base.py)
+
+One sweep of both models, block by block. Ranks that share out the vocabulary add up their parts: one all-reduce of 24 bytes
+a row.
+Not here: reverse and forward KL, which the score pass knows (backend.py), the gradient (loss.py).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from opd_ops.backends.shared import pages
+from opd_ops.backends.streamed.reference import Reference
+from opd_ops.backends.streamed.tiles import Rows, slices
+from opd_ops.backends.streamed.workspace import gradient_grid
+from opd_ops.divergences import JSD, Summed
+from opd_ops.inputs.sources import Source, compute_dtype
+from opd_ops.selection.stats import TokenStats
+
+
+class Sums(NamedTuple):
+    """A divergence over whole rows, and the number that its gradient needs of each."""
+
+    losses: Tensor  # (M,)
+    mean_slope: Tensor  # (M,)
+
+
+@torch.no_grad()
+def summed(whole: Summed, student: Source, teacher: Source, rows: Tensor, reference: Reference, workspace_bytes: int) -> Sums:
+    """Of the rows, whose reference is given."""
+    dtype = compute_dtype(student, teacher)
+    grid = gradient_grid(student, teacher, len(rows), workspace_bytes=workspace_bytes, two_parts=True)
+    sides = [Rows(source.detach(), rows, dtype, grid.columns) for source in (student, teacher)]
+    buffers = [pages.empty((grid.rows * grid.columns,), dtype, rows.device) for _ in sides]
+    sums = torch.zeros(3, len(rows), dtype=torch.float64, device=rows.device)
+    with torch.autocast(rows.device.type, enabled=False):
+        for block in slices(slice(0, student.transform.vocab_size), grid.columns):
+            for group in slices(slice(0, len(rows)), grid.rows):
+                s, u = (side.read(group, block, buffer) for side, buffer in zip(sides, buffers, strict=True))
+                of_rows = reference.rows(group)
+                no_p, no_q = s == -math.inf, u == -math.inf
+                log_q = (u - of_rows.teacher).add_(of_rows.log_p - of_rows.log_ratio)
+                log_p, log_ratio = of_rows.log_probabilities(s, u)
+                log_ratio.masked_fill_(no_p & no_q, 0)
+                sums[0, group] += whole.term(log_p, log_q, log_ratio).sum(1)
+                slope = whole.slope(log_p, log_ratio).sub_(whole.slope(of_rows.log_p, of_rows.log_ratio))
+                p = log_p.exp_()
+                sums[1, group] += slope.mul_(p).masked_fill_(no_p, 0).sum(1)
+                sums[2, group] += p.sum(1)
+    if student.transform.shard is not None:
+        student.transform.shard.ranks.sum(sums)
+    # sum p is 1 but for the rounding of the normaliser: divided by it, the gradient of every row sums to 0.
+    return Sums(sums[0].clamp_min(0).to(dtype), (sums[1] / sums[2]).to(dtype))
+
+
+def with_jsd(stats: TokenStats, student: Source, teacher: Source, rows: Tensor, workspace_bytes: int) -> TokenStats:
+    """The rows' columns and their Jensen-Shannon divergence, whose terms need the normalisers of the whole vocabulary."""
+    half: Summed = JSD(0.5)
+    found = summed(half, student, teacher, rows, Reference.of(stats), workspace_bytes)
+    return stats._replace(jsd=found.losses)

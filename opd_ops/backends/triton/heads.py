@@ -1,0 +1,117 @@
+"""The Triton backend where a model is a LinearHead: statistics from tiles of logits, bounded by the vendor's matmul.
+
+  tiles of rows x whole vocabulary: matmul into a reused buffer, score and support kernels on it                2 units
+  (one unit = 2 N V D FLOP; statistics are those of selection/stats.py)
+
+A 16-bit head's score tile holds 16-bit logits, which rank positions; what is trained on is made again (heads_loss.py).
+Deterministic. No host synchronisation, no copy from the host.
+
+Not here: the kernels (opd_kernels), a tile's logits (tiles.py), dense logits on both sides (backend.py), fp32 heads on any
+device (streamed/backend.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from opd_kernels.score import Score, score_fwd
+from opd_kernels.support import Support, support_fwd
+from torch import Tensor
+
+from opd_ops.backends.triton.launches import column_names, launch_options, on_device, write_columns
+from opd_ops.backends.triton.tiles import Side, buffer_of, groups
+from opd_ops.backends.triton.workspace import score_rows
+from opd_ops.inputs.sources import Source
+from opd_ops.selection.stats import OwnStats
+
+# Two half-size tiles on two streams, so that the statistics of one hide behind the matmul of the next. Off until a GPU has
+# shown that it is faster: benchmarks/gpu/heads.py times both.
+OVERLAP = False
+
+
+class _Lanes:
+    """Where the tiles of a score pass run: in order on the current stream, or in turn on two that start and end with it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.streams = [torch.cuda.Stream(device) for _ in range(2)] if OVERLAP and device.type == "cuda" else []
+        self.number = 2 if OVERLAP else 1
+
+    def __enter__(self) -> None:
+        for stream in self.streams:
+            stream.wait_stream(torch.cuda.current_stream(stream.device))
+
+    def __exit__(self, *_: object) -> None:
+        for stream in self.streams:
+            torch.cuda.current_stream(stream.device).wait_stream(stream)
+
+    def turn(self, i: int) -> AbstractContextManager[Any]:
+        return torch.cuda.stream(self.streams[i % 2]) if self.streams else nullcontext()
+
+
+def launch_columns(
+    student: Source,
+    teacher: Source,
+    rows: Tensor,
+    top_k: int,
+    columns: frozenset[str],
+    workspace_bytes: int,
+    score_dtype: torch.dtype | None,
+    *,
+    keep: Callable[[tuple[Score, Support]], None] | None = None,
+) -> Tensor:
+    """(columns, n) statistics of the given positions, in the order of `column_names`.
+
+    Args:
+        score_dtype: Of a head while it ranks; None: its own.
+        keep: Is given what the kernels found of consecutive rows.
+    """
+    lanes, vocab = _Lanes(rows.device), student.transform.vocab_size
+    sides = [Side(source, rows, workspace_bytes // 16, score_dtype) for source in (student, teacher)]
+    transforms = sides[0].transform, sides[1].transform
+    size = score_rows(
+        student,
+        teacher,
+        n=len(rows),
+        top_k=top_k,
+        optional=bool(columns),
+        workspace_bytes=workspace_bytes,
+        score_dtype=score_dtype,
+        tiles=lanes.number,
+    )
+    out = torch.empty((len(column_names(columns)), len(rows)), dtype=torch.float32, device=rows.device)
+    with on_device(rows.device), torch.autocast(rows.device.type, enabled=False), lanes:
+        buffers = [[buffer_of(size, vocab, x.tile_dtype, rows.device) for x in sides] for _ in range(lanes.number)]
+        for i, group in enumerate(groups(len(rows), size)):
+            n, tiles = group.stop - group.start, buffers[i % lanes.number]
+            with lanes.turn(i):
+                s, u = (side.tile(group, tile[:n]) for side, tile in zip(sides, tiles, strict=True))
+                options: dict[str, Any] = {"columns": columns, "top_k": top_k, "workspace_bytes": workspace_bytes // 2}
+                found = write_columns(out[:, group], (s, u), None, transforms, **options)
+                if keep is not None:
+                    keep(found)
+    return out
+
+
+def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int, score_dtype: torch.dtype | None) -> OwnStats:
+    """One model's statistics at the rows, from its logits alone."""
+    vocab, n = source.transform.vocab_size, len(rows)
+    side = Side(source, rows, workspace_bytes // 16, score_dtype)
+    size = score_rows(source, n=n, top_k=top_k, optional=False, workspace_bytes=workspace_bytes, score_dtype=score_dtype)
+    ids = torch.empty((n, top_k), dtype=torch.long, device=rows.device)
+    lse, entropy = torch.empty((2, n), dtype=torch.float32, device=rows.device)
+    out = OwnStats(lse, entropy, ids, torch.empty((n, top_k), dtype=torch.float32, device=rows.device))
+    options = launch_options(side.transform, side.transform)
+    with torch.no_grad(), on_device(rows.device), torch.autocast(rows.device.type, enabled=False):
+        buffer = buffer_of(size, vocab, side.tile_dtype, rows.device)
+        for group in groups(n, size):
+            u = side.tile(group, buffer[: group.stop - group.start])
+            # Given as both models: the second load of a line finds it in the cache.
+            score = score_fwd(u, u, None, **options)
+            lists = support_fwd(u, u, None, score, top_k=top_k, **options)
+            of_group = OwnStats(score.teacher_logsumexp, score.teacher_entropy, lists.t_ids, lists.logits[:, 3])
+            for column, values in zip(out, of_group, strict=True):
+                column[group] = values
+    return out

@@ -1,0 +1,348 @@
+"""The loss of the Triton backend where a model is a LinearHead: the selected rows' logits once more, in fp32, a group at a
+time.
+
+  logits 2 rho, losses and their gradient by kernels on the tile, then dH and dW 2 rho
+  (one unit = 2 N V D FLOP; losses and gradients are those of divergences/)
+
+Both come from fp32 logits, whatever the head's dtype: 16 bits would put several per cent of error into the gradient.
+The gradient is computed in the forward, next to the loss, because both need these logits: a backward that recomputed them
+would pay 2 rho more. Rows are weighted by at most 1 and the sum is scaled in the backward, so that fp16 gradients keep their
+digits. A second backward computes them again.
+Memory: groups of rows. The 16-bit logit gradients of all groups are kept for one weight gradient, rounded once, if they fit
+5/8 of the workspace; if not, the weight gradient takes a second look at the logits (2 rho), by blocks of the vocabulary.
+Deterministic: no atomics, sums in a fixed order. No host synchronisation, no copy from the host.
+Where ranks share out the vocabulary, the rows' normalisers and losses are given (shards.py), the logits are those of
+this rank's part, and the hidden states' gradient is added up over the ranks in fp32.
+
+Not here: statistics (heads.py), what kernels do on a tile (kernel_loss.py), heads on any device (streamed/loss.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from opd_kernels.score import COLUMNS
+from torch import Tensor
+
+from opd_ops.backends.shared.first_order import first_order
+from opd_ops.backends.shared.overwritten import digests, verified
+from opd_ops.backends.triton.kernel_loss import Found, KernelLoss
+from opd_ops.backends.triton.launches import on_device
+from opd_ops.backends.triton.matmul import fp32_product, long_product
+from opd_ops.backends.triton.tiles import Side, buffer_of, groups
+from opd_ops.backends.triton.workspace import BlockGrid, SelectedGrid, is_narrow
+from opd_ops.divergences import Divergence, weighted_sum, without_infinite
+from opd_ops.inputs.sources import Source, put_rows
+from opd_ops.inputs.teacher_lists import Listed
+
+
+class _Plan(NamedTuple):
+    """What the loss needs beside tensors."""
+
+    student: Source  # without its tensors, as the teacher
+    teacher: Source | None  # None: lists, the tensors after those of the student
+    divergence: Divergence
+    has_tokens: bool  # which are the last of the tensors
+    has_columns: bool  # of score.py, (12, M), before them
+    workspace_bytes: int
+    differentiable: bool
+    before: Tensor | None  # digests of the tensors of inference mode (shared/overwritten.py)
+
+    def verified(self, rows: Tensor, tensors: Sequence[Tensor]) -> Tensor | float:
+        """What the gradients of one more `run` are multiplied by: NaN where an input was overwritten unseen."""
+        if self.before is None:
+            return 1.0
+        split = len(self.student.tensors)
+        sources: tuple[Source, ...] = (self.student.with_tensors(tensors[:split]),)
+        if self.teacher is not None:
+            sources += (self.teacher.with_tensors(tensors[split:]),)
+        return verified(self.before, sources, rows, self.workspace_bytes)
+
+    def run(
+        self, rows: Tensor, weights: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        split = len(self.student.tensors)
+        student, rest = self.student.with_tensors(tensors[:split]), tensors[split:]
+        tokens, rest = (rest[-1], rest[:-1]) if self.has_tokens else (None, rest)
+        columns, rest = (rest[-1], rest[:-1]) if self.has_columns else (None, rest)
+        teacher = Listed(rest[0], rest[1], is_sampled=False) if self.teacher is None else self.teacher.with_tensors(rest)
+        budget = self.workspace_bytes
+        return launch_loss(student, teacher, rows, weights, self.divergence, tokens, budget, needs, columns)
+
+
+class _SelectedLoss(torch.autograd.Function):
+    """sum of weights l and the (M,) losses l, with the gradient of the sum computed beside it."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, rows: Tensor, weights: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.plan, ctx.gradients = plan, None
+        ctx.save_for_backward(rows, weights, *tensors)
+        ctx.needs = [plan.differentiable and need for need in ctx.needs_input_grad[3 : 3 + len(plan.student.tensors)]]
+        total, losses, ctx.gradients = plan.run(rows, weights, tensors, ctx.needs)
+        ctx.mark_non_differentiable(losses)
+        return total, losses
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dtotal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weights, *tensors = ctx.saved_tensors
+        gradients, ctx.gradients = ctx.gradients, None
+        factor = scale_back(dtotal, weights)
+        if gradients is None:  # handed out, and perhaps overwritten, by an earlier backward
+            factor = factor * ctx.plan.verified(rows, tensors)
+            gradients = ctx.plan.run(rows, weights, tensors, ctx.needs)[2]
+        for gradient in gradients:
+            if gradient is not None:
+                torch.mul(gradient, factor, out=gradient)
+        return (None,) * 3 + tuple(gradients) + (None,) * (len(tensors) - len(gradients))
+
+
+def _scale(weights: Tensor) -> Tensor:
+    """The power of two above the largest magnitude of the weights, 0-dim; 1 where there is none.
+
+    A power of two, so that scaling a gradient back rounds nothing unless the loss is scaled by something else.
+    """
+    largest = torch.cat((weights.abs(), weights.new_zeros(1))).amax()
+    return torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent), 1.0)
+
+
+def scale_back(dtotal: Tensor, weights: Tensor) -> Tensor:
+    """What the gradients of `launch_loss` are multiplied by; one dimension, or it would be rounded to 16 bits first."""
+    return (dtotal * _scale(weights)).view(1)
+
+
+def launch_loss(
+    student: Source,
+    teacher: Source | Listed,
+    rows: Tensor,
+    weights: Tensor,
+    divergence: Divergence,
+    tokens: Tensor | None,
+    workspace_bytes: int,
+    needs: Sequence[bool],
+    columns: Tensor | None = None,
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """sum of weights l, l itself, (M,), and the gradients of that sum, to be scaled by `scale_back`, where needed.
+
+    `columns`: score.py's of the rows over the whole vocabulary, of which these sources hold a part.
+    `teacher`: or its lists of the rows. An infinite divergence that the score pass could not see (16 bits, or the student's row
+    unread) is left out.
+    """
+    teacher = teacher.detach() if isinstance(teacher, Source) else teacher
+    selected = _SelectedRows(student.detach(), teacher, rows, weights, divergence, tokens, workspace_bytes, columns)
+    losses, gradients = selected.run(needs)
+    return weighted_sum(losses, without_infinite(losses, weights)), losses, gradients
+
+
+class _SelectedRows:
+    """The selected rows' fp32 logits, a group at a time, and what follows from them."""
+
+    def __init__(
+        self,
+        student: Source,
+        teacher: Source | Listed,
+        rows: Tensor,
+        weights: Tensor,
+        divergence: Divergence,
+        tokens: Tensor | None,
+        workspace_bytes: int,
+        columns: Tensor | None,
+    ) -> None:
+        self.student, self.rows, self.tokens, self.columns = student, rows, tokens, columns
+        self.sources = (student, teacher) if isinstance(teacher, Source) else (student,)
+        self.listed = None if isinstance(teacher, Source) else teacher
+        self.unit = (weights / _scale(weights)).float().clone()
+        self.workspace_bytes, self.vocab = workspace_bytes, student.transform.vocab_size
+        self.sides = [Side(source, rows, workspace_bytes // 16) for source in self.sources]
+        transforms = [side.transform for side in self.sides]
+        self.loss = KernelLoss(divergence, transforms[0], transforms[1] if len(transforms) > 1 else None)
+
+    def run(self, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+        """(M,) losses, and the gradients of their sum, weighted by at most 1, for those student tensors that need one."""
+        with on_device(self.rows.device), torch.autocast(self.rows.device.type, enabled=False):
+            return self._run(needs)
+
+    def _run(self, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+        m, device, vocab = len(self.rows), self.rows.device, slice(0, self.vocab)
+        grid = SelectedGrid.of(
+            *self.sources, n=m, needs=needs, list_bytes=self.loss.list_bytes, workspace_bytes=self.workspace_bytes
+        )
+        buffers = [buffer_of(grid.rows, self.vocab, torch.float32, device)[:, vocab] for _ in self.sides]
+        narrowed = None
+        if is_narrow(self.student, needs):
+            narrowed = buffer_of(m if grid.keep else grid.rows, self.vocab, self.student.leading.dtype, device)[:, vocab]
+        out = _Gradients.of(self.student, needs, m)
+        losses = torch.empty(m, dtype=torch.float32, device=device)
+        if self.columns is not None:
+            losses.copy_(self.columns[COLUMNS.index(str(self.loss.divergence.column))])
+        parts = []
+        for group in groups(m, grid.rows) if self.vocab else ():
+            n = group.stop - group.start
+            tiles = [x.read(group, vocab, b[:n]) for x, b in zip(self.sides, buffers, strict=True)]
+            s, u = tiles[0], tiles[1] if len(tiles) > 1 else None
+            if self.columns is None:
+                losses[group], found = self.loss.first(s, u, None, tokens=self._tokens(group), listed=self._lists(group))
+            else:
+                found = Found(self.columns[:, group].contiguous(), *(None,) * 7)
+            # Left out of the sum (launch_loss), so of its gradient.
+            self.unit[group] = self.unit[group].masked_fill(losses[group] == torch.inf, 0)
+            if any(needs):
+                over = s if self.loss.overwrites_student else tiles[-1]
+                d = over if narrowed is None else narrowed[group] if grid.keep else narrowed[:n]
+                self.loss.gradient(s, u, None, self.unit[group], found, out=d)
+                if grid.second_look:
+                    top = found.top
+                    parts.append(found if top is None else found._replace(at_top=d.gather(1, top.long().unsqueeze(1))))
+                out.add(self.student, self.rows, group, d)
+                if out.weight is not None and narrowed is None:
+                    out.add_weight(d, self._weighted_hidden(group), first=group.start == 0)
+        if self.vocab and grid.keep and m and narrowed is not None:
+            del buffers, tiles, s, u, over
+            out.add_weight(narrowed, self._weighted_hidden(slice(0, m)), first=True)
+        elif self.vocab and grid.second_look and m:
+            del buffers, narrowed, tiles, s, u, d, over
+            self._second_look(Found.joined(parts), out)
+        out.add_up(self.student, self.rows)
+        return losses, out.in_order(self.student)
+
+    def _tokens(self, group: slice) -> Tensor | None:
+        return None if self.tokens is None else self.tokens[group]
+
+    def _lists(self, group: slice) -> Listed | None:
+        return (
+            None
+            if self.listed is None
+            else self.listed._replace(ids=self.listed.ids[group], logprobs=self.listed.logprobs[group])
+        )
+
+    def _weighted_hidden(self, group: slice) -> Tensor:
+        """The student's hidden rows; 0 where the weight is 0, because their product with a gradient of 0 may be NaN."""
+        return self.sides[0].hidden(group).masked_fill((self.unit[group] == 0).unsqueeze(1), 0)
+
+    def _second_look(self, found: Found, out: _Gradients) -> None:
+        """The weight gradient by blocks of the vocabulary, each rounded once; what the whole row gives is known."""
+        m, device, dtype = len(self.rows), self.rows.device, self.student.leading.dtype
+        size, width = BlockGrid.of(*self.sources, n=m, workspace_bytes=self.workspace_bytes)
+        assert out.weight is not None
+        flat = [torch.empty(size * width, dtype=torch.float32, device=device) for _ in self.sides]
+        narrowed = torch.empty(size * width, dtype=dtype, device=device)
+        for start in range(0, self.vocab, width):
+            block = slice(start, min(start + width, self.vocab))
+            total = None
+            for first in range(0, m, size):
+                group = slice(first, min(first + size, m))
+                places = slice(0, group.stop - first), slice(0, block.stop - start)
+                tiles = [x.view(size, width)[places] for x in flat]
+                for side, tile in zip(self.sides, tiles, strict=True):
+                    side.read(group, block, tile)
+                u, d = tiles[1] if len(tiles) > 1 else None, narrowed.view(size, width)[places]
+                of_block = {"first_id": start, "vocab_size": block.stop - start}
+                self.loss.gradient(tiles[0], u, None, self.unit[group], found.rows(group), out=d, **of_block)
+                product = fp32_product(d.T, self._weighted_hidden(group))
+                total = product if total is None else total.add_(product)
+            assert total is not None
+            out.weight[block] = total.to(dtype)
+
+
+class _Gradients(NamedTuple):
+    """The gradients being made, of the student's shapes and dtypes; None: not needed."""
+
+    leading: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None  # fp32 until it is complete
+    hidden: Tensor | None  # (M, D) fp32, of the rows' hidden states, where ranks have parts of it
+    vocab: int
+
+    @staticmethod
+    def of(student: Source, needs: Sequence[bool], m: int) -> _Gradients:
+        vocab, weight, dweight = student.transform.vocab_size, student.weight, None
+        if weight is not None and needs[1]:
+            dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+            dweight[vocab if m else 0 :].zero_()  # entries beyond the common vocabulary, or all if no row writes them
+        dbias = None
+        if student.bias is not None and needs[2]:
+            dbias = torch.zeros(len(student.bias), dtype=torch.float32, device=student.bias.device)
+        hidden = None
+        if student.transform.shard is not None and student.weight is not None and needs[0]:
+            hidden = torch.zeros((m, student.leading.shape[-1]), dtype=torch.float32, device=student.leading.device)
+        return _Gradients(torch.zeros_like(student.leading) if needs[0] else None, dweight, dbias, hidden, vocab)
+
+    def add(self, student: Source, rows: Tensor, group: slice, dlogits: Tensor) -> None:
+        """What a group of rows gives beside the weight's gradient; no position comes twice."""
+        if self.leading is not None:
+            if student.weight is None:
+                put_rows(self.leading[..., : self.vocab], rows[group], dlogits)
+            elif self.hidden is not None:
+                self.hidden[group] = fp32_product(dlogits, student.weight[: self.vocab])
+            else:
+                put_rows(self.leading, rows[group], long_product(dlogits, student.weight[: self.vocab]))
+        if self.bias is not None:
+            self.bias[: self.vocab] += dlogits.sum(0, dtype=torch.float32)
+
+    def add_up(self, student: Source, rows: Tensor) -> None:
+        """The hidden states' gradient of all parts of the vocabulary."""
+        if self.hidden is not None and self.leading is not None and student.transform.shard is not None:
+            put_rows(self.leading, rows, student.transform.shard.ranks.sum(self.hidden))
+
+    def add_weight(self, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
+        assert self.weight is not None
+        out = self.weight[: self.vocab]
+        torch.addmm(out, dlogits.T, hidden, beta=0.0 if first else 1.0, out=out)
+
+    def in_order(self, student: Source) -> list[Tensor | None]:
+        """One entry per student tensor."""
+        if student.weight is None:
+            return [self.leading]
+        if student.bias is None:
+            return [self.leading, self.weight]
+        return [self.leading, self.weight, None if self.bias is None else self.bias.to(student.bias.dtype)]
+
+
+def selected_loss(
+    student: Source,
+    teacher: Source | Listed,
+    rows: Tensor,
+    weights: Tensor,
+    divergence: Divergence,
+    tokens: Tensor | None,
+    workspace_bytes: int,
+    columns: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """sum of weights l over the selected positions, connected to the student's tensors, and l, (M,).
+
+    `columns`: as in `launch_loss`.
+    """
+    differentiable = torch.is_grad_enabled()  # within forward it never is
+    if torch.compiler.is_compiling():
+        from opd_ops.backends.triton.operators import head_arguments, head_loss
+
+        assert isinstance(teacher, Source)
+        assert divergence.whole is not None
+        needs = [differentiable and tensor.requires_grad for tensor in student.tensors]
+        arguments, kind = head_arguments(student, teacher.detach()), divergence.whole.name
+        total, losses, *_ = head_loss(*arguments, rows, weights, kind, workspace_bytes, needs)
+        return total, losses.detach()
+    beside: tuple[Tensor, ...]
+    inputs: tuple[Source, ...] = (student,)
+    if isinstance(teacher, Source):
+        beside, template, inputs = teacher.detach().tensors, teacher.emptied(), (student, teacher)
+    else:
+        of_rows = teacher.take(rows)
+        beside, template = (of_rows.ids, of_rows.logprobs), None
+    has_tokens = tokens is not None and template is not None
+    needed = differentiable and any(tensor.requires_grad for tensor in student.tensors)
+    plan = _Plan(
+        student.emptied(),
+        template,
+        divergence,
+        has_tokens,
+        columns is not None,
+        workspace_bytes,
+        differentiable,
+        digests(inputs, rows, workspace_bytes) if needed else None,
+    )
+    tensors = (*student.tensors, *beside, *(() if columns is None else (columns,)), *((tokens,) if has_tokens else ()))
+    total, losses = _SelectedLoss.apply(plan, rows, weights, *tensors)
+    return total, losses

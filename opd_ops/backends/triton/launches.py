@@ -1,0 +1,127 @@
+"""What every launch of the kernels from here shares: options, scratch per row, the columns of TokenStats from two tables.
+
+  A table is (N, V) stored logits of one model, unit stride along V; what a stored number stands for is in the options.
+
+Launches are cut into parts of rows so that scratch fits `workspace_bytes`.
+Not here: dense logits as tables (backend.py, layout.py), tiles of a head's logits (heads.py), kernels (opd_kernels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from opd_kernels.score import Score, score_fwd
+from opd_kernels.support import SUPPORT_COLUMNS, Support, support_fwd
+from torch import Tensor
+
+from opd_ops.backends.shared.supports import support_columns
+from opd_ops.backends.shared.top_k import TopK
+from opd_ops.backends.streamed.running import row_jsd
+from opd_ops.backends.streamed.workspace import UNION_BYTES
+from opd_ops.inputs.sources import Transform, finish_logits
+from opd_ops.selection.stats import SWEPT_COLUMNS
+
+JSD_BUFFERS = 10  # fp32 rows of V alive at once in row_jsd
+
+
+def launch_options(student: Transform, teacher: Transform) -> dict[str, Any]:
+    """The keywords that every launcher takes."""
+    return {
+        "vocab_size": student.vocab_size,
+        "temperature": student.temperature,
+        "s_scale": student.scale,
+        "t_scale": teacher.scale,
+        "s_softcap": student.softcap,
+        "t_softcap": teacher.softcap,
+    }
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Launches go to the current device, which need not be that of the tensors."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
+def parts(n: int, bytes_per_row: int, workspace_bytes: int) -> Iterator[slice]:
+    size = max(1, workspace_bytes // bytes_per_row)
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
+def column_names(columns: frozenset[str]) -> tuple[str, ...]:
+    """The columns of TokenStats that are computed, in order; `columns` are the optional ones wanted."""
+    return (*SWEPT_COLUMNS, *SUPPORT_COLUMNS, *sorted(columns))
+
+
+def parse_columns(optional: str) -> frozenset[str]:
+    """The optional columns as operators of torch take them: "a,b"."""
+    return frozenset(filter(None, optional.split(",")))
+
+
+def write_columns(
+    out: Tensor,
+    tables: tuple[Tensor, Tensor],
+    rows: Tensor | None,
+    transforms: tuple[Transform, Transform],
+    *,
+    columns: frozenset[str],
+    top_k: int,
+    workspace_bytes: int,
+) -> tuple[Score, Support]:
+    """Fill `out`, (columns, n) in the order of `column_names`, with the statistics of the tables' rows (None: all, in order).
+
+    Returns: what the kernels found.
+    `workspace_bytes` bounds the scratch of the optional columns, which comes on top of `score_bytes` a row.
+    """
+    options = launch_options(*transforms)
+    score = score_fwd(*tables, rows, **options)
+    lists = support_fwd(*tables, rows, score, top_k=top_k, **options)
+    of_lists = _of_lists(lists, score, columns - {"jsd"}, workspace_bytes)
+    for name, column in zip(column_names(columns), out, strict=True):
+        if name in of_lists:
+            column.copy_(of_lists[name])
+        elif name == "jsd":
+            column.copy_(_jsd(tables, rows, transforms, workspace_bytes))
+        else:
+            column.copy_(getattr(score if name in SWEPT_COLUMNS else lists, name))
+    return score, lists
+
+
+def top_k_lists(lists: Support, first_id: int = 0) -> tuple[TopK, TopK]:
+    """Student's and teacher's, of kernels that count ids from `first_id`."""
+    s_at_s, t_at_s, s_at_t, t_at_t = lists.logits.unbind(1)
+    of_student = TopK(lists.s_ids.long() + first_id, s_at_s, t_at_s)
+    return of_student, TopK(lists.t_ids.long() + first_id, t_at_t, s_at_t)
+
+
+def _of_lists(lists: Support, score: Score, columns: frozenset[str], workspace_bytes: int) -> dict[str, Tensor]:
+    """Optional columns from the kernels' lists; some rows at a time."""
+    n, _, k = lists.ids.shape
+    out = {name: torch.empty(n, dtype=torch.float32, device=lists.ids.device) for name in columns}
+    if not columns:
+        return out
+    found = top_k_lists(lists)
+    lse = score.student_logsumexp.double(), score.teacher_logsumexp.double()
+    for part in parts(n, UNION_BYTES * k, workspace_bytes):
+        of_part = support_columns(found[0].rows(part), found[1].rows(part), lse[0][part], lse[1][part], columns)
+        for name in columns:
+            out[name][part] = of_part[name]
+    return out
+
+
+def _jsd(
+    tables: tuple[Tensor, Tensor], rows: Tensor | None, transforms: tuple[Transform, Transform], workspace_bytes: int
+) -> Tensor:
+    """In torch, on some whole rows at a time: only a sampling selector asks for it."""
+    vocab = transforms[0].vocab_size
+    n = len(tables[0]) if rows is None else len(rows)
+    out = torch.empty(n, dtype=torch.float32, device=tables[0].device)
+    for part in parts(len(out), JSD_BUFFERS * 4 * vocab, workspace_bytes):
+        taken = (table[part] if rows is None else table[rows[part]] for table in tables)
+        copies = (x[:, :vocab].to(torch.float32, copy=True) for x in taken)
+        sides = zip(copies, transforms, tables, strict=True)
+        s, u = (finish_logits(x, transform, table.dtype) for x, transform, table in sides)
+        out[part] = row_jsd(s, u).float()
+    return out

@@ -1,0 +1,187 @@
+"""The Triton backend's two steps as operators of torch, for torch.compile, which cannot look into them.
+
+  opd_ops::token_columns        logits -> statistics of the given rows
+  opd_ops::divergence_gradient  logits, weights -> d (weighted sum of the losses) / d the student's logits
+  opd_ops::selected_losses      the losses, whose backward is divergence_gradient
+  opd_ops::head_columns, opd_ops::head_loss    the same where a model is a head; head_loss makes the gradients itself
+
+Eager calls go to the launches themselves: an operator's boundary costs some 60 microseconds a call.
+Not here: the launches (backend.py, triton_heads*.py), what is compiled around them (loss.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_ops.backends.triton import backend as triton
+from opd_ops.backends.triton import heads as triton_heads
+from opd_ops.backends.triton import heads_loss as triton_heads_loss
+from opd_ops.backends.triton.launches import column_names, parse_columns
+from opd_ops.backends.triton.layout import Layout
+from opd_ops.divergences import DIVERGENCES
+from opd_ops.inputs.sources import Source, Transform
+
+token_columns = torch.library.custom_op("opd_ops::token_columns", triton.launch_columns, mutates_args=())
+
+
+@token_columns.register_fake
+def _(student: Tensor, teacher: Tensor, rows: Tensor, top_k: int, optional: str, *_: Any) -> Tensor:
+    names = column_names(parse_columns(optional))
+    return torch.empty((len(names), rows.shape[0]), dtype=torch.float32, device=rows.device)
+
+
+@torch.library.custom_op("opd_ops::divergence_gradient", mutates_args=())
+def divergence_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    kind: str,
+    workspace_bytes: int,
+    vocab_size: int,
+    temperature: float,
+) -> Tensor:
+    """A new tensor of the student's shape, zero outside the rows."""
+    return triton.launch_gradient(student, teacher, rows, weights, kind, workspace_bytes, vocab_size, temperature)
+
+
+@divergence_gradient.register_fake
+def _(student: Tensor, *_: Any) -> Tensor:
+    layout = Layout.of(student)
+    assert layout is not None
+    return layout.zeros(student)[1]
+
+
+@torch.library.custom_op("opd_ops::selected_losses", mutates_args=())
+def selected_losses(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Tensor,
+    losses: Tensor,
+    kind: str,
+    workspace_bytes: int,
+    vocab_size: int,
+    temperature: float,
+) -> Tensor:
+    """The losses as they are, connected to the student's logits."""
+    return losses.clone()
+
+
+@selected_losses.register_fake
+def _(student: Tensor, teacher: Tensor, rows: Tensor, losses: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(losses)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    student, teacher, rows, _, *ctx.options = inputs
+    ctx.save_for_backward(student, teacher, rows)
+
+
+def _backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
+    return (divergence_gradient(*ctx.saved_tensors, dlosses, *ctx.options), *(None,) * 7)
+
+
+selected_losses.register_autograd(_backward, setup_context=_setup_context)
+
+
+def head_arguments(student: Source, teacher: Source) -> tuple[Any, ...]:
+    """Both sources as an operator takes them: six tensors or None, and the numbers of their transforms (no soft-cap: 0)."""
+    settings = [float(student.transform.vocab_size), student.transform.temperature]
+    for source in (student, teacher):
+        settings += [source.transform.scale, source.transform.softcap or 0.0]
+    return (*student[1:4], *teacher[1:4], settings)
+
+
+def _sources(tensors: Sequence[Tensor | None], settings: Sequence[float]) -> tuple[Source, Source]:
+    """The sources of `head_arguments`."""
+    vocab, temperature, *transforms = settings
+    sources = []
+    for i in range(2):
+        (leading, weight, bias), (scale, softcap) = tensors[3 * i : 3 * i + 3], transforms[2 * i : 2 * i + 2]
+        assert leading is not None
+        transform = Transform(weight is not None, int(vocab), temperature, scale, softcap or None)
+        sources.append(Source(transform, leading, weight, bias))
+    return sources[0], sources[1]
+
+
+@torch.library.custom_op("opd_ops::head_columns", mutates_args=())
+def head_columns(
+    s_leading: Tensor,
+    s_weight: Tensor | None,
+    s_bias: Tensor | None,
+    t_leading: Tensor,
+    t_weight: Tensor | None,
+    t_bias: Tensor | None,
+    settings: Sequence[float],
+    rows: Tensor,
+    top_k: int,
+    optional: str,
+    workspace_bytes: int,
+    score_dtype: torch.dtype | None,
+) -> Tensor:
+    """(columns, n) statistics of the rows."""
+    sources = _sources((s_leading, s_weight, s_bias, t_leading, t_weight, t_bias), settings)
+    columns = parse_columns(optional)
+    return triton_heads.launch_columns(*sources, rows, top_k, columns, workspace_bytes, score_dtype)
+
+
+@head_columns.register_fake
+def _(*arguments: Any) -> Tensor:
+    rows, optional = arguments[7], arguments[9]
+    names = column_names(parse_columns(optional))
+    return torch.empty((len(names), rows.shape[0]), dtype=torch.float32, device=rows.device)
+
+
+@torch.library.custom_op("opd_ops::head_loss", mutates_args=())
+def head_loss(
+    s_leading: Tensor,
+    s_weight: Tensor | None,
+    s_bias: Tensor | None,
+    t_leading: Tensor,
+    t_weight: Tensor | None,
+    t_bias: Tensor | None,
+    settings: Sequence[float],
+    rows: Tensor,
+    weights: Tensor,
+    kind: str,
+    workspace_bytes: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The weighted sum, the losses, and the gradients of hidden states, weight and bias, without entries if not needed."""
+    student, teacher = _sources((s_leading, s_weight, s_bias, t_leading, t_weight, t_bias), settings)
+    divergence = DIVERGENCES[kind]
+    total, losses, gradients = triton_heads_loss.launch_loss(
+        student, teacher, rows, weights, divergence, None, workspace_bytes, needs
+    )
+    made = [s_leading.new_empty(0) if gradient is None else gradient for gradient in (*gradients, None, None)[:3]]
+    return total, losses, made[0], made[1], made[2]
+
+
+@head_loss.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    weights, needs = arguments[8], (*arguments[11], False, False)
+    formats = torch.preserve_format, torch.contiguous_format, torch.contiguous_format
+    made = [
+        torch.empty_like(tensor, memory_format=layout) if need else arguments[0].new_empty(0)
+        for tensor, need, layout in zip(arguments[:3], needs, formats, strict=False)
+    ]
+    return weights.new_empty(()), weights.new_empty(weights.shape), *made
+
+
+def _setup_head_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(inputs[8], *output[2:])
+    ctx.needs = (*inputs[11], False, False)
+
+
+def _head_backward(ctx: Any, dtotal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    weights, *gradients = ctx.saved_tensors
+    factor = triton_heads_loss.scale_back(dtotal, weights)
+    pairs = zip(gradients, ctx.needs, strict=False)
+    return (*((gradient * factor).to(gradient.dtype) if need else None for gradient, need in pairs), *(None,) * 9)
+
+
+head_loss.register_autograd(_head_backward, setup_context=_setup_head_context)

@@ -1,0 +1,1 @@
+"""What several processes compute together: collectives, order statistics."""

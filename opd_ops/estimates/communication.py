@@ -1,0 +1,371 @@
+"""What a call on several ranks will send, before it is made: every collective of a forward and its backward, from sizes alone.
+
+  tp ranks share out the vocabulary (process_group); those that select together are dp cp with scope "global", cp with
+  "sequence" (selection_group). N valid rows a rank, M trained on, K = top_k, c bytes of the compute dtype (4; 8 for fp64).
+
+  vocabulary   widths of the parts      all-gather   16 a side; backend "triton": whether it can run, all-reduce of 8
+               statistics of N rows     all-gather   N row_bytes(K), in slices of what an eighth of the workspace holds
+               a draw                   broadcast    8 a position
+               the loss of M rows       none for reverse and forward KL; backend "triton" reads the rows once more,
+                                        M row_bytes(1) in fp64; others: 24 M summed over the vocabulary, or lists of K ids
+               gradient of M rows       all-reduce   c M Ds, of heads alone; in the forward, where kernels make it there
+  selection    normalisers, budget      all-reduce   the searches of distributed/order_statistics.py, of any N; all-gather of
+  ties, 8 a
+                                                     sequence, and with sequences of their number, 8
+               responses they share     all-gather   of sequences' number, 8, and of their ends, 24 a sequence, where the
+                                                     selector reads whole responses
+               denominators             all-reduce   16
+
+  On the wire, per rank of p, by rings:   all-reduce 2 (p - 1) / p x,   all-gather (p - 1) x,   broadcast x
+
+Nothing depends on V, but on backend "eager", which gathers logits. What selectors and the budget send is found by running
+them on no position, over ranks that only note what they are asked: so it holds for a selector of the caller's own too. The
+rest follows the calls of backends/, by their own sizes. tests/estimates/test_communication.py counts real calls.
+Not here: matmuls and memory (compute.py), seconds (docs/scaling.md); sparse teachers, `student_stats`, `score_dtype`,
+`threshold`, `check_finite`, frozen hidden states, `selective_opd_token_losses`, and what the host sends for its own models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_ops.arguments import check_integer
+from opd_ops.backends.interface import has_kernel
+from opd_ops.backends.shared import joined as shards
+from opd_ops.call import checks
+from opd_ops.distributed.ranks import Ranks
+from opd_ops.divergences import Divergence, Extrapolated, OnSupport, Summed, resolve_divergence
+from opd_ops.inputs.positions import Positions
+from opd_ops.inputs.sources import Shard
+from opd_ops.scoring import DEFAULT_WORKSPACE_BYTES
+from opd_ops.selection.budget import most_selected, select_over_ranks
+from opd_ops.selection.selectors import Selector, is_deterministic, over_ranks, resolve_selector, selection_options
+from opd_ops.selection.stats import OPTIONAL_COLUMNS, TokenStats
+
+SUMS_BYTES = 24  # per row of a divergence that is summed over the vocabulary: three fp64 (backends/streamed/summed.py)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Equal collectives that follow each other."""
+
+    phase: str  # "forward", "backward"
+    purpose: str  # "widths", "responses", "statistics", "scores", "draw", "budget", "loss", "denominator", "metrics", or
+    # "gradient"
+    group: str  # "vocabulary", "selection"
+    kind: str  # "all_gather", "all_reduce", "broadcast"
+    ranks: int  # of the group
+    bytes: int  # that one rank contributes to each; of a broadcast, those of the first rank
+    count: int
+
+    @property
+    def wire_bytes(self) -> float:
+        """What a rank sends in all of them, where ranks form a ring."""
+        per_byte = {"all_reduce": 2 * (self.ranks - 1) / self.ranks, "all_gather": self.ranks - 1.0, "broadcast": 1.0}
+        return self.count * self.bytes * per_byte[self.kind]
+
+
+@dataclass(frozen=True)
+class Communication:
+    """The collectives of a call, in their order, and their totals."""
+
+    N: int
+    collectives: tuple[Collective, ...]
+
+    def only(self, **fields: object) -> Communication:
+        """Those with these values of `Collective`'s fields, like `only(group="selection")`."""
+        found = (each for each in self.collectives if all(getattr(each, name) == x for name, x in fields.items()))
+        return Communication(self.N, tuple(found))
+
+    @property
+    def count(self) -> int:
+        return sum(each.count for each in self.collectives)
+
+    @property
+    def bytes(self) -> int:
+        """That one rank contributes."""
+        return sum(each.count * each.bytes for each in self.collectives)
+
+    @property
+    def wire_bytes(self) -> float:
+        """That one rank sends, by rings."""
+        return sum(each.wire_bytes for each in self.collectives)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """`bytes` over the N valid positions of the rank (1, if it has none)."""
+        return self.bytes / max(1, self.N)
+
+    @property
+    def wire_bytes_per_token(self) -> float:
+        return self.wire_bytes / max(1, self.N)
+
+
+def estimate_communication(
+    N: int,
+    V: int,
+    Ds: int | None,
+    fraction: float = 0.05,
+    dtype: torch.dtype = torch.bfloat16,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    *,
+    tp: int = 1,
+    dp: int = 1,
+    cp: int = 1,
+    scope: str = "batch",
+    selector: str | Selector = "teachability",
+    divergence: str | Divergence = "reverse_kl",
+    backend: str = "triton",
+    top_k: int = 16,
+    n_sequences: int = 1,
+    n_selected: int | None = None,
+    n_positions: int | None = None,
+) -> Communication:
+    """What one call of `selective_opd_loss` and its backward send, as one rank sees it.
+
+    Args:
+        N, V: Valid positions of this rank, which all ranks of its vocabulary's group hold, with "teachability-released" all
+            of its responses; entries of the whole vocabulary.
+        Ds: Hidden size of the student, whose hidden states require a gradient; None: dense logits.
+        fraction, workspace_bytes, scope, selector, divergence, top_k: As in `selective_opd_loss`.
+        dtype: Of logits, or hidden states and weights, on both sides.
+        tp: Ranks that share out the vocabulary: `process_group`.
+        dp, cp: Ranks with other sequences, and with other parts of the same ones. `selection_group` has dp cp ranks with scope
+            "global", cp with "sequence", and with "batch" none.
+        backend: "triton", "torch" or "eager" (which holds even parts of the vocabulary to be sent whole).
+        n_sequences: Budgets of scope "sequence".
+        n_selected: Positions that this rank trains on; None: the budget of N, what ranks of one share have on average.
+        n_positions: All positions of the call, masked ones too, for which a selector that draws sends numbers; None: N.
+    Returns: `Communication`.
+    Raises: ValueError, TypeError: an argument that does not fit, by name.
+    Example: eight ranks share out the vocabulary; each sends 440 bytes of a token's statistics, and a twentieth of the tokens'
+        normalisers and gradients.
+        >>> round(estimate_communication(16_384, 151_936, 4096, tp=8).bytes_per_token)
+        1264
+    """
+    sizes = {"V": V, "workspace_bytes": workspace_bytes, "tp": tp, "dp": dp, "cp": cp, "n_sequences": n_sequences}
+    V, workspace_bytes, tp, dp, cp, n_sequences = (check_integer(name, value, least=1) for name, value in sizes.items())
+    N = check_integer("N", N, least=0)
+    Ds = None if Ds is None else check_integer("Ds", Ds, least=1)
+    n_selected = None if n_selected is None else check_integer("n_selected", n_selected, least=0)
+    n_positions = None if n_positions is None else check_integer("n_positions", n_positions, least=0)
+    fraction = checks.check_fraction(fraction)
+    checks.check_choice("scope", scope, checks.SCOPES)
+    checks.check_choice("backend", backend, ("triton", "torch", "eager"))
+    top_k = checks.check_top_k(top_k, V)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype: got {dtype!r}, expected a floating-point torch.dtype")
+    if dtype == torch.float64 and backend == "triton":
+        raise ValueError("dtype: got torch.float64, which backend 'triton' does not take; expected fp32, bf16 or fp16")
+    found = resolve_divergence(divergence)
+    checks.check_divergence_top_k(found, V)
+    nothing = torch.empty(0, dtype=torch.long)
+    call = _Call(
+        N,
+        V,
+        Ds,
+        most_selected(N, fraction) if n_selected is None else n_selected,
+        N if n_positions is None else n_positions,
+        fraction,
+        torch.float64 if dtype == torch.float64 else torch.float32,
+        workspace_bytes,
+        {"global": dp * cp, "sequence": cp, "batch": 1}[scope],
+        n_sequences if scope == "sequence" else None,
+        resolve_selector(selector, generator=torch.Generator(), sequence_ids=nothing),
+        found,
+        backend,
+        top_k,
+        Shard(_Noted(n=tp), (-(-V // tp),) * tp, V),
+    )
+    return Communication(N, _joined([*call.forward(), *call.backward()]))
+
+
+@dataclass(frozen=True)
+class _Noted(Ranks):
+    """n ranks, of which this is the first, that send nothing and note what they were asked to."""
+
+    n: int = 1
+    sent: list[tuple[str, int]] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        return self.n
+
+    @property
+    def rank(self) -> int:
+        return 0
+
+    def sum(self, x: Tensor) -> Tensor:
+        return self._note("all_reduce", x)
+
+    def gather(self, x: Tensor) -> Tensor:
+        return self._note("all_gather", x).unsqueeze(0).expand(self.n, *x.shape)
+
+    def first(self, x: Tensor) -> Tensor:
+        return self._note("broadcast", x)
+
+    def _note(self, kind: str, x: Tensor) -> Tensor:
+        self.sent.append((kind, x.nbytes))
+        return x
+
+
+@dataclass(frozen=True)
+class _Call:
+    N: int
+    V: int
+    Ds: int | None
+    M: int
+    n_positions: int
+    fraction: float
+    dtype: torch.dtype  # computed in
+    workspace_bytes: int
+    selecting: int  # ranks that select together
+    n_sequences: int | None  # that they share; None: one budget
+    selector: Selector
+    divergence: Divergence
+    backend: str
+    top_k: int
+    shard: Shard
+
+    @property
+    def tp(self) -> int:
+        return self.shard.ranks.size
+
+    def forward(self) -> Iterator[Collective]:
+        """In the order of scoring.py, call/choose.py and loss.py."""
+        sides = 3 if isinstance(self.divergence, Extrapolated) else 2
+        yield from self._vocabulary("widths", "all_gather", 16 * sides)  # sharding.py: each side's positions and ids
+        if self.backend == "triton":
+            yield from self._vocabulary("widths", "all_reduce", 8)  # whether all ranks can run it
+        yield from self._selection("responses", self._responses())
+        yield from self._statistics("statistics", self.N, self.top_k)
+        if self.backend != "eager" and "jsd" in getattr(self.selector, "needs", ()):
+            yield from self._vocabulary("statistics", "all_reduce", SUMS_BYTES * self.N)
+        scores, sent = self._scores()
+        yield from self._selection("scores", sent)
+        if not is_deterministic(self.selector):
+            yield from self._vocabulary("draw", "broadcast", scores.dtype.itemsize * self.n_positions)
+        options, sent = self._options()
+        yield from self._selection("scores", sent)
+        yield from self._selection("budget", self._budget(options))
+        yield from self._loss()
+        yield from self._selection("denominator", [("all_reduce", 16)])  # two int64
+        if self.divergence.support is not None and self.divergence.support.of_tokens:
+            for _ in range(2):  # both models' logits of the tokens, once more
+                yield from self._vocabulary("metrics", "all_reduce", self.M * self.dtype.itemsize)
+
+    @property
+    def _by_kernels(self) -> bool:
+        """Whether the gradient is made beside the loss (backends/triton/shards.py)."""
+        return self.backend == "triton" and has_kernel(self.divergence)
+
+    def backward(self) -> Iterator[Collective]:
+        if not self._by_kernels:
+            yield from self._gradient("backward")
+
+    def _gradient(self, phase: str) -> Iterator[Collective]:
+        if self.Ds is not None:
+            yield from self._vocabulary("gradient", "all_reduce", self.M * self.Ds * self.dtype.itemsize, phase=phase)
+
+    def _statistics(
+        self, purpose: str, n: int, top_k: int, *, models: int = 2, dtype: torch.dtype | None = None
+    ) -> Iterator[Collective]:
+        """Of n rows, from both models or from one (backends/shared/joined.py); `dtype`: another than the compute dtype."""
+        dtype = dtype or self.dtype
+        if self.backend == "eager":  # everyone's logits
+            for _ in range(models):
+                yield from self._vocabulary(purpose, "all_gather", n * self.shard.width * self.dtype.itemsize)
+            return
+        rows = shards.rows_at_a_time(self.shard, top_k, dtype, self.workspace_bytes)
+        per_row = shards.row_bytes(top_k, dtype, models=models)
+        for start in range(0, n, rows):
+            yield from self._vocabulary(purpose, "all_gather", min(rows, n - start) * per_row)
+
+    def _loss(self) -> Iterator[Collective]:
+        """Of the selected rows (backends/triton/shards.py, which leaves divergences but the KLs to backends/streamed/loss.py)."""
+        whole, support = self.divergence.whole, self.divergence.support
+        if self.backend == "eager":
+            yield from self._statistics("loss", self.M, 1)
+            return
+        if whole is not None and self.backend == "triton":  # normalisers to more digits than a score in 16 bits has
+            yield from self._statistics("loss", self.M, 1, dtype=torch.float64)
+        if self._by_kernels:
+            yield from self._gradient("forward")
+        if isinstance(whole, Summed):
+            yield from self._vocabulary("loss", "all_reduce", SUMS_BYTES * self.M)
+        if support is not None:
+            yield from self._on_list(support)
+
+    def _on_list(self, support: OnSupport) -> Iterator[Collective]:
+        """support_terms.py: the teacher alone, for its list and normaliser; then the student on that list and off it."""
+        ids, rest = self.M * support.length * self.dtype.itemsize, 8 * self.M  # fp64
+        yield from self._statistics("loss", self.M, support.length, models=1)
+        if support.of_tokens:
+            yield from self._vocabulary("loss", "all_reduce", ids)
+        if support.reads_teacher_rest:
+            yield from self._vocabulary("loss", "all_gather", rest)
+        yield from self._vocabulary("loss", "all_reduce", ids)
+        if support.reads_rest:
+            yield from self._vocabulary("loss", "all_gather", rest)
+
+    def _responses(self) -> list[tuple[str, int]]:
+        """What finding the responses of sequences sends whose parts the ranks hold."""
+        noted = _Noted(n=self.selecting)
+        if self.n_sequences is not None and "response_place" in getattr(self.selector, "needs", ()):
+            none = torch.empty((self.n_sequences, 0), dtype=torch.long)
+            Positions(None, none, None, None, None).response_places(noted)
+        return noted.sent
+
+    def _statistics_of_no_position(self) -> TokenStats:
+        optional = OPTIONAL_COLUMNS - frozenset(getattr(self.selector, "needs", ()))
+        columns = {name: torch.empty(0, dtype=self.dtype) for name in TokenStats._fields if name not in optional}
+        integers = {"response_place": torch.empty(0, dtype=torch.long)} if "response_place" in columns else {}
+        return TokenStats(**columns | integers | {"valid": torch.empty(0, dtype=torch.bool)})
+
+    def _scores(self) -> tuple[Tensor, list[tuple[str, int]]]:
+        """The selector's scores of no position, for their dtype, and what its normalisers send."""
+        noted = _Noted(n=self.selecting)
+        with torch.no_grad(), over_ranks(noted):
+            scores = self.selector(self._statistics_of_no_position())
+        return scores, noted.sent
+
+    def _options(self) -> tuple[dict[str, Any], list[tuple[str, int]]]:
+        """What the selector asks of the budget, and what the normalisers in it send."""
+        noted = _Noted(n=self.selecting)
+        with torch.no_grad(), over_ranks(noted):
+            options = selection_options(self.selector, self._statistics_of_no_position())
+        return options, noted.sent
+
+    def _budget(self, options: dict[str, Any]) -> list[tuple[str, int]]:
+        """What finding the n-th best sends, and counting who holds its ties."""
+        noted, valid = _Noted(n=self.selecting), torch.empty(0, dtype=torch.bool)
+        sequences = None if self.n_sequences is None else (valid.long(), self.n_sequences)
+        places = options["places"] if sequences is None else None  # scoring.py
+        scores = torch.empty(0, dtype=self.dtype)
+        select_over_ranks(scores, valid, self.fraction, noted, sequences, places=places)
+        return noted.sent
+
+    def _vocabulary(self, purpose: str, kind: str, n_bytes: int, *, phase: str = "forward") -> Iterator[Collective]:
+        if self.tp > 1 and n_bytes:
+            yield Collective(phase, purpose, "vocabulary", kind, self.tp, n_bytes, 1)
+
+    def _selection(self, purpose: str, sent: list[tuple[str, int]]) -> Iterator[Collective]:
+        if self.selecting > 1:
+            for kind, n_bytes in sent:
+                yield Collective("forward", purpose, "selection", kind, self.selecting, n_bytes, 1)
+
+
+def _joined(collectives: list[Collective]) -> tuple[Collective, ...]:
+    """Equal neighbours as one."""
+    found: list[Collective] = []
+    for each in collectives:
+        if found and replace(found[-1], count=1) == each:
+            found[-1] = replace(found[-1], count=found[-1].count + 1)
+        else:
+            found.append(each)
+    return tuple(found)

@@ -1,0 +1,200 @@
+"""What a call will cost, before it is made: matmul FLOP, bytes through device memory, peak and saved bytes, from sizes alone.
+
+  one unit = 2 N V Ds FLOP;  r = Dt / Ds;  M = max(1, ceil(rho N)) selected rows
+  score 1 + r;  selected rows again rho (1 + r);  dH rho;  dW rho (none for a frozen head)
+  student_stats: score r, and K dot products a position and model; backend "torch" scores the selected rows once more
+  float8: score in 8 bits, and the 2 M best once more by fp32 logits
+
+Tiles are those of the backends' own sizing, asked about tensors without storage. tests/estimates/test_compute.py holds counted
+FLOP, live bytes and saved bytes to these numbers. Bytes moved are a model, each tensor passing through memory once per use.
+Not here: seconds, which follow from a device's rates (benchmarks/).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from opd_ops.arguments import check_integer
+from opd_ops.backends.streamed.workspace import gradient_grid, score_grid
+from opd_ops.backends.triton.workspace import BlockGrid, SelectedGrid, padded, score_rows, tile_dtype
+from opd_ops.call import checks
+from opd_ops.inputs import float8
+from opd_ops.inputs.sources import Source, Transform
+from opd_ops.scoring import DEFAULT_WORKSPACE_BYTES, SCORE_DTYPES
+from opd_ops.selection.budget import SHORTLIST, most_selected
+
+POSITION_BYTES = 480  # statistics, masks, sort keys and their fp64 temporaries: some 60 numbers a position
+ROW_BYTES, WEIGHT_BYTES = 8, 1  # saved per selected row: its number; on "torch" also whether its weight is 0 and
+SAVED_COLUMNS = 6  # the weight, the mean slope and the four of `Reference`
+SAVED_SCALAR_BYTES = 64  # of the mean: sums and denominators
+
+
+class Estimate(NamedTuple):
+    """What a forward and its backward will use."""
+
+    matmul_units: float  # all matmuls, in units of 2 N V Ds FLOP
+    flops: int  # of matmuls, those in 8 bits included
+    float8_flops: int  # of these, in 8 bits
+    bytes_moved: int  # through device memory
+    gradient_bytes: int  # of the gradients that the caller wants: hidden states, weight
+    peak_bytes: int  # at most, over the inputs: workspace, gradients, O(N), heads that are put in 8 bits
+    saved_bytes: int  # at most, kept by autograd between forward and backward, inputs not counted
+    held_bytes: int  # the gradients, where the forward computes them ("triton")
+
+
+def estimate(
+    N: int,
+    V: int,
+    Ds: int,
+    Dt: int,
+    fraction: float = 0.05,
+    dtype: torch.dtype = torch.bfloat16,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    *,
+    backend: str = "triton",
+    trainable_head: bool = True,
+    top_k: int = 16,
+    score_dtype: str | None = None,
+    student_stats: bool = False,
+) -> Estimate:
+    """The cost of `selective_opd_loss` with a `LinearHead` on both sides and reverse or forward KL, and of its backward.
+
+    Other divergences take as many units on backend "triton"; docs/features.md has those of "torch".
+
+    Args:
+        N, V: Valid positions, with "teachability-released" all of the responses; entries of the common vocabulary.
+        Ds, Dt: Hidden sizes of student and teacher.
+        fraction, workspace_bytes, top_k, score_dtype: As in `selective_opd_loss`.
+        dtype: Of hidden states and weights.
+        backend: "triton" or "torch".
+        trainable_head: Whether the student's weight requires a gradient. Its hidden states do.
+        student_stats: Whether the student's statistics come from the rollout.
+    Returns: `Estimate`.
+    Raises: ValueError, TypeError: an argument that does not fit, by name.
+    Example: 16,384 tokens of a vocabulary of 151,936, hidden sizes 2048 and 4096.
+        >>> round(estimate(16_384, 151_936, 2048, 4096).matmul_units, 2)
+        3.25
+    """
+    sizes = {"N": N, "V": V, "Ds": Ds, "Dt": Dt, "workspace_bytes": workspace_bytes}
+    N, V, Ds, Dt, workspace_bytes = (check_integer(name, value, least=1) for name, value in sizes.items())
+    fraction = checks.check_fraction(fraction)
+    checks.check_choice("backend", backend, ("triton", "torch"))
+    top_k = checks.check_top_k(top_k, V)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype: got {dtype!r}, expected a floating-point torch.dtype")
+    if score_dtype is not None:
+        checks.check_choice("score_dtype", score_dtype, tuple(SCORE_DTYPES))
+    in_float8 = score_dtype == "float8"
+    if in_float8 and backend != "triton":
+        raise ValueError("score_dtype: got 'float8', which needs backend='triton'")
+    found = None if score_dtype is None else SCORE_DTYPES[score_dtype]
+    call = _Call(N, V, Ds, Dt, dtype, workspace_bytes, backend, trainable_head, top_k, student_stats)
+    M = most_selected(N, fraction)
+
+    passes = [call.score(N, found)]
+    if in_float8:
+        passes.append(call.score(most_selected(N, min(1.0, SHORTLIST * fraction)), torch.float32))
+    if student_stats and backend == "torch":
+        passes.append(call.both_again(M))
+    passes.append(call.selected(M))
+    flops = sum(run.flops for run in passes)
+    gradients = dtype.itemsize * Ds * (N + (V if trainable_head else 0))
+    in_8_bits = V * (Dt + (0 if student_stats else Ds)) if in_float8 else 0
+    sums = 0 if backend == "triton" or dtype.itemsize >= 4 else 4 * M * Ds  # of 16-bit hidden states' gradient
+    return Estimate(
+        matmul_units=flops / (2 * N * V * Ds),
+        flops=flops,
+        float8_flops=passes[0].flops - call.dots(N) if in_float8 else 0,
+        bytes_moved=sum(run.bytes for run in passes),
+        gradient_bytes=gradients,
+        peak_bytes=workspace_bytes + gradients + POSITION_BYTES * N + in_8_bits + sums,
+        saved_bytes=call.saved_row_bytes * M + SAVED_SCALAR_BYTES,
+        held_bytes=gradients if backend == "triton" else 0,
+    )
+
+
+class _Pass(NamedTuple):
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Call:
+    N: int
+    V: int
+    Ds: int
+    Dt: int
+    dtype: torch.dtype
+    workspace_bytes: int
+    backend: str
+    trainable_head: bool
+    top_k: int
+    student_stats: bool
+
+    @property
+    def saved_row_bytes(self) -> int:
+        computed = 8 if self.dtype == torch.float64 else 4
+        return ROW_BYTES if self.backend == "triton" else ROW_BYTES + WEIGHT_BYTES + SAVED_COLUMNS * computed
+
+    def sources(self, n: int) -> tuple[Source, Source]:
+        transform = Transform(True, self.V, 1.0)
+        with torch.device("meta"):
+            pairs = [
+                (torch.empty(n, D, dtype=self.dtype), torch.empty(self.V, D, dtype=self.dtype)) for D in (self.Ds, self.Dt)
+            ]
+        student, teacher = (Source(transform, *pair) for pair in pairs)
+        return student, teacher
+
+    def dots(self, n: int) -> int:
+        """FLOP of the logits on the other model's support."""
+        return 2 * n * self.top_k * (self.Ds + self.Dt) if self.student_stats else 0
+
+    def score(self, n: int, score_dtype: torch.dtype | None) -> _Pass:
+        """One sweep over the heads that are not known, in tiles of rows."""
+        student, teacher = self.sources(n)
+        swept = (teacher,) if self.student_stats else (student, teacher)
+        workspace = self.workspace_bytes
+        if self.backend == "triton":
+            rows = score_rows(*swept, n=n, top_k=self.top_k, optional=False, workspace_bytes=workspace, score_dtype=score_dtype)
+        else:
+            grid = score_grid(swept[0], swept[-1], n, top_k=self.top_k, whole_rows=False, workspace_bytes=workspace)
+            rows = grid.rows
+        flops, moved = self.dots(n), 0
+        for source in swept:
+            width = source.leading.shape[-1]
+            weight_bytes = 1 if score_dtype == float8.DTYPE else self.dtype.itemsize
+            logit_bytes = tile_dtype(source, score_dtype).itemsize if self.backend == "triton" else 4
+            flops += 2 * n * (padded(self.V) if score_dtype == float8.DTYPE else self.V) * width
+            moved += -(-n // rows) * self.V * width * weight_bytes + n * width * self.dtype.itemsize
+            moved += 2 * n * self.V * logit_bytes  # written, and read by the statistics
+        return _Pass(flops, moved)
+
+    def both_again(self, m: int) -> _Pass:
+        """The selected rows scored from both models, because the rollout's statistics do not hold their divergence."""
+        return replace(self, student_stats=False).score(m, torch.float32)
+
+    def selected(self, m: int) -> _Pass:
+        """The selected rows' logits, their gradient, and the matmuls it goes into."""
+        both, size, logits = self.Ds + self.Dt, self.dtype.itemsize, m * self.V
+        flops = 2 * logits * (both + self.Ds + (self.Ds if self.trainable_head else 0))
+        student, teacher = self.sources(m)
+        of_both, of_head = self.V * both * size, self.V * self.Ds * size
+        moved = 2 * 4 * logits * 3  # fp32 logits of both models: written, read for the normalisers, read for the gradient
+        moved += size * logits * (3 if self.trainable_head else 2)  # its gradient: written, read for dH and for dW
+        moved += (
+            3 * size * self.Ds * (self.N + (self.V if self.trainable_head else 0))
+        )  # gradients: written, and scaled in place
+        if self.backend == "torch":
+            grid = gradient_grid(student, teacher, m, workspace_bytes=self.workspace_bytes)
+            return _Pass(flops, moved + -(-m // grid.rows) * (of_both + of_head))
+        needs, workspace = (True, self.trainable_head), self.workspace_bytes
+        found = SelectedGrid.of(student, teacher, n=m, needs=needs, workspace_bytes=workspace)
+        moved += -(-m // found.rows) * (of_both + of_head)
+        if found.second_look:
+            flops += 2 * logits * both
+            groups = -(-m // BlockGrid.of(student, teacher, n=m, workspace_bytes=workspace).rows)
+            moved += groups * of_both + 2 * 4 * logits * 2 + 2 * size * logits
+        return _Pass(flops, moved)

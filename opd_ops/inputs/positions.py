@@ -1,0 +1,174 @@
+"""Which positions are valid: the mask, less what labels ignore, what weighs nothing, and special tokens.
+
+  special tokens: the first occurrence of each id in each response leaves the mask and the denominator (arXiv 2603.25562's
+  released code: student and teacher may tokenise `<think>` or end a turn differently)
+  response: from the first to the last position of a sequence that is valid, or would be without `special_ids`; what is masked
+  in between is part of it
+
+Everything stays on the device. Row i predicts target i: whoever passes tokens has shifted them; labels are shifted here.
+Not here: budgets (selection/budget.py), merged ids (sources.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from opd_ops.arguments import check_layout, plain, shown
+from opd_ops.distributed.ranks import Ranks
+from opd_ops.selection.budget import check_same_sequences, count_sequences, numbered_sequences, sequence_ids
+
+BEYOND = 2**62  # a place behind every position
+
+
+class Positions(NamedTuple):
+    """What a call's masks, labels and tokens say about its positions."""
+
+    valid: Tensor | None  # bool of the positions' shape; None: all
+    sequences: Tensor  # the number of each position's sequence
+    tokens: Tensor | None  # the token each position predicts
+    allowed: Tensor | None  # `valid` before `special_ids` took positions from it; None: all
+    cu_seqlens: Tensor | None
+
+    @property
+    def n_sequences(self) -> int:
+        return count_sequences(self.sequences.shape, self.cu_seqlens)
+
+    def response_places(self, ranks: Ranks | None) -> Tensor:
+        """int64 of the positions' shape: 1, 2, ... along each sequence's response; 0 outside of it.
+
+        `ranks`: which hold parts of the same sequences, that follow each other in their order; None: sequences are whole.
+        Collectives: gathers of an int64, for which the host waits, and of (3, n_sequences) int64.
+        Raises: ValueError, on every rank: ranks with different numbers of sequences.
+        """
+        shape, device = self.sequences.shape, self.sequences.device
+        ids, n = numbered_sequences(shape, self.cu_seqlens, device)
+        if ranks is not None:
+            check_same_sequences(n, ranks, device)
+        allowed = torch.ones_like(ids, dtype=torch.bool) if self.allowed is None else self.allowed.flatten()
+        length = torch.zeros(n, dtype=torch.long, device=device).index_add(0, ids, torch.ones_like(ids))
+        place = torch.arange(len(ids), device=device) - (length.cumsum(0) - length)[ids]  # in this rank's part
+        first = torch.full_like(length, BEYOND).scatter_reduce(0, ids, torch.where(allowed, place, BEYOND), "amin")
+        last = torch.full_like(length, -1).scatter_reduce(0, ids, torch.where(allowed, place, -1), "amax")
+        parts = torch.stack((length, first, last))
+        lengths, firsts, lasts = (parts.unsqueeze(0) if ranks is None else ranks.gather(parts)).unbind(1)  # (ranks, n)
+        before = lengths.cumsum(0) - lengths
+        first = torch.where(lasts < 0, BEYOND, firsts + before).amin(0)
+        last = torch.where(lasts < 0, -1, lasts + before).amax(0)
+        place = place + before[0 if ranks is None else ranks.rank][ids]
+        return torch.where((place >= first[ids]) & (place <= last[ids]), place - first[ids] + 1, 0).view(shape)
+
+
+def positions(
+    shape: torch.Size,
+    device: torch.device,
+    *,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    ignore_index: int = -100,
+    cu_seqlens: Tensor | None = None,
+    tokens: Tensor | None = None,
+    special_ids: Sequence[int] = (),
+    among: int | None = None,
+) -> Positions:
+    """Checks each argument against the positions' shape; `shift_labels` win over `labels`, `tokens` over both.
+
+    `among`: the vocabulary that the tokens must be of where a position is to be valid; None: they need not.
+    """
+    ignored = plain(ignore_index)
+    if isinstance(ignored, bool) or not isinstance(ignored, int):
+        raise TypeError(f"ignore_index: got {shown(ignore_index)}, expected an integer")
+    sequences = sequence_ids(shape, cu_seqlens, device).view(shape)
+    found: list[Tensor] = []
+    if mask is not None:
+        found.append(of_positions("mask", mask, shape, device) != 0)
+    if weights is not None:
+        found.append(_weights(weights, shape, device) != 0)
+    targets = _targets(shape, device, labels, shift_labels, ignored, None if cu_seqlens is None else sequences)
+    if targets is not None:
+        found.append(targets != ignored)
+    if tokens is not None:
+        tokens = of_positions("tokens", tokens, shape, device)
+        if tokens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"tokens: got dtype {tokens.dtype}, expected int32 or int64")
+    tokens = targets if tokens is None else tokens
+    if among is not None and tokens is not None:  # a token that is none cannot be trained on
+        found.append((tokens >= 0) & (tokens < among))
+    valid = allowed = None if not found else torch.stack(found).all(0)
+    if len(special_ids):
+        if tokens is None:
+            raise ValueError("special_ids: got ids, but no tokens to look among; pass tokens=, or labels to the loss")
+        valid = _without_first(valid, tokens, special_ids, sequences)
+    return Positions(valid, sequences, tokens, allowed, cu_seqlens)
+
+
+def _without_first(valid: Tensor | None, tokens: Tensor, ids: Sequence[int], sequences: Tensor) -> Tensor:
+    """The valid positions less the first of each id among those of each sequence."""
+    kept = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
+    n, sequence = tokens.numel(), sequences.flatten()
+    places = torch.arange(n, device=tokens.device)
+    for special in ids:
+        found = (tokens == special) & kept
+        where = torch.where(found.flatten(), places, n)
+        first = torch.full((n + 1,), n, device=tokens.device).scatter_reduce(0, sequence, where, "amin")
+        kept = kept & ~(found & (places == first[sequence]).view(tokens.shape))
+    return kept
+
+
+def _targets(
+    shape: torch.Size,
+    device: torch.device,
+    labels: Tensor | None,
+    shift_labels: Tensor | None,
+    ignore_index: int,
+    packed: Tensor | None,
+) -> Tensor | None:
+    """What each position predicts. With the sequence numbers of `packed` rows the last row of each predicts nothing: the next
+    label is another sequence's."""
+    if shift_labels is not None:
+        return _holding(ignore_index, "shift_labels", of_positions("shift_labels", shift_labels, shape, device))
+    if labels is None:
+        return None
+    labels = _holding(ignore_index, "labels", of_positions("labels", labels, shape, device))
+    if not labels.dim():
+        raise ValueError("labels: got a 0-dim tensor, expected at least one dimension to shift along")
+    targets = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    if packed is not None:
+        targets[..., :-1].masked_fill_(packed[..., 1:] != packed[..., :-1], ignore_index)
+    return targets
+
+
+def _holding(ignore_index: int, name: str, labels: Tensor) -> Tensor:
+    """The labels, if one may be the ignored number: torch compares with what their dtype holds of it (uint8: -100 is 156)."""
+    if not labels.is_floating_point() and labels.dtype != torch.bool:
+        range_ = torch.iinfo(labels.dtype)
+        if not range_.min <= ignore_index <= range_.max:
+            raise ValueError(
+                f"ignore_index: got {shown(ignore_index)}, which {name} of dtype {labels.dtype} cannot hold; pass them as "
+                "int64, or another ignore_index"
+            )
+    return labels
+
+
+def _weights(weights: object, shape: torch.Size, device: torch.device) -> Tensor:
+    found = of_positions("weights", weights, shape, device)
+    if found.is_complex() or found.dtype == torch.bool:
+        raise TypeError(f"weights: got dtype {found.dtype}, expected numbers; a bool mask is `mask`")
+    return found
+
+
+def of_positions(name: str, tensor: object, shape: torch.Size, device: torch.device) -> Tensor:
+    """The tensor, if it has one entry per position."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor of shape {tuple(shape)}")
+    check_layout(name, tensor)
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(shape)}, one entry per position")
+    if tensor.device != device:
+        raise ValueError(f"{name}: is on {tensor.device}, the student is on {device}; move them to one device")
+    return tensor

@@ -1,0 +1,117 @@
+"""What a sampler already knows of the student: on-policy, it computed the student's logits at every position it wrote.
+
+  logsumexp, H(p) = logsumexp - E_p[s], and the top-K ids with their log p           [nats]
+  With these, scoring needs the teacher's head alone (arXiv 2605.26844 eqs. 9 to 16 ask no more of the student, but for its
+  logits on the teacher's top-K, which are K dot products a position).
+
+Not here: how scores are made from them (backends/shared/two_lists.py), which selectors they allow (selection/selectors.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opd_ops.arguments import check_integer, check_layout, check_positive
+from opd_ops.backends.shared.top_k import extended
+
+CANDIDATES = 1 << 22  # logits that may be ranked at a time
+
+
+@dataclass(frozen=True, eq=False)
+class StudentStats:
+    """The student's statistics at each position, as the rollout computed them; (...) is the positions' shape.
+
+    They are of the student's logits after scale, soft-cap and the `temperature` of the call they are given to.
+
+    Args:
+        logsumexp: (...) log sum exp of the logits.
+        entropy: (...) H(p) in nats.
+        ids: (..., K) int64 or int32, K different ids of largest logit, in any order; K at least the call's `top_k`.
+        logprobs: (..., K) log p of these ids.
+    Raises:
+        ValueError: shapes that do not fit each other. TypeError: ids that are not integers, or statistics that are.
+    """
+
+    logsumexp: Tensor
+    entropy: Tensor
+    ids: Tensor
+    logprobs: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("logsumexp", "entropy", "logprobs"):
+            if not isinstance(getattr(self, name), Tensor) or not getattr(self, name).is_floating_point():
+                raise TypeError(f"StudentStats.{name}: got {_kind(getattr(self, name))}, expected a floating-point tensor")
+        if not isinstance(self.ids, Tensor) or self.ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"StudentStats.ids: got {_kind(self.ids)}, expected an int32 or int64 tensor")
+        for name in ("logsumexp", "entropy", "ids", "logprobs"):
+            check_layout(f"StudentStats.{name}", getattr(self, name))
+        shape = self.logsumexp.shape
+        if self.entropy.shape != shape:
+            raise ValueError(f"StudentStats.entropy: got shape {tuple(self.entropy.shape)}, expected {tuple(shape)}")
+        if self.ids.dim() != len(shape) + 1 or self.ids.shape[:-1] != shape:
+            raise ValueError(f"StudentStats.ids: got shape {tuple(self.ids.shape)}, expected {tuple(shape)} and K")
+        if self.logprobs.shape != self.ids.shape:
+            raise ValueError(f"StudentStats.logprobs: got shape {tuple(self.logprobs.shape)}, expected {tuple(self.ids.shape)}")
+
+    @classmethod
+    @torch.no_grad()
+    def of_logits(cls, logits: Tensor, *, top_k: int = 16, temperature: float = 1.0) -> StudentStats:
+        """The statistics of (..., V) logits, computed in fp32 (fp64 for fp64): for a sampler of one's own.
+
+        Raises: ValueError: a top_k below 1, or a temperature that is not above 0. TypeError: a top_k that is no integer.
+        """
+        top_k, temperature = check_integer("top_k", top_k, least=1), check_positive("temperature", temperature)
+        check_layout("logits", logits)
+        x = logits.reshape(-1, logits.shape[-1])
+        x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32) / temperature
+        log_p = torch.log_softmax(x, 1)
+        entropy = torch.where(log_p == -torch.inf, 0, log_p.exp() * log_p).sum(1).neg_()
+        best = extended(None, x, x, min(top_k, x.shape[1]), 0, CANDIDATES)
+        shape = logits.shape[:-1]
+        return cls(
+            torch.logsumexp(x, 1).view(shape),
+            entropy.view(shape),
+            best.ids.view(*shape, -1),
+            log_p.gather(1, best.ids).view(*shape, -1),
+        )
+
+
+class RolloutRecorder:
+    """Records `StudentStats` while Hugging Face `generate` samples: pass it as `logits_processor=[recorder]`.
+
+    It returns the scores as they came. `generate` applies temperature, top-k and top-p after it, so they do not matter, but
+    its penalties before it: a `repetition_penalty`, suppressed tokens or a least length, in the call or in the model's
+    generation_config, would be recorded as if they were the model's. Switch them off, as on-policy training needs anyway, or
+    take raw logits (`output_logits=True`) to `StudentStats.of_logits`. One row per sequence: not for beam search.
+
+    Args:
+        top_k: K of the call that will use the statistics.
+        temperature: That of the call (not the sampling temperature, unless the call uses the same).
+    Example:
+        >>> recorder = RolloutRecorder()
+        >>> tokens = model.generate(**prompts, do_sample=True, logits_processor=[recorder])
+        >>> score_positions(student_head, teacher_head, student_stats=recorder.stats())
+    """
+
+    def __init__(self, *, top_k: int = 16, temperature: float = 1.0) -> None:
+        self.top_k, self.temperature = top_k, temperature
+        self._steps: list[StudentStats] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """One step: (B, V) scores of the next token of every sequence."""
+        self._steps.append(StudentStats.of_logits(scores, top_k=self.top_k, temperature=self.temperature))
+        return scores
+
+    def stats(self) -> StudentStats:
+        """The statistics of all steps so far, (B, T): column t is of the distribution that new token t was drawn from."""
+        if not self._steps:
+            raise ValueError("RolloutRecorder: got no step, expected generate(..., logits_processor=[recorder]) to have run")
+        columns = zip(*((x.logsumexp, x.entropy, x.ids, x.logprobs) for x in self._steps), strict=True)
+        return StudentStats(*(torch.stack(column, 1) for column in columns))
+
+
+def _kind(value: object) -> str:
+    return f"dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

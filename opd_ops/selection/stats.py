@@ -1,0 +1,116 @@
+"""`TokenStats`: what is known of each position after one pass over both models' logits.
+
+  With p = softmax(student), q = softmax(teacher) after temperature, scale and soft-cap; S, T the top-K ids of the
+  student and of the teacher, order (logit descending, id ascending); U = S ∪ T.          [all in nats]
+  Sources: arXiv 2605.26844 (TA) eqs. 9, 10, 17; arXiv 2604.14084 (TIP) eq. 3.
+
+Not here: how the columns are computed (backends/), what is made of them (selectors.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKEND_COLUMNS = frozenset({"jsd", "released_kl", "topk_entropy"})  # the optional ones that a backend computes
+OPTIONAL_COLUMNS = BACKEND_COLUMNS | {"response_place"}
+SWEPT_COLUMNS = (  # those that one sweep of both models over the vocabulary gives
+    "student_entropy",
+    "teacher_entropy",
+    "reverse_kl",
+    "forward_kl",
+    "student_logsumexp",
+    "teacher_logsumexp",
+    "logsumexp_gap",
+)
+
+REFERENCE_COLUMNS = (
+    "reference_student",
+    "reference_teacher",
+    "reference_log_p",
+    "reference_log_ratio",
+    "reverse_kl_excess",
+)
+
+
+class TokenStats(NamedTuple):
+    """Per-position statistics, each of the mask's shape; fp32 (fp64 for fp64 inputs), 0 where not valid.
+
+    `jsd` to `response_place` are None unless the selector asks for them (`needs`). The last five are those of backend "torch";
+    other backends leave them None. With `response_place` all positions of the responses are scored: the columns are then known
+    at masked positions too, and 0 outside the responses. With `student_stats` the columns that take the student's whole row,
+    `reverse_kl` and `forward_kl`, are NaN where that was not read.
+    """
+
+    valid: Tensor  # bool: mask non-zero, and the teacher has a softmax there; or the student has none, which must not hide
+    student_entropy: Tensor  # H(p) = -sum p log p
+    teacher_entropy: Tensor  # H(q)
+    reverse_kl: Tensor  # KL(p || q); +inf where p > 0 meets q = 0
+    forward_kl: Tensor  # KL(q || p); +inf where q > 0 meets p = 0
+    student_logsumexp: Tensor  # log sum exp of the student's logits; NaN marks a blown-up student
+    teacher_logsumexp: Tensor
+    logsumexp_gap: Tensor  # student_logsumexp - teacher_logsumexp, not by that subtraction: gradients need its digits
+    support_mass: Tensor  # C = sum over S of q, q over the full vocabulary (TA eq. 10)
+    student_support_mass: Tensor  # sum over S of p
+    overlap_mass: Tensor  # sum over S ∩ T of q: the lower bound on C known from two top-K lists (TA eq. 17)
+    union_kl: Tensor  # D = KL(q || p), both renormalised on U (TA eq. 9)
+    jsd: Tensor | None = None  # Jensen-Shannon divergence, beta = 1/2
+    released_kl: Tensor | None = None  # D as the released TA code has it; see selectors.py::TeachabilityReleased
+    topk_entropy: Tensor | None = None  # H(p renormalised on S) / ln K, in [0, 1]
+    response_place: Tensor | None = None  # int64: first, second, ... position of its response; 0: of none (inputs/positions.py)
+    # `REFERENCE_COLUMNS`: what gradients of "torch" read, a being the student's most likely id (backends/streamed/reference.py)
+    reference_student: Tensor | None = None  # s_a
+    reference_teacher: Tensor | None = None  # u_a
+    reference_log_p: Tensor | None = None  # log p_a
+    reference_log_ratio: Tensor | None = None  # log p_a - log q_a
+    reverse_kl_excess: Tensor | None = None  # reverse_kl - reference_log_ratio, not by subtraction; 0 where infinite
+
+    def clone(self) -> TokenStats:
+        """The same columns in memory of their own."""
+        return self._map(torch.clone)
+
+    def take(self, rows: Tensor) -> TokenStats:
+        """The same columns at `rows` of the flattened positions."""
+        return self._map(lambda column: column.reshape(-1)[rows])
+
+    def spread(self, rows: Tensor | None, shape: torch.Size) -> TokenStats:
+        """Put (n,) columns at `rows` of `shape` (None: every position, in order); zero wherever they are not valid."""
+
+        def place(column: Tensor) -> Tensor:
+            kept = torch.where(self.valid, column, torch.zeros_like(column))
+            if rows is None:
+                return kept.view(shape)
+            return column.new_zeros(shape.numel()).index_copy(0, rows, kept).view(shape)
+
+        return self._map(place)
+
+    def with_column(self, name: str, rows: Tensor, values: Tensor) -> TokenStats:
+        """These columns, but for one of them at `rows` of the flattened positions."""
+        column = getattr(self, name)
+        return self._replace(**{name: column.flatten().index_copy(0, rows, values.to(column.dtype)).view(column.shape)})
+
+    def replaced(self, where: Tensor, columns: TokenStats) -> TokenStats:
+        """These columns, but at the positions of the bool `where`, in order, those of `columns`."""
+        replaced = self._asdict()
+        for name, values in columns._asdict().items():
+            if values is not None:
+                column = replaced[name]
+                column = values.new_zeros(where.shape) if column is None else column
+                replaced[name] = column.masked_scatter(where, values)
+        return TokenStats(**replaced)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> TokenStats:
+        columns = self._asdict().items()
+        return TokenStats(**{name: function(column) for name, column in columns if column is not None})
+
+
+class OwnStats(NamedTuple):
+    """One model's statistics at some positions, from its logits alone."""
+
+    logsumexp: Tensor  # (n,)
+    entropy: Tensor  # (n,)
+    ids: Tensor  # (n, K) top-K in order
+    logits: Tensor  # (n, K) of these ids

@@ -1,0 +1,1 @@
+"""What speaks HTTP: a teacher and a sampler behind a server."""

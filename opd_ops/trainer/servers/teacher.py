@@ -1,0 +1,130 @@
+"""A teacher behind an OpenAI-compatible server: the log-probabilities of its top K at every token of the student's answers.
+
+  vLLM's extension of POST /v1/completions: with "prompt_logprobs": K the answer's choice has, for every token of the prompt
+  but the first, {token id: {"logprob": log q, ...}}: the K likeliest, and the prompt's own token where it is not among them
+  (vllm/entrypoints/openai/completion/protocol.py). -9999 stands for -inf there (opd_ops/inputs/teacher_lists.py).
+
+Log-probabilities are at temperature 1, whatever the server samples at: the loss refuses another one (opd_ops/inputs/pair.py).
+SGLang's own format is another one. Not here: HTTP (client.py), a server to try it with (examples/serve_teacher.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from opd_ops.arguments import plain
+from opd_ops.inputs.teacher_lists import MISSING_LOGPROB, TopKLogprobs
+from opd_ops.trainer.servers.client import WHOLE_DISTRIBUTION, ServerClient, ServerError
+
+SERVE = "serve the teacher with vLLM: vllm serve MODEL --max-logprobs {k}"
+
+
+class ServedTeacher:
+    """`ServedTeacher("http://teacher:8000").score(contexts, answers)` is a teacher that `selective_opd_loss` takes.
+
+    The contexts are the teacher's own: an instruction that the student never sees, or another chat template, goes there.
+
+    Args:
+        url: The server's address, with or without `/v1`.
+        model: The name it serves the teacher under; None: the only one it serves.
+        top_k: K, >= 1. vLLM allows 20 unless it was started with --max-logprobs.
+        timeout, retries, concurrency, api_key: As in `ServerClient`.
+    Raises: ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str | None = None,
+        top_k: int = 16,
+        timeout: float = 120.0,
+        retries: int = 3,
+        concurrency: int = 16,
+        api_key: str | None = None,
+    ) -> None:
+        top_k = plain(top_k)
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+            raise ValueError(f"top_k: got {top_k!r}, expected an integer of at least 1")
+        self.client = ServerClient(url, timeout=timeout, retries=retries, concurrency=concurrency, api_key=api_key)
+        self.model, self.top_k = model, top_k
+        self._is_known = False
+
+    def check(self) -> None:
+        """Asks the server for its models and for two tokens' log-probabilities, before anything depends on them.
+
+        Raises: ServerError: it cannot be reached, has no such model, or sends no log-probabilities; says what to do.
+        """
+        self.model = self.client.choose(self.model)
+        self._is_known = True
+        mass = self.score([[0]], [[0]]).logprobs.unique().exp().sum().item()
+        if not 0 < mass <= 1 + 1e-3:
+            raise ServerError(
+                f"{self.client.url}: its {self.top_k} log-probabilities of one position hold a mass of {mass:.4g}, expected "
+                "one in (0, 1]; start the server with --logprobs-mode raw_logprobs"
+            )
+
+    def score(self, contexts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> TopKLogprobs:
+        """The teacher's log-probabilities where it has read `contexts[b]` and `answers[b][:i]`.
+
+        Args:
+            contexts: B lists of token ids, none of them empty.
+            answers: B lists of token ids, of any lengths.
+        Returns: (B, L, K + 1) ids and fp32 log-probabilities in nats on the CPU, L the longest answer. Row i predicts answer
+            token i, which is listed too; -1 and -inf where nothing is.
+        Raises:
+            ValueError: no context to an answer.
+            ServerError: as `check`, or an answer that does not fit the request.
+        """
+        if len(contexts) != len(answers):
+            raise ValueError(f"answers: got {len(answers)}, expected one for each of the {len(contexts)} contexts")
+        prompts = [[*map(int, context), *map(int, answer)] for context, answer in zip(contexts, answers, strict=True)]
+        empty = [i for i, context in enumerate(contexts) if not len(context)]
+        if empty:
+            raise ValueError(
+                f"contexts: number {empty[0]} is empty, expected a token at least; the first predicts nothing else"
+            )
+        if not self._is_known:
+            self.model, self._is_known = self.client.choose(self.model), True
+        asked = [i for i, answer in enumerate(answers) if len(answer)]
+        body = {"model": self.model, **WHOLE_DISTRIBUTION, "max_tokens": 1, "prompt_logprobs": self.top_k}
+        choices = self.client.complete([{**body, "prompt": prompts[i]} for i in asked])
+
+        shape = len(answers), max(map(len, answers), default=0), self.top_k + 1
+        ids, logprobs = torch.full(shape, -1), torch.full(shape, -torch.inf)
+        for i, choice in zip(asked, choices, strict=True):
+            rows = self._rows(choice, prompts[i], len(contexts[i]))
+            n = len(rows)
+            ids[i, :n] = torch.tensor([[token for token, _ in row] for row in rows])
+            logprobs[i, :n] = torch.tensor([[logprob for _, logprob in row] for row in rows])
+        return TopKLogprobs(ids, logprobs)
+
+    def _rows(self, choice: dict[str, Any], prompt: list[int], n_context: int) -> list[list[tuple[int, float]]]:
+        """K + 1 pairs for each token of the answer."""
+        where, found = f"{self.client.url}/v1/completions", choice.get("prompt_logprobs")
+        if not isinstance(found, list):
+            raise ServerError(f"{where}: answered without prompt_logprobs; {SERVE.format(k=self.top_k)}")
+        if len(found) != len(prompt):
+            raise ServerError(f"{where}: answered {len(found)} prompt_logprobs for {len(prompt)} tokens, expected one each")
+        rows = []
+        for position in range(n_context, len(prompt)):
+            try:
+                pairs = [(int(token), float(entry["logprob"])) for token, entry in found[position].items()]
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise ServerError(
+                    f"{where}: prompt_logprobs[{position}] is {str(found[position])[:200]}, expected "
+                    '{token id: {"logprob": number}}'
+                ) from error
+            listed = dict(pairs)
+            if len(pairs) > self.top_k + 1 or prompt[position] not in listed or any(map(math.isnan, listed.values())):
+                raise ServerError(
+                    f"{where}: prompt_logprobs[{position}] lists {len(pairs)} tokens, {sorted(listed)[:8]} …, expected the top "
+                    f"{self.top_k} and token {prompt[position]} of the prompt, each with a number"
+                )
+            pairs = [(token, logprob) if logprob > MISSING_LOGPROB else (-1, -math.inf) for token, logprob in pairs]
+            rows.append(pairs + [(-1, -math.inf)] * (self.top_k + 1 - len(pairs)))
+        return rows

@@ -1,0 +1,222 @@
+"""The score kernel, interpreted or compiled, against the float64 specification (support/kernel_oracle.py).
+
+  Bounds: entropy and log-sum-exp 1e-5 (absolute 1e-6), KL 1e-6 + 1e-4 KL, never negative.
+
+Run: make test ARGS=tests/kernels/test_score.py. Registers and instructions
+are counted in benchmarks/test_roofline.py, traffic in support/ptx/test_traffic.py.
+Not here: top-K (test_support.py), gradients (test_grad.py).
+"""
+
+import pytest
+import torch
+from opd_kernels import tiles
+from opd_kernels.device import row_step, rows_are_aligned
+from opd_kernels.score import GROUP, score_fwd
+
+from tests.support import kernel_oracle as oracle
+from tests.support.cases import logit_pair
+from tests.support.kernel_oracle import COMMON
+
+INF = float("inf")
+
+
+def check(s, t, rows=None, V=None, **changed):
+    """Runs the kernel and compares every column with the oracle; returns the score."""
+    V = V or s.shape[1]
+    common = {**COMMON, **changed}
+    score = score_fwd(s, t, rows, vocab_size=V, **common)
+    pick = slice(None) if rows is None else rows.long()
+    T = common["temperature"]
+    s64 = oracle.logit(s[pick, :V], common["s_scale"], common["s_softcap"], T)
+    t64 = oracle.logit(t[pick, :V], common["t_scale"], common["t_softcap"], T)
+    cap = max(common["s_softcap"] or 0.0, common["t_softcap"] or 0.0) / T
+    oracle.assert_statistics(score, s64, t64, gap=2.0**-22 * cap)  # the error of a capped logit itself: device.py
+    return score
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("V", [9001, 4096, 131, 7])
+def test_score_fwd_matches_oracle_fp64(dtype, V):
+    check(*logit_pair(1, V, dtype=dtype, seed=V))
+
+
+# KL from 5e-7 to 400, logits of scale 0.1 to 60
+@pytest.mark.parametrize(
+    ("scale", "noise"), [(3, 1e-3), (1, 1e-3), (0.1, 3e-3), (60, 1e-3), (60, 0.1), (60, 5), (10, 10), (15, 60)]
+)
+def test_score_fwd_kl_does_not_cancel(scale, noise):
+    check(*logit_pair(1, 9001, scale=scale, noise=noise, seed=3))
+
+
+def test_score_fwd_equal_models_have_zero_kl():
+    s, _ = logit_pair(2, 4500, scale=20)
+    score = check(s, s.clone())
+    assert torch.equal(score.reverse_kl, torch.zeros(2))
+    assert torch.equal(score.forward_kl, torch.zeros(2))
+
+
+def test_score_fwd_shifted_teacher_keeps_kl():
+    s, t = logit_pair(2, 4500, scale=3, noise=1e-3)
+    check(s, t + 40.0)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"temperature": 0.7},
+        {"s_scale": 0.25, "t_scale": 1.5},
+        {"s_softcap": 30.0, "t_softcap": None},
+        {"s_softcap": 20.0, "t_softcap": 50.0, "s_scale": 0.5, "temperature": 1.3},
+    ],
+)
+def test_score_fwd_transforms_logits(changed):
+    check(*logit_pair(1, 4501, scale=8, seed=4), **changed)
+
+
+@pytest.mark.parametrize("V", [1, 128])
+def test_score_fwd_of_capped_and_plain_logits_side_by_side(V):
+    for seed in range(5):
+        check(*logit_pair(4, V, dtype=torch.bfloat16, seed=seed), s_softcap=30.0, t_softcap=None)
+        check(*logit_pair(4, V, dtype=torch.bfloat16, seed=seed), s_softcap=30.0, t_softcap=30.0)
+
+
+def test_score_fwd_reads_only_the_rows_and_columns_asked_for():
+    s, t = logit_pair(6, 5000)
+    s[[0, 4]], t[[0, 4]] = float("nan"), float("nan")
+    s[:, 4321:], t[:, 4321:] = float("nan"), float("nan")
+    for dtype in (torch.int32, torch.int64):
+        check(s, t, rows=torch.tensor([5, 1, 2], dtype=dtype), V=4321)
+
+
+def test_score_fwd_takes_any_row_stride_and_mixed_types():
+    wide_s, wide_t = logit_pair(3, 10007)
+    s, t = wide_s[:, 1:4444], wide_t[:, 3:4446].to(torch.bfloat16)
+    check(s, t)
+
+
+def test_score_fwd_takes_no_rows():
+    s, t = logit_pair(1, 300)
+    score = score_fwd(s, t, torch.empty(0, dtype=torch.int32), vocab_size=300, **COMMON)
+    assert score.reverse_kl.shape == (0,)
+    assert score.group_max.shape == (0, 2, 16)
+
+
+def test_score_fwd_offsets_pass_two_to_the_31(tmp_path):
+    s, t = oracle.sparse_pair(tmp_path)
+    check(s, t, rows=torch.tensor([69999, 0]))
+
+
+# -inf
+
+
+def masked(n, V, where_s, where_t, **kw):
+    s, t = logit_pair(n, V, **kw)
+    s[:, where_s], t[:, where_t] = -INF, -INF
+    return s, t
+
+
+@pytest.mark.parametrize("stop", [40, 4096, 8800])
+def test_score_fwd_ignores_entries_masked_in_both(stop):
+    score = check(*masked(1, 9001, slice(0, stop), slice(0, stop)))
+    assert torch.isfinite(score.columns).all()
+
+
+@pytest.mark.parametrize("where", [slice(0, 4096), slice(9000, 9001), slice(100, 5000, 7)])
+def test_score_fwd_one_sided_inf_gives_infinite_kl(where):
+    nowhere = slice(0, 0)
+    only_teacher = check(*masked(1, 9001, nowhere, where))
+    assert (only_teacher.reverse_kl == INF).all()
+    assert torch.isfinite(only_teacher.forward_kl).all()
+    only_student = check(*masked(1, 9001, where, nowhere))
+    assert (only_student.forward_kl == INF).all()
+    assert torch.isfinite(only_student.reverse_kl).all()
+    crossed = check(*masked(1, 9001, slice(5, 9), slice(5000, 5004)))
+    assert (crossed.reverse_kl == INF).all()
+    assert (crossed.forward_kl == INF).all()
+
+
+def test_score_fwd_large_finite_masks_count_as_zero_probability():
+    s, t = logit_pair(2, 5000)
+    s[:, :4200], t[:, :4200] = -1e9, -1e9
+    check(s, t)
+
+
+def test_score_fwd_nan_and_empty_rows_stay_in_their_row():
+    s, t = logit_pair(5, 4500)
+    s[0, 4400], t[1, 3] = float("nan"), float("nan")
+    s[2], t[3] = -INF, -INF
+    score = score_fwd(s, t, None, vocab_size=4500, **COMMON)
+    assert score.student_logsumexp.isnan().tolist() == [True, False, False, False, False]
+    assert score.teacher_logsumexp.isnan().tolist() == [False, True, False, False, False]
+    assert score.student_logsumexp[2] == -INF
+    assert score.teacher_logsumexp[3] == -INF
+    for name in ("reverse_kl", "forward_kl"):
+        assert getattr(score, name).isnan().tolist() == [True, True, True, True, False], name
+    check(s, t, rows=torch.tensor([4]))
+
+
+# group maxima and split rows
+
+
+def groups(score, V):
+    """(n, 2, NG), without the end of each row that is not written."""
+    return score.group_max[:, :, : -(-V // GROUP)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("V", [5001, 4096, 50])
+def test_score_fwd_stores_the_maximum_of_every_group(dtype, V):
+    s, t = logit_pair(2, V, dtype=dtype)
+    s[:, 128:256] = -INF
+    score = score_fwd(s, t, None, vocab_size=V, **COMMON)
+    pad = torch.nn.functional.pad(torch.stack((s, t), 1), (0, -V % GROUP), value=-INF)
+    assert torch.equal(groups(score, V), pad.view(2, 2, -1, GROUP).amax(3))
+    assert score.group_max.stride(1) % 16 == 0
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_score_fwd_split_rows_match_oracle_fp64(monkeypatch, parts):
+    monkeypatch.setattr(tiles, "score_parts", lambda *_: parts)
+    s, t = logit_pair(2, 13001, scale=20, noise=0.01)
+    score = check(s, t)
+    again = score_fwd(s, t, None, vocab_size=13001, **COMMON)
+    assert torch.equal(score.columns, again.columns)
+    monkeypatch.undo()
+    assert torch.equal(groups(score, 13001), groups(score_fwd(s, t, None, vocab_size=13001, **COMMON), 13001))
+    s[:, :9000], t[:, :9000] = -INF, -INF  # whole parts without a single logit
+    monkeypatch.setattr(tiles, "score_parts", lambda *_: parts)
+    check(s, t)
+
+
+def test_score_parts_fills_the_device_only_with_few_rows(monkeypatch):
+    monkeypatch.setattr(tiles, "_multiprocessors", lambda _: 132)
+    tile = tiles.score(torch.bfloat16, torch.bfloat16)
+    parts = [tiles.score_parts(n, 151936, tile, None) for n in (1, 8, 64, 263, 264, 8192)]
+    assert parts == [37, 37, 9, 3, 1, 1]
+    assert tiles.score_parts(1, 500, tile, None) == 1
+
+
+# row strides
+
+
+def test_row_step_counts_in_16_bytes_where_rows_are_so_far_apart():
+    table = torch.empty(3, 64)
+    assert row_step(table) == (16, 4)
+    assert row_step(table.half()) == (8, 8)
+    assert row_step(torch.empty(3, 40, dtype=torch.bfloat16)) == (5, 8)  # no multiple of 16 elements
+    assert row_step(torch.empty(3, 50_257, dtype=torch.bfloat16)) == (50_257, 1)
+    assert row_step(table[:1].expand(3, -1)) == (0, 4)
+
+
+def test_rows_are_aligned_where_stride_and_first_row_are():
+    table = torch.empty(3, 64)
+    assert rows_are_aligned(table, table[1:, 4:])
+    assert not rows_are_aligned(table, table[:, 1:])
+    assert not rows_are_aligned(torch.empty(3, 63), table)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stride", [4616, 4620])  # 16 bytes apart in both types, in fp32 alone
+def test_score_fwd_reads_rows_whose_stride_is_counted_in_units(dtype, stride):
+    s, t = (x.to(dtype)[:, :4500] for x in logit_pair(4, stride))
+    check(s, t, rows=torch.tensor([3, 0]), V=4500)

@@ -1,0 +1,99 @@
+"""The divergences once more, value and gradient, straight from their equations on whole fp64 rows: what
+divergences/test_divergences.py and inputs/test_teacher_lists.py compare with.
+
+  One function per divergence: (s, u, ...) -> losses (n,), d losses / d s (n, V); s, u (n, V) logits, y (n,) sampled tokens.
+
+Written apart from opd_ops/: no function of it is used. Not here: inputs (cases.py), bounds (tolerances.py).
+"""
+
+import math
+
+import torch
+
+
+def _rows(s, u):
+    s, u = s.double(), u.double()
+    return s.log_softmax(1), u.log_softmax(1)
+
+
+def _times(probability, factor):
+    """0 where the probability is 0, whatever the factor."""
+    return torch.where(probability == 0, 0, probability * torch.where(probability == 0, 0, factor))
+
+
+def _teachers_best(log_q, k):
+    """(n, V) bool: the teacher's k most likely ids, the lower id first among equals; none of probability 0."""
+    ids = torch.sort(log_q, dim=1, descending=True, stable=True).indices[:, :k]
+    return torch.zeros_like(log_q, dtype=torch.bool).scatter(1, ids, True) & (log_q > -math.inf)
+
+
+def reverse_kl(s, u):
+    log_p, log_q = _rows(s, u)
+    p = log_p.exp()
+    loss = _times(p, log_p - log_q).sum(1)
+    return loss, _times(p, log_p - log_q - loss.unsqueeze(1))
+
+
+def forward_kl(s, u):
+    log_p, log_q = _rows(s, u)
+    return _times(log_q.exp(), log_q - log_p).sum(1), log_p.exp() - log_q.exp()
+
+
+def jsd(s, u, beta=0.5):
+    log_p, log_q = _rows(s, u)
+    p, q = log_p.exp(), log_q.exp()
+    log_m = torch.log(beta * q + (1 - beta) * p)
+    to_p = _times(p, log_p - log_m).sum(1)
+    loss = beta * _times(q, log_q - log_m).sum(1) + (1 - beta) * to_p
+    return loss, (1 - beta) * _times(p, log_p - log_m - to_p.unsqueeze(1))
+
+
+def total_variation(s, u):
+    log_p, log_q = _rows(s, u)
+    p, sign = log_p.exp(), torch.sign(log_p.exp() - log_q.exp())
+    return (p - log_q.exp()).abs().sum(1) / 2, p * (sign - (p * sign).sum(1, keepdim=True)) / 2
+
+
+def local_support(s, u, top_k=32):
+    _, log_q = _rows(s, u)
+    best = _teachers_best(log_q, top_k)
+    loss, gradient = reverse_kl(s.double().masked_fill(~best, -math.inf), u.double().masked_fill(~best, -math.inf))
+    return loss, torch.where(best, gradient, 0)
+
+
+def tail_aware(s, u, top_k=16):
+    log_p, log_q = _rows(s, u)
+    best = _teachers_best(log_q, top_k)
+    tails = (torch.logsumexp(x.masked_fill(best, -math.inf), 1, keepdim=True) for x in (log_p, log_q))
+    log_p_tail, log_q_tail = tails
+    p, p_tail = log_p.exp(), log_p_tail.exp()
+    ratio = torch.where(best, log_p - log_q, log_p_tail - log_q_tail)
+    on_list = torch.where(best, _times(p, log_p - log_q), 0).sum(1)
+    loss = on_list + _times(p_tail, log_p_tail - log_q_tail).squeeze(1)
+    return loss, _times(p, ratio - loss.unsqueeze(1))
+
+
+def forward_kl_topk(s, u, top_k=16):
+    log_p, log_q = _rows(s, u)
+    best = _teachers_best(log_q, top_k)
+    q = torch.where(best, log_q.exp(), 0)
+    return _times(q, log_q - log_p).sum(1), q.sum(1, keepdim=True) * log_p.exp() - q
+
+
+def sampled(s, u, y, clip=math.inf):
+    log_p, log_q = _rows(s, u)
+    of_y = y.unsqueeze(1)
+    advantage = (log_q.gather(1, of_y) - log_p.gather(1, of_y)).clamp(-clip, clip)
+    one_hot = torch.zeros_like(log_p).scatter(1, of_y, 1.0)
+    return -(advantage * log_p.gather(1, of_y)).squeeze(1), -advantage * (one_hot - log_p.exp())
+
+
+def entropy_aware(s, u, alpha=1.0, tau=0.8, top_k=16):
+    log_p, log_q = _rows(s, u)
+    loss, gradient = reverse_kl(s, u)
+    best = _teachers_best(log_q, top_k)
+    log_local = u.double().masked_fill(~best, -math.inf).log_softmax(1)
+    uncertain = (-_times(log_q.exp(), log_q).sum(1) > tau).double()
+    added = _times(log_local.exp(), log_local - log_p).sum(1)
+    more = alpha * uncertain.unsqueeze(1) * (log_p.exp() - log_local.exp())
+    return loss + alpha * uncertain * added, gradient + more

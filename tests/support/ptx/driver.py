@@ -1,0 +1,115 @@
+"""A driver for Triton whose device runs PTX on the CPU: kernels are compiled as for a GPU, all the way, and take CPU tensors.
+
+  use(target)  Triton launches on it from then on: its specialisation of arguments, compiler and cache are those of any GPU.
+  launches     what the latest launches executed and moved
+
+Not here: how PTX is run (machine.py).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+from collections import deque
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import opd_kernels
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+
+from tests.support.ptx.machine import launch
+from tests.support.ptx.memory import Buffers, Traffic
+from tests.support.ptx.program import parse
+
+NUMBERS = {"i32": np.int32, "i64": np.int64, "u32": np.uint32, "u64": np.uint64, "fp32": np.float32}
+SHARED_LIMIT = 163 * 1024  # the least of the targets
+launches: deque[Launched] = deque(maxlen=100)
+
+
+class Launched(NamedTuple):
+    kernel: str
+    instructions: int  # of PTX, by its warps
+    traffic: Traffic
+
+
+class Launcher:
+    """Takes the arguments of a launch as Triton passes them to its own launchers."""
+
+    def __init__(self, source, metadata):
+        self.types = list(source.signature.values())
+        self.shared_bytes = metadata.shared
+        assert metadata.global_scratch_size == metadata.profile_scratch_size == 0
+
+    def __call__(self, x, y, z, stream, program, metadata, launch_metadata, enter_hook, exit_hook, *arguments):
+        assert y == z == 1, "grids of one dimension"
+        given = [(kind, value) for kind, value in zip(self.types, arguments, strict=True) if kind != "constexpr"]
+        tensors = [value for kind, value in given if kind[0] == "*"]
+        numbers = [np.uint64(v.data_ptr()) if kind[0] == "*" else NUMBERS[kind](v) for kind, v in given]
+        scratch = [np.uint64(0)] * 2  # of no byte
+        buffers = Buffers(tensors)
+        executed = launch(program, x, numbers + scratch, self.shared_bytes, buffers)
+        launches.append(Launched(program.name, executed, buffers.traffic))
+
+
+class Utilities:
+    """What the compiler asks of a device."""
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": SHARED_LIMIT}
+
+    def load_binary(self, name, binary, shared, device):
+        return name, parse(Driver.ptx), 0, 0, 1024  # module, function, registers, spills, the most threads
+
+    def unload_module(self, module):
+        pass
+
+
+class Driver(DriverBase):
+    launcher_cls = Launcher
+    utils = Utilities()
+    ptx = ""  # of the kernel that is being loaded
+
+    def __init__(self, capability: int):
+        super().__init__()
+        self.capability = capability
+
+    @classmethod
+    def is_active(cls):
+        return True
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, ty):
+        raise NotImplementedError("nothing is compiled for the host")
+
+    def get_benchmarker(self):
+        raise NotImplementedError("nothing is timed here")
+
+
+def use(target: str) -> None:
+    """Compile for the target, like sm_90, whatever is launched from now on, and run it here. Before any kernel is imported."""
+
+    def loading(module, function, name, files, hash):
+        Driver.ptx = Path(files[f"{name}.ptx"]).read_text()
+
+    knobs.runtime.kernel_load_start_hook = loading
+    triton.runtime.driver.set_active(Driver(int(target.removeprefix("sm_"))))
+    for module in pkgutil.iter_modules(opd_kernels.__path__):
+        importlib.import_module(f"opd_kernels.{module.name}")
+    os.environ["TRITON_INTERPRET"] = "1"  # by which the library takes CPU tensors; the kernels are compiled all the same
