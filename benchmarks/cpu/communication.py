@@ -65,7 +65,7 @@ class Work(NamedTuple):
 def work_of(N: int, V: int, Ds: int, Dt: int, tp: int, **options: int) -> Work:
     """Of heads on backend "triton", whose ranks hold V / tp ids each."""
     part, M = -(-V // tp), most_selected(N, FRACTION)
-    alone = estimate(N, part, Ds, Dt, FRACTION, DTYPE, **options)
+    alone = estimate(N, part, Ds, Dt, fraction=FRACTION, dtype=DTYPE, **options)
     if tp == 1:
         return Work(alone.flops, alone.peak_bytes)
     # The selected rows' normalisers, and their hidden states' gradient until it is added up.
@@ -73,7 +73,7 @@ def work_of(N: int, V: int, Ds: int, Dt: int, tp: int, **options: int) -> Work:
 
 
 def of_call(N: int, D: int = STUDENT.D, **options: object) -> Communication:
-    return estimate_communication(N, V, D, FRACTION, DTYPE, top_k=TOP_K, **options)
+    return estimate_communication(N, V, D, fraction=FRACTION, dtype=DTYPE, top_k=TOP_K, **options)
 
 
 class Step(NamedTuple):
@@ -244,7 +244,9 @@ def divergences() -> Iterator[str]:
         ("`sampled`", {"divergence": "sampled"}),
         ("`entropy_aware`", {"divergence": "entropy_aware"}),
     ):
-        of_heads, of_logits = (estimate_communication(N, V, D, FRACTION, DTYPE, tp=8, **options) for D in (STUDENT.D, None))
+        of_heads, of_logits = (
+            estimate_communication(N, V, D, fraction=FRACTION, dtype=DTYPE, tp=8, **options) for D in (STUDENT.D, None)
+        )
         rows.append(
             (
                 name,

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from opd_kernels import tiles
+from opd_kernels import launch_table
 from opd_kernels.score import score_fwd
 from torch import Tensor
 
@@ -75,12 +75,12 @@ def _words(row: Row) -> str:
 @contextmanager
 def _parts(limit: int) -> Iterator[None]:
     """At most so many programs a row."""
-    kept = tiles.score_parts
-    tiles.score_parts = lambda *arguments: min(limit, kept(*arguments))
+    kept = launch_table.score_parts
+    launch_table.score_parts = lambda *arguments: min(limit, kept(*arguments))
     try:
         yield
     finally:
-        tiles.score_parts = kept
+        launch_table.score_parts = kept
 
 
 def few_rows(bench: Bench) -> Iterator[Row]:
@@ -95,8 +95,8 @@ def few_rows(bench: Bench) -> Iterator[Row]:
             with _parts(limit):
                 score_fwd(student[part], teacher[part], None, vocab_size=V, **PLAIN)
 
-        split = tiles.score_parts(n, V, tiles.score(bench.dtype, bench.dtype), bench.device)
-        limits = {"split": tiles.MAX_PARTS, "one program a row": 1}
+        split = launch_table.score_parts(n, V, launch_table.score(bench.dtype, bench.dtype), bench.device)
+        limits = {"split": launch_table.MAX_PARTS, "one program a row": 1}
         times = bench.measure({name: lambda i, x=limit: run(i, x) for name, limit in limits.items()}, queued=True)
         read = 2 * n * V * bench.dtype.itemsize
         for name, limit in limits.items():

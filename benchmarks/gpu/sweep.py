@@ -6,7 +6,7 @@
   Timed: one launch, kernel time (timing.py's `queued`), at V = 151,936, of the score also 50,257; score and support
   (K = 16) of 8192 rows, the others of 409 (rest: lists of 32). The sums that jsd's and rest's gradients read are made before.
 
-Not here: the table and its reasons (kernels/opd_kernels/tiles.py).
+Not here: the table and its reasons (kernels/opd_kernels/launch_table.py).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from opd_kernels import tiles
+from opd_kernels import launch_table
 from opd_kernels.argmax import argmax_fwd
 from opd_kernels.forward_kl import forward_kl_grad
 from opd_kernels.jsd import jsd_fwd, jsd_grad
+from opd_kernels.launch_table import SupportTile, Tile
 from opd_kernels.rest import rest_fwd, rest_grad
 from opd_kernels.reverse_kl import reverse_kl_grad
 from opd_kernels.score import GROUP, score_fwd
 from opd_kernels.support import support_fwd
-from opd_kernels.tiles import SupportTile, Tile
 
 from benchmarks.gpu.timing import PLAIN, Bench
 
@@ -45,12 +45,12 @@ class Sweep(NamedTuple):
 @contextmanager
 def shipped(name: str, tile: Tile) -> Iterator[None]:
     """The launch table with another row."""
-    kept = getattr(tiles, name)
-    setattr(tiles, name, lambda *_, **__: tile)
+    kept = getattr(launch_table, name)
+    setattr(launch_table, name, lambda *_, **__: tile)
     try:
         yield
     finally:
-        setattr(tiles, name, kept)
+        setattr(launch_table, name, kept)
 
 
 def score_tiles(dtype: torch.dtype) -> Iterator[Tile]:
@@ -95,16 +95,16 @@ def sweeps(bench: Bench) -> Iterator[Sweep]:
     rows = torch.linspace(0, n - 1, m, device=bench.device).int()
     weights = torch.ones(m, device=bench.device)
     out = torch.empty_like(student)
-    table = tiles.score(bench.dtype, bench.dtype)
+    table = launch_table.score(bench.dtype, bench.dtype)
     yield Sweep("score_fwd", "score", table, list(score_tiles(bench.dtype)), lambda: score_fwd(student, teacher, None, **pair))
     odd = 131 if bench.dry else 50_257
     narrow, other = bench.logits(n, odd)
     yield Sweep(
-        f"score_fwd, V = {odd}", "score", tiles.score(bench.dtype, bench.dtype, aligned=False), list(odd_score_tiles()),
+        f"score_fwd, V = {odd}", "score", launch_table.score(bench.dtype, bench.dtype, aligned=False), list(odd_score_tiles()),
         lambda: score_fwd(narrow, other, None, vocab_size=odd, **PLAIN),
     )  # fmt: skip
     score = score_fwd(student, teacher, None, **pair)
-    warps = tiles.support(TOP_K, -(-V // GROUP))
+    warps = launch_table.support(TOP_K, -(-V // GROUP))
     yield Sweep(
         "support_fwd", "support", warps, list(support_tiles(warps)),
         lambda: support_fwd(student, teacher, None, score, top_k=TOP_K, **pair),
@@ -114,7 +114,7 @@ def sweeps(bench: Bench) -> Iterator[Sweep]:
     columns, top = of_chosen.columns, argmax_fwd(student, rows, of_chosen, vocab_size=V)
     write = {"top": top, "out": out, **pair}
     sums = jsd_fwd(*chosen, columns, beta=BETA, **pair)
-    grad, blocks = tiles.grad(), list(grad_tiles())
+    grad, blocks = launch_table.grad(), list(grad_tiles())
     yield Sweep("reverse_kl_grad", "grad", grad, blocks, lambda: reverse_kl_grad(*chosen, weights, columns, **write))
     yield Sweep("forward_kl_grad", "grad", grad, blocks, lambda: forward_kl_grad(*chosen, weights, columns, **write))
     yield Sweep("jsd_fwd", "grad", grad, blocks, lambda: jsd_fwd(*chosen, columns, beta=BETA, **pair))
@@ -122,12 +122,12 @@ def sweeps(bench: Bench) -> Iterator[Sweep]:
     ids = student[rows.long()].float().topk(LISTED).indices.sort().values.int()
     values, rest = torch.zeros_like(ids, dtype=torch.float32), rest_fwd(student, rows, ids, **own)
     yield Sweep(
-        "rest_fwd", "rest", tiles.rest(bench.dtype), list(rest_tiles(bench.dtype)),
+        "rest_fwd", "rest", launch_table.rest(bench.dtype), list(rest_tiles(bench.dtype)),
         lambda: rest_fwd(student, rows, ids, **own),
     )  # fmt: skip
     listed = student, rows, ids, values, weights, rest
     yield Sweep(
-        "rest_grad", "rest_grad", tiles.rest_grad(), blocks,
+        "rest_grad", "rest_grad", launch_table.rest_grad(), blocks,
         lambda: rest_grad(*listed, out=out, add=False, first_id=0, **own),
     )  # fmt: skip
 

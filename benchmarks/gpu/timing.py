@@ -48,8 +48,8 @@ class Bench:
     def of(options: argparse.Namespace) -> Bench:
         if not options.dry_run and not torch.cuda.is_available():
             sys.exit(
-                "benchmarks.gpu.run: no CUDA or ROCm device found, and no other is measured (events, memory peaks and graphs are "
-                "torch.cuda's; an XPU has none of these); `--dry-run` tests this program without one"
+                "benchmarks.gpu.run: no CUDA or ROCm device found, and no other is measured (events, memory peaks and "
+                "graphs are torch.cuda's; an XPU has none of these); `--dry-run` tests this program without one"
             )
         device = torch.device("cpu") if options.dry_run else torch.device("cuda", torch.cuda.current_device())
         return Bench(device, DTYPES[options.dtype], options.rounds, options.dry_run)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 import triton
-from opd_kernels import tiles
+from opd_kernels import launch_table
 from opd_kernels.argmax import argmax_fwd
 from opd_kernels.forward_kl import forward_kl_grad
 from opd_kernels.jsd import jsd_fwd, jsd_grad
@@ -350,7 +350,7 @@ def failures(row: dict) -> list:
 
 def measure(targets, only=None):
     for target in targets:
-        tiles.set_warp_size(TARGETS[target].warp_size)
+        launch_table.set_warp_size(TARGETS[target].warp_size)
         for config, launches in configurations():
             if only is not None and config not in only:
                 continue

@@ -11,7 +11,7 @@ tanh makes a stored -inf the logit -softcap / T. Order is that of the stored log
 Python floats may arrive as fp64 (torch.compile before 2.15), hence the casts.
 
 Not here: kernels and launchers (score.py, support.py, argmax.py, reverse_kl.py, forward_kl.py, jsd.py, rest.py); block
-sizes (tiles.py).
+sizes (launch_table.py).
 """
 
 import math

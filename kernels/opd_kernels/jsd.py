@@ -1,10 +1,10 @@
 """Generalised Jensen-Shannon divergence on selected rows: the loss, and its gradient with respect to the stored logits.
 
   m = beta q + (1 - beta) p,  0 < beta < 1                                      [nats]
-  f[v] = log(p[v] / m[v]);  g[v] = log(q[v] / m[v]);  pull = sum_v p[v] f[v]
-  jsd = (1 - beta) pull + beta sum_v q[v] g[v]
-  d jsd / d logit[v] = (1 - beta) p[v] (f[v] - pull);  at a top id with p > 1/2 minus the sum of the others
-  out[rows[i], v] = weights[i] (1 - beta) p[v] (f[v] - pull) dlogit/dx,  x the stored logit
+  f[v] = log(p[v] / m[v]);  g[v] = log(q[v] / m[v]);  mean_slope = sum_v p[v] f[v]
+  jsd = (1 - beta) mean_slope + beta sum_v q[v] g[v]
+  d jsd / d logit[v] = (1 - beta) p[v] (f[v] - mean_slope);  at a top id with p > 1/2 minus the sum of the others
+  out[rows[i], v] = weights[i] (1 - beta) p[v] (f[v] - mean_slope) dlogit/dx,  x the stored logit
   Source: arXiv:2306.13649, beta as there and in TRL; the whole vocabulary.
 
 Shapes: N tokens, M selected rows, V vocabulary
@@ -13,7 +13,7 @@ Shapes: N tokens, M selected rows, V vocabulary
   weights     (M,)      in   fp32; 0 writes zeros whatever the row holds
   columns     (12, M)   in   score.py's columns of these rows
   top         (M,)      in   int32, argmax.py; None where the tables are a block of the vocabulary
-  sums        (2, M)    fp32 jsd, pull: out of the loss, in to the gradient
+  sums        (2, M)    fp32 jsd, mean_slope: out of the loss, in to the gradient
   out         (N, W)    out  at rows; W >= V, columns V .. W-1 become 0. May be s or t itself: a program
                              loads a block of its row before it stores that block, and no other row.
   Without `top` the gradient sums nothing over the row: s, t and out may be a block of the vocabulary,
@@ -21,30 +21,30 @@ Shapes: N tokens, M selected rows, V vocabulary
 
 Grid: (M,). Traffic: 2 V logits read by either, W gradients written.
 
-Numerics
-  With d = log p - log q + log((1 - beta) / beta),  f = -log(1 - beta) - log(1 + e^-d)  and
-  g = -log(beta) - log(1 + e^d); in base 2, both from one polynomial of 2^-|d|. d comes from stored
-  logits and normalisers, as in reverse_kl.py, where models are close exactly. The two constants are
-  the polynomial's own values at p = q, so that f and g are exactly 0 there and the polynomial's error
-  is relative where they are small. Rounding of d and 2^-|d|: 3e-7 of log p - log q = 1, for any beta.
-  f and g first cancel in their sums, to KL(p || m) and KL(q || m); then nothing cancels. An error e of
-  the difference of the normalisers moves the sums by beta e and -(1 - beta) e, which their weights
-  cancel, and f and pull alike. Clamped at 0. Models that share no mass saturate: f and pull agree, and
-  of a gradient that vanishes rounding is left, 2e-7 (1 - beta) pull of the weight.
-  Finite for all p and q: d is clamped to +-256, beyond which 2^-|d|, p or q is 0. So p = 0, q = 0 and
-  both (d = inf - inf) are products of 0 and a finite number. NaN logits reach p or q, the loss, and
-  by pull the gradient.
-
 Not here: which rows (opd_ops/selection/selectors.py), weights (opd_ops/loss.py), normalisers (score.py).
 Specification: the equations above, by autograd (tests/support/kernel_oracle.py). Tests: tests/kernels/test_jsd.py.
 """
+
+# Numerics
+#   With d = log p - log q + log((1 - beta) / beta),  f = -log(1 - beta) - log(1 + e^-d)  and
+#   g = -log(beta) - log(1 + e^d); in base 2, both from one polynomial of 2^-|d|. d comes from stored
+#   logits and normalisers, as in reverse_kl.py, where models are close exactly. The two constants are
+#   the polynomial's own values at p = q, so that f and g are exactly 0 there and the polynomial's error
+#   is relative where they are small. Rounding of d and 2^-|d|: 3e-7 of log p - log q = 1, for any beta.
+#   f and g first cancel in their sums, to KL(p || m) and KL(q || m); then nothing cancels. An error e of
+#   the difference of the normalisers moves the sums by beta e and -(1 - beta) e, which their weights
+#   cancel, and f and mean_slope alike. Clamped at 0. Models that share no mass saturate: f and mean_slope agree, and
+#   of a gradient that vanishes rounding is left, 2e-7 (1 - beta) mean_slope of the weight.
+#   Finite for all p and q: d is clamped to +-256, beyond which 2^-|d|, p or q is 0. So p = 0, q = 0 and
+#   both (d = inf - inf) are products of 0 and a finite number. NaN logits reach p or q, the loss, and
+#   by mean_slope the gradient.
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
+from . import launch_table
 from .device import LN_2, _likely_top, _load_normalisers, _log2_probs, _store_top, row_step, transform
 
 
@@ -128,11 +128,11 @@ def _jsd_fwd_kernel(
             s_row, t_row, b * BLOCK_V + lane, V, a, c, total_p, total_q, pre_s, cap_s, k_s, pre_t, cap_t,
             k_t, norm, CAP_S, CAP_T, SAME_K, False,
         )  # fmt: skip
-    pull = tl.sum(total_p, 0) * LN_2
-    jsd = tl.fma(1.0 - beta, pull, beta * (tl.sum(total_q, 0) * LN_2))
+    mean_slope = tl.sum(total_p, 0) * LN_2
+    jsd = tl.fma(1.0 - beta, mean_slope, beta * (tl.sum(total_q, 0) * LN_2))
     tl.store(sums_ptr + pid_m, tl.maximum(jsd, 0.0, propagate_nan=tl.PropagateNan.ALL))
-    # the clamp of d hides a NaN of the teacher from pull
-    tl.store(sums_ptr + M + pid_m, tl.where(jsd == jsd, pull, jsd))
+    # the clamp of d hides a NaN of the teacher from mean_slope
+    tl.store(sums_ptr + M + pid_m, tl.where(jsd == jsd, mean_slope, jsd))
 
 
 @triton.jit
@@ -177,9 +177,9 @@ def _jsd_grad_kernel(
     t_row = t_ptr + row * stride_tn * UNIT_T
     out_row = out_ptr + row * stride_on * UNIT_O
     weight = tl.load(weights_ptr + pid_m)
-    pull = tl.load(sums_ptr + M + pid_m) * 1.4426950408889634
+    mean_slope = tl.load(sums_ptr + M + pid_m) * 1.4426950408889634
     norm, a, _ = _mixture(_load_normalisers(score_ptr, M, pid_m), beta)
-    a -= pull
+    a -= mean_slope
     coef = weight * (1.0 - beta) * (k_s * LN_2) * LN_2
     top = -1
     if HAS_TOP:
@@ -216,7 +216,7 @@ def jsd_fwd(
     s_softcap: float | None,
     t_softcap: float | None,
 ) -> Tensor:
-    """(2, M) fp32: the divergence of each row, and the pull that its gradient needs."""
+    """(2, M) fp32: the divergence of each row, and the mean_slope that its gradient needs."""
     M = columns.shape[1]
     assert 0 < beta < 1
     assert student.stride(1) == teacher.stride(1) == 1, "unit stride along the vocabulary"
@@ -227,7 +227,7 @@ def jsd_fwd(
         return sums
     s = transform(s_scale, s_softcap, temperature)
     t = transform(t_scale, t_softcap, temperature)
-    tile = tiles.grad()
+    tile = launch_table.grad()
     (stride_s, unit_s), (stride_t, unit_t) = row_step(student), row_step(teacher)
     _jsd_fwd_kernel[(M,)](
         student, teacher, rows, columns, sums, stride_s, stride_t, M, vocab_size, beta,
@@ -269,7 +269,7 @@ def jsd_grad(
         return
     s = transform(s_scale, s_softcap, temperature)
     t = transform(t_scale, t_softcap, temperature)
-    tile = tiles.grad()
+    tile = launch_table.grad()
     (stride_s, unit_s), (stride_t, unit_t), (stride_o, unit_o) = (row_step(x) for x in (student, teacher, out))
     _jsd_grad_kernel[(M,)](
         student, teacher, rows, weights, columns, sums, top, out, stride_s, stride_t, stride_o, M,

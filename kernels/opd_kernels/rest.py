@@ -24,24 +24,24 @@ Grid: (M,). Traffic: V logits read by either; V gradients written, and read befo
 Ids: a program walks its row in blocks and its ids beside it: while the next id is in the block, the
   one lane that has it is masked (sum) or replaced (gradient), K times a row, not K times a logit.
 
-Numerics
-  Lane: the logits that one thread sees, with its own maximum and sum, joined once, after the loop, as
-  in score.py; a lane that saw nothing but -inf or ids has the maximum FLOOR. Rounded k ref + log2z
-  would lose the digits of log2z where the rest is of size 300; hence two columns.
-  Nothing off ids, or -inf alone: log2z = -inf, ref finite, and the gradient off ids 0. NaN off ids
-  (or +inf) gives NaN; at an id the list has it, and the rest does not see it.
-  The gradient's softmax is not normalised again: coef e^(logit - rest) <= coef.
-
-Not here: which ids (support.py), values and coef (opd_ops/loss.py), block sizes (tiles.py).
+Not here: which ids (support.py), values and coef (opd_ops/loss.py), block sizes (launch_table.py).
 Specification: the equations above, by autograd (tests/support/kernel_oracle.py). Tests: tests/kernels/test_rest.py.
 """
+
+# Numerics
+#   Lane: the logits that one thread sees, with its own maximum and sum, joined once, after the loop, as
+#   in score.py; a lane that saw nothing but -inf or ids has the maximum FLOOR. Rounded k ref + log2z
+#   would lose the digits of log2z where the rest is of size 300; hence two columns.
+#   Nothing off ids, or -inf alone: log2z = -inf, ref finite, and the gradient off ids 0. NaN off ids
+#   (or +inf) gives NaN; at an id the list has it, and the rest does not see it.
+#   The gradient's softmax is not normalised again: coef e^(logit - rest) <= coef.
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
+from . import launch_table
 from .device import FLOOR, LN_2, _log2_prob, _log_ratio, _transform, _transform_slope, row_step, transform
 
 NO_ID = tl.constexpr(2**31 - 1)
@@ -228,7 +228,7 @@ def rest_fwd(
     if M == 0:
         return columns
     model = transform(scale, softcap, temperature)
-    tile = tiles.rest(logits.dtype)
+    tile = launch_table.rest(logits.dtype)
     stride_x, unit_x = row_step(logits)
     _rest_fwd_kernel[(M,)](
         logits, rows, ids, columns, stride_x, M, vocab_size, K, model.k, model.pre, model.cap,
@@ -267,7 +267,7 @@ def rest_grad(
     if M == 0:
         return
     model = transform(scale, softcap, temperature)
-    tile = tiles.rest_grad()
+    tile = launch_table.rest_grad()
     (stride_x, unit_x), (stride_o, unit_o) = row_step(logits), row_step(out)
     _rest_grad_kernel[(M,)](
         logits, rows, ids, values, coef, columns, out, stride_x, stride_o, M, vocab_size, out.shape[1],

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
+from . import launch_table
 from .device import LN_2, _likely_top, _load_normalisers, _store_top, _tokens, row_step, transform
 
 
@@ -132,7 +132,7 @@ def launch_grad(kernel, student, teacher, rows, weights, columns, top, out, voca
     assert weights.dtype == torch.float32
     if M == 0:
         return
-    tile = tiles.grad()
+    tile = launch_table.grad()
     (stride_s, unit_s), (stride_t, unit_t), (stride_o, unit_o) = (row_step(x) for x in (student, teacher, out))
     kernel[(M,)](
         student, teacher, rows, weights, columns, top, out, stride_s, stride_t, stride_o, M, vocab_size, out.shape[1],

@@ -17,30 +17,30 @@ Grid: (n * parts,). A program walks one part of a row in blocks of LANES * VEC *
 parts > 1 (few rows) it writes its ten running values and _merge_fwd_kernel joins them, in order.
 Traffic: 2 V logits read once, 2 NG values and 48 bytes written.
 
-Numerics
-  Lane: the logits that one thread sees. Each lane has its own reference r = k max(z) in base 2
-  (device.py for k and z), its own sums, and joins the others once, after the loop. The loop has
-  no barrier; the two group maxima cost one shuffle per model and bit of QUAD.
-  x = k z - r is one fused multiply-add: its rounding error is that of |x|, not of |k z|.
-  The KLs do not cancel: with x, y the two exponents, s - t is centred by the difference of the
-  references for free,  KL(p||q) = ln 2 E_p[x - y] - log(sum 2^x / sum 2^y),  and both terms
-  are as small as the models are close. Rounding may leave -1e-7; that is clamped to 0.
-  A masked logit (device.py: _is_masked) becomes VOID = -2^120 or another exponent so low that its exponential
-  is 0 and its product with 0 is 0. Where only one model masks, |x - y| exceeds FAR k: then, and
-  then alone, the row is read once more for the largest logit of each model where the other one masks.
-  KL(p||q) = +inf if p there is above 0 in fp64, and the reverse for KL(q||p). exp2 flushes below 2^-126.
-  NaN (or +inf) makes that model's log-sum-exp and entropy and both KLs NaN; a row of -inf
-  alone has log-sum-exp -inf and NaN for the rest.
-  FP contraction is off (enable_fp_fusion=False) and every fused multiply-add is written out:
-  fusing  m k - r  with r = fl(m k) would return the rounding error instead of 0.
-  The exact maximum z_ref and log2 sum 2^(k (z - z_ref)) are kept as columns: from them a later
-  kernel forms log p to 1e-7, which a rounded log-sum-exp of size 300 does not allow; and
-  log2z_gap, s_log2z - t_log2z without their rounding, for log p - log q of close models.
-  Order of stored logits is order of logits, since scale > 0 and tanh increases strictly.
-
-Not here: top-K (support.py), gradients (reverse_kl.py, forward_kl.py), block sizes (tiles.py).
+Not here: top-K (support.py), gradients (reverse_kl.py, forward_kl.py), block sizes (launch_table.py).
 Specification: opd_ops/backends/eager.py. Tests: tests/kernels/test_score.py.
 """
+
+# Numerics
+#   Lane: the logits that one thread sees. Each lane has its own reference r = k max(z) in base 2
+#   (device.py for k and z), its own sums, and joins the others once, after the loop. The loop has
+#   no barrier; the two group maxima cost one shuffle per model and bit of QUAD.
+#   x = k z - r is one fused multiply-add: its rounding error is that of |x|, not of |k z|.
+#   The KLs do not cancel: with x, y the two exponents, s - t is centred by the difference of the
+#   references for free,  KL(p||q) = ln 2 E_p[x - y] - log(sum 2^x / sum 2^y),  and both terms
+#   are as small as the models are close. Rounding may leave -1e-7; that is clamped to 0.
+#   A masked logit (device.py: _is_masked) becomes VOID = -2^120 or another exponent so low that its exponential
+#   is 0 and its product with 0 is 0. Where only one model masks, |x - y| exceeds FAR k: then, and
+#   then alone, the row is read once more for the largest logit of each model where the other one masks.
+#   KL(p||q) = +inf if p there is above 0 in fp64, and the reverse for KL(q||p). exp2 flushes below 2^-126.
+#   NaN (or +inf) makes that model's log-sum-exp and entropy and both KLs NaN; a row of -inf
+#   alone has log-sum-exp -inf and NaN for the rest.
+#   FP contraction is off (enable_fp_fusion=False) and every fused multiply-add is written out:
+#   fusing  m k - r  with r = fl(m k) would return the rounding error instead of 0.
+#   The exact maximum z_ref and log2 sum 2^(k (z - z_ref)) are kept as columns: from them a later
+#   kernel forms log p to 1e-7, which a rounded log-sum-exp of size 300 does not allow; and
+#   log2z_gap, s_log2z - t_log2z without their rounding, for log p - log q of close models.
+#   Order of stored logits is order of logits, since scale > 0 and tanh increases strictly.
 
 from typing import NamedTuple
 
@@ -49,7 +49,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
+from . import launch_table
 from .device import FLOOR, LN_2, LOG2_ZERO, VOID, _is_masked, _log_ratio, _transform, row_step, rows_are_aligned, transform
 
 GROUP = 128  # logits per group maximum
@@ -389,8 +389,8 @@ def score_fwd(
     s = transform(s_scale, s_softcap, temperature)
     t = transform(t_scale, t_softcap, temperature)
     aligned = rows_are_aligned(student, teacher)
-    tile = tiles.score(student.dtype, teacher.dtype, aligned=aligned, capped=s.has_cap or t.has_cap)
-    parts = tiles.score_parts(n, vocab_size, tile, student.device)
+    tile = launch_table.score(student.dtype, teacher.dtype, aligned=aligned, capped=s.has_cap or t.has_cap)
+    parts = launch_table.score_parts(n, vocab_size, tile, student.device)
     out = columns
     if parts > 1:
         out = torch.empty((n, parts, N_PARTIALS), dtype=torch.float32, device=student.device)

@@ -21,20 +21,20 @@ Three kernels, a launch boundary where a thread needs what another one wrote:
   stats   (n programs)   puts each list in order by counting, gathers, reduces.
 Traffic: 2 NG maxima, 2 * 128 K logits, 8 K gathered ones per row: about 3 % of the row at K = 16.
 
-Numerics
-  Selection compares integers (device.py: _order_key), so it is exact for any values. The K-th is found by bisection
-  between a lower bound and the largest: 7 and 5 rounds on normal bf16 logits at V = 152k and K = 16, 23 and 21 in
-  fp32; never more than a key has bits. It ranks
-  the stored logits: the order of the logits, scale being positive and tanh strictly increasing,
-  without the ties that rounding a soft-cap would add. -inf ranks last, by id; NaN beyond the
-  infinities, and K different ids inside the vocabulary come out all the same.
-  On U, D = sum q(log q - log p) + sum p - sum q: the last two are equal but for the rounding of
-  the normalisers, whose effect on the first they cancel. Clamped at 0.
-  Masked logits (device.py: _is_masked) are -inf. D = +inf if some id of U has s = -inf and q > 0 in fp64.
-
 Not here: what K is for (opd_ops/selection/selectors.py), full-vocabulary statistics (score.py).
 Specification: opd_ops/backends/eager.py. Tests: tests/kernels/test_support.py.
 """
+
+# Numerics
+#   Selection compares integers (device.py: _order_key), so it is exact for any values. The K-th is found by bisection
+#   between a lower bound and the largest: 7 and 5 rounds on normal bf16 logits at V = 152k and K = 16, 23 and 21 in
+#   fp32; never more than a key has bits. It ranks
+#   the stored logits: the order of the logits, scale being positive and tanh strictly increasing,
+#   without the ties that rounding a soft-cap would add. -inf ranks last, by id; NaN beyond the
+#   infinities, and K different ids inside the vocabulary come out all the same.
+#   On U, D = sum q(log q - log p) + sum p - sum q: the last two are equal but for the rounding of
+#   the normalisers, whose effect on the first they cancel. Clamped at 0.
+#   Masked logits (device.py: _is_masked) are -inf. D = +inf if some id of U has s = -inf and q > 0 in fp64.
 
 from typing import NamedTuple
 
@@ -43,7 +43,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
+from . import launch_table
 from .device import LN_2, LOG2_ZERO, _is_masked, _log2_prob, _order_key, _pick, _transform, row_step, transform
 from .score import GROUP, Score
 
@@ -272,7 +272,7 @@ def support_fwd(
     n_picked = min(top_k, n_groups)
     groups = torch.empty((n, 2, n_picked), dtype=torch.int32, **new)
     found = torch.empty_like(ids)  # places among the 128 n_picked candidates
-    tile = tiles.support(top_k, n_groups)
+    tile = launch_table.support(top_k, n_groups)
     _support_groups_fwd_kernel[(2 * n,)](
         score.group_max, groups, stride, n_groups, n_picked,
         NG=max(GROUP, triton.next_power_of_2(n_groups)), SETS=triton.next_power_of_2(n_picked),

@@ -2,7 +2,7 @@
 (support/kernel_oracle.py):
 its equation, and autograd of it through scale and soft-cap.
 
-  Bounds: jsd and pull 1e-6 + 1e-4 x; ||g - g64|| / ||g64|| <= 1e-4, or 3e-6 / sqrt(2 KL) below KL = 1e-3, where the KL is
+  Bounds: jsd and mean_slope 1e-6 + 1e-4 x; ||g - g64|| / ||g64|| <= 1e-4, or 3e-6 / sqrt(2 KL) below KL = 1e-3, where the KL is
   that of close models, JSD / (beta (1 - beta)).
 
 Run: make test ARGS=tests/kernels/test_jsd.py
@@ -49,7 +49,7 @@ def assert_jsd(out, sums, want, want_sums, beta=0.5, tolerance=1e-4, floor=0.0):
     error = (out.double() - want).norm(dim=1)
     bound = torch.tensor([max(tolerance, small_kl_bound(x / (beta * (1 - beta)))) for x in want_sums[0].tolist()])
     assert (error <= bound * want.norm(dim=1) + floor).all(), (error / want.norm(dim=1), bound)
-    for name, got, expected in zip(("jsd", "pull"), sums, want_sums, strict=True):
+    for name, got, expected in zip(("jsd", "mean_slope"), sums, want_sums, strict=True):
         assert_within(got, expected, relative=1e-4, absolute=1e-6, name=name)
     assert not (sums[0] < 0).any()
 
@@ -68,7 +68,8 @@ def test_jsd_does_not_cancel(scale, noise, beta):
     s, t = logit_pair(1, 5003, scale=scale, noise=noise, seed=2)
     w = torch.ones(1)
     gradient, sums = wanted(s, t, w, beta)
-    # At noise 15 f and pull nearly agree: what is left of their rounding, with a GPU's exp2 of two units in the last place.
+    # At noise 15 f and mean_slope nearly agree: what is left of their rounding, with a GPU's exp2 of two units in the last
+    # place.
     assert_jsd(*run(s, t, w, beta), gradient, sums, beta, floor=2e-7 * (1 - beta) * sums[1])
 
 

@@ -12,7 +12,7 @@ import math
 
 import pytest
 import torch
-from opd_kernels import tiles
+from opd_kernels import launch_table
 from opd_kernels.device import transform
 from opd_kernels.rest import rest_fwd, rest_grad
 
@@ -62,9 +62,9 @@ def assert_rest(out, columns, x, ids, values, coef, tolerance=1e-4, **changed):
 
 
 def test_the_tests_know_the_blocks():
-    tile = tiles.rest(torch.float32).constants
+    tile = launch_table.rest(torch.float32).constants
     assert tile["LANES"] * tile["R"] * tile["VEC"] == FWD_BLOCK
-    assert tiles.rest_grad().constants["BLOCK_V"] == GRAD_BLOCK
+    assert launch_table.rest_grad().constants["BLOCK_V"] == GRAD_BLOCK
 
 
 @pytest.mark.parametrize(("V", "K"), [(9003, 32), (9003, 1), (9003, 128), (4096, 32), (2048, 7), (131, 100), (5, 3)])

@@ -9,7 +9,7 @@ Not here: top-K (test_support.py), gradients (test_grad.py).
 
 import pytest
 import torch
-from opd_kernels import tiles
+from opd_kernels import launch_table
 from opd_kernels.device import row_step, rows_are_aligned
 from opd_kernels.score import GROUP, score_fwd
 
@@ -176,7 +176,7 @@ def test_score_fwd_stores_the_maximum_of_every_group(dtype, V):
 
 @pytest.mark.parametrize("parts", [2, 3])
 def test_score_fwd_split_rows_match_oracle_fp64(monkeypatch, parts):
-    monkeypatch.setattr(tiles, "score_parts", lambda *_: parts)
+    monkeypatch.setattr(launch_table, "score_parts", lambda *_: parts)
     s, t = logit_pair(2, 13001, scale=20, noise=0.01)
     score = check(s, t)
     again = score_fwd(s, t, None, vocab_size=13001, **COMMON)
@@ -184,16 +184,16 @@ def test_score_fwd_split_rows_match_oracle_fp64(monkeypatch, parts):
     monkeypatch.undo()
     assert torch.equal(groups(score, 13001), groups(score_fwd(s, t, None, vocab_size=13001, **COMMON), 13001))
     s[:, :9000], t[:, :9000] = -INF, -INF  # whole parts without a single logit
-    monkeypatch.setattr(tiles, "score_parts", lambda *_: parts)
+    monkeypatch.setattr(launch_table, "score_parts", lambda *_: parts)
     check(s, t)
 
 
 def test_score_parts_fills_the_device_only_with_few_rows(monkeypatch):
-    monkeypatch.setattr(tiles, "_multiprocessors", lambda _: 132)
-    tile = tiles.score(torch.bfloat16, torch.bfloat16)
-    parts = [tiles.score_parts(n, 151936, tile, None) for n in (1, 8, 64, 263, 264, 8192)]
+    monkeypatch.setattr(launch_table, "_multiprocessors", lambda _: 132)
+    tile = launch_table.score(torch.bfloat16, torch.bfloat16)
+    parts = [launch_table.score_parts(n, 151936, tile, None) for n in (1, 8, 64, 263, 264, 8192)]
     assert parts == [37, 37, 9, 3, 1, 1]
-    assert tiles.score_parts(1, 500, tile, None) == 1
+    assert launch_table.score_parts(1, 500, tile, None) == 1
 
 
 # row strides
