@@ -28,6 +28,7 @@ from transformers import TrainingArguments
 from examples import smollm2
 from examples.plain_loop import without_every_third_layer
 from examples.prompts import TRAINING
+from opd_ops import Settings
 from opd_ops.integrations.hf import SelectiveDistillationTrainer
 from opd_ops.trainer.rollouts import model_inputs, sample
 
@@ -86,7 +87,7 @@ def train(
         data_collator=list,
         processing_class=tokenizer,
         teacher=teacher,
-        selection={"fraction": 0.2},
+        settings=Settings(fraction=0.2),
     )
     trainer.n_tokens = n_tokens
     trainer.train()

@@ -5,6 +5,7 @@
 Not here: anything else; importing this needs torch alone.
 """
 
+from opd_ops.call.reduce import SelectiveOPDOutput, TokenLosses
 from opd_ops.divergences import (
     JSD,
     Divergence,
@@ -24,11 +25,11 @@ from opd_ops.inputs.float8 import Float8Rows
 from opd_ops.inputs.linear_head import LinearHead
 from opd_ops.inputs.rollout import RolloutRecorder, StudentStats
 from opd_ops.inputs.teacher_lists import SampledLogprobs, TopKLogprobs
-from opd_ops.loss import SelectiveOPDOutput, selective_opd_loss
+from opd_ops.loss import SelectiveOPDLoss, selective_opd_loss, selective_opd_token_losses
 from opd_ops.scoring import score_positions, select_positions
 from opd_ops.selection.selectors import Multinomial, Selector
 from opd_ops.selection.stats import TokenStats
-from opd_ops.token_losses import TokenLosses, selective_opd_token_losses
+from opd_ops.settings import Settings
 
 __version__ = "0.1.0"
 
@@ -49,8 +50,10 @@ __all__ = [
     "RolloutRecorder",
     "SampledLogprobs",
     "SampledToken",
+    "SelectiveOPDLoss",
     "SelectiveOPDOutput",
     "Selector",
+    "Settings",
     "StudentStats",
     "TailAware",
     "TokenLosses",

@@ -9,6 +9,8 @@ Not here: arguments that depend on others (call/checks.py, inputs/pair.py).
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,6 +20,24 @@ from torch import Tensor
 LARGEST_INTEGER = 2**63 - 1  # what torch takes
 LARGEST_ID = 2**31 - 2  # beyond it torch compares 32-bit tokens with what is left of the number: 2^40 would be token 0
 LONGEST_SHOWN = 60
+
+
+def is_traced() -> bool:
+    """Whether torch.compile is tracing the call: then nothing may look at a value, log or warn."""
+    return torch.compiler.is_compiling()
+
+
+def may_look(tensor: Tensor) -> bool:
+    """Whether the host can read the numbers at no price: a device would have it wait, torch.compile would break the graph."""
+    return tensor.device.type == "cpu" and not is_traced()
+
+
+def warn_user(message: str) -> None:
+    """A warning that points at the line outside of this package from which the call came."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("opd_ops", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def plain(value: Any) -> Any:
@@ -90,3 +110,15 @@ def check_layout(name: str, tensor: Tensor) -> None:
     if tensor.layout != torch.strided or tensor.is_nested:
         kind = "a nested tensor" if tensor.is_nested else f"a tensor of layout {tensor.layout}"
         raise TypeError(f"{name}: got {kind}, expected an ordinary one, of layout torch.strided")
+
+
+def per_position(name: str, tensor: object, shape: torch.Size, device: torch.device) -> Tensor:
+    """The tensor, if it has one entry per position."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor of shape {tuple(shape)}")
+    check_layout(name, tensor)
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(shape)}, one entry per position")
+    if tensor.device != device:
+        raise ValueError(f"{name}: is on {tensor.device}, the student is on {device}; move them to one device")
+    return tensor

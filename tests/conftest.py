@@ -27,8 +27,8 @@ else:
     from tests.support.ptx import driver
 
     driver.use(TARGET)
-from opd_ops.call import choose as chosen  # noqa: E402
-from opd_ops.inputs import pair as sides  # noqa: E402
+from opd_ops.call import choose  # noqa: E402
+from opd_ops.inputs import pair  # noqa: E402
 
 
 @pytest.fixture
@@ -49,8 +49,8 @@ def prompt_launches(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _no_vocabulary_was_warned_of():
-    sides._warned_of.clear()
-    chosen._warned_of.clear()
+    pair._warned_of.clear()
+    choose._warned_of.clear()
 
 
 @pytest.fixture

@@ -19,14 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd_ops.backends.interface import Backend
 from opd_ops.backends.shared.overwritten import unchanged
 from opd_ops.divergences import JSD, Divergence, OnSupport, Support, equations, weighted_sum, without_infinite
 from opd_ops.inputs.sources import Shard, Source, compute_dtype, mask_limit, take_rows
-from opd_ops.inputs.teacher_lists import LAST_ID, Listed, tail
+from opd_ops.inputs.teacher_lists import LAST_ID, TeacherLists, tail
 from opd_ops.selection.stats import OwnStats, TokenStats
-
-RELEASED_FLOOR = 1e-12  # what the released TA code puts for an id missing from a list
-LEAST_LISTED = -745.0  # log of the smallest fp64 number: below, the released TA code's p is 0 and the id is not listed
 
 
 def logits(source: Source, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -147,17 +145,10 @@ def kl_on(members: Tensor, a_logits: Tensor, b_logits: Tensor) -> Tensor:
 
 def released_kl(s: Tensor, u: Tensor, in_s: Tensor, in_t: Tensor) -> Tensor:
     """D from the two top-K lists alone: each renormalised on its own list, a missing id floored."""
-    floor = math.log(RELEASED_FLOOR)
+    floor = math.log(equations.RELEASED_FLOOR)
     log_p = torch.log_softmax(s.masked_fill(~in_s, -math.inf), -1).clamp_min(floor)
     log_q = torch.log_softmax(u.masked_fill(~in_t, -math.inf), -1).clamp_min(floor)
     return torch.where(in_s | in_t, log_q.exp() * (log_q - log_p), 0).sum(-1)
-
-
-def topk_entropy(listed: Tensor) -> Tensor:
-    """(n,) entropy of the softmax over a list's (n, K) logits, over the log of how many ids have a probability there."""
-    log_p = torch.log_softmax(listed, -1)
-    length = (log_p > LEAST_LISTED).sum(-1).clamp_min(2)
-    return equations.entropy(log_p) / length.to(log_p.dtype).log()
 
 
 @torch.no_grad()
@@ -194,7 +185,7 @@ def token_stats(
         union_kl=kl_on(in_s | in_t, u, s),
         jsd=jsd(s, u) if "jsd" in columns else None,
         released_kl=released_kl(s, u, in_s, in_t) if "released_kl" in columns else None,
-        topk_entropy=topk_entropy(s.gather(1, s_ids)) if "topk_entropy" in columns else None,
+        topk_entropy=equations.topk_entropy(s.gather(1, s_ids)) if "topk_entropy" in columns else None,
     )
 
 
@@ -208,7 +199,7 @@ def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int,
 
 def selected_loss(
     student: Source,
-    teacher: Source | Listed,
+    teacher: Source | TeacherLists,
     rows: Tensor,
     weights: Tensor,
     stats: TokenStats,
@@ -234,7 +225,7 @@ def selected_loss(
     return weighted_sum(losses, without_infinite(losses, weights)), losses.detach()
 
 
-def support(part: OnSupport, s: Tensor, u: Tensor | None, listed: Listed | None, tokens: Tensor | None) -> Support:
+def support(part: OnSupport, s: Tensor, u: Tensor | None, listed: TeacherLists | None, tokens: Tensor | None) -> Support:
     """Both models on the divergence's list and off it: from the teacher's logits (n, V), or from the lists it sent."""
     if listed is not None:
         found = listed.top(part.length)
@@ -264,3 +255,15 @@ def _off(x: Tensor, ids: Tensor) -> Tensor:
     listed = torch.zeros(len(x), x.shape[1] + 1, dtype=torch.bool, device=x.device)
     listed = listed.scatter(1, ids.masked_fill((ids < 0) | (ids > x.shape[1]), x.shape[1]), True)[:, :-1]
     return equations.logsumexp(x.masked_fill(listed, -math.inf)).squeeze(1)
+
+
+class Eager(Backend):
+    """Full (n, V) tensors, and autograd."""
+
+    name = "eager"
+    token_stats = staticmethod(token_stats)
+    own_stats = staticmethod(own_stats)
+    selected_loss = staticmethod(selected_loss)
+
+
+EAGER = Eager()

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from opd_ops.selection.stats import TokenStats
 
+Metrics = dict[str, Tensor]
+
 
 @torch.no_grad()
 def loss_metrics(
@@ -28,7 +30,7 @@ def loss_metrics(
     infinite: Tensor,
     *,
     is_bound: bool,
-) -> dict[str, Tensor]:
+) -> Metrics:
     """`given` is the caller's mask as bool, or None: what teacher NaNs then took away is counted against it.
 
     `infinite`: where the divergence is; `is_bound`: the support mass is its lower bound, known from two lists.
@@ -61,7 +63,7 @@ def loss_metrics(
 
 
 @torch.no_grad()
-def sampled_metrics(log_ratio: Tensor, trained: Tensor) -> dict[str, Tensor]:
+def sampled_metrics(log_ratio: Tensor, trained: Tensor) -> Metrics:
     """An estimate of KL(p || q) from tokens that were drawn from p, at the (M,) positions that were trained on."""
     total = torch.where(trained, log_ratio, 0).sum()
     return {"kl_sampled": total / trained.sum().clamp_min(1), "kl_sampled_sum": total}

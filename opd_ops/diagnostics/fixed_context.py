@@ -19,9 +19,9 @@ from torch import Tensor
 
 from opd_ops.diagnostics.contexts import Contexts
 from opd_ops.diagnostics.intervals import Interval, mean_intervals
+from opd_ops.inputs.sequences import sequence_ids
 from opd_ops.scoring import select_positions
-from opd_ops.selection.budget import sequence_ids
-from opd_ops.selection.selectors import SELECTORS, Selector, everything, resolve_selector, selection_options
+from opd_ops.selection.selectors import Selector, bound_selector, everything, named_selector, selection_options
 
 LEAST_KL = 1e-6  # nats: what the library's KL may be off by, so a ratio to less than this means nothing
 TAILS = (0.01, 0.99)
@@ -72,8 +72,7 @@ def named_selectors(selectors: Sequence[str] | Mapping[str, Selector]) -> dict[s
 
 
 def _known(selector: str | Selector) -> Selector:
-    resolve_selector(selector, generator=None, sequence_ids=torch.zeros(0))  # refuses what it does not know
-    return SELECTORS[selector] if isinstance(selector, str) else selector
+    return named_selector(selector)
 
 
 def scores_of(contexts: Contexts, name: str, selector: Selector, seed: int) -> Tensor:
@@ -89,7 +88,7 @@ def scores_of(contexts: Contexts, name: str, selector: Selector, seed: int) -> T
             "or leave it out"
         )
     ids = sequence_ids(stats.valid.shape, None, stats.valid.device)
-    ready = resolve_selector(selector, generator=torch.Generator().manual_seed(seed), sequence_ids=ids)
+    ready = bound_selector(selector, torch.Generator().manual_seed(seed), ids)
     scores = ready(stats)
     if not isinstance(scores, Tensor) or scores.shape != stats.valid.shape:
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__

@@ -16,13 +16,13 @@ from typing import Any
 from torch import Tensor
 
 from opd_ops.arguments import check_integer
-from opd_ops.call.checks import check_fraction
 from opd_ops.diagnostics.contexts import Contexts
 from opd_ops.diagnostics.fixed_context import SelectorGain, gains_by_selector, named_selectors, scores_of, selection
 from opd_ops.diagnostics.intervals import draw_weights
 from opd_ops.diagnostics.quadrants import Quadrants, quadrants
 from opd_ops.diagnostics.regression import DegenerateError, Regression, regress
 from opd_ops.selection.selectors import Selector
+from opd_ops.settings import check_fraction
 
 SELECTED = (
     "teachability",

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from opd_ops.loss import SelectiveOPDOutput
+from opd_ops.call.reduce import SelectiveOPDOutput
 from opd_ops.selection.stats import TokenStats
 
 MOST_ROLLOUTS = 8  # per batch: enough to read

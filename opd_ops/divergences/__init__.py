@@ -8,7 +8,7 @@ from __future__ import annotations
 from opd_ops.divergences.base import Divergence, OnSupport, Summed, Support, WholeRow, weighted_sum, without_infinite
 from opd_ops.divergences.composite import EntropyAware, Extrapolated
 from opd_ops.divergences.support import LocalSupport, SampledToken, TailAware, TopKForwardKL
-from opd_ops.divergences.whole import JSD, ForwardKL, ReverseKL, TotalVariation
+from opd_ops.divergences.whole import JSD, ForwardKL, ReverseKL, TotalVariation, is_column
 
 __all__ = [
     "DIVERGENCES",
@@ -27,6 +27,7 @@ __all__ = [
     "TopKForwardKL",
     "TotalVariation",
     "WholeRow",
+    "is_column",
     "resolve_divergence",
     "weighted_sum",
     "without_infinite",

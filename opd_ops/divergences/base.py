@@ -33,6 +33,11 @@ class Divergence(ABC):
     def support(self) -> OnSupport | None:
         return None
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether it is on the token that the student sampled."""
+        return self.support is not None and self.support.of_tokens
+
 
 class WholeRow(Divergence):
     """A divergence over the whole vocabulary, computed block by block of it."""

@@ -17,6 +17,10 @@ from torch import Tensor
 LOG_ZERO = -745.0  # e^x is 0 in fp64 below about this
 
 
+RELEASED_FLOOR = 1e-12  # what the released TA code puts for an id missing from a list
+LEAST_LISTED = -745.0  # log of the smallest fp64 number: below, the released TA code's p is 0 and the id is not listed
+
+
 def entropy(log_p: Tensor) -> Tensor:
     """-sum p log p over the last dimension."""
     return -torch.where(log_p == -math.inf, 0, log_p.exp() * log_p).sum(-1)
@@ -43,3 +47,10 @@ def logsumexp(x: Tensor) -> Tensor:
     """log sum e^x over the last dimension, kept as one of size 1; -inf, with a gradient of 0, where all are -inf."""
     nothing = (x == -math.inf).all(-1, keepdim=True)
     return torch.logsumexp(torch.where(nothing, 0, x), -1, keepdim=True).masked_fill(nothing, -math.inf)
+
+
+def topk_entropy(listed: Tensor) -> Tensor:
+    """(n,) entropy of the softmax over a list's (n, K) logits, over the log of how many ids have a probability there."""
+    log_p = torch.log_softmax(listed, -1)
+    length = (log_p > LEAST_LISTED).sum(-1).clamp_min(2)
+    return entropy(log_p) / length.to(log_p.dtype).log()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from opd_ops.arguments import real, shown, take_plain
-from opd_ops.divergences.base import Summed, WholeRow
+from opd_ops.divergences.base import Divergence, Summed, WholeRow
 from opd_ops.divergences.equations import kl
 
 
@@ -56,6 +56,11 @@ class ForwardKL(WholeRow):
         q = torch.exp(log_p - log_ratio)
         p = log_p.exp_()
         return torch.where(log_ratio > -1.0, -p * torch.expm1(-log_ratio), p - q)
+
+
+def is_column(divergence: Divergence) -> bool:
+    """Whether it is reverse or forward KL, by any name: their values are columns of the score pass. No subclass of them."""
+    return divergence.support is None and type(divergence.whole) in (ReverseKL, ForwardKL)
 
 
 @dataclass(frozen=True)

@@ -29,23 +29,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from opd_ops.arguments import check_integer
-from opd_ops.backends.interface import has_kernel
 from opd_ops.backends.shared import joined as shards
-from opd_ops.call import checks
 from opd_ops.distributed.ranks import Ranks
-from opd_ops.divergences import Divergence, Extrapolated, OnSupport, Summed, resolve_divergence
+from opd_ops.divergences import Divergence, Extrapolated, OnSupport, Summed, is_column, resolve_divergence
 from opd_ops.inputs.positions import Positions
 from opd_ops.inputs.sources import Shard
-from opd_ops.scoring import DEFAULT_WORKSPACE_BYTES
 from opd_ops.selection.budget import most_selected, select_over_ranks
-from opd_ops.selection.selectors import Selector, is_deterministic, over_ranks, resolve_selector, selection_options
+from opd_ops.selection.selectors import (
+    SelectionOptions,
+    Selector,
+    bound_selector,
+    is_deterministic,
+    named_selector,
+    over_ranks,
+    selection_options,
+)
 from opd_ops.selection.stats import OPTIONAL_COLUMNS, TokenStats
+from opd_ops.settings import LossOptions, Settings, check_divergence_top_k, check_top_k
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 SUMS_BYTES = 24  # per row of a divergence that is summed over the vocabulary: three fp64 (backends/streamed/summed.py)
 
@@ -110,21 +119,16 @@ def estimate_communication(
     N: int,
     V: int,
     Ds: int | None,
-    fraction: float = 0.05,
-    dtype: torch.dtype = torch.bfloat16,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    settings: Settings | None = None,
     *,
+    dtype: torch.dtype = torch.bfloat16,
     tp: int = 1,
     dp: int = 1,
     cp: int = 1,
-    scope: str = "batch",
-    selector: str | Selector = "teachability",
-    divergence: str | Divergence = "reverse_kl",
-    backend: str = "triton",
-    top_k: int = 16,
     n_sequences: int = 1,
     n_selected: int | None = None,
     n_positions: int | None = None,
+    **options: Unpack[LossOptions],
 ) -> Communication:
     """What one call of `selective_opd_loss` and its backward send, as one rank sees it.
 
@@ -132,12 +136,12 @@ def estimate_communication(
         N, V: Valid positions of this rank, which all ranks of its vocabulary's group hold, with "teachability-released" all
             of its responses; entries of the whole vocabulary.
         Ds: Hidden size of the student, whose hidden states require a gradient; None: dense logits.
-        fraction, workspace_bytes, scope, selector, divergence, top_k: As in `selective_opd_loss`.
+        settings: Of the call, or `options`, settings by name. Backend "auto" is "triton"; "eager" holds even parts of the
+            vocabulary to be sent whole.
         dtype: Of logits, or hidden states and weights, on both sides.
         tp: Ranks that share out the vocabulary: `process_group`.
         dp, cp: Ranks with other sequences, and with other parts of the same ones. `selection_group` has dp cp ranks with scope
             "global", cp with "sequence", and with "batch" none.
-        backend: "triton", "torch" or "eager" (which holds even parts of the vocabulary to be sent whole).
         n_sequences: Budgets of scope "sequence".
         n_selected: Positions that this rank trains on; None: the budget of N, what ranks of one share have on average.
         n_positions: All positions of the call, masked ones too, for which a selector that draws sends numbers; None: N.
@@ -148,39 +152,35 @@ def estimate_communication(
         >>> round(estimate_communication(16_384, 151_936, 4096, tp=8).bytes_per_token)
         1264
     """
-    sizes = {"V": V, "workspace_bytes": workspace_bytes, "tp": tp, "dp": dp, "cp": cp, "n_sequences": n_sequences}
-    V, workspace_bytes, tp, dp, cp, n_sequences = (check_integer(name, value, least=1) for name, value in sizes.items())
+    sizes = {"V": V, "tp": tp, "dp": dp, "cp": cp, "n_sequences": n_sequences}
+    V, tp, dp, cp, n_sequences = (check_integer(name, value, least=1) for name, value in sizes.items())
     N = check_integer("N", N, least=0)
     Ds = None if Ds is None else check_integer("Ds", Ds, least=1)
     n_selected = None if n_selected is None else check_integer("n_selected", n_selected, least=0)
     n_positions = None if n_positions is None else check_integer("n_positions", n_positions, least=0)
-    fraction = checks.check_fraction(fraction)
-    checks.check_choice("scope", scope, checks.SCOPES)
-    checks.check_choice("backend", backend, ("triton", "torch", "eager"))
-    top_k = checks.check_top_k(top_k, V)
+    settings = Settings.given_or_named(settings, options)
+    backend, scope = "triton" if settings.backend == "auto" else settings.backend, settings.scope
+    divergence = resolve_divergence(settings.divergence)
+    check_top_k(settings.top_k, V)
+    check_divergence_top_k(divergence, V)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype: got {dtype!r}, expected a floating-point torch.dtype")
     if dtype == torch.float64 and backend == "triton":
         raise ValueError("dtype: got torch.float64, which backend 'triton' does not take; expected fp32, bf16 or fp16")
-    found = resolve_divergence(divergence)
-    checks.check_divergence_top_k(found, V)
-    nothing = torch.empty(0, dtype=torch.long)
+    no_position = torch.empty(0, dtype=torch.long)
     call = _Call(
-        N,
-        V,
-        Ds,
-        most_selected(N, fraction) if n_selected is None else n_selected,
-        N if n_positions is None else n_positions,
-        fraction,
-        torch.float64 if dtype == torch.float64 else torch.float32,
-        workspace_bytes,
-        {"global": dp * cp, "sequence": cp, "batch": 1}[scope],
-        n_sequences if scope == "sequence" else None,
-        resolve_selector(selector, generator=torch.Generator(), sequence_ids=nothing),
-        found,
-        backend,
-        top_k,
-        Shard(_Noted(n=tp), (-(-V // tp),) * tp, V),
+        N=N,
+        Ds=Ds,
+        M=most_selected(N, settings.fraction) if n_selected is None else n_selected,
+        n_positions=N if n_positions is None else n_positions,
+        settings=settings,
+        dtype=torch.float64 if dtype == torch.float64 else torch.float32,
+        selecting={"global": dp * cp, "sequence": cp, "batch": 1}[scope],
+        n_sequences=n_sequences if scope == "sequence" else None,
+        selector=bound_selector(named_selector(settings.selector), torch.Generator(), no_position),
+        divergence=divergence,
+        backend=backend,
+        shard=Shard(_Noted(n=tp), (-(-V // tp),) * tp, V),
     )
     return Communication(N, _joined([*call.forward(), *call.backward()]))
 
@@ -217,19 +217,16 @@ class _Noted(Ranks):
 @dataclass(frozen=True)
 class _Call:
     N: int
-    V: int
     Ds: int | None
     M: int
     n_positions: int
-    fraction: float
+    settings: Settings
     dtype: torch.dtype  # computed in
-    workspace_bytes: int
     selecting: int  # ranks that select together
     n_sequences: int | None  # that they share; None: one budget
     selector: Selector
     divergence: Divergence
     backend: str
-    top_k: int
     shard: Shard
 
     @property
@@ -243,7 +240,7 @@ class _Call:
         if self.backend == "triton":
             yield from self._vocabulary("widths", "all_reduce", 8)  # whether all ranks can run it
         yield from self._selection("responses", self._responses())
-        yield from self._statistics("statistics", self.N, self.top_k)
+        yield from self._statistics("statistics", self.N, self.settings.top_k)
         if self.backend != "eager" and "jsd" in getattr(self.selector, "needs", ()):
             yield from self._vocabulary("statistics", "all_reduce", SUMS_BYTES * self.N)
         scores, sent = self._scores()
@@ -254,15 +251,15 @@ class _Call:
         yield from self._selection("scores", sent)
         yield from self._selection("budget", self._budget(options))
         yield from self._loss()
-        yield from self._selection("denominator", [("all_reduce", 16)])  # two int64
-        if self.divergence.support is not None and self.divergence.support.of_tokens:
+        if self.divergence.reads_tokens:
             for _ in range(2):  # both models' logits of the tokens, once more
                 yield from self._vocabulary("metrics", "all_reduce", self.M * self.dtype.itemsize)
+        yield from self._selection("denominator", [("all_reduce", 16)])  # two int64
 
     @property
     def _by_kernels(self) -> bool:
         """Whether the gradient is made beside the loss (backends/triton/shards.py)."""
-        return self.backend == "triton" and has_kernel(self.divergence)
+        return self.backend == "triton" and is_column(self.divergence)
 
     def backward(self) -> Iterator[Collective]:
         if not self._by_kernels:
@@ -281,13 +278,13 @@ class _Call:
             for _ in range(models):
                 yield from self._vocabulary(purpose, "all_gather", n * self.shard.width * self.dtype.itemsize)
             return
-        rows = shards.rows_at_a_time(self.shard, top_k, dtype, self.workspace_bytes)
+        rows = shards.rows_at_a_time(self.shard, top_k, dtype, self.settings.workspace_bytes)
         per_row = shards.row_bytes(top_k, dtype, models=models)
         for start in range(0, n, rows):
             yield from self._vocabulary(purpose, "all_gather", min(rows, n - start) * per_row)
 
     def _loss(self) -> Iterator[Collective]:
-        """Of the selected rows (backends/triton/shards.py, which leaves divergences but the KLs to backends/streamed/loss.py)."""
+        """Of the selected rows (backends/triton/shards.py; divergences but the KLs: backends/streamed/loss.py)."""
         whole, support = self.divergence.whole, self.divergence.support
         if self.backend == "eager":
             yield from self._statistics("loss", self.M, 1)
@@ -334,20 +331,20 @@ class _Call:
             scores = self.selector(self._statistics_of_no_position())
         return scores, noted.sent
 
-    def _options(self) -> tuple[dict[str, Any], list[tuple[str, int]]]:
+    def _options(self) -> tuple[SelectionOptions, list[tuple[str, int]]]:
         """What the selector asks of the budget, and what the normalisers in it send."""
         noted = _Noted(n=self.selecting)
         with torch.no_grad(), over_ranks(noted):
             options = selection_options(self.selector, self._statistics_of_no_position())
         return options, noted.sent
 
-    def _budget(self, options: dict[str, Any]) -> list[tuple[str, int]]:
+    def _budget(self, options: SelectionOptions) -> list[tuple[str, int]]:
         """What finding the n-th best sends, and counting who holds its ties."""
         noted, valid = _Noted(n=self.selecting), torch.empty(0, dtype=torch.bool)
         sequences = None if self.n_sequences is None else (valid.long(), self.n_sequences)
         places = options["places"] if sequences is None else None  # scoring.py
         scores = torch.empty(0, dtype=self.dtype)
-        select_over_ranks(scores, valid, self.fraction, noted, sequences, places=places)
+        select_over_ranks(scores, valid, self.settings.fraction, noted, sequences, places=places)
         return noted.sent
 
     def _vocabulary(self, purpose: str, kind: str, n_bytes: int, *, phase: str = "forward") -> Iterator[Collective]:

@@ -13,18 +13,20 @@ Not here: seconds, which follow from a device's rates (benchmarks/).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from opd_ops.arguments import check_integer
-from opd_ops.backends.streamed.workspace import gradient_grid, score_grid
+from opd_ops.backends.shared.workspace import gradient_grid, score_grid
 from opd_ops.backends.triton.workspace import BlockGrid, SelectedGrid, padded, score_rows, tile_dtype
-from opd_ops.call import checks
 from opd_ops.inputs import float8
 from opd_ops.inputs.sources import Source, Transform
-from opd_ops.scoring import DEFAULT_WORKSPACE_BYTES, SCORE_DTYPES
 from opd_ops.selection.budget import SHORTLIST, most_selected
+from opd_ops.settings import SCORE_DTYPES, LossOptions, Settings, check_choice, check_top_k
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 POSITION_BYTES = 480  # statistics, masks, sort keys and their fp64 temporaries: some 60 numbers a position
 ROW_BYTES, WEIGHT_BYTES = 8, 1  # saved per selected row: its number; on "torch" also whether its weight is 0 and
@@ -50,15 +52,12 @@ def estimate(
     V: int,
     Ds: int,
     Dt: int,
-    fraction: float = 0.05,
-    dtype: torch.dtype = torch.bfloat16,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    settings: Settings | None = None,
     *,
-    backend: str = "triton",
+    dtype: torch.dtype = torch.bfloat16,
     trainable_head: bool = True,
-    top_k: int = 16,
-    score_dtype: str | None = None,
     student_stats: bool = False,
+    **options: Unpack[LossOptions],
 ) -> Estimate:
     """The cost of `selective_opd_loss` with a `LinearHead` on both sides and reverse or forward KL, and of its backward.
 
@@ -67,9 +66,9 @@ def estimate(
     Args:
         N, V: Valid positions, with "teachability-released" all of the responses; entries of the common vocabulary.
         Ds, Dt: Hidden sizes of student and teacher.
-        fraction, workspace_bytes, top_k, score_dtype: As in `selective_opd_loss`.
+        settings: Of the call, or `options`, settings by name. Read: fraction, workspace_bytes, top_k, score_dtype, and backend:
+            "triton" ("auto" too) or "torch".
         dtype: Of hidden states and weights.
-        backend: "triton" or "torch".
         trainable_head: Whether the student's weight requires a gradient. Its hidden states do.
         student_stats: Whether the student's statistics come from the rollout.
     Returns: `Estimate`.
@@ -78,23 +77,22 @@ def estimate(
         >>> round(estimate(16_384, 151_936, 2048, 4096).matmul_units, 2)
         3.25
     """
-    sizes = {"N": N, "V": V, "Ds": Ds, "Dt": Dt, "workspace_bytes": workspace_bytes}
-    N, V, Ds, Dt, workspace_bytes = (check_integer(name, value, least=1) for name, value in sizes.items())
-    fraction = checks.check_fraction(fraction)
-    checks.check_choice("backend", backend, ("triton", "torch"))
-    top_k = checks.check_top_k(top_k, V)
+    sizes = {"N": N, "V": V, "Ds": Ds, "Dt": Dt}
+    N, V, Ds, Dt = (check_integer(name, value, least=1) for name, value in sizes.items())
+    settings = Settings.given_or_named(settings, options)
+    backend = "triton" if settings.backend == "auto" else settings.backend
+    check_choice("backend", backend, ("triton", "torch"))
+    fraction, in_float8, workspace_bytes = settings.fraction, settings.in_float8, settings.workspace_bytes
+    check_top_k(settings.top_k, V)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype: got {dtype!r}, expected a floating-point torch.dtype")
-    if score_dtype is not None:
-        checks.check_choice("score_dtype", score_dtype, tuple(SCORE_DTYPES))
-    in_float8 = score_dtype == "float8"
     if in_float8 and backend != "triton":
         raise ValueError("score_dtype: got 'float8', which needs backend='triton'")
-    found = None if score_dtype is None else SCORE_DTYPES[score_dtype]
-    call = _Call(N, V, Ds, Dt, dtype, workspace_bytes, backend, trainable_head, top_k, student_stats)
+    score_dtype = None if settings.score_dtype is None else SCORE_DTYPES[settings.score_dtype]
+    call = _Call(N, V, Ds, Dt, dtype, settings, backend, trainable_head, student_stats)
     M = most_selected(N, fraction)
 
-    passes = [call.score(N, found)]
+    passes = [call.score(N, score_dtype)]
     if in_float8:
         passes.append(call.score(most_selected(N, min(1.0, SHORTLIST * fraction)), torch.float32))
     if student_stats and backend == "torch":
@@ -128,11 +126,18 @@ class _Call:
     Ds: int
     Dt: int
     dtype: torch.dtype
-    workspace_bytes: int
+    settings: Settings
     backend: str
     trainable_head: bool
-    top_k: int
     student_stats: bool
+
+    @property
+    def workspace_bytes(self) -> int:
+        return self.settings.workspace_bytes
+
+    @property
+    def top_k(self) -> int:
+        return self.settings.top_k
 
     @property
     def saved_row_bytes(self) -> int:

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from opd_ops.arguments import check_layout, check_positive, take_plain
 from opd_ops.inputs.float8 import Float8Rows
-from opd_ops.inputs.unshard import gathered
+from opd_ops.inputs.unshard import unshard
 from opd_ops.inputs.zero3 import is_zero3
 
 _LORA_ATTRIBUTES = ("lora_A", "lora_embedding_A", "base_layer")
@@ -121,8 +120,8 @@ class LinearHead:
         if not isinstance(weight, Tensor):
             raise TypeError(f"head: got {type(head).__name__}, expected a module with a (V, D) weight, like nn.Linear")
         bias = getattr(head, "bias", None)
-        bias = None if bias is None else gathered(bias, hidden.dtype)
-        return cls(hidden, gathered(weight, hidden.dtype), bias, scale=scale, softcap=softcap, float8=float8)
+        bias = None if bias is None else unshard(bias, hidden.dtype)
+        return cls(hidden, unshard(weight, hidden.dtype), bias, scale=scale, softcap=softcap, float8=float8)
 
 
 def _refuse_module(weight: object) -> None:
@@ -140,13 +139,3 @@ def _refuse_lora(head: nn.Module) -> None:
             f"head: got {type(head).__name__}, a LoRA-wrapped head; its adapter would silently never train. "
             "Exclude lm_head from the LoRA targets (modules_to_save=['lm_head'] works), or merge the adapter first"
         )
-
-
-def vocabulary(side: Tensor | LinearHead) -> int:
-    """V of dense logits (..., V) or of a head (V, D)."""
-    return side.weight.shape[0] if isinstance(side, LinearHead) else side.shape[-1]
-
-
-def positions_shape(side: Tensor | LinearHead) -> torch.Size:
-    """The leading dimensions (...), one entry per position."""
-    return (side.hidden if isinstance(side, LinearHead) else side).shape[:-1]

@@ -10,20 +10,18 @@ Not here: the checks of other arguments (call/checks.py), which selectors a spar
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opd_ops.arguments import check_integer, check_layout, check_positive
+from opd_ops.arguments import check_integer, check_layout, warn_user
 from opd_ops.divergences import DIVERGENCES, Divergence, Extrapolated
-from opd_ops.inputs import vocabulary as sharding
-from opd_ops.inputs.linear_head import LinearHead, positions_shape
-from opd_ops.inputs.sources import Source, compute_dtype
-from opd_ops.inputs.teacher_lists import Listed, SampledLogprobs, SparseTeacher, TopKLogprobs
-from opd_ops.inputs.vocabulary import Vocabulary
+from opd_ops.inputs.linear_head import LinearHead
+from opd_ops.inputs.sources import Source
+from opd_ops.inputs.teacher_lists import SampledLogprobs, SparseTeacher, TeacherLists, TopKLogprobs
+from opd_ops.inputs.vocabulary import one_group, part_of, share_out, to_local
 
 _warned_of: set[tuple[int, int]] = set()  # Python's own memory of warnings is lost whenever somebody catches some
 
@@ -39,84 +37,63 @@ def check_sources(
     process_group: dist.ProcessGroup | None,
     top_k: int,
     workspace_bytes: int,
-) -> tuple[Source, Source | Listed]:
+) -> tuple[Source, Source | TeacherLists]:
     """Both sides over their common vocabulary; one warning if their vocabularies differ and none was named."""
-    temperature = check_positive("temperature", temperature)
-    named = [("student", student)]
+    locals_ = [to_local("student", _source_of("student", student))]
     if not isinstance(teacher, (TopKLogprobs, SampledLogprobs)):
-        named.append(("teacher", teacher))
+        locals_.append(to_local("teacher", _source_of("teacher", teacher)))
         if isinstance(divergence, Extrapolated):
-            named.append(("Extrapolated.reference", divergence.reference))
-    found = [sharding.to_local(name, _check_side(name, side)) for name, side in named]
-    vocabularies = sharding.share_out(found, sharding.one_group(process_group, found))
-    s, *others = found[0].side, *found[1:]
-    for other in others:
-        _check_beside(other.name, other.side, s)
+            name = "Extrapolated.reference"
+            locals_.append(to_local(name, _source_of(name, divergence.reference)))
+    vocabularies = share_out(locals_, one_group(process_group, locals_))
+    student_source, *others = (local.source for local in locals_)
+    for local in locals_[1:]:
+        _check_beside(local.name, local.source, student_source)
     if vocabularies.ranks is not None and eos_ids:
         raise ValueError("eos_ids: ids cannot be merged where ranks share out the vocabulary; pass no eos_ids")
-    if isinstance(teacher, (TopKLogprobs, SampledLogprobs)):
-        return _check_sparse(s, vocabularies, teacher, divergence, vocab_size, temperature, eos_ids, top_k, workspace_bytes)
     totals = [widths.total for widths in (vocabularies.student, *vocabularies.others)]
+    if isinstance(teacher, (TopKLogprobs, SampledLogprobs)):
+        _check_sparse(teacher, student_source, divergence, temperature, eos_ids)
+        totals.append(totals[0])
     vocab = _check_vocabulary(totals[0], totals[1], vocab_size)
-    merged = _check_eos_ids(eos_ids, vocab)
+    if any(x >= vocab for x in eos_ids):
+        raise ValueError(f"eos_ids: got {list(eos_ids)}, expected ids below the vocabulary size, {vocab}")
     if totals[-1] < vocab:
         raise ValueError(
             f"Extrapolated.reference: has a vocabulary of {totals[-1]}, expected at least the call's, {vocab}; pass "
             f"vocab_size={totals[-1]}"
         )
-    shard = vocabularies.shard(vocab)
-    if shard is None:
-        of_all = [Source.of(local.side, vocab, temperature, merged) for local in found]
-    else:
-        parts = [s]
-        for other, widths in zip(others, vocabularies.others, strict=True):
-            parts.append(sharding.part_of(other.name, other.side, widths, shard))
-        of_all = [Source.of(side, shard.width, temperature, shard=shard) for side in parts]
-    student_source, teacher_source, *reference = of_all
-    if isinstance(divergence, Extrapolated):
-        unmerged = reference[0]._replace(transform=replace(reference[0].transform, merged=()))
-        teacher_source = teacher_source.mixed(divergence.lam, unmerged)
-    return student_source, teacher_source
+    shard, merged = vocabularies.shard(vocab), eos_ids if len(eos_ids) > 1 else ()
+    if shard is not None:
+        others = [part_of(*pair, shard) for pair in zip(locals_[1:], vocabularies.others, strict=True)]
+    width = vocab if shard is None else shard.width
+    student_source, *others = (
+        x._replace(transform=replace(x.transform, vocab_size=width, temperature=temperature, merged=merged, shard=shard))
+        for x in (student_source, *others)
+    )
+    if isinstance(teacher, (TopKLogprobs, SampledLogprobs)):
+        assert divergence.support is not None
+        read = {"longest": max(top_k, divergence.support.length), "workspace_bytes": workspace_bytes}
+        return student_source, TeacherLists.of(teacher, vocab, student_source.compute_dtype, merged, **read)
+    if isinstance(divergence, Extrapolated) and divergence.lam != 1.0:
+        plain = others[1]._replace(transform=replace(others[1].transform, merged=()))  # the mixture is merged, once
+        others[0] = others[0]._replace(transform=replace(others[0].transform, lam=divergence.lam), reference=plain)
+    return student_source, others[0]
 
 
 def _check_sparse(
-    student: Tensor | LinearHead,
-    vocabularies: Vocabulary,
-    teacher: SparseTeacher,
-    divergence: Divergence,
-    vocab_size: int | None,
-    temperature: float,
-    eos_ids: tuple[int, ...],
-    top_k: int,
-    workspace_bytes: int,
-) -> tuple[Source, Listed]:
+    teacher: SparseTeacher, student: Source, divergence: Divergence, temperature: float, eos_ids: tuple[int, ...]
+) -> None:
     name = type(teacher).__name__
     if isinstance(divergence, Extrapolated):
         raise ValueError(f"divergence: got 'extrapolated', which mixes logits, but the teacher is {name}; pass its logits")
-    of_list = divergence.support
-    fits = divergence.whole is None and of_list is not None and of_list.of_tokens == isinstance(teacher, SampledLogprobs)
-    if not fits or (of_list is not None and of_list.reads_entropy):
-        known = [
-            d.name
-            for d in DIVERGENCES.values()
-            if d.whole is None and d.support is not None and d.support.of_tokens == isinstance(teacher, SampledLogprobs)
-        ]
-        more = ""
-        if of_list is not None and of_list.of_tokens:
-            more = "; 'sampled' takes SampledLogprobs, logits or a LinearHead"
-        elif isinstance(teacher, TopKLogprobs) and divergence.name == "reverse_kl":
-            more = "; tail_aware is reverse KL with all that is not listed as one outcome"
+    check_list_divergence(divergence, name)
+    if teacher.positions != student.shape:
         raise ValueError(
-            f"divergence: got {divergence.name!r}, which {name} cannot give; expected one of: {', '.join(known)}{more}. "
-            "For the others pass the teacher's logits or a LinearHead"
+            f"teacher: got positions of shape {tuple(teacher.positions)}, expected those of the student, {tuple(student.shape)}"
         )
-    if teacher.positions != positions_shape(student):
-        raise ValueError(
-            f"teacher: got positions of shape {tuple(teacher.positions)}, expected those of the student, "
-            f"{tuple(positions_shape(student))}"
-        )
-    if teacher.ids.device != _device(student):
-        raise ValueError(f"teacher: is on {teacher.ids.device}, the student is on {_device(student)}; move them to one device")
+    if teacher.ids.device != student.device:
+        raise ValueError(f"teacher: is on {teacher.ids.device}, the student is on {student.device}; move them to one device")
     if teacher.temperature != temperature:
         raise ValueError(
             f"temperature: got {temperature:g}, but {name} holds log-probabilities at {teacher.temperature:g}; ask the server "
@@ -124,49 +101,54 @@ def _check_sparse(
         )
     if eos_ids and isinstance(teacher, SampledLogprobs):
         raise ValueError("eos_ids: SampledLogprobs knows one of the ids alone, not their sum; pass no eos_ids, or TopKLogprobs")
-    total = vocabularies.student.total
-    vocab = _check_vocabulary(total, total, vocab_size)
-    shard, merged = vocabularies.shard(vocab), _check_eos_ids(eos_ids, vocab)
-    source = Source.of(student, vocab if shard is None else shard.width, temperature, merged, shard)
-    assert of_list is not None
-    read = {"longest": max(top_k, of_list.length), "workspace_bytes": workspace_bytes}
-    return source, Listed.of(teacher, vocab, compute_dtype(source), source.transform.merged, **read)
 
 
-def _check_beside(name: str, side: Tensor | LinearHead, student: Tensor | LinearHead) -> None:
-    """The same positions on the same device."""
-    if positions_shape(side) != positions_shape(student):
+def check_list_divergence(divergence: Divergence, teacher: str) -> None:
+    """Refuse a divergence that a teacher of lists cannot give; `teacher` is the name of its class."""
+    is_sampled = teacher == SampledLogprobs.__name__
+    of_list = divergence.support
+    fits = divergence.whole is None and of_list is not None and of_list.of_tokens == is_sampled
+    if not fits or (of_list is not None and of_list.reads_entropy):
+        known = [
+            d.name
+            for d in DIVERGENCES.values()
+            if d.whole is None and d.support is not None and d.support.of_tokens == is_sampled
+        ]
+        more = ""
+        if of_list is not None and of_list.of_tokens:
+            more = "; 'sampled' takes SampledLogprobs, logits or a LinearHead"
+        elif not is_sampled and divergence.name == "reverse_kl":
+            more = "; tail_aware is reverse KL with all that is not listed as one outcome"
         raise ValueError(
-            f"{name}: got positions of shape {tuple(positions_shape(side))}, expected those of the student, "
-            f"{tuple(positions_shape(student))}"
+            f"divergence: got {divergence.name!r}, which {teacher} cannot give; expected one of: {', '.join(known)}{more}. "
+            "For the others pass the teacher's logits or a LinearHead"
         )
-    if _device(side) != _device(student):
-        raise ValueError(f"{name}: is on {_device(side)}, the student is on {_device(student)}; move them to one device")
 
 
-def _check_eos_ids(ids: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
-    if len(set(ids)) != len(ids) or any(x >= vocab_size for x in ids):
-        raise ValueError(f"eos_ids: got {list(ids)}, expected different ids below the vocabulary size, {vocab_size}")
-    return ids if len(ids) > 1 else ()
+def _check_beside(name: str, side: Source, student: Source) -> None:
+    """The same positions on the same device."""
+    if side.shape != student.shape:
+        raise ValueError(
+            f"{name}: got positions of shape {tuple(side.shape)}, expected those of the student, {tuple(student.shape)}"
+        )
+    if side.device != student.device:
+        raise ValueError(f"{name}: is on {side.device}, the student is on {student.device}; move them to one device")
 
 
-def _check_side(name: str, side: object) -> Tensor | LinearHead:
-    if isinstance(side, Tensor):
-        check_layout(name, side)
-        if not side.is_floating_point():
-            raise TypeError(f"{name}: got logits of dtype {side.dtype}, expected a floating-point dtype")
-        if side.dim() < 1:
-            raise ValueError(f"{name}: got logits of shape {tuple(side.shape)}, expected (..., V) with V >= 1")
-    elif not isinstance(side, LinearHead):
+def _source_of(name: str, side: object) -> Source:
+    """One side alone, checked."""
+    if not isinstance(side, (Tensor, LinearHead)):
         more = ", TopKLogprobs or SampledLogprobs" if name == "teacher" else ""
         raise TypeError(f"{name}: got {type(side).__name__}, expected a logits tensor (..., V) or a LinearHead{more}")
-    if _device(side).type == "meta":
+    if isinstance(side, Tensor) and side.dim() < 1:
+        raise ValueError(f"{name}: got logits of shape {tuple(side.shape)}, expected (..., V) with V >= 1")
+    source = Source.of(side)
+    check_layout(name, source.leading)
+    if not source.leading.is_floating_point():
+        raise TypeError(f"{name}: got logits of dtype {source.leading.dtype}, expected a floating-point dtype")
+    if source.device.type == "meta":
         raise ValueError(f"{name}: is on the meta device, which holds no numbers; expected a tensor that does")
-    return side
-
-
-def _device(side: Tensor | LinearHead) -> torch.device:
-    return side.weight.device if isinstance(side, LinearHead) else side.device
+    return source
 
 
 def _check_vocabulary(student: int, teacher: int, vocab_size: int | None) -> int:
@@ -192,10 +174,8 @@ def _warn_once(student: int, teacher: int) -> None:
     if (student, teacher) in _warned_of:
         return
     common = min(student, teacher)
-    warnings.warn(
+    warn_user(
         f"vocabularies differ: the student has {student} entries, the teacher {teacher}; both are sliced to the first "
-        f"{common} before the softmax. Pass vocab_size={common} to say that this is meant",
-        UserWarning,
-        stacklevel=6,
+        f"{common} before the softmax. Pass vocab_size={common} to say that this is meant"
     )
     _warned_of.add((student, teacher))  # not if it raised

@@ -17,9 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opd_ops.arguments import check_layout, plain, shown
+from opd_ops.arguments import per_position, shown
 from opd_ops.distributed.ranks import Ranks
-from opd_ops.selection.budget import check_same_sequences, count_sequences, numbered_sequences, sequence_ids
+from opd_ops.inputs.batch import Batch
+from opd_ops.inputs.sequences import check_cu_seqlens, check_same_sequences, count_sequences, numbered_sequences, sequence_ids
 
 BEYOND = 2**62  # a place behind every position
 
@@ -63,42 +64,36 @@ class Positions(NamedTuple):
 
 
 def positions(
+    batch: Batch,
     shape: torch.Size,
     device: torch.device,
     *,
-    mask: Tensor | None = None,
-    weights: Tensor | None = None,
-    labels: Tensor | None = None,
-    shift_labels: Tensor | None = None,
     ignore_index: int = -100,
-    cu_seqlens: Tensor | None = None,
-    tokens: Tensor | None = None,
     special_ids: Sequence[int] = (),
-    among: int | None = None,
+    vocab_size: int | None = None,
 ) -> Positions:
-    """Checks each argument against the positions' shape; `shift_labels` win over `labels`, `tokens` over both.
+    """Checks each tensor against the positions' shape; `shift_labels` win over `labels`, `tokens` over both.
 
-    `among`: the vocabulary that the tokens must be of where a position is to be valid; None: they need not.
+    `vocab_size`: the vocabulary that the tokens must be of where a position is to be valid; None: they need not.
     """
-    ignored = plain(ignore_index)
-    if isinstance(ignored, bool) or not isinstance(ignored, int):
-        raise TypeError(f"ignore_index: got {shown(ignore_index)}, expected an integer")
+    mask, weights, labels, shift_labels, tokens, cu_seqlens = batch[:6]
+    check_cu_seqlens(cu_seqlens, shape)
     sequences = sequence_ids(shape, cu_seqlens, device).view(shape)
     found: list[Tensor] = []
     if mask is not None:
-        found.append(of_positions("mask", mask, shape, device) != 0)
+        found.append(per_position("mask", mask, shape, device) != 0)
     if weights is not None:
         found.append(_weights(weights, shape, device) != 0)
-    targets = _targets(shape, device, labels, shift_labels, ignored, None if cu_seqlens is None else sequences)
+    targets = _targets(shape, device, labels, shift_labels, ignore_index, None if cu_seqlens is None else sequences)
     if targets is not None:
-        found.append(targets != ignored)
+        found.append(targets != ignore_index)
     if tokens is not None:
-        tokens = of_positions("tokens", tokens, shape, device)
+        tokens = per_position("tokens", tokens, shape, device)
         if tokens.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"tokens: got dtype {tokens.dtype}, expected int32 or int64")
     tokens = targets if tokens is None else tokens
-    if among is not None and tokens is not None:  # a token that is none cannot be trained on
-        found.append((tokens >= 0) & (tokens < among))
+    if vocab_size is not None and tokens is not None:  # a token that is none cannot be trained on
+        found.append((tokens >= 0) & (tokens < vocab_size))
     valid = allowed = None if not found else torch.stack(found).all(0)
     if len(special_ids):
         if tokens is None:
@@ -131,10 +126,10 @@ def _targets(
     """What each position predicts. With the sequence numbers of `packed` rows the last row of each predicts nothing: the next
     label is another sequence's."""
     if shift_labels is not None:
-        return _holding(ignore_index, "shift_labels", of_positions("shift_labels", shift_labels, shape, device))
+        return _holding(ignore_index, "shift_labels", per_position("shift_labels", shift_labels, shape, device))
     if labels is None:
         return None
-    labels = _holding(ignore_index, "labels", of_positions("labels", labels, shape, device))
+    labels = _holding(ignore_index, "labels", per_position("labels", labels, shape, device))
     if not labels.dim():
         raise ValueError("labels: got a 0-dim tensor, expected at least one dimension to shift along")
     targets = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
@@ -156,19 +151,7 @@ def _holding(ignore_index: int, name: str, labels: Tensor) -> Tensor:
 
 
 def _weights(weights: object, shape: torch.Size, device: torch.device) -> Tensor:
-    found = of_positions("weights", weights, shape, device)
+    found = per_position("weights", weights, shape, device)
     if found.is_complex() or found.dtype == torch.bool:
         raise TypeError(f"weights: got dtype {found.dtype}, expected numbers; a bool mask is `mask`")
     return found
-
-
-def of_positions(name: str, tensor: object, shape: torch.Size, device: torch.device) -> Tensor:
-    """The tensor, if it has one entry per position."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor of shape {tuple(shape)}")
-    check_layout(name, tensor)
-    if tensor.shape != shape:
-        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(shape)}, one entry per position")
-    if tensor.device != device:
-        raise ValueError(f"{name}: is on {tensor.device}, the student is on {device}; move them to one device")
-    return tensor

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd_ops.arguments import check_integer, check_layout, check_positive
-from opd_ops.backends.shared.top_k import extended
+from opd_ops.arguments import check_integer, check_layout, check_positive, may_look, per_position
+from opd_ops.inputs.order import best_places
 
 CANDIDATES = 1 << 22  # logits that may be ranked at a time
 
@@ -69,13 +69,15 @@ class StudentStats:
         x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32) / temperature
         log_p = torch.log_softmax(x, 1)
         entropy = torch.where(log_p == -torch.inf, 0, log_p.exp() * log_p).sum(1).neg_()
-        best = extended(None, x, x, min(top_k, x.shape[1]), 0, CANDIDATES)
+        every_id, k = torch.arange(x.shape[1], device=x.device), min(top_k, x.shape[1])
+        size = max(1, CANDIDATES // x.shape[1])
+        ids = torch.cat([best_places(part, every_id.expand_as(part), k) for part in x.split(size)])
         shape = logits.shape[:-1]
         return cls(
             torch.logsumexp(x, 1).view(shape),
             entropy.view(shape),
-            best.ids.view(*shape, -1),
-            log_p.gather(1, best.ids).view(*shape, -1),
+            ids.view(*shape, -1),
+            log_p.gather(1, ids).view(*shape, -1),
         )
 
 
@@ -111,6 +113,40 @@ class RolloutRecorder:
             raise ValueError("RolloutRecorder: got no step, expected generate(..., logits_processor=[recorder]) to have run")
         columns = zip(*((x.logsumexp, x.entropy, x.ids, x.logprobs) for x in self._steps), strict=True)
         return StudentStats(*(torch.stack(column, 1) for column in columns))
+
+
+def check_student_stats(
+    stats: object,
+    shape: torch.Size,
+    device: torch.device,
+    *,
+    top_k: int,
+    vocab_size: int,
+    student_vocab_size: int,
+    valid: Tensor | None,
+) -> None:
+    """Of positions of this shape, with K of at least `top_k`, over the vocabulary that the call compares."""
+    if not isinstance(stats, StudentStats):
+        raise TypeError(f"student_stats: got {type(stats).__name__}, expected StudentStats")
+    for name in ("logsumexp", "entropy"):
+        per_position(f"student_stats.{name}", getattr(stats, name), shape, device)
+    for name in ("ids", "logprobs"):
+        if getattr(stats, name).device != device:
+            raise ValueError(f"student_stats.{name}: is on {getattr(stats, name).device}, the student is on {device}")
+    if stats.ids.shape[-1] < top_k:
+        raise ValueError(f"student_stats: got {stats.ids.shape[-1]} ids a position, expected at least top_k = {top_k}")
+    if student_vocab_size != vocab_size:
+        raise ValueError(
+            f"student_stats: are over the student's own vocabulary of {student_vocab_size}, but the call compares the first "
+            f"{vocab_size} entries; pass no student_stats"
+        )
+    if may_look(stats.ids):
+        ids = stats.ids if valid is None else stats.ids[valid]
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
+            raise ValueError(
+                f"student_stats.ids: got {int(ids.min())} ... {int(ids.max())} at valid positions, expected 0 ... "
+                f"{vocab_size - 1}"
+            )
 
 
 def _kind(value: object) -> str:

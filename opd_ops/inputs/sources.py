@@ -13,12 +13,13 @@ Not here: what is computed from the logits (backends/), the checks of both sides
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from opd_ops.arguments import is_traced
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.inputs.float8 import Float8Rows
 from opd_ops.inputs.linear_head import LinearHead
@@ -81,34 +82,43 @@ class Source(NamedTuple):
     uncounted: tuple[bool, bool, bool] = (False, False, False)  # which of its tensors have no version counter of their own
 
     @staticmethod
-    def of(
-        side: Tensor | LinearHead,
-        vocab_size: int,
-        temperature: float,
-        merged: tuple[int, ...] = (),
-        shard: Shard | None = None,
-    ) -> Source:
+    def of(side: Tensor | LinearHead, vocab_size: int | None = None, temperature: float = 1.0) -> Source:
+        """What the caller passed, over the first `vocab_size` entries; None: over all."""
         if isinstance(side, LinearHead):
-            transform = Transform(True, vocab_size, temperature, float(side.scale), side.softcap, merged=merged, shard=shard)
+            width = len(side.weight) if vocab_size is None else vocab_size
+            transform = Transform(True, width, temperature, float(side.scale), side.softcap)
             made = Source(transform, side.hidden, side.weight, side.bias, side.float8)
         else:
-            made = Source(Transform(False, vocab_size, temperature, merged=merged, shard=shard), side)
+            width = side.shape[-1] if vocab_size is None else vocab_size
+            made = Source(Transform(False, width, temperature), side)
         uncounted = _is_uncounted(made.leading), _is_uncounted(made.weight), _is_uncounted(made.bias)
         made = made.with_tensors([_alias(x) if _is_uncounted(x) else x for x in made.tensors])
         return made._replace(uncounted=uncounted)
 
-    def mixed(self, lam: float, reference: Source) -> Source:
-        """The logits lam * these + (1 - lam) * the reference's."""
-        if lam == 1.0:
-            return self
-        plain = reference._replace(transform=replace(reference.transform, merged=()))  # the mixture is merged, once
-        return self._replace(transform=replace(self.transform, lam=lam), reference=plain)
+    @property
+    def shape(self) -> torch.Size:
+        """Of the positions."""
+        return self.leading.shape[:-1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.leading.device
+
+    @property
+    def width(self) -> int:
+        """Entries that the tensors have, of which the first `vocab_size` are compared."""
+        return self.leading.shape[-1] if self.weight is None else len(self.weight)
 
     def in_float8(self) -> Source:
         """The same with its head's weight in 8 bits, made now unless the caller keeps it; dense logits stay as they are."""
         if self.weight is None or self.float8 is not None:
             return self
         return self._replace(float8=Float8Rows.of(self.weight))
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """fp32, or fp64 if any of its tensors is."""
+        return compute_dtype(self)
 
     @property
     def stored_dtype(self) -> torch.dtype | None:
@@ -146,7 +156,7 @@ class Source(NamedTuple):
 
 def _is_uncounted(tensor: Tensor | None) -> bool:
     """Whether it was made in inference mode, like a teacher's: autograd can then neither save it nor see it overwritten."""
-    if tensor is None or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+    if tensor is None or is_traced() or torch.is_inference_mode_enabled():
         return False
     return tensor.is_inference()
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opd_ops.arguments import check_layout, check_positive, take_plain
+from opd_ops.arguments import check_layout, check_positive, may_look, take_plain
 from opd_ops.inputs.sources import take_rows
 
 LAST_ID = 2**31 - 1  # of a missing entry: beyond every vocabulary, and sorts behind every id of equal logit
@@ -111,7 +111,7 @@ class SampledLogprobs:
 SparseTeacher = TopKLogprobs | SampledLogprobs
 
 
-class Listed(NamedTuple):
+class TeacherLists(NamedTuple):
     """A sparse teacher as backends read it: one list per flattened position, (logit descending, id ascending)."""
 
     ids: Tensor  # (N, K) int64, LAST_ID where missing
@@ -127,7 +127,7 @@ class Listed(NamedTuple):
         *,
         longest: int | None = None,
         workspace_bytes: int | None = None,
-    ) -> Listed:
+    ) -> TeacherLists:
         """In order, each id once, `merged` ids as their first.
 
         Args:
@@ -144,9 +144,9 @@ class Listed(NamedTuple):
         for start in range(0, n, size):
             group = slice(start, min(start + size, n))
             of_ids, of_logprobs = (take_rows(x, torch.arange(group.start, group.stop, device=device)) for x in given)
-            ordered = Listed._in_order(of_ids, of_logprobs, vocab_size, dtype, merged)
+            ordered = TeacherLists._in_order(of_ids, of_logprobs, vocab_size, dtype, merged)
             ids[group], logprobs[group] = (x[:, :kept] for x in ordered)
-        return Listed(ids, logprobs, is_sampled)
+        return TeacherLists(ids, logprobs, is_sampled)
 
     @staticmethod
     def _in_order(
@@ -168,16 +168,29 @@ class Listed(NamedTuple):
         order = torch.sort(logprobs, dim=1, descending=True, stable=True).indices
         return ids.gather(1, order), logprobs.gather(1, order)
 
-    def take(self, rows: Tensor | slice) -> Listed:
+    def take(self, rows: Tensor | slice) -> TeacherLists:
         return self._replace(ids=self.ids[rows], logprobs=self.logprobs[rows])
 
-    def top(self, k: int) -> Listed:
+    def top(self, k: int) -> TeacherLists:
         return self._replace(ids=self.ids[:, :k], logprobs=self.logprobs[:, :k])
 
     @property
     def valid(self) -> Tensor:
         """(n,) bool: something is listed, and it is a number."""
         return torch.isfinite(self.logprobs).any(1) & ~self.logprobs.isnan().any(1)
+
+
+def check_lists(teacher: SparseTeacher, logprobs: Tensor, valid: Tensor | None) -> None:
+    """No NaN among the (N, K) log-probabilities at valid positions, where looking costs nothing."""
+    if not may_look(logprobs):
+        return
+    bad = logprobs.isnan().any(1).view(teacher.positions)
+    bad = bad if valid is None else bad & valid
+    if bool(bad.any()):
+        raise ValueError(
+            f"{type(teacher).__name__}.logprobs: got NaN at position {tuple(bad.nonzero()[0].tolist())} ({int(bad.sum())} such "
+            "positions), expected log-probabilities, -inf or id -1 where one is missing"
+        )
 
 
 def is_missing(logprobs: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def is_dtensor(tensor: object) -> bool:
     return hasattr(tensor, "full_tensor")  # without importing what DTensors need
 
 
-def gathered(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+def unshard(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """The whole of a parameter, itself if it is not sharded; every rank that has a part must call.
 
     `dtype`: of the hidden states beside it, in which FSDP2 gathers too where its policy computes in fewer bits.

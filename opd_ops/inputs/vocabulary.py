@@ -15,20 +15,16 @@ Not here: parts joined (backends/shared/joined.py), heads that FSDP2 shards, whi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from opd_ops.arguments import is_traced
 from opd_ops.distributed.ranks import Ranks
-from opd_ops.inputs.linear_head import LinearHead, positions_shape, vocabulary
-from opd_ops.inputs.sources import Shard
+from opd_ops.inputs.sources import Shard, Source
 from opd_ops.inputs.unshard import is_dtensor
-
-Side = Tensor | LinearHead
-
 
 PADDING = 8  # whole vocabularies of two models differ by less than this part of one: by padding
 
@@ -37,7 +33,7 @@ class Local(NamedTuple):
     """A side with this rank's tensors."""
 
     name: str
-    side: Side
+    source: Source
     group: Any  # that its DTensors share the vocabulary out over; None: they do not, or are none
     is_dtensor: bool
 
@@ -49,26 +45,28 @@ class Widths(NamedTuple):
     total: int
 
 
-def to_local(name: str, side: Side) -> Local:
+def to_local(name: str, source: Source) -> Local:
     """The side with this rank's tensors.
 
     Raises: ValueError: placements that are no shares of the vocabulary.
     """
-    if isinstance(side, Tensor):
-        return Local(name, *_local(name, side, side.dim() - 1), is_dtensor(side))
-    weight, group = _local(f"{name}.weight", side.weight, 0)
-    bias, of_bias = (None, group) if side.bias is None else _local(f"{name}.bias", side.bias, 0)
-    hidden, of_hidden = _local(f"{name}.hidden", side.hidden, None)
+    if source.weight is None:
+        leading, group = _local(name, source.leading, source.leading.dim() - 1)
+        return Local(name, source._replace(leading=leading), group, is_dtensor(source.leading))
+    weight, group = _local(f"{name}.weight", source.weight, 0)
+    bias, of_bias = (None, group) if source.bias is None else _local(f"{name}.bias", source.bias, 0)
+    hidden, of_hidden = _local(f"{name}.hidden", source.leading, None)
     if of_bias is not group:
         raise ValueError(f"{name}.bias: is not placed like the weight, expected Shard(0) on the same mesh dimension for both")
-    if side.float8 is not None and (weight is not side.weight):
+    if source.float8 is not None and (weight is not source.weight):
         raise ValueError(f"{name}.float8: got 8-bit rows beside a DTensor weight; pass float8=None")
     assert of_hidden is None
-    if weight is side.weight and hidden is side.hidden and bias is side.bias:
-        return Local(name, side, None, False)
-    if is_dtensor(side.weight) and not is_dtensor(side.hidden):
-        _check_one_dimension(name, side.weight)
-    return Local(name, replace(side, hidden=hidden, weight=weight, bias=bias), group, is_dtensor(side.weight))
+    if weight is source.weight and hidden is source.leading and bias is source.bias:
+        return Local(name, source, None, False)
+    if is_dtensor(source.weight) and not is_dtensor(source.leading):
+        _check_one_dimension(name, source.weight)
+    local = source._replace(leading=hidden, weight=weight, bias=bias)
+    return Local(name, local, group, is_dtensor(source.weight))
 
 
 def _check_one_dimension(name: str, weight: Any) -> None:
@@ -119,7 +117,7 @@ class Vocabulary(NamedTuple):
 
     def shard(self, vocab_size: int) -> Shard | None:
         """The ranks' parts of the first `vocab_size` ids."""
-        return None if self.ranks is None or self.student.of_ranks is None else _cut(self.ranks, self.student, vocab_size)
+        return None if self.ranks is None or self.student.of_ranks is None else _shard(self.ranks, self.student, vocab_size)
 
 
 def one_group(process_group: Any, sides: Sequence[Local]) -> Any:
@@ -135,7 +133,7 @@ def one_group(process_group: Any, sides: Sequence[Local]) -> Any:
             "pass no group"
         )
     group = sides[0].group if process_group is None else process_group
-    if group is not None and torch.compiler.is_compiling():
+    if group is not None and is_traced():
         raise ValueError(
             "process_group: got a vocabulary that ranks share out, which torch.compile cannot trace; call the loss outside of "
             "the graph"
@@ -158,11 +156,12 @@ def share_out(sides: Sequence[Local], group: Any) -> Vocabulary:
 
     Raises: ValueError, on every rank: another number of positions on some rank, sides shared out differently.
     """
-    ranks, student = Ranks(group), sides[0].side
+    ranks = Ranks(group)
     if group is None or ranks.size == 1:
-        return Vocabulary(None, *_whole([found.side for found in sides]))
-    device = student.hidden.device if isinstance(student, LinearHead) else student.device
-    mine = torch.tensor([(positions_shape(found.side).numel(), vocabulary(found.side)) for found in sides], device=device)
+        student, *others = (Widths(None, local.source.width) for local in sides)
+        return Vocabulary(None, student, tuple(others))
+    sizes = [(local.source.shape.numel(), local.source.width) for local in sides]
+    mine = torch.tensor(sizes, device=sides[0].source.device)
     counts, widths = ([tuple(column) for column in of.T.tolist()] for of in ranks.gather(mine).unbind(2))
     for found, of_ranks in zip(sides, counts, strict=True):
         if set(of_ranks) != {counts[0][0]}:
@@ -191,12 +190,7 @@ def _looks_whole(name: str, of_ranks: tuple[int, ...], total: int) -> bool:
     return is_whole
 
 
-def _whole(sides: Sequence[Side]) -> tuple[Widths, tuple[Widths, ...]]:
-    student, *others = (Widths(None, vocabulary(side)) for side in sides)
-    return student, tuple(others)
-
-
-def _cut(ranks: Ranks, widths: Widths, vocab_size: int) -> Shard:
+def _shard(ranks: Ranks, widths: Widths, vocab_size: int) -> Shard:
     assert widths.of_ranks is not None
     left, found = vocab_size, []
     for width in widths.of_ranks:
@@ -205,21 +199,25 @@ def _cut(ranks: Ranks, widths: Widths, vocab_size: int) -> Shard:
     return Shard(ranks, tuple(found), widths.total)
 
 
-def part_of(name: str, side: Side, widths: Widths, shard: Shard) -> Side:
-    """The rank's part of a side: itself, or those rows of a whole vocabulary.
+def part_of(local: Local, widths: Widths, shard: Shard) -> Source:
+    """The rank's part of a side: itself, or those entries of a whole vocabulary.
 
     Raises: ValueError: shared out at other ids than the student's.
     """
     if widths.of_ranks is None:
-        first, last = shard.first, shard.first + shard.width
-        if isinstance(side, Tensor):
-            return side[..., first:last]
-        bias = None if side.bias is None else side.bias[first:last]
-        return replace(side, weight=side.weight[first:last], bias=bias, float8=None)
-    if _cut(shard.ranks, widths, shard.total).widths != shard.widths:
+        return _cut(local.source, slice(shard.first, shard.first + shard.width))
+    if _shard(shard.ranks, widths, shard.total).widths != shard.widths:
         raise ValueError(
-            f"{name}: its {widths.total} ids are shared out as {widths.of_ranks}, the student's {shard.total} as "
+            f"{local.name}: its {widths.total} ids are shared out as {widths.of_ranks}, the student's {shard.total} as "
             f"{shard.widths}, expected the same ids on each rank: cut or pad both vocabularies to one size before sharing them "
             "out, or pass the whole one on every rank"
         )
-    return side
+    return local.source
+
+
+def _cut(source: Source, ids: slice) -> Source:
+    """These entries of the vocabulary alone."""
+    if source.weight is None:
+        return source._replace(leading=source.leading[..., ids])
+    bias = None if source.bias is None else source.bias[ids]
+    return source._replace(weight=source.weight[ids], bias=bias, float8=None)

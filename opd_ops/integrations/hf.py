@@ -5,7 +5,7 @@
 
 On-policy data come from the caller: batches hold what the student wrote, with labels -100 on the prompt. Without labels all
 that the attention mask says is no padding is trained on.
-Not here: the heads (heads.py), the trial of the options (options.py), TRL's trainers, which also roll out (trl.py), the loss
+Not here: the heads (heads.py), the settings (opd_ops/settings.py), TRL's trainers, which also roll out (trl.py), the loss
 (opd_ops/loss.py).
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,14 @@ from transformers import Trainer
 
 from opd_ops.call.metrics import as_floats
 from opd_ops.integrations.heads import frozen_head, head_of, last_hidden
-from opd_ops.integrations.options import EVERY_TOKEN, try_options
-from opd_ops.loss import selective_opd_loss
+from opd_ops.loss import SelectiveOPDLoss
+from opd_ops.settings import LossOptions, Settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 LOGGED = ("kl_selected", "kl_all", "entropy_selected", "entropy", "support_mass", "n_valid", "n_selected", "n_infinite")
 LABELS = ("labels", "shift_labels")
-GIVEN = (*LABELS, "mask", "num_items_in_batch")  # by the Trainer
 
 
 class SelectiveDistillationMixin:
@@ -38,22 +40,22 @@ class SelectiveDistillationMixin:
 
     Args (by name, beside those of `Trainer`):
         teacher: A causal language model over the same tokens, or a callable `inputs -> LinearHead or logits`. Never trained.
-        selection: Options of `selective_opd_loss`: fraction, selector, scope, divergence, ...; None: its defaults.
-    Raises: TypeError: no teacher, or an option that the loss does not have. ValueError: one that it refuses; in training, a
-        batch with neither labels nor an attention mask.
+        settings: `Settings` of the loss: Settings(fraction=0.1, selector="tip"); None: its defaults.
+    Raises: TypeError: no teacher, or something else than `Settings`. ValueError: in training, a batch with neither labels nor
+        an attention mask.
     """
 
     def __init__(
         self,
         *arguments: Any,
         teacher: nn.Module | Callable[[dict[str, Any]], Any],
-        selection: dict[str, Any] | None = None,
+        settings: Settings | None = None,
         **options: Any,
     ) -> None:
         if not callable(teacher):
             raise TypeError(f"teacher: got {type(teacher).__name__}, expected a model, or a callable of the inputs")
-        self.selection = dict(selection or {})
-        try_options(self.selection, given=GIVEN)
+        settings = Settings.given_or_named(settings, {})
+        self._losses = _of_training_and_evaluation(settings)
         super().__init__(*arguments, **options)
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts labels, and leaves the accumulation to the loss
         self._teacher = teacher.to(self.args.device).eval() if isinstance(teacher, nn.Module) else teacher  # type: ignore[attr-defined]
@@ -73,10 +75,8 @@ class SelectiveDistillationMixin:
         unwrapped = trainer.accelerator.unwrap_model(model)
         hidden, outputs = last_hidden(model, unwrapped, inputs)
         teacher = frozen_head(self._teacher, inputs) if isinstance(self._teacher, nn.Module) else self._teacher(inputs)
-        options = self.selection if model.training else self.selection | EVERY_TOKEN
-        out = selective_opd_loss(
-            head_of(unwrapped, hidden), teacher, mask=mask, num_items_in_batch=num_items_in_batch, **labels, **options
-        )
+        loss_fn = self._losses[model.training]
+        out = loss_fn(head_of(unwrapped, hidden), teacher, mask=mask, num_items_in_batch=num_items_in_batch, **labels)
         for name, value in as_floats({name: out.metrics[name] for name in LOGGED if name in out.metrics}).items():
             self._opd[f"{'' if model.training else 'eval_'}opd/{name}"].append(value)
         loss = out.loss
@@ -111,14 +111,14 @@ class SelectiveComputeLoss:
     Args:
         student: The model that the Trainer trains.
         teacher: A causal language model over the same tokens.
-        options: Of `selective_opd_loss`.
-    Raises: TypeError: an option that the loss does not have. ValueError: one that it refuses; in training, a batch with neither
-        labels nor an attention mask.
+        settings: `Settings` of the loss, or `options`, settings by name.
+    Raises: as `Settings`. ValueError: in training, a batch with neither labels nor an attention mask.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, **options: Any) -> None:
-        try_options(options, given=GIVEN)
-        self.teacher, self.options = teacher.eval(), options
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, settings: Settings | None = None, **options: Unpack[LossOptions]
+    ) -> None:
+        self.teacher, self._losses = teacher.eval(), _of_training_and_evaluation(Settings.given_or_named(settings, options))
         self.metrics: dict[str, Tensor] = {}  # of the last call
         self._inputs: dict[str, Any] = {}
         self._hook = student.register_forward_pre_hook(self._keep, with_kwargs=True)
@@ -130,17 +130,20 @@ class SelectiveComputeLoss:
         """Loss from the student's `outputs`, with `labels` unshifted, as the Trainer calls it."""
         with torch.no_grad():
             teacher = self.teacher(**self._inputs, use_cache=False).logits
-        options = self.options if torch.is_grad_enabled() else self.options | EVERY_TOKEN
         mask = _without_padding(self._inputs) if labels is None else None
-        out = selective_opd_loss(
-            outputs["logits"], teacher, mask=mask, labels=labels, num_items_in_batch=num_items_in_batch, **options
-        )
+        loss_fn = self._losses[torch.is_grad_enabled()]
+        out = loss_fn(outputs["logits"], teacher, mask=mask, labels=labels, num_items_in_batch=num_items_in_batch)
         self.metrics = out.metrics
         return out.loss
 
     def remove(self) -> None:
         """Take the hook off the student."""
         self._hook.remove()
+
+
+def _of_training_and_evaluation(settings: Settings) -> dict[bool, SelectiveOPDLoss]:
+    """By whether the student trains; evaluation takes every token."""
+    return {True: SelectiveOPDLoss(settings), False: SelectiveOPDLoss(settings.every_token)}
 
 
 def _without_padding(inputs: dict[str, Any]) -> Tensor:

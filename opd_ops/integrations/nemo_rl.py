@@ -17,7 +17,8 @@ Not here: logits that are sharded over the sequence (refused with an error), the
 from __future__ import annotations
 
 import sys
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from nemo_rl.algorithms.loss.interfaces import LossInputType, LossType
@@ -27,8 +28,11 @@ from opd_ops.call.metrics import as_floats
 from opd_ops.divergences import LocalSupport, TopKForwardKL
 from opd_ops.inputs.teacher_lists import TopKLogprobs, is_missing
 from opd_ops.inputs.unshard import is_dtensor
-from opd_ops.integrations.options import try_options
-from opd_ops.loss import selective_opd_loss
+from opd_ops.loss import SelectiveOPDLoss
+from opd_ops.settings import LossOptions, Settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 DIVERGENCES: dict[str, type[LocalSupport | TopKForwardKL]] = {"local_support": LocalSupport, "forward_kl_topk": TopKForwardKL}
 GIVEN = ("weights", "num_items_in_batch", "process_group")  # by NeMo-RL
@@ -43,11 +47,9 @@ class SelectiveDistillationLossFn:
     per sequence.
 
     Args:
-        fraction: Share of the valid tokens of a call to train on, in (0, 1]; 1.0 is NeMo-RL's loss.
-        divergence: "local_support" or "forward_kl_topk", on all K entries that the teacher sent.
-        options: Of `selective_opd_loss`: selector, scope, top_k, backend, workspace_bytes, denominator, ...
-    Raises: TypeError: an option that the loss does not have. ValueError: another divergence, or an option that the loss
-        refuses; in training, data or logits that do not fit.
+        options: `Settings` by name: fraction (1.0 is NeMo-RL's loss), selector, scope, top_k, ... `divergence`: "local_support"
+            (the default here) or "forward_kl_topk", on all K entries that the teacher sent.
+    Raises: as `Settings`. ValueError: another divergence; in training, data or logits that do not fit.
     Example:
         >>> *policies, loss_fn, logger, checkpointer, state, master_config = setup(config, tokenizer, data, val_data)
         >>> loss_fn = SelectiveDistillationLossFn(fraction=0.1, selector="teachability")
@@ -56,15 +58,15 @@ class SelectiveDistillationLossFn:
     loss_type = LossType.TOKEN_LEVEL
     input_type = LossInputType.LOGIT
 
-    def __init__(self, *, fraction: float = 0.05, divergence: str = "local_support", **options: Any) -> None:
-        if divergence not in DIVERGENCES:
+    def __init__(self, **options: Unpack[LossOptions]) -> None:
+        divergence = options.setdefault("divergence", "local_support")
+        if not isinstance(divergence, str) or divergence not in DIVERGENCES:
             raise ValueError(
                 f"divergence: got {divergence!r}, expected one of: {', '.join(DIVERGENCES)}: NeMo-RL's top-K logits come "
                 "without their normaliser"
             )
-        self.divergence, self.options = divergence, {"fraction": fraction, **options}
-        k = DIVERGENCES[divergence]().top_k  # in training it is the teacher's
-        try_options(self.options | {"divergence": DIVERGENCES[divergence](k)}, given=GIVEN, teacher_top_k=k)
+        self.divergence = divergence
+        self.settings = Settings.of(options, given=GIVEN).for_host(passes_tokens=False, teacher="TopKLogprobs")
 
     def __call__(
         self,
@@ -84,14 +86,12 @@ class SelectiveDistillationLossFn:
         n, (vocab_size, group) = student.shape[1], _vocabulary(student)
         ids = data["teacher_topk_indices"][:, :n].to(student.device)
         _check_ids(ids, weights, vocab_size)
-        out = selective_opd_loss(
+        divergence = DIVERGENCES[self.divergence](top_k=ids.shape[-1])
+        out = SelectiveOPDLoss(replace(self.settings, divergence=divergence, process_group=group))(
             student,
             TopKLogprobs(ids, _renormalised(data["teacher_topk_logits"][:, :n].to(student.device))),
             weights=weights,
             num_items_in_batch=None if global_valid_toks is None else global_valid_toks.reshape(()),
-            divergence=DIVERGENCES[self.divergence](top_k=ids.shape[-1]),
-            process_group=group,
-            **self.options,
         )
         return out.loss, {**_metrics(out.metrics, global_valid_toks), "num_valid_samples": data["input_ids"].shape[0]}
 

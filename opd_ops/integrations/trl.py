@@ -7,18 +7,18 @@ loss.
 `DistillationTrainer` hands hidden states and heads of both models to one module-level function; it is private, so its
 parameters are compared before it is replaced. TRL rolls out once per optimizer step and cuts that into micro-batches: with
 scope "batch" the budget is one per micro-batch.
-Not here: the trial of the options (options.py), the loss itself (opd_ops/loss.py).
+Not here: the settings (opd_ops/settings.py), the loss itself (opd_ops/loss.py).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +30,14 @@ except ImportError as error:
     raise ImportError(f"trl: {error}; opd_ops.integrations.trl fits trl 1.16, install 'trl==1.16.*'") from error
 
 from opd_ops.call.metrics import as_floats
-from opd_ops.divergences import JSD, Divergence
+from opd_ops.divergences import JSD, Divergence, resolve_divergence
 from opd_ops.inputs.linear_head import LinearHead
-from opd_ops.inputs.unshard import gathered, is_dtensor
-from opd_ops.integrations.options import EVERY_TOKEN, try_options
-from opd_ops.loss import selective_opd_loss
+from opd_ops.inputs.unshard import is_dtensor, unshard
+from opd_ops.loss import SelectiveOPDLoss
+from opd_ops.settings import DEFAULTS, HELP, LossOptions, Settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 FITS = "1.16"
 HOOK = "_chunked_divergence_loss"
@@ -62,11 +65,12 @@ Metrics = dict[str, Tensor]
 class _Swap(AbstractContextManager["_Swap"]):
     """The hook replaced, until `undo()` or the block's end."""
 
-    def __init__(self, options: dict[str, Any], on_metrics: Callable[[Metrics], None] | None) -> None:
+    def __init__(self, settings: Settings, divergence: Divergence | None, on_metrics: Callable[[Metrics], None] | None) -> None:
         self._replaced, self._is_undone = getattr(distillation_trainer, HOOK, None), False
         _check_hook(self._replaced)
-        self._own = partial(_selective, options, on_metrics)
-        self._own.__signature__ = inspect.signature(self._replaced)  # type: ignore[attr-defined, arg-type]
+        signature = inspect.signature(self._replaced)  # type: ignore[arg-type]
+        self._own = partial(_Hook(settings, divergence, on_metrics, signature))
+        self._own.__signature__ = signature  # type: ignore[attr-defined]
         self._own.swap = self  # type: ignore[attr-defined]
         setattr(distillation_trainer, HOOK, self._own)
 
@@ -102,21 +106,22 @@ class patch_trl(_Swap):
     Evaluation, which runs without grad mode, takes all valid tokens.
 
     Args:
-        fraction: Share of the valid tokens of each micro-batch to train on; 1.0 is TRL's loss.
         on_metrics: Called with the loss's `metrics` (0-dim tensors) after each micro-batch.
-        options: Of `selective_opd_loss`: selector, scope, top_k, denominator, workspace_bytes, backend, ...; `divergence`
-            replaces the JSD that the trainer's `beta` stands for. Mask, temperature and num_items_in_batch are the trainer's.
-    Raises: RuntimeError: a TRL whose hook is another one; says which versions fit. TypeError: an option that the loss does not
-        have. ValueError: one that it refuses.
+        options: `Settings` by name: fraction (1.0 is TRL's loss), selector, scope, top_k, ...; `divergence` replaces the JSD
+            that the trainer's `beta` stands for. The temperature is the trainer's.
+    Raises: RuntimeError: a TRL whose hook is another one; says which versions fit. As `Settings`.
     Example:
         >>> with patch_trl(fraction=0.1, selector="teachability"):
         ...     DistillationTrainer(student, teacher, args=config, train_dataset=prompts).train()
     """
 
-    def __init__(self, *, fraction: float = 0.05, on_metrics: Callable[[Metrics], None] | None = None, **options: Any) -> None:
-        options = {"fraction": fraction, **options}
-        try_options(options, given=GIVEN)
-        super().__init__(options, on_metrics)
+    def __init__(self, *, on_metrics: Callable[[Metrics], None] | None = None, **options: Unpack[LossOptions]) -> None:
+        settings = Settings.of(options, given=GIVEN).for_host(passes_tokens=False)
+        super().__init__(settings, _named_divergence(options), on_metrics)
+
+
+def _named_divergence(options: Mapping[str, Any]) -> Divergence | None:
+    return resolve_divergence(options["divergence"]) if "divergence" in options else None
 
 
 def _check_hook(hook: object) -> None:
@@ -129,57 +134,37 @@ def _check_hook(hook: object) -> None:
         )
 
 
-def _selective(
-    options: dict[str, Any],
-    on_metrics: Callable[[Metrics], None] | None,
-    student_hidden_states: Tensor,
-    teacher_hidden_states: Tensor,
-    student_lm_head_weight: Tensor,
-    teacher_lm_head_weight: Tensor,
-    completion_mask: Tensor,
-    beta: float,
-    num_items_in_batch: Tensor | int | None = None,
-    student_lm_head_bias: Tensor | None = None,
-    teacher_lm_head_bias: Tensor | None = None,
-    student_logit_scale: float = 1.0,
-    teacher_logit_scale: float = 1.0,
-    student_final_logit_softcapping: float | None = None,
-    teacher_final_logit_softcapping: float | None = None,
-    temperature: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The hook's contract: loss, sum of the student's entropies in nats, number of valid tokens."""
-    student = _head(
-        student_hidden_states,
-        student_lm_head_weight,
-        student_lm_head_bias,
-        student_logit_scale,
-        student_final_logit_softcapping,
-    )
-    teacher = _head(
-        teacher_hidden_states,
-        teacher_lm_head_weight,
-        teacher_lm_head_bias,
-        teacher_logit_scale,
-        teacher_final_logit_softcapping,
-    )
-    out = selective_opd_loss(
-        student,
-        teacher,
-        mask=completion_mask,
-        num_items_in_batch=num_items_in_batch,
-        temperature=temperature,
-        **{"divergence": JSD(beta), **options, **({} if torch.is_grad_enabled() else EVERY_TOKEN)},
-    )
-    if on_metrics is not None:
-        on_metrics(out.metrics)
-    return out.loss, out.metrics["entropy_sum"], out.metrics["n_valid"]
+@dataclass(frozen=True)
+class _Hook:
+    """What replaces TRL's function: its arguments by TRL's own names, and its contract."""
+
+    settings: Settings
+    divergence: Divergence | None  # None: the JSD of the trainer's beta
+    on_metrics: Callable[[Metrics], None] | None
+    signature: inspect.Signature
+
+    def __call__(self, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, sum of the student's entropies in nats, number of valid tokens."""
+        bound = self.signature.bind(*arguments, **named)
+        bound.apply_defaults()
+        given = bound.arguments
+        settings = self.settings if torch.is_grad_enabled() else self.settings.every_token
+        divergence = JSD(given["beta"]) if self.divergence is None else self.divergence
+        loss_fn = SelectiveOPDLoss(replace(settings, divergence=divergence, temperature=given["temperature"]))
+        student, teacher = _head(given, "student"), _head(given, "teacher")
+        out = loss_fn(student, teacher, mask=given["completion_mask"], num_items_in_batch=given["num_items_in_batch"])
+        if self.on_metrics is not None:
+            self.on_metrics(out.metrics)
+        return out.loss, out.metrics["entropy_sum"], out.metrics["n_valid"]
 
 
-def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> LinearHead:
-    """The head, gathered once where FSDP2 has sharded it, in the dtype of its hidden states then."""
+def _head(given: Mapping[str, Any], model: str) -> LinearHead:
+    """A model's head, gathered once where FSDP2 has sharded it, in the dtype of its hidden states then."""
+    hidden, weight, bias = (given[f"{model}_{name}"] for name in ("hidden_states", "lm_head_weight", "lm_head_bias"))
     if is_dtensor(weight):
-        weight = gathered(weight, hidden.dtype)
-        bias = None if bias is None else gathered(bias, hidden.dtype).to(hidden.dtype)
+        weight = unshard(weight, hidden.dtype)
+        bias = None if bias is None else unshard(bias, hidden.dtype).to(hidden.dtype)
+    scale, softcap = given[f"{model}_logit_scale"], given[f"{model}_final_logit_softcapping"]
     return LinearHead(hidden, weight, bias, scale=float(scale), softcap=softcap)
 
 
@@ -187,36 +172,37 @@ def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, sof
 class SelectiveDistillationConfig(DistillationConfig):
     """TRL's `DistillationConfig`, and how tokens are selected.
 
-    Raises: TypeError, ValueError: what `selective_opd_loss` refuses, in its words: `support_top_k` is its top_k, `loss_backend`
-        its backend.
+    Raises: as `Settings`, in its words: `support_top_k` is its top_k, `loss_backend` its backend.
     """
 
-    fraction: float = field(
-        default=0.05, metadata={"help": "Share of the valid tokens of a micro-batch to train on, in (0, 1]."}
-    )
-    selector: str = field(default="teachability", metadata={"help": "What makes a token worth training on."})
-    scope: str = field(default="batch", metadata={"help": "'batch': one budget a micro-batch; 'sequence': one a completion."})
+    fraction: float = field(default=DEFAULTS.fraction, metadata={"help": HELP["fraction"]})
+    selector: str = field(default=str(DEFAULTS.selector), metadata={"help": HELP["selector"]})
+    scope: str = field(default=DEFAULTS.scope, metadata={"help": HELP["scope"]})
     divergence: str | None = field(
         default=None, metadata={"help": "Name of a divergence; None: the JSD of `beta`, which at 1.0 is reverse KL."}
     )
-    support_top_k: int = field(default=16, metadata={"help": "K of the top-K supports that tokens are scored on."})
-    denominator: str = field(
-        default="selected", metadata={"help": "'selected': a mean over the selected tokens; 'valid': over all valid ones."}
-    )
-    workspace_bytes: int = field(default=512 * 2**20, metadata={"help": "Scratch memory of a loss call."})
-    loss_backend: str = field(default="auto", metadata={"help": "'auto', 'triton', 'torch' or 'eager'."})
+    support_top_k: int = field(default=DEFAULTS.top_k, metadata={"help": HELP["top_k"]})
+    denominator: str = field(default=DEFAULTS.denominator, metadata={"help": HELP["denominator"]})
+    workspace_bytes: int = field(default=DEFAULTS.workspace_bytes, metadata={"help": HELP["workspace_bytes"]})
+    loss_backend: str = field(default=DEFAULTS.backend, metadata={"help": HELP["backend"]})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        try_options({"divergence": JSD(self.beta), **self.selection}, given=GIVEN)
+        _ = self.settings  # refused now, and not in the first step
 
     @property
-    def selection(self) -> dict[str, Any]:
-        """The options of `selective_opd_loss`."""
-        names = ("fraction", "selector", "scope", "denominator", "workspace_bytes")
-        found = {name: getattr(self, name) for name in names}
-        found |= {"top_k": self.support_top_k, "backend": self.loss_backend}  # TRL's top_k is that of sampling
-        return found if self.divergence is None else found | {"divergence": self.divergence}
+    def settings(self) -> Settings:
+        """Of the loss, whose top_k is `support_top_k`, because TRL's own is the one of sampling."""
+        return Settings(
+            fraction=self.fraction,
+            selector=self.selector,
+            scope=self.scope,
+            denominator=self.denominator,
+            top_k=self.support_top_k,
+            workspace_bytes=self.workspace_bytes,
+            backend=self.loss_backend,
+            divergence=JSD(self.beta) if self.divergence is None else self.divergence,
+        ).for_host(passes_tokens=False)
 
 
 class SelectiveDistillationTrainer(DistillationTrainer):
@@ -231,7 +217,8 @@ class SelectiveDistillationTrainer(DistillationTrainer):
         if args is not None and not isinstance(args, SelectiveDistillationConfig):
             raise TypeError(f"args: got {type(args).__name__}, expected a SelectiveDistillationConfig")
         args = SelectiveDistillationConfig("selective-distillation") if args is None else args
-        self._selection = args.selection
+        self._settings = args.settings
+        self._divergence = None if args.divergence is None else resolve_divergence(args.divergence)
         super().__init__(*arguments, args=args, **options)
 
     def _compute_loss(self, unwrapped_student: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None) -> Any:
@@ -241,7 +228,7 @@ class SelectiveDistillationTrainer(DistillationTrainer):
             for name, value in as_floats({name: metrics[name] for name in LOGGED if name in metrics}).items():
                 self._metrics[mode][f"opd/{name}"].append(value)
 
-        with _Swap(self._selection, log):  # which were tried when the configuration was made
+        with _Swap(self._settings, self._divergence, log):
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
 
 
@@ -264,7 +251,7 @@ def align_teacher_vocab(student: nn.Module, teacher: nn.Module) -> nn.Module:
     return teacher
 
 
-def generalized_jsd_loss(
+def generalized_jsd_loss(  # type: ignore[misc]  # the temperature is TRL's, not an option
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None = None,
@@ -272,10 +259,7 @@ def generalized_jsd_loss(
     temperature: float = 1.0,
     reduction: str = "batchmean",
     num_items_in_batch: Tensor | int | None = None,
-    *,
-    fraction: float = 0.05,
-    divergence: str | Divergence | None = None,
-    **options: Any,
+    **options: Unpack[LossOptions],
 ) -> Tensor:
     """The loss of TRL's GKD and GOLD trainers on the selected tokens.
 
@@ -289,22 +273,16 @@ def generalized_jsd_loss(
         reduction: "batchmean": a mean over the tokens, or without labels their sum over B; "sum". The mean is that over the
             selected tokens, so that the step does not shrink.
         num_items_in_batch: The host's count of valid tokens; wins over `reduction`.
-        fraction, divergence, options: As in `patch_trl`.
+        options: As in `patch_trl`.
     Raises: ValueError: another reduction.
     """
     if reduction not in ("batchmean", "sum"):
         raise ValueError(f"reduction: got {reduction!r}, expected 'batchmean' or 'sum'")
     mask = None if labels is None else labels != -100
-    options |= {"fraction": fraction} if torch.is_grad_enabled() else EVERY_TOKEN
-    out = selective_opd_loss(
-        student_logits,
-        teacher_logits,
-        mask=mask,
-        temperature=temperature,
-        num_items_in_batch=num_items_in_batch,
-        divergence=JSD(beta) if divergence is None else divergence,
-        **options,
-    )
+    divergence = _named_divergence(options) or JSD(beta)
+    settings = replace(Settings.of(options, given=GIVEN), divergence=divergence, temperature=temperature)
+    loss_fn = SelectiveOPDLoss(settings if torch.is_grad_enabled() else settings.every_token)
+    out = loss_fn(student_logits, teacher_logits, mask=mask, num_items_in_batch=num_items_in_batch)
     if num_items_in_batch is not None or (reduction == "batchmean" and labels is not None):
         return out.loss
     n_valid = out.metrics["n_valid"].to(out.loss.dtype)

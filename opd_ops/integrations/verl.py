@@ -10,7 +10,7 @@ responses out of what that returned and aggregates. Both functions are replaced,
 Where log-probabilities share the logits (task rewards), flash-attn's cross entropy overwrites the logits with their gradient
 before the backward comes here: the selected rows are then copied.
 Not here: sequence parallelism, Megatron, fused kernels, the loss as a reward (refused with an error); the loss itself
-(opd_ops/token_losses.py).
+(opd_ops/loss.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import wraps
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,11 +30,15 @@ from verl.utils.ulysses import get_ulysses_sequence_parallel_world_size
 from verl.workers.utils.padding import no_padding_2_padding
 
 from opd_ops.call.metrics import as_floats
+from opd_ops.call.reduce import TokenLosses
 from opd_ops.divergences import Divergence, LocalSupport, TailAware, TopKForwardKL
 from opd_ops.divergences.base import Support
 from opd_ops.inputs.teacher_lists import TopKLogprobs
-from opd_ops.integrations.options import try_options
-from opd_ops.token_losses import TokenLosses, selective_opd_token_losses
+from opd_ops.loss import selective_opd_token_losses
+from opd_ops.settings import Settings, TokenLossOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 FITS = "0.9.1"
 MODE = "selective_opd"
@@ -51,7 +55,6 @@ OF_LISTS: dict[str, type[TopKForwardKL | LocalSupport | TailAware]] = {
     "tail_aware": TailAware,
 }
 GIVEN = ("mask", "cu_seqlens", "temperature")  # by verl
-TEACHER_TOP_K = 16  # of the trial of the options; in training it is verl's `topk`
 COLUMNS = ("selected", "student_entropy", "support_mass")  # of each token, for the metrics
 
 
@@ -64,24 +67,22 @@ class patch_verl(AbstractContextManager["patch_verl"]):
     rescaling; `log_prob_min_clamp` with divergence "forward_kl_topk", and refused with the others.
 
     Args:
-        fraction: Share of the response tokens of each micro-batch to train on; 1.0 is verl's "forward_kl_topk".
-        divergence: "forward_kl_topk", "local_support", "tail_aware" on all that the teacher sent, or an instance.
-        options: Of `selective_opd_token_losses`: selector, scope, top_k, workspace_bytes, backend, ... Mask, teacher,
-            temperature and packing are verl's.
-    Raises: RuntimeError: a verl whose hooks are others (says which version fits), or one that is patched already. TypeError: an
-        option that the loss does not have. ValueError: one that it refuses; in training a setting of verl's that this loss does
-        not have, with what to set.
+        options: `Settings` by name: fraction (1.0 is verl's loss), selector, scope, top_k, ... The temperature is verl's.
+            `divergence`: "forward_kl_topk" (the default here), "local_support", "tail_aware" on all that the teacher sent, or
+            an instance.
+    Raises: RuntimeError: a verl whose hooks are others (says which version fits), or one that is patched already. As
+        `Settings`. ValueError: in training a setting of verl's that this loss does not have, with what to set.
     Example:
         >>> patch_verl(fraction=0.1, selector="teachability")  # in my_opd.py; VERL_USE_EXTERNAL_MODULES=my_opd
     """
 
-    def __init__(self, *, fraction: float = 0.05, divergence: str | Divergence = "forward_kl_topk", **options: Any) -> None:
+    def __init__(self, **options: Unpack[TokenLossOptions]) -> None:
         _check_hooks()
+        divergence = options.setdefault("divergence", "forward_kl_topk")
         if isinstance(divergence, str) and divergence not in OF_LISTS:
             raise ValueError(f"divergence: got {divergence!r}, expected one of: {', '.join(OF_LISTS)}: the teacher sends lists")
-        self.divergence, self.options = divergence, {"fraction": fraction, **options}
-        tried = self.options | {"divergence": divergence}
-        try_options(tried, given=GIVEN, function=selective_opd_token_losses, teacher_top_k=TEACHER_TOP_K)
+        Settings.of(options, given=GIVEN, of=TokenLossOptions).for_host(passes_tokens=False, teacher="TopKLogprobs")
+        self.options = options
         self._replaced, self._is_undone = {name: getattr(hooks, name) for name in PARAMETERS}, False
         self._own = {"compute_topk_loss": self._of_logits(), "distillation_loss": self._of_outputs()}
         hooks.register_distillation_loss(hooks.DistillationLossSettings(names=[MODE], use_topk=True))(_response_losses)
@@ -122,7 +123,7 @@ class patch_verl(AbstractContextManager["patch_verl"]):
                 found: dict[str, Tensor] = replaced(config, distillation_config, data, student_logits, data_format)
                 return found
             _check_settings(config, settings, data, student_logits)
-            return _packed_losses(settings, data, student_logits, self.divergence, self.options)
+            return _packed_losses(settings, data, student_logits, self.options)
 
         return compute_topk_loss
 
@@ -184,30 +185,31 @@ def _check_settings(config: Any, settings: Any, data: Any, student_logits: Tenso
         )
 
 
-def _packed_losses(
-    settings: Any, data: Any, student_logits: Tensor, divergence: str | Divergence, options: dict[str, Any]
-) -> dict[str, Tensor]:
+def _packed_losses(settings: Any, data: Any, student_logits: Tensor, options: TokenLossOptions) -> dict[str, Tensor]:
     """verl's contract: columns of shape (1, n), `distillation_losses` connected to the logits."""
     teacher = TopKLogprobs(*(data[name].values().unsqueeze(0) for name in ("teacher_ids", "teacher_logprobs")))
-    found = _divergence(divergence, settings.log_prob_min_clamp, teacher.ids.shape[-1])
-    options = {"divergence": found, "mask": _packed_mask(data), "cu_seqlens": data["input_ids"].offsets(), **options}
+    divergence = _divergence(options["divergence"], settings.log_prob_min_clamp, teacher.ids.shape[-1])
+    options = {**options, "divergence": divergence}
+    mask, cu_seqlens = _packed_mask(data), data["input_ids"].offsets()
     if tensordict_utils.get_non_tensor_data(data, "distillation_only", False):
-        out = selective_opd_token_losses(student_logits, teacher, **options)
+        out = selective_opd_token_losses(student_logits, teacher, mask=mask, cu_seqlens=cu_seqlens, **options)
     else:
-        out = _of_a_copy(student_logits, teacher, options)
+        out = _of_a_copy(student_logits, teacher, mask, cu_seqlens, options)
     known = {"selected": out.selected, "student_entropy": out.stats.student_entropy, "support_mass": out.stats.support_mass}
     return {"distillation_losses": out.losses, **{name: known[name].to(out.losses.dtype) for name in COLUMNS}}
 
 
-def _of_a_copy(student_logits: Tensor, teacher: TopKLogprobs, options: dict[str, Any]) -> TokenLosses:
+def _of_a_copy(
+    student_logits: Tensor, teacher: TopKLogprobs, mask: Tensor, cu_seqlens: Tensor, options: TokenLossOptions
+) -> TokenLosses:
     """The same from a copy of the selected rows, which the backward may read after the logits were overwritten."""
-    out = selective_opd_token_losses(student_logits.detach(), teacher, **options)
+    out = selective_opd_token_losses(student_logits.detach(), teacher, mask=mask, cu_seqlens=cu_seqlens, **options)
     at = out.selected.nonzero(as_tuple=True)
-    kept = {
-        name: value for name, value in options.items() if name in ("divergence", "backend", "workspace_bytes", "vocab_size")
-    }
+    everywhere: TokenLossOptions = {"selector": "all", "fraction": 1.0, "top_k": 1, "divergence": options["divergence"]}
+    known = Settings.of(options, of=TokenLossOptions)
+    everywhere |= {"backend": known.backend, "workspace_bytes": known.workspace_bytes, "vocab_size": known.vocab_size}
     lists = TopKLogprobs(teacher.ids[at], teacher.logprobs[at])
-    own = selective_opd_token_losses(student_logits[at], lists, selector="all", fraction=1.0, top_k=1, **kept)
+    own = selective_opd_token_losses(student_logits[at], lists, **everywhere)
     blown_up = out.losses.isnan().any()  # at any valid position
     losses = torch.zeros_like(out.losses).index_put(at, own.losses) * torch.where(blown_up, torch.nan, 1.0)
     return out._replace(losses=losses)

@@ -9,7 +9,8 @@
 Over ranks the n-th best score is found without gathering scores, and the largest place among its ties that is kept likewise;
 one count of what ties then is gathered a rank and sequence.
 Everything stays on the device: no count is read on the host.
-Not here: the scores (selectors.py), the n-th best over ranks (distributed/order_statistics.py).
+Not here: the scores (selectors.py), which positions are a sequence (inputs/sequences.py), the n-th best over ranks
+(distributed/order_statistics.py).
 """
 
 from __future__ import annotations
@@ -23,47 +24,9 @@ from torch import Tensor
 
 from opd_ops.distributed.order_statistics import order_statistics
 from opd_ops.distributed.ranks import Ranks
+from opd_ops.inputs.sequences import check_same_sequences
 
 SHORTLIST = 2  # positions that are scored again exactly after a ranking in 8 bits, in multiples of the budget
-
-
-def sequence_ids(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
-    """(numel,) non-decreasing sequence number of each flattened position.
-
-    One sequence per row of the last dimension, or, for packed rows, the spans between the entries of `cu_seqlens`.
-    """
-    places = torch.arange(shape.numel(), device=device)
-    if cu_seqlens is not None:
-        spans = _spans(places, cu_seqlens)
-        # Empty spans leave no gap in the numbers, so that no number exceeds the count of positions.
-        return torch.cat((spans[:1] * 0, (spans[1:] != spans[:-1]).cumsum(0)))
-    return places.div(max(1, shape[-1] if len(shape) else 1), rounding_mode="floor")
-
-
-def numbered_sequences(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, int]:
-    """The same without closing gaps, and how many sequences there are: numbers that mean the same on every rank."""
-    n = count_sequences(shape, cu_seqlens)
-    if cu_seqlens is None:
-        return sequence_ids(shape, None, device), n
-    return _spans(torch.arange(shape.numel(), device=device), cu_seqlens).clamp_max(n - 1), n
-
-
-def count_sequences(shape: torch.Size, cu_seqlens: Tensor | None) -> int:
-    return max(1, shape[:-1].numel()) if cu_seqlens is None else len(cu_seqlens) - 1
-
-
-def check_same_sequences(n: int, ranks: Ranks, device: torch.device) -> None:
-    """Refuse, on every rank, ranks with different numbers of sequences; gathers an int64, for which the host waits."""
-    counts = ranks.gather(torch.tensor([n], device=device)).flatten().tolist()
-    if len(set(counts)) != 1:
-        raise ValueError(
-            f"selection_group: its ranks hold parts of {', '.join(map(str, counts))} sequences, expected parts of the same "
-            "ones; pass as many rows, or spans of cu_seqlens, on each, empty ones too"
-        )
-
-
-def _spans(places: Tensor, cu_seqlens: Tensor) -> Tensor:
-    return torch.bucketize(places, cu_seqlens[1:].to(device=places.device, dtype=torch.long), right=True)
 
 
 def budget(n_valid: Tensor, fraction: float) -> Tensor:

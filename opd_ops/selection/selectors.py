@@ -32,12 +32,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar, TypedDict
 
 import torch
 from torch import Tensor
 
-from opd_ops.arguments import real, shown, take_plain
+from opd_ops.arguments import is_traced, real, shown, take_plain
 from opd_ops.distributed.order_statistics import order_statistics
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.selection.stats import TokenStats
@@ -69,7 +69,7 @@ def over_ranks(ranks: Ranks) -> Iterator[None]:
 
 def _quantiles(z: Tensor, among: Tensor, levels: tuple[float, ...], dtype: torch.dtype) -> list[Tensor]:
     """Linearly interpolated quantiles of z[among], each 0-dim; +inf when nothing is among. `dtype`: what z is made of."""
-    ranks = None if torch.compiler.is_compiling() else _ranks.get()  # which dynamo cannot trace
+    ranks = None if is_traced() else _ranks.get()  # which dynamo cannot trace
     if ranks is None:
         return [_quantile(z, among, level) for level in levels]
 
@@ -315,17 +315,22 @@ SELECTORS: dict[str, Selector] = {
 }
 
 
-def resolve_selector(selector: str | Selector, *, generator: torch.Generator | None, sequence_ids: Tensor) -> Selector:
-    """The selector of that name, or a callable as it is, given the call's generator and sequences where it has none."""
+def named_selector(selector: str | Selector) -> Selector:
+    """The selector of that name, or a callable as it is."""
     known = ", ".join(SELECTORS)
     if isinstance(selector, type):
         raise TypeError(f"selector: got the class {selector.__name__}, expected an instance of it, or one of: {known}")
-    if not callable(selector):
-        if not isinstance(selector, str):
-            raise TypeError(f"selector: got {type(selector).__name__}, expected a callable or one of: {known}")
-        if selector not in SELECTORS:
-            raise ValueError(f"selector: got {selector!r}, expected a callable or one of: {known}")
-        selector = SELECTORS[selector]
+    if callable(selector):
+        return selector
+    if not isinstance(selector, str):
+        raise TypeError(f"selector: got {type(selector).__name__}, expected a callable or one of: {known}")
+    if selector not in SELECTORS:
+        raise ValueError(f"selector: got {selector!r}, expected a callable or one of: {known}")
+    return SELECTORS[selector]
+
+
+def bound_selector(selector: Selector, generator: torch.Generator | None, sequence_ids: Tensor) -> Selector:
+    """The selector with the call's generator and sequences where it has none of its own."""
     if isinstance(selector, (Multinomial, Random)) and selector.generator is None:
         return replace(selector, generator=generator)
     if isinstance(selector, Prefix) and selector.sequence_ids is None:
@@ -343,7 +348,15 @@ def is_deterministic(selector: Selector) -> bool:
     return is_own(selector) and not isinstance(selector, (Multinomial, Random))
 
 
-def selection_options(selector: Selector, stats: TokenStats) -> dict[str, Any]:
+class SelectionOptions(TypedDict):
+    """What a selector asks of `select_positions` beside its scores; the header lists the attributes that say so."""
+
+    keep_one_per_sequence: bool
+    keep_scores: Tensor | None
+    places: Tensor | None
+
+
+def selection_options(selector: Selector, stats: TokenStats) -> SelectionOptions:
     """What a selector's attributes ask of `select_positions`, by the statistics that it ranked; the header lists them."""
     keep_scores = getattr(selector, "keep_scores", None)
     return {

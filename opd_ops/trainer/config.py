@@ -2,7 +2,7 @@
 
   opd-train --config FILE.yaml --fraction 0.05:  a line `name: value` of the file is the flag `--name value`; flags win
 
-Not here: what they do (loop.py and its neighbours), how those of the loss are tried (integrations/options.py).
+Not here: what they do (loop.py and its neighbours), the settings of the loss (opd_ops/settings.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opd_ops.divergences import Divergence, resolve_divergence
-from opd_ops.integrations.options import try_options
+from opd_ops.settings import DEFAULTS, HELP, Settings
 from opd_ops.trainer.files import check_path, check_text, read_text
 from opd_ops.trainer.prompts import PromptSource
 
@@ -27,7 +27,6 @@ SAME = "same"
 GIVEN = "passed as an object"
 MOST_TOP_K = 128
 PATHS = ("student", "teacher", "prompts", "eval_prompts", "output_dir")  # where they are no names on the hub
-GIVEN_TO_LOSS = ("mask", "tokens", "num_items_in_batch", "generator")  # by the loop, beside the options
 
 
 def _option(default: Any, text: str) -> Any:
@@ -78,14 +77,15 @@ class OPDConfig:
     rollout_model: str | None = _option(None, "Name that server has for the student's base; none: the only model it serves.")
     rollout_api_key_env: str | None = _option(None, "Environment variable that holds the key of that server, if it wants one.")
     # loss
-    selector: str = _option("teachability", "What makes a token worth training on (opd_ops/selection/selectors.py).")
-    fraction: float = _option(0.05, "Share of the tokens of each micro-batch to train on, in (0, 1].")
+    selector: str = _option(DEFAULTS.selector, HELP["selector"])
+    fraction: float = _option(DEFAULTS.fraction, HELP["fraction"])
     scope: Literal["batch", "sequence", "global"] = _option(
-        "batch", "One budget for each process's micro-batch, for each answer, or for all processes' micro-batches together."
+        DEFAULTS.scope,
+        "One budget for each process's micro-batch, for each answer, or for all processes' micro-batches together.",
     )
-    divergence: str = _option("reverse_kl", "The loss on them (docs/features.md).")
+    divergence: str = _option(DEFAULTS.divergence, "Name of the loss on the selected positions (docs/features.md).")
     divergence_args: str = _option("", "Its parameters, like beta=0.3 or top_k=8,alpha=0.5.")
-    top_k: int = _option(16, "Entries of the supports that statistics are made of.")
+    top_k: int = _option(DEFAULTS.top_k, HELP["top_k"])
     workspace_mib: int = _option(256, "Scratch memory of the loss, MiB.")
     # optimisation
     steps: int = _option(100, "Updates of the student.")
@@ -112,16 +112,16 @@ class OPDConfig:
     report_to: str = _option("", "Trackers, like tensorboard,wandb.")
     run_name: str = _option("opd", "The run's folder in TensorBoard, its project in Weights & Biases.")
 
-    def loss_options(self) -> dict[str, Any]:
-        """The arguments of `selective_opd_loss` that the options name."""
-        return {
-            "selector": self.selector,
-            "fraction": self.fraction,
-            "scope": self.scope,
-            "divergence": self.resolved_divergence(),
-            "top_k": self.top_k,
-            "workspace_bytes": self.workspace_mib * 2**20,
-        }
+    def settings(self) -> Settings:
+        """Of the loss."""
+        return Settings(
+            selector=self.selector,
+            fraction=self.fraction,
+            scope=self.scope,
+            divergence=self.resolved_divergence(),
+            top_k=self.top_k,
+            workspace_bytes=self.workspace_mib * 2**20,
+        )
 
     def resolved_divergence(self) -> Divergence:
         """`divergence` with the parameters of `divergence_args`."""
@@ -214,7 +214,7 @@ class OPDConfig:
         self._check_sources()
         self._check_servers()
         self._check_trackers()
-        self._try_loss()
+        self._check_loss()
         return self
 
     def _check_sources(self) -> None:
@@ -262,11 +262,10 @@ class OPDConfig:
         if missing:
             raise ValueError(f"report_to: got {missing[0]!r}, whose package is not installed; pip install it, or leave it out")
 
-    def _try_loss(self) -> None:
+    def _check_loss(self) -> None:
         if not 0 < self.top_k <= MOST_TOP_K:
             raise ValueError(f"top_k: got {self.top_k}, expected an integer from 1 to {MOST_TOP_K}")
-        top_k = None if self.teacher_url is None else self.teacher_top_k
-        try_options(self.loss_options(), given=GIVEN_TO_LOSS, teacher_top_k=top_k)
+        self.settings().for_host(passes_tokens=True, teacher=None if self.teacher_url is None else "TopKLogprobs")
 
 
 def read_config(arguments: Sequence[str] | None = None) -> OPDConfig:

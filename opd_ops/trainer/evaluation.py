@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from opd_ops.inputs.linear_head import LinearHead
-from opd_ops.integrations.options import EVERY_TOKEN
-from opd_ops.loss import selective_opd_loss
+from opd_ops.loss import SelectiveOPDLoss
+from opd_ops.settings import Settings
 from opd_ops.trainer.order import seed_of
 from opd_ops.trainer.prompts import Prompt
 from opd_ops.trainer.rollouts import Rollouts, head_over, sample
@@ -73,20 +73,21 @@ def held_out_metrics(
     *,
     batch_size: int,
     unwrapped: nn.Module,
-    loss_options: dict[str, Any],
+    settings: Settings,
 ) -> dict[str, float]:
     """Means over the valid tokens of the contexts, in nats; of the loss on all of them, and of what the teacher lets know."""
     was_training = model.training
     model.eval()
     totals, n_valid = dict.fromkeys(("loss", *COLUMNS), 0.0), 0.0
     known: Sequence[str] = ()
+    loss_fn = SelectiveOPDLoss(settings.every_token)
     for first in range(0, len(contexts.tokens), batch_size):
         rows = slice(first, first + batch_size)
         part = Rollouts(contexts.prompts[rows], contexts.tokens[rows], contexts.mask[rows])
         head = head_over(model, tokenizer, part, unwrapped=unwrapped)
         taught = teacher(part)
         known = ("loss", *COLUMNS) if isinstance(taught, LinearHead) else ("loss", "student_entropy")
-        out = selective_opd_loss(head, taught, mask=part.mask, tokens=part.tokens, **(loss_options | EVERY_TOKEN))
+        out = loss_fn(head, taught, mask=part.mask, tokens=part.tokens)
         totals["loss"] += out.metrics["loss_sum"].item()
         for name in COLUMNS:
             totals[name] += getattr(out.stats, name).sum().item()

@@ -25,7 +25,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import get_scheduler
 
-from opd_ops.loss import SelectiveOPDOutput, selective_opd_loss
+from opd_ops.call.reduce import SelectiveOPDOutput
+from opd_ops.loss import SelectiveOPDLoss
 from opd_ops.trainer import evaluation
 from opd_ops.trainer.blow_up import are_finite, blow_up
 from opd_ops.trainer.checkpoints import FOLDER, Checkpoints, check_resume, choose, save_model
@@ -255,15 +256,9 @@ class OPDTrainer:
             student = head_over(self.model, self.tokenizer, batch, unwrapped=self.unwrapped)
         if self.config.mixed_precision == "bf16":  # as the body computes; the gradients are summed in fp32
             student = in_bf16(student)
-        return selective_opd_loss(
-            student,
-            self.teacher(batch),
-            mask=batch.mask,
-            tokens=batch.tokens,
-            num_items_in_batch=n_items,
-            generator=torch.Generator(device).manual_seed(seed),
-            **self.config.loss_options(),
-        )
+        settings = dataclasses.replace(self.config.settings(), generator=torch.Generator(device).manual_seed(seed))
+        loss_fn = SelectiveOPDLoss(settings)
+        return loss_fn(student, self.teacher(batch), mask=batch.mask, tokens=batch.tokens, num_items_in_batch=n_items)
 
     def _numbers(self, totals: dict[str, Tensor]) -> dict[str, float]:
         """What is logged of a step, over all its micro-batches and processes."""
@@ -301,7 +296,7 @@ class OPDTrainer:
             self.contexts,
             batch_size=config.batch_size,
             unwrapped=self.unwrapped,
-            loss_options=config.loss_options(),
+            settings=config.settings(),
         )
         loss = numbers.get("loss", 0.0)
         if not math.isfinite(loss):

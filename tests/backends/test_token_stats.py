@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from opd_ops import score_positions
-from opd_ops.backends.streamed.workspace import score_grid
+from opd_ops.backends.shared.workspace import score_grid
 from opd_ops.inputs.sources import Source
 from tests.backends.test_eager import _Everything
 from tests.support.cases import head_pair, logit_pair, to_double

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from opd_ops import LinearHead, ReverseKL, score_positions, selective_opd_loss
-from opd_ops.backends import interface as backends
-from opd_ops.backends.interface import Needs, resolve_backend
-from opd_ops.backends.streamed import backend as streamed
+from opd_ops.backends import resolve as backends
+from opd_ops.backends.interface import Needs
+from opd_ops.backends.resolve import resolve_backend
+from opd_ops.backends.streamed.backend import STREAMED
 from opd_ops.backends.triton import backend as triton_backend
 from opd_ops.inputs.sources import Source
 from tests.backends.test_eager import _Everything
@@ -359,10 +360,10 @@ def test_auto_takes_triton_on_a_gpu_where_it_can_run_and_says_so(monkeypatch, ca
             sources = Source.of(student, 20, 1.0), Source.of(teacher, 20, 1.0)
             return resolve_backend("auto", *sources, Needs(ReverseKL(), top_k=16))
 
-    assert chosen(LOGITS, LOGITS) is streamed
+    assert chosen(LOGITS, LOGITS) is STREAMED
     assert "using 'torch' (the device is cpu)" in caplog.text
     monkeypatch.setattr(backends, "DEVICES", ("cpu",))
-    assert chosen(LOGITS, LOGITS) is triton_backend
+    assert chosen(LOGITS, LOGITS) is triton_backend.TRITON
     assert "using 'triton' (the device is cpu)" in caplog.text
-    assert chosen(LOGITS.double(), LOGITS) is streamed
+    assert chosen(LOGITS.double(), LOGITS) is STREAMED
     assert "using 'torch' (student has dtype torch.float64" in caplog.text

@@ -259,7 +259,7 @@ def worked(backend):
     options = {"fraction": paper.FRACTION, "backend": backend, "workspace_bytes": workspace, "process_group": own_pair()}
     with FlopCounterMode(display=False) as counter, LiveBytes() as meter:
         selective_opd_loss(student, teacher, **options).loss.backward()
-    found = estimate(n, vocab // 2, *dims, paper.FRACTION, dtype, workspace, backend=backend)
+    found = estimate(n, vocab // 2, *dims, fraction=paper.FRACTION, dtype=dtype, workspace_bytes=workspace, backend=backend)
     work = paper.work_of(n, vocab, *dims, 2, workspace_bytes=workspace)
     flops, most = work if backend == "triton" else (found.flops, found.peak_bytes)
     return counter.get_total_flops(), flops, meter.peak, found.gradient_bytes, most
@@ -278,7 +278,7 @@ def test_a_rank_computes_and_holds_what_its_part_of_the_vocabulary_costs(ranks, 
 def test_rings_move_what_is_not_there_yet():
     def of(kind, ranks):
         scope = {"tp": ranks} if kind == "vocabulary" else {"dp": ranks, "scope": "global"}
-        return estimate_communication(100, 500, 32, 0.1, torch.float32, backend="torch", **scope)
+        return estimate_communication(100, 500, 32, fraction=0.1, dtype=torch.float32, backend="torch", **scope)
 
     for p in (2, 8, 1024):
         found = of("vocabulary", p)
@@ -335,7 +335,7 @@ def test_what_does_not_fit_is_refused():
         ({"n_selected": -1}, "n_selected: got -1, expected at least 0"),
         ({"fraction": 2}, r"fraction: got 2, expected a number in \(0, 1\]"),
         ({"scope": "all"}, "scope: got 'all', expected one of: batch, sequence, global"),
-        ({"backend": "auto"}, "backend: got 'auto', expected one of: triton, torch, eager"),
+        ({"backend": "cuda"}, "backend: got 'cuda', expected one of: auto, eager, torch, triton"),
         ({"top_k": 100}, "top_k: got 100, expected at most the vocabulary size, 99"),
         ({"divergence": LocalSupport(top_k=100)}, "'local_support' has top_k 100, expected at most the vocabulary size, 99"),
         ({"dtype": torch.float64}, "dtype: got torch.float64, which backend 'triton' does not take"),

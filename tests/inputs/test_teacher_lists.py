@@ -25,7 +25,7 @@ from opd_ops import (
 )
 from opd_ops.backends import eager
 from opd_ops.inputs.sources import Source
-from opd_ops.inputs.teacher_lists import LAST_ID, Listed, tail
+from opd_ops.inputs.teacher_lists import LAST_ID, TeacherLists, tail
 from tests.divergences.test_divergences import draw_tokens
 from tests.support import divergence_oracle as oracle
 from tests.support.cases import generator, gradients, head_pair, leaf, leaf_head, logit_pair, to_double
@@ -195,7 +195,7 @@ def test_an_entry_of_minus_9999_is_missing(name, backend):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])  # bf16 makes -9984 of -9999
 def test_listed_drops_minus_9999_or_less_of_every_dtype(dtype):
     logprobs = torch.tensor([[-9999.0, -1.0, -12345.0, -9000.0]], dtype=dtype)
-    found = Listed.of(TopKLogprobs(torch.tensor([[1, 2, 3, 4]]), logprobs), 100, torch.float32)
+    found = TeacherLists.of(TopKLogprobs(torch.tensor([[1, 2, 3, 4]]), logprobs), 100, torch.float32)
     assert found.ids.tolist() == [[2, 4, LAST_ID, LAST_ID]]
     assert found.logprobs[0, 2:].tolist() == [-INF, -INF]
 
@@ -244,7 +244,7 @@ def test_nan_in_a_list_is_an_error_with_its_position(backend):
 def test_nan_in_a_list_that_is_not_looked_at_makes_the_position_invalid():
     ids, logprobs = top_k(logit_pair(4, 97, scale=3.0)[1])
     ids[1], logprobs[2, 3] = -1, math.nan
-    assert Listed.of(TopKLogprobs(ids, logprobs), 97, torch.float32).valid.tolist() == [True, False, False, True]
+    assert TeacherLists.of(TopKLogprobs(ids, logprobs), 97, torch.float32).valid.tolist() == [True, False, False, True]
 
 
 @every_backend
@@ -290,14 +290,14 @@ def test_with_rollout_statistics_scoring_reads_no_head(backend):
 def test_listed_is_in_order_with_each_id_once():
     ids = torch.tensor([[5, 3, 5, -1, 7, 0, 200]])
     logprobs = torch.tensor([[-2.0, -1.0, -2.0, -0.1, -2.0, -INF, -0.2]])
-    found = Listed.of(TopKLogprobs(ids, logprobs), 100, torch.float32)
+    found = TeacherLists.of(TopKLogprobs(ids, logprobs), 100, torch.float32)
     assert found.ids.tolist() == [[3, 5, 7, LAST_ID, LAST_ID, LAST_ID, LAST_ID]]
     assert found.logprobs.tolist() == [[-1.0, -2.0, -2.0, -INF, -INF, -INF, -INF]]
 
 
 def test_listed_keeps_the_likelier_of_equal_ids_in_any_order():
     ids, logprobs = torch.tensor([[5, 5, 2], [5, 2, 5]]), torch.tensor([[-2.0, -1.0, -3.0], [-1.0, -3.0, -2.0]])
-    found = Listed.of(TopKLogprobs(ids, logprobs), 100, torch.float32)
+    found = TeacherLists.of(TopKLogprobs(ids, logprobs), 100, torch.float32)
     assert found.ids.tolist() == [[5, 2, LAST_ID]] * 2
     assert found.logprobs[:, 0].tolist() == [-1.0, -1.0]
 
@@ -326,7 +326,7 @@ def test_tokens_must_be_those_of_a_sampled_teacher():
 
 def test_listed_merges_equivalent_ids_into_the_first():
     ids, logprobs = torch.tensor([[4, 9, 2, 4]]), torch.tensor([[0.25, 0.125, 0.5, 0.25]]).log()
-    found = Listed.of(TopKLogprobs(ids, logprobs), 100, torch.float32, merged=(9, 4))
+    found = TeacherLists.of(TopKLogprobs(ids, logprobs), 100, torch.float32, merged=(9, 4))
     assert found.ids.tolist() == [[2, 9, LAST_ID, LAST_ID]]
     assert_within(found.logprobs[0, :2].exp(), torch.tensor([0.5, 0.375]), absolute=1e-6, relative=0, name="mass")
 

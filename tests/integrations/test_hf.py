@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, Trainer, TrainingArguments
 
-from opd_ops import LinearHead, selective_opd_loss
+from opd_ops import LinearHead, Settings, selective_opd_loss
 from opd_ops.backends import eager
 from opd_ops.inputs.sources import Source
 from opd_ops.integrations import hf, trl
@@ -85,7 +85,7 @@ def by_hand(fraction, **options):
 
 @pytest.mark.parametrize("fraction", [1.0, 0.25])
 def test_the_mixin_trains_on_hidden_states_as_on_logits(tmp_path, fraction):
-    made = run(tmp_path, teacher=language_model(2, width=48), selection={"fraction": fraction})
+    made = run(tmp_path, teacher=language_model(2, width=48), settings=Settings(fraction=fraction))
     want, norm = by_hand(fraction)
     assert logged(made, "loss")[0] == pytest.approx(want.loss.item(), rel=1e-4)
     assert logged(made, "grad_norm")[0] == pytest.approx(norm, rel=1e-4)
@@ -96,7 +96,7 @@ def test_the_mixin_trains_on_hidden_states_as_on_logits(tmp_path, fraction):
 @pytest.mark.parametrize("fraction", [1.0, 0.25])
 def test_micro_batches_take_the_step_of_the_whole_batch(tmp_path, fraction):
     options = {"teacher": language_model(2, width=48)}
-    options["selection"] = {"fraction": fraction, "selector": "entropy", "scope": "sequence", "denominator": "valid"}
+    options["settings"] = Settings(fraction=fraction, selector="entropy", scope="sequence", denominator="valid")
     whole, parts = run(tmp_path, **options), run(tmp_path, batch=2, accumulation=4, **options)
     for name in ("loss", "grad_norm"):
         assert logged(parts, name)[0] == pytest.approx(logged(whole, name)[0], rel=1e-4)
@@ -104,7 +104,7 @@ def test_micro_batches_take_the_step_of_the_whole_batch(tmp_path, fraction):
 
 
 def test_evaluation_takes_every_token(tmp_path):
-    made = run(tmp_path, teacher=language_model(2, width=48), selection={"fraction": 0.1})
+    made = run(tmp_path, teacher=language_model(2, width=48), settings=Settings(fraction=0.1))
     want, _ = by_hand(1.0, selector="all")
     assert made.evaluate()["eval_loss"] == pytest.approx(want.loss.item(), rel=1e-4)
     assert logged(made, "eval_opd/n_selected")[0] == want.metrics["n_valid"]
@@ -112,7 +112,7 @@ def test_evaluation_takes_every_token(tmp_path):
 
 @pytest.mark.parametrize("selection", [{"threshold": 1e9}, {"threshold": 0.5, "fraction": 0.1, "selector": "tip"}])
 def test_evaluation_depends_on_no_option_of_the_selection(tmp_path, selection):
-    made = run(tmp_path, teacher=language_model(2, width=48), selection=selection)
+    made = run(tmp_path, teacher=language_model(2, width=48), settings=Settings(**selection))
     want, _ = by_hand(1.0, selector="all")
     assert made.evaluate()["eval_loss"] == pytest.approx(want.loss.item(), rel=1e-4)
     assert logged(made, "eval_opd/n_selected")[0] == want.metrics["n_valid"]
@@ -135,7 +135,7 @@ def of_padded(data, side):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_batch_without_labels_trains_on_no_padding(tmp_path, side):
     data = padded(side)
-    made = run(tmp_path, data=data, teacher=language_model(2, width=48), selection={"selector": "entropy", "fraction": 0.5})
+    made = run(tmp_path, data=data, teacher=language_model(2, width=48), settings=Settings(selector="entropy", fraction=0.5))
     want, norm = of_padded(data, side)
     assert logged(made, "opd/n_valid")[0] == 8 * (LENGTH // 2 - 1)
     assert logged(made, "loss")[0] == pytest.approx(want.loss.item(), rel=1e-4)
@@ -185,7 +185,7 @@ def test_the_teacher_may_be_a_callable_and_the_student_lora(tmp_path):
         with torch.no_grad():
             return teacher(inputs["input_ids"]).logits
 
-    made = run(tmp_path, student=student, teacher=of_inputs, selection={"fraction": 0.5})
+    made = run(tmp_path, student=student, teacher=of_inputs, settings=Settings(fraction=0.5))
     assert seen == [{"input_ids"}]
     assert logged(made, "grad_norm")[0] > 0
 
@@ -198,14 +198,14 @@ def test_without_a_teacher_it_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"fractoin": 0.1}, TypeError, "options of the loss: got 'fractoin', expected some of"),
+        ({"fractoin": 0.1}, TypeError, "settings: got 'fractoin', which no setting is called; did you mean 'fraction'?"),
         ({"fraction": 0}, ValueError, "fraction: got 0, expected"),
-        ({"labels": None}, TypeError, "labels: got it among the options of the loss, but the trainer passes its own"),
+        ({"labels": None}, TypeError, "settings: got 'labels', which no setting is called"),
     ],
 )
 def test_bad_options_are_refused_before_any_training(options, error, message):
-    with pytest.raises(error, match=message):
-        SelectiveDistillationTrainer(None, teacher=lambda inputs: None, selection=options)
+    with pytest.raises(TypeError, match="settings: got dict, expected Settings"):
+        SelectiveDistillationTrainer(None, teacher=lambda inputs: None, settings=options)
     student = language_model(1)
     with pytest.raises(error, match=message):
         SelectiveComputeLoss(student, language_model(2), **options)
@@ -298,11 +298,13 @@ def test_a_sharded_head_is_gathered_for_both_adapters():
             tensor = distribute_tensor(getattr(head, name).detach().clone(), mesh, [Shard(0)])
             setattr(sharded, name, torch.nn.Parameter(tensor))
         gathered = LinearHead.from_module(hidden, sharded)
-        of_trl = trl._head(hidden, sharded.weight, sharded.bias, 1.0, None)
+        given = {"x_lm_head_weight": sharded.weight, "x_lm_head_bias": sharded.bias}
+        given |= {"x_logit_scale": 1.0, "x_final_logit_softcapping": None}
+        of_trl = trl._head({**given, "x_hidden_states": hidden}, "x")
         for found in (gathered, of_trl):
             assert torch.equal(found.weight, head.weight)
             assert torch.equal(found.bias, head.bias)
-        in_bf16 = trl._head(hidden.bfloat16(), sharded.weight, sharded.bias, 1.0, None)
+        in_bf16 = trl._head({**given, "x_hidden_states": hidden.bfloat16()}, "x")
         assert in_bf16.weight.dtype == in_bf16.bias.dtype == torch.bfloat16
         assert torch.equal(in_bf16.bias, head.bias.bfloat16())
         (of_trl.weight.sum() + gathered.weight.sum()).backward()

@@ -204,7 +204,7 @@ def test_what_nemo_rl_asks_of_a_loss(make):
     loss_fn = make(fraction=0.1, selector="teachability")
     assert loss_fn.loss_type is LossType.TOKEN_LEVEL
     assert loss_fn.input_type is LossInputType.LOGIT
-    assert pickle.loads(pickle.dumps(loss_fn)).options == loss_fn.options  # it travels to the workers
+    assert pickle.loads(pickle.dumps(loss_fn)).settings == loss_fn.settings  # it travels to the workers
 
 
 def test_it_rejects_what_it_cannot_do(make):
@@ -212,10 +212,10 @@ def test_it_rejects_what_it_cannot_do(make):
     with pytest.raises(ValueError, match="divergence: got 'tail_aware', expected one of: local_support, forward_kl_topk"):
         make(divergence="tail_aware")
     for options, error, message in (
-        ({"fractoin": 0.1}, TypeError, "options of the loss: got 'fractoin', expected some of"),
+        ({"fractoin": 0.1}, TypeError, "settings: got 'fractoin', which no setting is called; did you mean 'fraction'?"),
         ({"fraction": 1.5}, ValueError, "fraction: got 1.5, expected"),
         ({"selector": "tip"}, ValueError, "selector: got 'tip', which needs the teacher's whole row"),
-        ({"weights": None}, TypeError, "weights: got it among the options of the loss"),
+        ({"weights": None}, TypeError, "weights: got it among the settings of the loss"),
     ):
         with pytest.raises(error, match=message):
             make(**options)

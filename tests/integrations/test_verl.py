@@ -285,12 +285,12 @@ def test_undo_refuses_below_somebody_else_s_replacement(name, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"fractoin": 0.1}, TypeError, "options of the loss: got 'fractoin', expected some of"),
+        ({"fractoin": 0.1}, TypeError, "settings: got 'fractoin', which no setting is called; did you mean 'fraction'?"),
         ({"fraction": 1.5}, ValueError, "fraction: got 1.5, expected"),
-        ({"denominator": "valid"}, TypeError, "options of the loss: got 'denominator'"),  # verl reduces
+        ({"denominator": "valid"}, TypeError, "settings: got 'denominator'"),  # verl reduces
         ({"selector": "tip"}, ValueError, "selector: got 'tip', which needs the teacher's whole row"),
         ({"divergence": JSD()}, ValueError, "divergence: got 'jsd', which TopKLogprobs cannot give"),
-        ({"mask": None}, TypeError, "mask: got it among the options of the loss"),
+        ({"mask": None}, TypeError, "mask: got it among the settings of the loss"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_patched(options, error, message):

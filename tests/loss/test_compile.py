@@ -22,7 +22,7 @@ from opd_ops.selection.budget import budget, most_selected
 from tests.support.cases import head_pair, leaf, leaf_head, logit_pair
 
 OPTIONS = 2**20, 130, 0.7  # workspace_bytes, vocab_size, temperature
-HEAD_OPTIONS = 8, "jsd,released_kl,topk_entropy", 2**20, torch.float32  # top_k, optional columns, workspace_bytes, score_dtype
+HEAD_OPTIONS = "jsd,released_kl,topk_entropy", torch.float32  # optional columns, score_dtype
 OPERATORS = {
     "token_columns": lambda s, t, rows: (s, t, rows, 8, "jsd,released_kl,topk_entropy", *OPTIONS),
     "divergence_gradient": lambda s, t, rows: (s, t, rows, torch.ones(2), "reverse_kl", *OPTIONS),
@@ -36,10 +36,11 @@ def head_operator(name, dtype):
     student = LinearHead(student.hidden.T.contiguous().T, student.weight, student.bias, softcap=20.0)  # of any strides
     student = student if name == "head_columns" else leaf_head(student)
     sources = Source.of(student, 130, 0.7), Source.of(teacher, 130, 0.7)
-    shared = (*triton_ops.head_arguments(*sources), torch.tensor([2, 0]))
+    rows = torch.tensor([2, 0])
     if name == "head_columns":
-        return triton_ops.head_columns, (*shared, *HEAD_OPTIONS)
-    return triton_ops.head_loss, (*shared, torch.tensor([0.5, 1.0]), "reverse_kl", 2**20, [True, True, False])
+        return triton_ops.head_columns, (*triton_ops.head_arguments(*sources, 2**20, 8), rows, *HEAD_OPTIONS)
+    arguments = triton_ops.head_arguments(*sources, 2**20, True, True, False)
+    return triton_ops.head_loss, (*arguments, rows, torch.tensor([0.5, 1.0]), "reverse_kl")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -94,10 +95,10 @@ def test_a_captured_call_never_asks_the_host(inputs, monkeypatch):
     heads, options = head_pair((2, 3), 131), {"fraction": 0.4, "backend": "triton", "num_items_in_batch": 7}
     if "rollout" in inputs:
         options["student_stats"] = StudentStats.of_logits(heads[0].hidden @ heads[0].weight.T)
-    monkeypatch.setattr("opd_ops.call.checks.check_student_stats", lambda *_: None)  # which looks at ids, on a CPU alone
+    monkeypatch.setattr("opd_ops.call.prepare.check_student_stats", lambda *_, **__: None)  # which looks at ids, on a CPU alone
     runs = []
     for capturing in (False, True):
-        monkeypatch.setattr("opd_ops.call.choose._in_graph", lambda device, capturing=capturing: capturing)
+        monkeypatch.setattr("opd_ops.call.choose.is_in_graph", lambda device, capturing=capturing: capturing)
         student, teacher = leaf_head(heads[0]), heads[1]
         sides = (student, teacher) if "logits" not in inputs else [head.hidden @ head.weight.T for head in (student, teacher)]
         with _NoSynchronisation() if capturing else nullcontext():
@@ -116,7 +117,7 @@ def test_rows_that_fill_up_a_captured_call_may_hold_nan(workspace_bytes, dtype, 
     heads[1].hidden[0] = math.nan  # the teacher's: not valid, and the first to fill up
     runs = []
     for capturing in (False, True):
-        monkeypatch.setattr("opd_ops.call.choose._in_graph", lambda device, capturing=capturing: capturing)
+        monkeypatch.setattr("opd_ops.call.choose.is_in_graph", lambda device, capturing=capturing: capturing)
         student = leaf_head(heads[0])
         out = selective_opd_loss(student, heads[1], fraction=1.0, backend="triton", workspace_bytes=workspace_bytes)
         out.loss.backward()
@@ -131,7 +132,7 @@ def test_a_captured_call_trains_on_what_is_kept_on_top_of_the_budget(monkeypatch
     options = {"fraction": 0.1, "backend": "triton", "selector": "teachability-released"}
     runs = []
     for capturing in (False, True):
-        monkeypatch.setattr("opd_ops.call.choose._in_graph", lambda device, capturing=capturing: capturing)
+        monkeypatch.setattr("opd_ops.call.choose.is_in_graph", lambda device, capturing=capturing: capturing)
         student = leaf_head(heads[0])
         with _NoSynchronisation() if capturing else nullcontext():
             out = selective_opd_loss(student, heads[1], **options)

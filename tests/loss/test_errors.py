@@ -20,6 +20,7 @@ from opd_ops import (
     Multinomial,
     SampledLogprobs,
     SampledToken,
+    Settings,
     StudentStats,
     TailAware,
     TopKForwardKL,
@@ -31,7 +32,6 @@ from opd_ops import (
     selective_opd_token_losses,
 )
 from opd_ops.estimates.communication import estimate_communication
-from opd_ops.integrations.options import try_options
 from tests.support.cases import logit_pair
 
 LOGITS = torch.randn(4, 3, 20, generator=torch.Generator().manual_seed(0))
@@ -63,8 +63,12 @@ ARGUMENTS = [
     ({"temperature": float("inf")}, ValueError, "temperature: got inf"),
     ({"vocab_size": 21}, ValueError, r"vocab_size: got 21, expected at most 20 \(the student has 20, the teacher 20\)"),
     ({"workspace_bytes": 0}, ValueError, "workspace_bytes: got 0, expected at least 1"),
-    ({"process_group": object()}, TypeError, r"process_group: got object, expected a torch\.distributed\.ProcessGroup or None"),
-    ({"num_items_in_batch": 0}, ValueError, "num_items_in_batch: got 0, expected a finite number > 0"),
+    (
+        {"process_group": object()},
+        TypeError,
+        r"process_group: got object, expected a ProcessGroup that this process is in, or None",
+    ),
+    ({"num_items_in_batch": 0}, ValueError, r"num_items_in_batch: got 0.0, expected a finite number > 0: \d+ positions"),
     ({"num_items_in_batch": torch.ones(2)}, ValueError, r"num_items_in_batch: got a tensor of shape \(2,\)"),
     (
         {"num_items_in_batch": torch.tensor(-3)},
@@ -313,11 +317,11 @@ def test_numpy_s_numbers_in_objects_become_python_s(make):
     assert type(TopKLogprobs(IDS, -torch.ones(4, 3), temperature=half).temperature) is float
     of_python, of_numpy = (StudentStats.of_logits(LOGITS, top_k=k, temperature=t) for k, t in ((4, 0.5), (four, half)))
     assert torch.equal(of_numpy.logprobs, of_python.logprobs)
-    assert estimate(four, four * 10, four, four, half, top_k=four) == estimate(4, 40, 4, 4, 0.5, top_k=4)
+    assert estimate(four, four * 10, four, four, fraction=half, top_k=four) == estimate(4, 40, 4, 4, fraction=0.5, top_k=4)
     sizes = {"tp": np.int64(2), "fraction": half}
     assert estimate_communication(four * 10, four * 10, four, **sizes) == estimate_communication(40, 40, 4, tp=2, fraction=0.5)
     numbers = {"fraction": half, "top_k": np.int64(300), "eos_ids": np.array([151_643, 151_645])}
-    try_options(numbers, given=("mask", "num_items_in_batch", "temperature"))
+    assert Settings(**numbers) == Settings(fraction=0.5, top_k=300, eos_ids=(151_643, 151_645))
 
 
 TRANSFORMS = {

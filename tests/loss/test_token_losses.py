@@ -253,3 +253,20 @@ def test_its_other_arguments_are_checked_as_those_of_the_loss():
         selective_opd_token_losses(*dense_pair(), divergence="sampled")
     with pytest.raises(ValueError, match="threshold: score_dtype='float8'"):
         selective_opd_token_losses(*dense_pair(), threshold=0.0, score_dtype="float8")
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch"])
+def test_the_gradient_is_of_the_tokens_that_the_forward_read(backend):
+    student, teacher = logit_pair(12, 61)
+    tokens = torch.arange(12) * 5
+    grads = []
+    for is_overwritten in (False, True):
+        x, y = leaf(student), tokens.clone()
+        options = {"divergence": "sampled", "selector": "entropy", "fraction": 0.5, "tokens": y, "backend": backend}
+        out = selective_opd_token_losses(x, teacher, **options)
+        if is_overwritten:
+            y.copy_((tokens + 7) % 61)
+        out.losses.sum().backward()
+        grads.append(x.grad)
+    assert grads[0].any()
+    assert torch.equal(*grads)

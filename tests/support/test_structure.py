@@ -1,10 +1,8 @@
-"""The figures of the source's structure: none is worse than its limit, and each counts what its name says.
-
-  Run: make test ARGS=tests/support/test_structure.py
-
-Not here: the figures themselves (`python -m tests.support.structure`).
-"""
-
+# The figures of the source's structure: none is worse than its limit, and each counts what its name says.
+#
+#   Run: make test ARGS=tests/support/test_structure.py
+#
+# Not here: the figures themselves (`python -m tests.support.structure`).
 import json
 
 import pytest
@@ -82,7 +80,7 @@ def door(student: Tensor, teacher, *, fraction=0.1):
 """,
     "prepare": """
 from dataclasses import dataclass
-from opd_ops.backends.interface.interface import Backend, resolve
+from opd_ops.backends.interface import Backend, resolve
 @dataclass
 class Call:
     student: Tensor
@@ -117,12 +115,12 @@ def resolve(student) -> Backend: ...
 
 def test_an_argument_is_followed_into_what_holds_it(package):
     tree = package(WALKED)
-    walk = follow(tree, "opd_ops.loss", "door", "student", outside="opd_ops.backends.interface")
+    walk = follow(tree, "opd_ops.loss", "door", "student", outside="opd_ops.backends")
     short = [name.removeprefix("opd_ops.") for name in walk.modules]
     assert short == ["loss", "prepare", "choose", "prepare", "choose"]  # back for `loss` after `of` had gone on
     assert walk.climbs == [("opd_ops.choose", "opd_ops.prepare")]
     assert [door.rpartition(".")[2] for door in walk.doors] == ["resolve", "token_stats", "selected_loss"]
-    assert follow(tree, "opd_ops.loss", "door", "fraction", outside="opd_ops.backends.interface").modules == ["opd_ops.loss"]
+    assert follow(tree, "opd_ops.loss", "door", "fraction", outside="opd_ops.backends").modules == ["opd_ops.loss"]
 
 
 def test_parameters_of_public_doors_and_any_of_autograd_contexts_are_left_out(package):

@@ -35,7 +35,7 @@ def test_flags_win_over_the_file(needed, tmp_path):
     assert (config.fraction, config.learning_rate, config.teacher_system) == (0.2, 2e-5, "- a pirate")
     assert config.gradient_checkpointing is True
     assert config.eval_prompts is None
-    assert config.loss_options()["divergence"] == JSD(beta=0.3)
+    assert config.settings().divergence == JSD(beta=0.3)
 
 
 def test_every_option_has_a_help_text_and_a_flag(capsys):
@@ -168,4 +168,4 @@ def test_lora_needs_peft_before_anything_loads(needed, monkeypatch, capsys):
 
 def test_a_served_teacher_takes_a_divergence_on_lists(needed):
     config = read_config([*needed, "--teacher_url=http://x", "--divergence=tail_aware", "--teacher_top_k=8"])
-    assert config.loss_options()["divergence"].name == "tail_aware"
+    assert config.settings().divergence.name == "tail_aware"

@@ -15,7 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM
 
-from opd_ops import LinearHead, TopKLogprobs
+from opd_ops import LinearHead, Settings, TopKLogprobs
 from opd_ops.trainer.evaluation import accuracy, completions_of, held_out_metrics, is_exact_match
 from opd_ops.trainer.rollouts import Rollouts, head_over
 from opd_ops.trainer.teachers import LocalTeacher
@@ -213,7 +213,7 @@ def test_held_out_metrics_are_means_over_tokens(tmp_path):
     words, model = tokenizer(), language_model(0)
     contexts = Rollouts(prompts(3), torch.randint(3, 60, (3, 5)), torch.arange(5) < torch.tensor([[5], [1], [3]]))
     teacher = LocalTeacher(language_model(1), words)
-    options = {"unwrapped": model, "loss_options": {"divergence": "forward_kl"}}
+    options = {"unwrapped": model, "settings": Settings(divergence="forward_kl")}
     found = held_out_metrics(model, words, teacher, contexts, batch_size=2, **options)
     with torch.no_grad():
         heads = [head_over(m.double(), words, contexts) for m in (model, teacher.model)]

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd_ops.arguments import is_traced
+
 Gradients = tuple[Tensor | None, ...]
 
 
@@ -38,7 +40,7 @@ def first_order(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
     def once(ctx: Any, *incoming: Tensor) -> Gradients:
         with torch.no_grad():
             found = backward(ctx, *incoming)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if is_traced() or not torch.is_grad_enabled():
             return found
         anchor = torch.zeros((), requires_grad=True)
         refusing = iter(_Refusing.apply(anchor, *(gradient for gradient in found if gradient is not None)))

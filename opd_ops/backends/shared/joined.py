@@ -23,10 +23,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opd_ops.backends.shared.chunks import chunks
 from opd_ops.backends.shared.supports import support_columns
 from opd_ops.backends.shared.top_k import TopK
-from opd_ops.backends.streamed.tiles import slices
-from opd_ops.backends.streamed.workspace import CANDIDATE_BYTES, UNION_BYTES
+from opd_ops.backends.shared.workspace import CANDIDATE_BYTES, UNION_BYTES
 from opd_ops.inputs.sources import Shard
 from opd_ops.inputs.teacher_lists import LAST_ID
 from opd_ops.selection.stats import SWEPT_COLUMNS, OwnStats, TokenStats
@@ -70,7 +70,7 @@ def token_stats(
     out: dict[str, Tensor] = {}
     n, size = len(rows), rows_at_a_time(shard, top_k, dtype, workspace_bytes)
     pairs = max(1, workspace_bytes // 16 // (UNION_BYTES * top_k))
-    for span in slices(slice(0, max(1, n)), size):  # no row is a span too: nothing is sent, and columns are made
+    for span in chunks(max(1, n), size):  # no row is a span too: nothing is sent, and columns are made
         of_rows = rows[span]
         if shard.width and len(of_rows):
             part = read(of_rows, min(top_k, shard.width), workspace_bytes - workspace_bytes // 8)
@@ -79,7 +79,7 @@ def token_stats(
         found, student, teacher = _joined(part, shard, top_k, dtype)
         found |= _reference(found, student, teacher)
         lse = found["student_logsumexp"].double(), found["teacher_logsumexp"].double()
-        for chunk in slices(slice(0, max(1, len(of_rows))), pairs):
+        for chunk in chunks(max(1, len(of_rows)), pairs):
             lists = student.rows(chunk), teacher.rows(chunk)
             of_lists = support_columns(*lists, lse[0][chunk], lse[1][chunk], columns)
             for name, column in of_lists.items():
@@ -102,7 +102,7 @@ def own_stats(
         nothing = _nothing(len(rows), dtype, rows.device)
         mine = OwnStats(nothing.columns["student_logsumexp"], nothing.columns["student_entropy"], *nothing.student[:2])
     found = []
-    for span in slices(slice(0, len(rows)), rows_at_a_time(shard, top_k, dtype, workspace_bytes)):
+    for span in chunks(len(rows), rows_at_a_time(shard, top_k, dtype, workspace_bytes)):
         ids, own = _padded(mine.ids[span].int(), top_k, LAST_ID), _padded(mine.logits[span].to(dtype), top_k, -math.inf)
         everyone = _gathered(shard, [mine.logsumexp[span].double(), mine.entropy[span].double(), ids, own])
         lse, masses = _masses(everyone[0].squeeze(2))

@@ -3,7 +3,7 @@
   x[i, k] = logit ids[i, k] of row i, after scale, soft-cap, temperature, mixing and merging (inputs/sources.py); -inf for no id
 
 Where ranks share out the vocabulary, the one that holds an id knows its logit: one all-reduce of (n, K) numbers.
-Not here: whole rows (streamed/tiles.py, backends/eager.py).
+Not here: whole rows (tiles.py, backends/eager.py).
 """
 
 from __future__ import annotations

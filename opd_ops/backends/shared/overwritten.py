@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_ops.backends.streamed.tiles import slices
+from opd_ops.backends.shared.chunks import chunks
 from opd_ops.inputs.sources import Source, take_rows
 
 SAMPLED = 256  # columns of 2^18: 1 sector in 64 of the row is fetched; up to 511 columns all are
@@ -126,7 +126,7 @@ def _digest(tensor: Tensor, rows: Tensor | None, workspace_bytes: int) -> Tensor
         rows = torch.arange(len(block), device=tensor.device)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     columns = torch.arange(1, block.shape[-1] + 1, device=tensor.device)
-    for part in slices(slice(0, len(rows)), max(1, workspace_bytes // (DIGEST_BYTES * max(1, len(columns))))):
+    for part in chunks(len(rows), max(1, workspace_bytes // (DIGEST_BYTES * max(1, len(columns))))):
         of_rows = (take_rows(block, rows[part]).view(INTEGERS[tensor.element_size()]) * columns).sum(1)
         total += (of_rows * torch.arange(part.start + 1, part.stop + 1, device=tensor.device)).sum()
     return total

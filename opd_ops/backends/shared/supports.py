@@ -13,9 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from opd_ops.backends.eager import RELEASED_FLOOR, topk_entropy
 from opd_ops.backends.shared.top_k import TopK
-from opd_ops.divergences.equations import kl
+from opd_ops.divergences.equations import RELEASED_FLOOR, kl, topk_entropy
 
 
 def support_columns(student: TopK, teacher: TopK, s_lse: Tensor, t_lse: Tensor, columns: frozenset[str]) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opd_ops.inputs.order import best_places
 from opd_ops.inputs.teacher_lists import LAST_ID
 
 PRUNED_GROUP = 64  # maxima over 64 neighbours cost little more than over 128 and find half as much to read again (LOG.md)
@@ -39,7 +40,7 @@ class TopK(NamedTuple):
 
     def best(self, k: int) -> TopK:
         """The min(k, width) best in order, of entries in any order."""
-        places = _best(self.own, self.ids, min(k, self.ids.shape[1]))
+        places = best_places(self.own, self.ids, min(k, self.ids.shape[1]))
         return TopK(*(column.gather(1, places) for column in self))
 
     def merged(self, more: TopK, k: int) -> TopK:
@@ -134,25 +135,9 @@ def _ranked_part(own: Tensor, other: Tensor, k: int) -> TopK:
     columns = _candidates(own, k)
     beyond = columns >= own.shape[1]
     values = own.gather(1, columns.clamp_max(own.shape[1] - 1)).masked_fill_(beyond, -math.inf)
-    best = _best(values, columns, k)
+    best = best_places(values, columns, k)
     columns = columns.gather(1, best)
     return TopK(columns, values.gather(1, best), other.gather(1, columns))
-
-
-def _best(values: Tensor, ids: Tensor, k: int) -> Tensor:
-    """(n, k) places of the row's best, in the order (value descending, id ascending).
-
-    An fp32 value and its id fit one int64 key, whose top-k has no ties left to break: some ten times the speed of a stable
-    sort. fp64 takes the sort.
-    """
-    if values.dtype == torch.float32:
-        # + 0.0: -0.0 equals 0.0. A NaN may have either sign, and comes first with both.
-        bits = torch.nan_to_num(values + 0.0, nan=math.nan, posinf=math.inf, neginf=-math.inf).view(torch.int32).long()
-        key = (bits >> 63).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # increasing in the value, negative ones too
-        return torch.topk(key.bitwise_left_shift_(32).bitwise_or_(0x7FFFFFFF - ids), k, dim=1).indices
-    by_id = torch.argsort(ids, dim=1)
-    by_value = torch.sort(values.gather(1, by_id), dim=1, descending=True, stable=True).indices[:, :k]
-    return by_id.gather(1, by_value)
 
 
 def _candidates(x: Tensor, k: int) -> Tensor:
@@ -164,7 +149,7 @@ def _candidates(x: Tensor, k: int) -> Tensor:
     if whole < width:
         maxima = torch.cat((maxima, x[:, whole:].amax(-1, keepdim=True)), 1)
     numbers = torch.arange(maxima.shape[1], device=x.device).expand_as(maxima)
-    best = _best(maxima, numbers, k)
+    best = best_places(maxima, numbers, k)
     return (best.unsqueeze(-1) * group + torch.arange(group, device=x.device)).flatten(1)
 
 

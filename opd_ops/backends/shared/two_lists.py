@@ -12,37 +12,29 @@ Not here: what is known (inputs/rollout.py, inputs/teacher_lists.py), one model'
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from opd_ops.backends.interface import Backend
+from opd_ops.backends.shared.chunks import chunks
 from opd_ops.backends.shared.logits_at import gathered_bytes, logits_at
 from opd_ops.backends.shared.supports import matches, support_columns
 from opd_ops.backends.shared.top_k import TopK
-from opd_ops.backends.streamed.tiles import slices
-from opd_ops.backends.streamed.workspace import UNION_BYTES
+from opd_ops.backends.shared.workspace import UNION_BYTES
+from opd_ops.inputs.rollout import StudentStats
 from opd_ops.inputs.sources import Source, compute_dtype, take_rows
-from opd_ops.inputs.teacher_lists import Listed
+from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.selection.stats import OwnStats, TokenStats
-
-if TYPE_CHECKING:  # inputs/rollout.py builds on top_k.py
-    from opd_ops.inputs.rollout import StudentStats
 
 OWN_LIST_BYTES = 32  # per row and K: ids and logits of both models
 SUPPORT_COLUMNS = ("support_mass", "student_support_mass", "overlap_mass", "union_kl")
 
 
-class _Backend(Protocol):
-    def own_stats(
-        self, source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int, score_dtype: torch.dtype | None
-    ) -> OwnStats: ...
-
-
 def token_stats(
-    backend: _Backend,
+    backend: Backend,
     student: Source,
-    teacher: Source | Listed,
+    teacher: Source | TeacherLists,
     rows: Tensor,
     known: StudentStats | None,
     *,
@@ -52,25 +44,28 @@ def token_stats(
     score_dtype: torch.dtype | None,
 ) -> TokenStats:
     """The columns at the rows, (n,) each; those that cannot be known are NaN."""
-    sides = student.detach(), teacher.top(top_k) if isinstance(teacher, Listed) else teacher.detach()
-    options: dict[str, Any] = {
-        "top_k": top_k,
-        "columns": columns,
-        "workspace_bytes": workspace_bytes,
-        "score_dtype": score_dtype,
-    }
+    sides = student.detach(), teacher.top(top_k) if isinstance(teacher, TeacherLists) else teacher.detach()
     size = max(1, workspace_bytes // 4 // (OWN_LIST_BYTES * top_k))
-    spans = [_of_rows(backend, *sides, rows[span], known, **options) for span in slices(slice(0, max(1, len(rows))), size)]
-    found = {
-        name: torch.cat(columns) for name, *columns in zip(TokenStats._fields, *spans, strict=True) if columns[0] is not None
-    }
-    return TokenStats(**found)
+    spans = [
+        _of_rows(
+            backend,
+            *sides,
+            rows[span],
+            known,
+            top_k=top_k,
+            columns=columns,
+            workspace_bytes=workspace_bytes,
+            score_dtype=score_dtype,
+        )._asdict()
+        for span in chunks(max(1, len(rows)), size)
+    ]
+    return TokenStats(**{name: torch.cat([span[name] for span in spans]) for name, x in spans[0].items() if x is not None})
 
 
 def _of_rows(
-    backend: _Backend,
+    backend: Backend,
     student: Source,
-    teacher: Source | Listed,
+    teacher: Source | TeacherLists,
     rows: Tensor,
     known: StudentStats | None,
     *,
@@ -93,7 +88,7 @@ def _of_rows(
         listed = teacher.take(rows)
         t, valid = _from_server(listed), listed.valid
     unknown = torch.full_like(s.logsumexp, math.nan)
-    if isinstance(teacher, Listed) and teacher.is_sampled:
+    if isinstance(teacher, TeacherLists) and teacher.is_sampled:
         out = dict.fromkeys(SUPPORT_COLUMNS, unknown)
         out["student_support_mass"] = torch.exp(s.logits - s.logsumexp.unsqueeze(1)).sum(1).to(dtype)
     else:
@@ -118,7 +113,7 @@ def _from_rollout(known: StudentStats, rows: Tensor, top_k: int, dtype: torch.dt
     return OwnStats(lse, entropy, best.ids, best.own + lse.unsqueeze(1))
 
 
-def _from_server(teacher: Listed) -> OwnStats:
+def _from_server(teacher: TeacherLists) -> OwnStats:
     """Log-probabilities are logits whose log-sum-exp is 0; the entropy takes what is not listed."""
     zero = teacher.logprobs.new_zeros(len(teacher.ids))
     return OwnStats(zero, zero + math.nan, teacher.ids, teacher.logprobs)
@@ -126,7 +121,7 @@ def _from_server(teacher: Listed) -> OwnStats:
 
 def _supports(
     student: Source,
-    teacher: Source | Listed,
+    teacher: Source | TeacherLists,
     rows: Tensor,
     s: OwnStats,
     t: OwnStats,

@@ -1,114 +1,26 @@
 """The streamed backend, `backend="torch"`: exact statistics and gradients on any device in bounded memory.
 
   score:    tiles of rows x blocks of the vocabulary, one sweep of both heads          2 head-matmul units
-  loss:     the selected rows alone (loss.py)
+  loss:     the selected rows alone                                                    2 rho to 4 rho
   (one unit = 2 N V D FLOP; statistics and gradients are those of selection/stats.py and divergences/)
 
 Nothing of size V is kept beyond a block. Where ranks share out the vocabulary, each sweeps its part.
-Not here: reading logits (tiles.py), one model alone (one_model.py), sums of a block (running.py), top-K (shared/top_k.py,
-shared/supports.py), parts of a vocabulary joined (shared/joined.py), the size of tiles and blocks (workspace.py).
+Not here: the score pass (score.py), one model alone (one_model.py), the loss (loss.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
-
-import torch
-from torch import Tensor
-
-from opd_ops.backends.shared import joined as shards
-from opd_ops.backends.shared import pages
-from opd_ops.backends.shared.joined import Part
-from opd_ops.backends.shared.supports import support_columns
-from opd_ops.backends.shared.top_k import TopK, extended
-from opd_ops.backends.streamed.loss import selected_loss as selected_loss
-from opd_ops.backends.streamed.one_model import own_stats as own_stats
-from opd_ops.backends.streamed.running import RunningSums, block_sums, row_jsd
-from opd_ops.backends.streamed.summed import with_jsd
-from opd_ops.backends.streamed.tiles import Rows, slices
-from opd_ops.backends.streamed.workspace import ScoreGrid, score_grid
-from opd_ops.inputs.sources import Source, compute_dtype
-from opd_ops.selection.stats import OPTIONAL_COLUMNS, TokenStats
+from opd_ops.backends.interface import Backend
+from opd_ops.backends.streamed import loss, one_model, score
 
 
-@torch.no_grad()
-def token_stats(
-    student: Source,
-    teacher: Source,
-    rows: Tensor,
-    *,
-    top_k: int,
-    columns: frozenset[str],
-    workspace_bytes: int,
-    score_dtype: torch.dtype | None,
-) -> TokenStats:
-    """All statistics of the given positions, (n,) each, from one sweep of both heads; always in the compute dtype."""
-    dtype, shard = compute_dtype(student, teacher), student.transform.shard
-    if shard is not None:
-        read = partial(_part, student, teacher)
-        options = {"top_k": top_k, "workspace_bytes": workspace_bytes}
-        stats = shards.token_stats(read, shard, rows, columns=columns, dtype=dtype, **options)
-        return with_jsd(stats, student, teacher, rows, workspace_bytes) if "jsd" in columns else stats
-    out = {name: torch.zeros(len(rows), dtype=dtype, device=rows.device) for name in _computed(columns)}
-    for part, grid, found, s_list, t_list in _sweep(student, teacher, rows, top_k, "jsd" in columns, workspace_bytes):
-        s_lse, t_lse = found["student_logsumexp"], found["teacher_logsumexp"]
-        for name, column in found.items():
-            out[name][part] = column
-        for some in slices(slice(0, len(s_lse)), grid.list_rows):
-            of_lists = support_columns(s_list.rows(some), t_list.rows(some), s_lse[some], t_lse[some], columns)
-            for name, column in of_lists.items():
-                out[name][part][some] = column
-    return TokenStats(valid=torch.isfinite(out["teacher_logsumexp"]), **out)
+class Streamed(Backend):
+    """Plain torch, block by block of the vocabulary."""
+
+    name = "torch"
+    token_stats = staticmethod(score.token_stats)
+    own_stats = staticmethod(one_model.own_stats)
+    selected_loss = staticmethod(loss.selected_loss)
 
 
-def _computed(columns: frozenset[str]) -> list[str]:
-    return [name for name in TokenStats._fields if name != "valid" and (name not in OPTIONAL_COLUMNS or name in columns)]
-
-
-def _part(student: Source, teacher: Source, rows: Tensor, top_k: int, workspace_bytes: int) -> Part:
-    """What this rank's part of the vocabulary says of the rows."""
-    columns, lists = [], []
-    for _, _, found, s_list, t_list in _sweep(student, teacher, rows, top_k, False, workspace_bytes):
-        columns.append(found)
-        lists.append((s_list, t_list))
-    joined = {name: torch.cat([found[name] for found in columns]) for name in columns[0]}
-    of_student, of_teacher = (
-        TopK(*(torch.cat(column) for column in zip(*side, strict=True))) for side in zip(*lists, strict=True)
-    )
-    return Part(joined, of_student, of_teacher)
-
-
-def _sweep(
-    student: Source, teacher: Source, rows: Tensor, top_k: int, with_jsd: bool, workspace_bytes: int
-) -> Iterator[tuple[slice, ScoreGrid, dict[str, Tensor], TopK, TopK]]:
-    """Tile by tile: which rows it is, their columns over the vocabulary, (n,) fp64, and both models' lists."""
-    dtype = compute_dtype(student, teacher)
-    grid = score_grid(student, teacher, len(rows), top_k=top_k, whole_rows=with_jsd, workspace_bytes=workspace_bytes)
-    buffers = [pages.empty((grid.rows * grid.columns,), dtype, rows.device) for _ in range(2)]
-    scratch = torch.empty(3 * grid.chunk * grid.columns, dtype=dtype, device=rows.device)
-    with torch.autocast(rows.device.type, enabled=False):
-        for part in slices(slice(0, len(rows)), grid.rows):
-            sides = [Rows(source.detach(), rows[part], dtype, grid.cast_columns) for source in (student, teacher)]
-            yield part, grid, *_tile(sides[0], sides[1], grid, top_k, with_jsd, buffers, scratch)
-
-
-def _tile(
-    student: Rows, teacher: Rows, grid: ScoreGrid, top_k: int, with_jsd: bool, buffers: list[Tensor], scratch: Tensor
-) -> tuple[dict[str, Tensor], TopK, TopK]:
-    """Columns and lists of one tile of rows, from one sweep over the vocabulary."""
-    rows, first_id = slice(0, len(student.rows)), student.source.transform.first_id
-    sums = RunningSums(rows.stop, student.rows.device)
-    s_list: TopK | None = None
-    t_list: TopK | None = None
-    out: dict[str, Tensor] = {}
-    for block in slices(slice(0, student.source.transform.vocab_size), grid.columns):
-        s, u = student.read(rows, block, buffers[0]), teacher.read(rows, block, buffers[1])
-        s_list = extended(s_list, s, u, top_k, first_id + block.start, grid.candidates)
-        t_list = extended(t_list, u, s, top_k, first_id + block.start, grid.candidates)
-        if with_jsd:  # the grid has one block, as wide as the vocabulary
-            out["jsd"] = torch.cat([row_jsd(s[chunk], u[chunk]) for chunk in slices(rows, grid.chunk)])
-        sums.add(block_sums(s, u, s_list, t_list, first_id + block.start, scratch))
-    assert s_list is not None
-    assert t_list is not None
-    return out | sums.columns(), s_list, t_list
+STREAMED = Streamed()

@@ -10,7 +10,7 @@ A divergence on a list alone (`local_support`) has a gradient at few columns: on
 Where ranks share out the vocabulary, each makes the gradient of its part; those of the hidden states are added up over the
 ranks, one all-reduce of (M, D) numbers.
 Not here: lists (shared/list_losses.py), sums over the vocabulary (summed.py), the score pass (backend.py), the size of blocks
-(workspace.py).
+(shared/workspace.py).
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ import torch
 from torch import Tensor
 
 from opd_ops.backends.shared import pages
+from opd_ops.backends.shared.chunks import chunks
 from opd_ops.backends.shared.first_order import first_order
-from opd_ops.backends.shared.list_gradients import listed_gradients
-from opd_ops.backends.shared.list_losses import Terms, support_terms
+from opd_ops.backends.shared.list_losses import Terms
 from opd_ops.backends.shared.logits_at import merged_logits
 from opd_ops.backends.shared.overwritten import unchanged
-from opd_ops.backends.streamed.one_model import places_in, without_ids
+from opd_ops.backends.shared.tiles import Rows
+from opd_ops.backends.shared.workspace import gradient_grid
+from opd_ops.backends.streamed.list_gradients import listed_gradients
+from opd_ops.backends.streamed.list_losses import support_terms
+from opd_ops.backends.streamed.off_list import places_in, without_ids
 from opd_ops.backends.streamed.reference import Reference
 from opd_ops.backends.streamed.summed import Sums, summed
-from opd_ops.backends.streamed.tiles import Rows, slices
-from opd_ops.backends.streamed.workspace import gradient_grid
 from opd_ops.divergences import Divergence, Summed, WholeRow, weighted_sum, without_infinite
 from opd_ops.inputs.sources import Source, logit_slope, put_rows, take_rows
-from opd_ops.inputs.teacher_lists import LAST_ID, Listed
+from opd_ops.inputs.teacher_lists import LAST_ID, TeacherLists
 from opd_ops.selection.stats import TokenStats
 
 
@@ -129,10 +131,10 @@ class _Selected:
         self.buffers = [pages.empty((size,), self.dtype, of.rows.device) for _ in range(1 if teacher is None else 2)]
 
     def blocks(self) -> Iterator[slice]:
-        return slices(slice(0, self.student.source.transform.vocab_size), self.grid.columns)
+        return chunks(self.student.source.transform.vocab_size, self.grid.columns)
 
     def groups(self) -> Iterator[slice]:
-        return slices(slice(0, len(self.of.rows)), self.grid.rows)
+        return chunks(len(self.of.rows), self.grid.rows)
 
     def dlogits(self, group: slice, block: slice) -> Tensor:
         """(n, B) gradient of the weighted losses with respect to the student's raw logits, before scale and soft-cap."""
@@ -246,7 +248,7 @@ def _add_product(total: Tensor, dlogits: Tensor, w: Tensor) -> Tensor:
 
 def selected_loss(
     student: Source,
-    teacher: Source | Listed,
+    teacher: Source | TeacherLists,
     rows: Tensor,
     weights: Tensor,
     stats: TokenStats,

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from opd_ops.backends.shared import pages
+from opd_ops.backends.shared.chunks import chunks
+from opd_ops.backends.shared.tiles import Rows
+from opd_ops.backends.shared.workspace import gradient_grid
 from opd_ops.backends.streamed.reference import Reference
-from opd_ops.backends.streamed.tiles import Rows, slices
-from opd_ops.backends.streamed.workspace import gradient_grid
 from opd_ops.divergences import JSD, Summed
 from opd_ops.inputs.sources import Source, compute_dtype
 from opd_ops.selection.stats import TokenStats
@@ -40,8 +41,8 @@ def summed(whole: Summed, student: Source, teacher: Source, rows: Tensor, refere
     buffers = [pages.empty((grid.rows * grid.columns,), dtype, rows.device) for _ in sides]
     sums = torch.zeros(3, len(rows), dtype=torch.float64, device=rows.device)
     with torch.autocast(rows.device.type, enabled=False):
-        for block in slices(slice(0, student.transform.vocab_size), grid.columns):
-            for group in slices(slice(0, len(rows)), grid.rows):
+        for block in chunks(student.transform.vocab_size, grid.columns):
+            for group in chunks(len(rows), grid.rows):
                 s, u = (side.read(group, block, buffer) for side, buffer in zip(sides, buffers, strict=True))
                 of_rows = reference.rows(group)
                 no_p, no_q = s == -math.inf, u == -math.inf

@@ -6,8 +6,8 @@
 A 16-bit head's score tile holds 16-bit logits, which rank positions; what is trained on is made again (heads_loss.py).
 Deterministic. No host synchronisation, no copy from the host.
 
-Not here: the kernels (opd_kernels), a tile's logits (tiles.py), dense logits on both sides (backend.py), fp32 heads on any
-device (streamed/backend.py).
+Not here: the kernels (opd_kernels), a tile's logits (shared/tiles.py), dense logits on both sides (backend.py), fp32 heads on
+any device (streamed/backend.py).
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from opd_kernels.score import Score, score_fwd
 from opd_kernels.support import Support, support_fwd
 from torch import Tensor
 
+from opd_ops.backends.shared.chunks import chunks
 from opd_ops.backends.triton.launches import column_names, launch_options, on_device, write_columns
-from opd_ops.backends.triton.tiles import Side, buffer_of, groups
+from opd_ops.backends.triton.tiles import Side, buffer_of
 from opd_ops.backends.triton.workspace import score_rows
 from opd_ops.inputs.sources import Source
 from opd_ops.selection.stats import OwnStats
@@ -84,7 +85,7 @@ def launch_columns(
     out = torch.empty((len(column_names(columns)), len(rows)), dtype=torch.float32, device=rows.device)
     with on_device(rows.device), torch.autocast(rows.device.type, enabled=False), lanes:
         buffers = [[buffer_of(size, vocab, x.tile_dtype, rows.device) for x in sides] for _ in range(lanes.number)]
-        for i, group in enumerate(groups(len(rows), size)):
+        for i, group in enumerate(chunks(len(rows), size)):
             n, tiles = group.stop - group.start, buffers[i % lanes.number]
             with lanes.turn(i):
                 s, u = (side.tile(group, tile[:n]) for side, tile in zip(sides, tiles, strict=True))
@@ -106,7 +107,7 @@ def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int,
     options = launch_options(side.transform, side.transform)
     with torch.no_grad(), on_device(rows.device), torch.autocast(rows.device.type, enabled=False):
         buffer = buffer_of(size, vocab, side.tile_dtype, rows.device)
-        for group in groups(n, size):
+        for group in chunks(n, size):
             u = side.tile(group, buffer[: group.stop - group.start])
             # Given as both models: the second load of a line finds it in the cache.
             score = score_fwd(u, u, None, **options)

@@ -26,16 +26,17 @@ import torch
 from opd_kernels.score import COLUMNS
 from torch import Tensor
 
+from opd_ops.backends.shared.chunks import chunks
 from opd_ops.backends.shared.first_order import first_order
 from opd_ops.backends.shared.overwritten import digests, verified
 from opd_ops.backends.triton.kernel_loss import Found, KernelLoss
 from opd_ops.backends.triton.launches import on_device
 from opd_ops.backends.triton.matmul import fp32_product, long_product
-from opd_ops.backends.triton.tiles import Side, buffer_of, groups
+from opd_ops.backends.triton.tiles import Side, buffer_of
 from opd_ops.backends.triton.workspace import BlockGrid, SelectedGrid, is_narrow
 from opd_ops.divergences import Divergence, weighted_sum, without_infinite
 from opd_ops.inputs.sources import Source, put_rows
-from opd_ops.inputs.teacher_lists import Listed
+from opd_ops.inputs.teacher_lists import TeacherLists
 
 
 class _Plan(NamedTuple):
@@ -48,7 +49,7 @@ class _Plan(NamedTuple):
     has_columns: bool  # of score.py, (12, M), before them
     workspace_bytes: int
     differentiable: bool
-    before: Tensor | None  # digests of the tensors of inference mode (shared/overwritten.py)
+    before: Tensor | None  # digests of the tensors of inference mode (overwritten.py)
 
     def verified(self, rows: Tensor, tensors: Sequence[Tensor]) -> Tensor | float:
         """What the gradients of one more `run` are multiplied by: NaN where an input was overwritten unseen."""
@@ -67,7 +68,7 @@ class _Plan(NamedTuple):
         student, rest = self.student.with_tensors(tensors[:split]), tensors[split:]
         tokens, rest = (rest[-1], rest[:-1]) if self.has_tokens else (None, rest)
         columns, rest = (rest[-1], rest[:-1]) if self.has_columns else (None, rest)
-        teacher = Listed(rest[0], rest[1], is_sampled=False) if self.teacher is None else self.teacher.with_tensors(rest)
+        teacher = TeacherLists(rest[0], rest[1], is_sampled=False) if self.teacher is None else self.teacher.with_tensors(rest)
         budget = self.workspace_bytes
         return launch_loss(student, teacher, rows, weights, self.divergence, tokens, budget, needs, columns)
 
@@ -115,7 +116,7 @@ def scale_back(dtotal: Tensor, weights: Tensor) -> Tensor:
 
 def launch_loss(
     student: Source,
-    teacher: Source | Listed,
+    teacher: Source | TeacherLists,
     rows: Tensor,
     weights: Tensor,
     divergence: Divergence,
@@ -142,7 +143,7 @@ class _SelectedRows:
     def __init__(
         self,
         student: Source,
-        teacher: Source | Listed,
+        teacher: Source | TeacherLists,
         rows: Tensor,
         weights: Tensor,
         divergence: Divergence,
@@ -178,7 +179,7 @@ class _SelectedRows:
         if self.columns is not None:
             losses.copy_(self.columns[COLUMNS.index(str(self.loss.divergence.column))])
         parts = []
-        for group in groups(m, grid.rows) if self.vocab else ():
+        for group in chunks(m, grid.rows) if self.vocab else ():
             n = group.stop - group.start
             tiles = [x.read(group, vocab, b[:n]) for x, b in zip(self.sides, buffers, strict=True)]
             s, u = tiles[0], tiles[1] if len(tiles) > 1 else None
@@ -210,7 +211,7 @@ class _SelectedRows:
     def _tokens(self, group: slice) -> Tensor | None:
         return None if self.tokens is None else self.tokens[group]
 
-    def _lists(self, group: slice) -> Listed | None:
+    def _lists(self, group: slice) -> TeacherLists | None:
         return (
             None
             if self.listed is None
@@ -302,7 +303,7 @@ class _Gradients(NamedTuple):
 
 def selected_loss(
     student: Source,
-    teacher: Source | Listed,
+    teacher: Source | TeacherLists,
     rows: Tensor,
     weights: Tensor,
     divergence: Divergence,
@@ -315,15 +316,6 @@ def selected_loss(
     `columns`: as in `launch_loss`.
     """
     differentiable = torch.is_grad_enabled()  # within forward it never is
-    if torch.compiler.is_compiling():
-        from opd_ops.backends.triton.operators import head_arguments, head_loss
-
-        assert isinstance(teacher, Source)
-        assert divergence.whole is not None
-        needs = [differentiable and tensor.requires_grad for tensor in student.tensors]
-        arguments, kind = head_arguments(student, teacher.detach()), divergence.whole.name
-        total, losses, *_ = head_loss(*arguments, rows, weights, kind, workspace_bytes, needs)
-        return total, losses.detach()
     beside: tuple[Tensor, ...]
     inputs: tuple[Source, ...] = (student,)
     if isinstance(teacher, Source):

@@ -30,7 +30,7 @@ from opd_ops.backends.shared.list_losses import evaluate
 from opd_ops.backends.triton.launches import launch_options
 from opd_ops.divergences import JSD, Divergence, ForwardKL, OnSupport, ReverseKL, Support
 from opd_ops.inputs.sources import Transform, finish_logits
-from opd_ops.inputs.teacher_lists import LAST_ID, Listed, tail
+from opd_ops.inputs.teacher_lists import LAST_ID, TeacherLists, tail
 
 GRADIENTS: dict[type, Callable[..., None]] = {ReverseKL: reverse_kl_grad, ForwardKL: forward_kl_grad}
 MAX_LIST = 128
@@ -116,7 +116,7 @@ class KernelLoss:
         return {**found, **changed}
 
     def first(
-        self, s: Tensor, t: Tensor | None, rows: Tensor | None, *, tokens: Tensor | None, listed: Listed | None
+        self, s: Tensor, t: Tensor | None, rows: Tensor | None, *, tokens: Tensor | None, listed: TeacherLists | None
     ) -> tuple[Tensor, Found]:
         """(M,) losses and what their gradient needs, of tables of stored logits.
 
@@ -155,7 +155,7 @@ class KernelLoss:
         rows: Tensor | None,
         score: Score | None,
         tokens: Tensor | None,
-        listed: Listed | None,
+        listed: TeacherLists | None,
         found: Found,
     ) -> tuple[Tensor, Found]:
         log_tail = entropy = losses = torch.zeros(len(s) if rows is None else len(rows), dtype=torch.float64, device=s.device)

@@ -8,7 +8,6 @@ Not here: dense logits as tables (backend.py, layout.py), tiles of a head's logi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,10 +16,11 @@ from opd_kernels.score import Score, score_fwd
 from opd_kernels.support import SUPPORT_COLUMNS, Support, support_fwd
 from torch import Tensor
 
+from opd_ops.backends.shared.chunks import chunks
 from opd_ops.backends.shared.supports import support_columns
 from opd_ops.backends.shared.top_k import TopK
+from opd_ops.backends.shared.workspace import UNION_BYTES
 from opd_ops.backends.streamed.running import row_jsd
-from opd_ops.backends.streamed.workspace import UNION_BYTES
 from opd_ops.inputs.sources import Transform, finish_logits
 from opd_ops.selection.stats import SWEPT_COLUMNS
 
@@ -44,10 +44,9 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
-def parts(n: int, bytes_per_row: int, workspace_bytes: int) -> Iterator[slice]:
-    size = max(1, workspace_bytes // bytes_per_row)
-    for start in range(0, n, size):
-        yield slice(start, min(start + size, n))
+def rows_within(bytes_per_row: int, workspace_bytes: int) -> int:
+    """How many rows fit; at least one."""
+    return max(1, workspace_bytes // bytes_per_row)
 
 
 def column_names(columns: frozenset[str]) -> tuple[str, ...]:
@@ -104,7 +103,7 @@ def _of_lists(lists: Support, score: Score, columns: frozenset[str], workspace_b
         return out
     found = top_k_lists(lists)
     lse = score.student_logsumexp.double(), score.teacher_logsumexp.double()
-    for part in parts(n, UNION_BYTES * k, workspace_bytes):
+    for part in chunks(n, rows_within(UNION_BYTES * k, workspace_bytes)):
         of_part = support_columns(found[0].rows(part), found[1].rows(part), lse[0][part], lse[1][part], columns)
         for name in columns:
             out[name][part] = of_part[name]
@@ -118,7 +117,7 @@ def _jsd(
     vocab = transforms[0].vocab_size
     n = len(tables[0]) if rows is None else len(rows)
     out = torch.empty(n, dtype=torch.float32, device=tables[0].device)
-    for part in parts(len(out), JSD_BUFFERS * 4 * vocab, workspace_bytes):
+    for part in chunks(len(out), rows_within(JSD_BUFFERS * 4 * vocab, workspace_bytes)):
         taken = (table[part] if rows is None else table[rows[part]] for table in tables)
         copies = (x[:, :vocab].to(torch.float32, copy=True) for x in taken)
         sides = zip(copies, transforms, tables, strict=True)

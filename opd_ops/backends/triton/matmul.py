@@ -6,7 +6,7 @@
 
 The vendor's matmul accumulates in fp32 either way; CUDA can also return that sum unrounded. Elsewhere (ROCm, XPU, a CPU for
 the interpreted kernels) the operands are widened first, a slice of the weight at a time.
-Not here: which rows and when (tiles.py, heads_loss.py), the fp32 tiles of any device (streamed/backend.py).
+Not here: which rows and when (shared/tiles.py, heads_loss.py), the fp32 tiles of any device (streamed/backend.py).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
   opd_ops::head_columns, opd_ops::head_loss    the same where a model is a head; head_loss makes the gradients itself
 
 Eager calls go to the launches themselves: an operator's boundary costs some 60 microseconds a call.
-Not here: the launches (backend.py, triton_heads*.py), what is compiled around them (loss.py).
+Not here: the launches (dense.py, heads.py, heads_loss.py), what is compiled around them (loss.py).
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_ops.backends.triton import backend as triton
-from opd_ops.backends.triton import heads as triton_heads
-from opd_ops.backends.triton import heads_loss as triton_heads_loss
+from opd_ops.backends.triton import dense, heads, heads_loss
 from opd_ops.backends.triton.launches import column_names, parse_columns
 from opd_ops.backends.triton.layout import Layout
-from opd_ops.divergences import DIVERGENCES
+from opd_ops.divergences import DIVERGENCES, Divergence
 from opd_ops.inputs.sources import Source, Transform
+from opd_ops.inputs.teacher_lists import TeacherLists
 
-token_columns = torch.library.custom_op("opd_ops::token_columns", triton.launch_columns, mutates_args=())
+token_columns = torch.library.custom_op("opd_ops::token_columns", dense.launch_columns, mutates_args=())
 
 
 @token_columns.register_fake
@@ -46,7 +45,7 @@ def divergence_gradient(
     temperature: float,
 ) -> Tensor:
     """A new tensor of the student's shape, zero outside the rows."""
-    return triton.launch_gradient(student, teacher, rows, weights, kind, workspace_bytes, vocab_size, temperature)
+    return dense.launch_gradient(student, teacher, rows, weights, kind, workspace_bytes, vocab_size, temperature)
 
 
 @divergence_gradient.register_fake
@@ -88,17 +87,18 @@ def _backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
 selected_losses.register_autograd(_backward, setup_context=_setup_context)
 
 
-def head_arguments(student: Source, teacher: Source) -> tuple[Any, ...]:
-    """Both sources as an operator takes them: six tensors or None, and the numbers of their transforms (no soft-cap: 0)."""
-    settings = [float(student.transform.vocab_size), student.transform.temperature]
+def head_arguments(student: Source, teacher: Source, workspace_bytes: int, *more: float) -> tuple[Any, ...]:
+    """Both sources as an operator takes them: six tensors or None, and numbers: the workspace, of their transforms (no
+    soft-cap: 0), and `more`."""
+    settings = [float(workspace_bytes), float(student.transform.vocab_size), student.transform.temperature]
     for source in (student, teacher):
         settings += [source.transform.scale, source.transform.softcap or 0.0]
-    return (*student[1:4], *teacher[1:4], settings)
+    return (*student[1:4], *teacher[1:4], settings + [float(x) for x in more])
 
 
 def _sources(tensors: Sequence[Tensor | None], settings: Sequence[float]) -> tuple[Source, Source]:
     """The sources of `head_arguments`."""
-    vocab, temperature, *transforms = settings
+    vocab, temperature, *transforms = settings[1:7]
     sources = []
     for i in range(2):
         (leading, weight, bias), (scale, softcap) = tensors[3 * i : 3 * i + 3], transforms[2 * i : 2 * i + 2]
@@ -118,22 +118,24 @@ def head_columns(
     t_bias: Tensor | None,
     settings: Sequence[float],
     rows: Tensor,
-    top_k: int,
     optional: str,
-    workspace_bytes: int,
     score_dtype: torch.dtype | None,
 ) -> Tensor:
-    """(columns, n) statistics of the rows."""
+    """(columns, n) statistics of the rows; the last of the settings is the top-K's K."""
     sources = _sources((s_leading, s_weight, s_bias, t_leading, t_weight, t_bias), settings)
     columns = parse_columns(optional)
-    return triton_heads.launch_columns(*sources, rows, top_k, columns, workspace_bytes, score_dtype)
+    return heads.launch_columns(*sources, rows, int(settings[7]), columns, int(settings[0]), score_dtype)
 
 
 @head_columns.register_fake
 def _(*arguments: Any) -> Tensor:
-    rows, optional = arguments[7], arguments[9]
+    rows, optional = arguments[7], arguments[8]
     names = column_names(parse_columns(optional))
     return torch.empty((len(names), rows.shape[0]), dtype=torch.float32, device=rows.device)
+
+
+def _needs(settings: Sequence[float]) -> list[bool]:
+    return [bool(x) for x in settings[7:]]
 
 
 @torch.library.custom_op("opd_ops::head_loss", mutates_args=())
@@ -148,14 +150,13 @@ def head_loss(
     rows: Tensor,
     weights: Tensor,
     kind: str,
-    workspace_bytes: int,
-    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The weighted sum, the losses, and the gradients of hidden states, weight and bias, without entries if not needed."""
+    """The weighted sum, the losses, and the gradients of hidden states, weight and bias, without entries if not needed; the
+    last of the settings say which are."""
     student, teacher = _sources((s_leading, s_weight, s_bias, t_leading, t_weight, t_bias), settings)
     divergence = DIVERGENCES[kind]
-    total, losses, gradients = triton_heads_loss.launch_loss(
-        student, teacher, rows, weights, divergence, None, workspace_bytes, needs
+    total, losses, gradients = heads_loss.launch_loss(
+        student, teacher, rows, weights, divergence, None, int(settings[0]), _needs(settings)
     )
     made = [s_leading.new_empty(0) if gradient is None else gradient for gradient in (*gradients, None, None)[:3]]
     return total, losses, made[0], made[1], made[2]
@@ -163,7 +164,7 @@ def head_loss(
 
 @head_loss.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    weights, needs = arguments[8], (*arguments[11], False, False)
+    weights, needs = arguments[8], (*_needs(arguments[6]), False, False)
     formats = torch.preserve_format, torch.contiguous_format, torch.contiguous_format
     made = [
         torch.empty_like(tensor, memory_format=layout) if need else arguments[0].new_empty(0)
@@ -174,14 +175,26 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _setup_head_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(inputs[8], *output[2:])
-    ctx.needs = (*inputs[11], False, False)
+    ctx.needs = (*_needs(inputs[6]), False, False)
 
 
 def _head_backward(ctx: Any, dtotal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     weights, *gradients = ctx.saved_tensors
-    factor = triton_heads_loss.scale_back(dtotal, weights)
+    factor = heads_loss.scale_back(dtotal, weights)
     pairs = zip(gradients, ctx.needs, strict=False)
-    return (*((gradient * factor).to(gradient.dtype) if need else None for gradient, need in pairs), *(None,) * 9)
+    return (*((gradient * factor).to(gradient.dtype) if need else None for gradient, need in pairs), *(None,) * 7)
 
 
 head_loss.register_autograd(_head_backward, setup_context=_setup_head_context)
+
+
+def head_losses(
+    student: Source, teacher: Source | TeacherLists, rows: Tensor, weights: Tensor, divergence: Divergence, workspace_bytes: int
+) -> tuple[Tensor, Tensor]:
+    """`heads_loss.selected_loss` by the operator."""
+    assert isinstance(teacher, Source)
+    assert divergence.whole is not None
+    needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in student.tensors]
+    arguments = head_arguments(student, teacher.detach(), workspace_bytes, *needs)
+    total, losses, *_ = head_loss(*arguments, rows, weights, divergence.whole.name)
+    return total, losses.detach()

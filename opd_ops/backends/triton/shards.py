@@ -6,7 +6,7 @@
 
 What gradient kernels read of a row is a reference, the log-normaliser relative to it, and the gap: any reference near the
 log-sum-exp will do, so it is the log-sum-exp itself as a stored logit, rounded to fp32.
-Not here: parts joined (shared/joined.py), kernels' launches (backend.py, heads.py, heads_loss.py).
+Not here: parts joined (shared/joined.py), kernels' launches (dense.py, heads.py, heads_loss.py).
 """
 
 from __future__ import annotations
@@ -20,22 +20,20 @@ from opd_kernels.score import COLUMNS, Score
 from opd_kernels.support import Support
 from torch import Tensor
 
-from opd_ops.backends.interface import has_kernel, is_computed
+from opd_ops.backends.interface import is_computed
 from opd_ops.backends.shared import joined as shards
 from opd_ops.backends.shared.first_order import first_order
 from opd_ops.backends.shared.joined import Part
 from opd_ops.backends.shared.overwritten import unchanged
-from opd_ops.backends.streamed import backend as streamed
+from opd_ops.backends.streamed.backend import STREAMED
 from opd_ops.backends.streamed.summed import with_jsd
-from opd_ops.backends.triton import backend as triton
-from opd_ops.backends.triton import heads as triton_heads
-from opd_ops.backends.triton import heads_loss as triton_heads_loss
+from opd_ops.backends.triton import dense, heads, heads_loss
 from opd_ops.backends.triton.kernel_loss import logsumexp, multiplier
 from opd_ops.backends.triton.launches import top_k_lists
 from opd_ops.backends.triton.tiles import Side
-from opd_ops.divergences import Divergence, weighted_sum, without_infinite
+from opd_ops.divergences import Divergence, is_column, weighted_sum, without_infinite
 from opd_ops.inputs.sources import Shard, Source, Transform
-from opd_ops.inputs.teacher_lists import Listed
+from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.selection.stats import SWEPT_COLUMNS, OwnStats, TokenStats
 
 
@@ -65,11 +63,11 @@ def _part(
     found: list[tuple[Score, Support]] = []
     if is_computed(student, teacher):
         none: frozenset[str] = frozenset()
-        triton_heads.launch_columns(student, teacher, rows, top_k, none, workspace_bytes, score_dtype, keep=found.append)
+        heads.launch_columns(student, teacher, rows, top_k, none, workspace_bytes, score_dtype, keep=found.append)
     else:
         stored = student.leading, teacher.leading
         width, temperature = student.transform.vocab_size, student.transform.temperature
-        triton.launch_and_keep(*stored, rows, top_k, "", workspace_bytes, width, temperature, keep=found.append)
+        dense.launch_and_keep(*stored, rows, top_k, "", workspace_bytes, width, temperature, keep=found.append)
     columns = {name: torch.cat([getattr(score, name) for score, _ in found]) for name in SWEPT_COLUMNS}
     for name, source, of in (("student_logsumexp", student, "s"), ("teacher_logsumexp", teacher, "t")):
         normalisers = (torch.cat([getattr(score, f"{of}_{part}") for score, _ in found]) for part in ("ref", "log2z"))
@@ -85,7 +83,7 @@ def own_stats(
 
     def read() -> OwnStats:
         options: dict[str, Any] = {"workspace_bytes": workspace_bytes, "score_dtype": score_dtype}
-        mine = triton_heads.own_stats(source, rows, top_k=min(top_k, shard.width), **options)
+        mine = heads.own_stats(source, rows, top_k=min(top_k, shard.width), **options)
         return mine._replace(ids=mine.ids + shard.first)
 
     return shards.own_stats(read, shard, rows, top_k=top_k, workspace_bytes=workspace_bytes, dtype=torch.float32)
@@ -93,7 +91,7 @@ def own_stats(
 
 def selected_loss(
     student: Source,
-    teacher: Source | Listed,
+    teacher: Source | TeacherLists,
     shard: Shard,
     rows: Tensor,
     weights: Tensor,
@@ -106,17 +104,17 @@ def selected_loss(
     """The weighted sum of the divergence over the positions, connected to this rank's part of the student, and its terms."""
     options: dict[str, Any] = {"divergence": divergence, "tokens": tokens, "workspace_bytes": workspace_bytes}
     if divergence.whole is None or not isinstance(teacher, Source):
-        return streamed.selected_loss(student, teacher, rows, weights, stats, inplace=False, **options)
+        return STREAMED.selected_loss(student, teacher, rows, weights, stats, inplace=False, **options)
     with torch.no_grad():  # to more digits than `stats`, which may be of 16-bit logits
         score: dict[str, Any] = {"top_k": 1, "columns": frozenset(), "workspace_bytes": workspace_bytes}
         exact = token_stats(student, teacher, shard, rows, score_dtype=torch.float32, dtype=torch.float64, **score)
-    if not has_kernel(divergence):
+    if not is_column(divergence):
         known = {name: x if name == "valid" else x.float() for name, x in exact._asdict().items() if x is not None}
         exact = TokenStats(**known)
-        return streamed.selected_loss(student, teacher, rows, weights, exact, inplace=False, **options)
+        return STREAMED.selected_loss(student, teacher, rows, weights, exact, inplace=False, **options)
     columns = _columns(student, teacher, exact)
     if is_computed(student, teacher):
-        return triton_heads_loss.selected_loss(student, teacher, rows, weights, columns=columns, **options)
+        return heads_loss.selected_loss(student, teacher, rows, weights, columns=columns, **options)
     losses = columns[COLUMNS.index(divergence.whole.name)]
     settings = divergence.whole.name, workspace_bytes, student.transform.vocab_size, student.transform.temperature
     connected: Tensor = _SelectedDivergence.apply(settings, rows, losses, columns, student.leading, teacher.leading.detach())
@@ -161,5 +159,5 @@ class _SelectedDivergence(torch.autograd.Function):
         student, teacher, rows, columns = ctx.saved_tensors
         if not student.shape[-1]:
             return None, None, None, None, torch.zeros_like(student), None
-        gradient = triton.launch_gradient(student, teacher, rows, dlosses, *ctx.options, columns=columns)
+        gradient = dense.launch_gradient(student, teacher, rows, dlosses, *ctx.options, columns=columns)
         return None, None, None, None, gradient, None

@@ -2,12 +2,11 @@
 
   A tile holds stored logits; what they still have to go through is its `transform`.
 
-Not here: sizes (workspace.py), what kernels do on a tile (heads.py, heads_loss.py).
+Not here: sizes (shared/workspace.py), what kernels do on a tile (heads.py, heads_loss.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -24,8 +23,9 @@ class Side:
     """Some positions of one model, whose stored logits are copied or computed into a buffer."""
 
     def __init__(self, source: Source, rows: Tensor, cast_bytes: int, score_dtype: torch.dtype | None = None) -> None:
-        self.source, self.rows, self.cast_bytes = source, rows, cast_bytes
         self.in_float8 = source.transform.is_head and score_dtype == float8.DTYPE
+        self.source = source.in_float8() if self.in_float8 else source
+        self.rows, self.cast_bytes = rows, cast_bytes
         self.tile_dtype = tile_dtype(source, score_dtype)
         self.reference = None if source.reference is None else Side(source.reference, rows, cast_bytes)
 
@@ -63,11 +63,6 @@ class Side:
         values, scales = (x[: out.shape[1]] for x in self.source.float8)
         float8.product(Float8Rows.of(self.hidden(part)), Float8Rows(values, scales), out)
         return out[:, :vocab] if self.source.bias is None else out[:, :vocab].add_(self.source.bias[:vocab])
-
-
-def groups(n: int, size: int) -> Iterator[slice]:
-    for start in range(0, n, size):
-        yield slice(start, min(start + size, n))
 
 
 def buffer_of(rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

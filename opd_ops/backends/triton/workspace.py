@@ -4,7 +4,7 @@
   selected  the same for fp32 logits of both models and 16-bit gradients, those of all rows if they fit 5/8 of it
 
 Needs no Triton: estimates/compute.py asks it on any machine.
-Not here: what is done on a tile (heads.py, heads_loss.py), the streamed backend's sizes (streamed/workspace.py).
+Not here: what is done on a tile (heads.py, heads_loss.py), the streamed backend's sizes (shared/workspace.py).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from opd_ops import selective_opd_loss
+from opd_ops import Settings, selective_opd_loss
 from tests.support.cases import generator, head_pair, leaf, logit_pair
 from tests.support.recorded.case import Custom, as_leaf, gradients
 
@@ -127,7 +127,7 @@ def gkd(beta: float, more: dict[str, Any]) -> dict[str, Any]:
 
 def hf_cases() -> Iterator[Custom]:
     for label, more in {"default": {}, "sequence": {"fraction": 0.25, "scope": "sequence", "selector": "entropy"}}.items():
-        words = f"2 steps of Trainer: hf.SelectiveDistillationTrainer, selection={more}; and an evaluation"
+        words = f"2 steps of Trainer: hf.SelectiveDistillationTrainer, settings={more}; and an evaluation"
         yield Custom(f"hf/mixin/{label}", words, partial(hf_mixin, more))
         words = f"2 steps of Trainer with compute_loss_func=SelectiveComputeLoss(student, teacher, {more})"
         yield Custom(f"hf/compute_loss_func/{label}", words, partial(hf_function, more))
@@ -145,7 +145,7 @@ def hf_mixin(more: dict[str, Any]) -> dict[str, Any]:
 
     forget_settings()
     with tempfile.TemporaryDirectory() as folder:
-        made = run(folder, batch=4, accumulation=2, steps=2, teacher=language_model(2, width=48), selection=more)
+        made = run(folder, batch=4, accumulation=2, steps=2, teacher=language_model(2, width=48), settings=Settings(**more))
         made.evaluate()
     return logged(made.state.log_history, TRAINER)
 

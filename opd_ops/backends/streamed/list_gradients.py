@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from opd_ops.backends.streamed.tiles import slices
+from opd_ops.backends.shared.chunks import chunks
 from opd_ops.inputs.sources import Source, compute_dtype, coordinates, put_rows, take_rows
 
 
@@ -47,11 +47,11 @@ def listed_gradients(
     share = workspace_bytes // 4 // dtype.itemsize
     n_columns = max(1, share // (2 * width))
     n_rows = max(1, min(share // (2 * width), share // n_columns))
-    for part in slices(slice(0, len(used)), n_columns):
+    for part in chunks(len(used), n_columns):
         columns = used[part]
         weight = student.weight[columns].to(dtype)
         total, total_bias = torch.zeros_like(weight), weight.new_zeros(len(columns))
-        for group in slices(slice(0, len(rows)), n_rows):
+        for group in chunks(len(rows), n_rows):
             places = torch.searchsorted(columns, ids[group]).clamp_max(len(columns) - 1)
             here = columns[places] == ids[group]
             d = weight.new_zeros(len(places), len(columns))

@@ -7,11 +7,10 @@ Not here: a few ids of a row (shared/logits_at.py), what is made of the logits (
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
+from opd_ops.backends.shared.chunks import chunks
 from opd_ops.backends.shared.logits_at import merged_logits
 from opd_ops.inputs.sources import Source, finish_logits, mix_logits, take_rows
 
@@ -57,7 +56,7 @@ class Rows:
         if not self.source.transform.is_head:
             block.copy_(take_rows(self.source.leading[..., columns], self.rows[group]))
         else:
-            for part in slices(columns, self.cast_columns):
+            for part in chunks(columns, self.cast_columns):
                 into = block[:, part.start - columns.start : part.stop - columns.start]
                 torch.mm(self.hidden(group), self.weight(part).T, out=into)
             if self.source.bias is not None:
@@ -74,8 +73,3 @@ class Rows:
         if self._merged is None or self._merged[0] != group:
             self._merged = (group, *merged_logits(self.source, self.rows[group], self.dtype))
         return self._merged[1:]
-
-
-def slices(within: slice, size: int) -> Iterator[slice]:
-    for start in range(within.start, within.stop, size):
-        yield slice(start, min(start + size, within.stop))

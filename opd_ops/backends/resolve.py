@@ -1,0 +1,107 @@
+"""Which backend a call uses.
+
+A backend chosen by name that cannot run raises; there is no silent fallback. "auto" is "triton" where it can run on a GPU, else
+"torch"; the log says why (logger "opd_ops", level DEBUG).
+Not here: what a backend is (interface.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from importlib import import_module
+
+import torch
+
+from opd_ops.arguments import is_traced
+from opd_ops.backends.eager import EAGER
+from opd_ops.backends.interface import Backend, Needs
+from opd_ops.backends.streamed.backend import STREAMED
+from opd_ops.inputs.sources import Source
+from opd_ops.inputs.teacher_lists import TeacherLists
+
+_log = logging.getLogger("opd_ops")
+KNOWN = ("auto", "eager", "torch", "triton")
+OLDEST_TRITON = (3, 6)
+OLDEST_CAPABILITY = (8, 0)  # of the current device: what triton compiles for, and what has bf16
+DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
+
+
+def check_backend(name: str) -> None:
+    if name not in KNOWN:
+        raise ValueError(f"backend: got {name!r}, expected one of: {', '.join(KNOWN)}")
+
+
+def resolve_backend(name: str, student: Source, teacher: Source | TeacherLists, needs: Needs) -> Backend:
+    """The backend of that name, which can run the call.
+
+    Raises: ValueError: it cannot, and why.
+    """
+    check_backend(name)
+    device = student.leading.device.type
+    backend: Backend = EAGER if name == "eager" else STREAMED
+    because = "chosen by name"
+    if name == "triton" or (name == "auto" and device in DEVICES):
+        reason = _without_triton(device)
+        if reason is None:
+            triton = _triton()
+            reason = triton.refusal(student, teacher, needs)
+        reason = _of_all_ranks(reason, student)
+        if reason is None:
+            backend, because = triton, because if name == "triton" else f"the device is {device}"
+        elif name == "triton":
+            raise ValueError(f"backend: got 'triton', but {reason}")
+        else:
+            because = reason
+    elif name == "auto":
+        because = f"the device is {device}"
+    if needs.inplace and not backend.overwrites_logits(student, teacher, needs.divergence):
+        raise ValueError(
+            "inplace_backward: got True, which only backend='triton' has, for dense logits of the whole vocabulary and reverse "
+            "or forward KL; "
+            f"this call uses {backend.name!r} ({because}) and divergence {needs.divergence.name!r}"
+        )
+    if needs.float8:
+        reason = backend.float8_refusal(student, teacher)
+        if reason is not None:
+            reason = reason if backend.name == "triton" else because
+            raise ValueError(f"score_dtype: got 'float8', which needs backend='triton' on Hopper or newer, but {reason}")
+    if not is_traced():  # a traced call cannot log
+        _log.debug("backend %r: using %r (%s)", name, backend.name, because)
+    return backend
+
+
+def _triton() -> Backend:
+    from opd_ops.backends.triton.backend import TRITON  # importing opd_ops needs torch alone
+
+    return TRITON
+
+
+def _of_all_ranks(reason: str | None, student: Source) -> str | None:
+    """Ranks that share out the vocabulary use one backend: strides may differ with the width of a part."""
+    shard = student.transform.shard
+    if shard is None:
+        return reason
+    refused = shard.ranks.sum(torch.tensor([reason is not None], dtype=torch.long, device=student.leading.device))
+    return reason or ("another rank of the vocabulary's group cannot run it; its error says why" if bool(refused) else None)
+
+
+# A property of the machine: looked up while tracing.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _without_triton(device: str) -> str | None:
+    """Why no Triton kernel can run on the device, or None."""
+    try:
+        found = str(import_module("triton").__version__)  # its distribution has another name on ROCm and XPU
+    except ImportError:
+        return "triton is not installed; pip install 'opd-ops[triton]', or use 'torch'"
+    if tuple(int(x) for x in found.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton {found} is installed, expected {'.'.join(map(str, OLDEST_TRITON))} or newer; upgrade it, or use 'torch'"
+    if device == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < OLDEST_CAPABILITY:
+        found = ".".join(map(str, torch.cuda.get_device_capability()))
+        return f"the GPU has compute capability {found}, expected 8.0 or newer (Ampere); use 'torch' there"
+    if device not in DEVICES and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return (
+            f"the logits are on {device}, expected one of: {', '.join(DEVICES)}; use 'torch' there "
+            "(on a CPU kernels run only interpreted, for tests: TRITON_INTERPRET=1)"
+        )
+    return None

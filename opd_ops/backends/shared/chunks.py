@@ -1,0 +1,15 @@
+"""Ranges cut into consecutive parts: of rows, of columns of the vocabulary.
+
+Not here: how large a part may be (workspace.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+
+def chunks(span: int | slice, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size` that cover 0 ... span - 1, or the slice `span`."""
+    start, stop = (0, span) if isinstance(span, int) else (span.start, span.stop)
+    for first in range(start, stop, size):
+        yield slice(first, min(first + size, stop))

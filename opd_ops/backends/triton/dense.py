@@ -1,0 +1,125 @@
+"""Launches on dense logits: their statistics, and the gradient of reverse and forward KL with respect to them.
+
+Logits are read where they lie, in any leading layout (layout.py).
+With `inplace` the gradient is written over the student's logits: no second tensor of their size.
+Not here: losses in autograd (dense_loss.py), heads (heads.py), what launches share (launches.py), the kernels (opd_kernels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from opd_kernels.argmax import argmax_fwd
+from opd_kernels.score import Score, score_fwd
+from opd_kernels.support import Support
+from torch import Tensor
+
+from opd_ops.backends.shared.chunks import chunks
+from opd_ops.backends.triton.kernel_loss import GRADIENTS
+from opd_ops.backends.triton.launches import column_names, launch_options, on_device, parse_columns, rows_within, write_columns
+from opd_ops.backends.triton.layout import Layout
+from opd_ops.backends.triton.workspace import score_bytes
+from opd_ops.divergences import DIVERGENCES
+from opd_ops.inputs.sources import Transform
+
+
+def _dense(vocab_size: int, temperature: float) -> tuple[Transform, Transform]:
+    transform = Transform(False, vocab_size, temperature)
+    return transform, transform
+
+
+def launch_columns(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Tensor,
+    top_k: int,
+    optional: str,
+    workspace_bytes: int,
+    vocab_size: int,
+    temperature: float,
+) -> Tensor:
+    """(columns, n) statistics of the given positions, in the order of `column_names`; `optional` ones are named "a,b"."""
+    return launch_and_keep(student, teacher, rows, top_k, optional, workspace_bytes, vocab_size, temperature)
+
+
+def launch_and_keep(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Tensor,
+    top_k: int,
+    optional: str,
+    workspace_bytes: int,
+    vocab_size: int,
+    temperature: float,
+    *,
+    keep: Callable[[tuple[Score, Support]], None] | None = None,
+) -> Tensor:
+    """`launch_columns`; `keep` is given what the kernels found of consecutive rows."""
+    layout, tables = tables_of(student, teacher)
+    places, columns = layout.rows(rows), parse_columns(optional)
+    share = workspace_bytes // 2 if columns else workspace_bytes  # the other half is the optional columns' scratch
+    out = torch.empty((len(column_names(columns)), len(rows)), dtype=torch.float32, device=rows.device)
+    with on_device(rows.device):
+        for part in chunks(len(rows), rows_within(score_bytes(vocab_size, top_k), share)):
+            found = write_columns(
+                out[:, part],
+                tables,
+                places[part],
+                _dense(vocab_size, temperature),
+                columns=columns,
+                top_k=top_k,
+                workspace_bytes=share,
+            )
+            if keep is not None:
+                keep(found)
+    return out
+
+
+def tables_of(student: Tensor, teacher: Tensor | None) -> tuple[Layout, tuple[Tensor, Any]]:
+    layout = Layout.of(student)
+    assert layout is not None
+    if teacher is None:
+        return layout, (layout.table(student.detach()), None)
+    other = Layout.of(teacher)
+    assert other is not None
+    return layout, (layout.table(student.detach()), other.table(teacher.detach()))
+
+
+def launch_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    kind: str,
+    workspace_bytes: int,
+    vocab_size: int,
+    temperature: float,
+    *,
+    inplace: bool = False,
+    columns: Tensor | None = None,
+) -> Tensor:
+    """The gradient of the losses weighted, of the student's shape: a new tensor, or the student itself.
+
+    `columns`: score.py's of the rows, (12, M), where these are not those of the logits alone.
+    """
+    layout, tables = tables_of(student, teacher)
+    out, gradient = (tables[0], student.detach()) if inplace else layout.zeros(student)
+    places, weights = layout.rows(rows), weights.contiguous()
+    options = launch_options(*_dense(vocab_size, temperature))
+    with on_device(out.device):
+        for part in chunks(len(places), rows_within(score_bytes(vocab_size), workspace_bytes)):
+            if columns is None:
+                score = score_fwd(*tables, places[part], **options)
+                of_part, top = score.columns, argmax_fwd(tables[0], places[part], score, vocab_size=vocab_size)
+            else:  # of a part of a shared vocabulary, whose other entries are not here
+                of_part, top = columns[:, part].contiguous(), None
+            GRADIENTS[type(DIVERGENCES[kind])](*tables, places[part], weights[part], of_part, top=top, out=out, **options)
+    if inplace:
+        # By index: a mask would have all rows read and written. A stable sort finds the others without a synchronisation.
+        selected = torch.zeros(layout.shape.numel(), dtype=torch.bool, device=rows.device).index_fill(0, rows, True)
+        others = selected.to(torch.uint8).argsort(stable=True)[: len(selected) - len(rows)]
+        # Also tells autograd of the write: whoever else saved these logits for a backward to come gets an error.
+        tables[0].index_fill_(0, layout.rows(others), 0.0)
+    return gradient

@@ -1,0 +1,254 @@
+"""The arguments of a call, checked once, as one `Call` that the later stages trust.
+
+  An error says which argument, what came, what was expected. ValueError for values, TypeError for types.
+
+Not here: settings (opd_ops/settings.py), the two models (inputs/pair.py), masks and labels (inputs/positions.py).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opd_ops.arguments import is_traced, may_look, real, shown
+from opd_ops.backends.interface import Backend, Needs
+from opd_ops.backends.resolve import resolve_backend
+from opd_ops.distributed.ranks import Ranks
+from opd_ops.divergences import Divergence, ReverseKL, SampledToken, TailAware, resolve_divergence
+from opd_ops.inputs.batch import Batch
+from opd_ops.inputs.linear_head import LinearHead
+from opd_ops.inputs.pair import check_sources
+from opd_ops.inputs.positions import Positions, positions
+from opd_ops.inputs.rollout import StudentStats, check_student_stats
+from opd_ops.inputs.sources import Source
+from opd_ops.inputs.teacher_lists import SampledLogprobs, SparseTeacher, TeacherLists, TopKLogprobs, check_lists
+from opd_ops.selection.selectors import Selector, bound_selector, check_known, named_selector
+from opd_ops.settings import SCORE_DTYPES, Settings, check_divergence_top_k, check_top_k, scalar_of
+
+
+@dataclass(frozen=True)
+class Call:
+    """A checked call."""
+
+    student: Source
+    teacher: Source | TeacherLists
+    positions: Positions
+    batch: Batch
+    settings: Settings
+    selector: Selector
+    divergence: Divergence
+    backend: Backend
+    scope: str  # "batch" where this process selects alone
+    ranks: Ranks | None  # which processes select together; None: this one alone
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.student.shape
+
+    @property
+    def given(self) -> Tensor | None:
+        """Bool mask of the positions' shape; None: all."""
+        return self.positions.valid
+
+    @property
+    def known(self) -> StudentStats | None:
+        """The student's statistics, from the rollout."""
+        return self.batch.student_stats
+
+    @property
+    def score_dtype(self) -> torch.dtype | None:
+        return None if self.settings.score_dtype is None else SCORE_DTYPES[self.settings.score_dtype]
+
+
+def prepare(
+    student: Tensor | LinearHead,
+    teacher: Tensor | LinearHead | SparseTeacher,
+    batch: Batch,
+    settings: Settings,
+    *,
+    selects: bool,
+) -> Call:
+    """Check all that depends on the tensors; raises before any work. `selects`: whether a selection and a loss follow."""
+    ranks = selecting_ranks(settings, selects=selects)
+    divergence = resolve_divergence(settings.divergence)
+    student_source, teacher_source = check_sources(
+        student,
+        teacher,
+        divergence,
+        vocab_size=settings.vocab_size,
+        temperature=settings.temperature,
+        eos_ids=tuple(settings.eos_ids),
+        process_group=settings.process_group,
+        top_k=settings.top_k,
+        workspace_bytes=settings.workspace_bytes,
+    )
+    shard, vocab = student_source.transform.shard, student_source.transform.whole_vocab_size
+    if shard is not None:
+        _check_other_positions(settings, shard.ranks.group, selects)
+    check_top_k(settings.top_k, vocab)
+    check_divergence_top_k(divergence, vocab)
+    shape, device = student_source.shape, student_source.device
+    found = positions(
+        batch._replace(tokens=teacher.ids) if batch.tokens is None and isinstance(teacher, SampledLogprobs) else batch,
+        shape,
+        device,
+        ignore_index=settings.ignore_index,
+        special_ids=settings.special_ids,
+        vocab_size=vocab if divergence.reads_tokens else None,
+    )
+    needs = Needs(divergence, settings.top_k, inplace=settings.inplace_backward, float8=settings.in_float8)
+    backend = resolve_backend(settings.backend, student_source, teacher_source, needs)
+    selector = bound_selector(named_selector(settings.selector), settings.generator, found.sequences)
+    is_part = selects and settings.scope == "sequence" and ranks is not None
+    if is_part and batch.labels is not None and batch.shift_labels is None:
+        raise ValueError(
+            "labels: got unshifted labels, whose next one may be on another rank of selection_group; pass shift_labels, or "
+            "tokens and a mask"
+        )
+    if batch.student_stats is not None:
+        if student_source.transform.merged:
+            raise ValueError("eos_ids: student_stats are of the ids apart; pass no student_stats")
+        own = student_source.width if shard is None else shard.uncut
+        check_student_stats(
+            batch.student_stats,
+            shape,
+            device,
+            top_k=settings.top_k,
+            vocab_size=vocab,
+            student_vocab_size=own,
+            valid=found.valid,
+        )
+        check_known(selector, "student_stats")
+    if isinstance(teacher, (TopKLogprobs, SampledLogprobs)):
+        assert isinstance(teacher_source, TeacherLists)
+        check_lists(teacher, teacher_source.logprobs, found.valid)
+        check_known(selector, type(teacher).__name__)
+    scope = settings.scope if selects and not (settings.scope == "global" and ranks is None) else "batch"
+    call = Call(student_source, teacher_source, found, batch, settings, selector, divergence, backend, scope, ranks)
+    if selects:
+        _check_loss(call)
+    return call
+
+
+def divergence_of(teacher: object) -> Divergence:
+    """One that the teacher allows, for scores that no loss follows."""
+    if isinstance(teacher, SampledLogprobs):
+        return SampledToken()
+    return TailAware(top_k=1) if isinstance(teacher, TopKLogprobs) else ReverseKL()
+
+
+def selecting_ranks(settings: Settings, *, selects: bool) -> Ranks | None:
+    """The processes that select together; None: this one alone."""
+    group = settings.selection_group
+    if selects and group is not None and settings.scope == "batch":
+        raise ValueError(
+            "selection_group: got a group, but scope 'batch' is one budget for each process; expected scope 'global', or "
+            "'sequence' if the ranks hold parts of the same sequences"
+        )
+    is_world = group is None and selects and settings.scope == "global"
+    ranks = Ranks.world() if is_world else Ranks(group)
+    return ranks if ranks.size > 1 else None
+
+
+def _check_other_positions(settings: Settings, vocabulary: dist.ProcessGroup | None, selects: bool) -> None:
+    """Where ranks share out the vocabulary they hold the same positions: those that select together must be others."""
+    group = settings.selection_group
+    if group is not None and vocabulary is not None:
+        shared = set(dist.get_process_group_ranks(group)) & set(dist.get_process_group_ranks(vocabulary))
+        if len(shared) > 1:
+            raise ValueError(
+                f"selection_group: has ranks {sorted(shared)} in common with the group that shares out the vocabulary, which "
+                "hold the same positions; expected ranks that hold others, across that group"
+            )
+    if selects and settings.scope == "global" and group is None:
+        raise ValueError(
+            "selection_group: got None where ranks share out the vocabulary, which hold the same positions; expected the group "
+            "of the ranks that hold others"
+        )
+
+
+def _check_loss(call: Call) -> None:
+    """What a loss asks beyond scores."""
+    if call.settings.inplace_backward:
+        _check_inplace_backward(call.student.leading, call.teacher)
+    if call.divergence.reads_tokens:
+        _check_tokens(call)
+
+
+def _check_tokens(call: Call) -> None:
+    """A divergence on the sampled token needs to know it."""
+    tokens, teacher = call.positions.tokens, call.teacher
+    if tokens is not None and tokens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"tokens: got labels of dtype {tokens.dtype}, expected int32 or int64")
+    if isinstance(teacher, TeacherLists):
+        if tokens is not None and may_look(tokens):
+            differ = (teacher.ids[:, 0] != tokens.flatten()) & teacher.valid
+            if bool(differ.any()):
+                raise ValueError(
+                    f"tokens: differ from the ids of SampledLogprobs at {int(differ.sum())} positions, the first "
+                    f"{int(differ.nonzero()[0])} of the flattened ones; row i is of the token that it predicts"
+                )
+        return
+    if tokens is None:
+        raise ValueError(
+            f"tokens: got None, but divergence {call.divergence.name!r} is on the sampled token; pass tokens=, or shift_labels="
+        )
+
+
+def _check_inplace_backward(student: Tensor, teacher: Source | TeacherLists) -> None:
+    """Refuse to overwrite logits that somebody may still need; without grad mode there is nothing to overwrite."""
+    if not torch.is_grad_enabled():
+        return
+    reason = None
+    if is_traced():
+        reason = "are traced by torch.compile"
+    elif not student.requires_grad:
+        reason = "do not require a gradient"
+    elif student.is_leaf:
+        reason = "are a leaf, whose values belong to the caller"
+    elif student._is_view():
+        reason = "are a view, whose base others may read"
+    elif isinstance(teacher, Source) and _memory(student) == _memory(teacher.leading):
+        reason = "share their memory with the teacher's"
+    if reason is not None:
+        raise ValueError(
+            f"inplace_backward: got True, but the student's logits {reason}; expected the output of an operation that "
+            "nothing else reads; pass False"
+        )
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def check_num_items(value: object) -> Tensor | float | None:
+    """A number or a 0-dim tensor, by one rule. 0 is what a host counts in a step without a valid token."""
+    if value is None:
+        return None
+    number = scalar_of("num_items_in_batch", value) if isinstance(value, Tensor) else real(value)
+    if number is not None and not 0 <= number < math.inf:
+        raise ValueError(f"num_items_in_batch: got {shown(value)}, expected a finite number > 0")
+    return value if isinstance(value, Tensor) else number
+
+
+def check_transforms(backend: str, *, has_vmap: bool, has_gradient: bool) -> None:
+    """Refuse torch.func's transforms (grad, vmap, jvp, ...), but those that the specification's plain torch allows.
+
+    `has_vmap`, `has_gradient`: whether "eager" has a rule for vmap, and for the others.
+    """
+    if is_traced() or not torch._C._are_functorch_transforms_active():
+        return
+    active = [interpreter.key().name.lower() for interpreter in torch._C._functorch.get_interpreter_stack() or ()]
+    refused = [name for name in active if backend != "eager" or not (has_vmap if name == "vmap" else has_gradient)]
+    if refused:
+        instead = "loss.backward() or torch.autograd.grad"
+        if backend != "eager" and has_gradient:
+            instead += ", or backend='eager'" + ("" if has_vmap else " (not under vmap)")
+        raise ValueError(
+            f"backend: got {backend!r} under a transform of torch.func ({', '.join(refused)}), for which it has no rule; use "
+            f"{instead}"
+        )

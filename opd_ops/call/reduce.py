@@ -1,0 +1,184 @@
+"""The last stage of a call: the mean over the selected positions, and losses one by one, both connected to the graph.
+
+  loss = sum_t w_t l_t / total          losses_t = w_t l_t at the selected t, 0 elsewhere
+
+For losses one by one the forward computes them without a graph. The backward, which alone knows the factors c_t of the sum that
+is differentiated, is the one of the weighted sum which every backend has, with c_t w_t as the weights, on the selected
+positions; nothing is scored or selected again.
+Not here: which positions are selected (choose.py), the losses themselves (losses.py), metrics (metrics.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from opd_ops.arguments import is_traced, shown
+from opd_ops.backends.shared.first_order import first_order
+from opd_ops.backends.shared.overwritten import unchanged
+from opd_ops.call.choose import Chosen
+from opd_ops.call.losses import Settled, sampled_tokens, selected_losses, settle
+from opd_ops.call.metrics import Metrics, loss_metrics, sampled_metrics
+from opd_ops.distributed.ranks import Ranks
+from opd_ops.inputs.sources import Source
+from opd_ops.inputs.teacher_lists import TeacherLists
+from opd_ops.selection.stats import TokenStats
+from opd_ops.settings import scalar_of
+
+
+class SelectiveOPDOutput(NamedTuple):
+    """What `selective_opd_loss` returns; (...) is the positions' shape."""
+
+    loss: Tensor  # 0-dim, connected to the graph even when nothing is selected
+    selected: Tensor  # (...) bool
+    scores: Tensor  # (...) -inf where not valid
+    stats: TokenStats  # columns (...), 0 where not valid
+    metrics: Metrics  # detached 0-dim tensors
+
+
+class TokenLosses(NamedTuple):
+    """What `selective_opd_token_losses` returns; (...) is the positions' shape."""
+
+    losses: Tensor  # (...) nats, connected to the graph; 0 where not selected
+    selected: Tensor  # (...) bool
+    scores: Tensor  # (...) -inf where not valid
+    stats: TokenStats  # columns (...), 0 where not valid
+    metrics: Metrics  # detached 0-dim tensors; "loss" is the mean over the selected positions
+
+
+def mean_loss(chosen: Chosen, num_items_in_batch: Tensor | float | None) -> SelectiveOPDOutput:
+    """The sum of the selected positions' losses over the denominator that the settings name."""
+    call, rows, kept = chosen.call, chosen.rows, chosen.kept
+    kind, weights = call.settings.denominator, call.batch.weights
+    if call.ranks is None:  # over ranks the others would wait for the one that raised
+        _check_some_items(num_items_in_batch, chosen.selected)
+    total = denominator(chosen.selected, chosen.stats.valid, num_items_in_batch, kind)
+    factors = _ratio(torch.ones_like(total), total).to(chosen.scores.dtype).expand(len(rows))
+    factors = factors if kept is None else torch.where(kept, factors, 0)
+    row_weights = None if weights is None else weights.detach().flatten()[rows].to(factors.dtype)
+    tokens = sampled_tokens(chosen)
+    factors = factors if row_weights is None else factors * row_weights
+    weighted, losses = selected_losses(chosen, factors, tokens, inplace=call.settings.inplace_backward)
+    settled = settle(chosen, losses, tokens)
+    chosen, trained = settled.chosen, settled.trained
+    # 1 if no infinite loss was dropped; over ranks their counts are added up here alone, when they are final
+    final = denominator(chosen.selected, chosen.stats.valid, num_items_in_batch, kind, call.ranks)
+    correction = _ratio(total, final)
+    loss = weighted * correction.to(weighted.dtype) * nan_if_nonfinite(chosen, weighted.dtype)
+    loss_sum = torch.where(trained, losses if row_weights is None else losses * row_weights, 0).sum()
+    metrics = _metrics(settled, loss, loss_sum)
+    return SelectiveOPDOutput(loss, chosen.selected, chosen.scores, chosen.stats, metrics)
+
+
+def denominator(
+    selected: Tensor, valid: Tensor, num_items: Tensor | float | None, kind: str, ranks: Ranks | None = None
+) -> Tensor:
+    """What the sum over the selected positions is divided by, 0-dim fp64; 1 where nothing is selected."""
+    n_selected, n_valid = selected.sum(), valid.sum()
+    if ranks is not None:
+        n_selected, n_valid = ranks.sum(torch.stack((n_selected, n_valid))).unbind()
+    n_selected, n_valid = n_selected.double(), n_valid.double()
+    share = n_selected / n_valid.clamp_min(1) if kind == "selected" else torch.ones_like(n_valid)
+    total = n_valid
+    if isinstance(num_items, Tensor):
+        total = num_items.to(device=valid.device, dtype=torch.float64)
+    elif num_items is not None:  # filled on the device: a copy from the host would wait for it
+        total = torch.full((), num_items, dtype=torch.float64, device=valid.device)
+    return torch.where(n_selected > 0, total * share, 1.0)
+
+
+def _ratio(number: Tensor, total: Tensor) -> Tensor:
+    """number / total; 0 for a total of 0, which a host counts in a step without a valid token."""
+    return torch.where(total == 0, 0.0, number / total)
+
+
+def _check_some_items(value: Tensor | float | None, selected: Tensor) -> None:
+    """Refuse a count of 0 where positions are selected. A device's count is not looked at; the loss is 0 then."""
+    if value is None or is_traced():
+        return
+    number = scalar_of("num_items_in_batch", value) if isinstance(value, Tensor) else value
+    if number == 0 and bool(selected.any()):
+        raise ValueError(
+            f"num_items_in_batch: got {shown(value)}, expected a finite number > 0: {int(selected.sum())} positions are "
+            "selected. Pass the count of valid tokens, or a mask without one"
+        )
+
+
+def nan_if_nonfinite(chosen: Chosen, dtype: torch.dtype) -> Tensor:
+    """The factor of every loss: NaN if the student's softmax or the score of a valid position is not a number, else 1."""
+    stats = chosen.stats
+    blown_up = stats.valid & (~torch.isfinite(stats.student_logsumexp) | chosen.scores.isnan())
+    return torch.where(blown_up.any(), torch.nan, 1.0).to(dtype)
+
+
+def _metrics(settled: Settled, loss: Tensor, loss_sum: Tensor) -> Metrics:
+    chosen = settled.chosen
+    metrics = loss_metrics(
+        loss,
+        loss_sum,
+        chosen.selected,
+        chosen.scores,
+        chosen.stats,
+        chosen.call.given,
+        settled.infinite,
+        is_bound=isinstance(chosen.call.teacher, TeacherLists),
+    )
+    return metrics if settled.log_ratios is None else metrics | sampled_metrics(settled.log_ratios, settled.trained)
+
+
+def token_losses(chosen: Chosen) -> TokenLosses:
+    """The selected positions' losses, each times its weight."""
+    call, rows, weights = chosen.call, chosen.rows, chosen.call.batch.weights
+    with torch.no_grad():
+        tokens = sampled_tokens(chosen)
+        _, losses = selected_losses(chosen, torch.ones_like(chosen.scores.flatten()[rows]), tokens)
+        settled = settle(chosen, losses, tokens)
+    chosen, trained = settled.chosen, settled.trained
+    teachers = tuple(t.detach() for t in call.teacher.tensors) if isinstance(call.teacher, Source) else ()
+    connected: Tensor = _TokenLosses.apply(chosen, tokens, losses, trained, *call.student.tensors, *teachers)
+    read_again = (call.student, call.teacher) if isinstance(call.teacher, Source) else (call.student,)
+    connected = unchanged(connected, rows, *read_again, workspace_bytes=call.settings.workspace_bytes)
+    if weights is not None:
+        connected = connected * weights.detach().flatten()[rows].to(connected.dtype)
+    placed = torch.zeros_like(chosen.scores.flatten(), dtype=connected.dtype).index_put((rows,), connected).view(call.shape)
+    placed = placed * nan_if_nonfinite(chosen, placed.dtype)
+    loss_sum = connected.detach().sum()
+    metrics = _metrics(settled, loss_sum / trained.sum().clamp_min(1), loss_sum)
+    return TokenLosses(placed, chosen.selected, chosen.scores, chosen.stats, metrics)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """(M,) losses whose gradient is a backend's gradient of their weighted sum, with the weights that the backward brings."""
+
+    @staticmethod
+    def forward(ctx: Any, chosen: Chosen, tokens: Tensor | None, losses: Tensor, trained: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.chosen, ctx.n_student = _with_tensors(chosen, None), len(chosen.call.student.tensors)
+        ctx.save_for_backward(tokens, trained, *tensors)
+        return torch.where(trained, losses, 0)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, trained, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad[4 : 4 + ctx.n_student]
+        own = [t.detach().requires_grad_(need) for t, need in zip(tensors[: ctx.n_student], needs, strict=True)]
+        chosen = _with_tensors(ctx.chosen, (*own, *tensors[ctx.n_student :]))
+        with torch.enable_grad():
+            weighted, _ = selected_losses(chosen, torch.where(trained, dlosses, 0), tokens)
+            made = iter(torch.autograd.grad(weighted, [t for t in own if t.requires_grad]))
+        gradients: list[Tensor | None] = [next(made) if need else None for need in needs]
+        return (None,) * 4 + tuple(gradients) + (None,) * len(tensors[ctx.n_student :])
+
+
+def _with_tensors(chosen: Chosen, tensors: Sequence[Tensor] | None) -> Chosen:
+    """The same with these tensors in both sources; None: emptied. Lists are no inputs of autograd's and stay."""
+    student, teacher = chosen.call.student, chosen.call.teacher
+    split = len(student.tensors)
+    student = student.emptied() if tensors is None else student.with_tensors(tensors[:split])
+    if isinstance(teacher, Source):
+        teacher = teacher.emptied() if tensors is None else teacher.with_tensors(tensors[split:])
+    return replace(chosen, call=replace(chosen.call, student=student, teacher=teacher))

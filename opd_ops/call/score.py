@@ -1,0 +1,166 @@
+"""The second stage of a call: statistics and scores of its positions, without a graph.
+
+  scores = selector(statistics)                                                        arXiv 2605.26844 eq. 12
+
+Not here: how statistics are computed (backends/), selectors (selection/selectors.py), which positions are chosen (choose.py).
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from opd_ops.backends.shared import two_lists
+from opd_ops.call.prepare import Call
+from opd_ops.divergences import Divergence
+from opd_ops.inputs.sources import Source
+from opd_ops.inputs.teacher_lists import TeacherLists
+from opd_ops.selection.selectors import is_deterministic, is_own, over_ranks
+from opd_ops.selection.stats import BACKEND_COLUMNS, TokenStats
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A call with the scores and statistics of its positions, both of the positions' shape."""
+
+    call: Call
+    scores: Tensor  # (...) -inf where not valid, or where the divergence is known to be infinite
+    stats: TokenStats
+
+    @property
+    def infinite(self) -> Tensor:
+        """(...) bool: valid positions whose divergence is known to be +inf."""
+        return self.stats.valid & ~is_finite(self.stats, self.call.divergence)
+
+
+def score(call: Call) -> Scored:
+    """Score every position that may be trained on, or that a selector asks to see."""
+    with torch.no_grad():  # no decorator: torch.compile cannot trace a decorated function that it is handed
+        # A host synchronisation, if there is a mask: the list of valid rows has a length.
+        everything = torch.arange(call.shape.numel(), device=call.student.leading.device)
+        places = _response_places(call)
+        read = call.given if call.given is None or places is None else places > 0
+        rows = everything if read is None else read.flatten().nonzero().squeeze(1)
+        stats = stats_of(call, rows).spread(None if read is None else rows, call.shape)
+        if places is not None:
+            valid = stats.valid if call.given is None else stats.valid & call.given
+            stats = stats._replace(valid=valid, response_place=places)
+        scored = _scored(call, stats)
+    if call.settings.check_finite and not call.settings.in_float8:
+        _check_finite(scored)
+    return scored
+
+
+def score_again(scored: Scored, shortlist: Tensor) -> Scored:
+    """The (...) bool shortlist of a first ranking in 8 bits once more by fp32 logits; all others then score -inf."""
+    call, stats = scored.call, scored.stats
+    with torch.no_grad():
+        exact = stats_of(call, shortlist.flatten().nonzero().squeeze(1), score_dtype=torch.float32)
+        scored = _scored(call, stats.replaced(shortlist, exact))
+        scored = replace(scored, scores=torch.where(shortlist, scored.scores, -torch.inf))
+    if call.settings.check_finite:
+        _check_finite(scored)
+    return scored
+
+
+def whole_stats_of(call: Call, rows: Tensor) -> TokenStats:
+    """Statistics of the rows from both models and fp32 logits, whatever is known from the rollout."""
+    return stats_of(replace(call, batch=call.batch._replace(student_stats=None)), rows, score_dtype=torch.float32)
+
+
+def stats_of(call: Call, rows: Tensor, score_dtype: torch.dtype | None = None) -> TokenStats:
+    """(n,) columns at the rows. `score_dtype`: None: the call's."""
+    student, teacher = call.student, call.teacher
+    score_dtype = score_dtype or call.score_dtype
+    columns = frozenset(getattr(call.selector, "needs", ())) & BACKEND_COLUMNS
+    workspace_bytes, top_k = call.settings.workspace_bytes, call.settings.top_k
+    if call.known is not None or isinstance(teacher, TeacherLists):
+        stats = two_lists.token_stats(
+            call.backend,
+            student,
+            teacher,
+            rows,
+            call.known,
+            top_k=top_k,
+            columns=columns,
+            workspace_bytes=workspace_bytes,
+            score_dtype=score_dtype,
+        )
+    else:
+        stats = call.backend.token_stats(
+            student,
+            teacher,
+            rows,
+            top_k=top_k,
+            columns=columns,
+            workspace_bytes=workspace_bytes,
+            score_dtype=score_dtype,
+        )
+    if isinstance(teacher, Source):  # a student that has blown up is not hidden by a teacher that has, too
+        stats = stats._replace(valid=stats.valid | ~torch.isfinite(stats.student_logsumexp))
+    return stats
+
+
+def is_finite(stats: TokenStats, divergence: Divergence) -> Tensor:
+    """Bool: where the divergence is not known to be infinite."""
+    if divergence.whole is None or divergence.whole.column is None:
+        return torch.ones_like(stats.valid)
+    column: Tensor = getattr(stats, divergence.whole.column)
+    return column != torch.inf
+
+
+def _response_places(call: Call) -> Tensor | None:
+    """The column, if the selector asks for it: then whole responses are scored."""
+    if "response_place" not in getattr(call.selector, "needs", ()):
+        return None
+    return call.positions.response_places(call.ranks if call.scope == "sequence" else None)
+
+
+def _scored(call: Call, stats: TokenStats) -> Scored:
+    # What a user's own selector does to its argument in place must not reach the losses.
+    given = stats if is_own(call.selector) else stats.clone()
+    with nullcontext() if call.ranks is None else over_ranks(call.ranks):
+        scores = call.selector(given)
+    check_scores(scores, call.shape, stats.valid.device)
+    trainable = stats.valid & is_finite(stats, call.divergence)
+    shard = call.student.transform.shard
+    if shard is not None and not is_deterministic(call.selector):  # what one rank drew counts for all
+        scores = shard.ranks.first(scores.clone(memory_format=torch.contiguous_format))
+    return Scored(call, torch.where(trainable, scores.to(stats.reverse_kl.dtype), -torch.inf), stats)
+
+
+def check_scores(scores: object, shape: torch.Size, device: torch.device) -> None:
+    """Of a selector."""
+    expected = f"expected a tensor of scores of shape {tuple(shape)}"
+    if not isinstance(scores, Tensor):
+        hint = "; it reads a column that is not computed: name it in the selector's `needs`" if scores is None else ""
+        raise ValueError(f"selector: returned {type(scores).__name__}, {expected}{hint}")
+    if scores.shape != shape:
+        raise ValueError(f"selector: returned {tuple(scores.shape)}, {expected}")
+    if scores.layout != torch.strided:
+        raise ValueError(f"selector: returned a tensor of layout {scores.layout}, {expected}")
+    if scores.device != device or scores.is_complex():
+        raise ValueError(f"selector: returned {scores.dtype} scores on {scores.device}, expected real ones on {device}")
+
+
+def _check_finite(scored: Scored) -> None:
+    """Refuse valid positions without a finite softmax; every rank that selects with this one raises, and none waits."""
+    call, stats = scored.call, scored.stats
+    given = torch.ones_like(stats.valid) if call.given is None else call.given
+    blown_up = stats.valid & ~torch.isfinite(stats.student_logsumexp)
+    nonfinite = {"student": blown_up, "teacher": given & ~stats.valid}
+    everywhere = torch.stack([bad.sum() for bad in nonfinite.values()])
+    if call.ranks is not None:
+        everywhere = call.ranks.sum(everywhere)
+    for (name, bad), n in zip(nonfinite.items(), everywhere.tolist(), strict=True):
+        if n and not bad.any():
+            raise ValueError(f"{name}: got {n} positions without a finite softmax on other ranks (check_finite=True)")
+        if n:
+            first = tuple(bad.nonzero()[0].tolist())
+            raise ValueError(
+                f"{name}: got logits without a finite softmax at position {first} ({int(bad.sum())} such positions), "
+                "expected none at a valid position (check_finite=True)"
+            )

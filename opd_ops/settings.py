@@ -1,0 +1,318 @@
+"""`Settings`: what a user chooses about a run, as one frozen object that is checked when it is made.
+
+Each setting's default, check and sentence stand here and nowhere else; docstrings of functions that take settings by name are
+filled in from here (`documented`), command lines print the same sentences.
+Not here: what belongs to a batch (inputs/batch.py), checks that need the models (call/prepare.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opd_ops.arguments import check_ids, check_integer, check_layout, check_positive, may_look, plain, real, shown
+from opd_ops.backends.resolve import check_backend
+from opd_ops.divergences import Divergence, resolve_divergence
+from opd_ops.inputs import float8
+from opd_ops.inputs.pair import check_list_divergence
+from opd_ops.selection.selectors import Selector, check_known, check_ranks_twice, check_whole_sequences, named_selector
+
+if TYPE_CHECKING:
+    pass
+
+SCOPES = ("batch", "sequence", "global")
+DENOMINATORS = ("selected", "valid")
+SCORE_DTYPES = {"float32": torch.float32, "float8": float8.DTYPE}
+
+
+def _setting(default: object, sentence: str) -> Any:
+    return field(default=default, metadata={"help": sentence})
+
+
+class ScoringOptions(TypedDict, total=False):
+    """The settings that scores depend on, by name."""
+
+    selector: str | Selector
+    selection_group: dist.ProcessGroup | None
+    divergence: str | Divergence
+    top_k: int
+    temperature: float
+    special_ids: Sequence[int]
+    eos_ids: Sequence[int]
+    vocab_size: int | None
+    process_group: dist.ProcessGroup | None
+    generator: torch.Generator | None
+    backend: str
+    workspace_bytes: int
+    score_dtype: str | None
+    check_finite: bool
+
+
+class TokenLossOptions(ScoringOptions, total=False):
+    """Those, and the settings that choose positions."""
+
+    fraction: float
+    threshold: Tensor | float | None
+    scope: str
+    ignore_index: int
+
+
+class LossOptions(TokenLossOptions, total=False):
+    """All settings by name: what a type checker knows of `**options`."""
+
+    denominator: str
+    inplace_backward: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a user chooses about a run. `replace(settings, fraction=0.1)` makes another one.
+
+    Raises: TypeError: a name that no setting has, with the nearest one. ValueError, TypeError: a value that cannot be, or two
+        that exclude each other.
+    """
+
+    selector: str | Selector = _setting(
+        "teachability",
+        "What makes a position worth training on: a name of selection/selectors.py, or TokenStats -> scores.",
+    )
+    fraction: float = _setting(0.05, "Share of the valid positions to train on, in (0, 1]; 1.0: plain distillation.")
+    threshold: Tensor | float | None = _setting(
+        None, "Instead of a share: train on all valid positions that score this or more."
+    )
+    scope: str = _setting(
+        "batch", "One budget for the 'batch', for each 'sequence', or 'global': one for all ranks of selection_group."
+    )
+    selection_group: dist.ProcessGroup | None = _setting(
+        None, "Ranks that select together: under 'global' (None: all), or under 'sequence' if they hold parts of sequences."
+    )
+    divergence: str | Divergence = _setting(
+        "reverse_kl", "Loss on the selected positions: a name, or an instance with parameters, like JSD(beta=0.3)."
+    )
+    denominator: str = _setting("selected", "Divide the sum of losses by the number of 'selected' or of all 'valid' positions.")
+    top_k: int = _setting(16, "K of the top-K supports that statistics are made of, at most V.")
+    temperature: float = _setting(1.0, "Divides both models' logits, > 0; the loss is not scaled back by its square.")
+    ignore_index: int = _setting(-100, "Label of positions that are not valid.")
+    special_ids: Sequence[int] = _setting((), "Ids whose first occurrence in each sequence is not trained on, nor counted.")
+    eos_ids: Sequence[int] = _setting((), "Ids that mean the same, like two ends of a turn: their probabilities are added up.")
+    vocab_size: int | None = _setting(None, "Entries that both models are cut to; None: the smaller vocabulary.")
+    process_group: dist.ProcessGroup | None = _setting(None, "Ranks that share out the vocabulary; DTensors bring their own.")
+    generator: torch.Generator | None = _setting(None, "Of the selectors that draw; None under activation checkpointing.")
+    backend: str = _setting("auto", "'triton' (a GPU), 'torch' (any device), 'eager' (the specification); 'auto' chooses.")
+    workspace_bytes: int = _setting(
+        512 * 2**20, "Most scratch memory of a call, beyond inputs, outputs, gradients and O(N) numbers."
+    )
+    score_dtype: str | None = _setting(
+        None, "Of a head's logits while they rank, on 'triton': 'float32', 'float8' (Hopper), None: the head's own."
+    )
+    inplace_backward: bool = _setting(False, "The gradient overwrites the student's logits ('triton', dense logits).")
+    check_finite: bool = _setting(False, "Raise where a valid position has no finite softmax.")
+
+    def __post_init__(self) -> None:
+        checked: dict[str, Any] = {
+            "fraction": check_fraction(self.fraction),
+            "threshold": check_threshold(self.threshold),
+            "top_k": check_integer("top_k", self.top_k, least=1),
+            "temperature": check_positive("temperature", self.temperature),
+            "ignore_index": _check_ignore_index(self.ignore_index),
+            "special_ids": check_ids("special_ids", self.special_ids),
+            "eos_ids": check_ids("eos_ids", self.eos_ids),
+            "workspace_bytes": check_integer("workspace_bytes", self.workspace_bytes, least=1),
+            "inplace_backward": bool(self.inplace_backward),
+            "check_finite": bool(self.check_finite),
+        }
+        if len(set(checked["eos_ids"])) != len(checked["eos_ids"]):
+            raise ValueError(f"eos_ids: got {list(checked['eos_ids'])}, expected different ids")
+        if self.vocab_size is not None:
+            checked["vocab_size"] = check_integer("vocab_size", self.vocab_size, least=1)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        check_choice("scope", self.scope, SCOPES)
+        check_choice("denominator", self.denominator, DENOMINATORS)
+        check_backend(self.backend)
+        selector = named_selector(self.selector)
+        resolve_divergence(self.divergence)
+        if self.generator is not None and not isinstance(self.generator, torch.Generator):
+            raise TypeError(f"generator: got {self.generator!r}, expected a torch.Generator or None")
+        if self.score_dtype is not None:
+            check_choice("score_dtype", self.score_dtype, tuple(SCORE_DTYPES))
+        if self.score_dtype == "float8":
+            check_ranks_twice(selector)
+            if self.threshold is not None:
+                raise ValueError(
+                    "threshold: score_dtype='float8' scores only a shortlist of the budget exactly; pass one of the two"
+                )
+        self._check_groups()
+        if self.scope == "sequence" and self.selection_group is not None:
+            check_whole_sequences(selector)
+            if self.special_ids:
+                raise ValueError(
+                    "special_ids: got ids, whose first occurrence in a sequence may be on another rank of selection_group; "
+                    "take these positions from the mask"
+                )
+
+    def _check_groups(self) -> None:
+        for name in ("process_group", "selection_group"):
+            group = getattr(self, name)
+            if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+                raise TypeError(f"{name}: got {type(group).__name__}, expected a ProcessGroup that this process is in, or None")
+
+    @classmethod
+    def of(cls, options: Mapping[str, object], *, given: Sequence[str] = (), of: type = LossOptions) -> Settings:
+        """The settings that `options` name.
+
+        Args:
+            given: Names that the host passes itself, so that options must not.
+            of: The TypedDict of the names that there are.
+        Raises: TypeError: a name that there is not, with the nearest one, or one that is `given`. As `Settings` otherwise.
+        """
+        known = [name for name in of.__required_keys__ | of.__optional_keys__ if name not in given]  # type: ignore[attr-defined]
+        for name in options:
+            if name in given:
+                raise TypeError(f"{name}: got it among the settings of the loss, but the host passes its own; leave it out")
+            if name not in known:
+                raise TypeError(_unknown(name, known))
+        return cls(**cast("LossOptions", options))
+
+    @classmethod
+    def given_or_named(cls, settings: Settings | None, options: Mapping[str, object], *, of: type = LossOptions) -> Settings:
+        """`settings`, or those that `options` name; both are an error."""
+        if settings is None:
+            return cls.of(options, of=of)
+        if not isinstance(settings, Settings):
+            raise TypeError(f"settings: got {type(settings).__name__}, expected Settings; pass settings by name otherwise")
+        if options:
+            raise TypeError(f"settings: got them and {', '.join(options)}; expected replace(settings, ...)")
+        return settings
+
+    def for_host(self, *, passes_tokens: bool, teacher: str | None = None) -> Settings:
+        """Itself, if a host can train with it.
+
+        Args:
+            passes_tokens: Whether the host passes tokens or labels.
+            teacher: Name of the class of lists that it passes; None: logits or heads.
+        Raises: ValueError: what such a host cannot give.
+        """
+        divergence = resolve_divergence(self.divergence)
+        if teacher is not None:
+            check_list_divergence(divergence, teacher)
+            check_known(named_selector(self.selector), teacher)
+        if divergence.reads_tokens and not passes_tokens and teacher is None:
+            raise ValueError(
+                f"tokens: got None, but divergence {divergence.name!r} is on the sampled token, which this host does not pass"
+            )
+        if self.special_ids and not passes_tokens:
+            raise ValueError("special_ids: got ids, but this host passes no tokens to look among")
+        return self
+
+    @property
+    def every_token(self) -> Settings:
+        """The same for an evaluation: every valid position of this process, whatever training selects."""
+        return replace(self, fraction=1.0, selector="all", threshold=None, scope="batch", selection_group=None)
+
+    @property
+    def in_float8(self) -> bool:
+        """Whether positions are ranked in 8 bits first."""
+        return self.score_dtype == "float8"
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1)
+    instead = f"; did you mean {nearest[0]!r}?" if nearest else f", expected some of: {', '.join(sorted(known))}"
+    return f"settings: got {name!r}, which no setting is called{instead}"
+
+
+def _suggesting(init: Callable[..., None]) -> Callable[..., None]:
+    """The dataclass's own `__init__`, which suggests the nearest name for one that it does not know."""
+    known = [x.name for x in fields(Settings)]
+
+    @wraps(init)
+    def suggesting(self: Settings, **options: object) -> None:
+        for name in options:
+            if name not in known:
+                raise TypeError(_unknown(name, known))
+        init(self, **options)
+
+    return suggesting
+
+
+Settings.__init__ = _suggesting(Settings.__init__)  # type: ignore[method-assign]
+
+
+def check_choice(name: str, value: object, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: got {value!r}, expected one of: {', '.join(known)}")
+
+
+def check_fraction(fraction: object) -> float:
+    found = real(fraction)
+    if not 0 < found <= 1:
+        raise ValueError(f"fraction: got {shown(fraction)}, expected a number in (0, 1]")
+    return found
+
+
+def check_threshold(value: object) -> Tensor | float | None:
+    if value is None:
+        return None
+    found = scalar_of("threshold", value) if isinstance(value, Tensor) else real(value)
+    if found is not None and math.isnan(found):
+        raise ValueError(f"threshold: got {shown(value)}, expected a number or a 0-dim tensor of one")
+    return value if isinstance(value, Tensor) else found
+
+
+def check_top_k(top_k: int, vocab_size: int) -> None:
+    if top_k > vocab_size:
+        raise ValueError(f"top_k: got {top_k}, expected at most the vocabulary size, {vocab_size}")
+
+
+def check_divergence_top_k(divergence: Divergence, vocab_size: int) -> None:
+    support = divergence.support
+    if support is not None and support.length > vocab_size:
+        raise ValueError(
+            f"divergence: {divergence.name!r} has top_k {support.length}, expected at most the vocabulary size, {vocab_size}"
+        )
+
+
+def scalar_of(name: str, tensor: Tensor) -> float | None:
+    """The number of a 0-dim tensor; None where looking would wait for a device, or break a graph."""
+    check_layout(name, tensor)
+    if tensor.dim():
+        raise ValueError(f"{name}: got a tensor of shape {tuple(tensor.shape)}, expected a 0-dim one")
+    if tensor.dtype == torch.bool or tensor.is_complex():
+        raise ValueError(f"{name}: got a tensor of dtype {tensor.dtype}, expected one of a real number")
+    return float(tensor) if may_look(tensor) else None
+
+
+def _check_ignore_index(value: object) -> int:
+    found = plain(value)
+    if isinstance(found, bool) or not isinstance(found, int):
+        raise TypeError(f"ignore_index: got {shown(value)}, expected an integer")
+    return found
+
+
+DEFAULTS = Settings()
+HELP = {x.name: str(x.metadata["help"]) for x in fields(Settings)}
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def documented(function: Function) -> Function:
+    """Decorator: `{settings}` in a docstring becomes the sentences of the settings that the function takes."""
+    taken = [name for name in HELP if name in inspect.signature(function).parameters]
+    lines = [
+        line
+        for name in taken or HELP
+        for line in textwrap.wrap(f"{name}: {HELP[name]}", 116, initial_indent=" " * 8, subsequent_indent=" " * 12)
+    ]
+    assert function.__doc__ is not None
+    function.__doc__ = function.__doc__.replace("        {settings}", "\n".join(lines))
+    return function
