@@ -16,14 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opd_ops.arguments import check_layout, per_position
+from opd_ops.call.choose import select_in_scope
 from opd_ops.call.prepare import check_transforms, divergence_of, prepare, selecting_ranks
 from opd_ops.call.score import score
 from opd_ops.inputs.batch import Batch
 from opd_ops.inputs.linear_head import LinearHead
 from opd_ops.inputs.rollout import StudentStats
-from opd_ops.inputs.sequences import check_cu_seqlens, numbered_sequences, sequence_ids
+from opd_ops.inputs.sequences import check_cu_seqlens, sequence_ids
 from opd_ops.inputs.teacher_lists import SparseTeacher
-from opd_ops.selection.budget import select, select_over_ranks
 from opd_ops.selection.stats import TokenStats
 from opd_ops.settings import DEFAULTS, ScoringOptions, Settings
 
@@ -101,7 +101,6 @@ def select_positions(
         raise TypeError(f"scores: got {got}, expected a floating-point tensor")
     check_layout("scores", scores)
     settings = Settings(fraction=fraction, threshold=threshold, scope=scope, selection_group=selection_group)
-    fraction, threshold, ranks = settings.fraction, settings.threshold, selecting_ranks(settings, selects=True)
     check_cu_seqlens(cu_seqlens, scores.shape)
     if keep_scores is not None and not keep_one_per_sequence:
         raise ValueError("keep_scores: got scores, but keep_one_per_sequence=False keeps nothing by them; pass True")
@@ -109,33 +108,17 @@ def select_positions(
         per_position("keep_scores", keep_scores, scores.shape, scores.device)
     if places is not None and per_position("places", places, scores.shape, scores.device).dtype != torch.int64:
         raise TypeError(f"places: got dtype {places.dtype}, expected int64")
-    ids = sequence_ids(scores.shape, cu_seqlens, scores.device)
-    flat = scores.flatten()
-    valid = torch.ones_like(flat, dtype=torch.bool)
+    valid = torch.ones_like(scores, dtype=torch.bool)
     if mask is not None:
         valid = per_position("mask", mask, scores.shape, scores.device) != 0
-    keep_one_in = ids if keep_one_per_sequence else None
-    keep_scores, places = (None if x is None else x.flatten() for x in (keep_scores, places))
-    if ranks is not None:
-        shared = numbered_sequences(scores.shape, cu_seqlens, scores.device) if scope == "sequence" else None
-        return select_over_ranks(
-            flat,
-            valid.flatten(),
-            fraction,
-            ranks,
-            shared,
-            keep_one_in=keep_one_in,
-            keep_scores=keep_scores,
-            places=places,
-            threshold=threshold,
-        ).view(scores.shape)
-    return select(
-        flat,
-        valid.flatten(),
-        fraction,
-        ids if scope == "sequence" else None,
-        keep_one_in=keep_one_in,
-        keep_scores=keep_scores,
-        places=places,
-        threshold=threshold,
-    ).view(scores.shape)
+    return select_in_scope(
+        scores,
+        valid,
+        settings.fraction,
+        scope=scope,
+        sequences=sequence_ids(scores.shape, cu_seqlens, scores.device),
+        ranks=selecting_ranks(settings, selects=True),
+        cu_seqlens=cu_seqlens,
+        options={"keep_one_per_sequence": keep_one_per_sequence, "keep_scores": keep_scores, "places": places},
+        threshold=settings.threshold,
+    )

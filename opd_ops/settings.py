@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import wraps
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
+from typing import Any, TypedDict, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -26,9 +26,6 @@ from opd_ops.divergences import Divergence, resolve_divergence
 from opd_ops.inputs import float8
 from opd_ops.inputs.pair import check_list_divergence
 from opd_ops.selection.selectors import Selector, check_known, check_ranks_twice, check_whole_sequences, named_selector
-
-if TYPE_CHECKING:
-    pass
 
 SCOPES = ("batch", "sequence", "global")
 DENOMINATORS = ("selected", "valid")
@@ -185,10 +182,10 @@ class Settings:
         return cls(**cast("LossOptions", options))
 
     @classmethod
-    def given_or_named(cls, settings: Settings | None, options: Mapping[str, object], *, of: type = LossOptions) -> Settings:
+    def given_or_named(cls, settings: Settings | None, options: Mapping[str, object]) -> Settings:
         """`settings`, or those that `options` name; both are an error."""
         if settings is None:
-            return cls.of(options, of=of)
+            return cls.of(options)
         if not isinstance(settings, Settings):
             raise TypeError(f"settings: got {type(settings).__name__}, expected Settings; pass settings by name otherwise")
         if options:

@@ -37,7 +37,6 @@ def resolve_backend(name: str, student: Source, teacher: Source | TeacherLists, 
 
     Raises: ValueError: it cannot, and why.
     """
-    check_backend(name)
     device = student.leading.device.type
     backend: Backend = EAGER if name == "eager" else STREAMED
     because = "chosen by name"

@@ -16,9 +16,10 @@ from torch import Tensor
 from opd_ops.arguments import is_traced, warn_user
 from opd_ops.call.prepare import Call
 from opd_ops.call.score import Scored, check_scores, is_finite, whole_stats_of
+from opd_ops.distributed.ranks import Ranks
 from opd_ops.inputs.sequences import numbered_sequences
-from opd_ops.selection.budget import SHORTLIST, most_selected, select, select_over_ranks
-from opd_ops.selection.selectors import SelectionOptions, is_own, over_ranks, selection_options
+from opd_ops.selection.budget import SHORTLIST, SelectionOptions, most_selected, select, select_over_ranks
+from opd_ops.selection.selectors import is_own, over_ranks, selection_options
 from opd_ops.selection.stats import TokenStats
 
 
@@ -57,38 +58,54 @@ def choose(scored: Scored) -> Chosen:
 
 def _selected(scored: Scored, fraction: float) -> Tensor:
     """(...) bool: the best-scored share of the valid positions."""
-    call, shape, device = scored.call, scored.scores.shape, scored.scores.device
-    options = _selection_options(scored)
-    sequences, cu_seqlens = call.positions.sequences.flatten(), call.batch.cu_seqlens
+    call, options = scored.call, _selection_options(scored)
     with torch.no_grad():
-        scores, valid = scored.scores.flatten(), scored.stats.valid.flatten()
-        keep_one_in = sequences if options["keep_one_per_sequence"] else None
-        keep_scores, places = (None if x is None else x.flatten() for x in (options["keep_scores"], options["places"]))
-        if call.ranks is not None:
-            shared = numbered_sequences(shape, cu_seqlens, device) if call.scope == "sequence" else None
-            selected = select_over_ranks(
-                scores,
-                valid,
-                fraction,
-                call.ranks,
-                shared,
-                keep_one_in=keep_one_in,
-                keep_scores=keep_scores,
-                places=places,
-                threshold=call.settings.threshold,
-            )
-        else:
-            selected = select(
-                scores,
-                valid,
-                fraction,
-                sequences if call.scope == "sequence" else None,
-                keep_one_in=keep_one_in,
-                keep_scores=keep_scores,
-                places=places,
-                threshold=call.settings.threshold,
-            )
-    return selected.view(shape)
+        return select_in_scope(
+            scored.scores,
+            scored.stats.valid,
+            fraction,
+            scope=call.scope,
+            sequences=call.positions.sequences.flatten(),
+            ranks=call.ranks,
+            cu_seqlens=call.batch.cu_seqlens,
+            options=options,
+            threshold=call.settings.threshold,
+        )
+
+
+def select_in_scope(
+    scores: Tensor,
+    valid: Tensor,
+    fraction: float,
+    *,
+    scope: str,
+    sequences: Tensor,
+    ranks: Ranks | None,
+    cu_seqlens: Tensor | None,
+    options: SelectionOptions,
+    threshold: Tensor | float | None,
+) -> Tensor:
+    """(...) bool: the best-scored share of the valid positions of this process, or of all `ranks`.
+
+    Args:
+        scores, valid: (...) of the positions' shape.
+        sequences: (N,) `sequence_ids` of the positions.
+    """
+    flat = scores.flatten(), valid.flatten()
+    keep_one_in = sequences if options["keep_one_per_sequence"] else None
+    keep_scores, places = (None if x is None else x.flatten() for x in (options["keep_scores"], options["places"]))
+    is_sequence = scope == "sequence"
+    if ranks is None:
+        ids = sequences if is_sequence else None
+        kept = select(
+            *flat, fraction, ids, keep_one_in=keep_one_in, keep_scores=keep_scores, places=places, threshold=threshold
+        )
+        return kept.view(scores.shape)
+    shared = numbered_sequences(scores.shape, cu_seqlens, scores.device) if is_sequence else None
+    kept = select_over_ranks(
+        *flat, fraction, ranks, shared, keep_one_in=keep_one_in, keep_scores=keep_scores, places=places, threshold=threshold
+    )
+    return kept.view(scores.shape)
 
 
 def _selection_options(scored: Scored) -> SelectionOptions:

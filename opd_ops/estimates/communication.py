@@ -40,9 +40,8 @@ from opd_ops.distributed.ranks import Ranks
 from opd_ops.divergences import Divergence, Extrapolated, OnSupport, Summed, is_column, resolve_divergence
 from opd_ops.inputs.positions import Positions
 from opd_ops.inputs.sources import Shard
-from opd_ops.selection.budget import most_selected, select_over_ranks
+from opd_ops.selection.budget import SelectionOptions, most_selected, select_over_ranks
 from opd_ops.selection.selectors import (
-    SelectionOptions,
     Selector,
     bound_selector,
     is_deterministic,
@@ -236,7 +235,7 @@ class _Call:
     def forward(self) -> Iterator[Collective]:
         """In the order of scoring.py, call/choose.py and loss.py."""
         sides = 3 if isinstance(self.divergence, Extrapolated) else 2
-        yield from self._vocabulary("widths", "all_gather", 16 * sides)  # sharding.py: each side's positions and ids
+        yield from self._vocabulary("widths", "all_gather", 16 * sides)  # inputs/vocabulary.py: each side's positions and ids
         if self.backend == "triton":
             yield from self._vocabulary("widths", "all_reduce", 8)  # whether all ranks can run it
         yield from self._selection("responses", self._responses())
@@ -299,7 +298,7 @@ class _Call:
             yield from self._on_list(support)
 
     def _on_list(self, support: OnSupport) -> Iterator[Collective]:
-        """support_terms.py: the teacher alone, for its list and normaliser; then the student on that list and off it."""
+        """backends/streamed/list_losses.py: the teacher for its list and normaliser; the student on the list and off it."""
         ids, rest = self.M * support.length * self.dtype.itemsize, 8 * self.M  # fp64
         yield from self._statistics("loss", self.M, support.length, models=1)
         if support.of_tokens:

@@ -5,7 +5,7 @@
   TopKLogprobs      local_support, tail_aware, forward_kl_topk                            those that need no whole row
   SampledLogprobs   sampled                                                               entropy and the controls
 
-Not here: the checks of other arguments (call/checks.py), which selectors a sparse teacher allows (selection/selectors.py).
+Not here: the checks of other arguments (call/prepare.py), which selectors a sparse teacher allows (selection/selectors.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opd_ops.arguments import check_integer, check_layout, warn_user
+from opd_ops.arguments import check_layout, warn_user
 from opd_ops.divergences import DIVERGENCES, Divergence, Extrapolated
 from opd_ops.inputs.linear_head import LinearHead
 from opd_ops.inputs.sources import Source
@@ -157,7 +157,6 @@ def _check_vocabulary(student: int, teacher: int, vocab_size: int | None) -> int
         name = "student" if student < 1 else "teacher"
         raise ValueError(f"{name}: got a vocabulary without an entry, expected logits (..., V) with V >= 1")
     if vocab_size is not None:
-        vocab_size = check_integer("vocab_size", vocab_size, least=1)
         if vocab_size > common:
             raise ValueError(
                 f"vocab_size: got {vocab_size}, expected at most {common} (the student has {student}, the teacher {teacher})"

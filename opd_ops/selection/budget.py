@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -54,6 +55,14 @@ def _ratio(fraction: float) -> tuple[int, int]:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _simplest(fraction: float) -> tuple[int, int]:
     return Fraction(fraction).limit_denominator(1_000_000).as_integer_ratio()
+
+
+class SelectionOptions(TypedDict):
+    """What a selector asks of `select_positions` beside its scores; selectors.py lists the attributes that say so."""
+
+    keep_one_per_sequence: bool
+    keep_scores: Tensor | None
+    places: Tensor | None
 
 
 def select(

@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import ClassVar, TypedDict
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ from torch import Tensor
 from opd_ops.arguments import is_traced, real, shown, take_plain
 from opd_ops.distributed.order_statistics import order_statistics
 from opd_ops.distributed.ranks import Ranks
+from opd_ops.selection.budget import SelectionOptions
 from opd_ops.selection.stats import TokenStats
 
 Selector = Callable[[TokenStats], Tensor]
@@ -214,8 +215,8 @@ class TeachabilityReleased:
 
     D is of the lists, each renormalised; C is the sum of q over S ∩ T. Norm has no epsilon, and is fitted on all positions of
     the responses, masked ones too. After the budget a response that kept none gets its best by soft-or(Norm(H), Norm(D C)), H
-    the entropy of the student's renormalised list over ln K, D C the product before normalising. Ties go to the smaller place
-    in the response, across responses, then to the earlier response.
+    the entropy of the student's renormalised list over the logarithm of its length, D C the product before normalising. Ties
+    go to the smaller place in the response, across responses, then to the earlier response.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"released_kl", "topk_entropy", "response_place"})
@@ -346,14 +347,6 @@ def is_own(selector: Selector) -> bool:
 def is_deterministic(selector: Selector) -> bool:
     """Whether equal statistics give equal scores, as far as is known: of this file's selectors that do not draw."""
     return is_own(selector) and not isinstance(selector, (Multinomial, Random))
-
-
-class SelectionOptions(TypedDict):
-    """What a selector asks of `select_positions` beside its scores; the header lists the attributes that say so."""
-
-    keep_one_per_sequence: bool
-    keep_scores: Tensor | None
-    places: Tensor | None
 
 
 def selection_options(selector: Selector, stats: TokenStats) -> SelectionOptions:
