@@ -38,8 +38,9 @@ SETTINGS = "run.json"
 
 
 def complete(folder: Path) -> list[Path]:
-    """The folder's checkpoints, oldest first, less any that was cut off: the settings are written last."""
-    return sorted((path for path in folder.glob("step-*") if (path / SETTINGS).is_file()), key=step_of)
+    """The folder's checkpoints, oldest first, less any that was cut off: the settings are written last. No copies of them."""
+    own = (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal())
+    return sorted((path for path in own if (path / SETTINGS).is_file()), key=step_of)
 
 
 def step_of(path: Path) -> int:

@@ -196,6 +196,15 @@ def test_what_has_no_kernel():
         assert_within(run(divergence, s, u, "triton").loss, losses.sum(), absolute=1e-5, relative=1e-4, name="loss")
 
 
+def test_the_log_says_what_another_backend_computes(caplog):
+    student, teacher = logit_pair(3, 61)
+    with caplog.at_level("DEBUG", logger="opd_ops"):
+        for divergence in ("jsd", "total_variation"):
+            selective_opd_loss(student, teacher, fraction=0.5, top_k=4, backend="triton", divergence=divergence)
+    handed = [record.getMessage() for record in caplog.records if "by backend 'torch'" in record.getMessage()]
+    assert handed == ["backend 'triton': the loss 'total_variation' by backend 'torch' (TotalVariation has no kernel)"]
+
+
 def test_torch_compile_rejects_divergences_without_an_operator():
     s, u = logit_pair(4, 60)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from opd_ops import LinearHead, TailAware, TopKLogprobs, score_positions, selective_opd_loss
+from opd_ops import LinearHead, StudentStats, TailAware, TopKLogprobs, score_positions, selective_opd_loss
 from tests.support.cases import head_pair, leaf, leaf_head, logit_pair
 from tests.support.meters import LiveBytes, saved_bytes
 
@@ -177,3 +177,15 @@ def test_a_long_top_k_makes_no_table_of_all_pairs(sides):
     assert bool((stats.union_kl > 0).all())
     assert meter.largest < top_k**2 / 4
     assert meter.peak <= 2 * workspace_bytes  # one row of so many ids takes more than its share
+
+
+def test_long_statistics_of_a_rollout_are_put_in_order_within_the_workspace():
+    n, vocab, width, workspace_bytes = 512, 600, 512, 2**19
+    student, teacher = logit_pair(n, vocab)
+    logprobs, ids = teacher.log_softmax(-1).topk(16)
+    known = StudentStats.of_logits(student, top_k=width)
+    options = {"student_stats": known, "workspace_bytes": workspace_bytes, "divergence": TailAware(top_k=16)}
+    with LiveBytes() as meter:
+        scores, _ = score_positions(student, TopKLogprobs(ids, logprobs), **options)
+    assert scores.std() > 0
+    assert meter.peak <= workspace_bytes + (8 * 60 + 12 * 16) * n  # it was 9 times the workspace

@@ -149,6 +149,13 @@ def test_a_checkpoint_beyond_six_digits_is_the_newest(tmp_path):
     assert [path.name for path in complete(tmp_path)] == ["step-999999", "step-1000000"]
 
 
+def test_a_copy_beside_the_checkpoints_is_none_of_them(finished, folder):
+    checkpoints = folder / "checkpoints"
+    newest = complete(checkpoints)[-1]
+    shutil.copytree(newest, checkpoints / f"{newest.name}-copy")
+    assert [path.name for path in complete(checkpoints)] == [path.name for path in complete(finished / "checkpoints")]
+
+
 def test_write_whole_leaves_the_old_text_where_it_fails(tmp_path, monkeypatch):
     path = tmp_path / "run.json"
     write_whole(path, "old")

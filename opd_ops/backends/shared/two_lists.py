@@ -45,7 +45,8 @@ def token_stats(
 ) -> TokenStats:
     """The columns at the rows, (n,) each; those that cannot be known are NaN."""
     sides = student.detach(), teacher.top(top_k) if isinstance(teacher, TeacherLists) else teacher.detach()
-    size = max(1, workspace_bytes // 4 // (OWN_LIST_BYTES * top_k))
+    longest = top_k if known is None else max(top_k, known.ids.shape[-1])  # which are put in order whole
+    size = max(1, workspace_bytes // 4 // (OWN_LIST_BYTES * longest))
     spans = [
         _of_rows(
             backend,

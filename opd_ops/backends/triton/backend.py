@@ -6,13 +6,15 @@
 
 Whether a call is traced by torch.compile, and so goes through operators of torch, is decided here alone.
 By torch's own operations on the same device (backends/streamed/) instead of kernels: divergences without a kernel
-(`kernel_loss.refusal`), and where ranks share out the vocabulary all but reverse and forward KL. The log says so.
+(`kernel_loss.refusal`; the log says so), and where ranks share out the vocabulary all but reverse and forward KL.
 
 Not here: dense logits (dense.py, dense_loss.py), heads (heads.py, heads_loss.py), ranks that share out the vocabulary
 (shards.py), the same launches as operators for torch.compile (operators.py).
 """
 
 from __future__ import annotations
+
+import logging
 
 import torch
 from torch import Tensor
@@ -30,6 +32,7 @@ from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.selection.stats import OwnStats, TokenStats
 
+_log = logging.getLogger("opd_ops")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_TOP_K = 128
 
@@ -123,7 +126,9 @@ class Triton(Backend):
                 tokens=tokens,
                 workspace_bytes=workspace_bytes,
             )
-        if kernel_loss.refusal(divergence):  # the same on the same device, by torch's own operations
+        reason = kernel_loss.refusal(divergence)
+        if reason is not None:
+            _log.debug("backend 'triton': the loss %r by backend 'torch' (%s)", divergence.name, reason)
             if divergence.whole is not None and isinstance(teacher, Source):  # to more digits than a score in 16 bits has
                 stats = STREAMED.token_stats(
                     student,
