@@ -3,7 +3,7 @@ entry.
 
   An error says which argument, what came, what was expected. ValueError for values, TypeError for types.
 
-Not here: arguments that depend on others (call/checks.py, inputs/pair.py).
+Not here: arguments that depend on others (call/prepare.py, inputs/pair.py).
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ class SelectiveDistillationMixin:
     Args (by name, beside those of `Trainer`):
         teacher: A causal language model over the same tokens, or a callable `inputs -> LinearHead or logits`. Never trained.
         settings: `Settings` of the loss: Settings(fraction=0.1, selector="tip"); None: its defaults.
-    Raises: TypeError: no teacher, or something else than `Settings`. ValueError: in training, a batch with neither labels nor
-        an attention mask.
+    Raises: TypeError: no teacher, or something else than `Settings`. ValueError: a batch with neither labels nor an
+        attention mask.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class SelectiveComputeLoss:
         student: The model that the Trainer trains.
         teacher: A causal language model over the same tokens.
         settings: `Settings` of the loss, or `options`, settings by name.
-    Raises: as `Settings`. ValueError: in training, a batch with neither labels nor an attention mask.
+    Raises: as `Settings`. ValueError: a batch with neither labels nor an attention mask.
     """
 
     def __init__(

@@ -59,7 +59,7 @@ class TokenStats(NamedTuple):
     union_kl: Tensor  # D = KL(q || p), both renormalised on U (TA eq. 9)
     jsd: Tensor | None = None  # Jensen-Shannon divergence, beta = 1/2
     released_kl: Tensor | None = None  # D as the released TA code has it; see selectors.py::TeachabilityReleased
-    topk_entropy: Tensor | None = None  # H(p renormalised on S) / ln K, in [0, 1]
+    topk_entropy: Tensor | None = None  # H(p renormalised on S') / ln |S'|, S' the ids of S with p > 0
     response_place: Tensor | None = None  # int64: first, second, ... position of its response; 0: of none (inputs/positions.py)
     # `REFERENCE_COLUMNS`: what gradients of "torch" read, a being the student's most likely id (backends/streamed/reference.py)
     reference_student: Tensor | None = None  # s_a

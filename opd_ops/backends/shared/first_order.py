@@ -3,7 +3,7 @@
   torch's `once_differentiable` raises where the gradient that comes in requires one. A loss gets a plain 1: a penalty on
   its gradient would lose its own in silence. Here whatever `create_graph=True` asks for raises when it is differentiated.
 
-Not here: the backwards (streamed/loss.py, triton*.py, token_losses.py); a second derivative, which "eager" has.
+Not here: the backwards (streamed/loss.py, triton/, call/reduce.py); a second derivative, which "eager" has.
 """
 
 from __future__ import annotations
