@@ -7,7 +7,7 @@
                statistics of N rows     all-gather   N row_bytes(K), in slices of what an eighth of the workspace holds
                a draw                   broadcast    8 a position
                the loss of M rows       none for reverse and forward KL; backend "triton" reads the rows once more,
-                                        M row_bytes(1) in fp64; others: 24 M summed over the vocabulary, or lists of K ids
+                                        M row_bytes(1); others: 24 M summed over the vocabulary, or lists of K ids
                gradient of M rows       all-reduce   c M Ds, of heads alone; in the forward, where kernels make it there
   selection    normalisers, budget      all-reduce   the searches of distributed/order_statistics.py, of any N; all-gather of
   ties, 8 a
@@ -36,6 +36,7 @@ from torch import Tensor
 
 from opd_ops.arguments import check_integer
 from opd_ops.backends.shared import joined as shards
+from opd_ops.backends.streamed.running import EMPTY_SUMS
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.divergences import Divergence, Extrapolated, OnSupport, Summed, is_column, resolve_divergence
 from opd_ops.inputs.positions import Positions
@@ -49,7 +50,7 @@ from opd_ops.selection.selectors import (
     over_ranks,
     selection_options,
 )
-from opd_ops.selection.stats import OPTIONAL_COLUMNS, TokenStats
+from opd_ops.selection.stats import OPTIONAL_COLUMNS, SWEPT_COLUMNS, TokenStats
 from opd_ops.settings import LossOptions, Settings, check_divergence_top_k, check_top_k
 
 if TYPE_CHECKING:
@@ -239,7 +240,7 @@ class _Call:
         if self.backend == "triton":
             yield from self._vocabulary("widths", "all_reduce", 8)  # whether all ranks can run it
         yield from self._selection("responses", self._responses())
-        yield from self._statistics("statistics", self.N, self.settings.top_k)
+        yield from self._statistics("statistics", self.N, self.settings.top_k, kernels=self.backend == "triton")
         if self.backend != "eager" and "jsd" in getattr(self.selector, "needs", ()):
             yield from self._vocabulary("statistics", "all_reduce", SUMS_BYTES * self.N)
         scores, sent = self._scores()
@@ -269,16 +270,19 @@ class _Call:
             yield from self._vocabulary("gradient", "all_reduce", self.M * self.Ds * self.dtype.itemsize, phase=phase)
 
     def _statistics(
-        self, purpose: str, n: int, top_k: int, *, models: int = 2, dtype: torch.dtype | None = None
+        self, purpose: str, n: int, top_k: int, *, models: int = 2, kernels: bool = False, dtype: torch.dtype | None = None
     ) -> Iterator[Collective]:
-        """Of n rows, from both models or from one (backends/shared/joined.py); `dtype`: another than the compute dtype."""
-        dtype = dtype or self.dtype
+        """Of n rows, from both models or from one (backends/shared/joined.py).
+
+        `kernels`: whether these find them; `dtype`: another than the compute dtype.
+        """
+        dtype, columns = dtype or self.dtype, len(SWEPT_COLUMNS if kernels else EMPTY_SUMS) if models == 2 else 2
         if self.backend == "eager":  # everyone's logits
             for _ in range(models):
                 yield from self._vocabulary(purpose, "all_gather", n * self.shard.width * self.dtype.itemsize)
             return
-        rows = shards.rows_at_a_time(self.shard, top_k, dtype, self.settings.workspace_bytes)
-        per_row = shards.row_bytes(top_k, dtype, models=models)
+        rows = shards.rows_at_a_time(self.shard, top_k, dtype, self.settings.workspace_bytes, columns=columns)
+        per_row = shards.row_bytes(top_k, dtype, columns=columns, models=models)
         for start in range(0, n, rows):
             yield from self._vocabulary(purpose, "all_gather", min(rows, n - start) * per_row)
 
@@ -288,10 +292,11 @@ class _Call:
         if self.backend == "eager":
             yield from self._statistics("loss", self.M, 1)
             return
-        if whole is not None and self.backend == "triton":  # normalisers to more digits than a score in 16 bits has
-            yield from self._statistics("loss", self.M, 1, dtype=torch.float64)
         if self._by_kernels:
+            yield from self._statistics("loss", self.M, 1, kernels=True, dtype=torch.float64)
             yield from self._gradient("forward")
+        elif whole is not None and self.backend == "triton":  # to more digits than a score in 16 bits has
+            yield from self._statistics("loss", self.M, 1)
         if isinstance(whole, Summed):
             yield from self._vocabulary("loss", "all_reduce", SUMS_BYTES * self.M)
         if support is not None:

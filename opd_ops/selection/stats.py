@@ -32,6 +32,7 @@ REFERENCE_COLUMNS = (
     "reference_teacher",
     "reference_log_p",
     "reference_log_ratio",
+    "top_log_ratio",
     "reverse_kl_excess",
 )
 
@@ -39,7 +40,7 @@ REFERENCE_COLUMNS = (
 class TokenStats(NamedTuple):
     """Per-position statistics, each of the mask's shape; fp32 (fp64 for fp64 inputs), 0 where not valid.
 
-    `jsd` to `response_place` are None unless the selector asks for them (`needs`). The last five are those of backend "torch";
+    `jsd` to `response_place` are None unless the selector asks for them (`needs`). The last six are those of backend "torch";
     other backends leave them None. With `response_place` all positions of the responses are scored: the columns are then known
     at masked positions too, and 0 outside the responses. With `student_stats` the columns that take the student's whole row,
     `reverse_kl` and `forward_kl`, are NaN where that was not read.
@@ -63,9 +64,10 @@ class TokenStats(NamedTuple):
     response_place: Tensor | None = None  # int64: first, second, ... position of its response; 0: of none (inputs/positions.py)
     # `REFERENCE_COLUMNS`: what gradients of "torch" read, a being the student's most likely id (backends/streamed/reference.py)
     reference_student: Tensor | None = None  # s_a
-    reference_teacher: Tensor | None = None  # u_a
+    reference_teacher: Tensor | None = None  # u_a, or the teacher's largest logit where it masks a
     reference_log_p: Tensor | None = None  # log p_a
-    reference_log_ratio: Tensor | None = None  # log p_a - log q_a
+    reference_log_ratio: Tensor | None = None  # log p_a - log q_a, or what it would be with that other logit
+    top_log_ratio: Tensor | None = None  # log p_a - log q_a as it is: +inf where the teacher masks a
     reverse_kl_excess: Tensor | None = None  # reverse_kl - reference_log_ratio, not by subtraction; 0 where infinite
 
     def clone(self) -> TokenStats:

@@ -220,15 +220,16 @@ def test_what_is_sent_is_what_is_stated(ranks):
 
     for backend in ("torch", "triton"):
         forward, backward, n, m = of("logits", "reverse_kl", backend)
-        score = [("gather", n * shards.row_bytes(6, torch.float32))]
-        again = [("gather", m * shards.row_bytes(1, torch.float64))] if backend == "triton" else []
+        score = [("gather", n * shards.row_bytes(6, torch.float32, columns=7 if backend == "triton" else 11))]
+        again = [("gather", m * shards.row_bytes(1, torch.float64, columns=7))] if backend == "triton" else []
         assert forward == [("gather", 32), *([("sum", 8)] if backend == "triton" else []), *score, *again]
         assert backward == []
     forward, backward, n, m = of("heads", "forward_kl", "torch")
     assert forward[2:] == []
     assert backward == [("sum", m * 24 * 4)]  # the hidden states' gradient, fp32
     forward, backward, n, m = of("heads", "forward_kl", "triton")
-    assert forward[3:] == [("gather", m * shards.row_bytes(1, torch.float64)), ("sum", m * 24 * 4)]  # made in the forward
+    gather = ("gather", m * shards.row_bytes(1, torch.float64, columns=7))
+    assert forward[3:] == [gather, ("sum", m * 24 * 4)]  # made in the forward
     assert backward == []
     forward, backward, n, m = of("logits", "jsd", "torch")
     assert forward[2:] == [("sum", m * 24)]

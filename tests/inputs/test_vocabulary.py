@@ -27,10 +27,12 @@ from opd_ops import (
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.inputs.rollout import StudentStats
 from opd_ops.selection.stats import REFERENCE_COLUMNS
+from tests.support import hard_rows
 from tests.support.cases import generator, to_double
+from tests.support.hard_rows import assert_gradients, drawn_rows, kl
 from tests.support.ranks import own_pair
 from tests.support.shards import CUTS, DIVERGENCES, SHAPE, cut, gradients_of, leaf_side, options_of, sides_of
-from tests.support.tolerances import assert_stats, relative_error
+from tests.support.tolerances import assert_stats, assert_within, relative_error
 
 LIST_ALONE = ("local_support", "tail_aware", "forward_kl_topk")
 
@@ -212,6 +214,36 @@ def _not_finite(backend):
     assert selective_opd_loss(*parts, process_group=dist.group.WORLD, **options).loss.isnan()
 
 
+def _hard_rows(name):
+    """Every row keeps the contract, as on one process."""
+    s, u = drawn_rows(torch.float32)
+    rank, widths = dist.get_rank(), (90, 40, 0, hard_rows.V - 130)
+    mine = cut(s, widths, rank).clone().requires_grad_()
+    options = {"selector": "entropy", "fraction": 1.0, "top_k": 6, "backend": "torch", "divergence": name}
+    out = selective_opd_loss(mine, cut(u, widths, rank), process_group=dist.group.WORLD, **options)
+    out.loss.backward()
+    losses, want, (log_p, log_q) = hard_rows.wanted(s, u, name)
+    assert torch.equal(out.selected, losses.isfinite())
+    for column, expected in (("reverse_kl", kl(log_p, log_q)), ("forward_kl", kl(log_q, log_p))):
+        assert_within(getattr(out.stats, column), expected, absolute=1e-6, relative=1e-4, name=column)
+    parts = torch.nn.functional.pad(mine.grad, (0, max(widths) - widths[rank]))
+    everyone = Ranks.world().gather(parts.contiguous())
+    gradient = torch.cat([part[:, :width] for part, width in zip(everyone, widths, strict=True)], 1)
+    got = gradient.double() * int(losses.isfinite().sum())
+    assert_gradients(got, want, losses, divergence=name, dtype=torch.float32)
+
+
+def _probabilities_that_underflow():
+    """e^-400 of a part's mass e^-400 is 0: what the teacher masks there makes no KL infinite."""
+    s, u = torch.tensor([[0.0, -1, -400, -800, 0, 0]]), torch.tensor([[0.0, 1, 2, -math.inf, 0, 0]])
+    want = selective_opd_loss(s, u, fraction=1.0, selector="entropy", top_k=2, backend="torch")
+    parts = (cut(x, (2, 2, 1, 1), dist.get_rank()) for x in (s, u))
+    options = {"fraction": 1.0, "selector": "entropy", "top_k": 2, "backend": "torch"}
+    got = selective_opd_loss(*parts, process_group=dist.group.WORLD, **options)
+    assert want.stats.reverse_kl.isfinite()
+    torch.testing.assert_close(got.stats.reverse_kl, want.stats.reverse_kl)
+
+
 def _ties(backend):
     student, teacher = sides_of("logits", dtype=torch.bfloat16)
     coarse = (x.mul(0.5).round() for x in (student, teacher))
@@ -342,6 +374,15 @@ def test_logits_that_are_not_finite(ranks, backend):
 @pytest.mark.parametrize("backend", ["eager", "torch", "triton"])
 def test_ties_go_to_the_lower_id_of_the_whole_vocabulary(ranks, backend):
     ranks.run(_ties, backend)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd"])
+def test_every_row_keeps_the_contract(ranks, name):
+    ranks.run(_hard_rows, name)
+
+
+def test_a_part_whose_mass_underflows_makes_nothing_infinite(ranks):
+    ranks.run(_probabilities_that_underflow)
 
 
 def test_no_valid_position(ranks):

@@ -62,6 +62,7 @@ class _Constants(NamedTuple):
     reference_teacher: Tensor | None
     reference_log_p: Tensor | None
     reference_log_ratio: Tensor | None
+    top_log_ratio: Tensor | None
     ids: Tensor | None  # for one on a list
     dx: Tensor | None
     rest: Tensor | None
@@ -74,7 +75,7 @@ class _Constants(NamedTuple):
 
     @property
     def reference(self) -> Reference:
-        columns = self[2:6]
+        columns = self[2:7]
         return Reference(*columns)  # type: ignore[arg-type]
 
     def group(self, name: str, group: slice) -> Tensor:
@@ -158,7 +159,7 @@ class _Selected:
         if self.whole is not None:
             assert u is not None
             reference = self.of.reference.rows(group)
-            reference_slope = self.whole.slope(reference.log_p, reference.log_ratio)
+            reference_slope = self.whole.slope(reference.log_p, reference.top_log_ratio)
             log_p, log_ratio = reference.log_probabilities(s, u)
             of_row = self.whole.dlogits(log_p, log_ratio, reference_slope, self.of.group("mean_slope", group))
             total = of_row if total is None else total.add_(of_row)

@@ -19,7 +19,7 @@ from opd_ops.backends.shared.chunks import chunks
 from opd_ops.backends.shared.tiles import Rows
 from opd_ops.backends.shared.top_k import TopK, extended
 from opd_ops.backends.shared.workspace import score_grid
-from opd_ops.backends.streamed.running import RunningSums, block_sums
+from opd_ops.backends.streamed.running import RunningSums, block_sums, statistics
 from opd_ops.inputs.sources import Source, compute_dtype
 from opd_ops.selection.stats import OwnStats
 
@@ -52,7 +52,7 @@ def _own_part(source: Source, rows: Tensor, top_k: int, workspace_bytes: int) ->
                 best = extended(best, u, u, top_k, first_id + block.start, grid.candidates)
                 sums.add(block_sums(u, u, best, best, first_id + block.start, scratch))  # as both models, at the price of two
             assert best is not None
-            columns = sums.columns()
+            columns = statistics(sums.total, best)
             found.append(OwnStats(columns["teacher_logsumexp"], columns["teacher_entropy"], best.ids, best.own))
     if not found:
         none = torch.empty(0, dtype=dtype, device=rows.device)

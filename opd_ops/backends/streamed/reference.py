@@ -22,10 +22,17 @@ class Reference(NamedTuple):
     teacher: Tensor  # u_a, or another logit of the teacher where it masks a
     log_p: Tensor  # log p_a
     log_ratio: Tensor  # log p_a - log q_a, or what it would be with that other logit
+    top_log_ratio: Tensor  # log p_a - log q_a as it is: +inf where the teacher masks a
 
     @staticmethod
     def of(stats: TokenStats) -> Reference:
-        columns = stats.reference_student, stats.reference_teacher, stats.reference_log_p, stats.reference_log_ratio
+        columns = (
+            stats.reference_student,
+            stats.reference_teacher,
+            stats.reference_log_p,
+            stats.reference_log_ratio,
+            stats.top_log_ratio,
+        )
         assert all(x is not None for x in columns), "statistics of a backend whose gradients have other normalisers"
         return Reference(*columns)  # type: ignore[arg-type]
 

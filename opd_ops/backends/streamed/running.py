@@ -56,8 +56,7 @@ def block_sums(s: Tensor, u: Tensor, s_best: TopK, t_best: TopK, first_id: int, 
     """
     n, width = s.shape
     s_top, t_top = s_best.own[:, 0], t_best.own[:, 0]
-    # Where the teacher masks the student's top id, any finite number will do for u_a.
-    u_reference = torch.where(s_best.other[:, 0] == -math.inf, _finite(t_top), s_best.other[:, 0])
+    u_reference = _teacher_reference(s_best, t_best)
     references = torch.stack((_finite(s_top), _finite(t_top), u_reference)).unsqueeze(2)
     places = [best.ids[:, :1] - first_id for best in (s_best, t_best)]
     inside = [(place >= 0) & (place < width) for place in places]
@@ -133,6 +132,11 @@ class _Chunk(NamedTuple):
             torch.sum(weight, 1, out=z)
 
 
+def _teacher_reference(student: TopK, teacher: TopK) -> Tensor:
+    """(n,) u_a; where the teacher masks the student's top id, its own largest logit: any finite number will do."""
+    return torch.where(student.other[:, 0] == -math.inf, _finite(teacher.own[:, 0]), student.other[:, 0])
+
+
 def _finite(maximum: Tensor) -> Tensor:
     """A maximum that may be subtracted: 0 where all logits so far are -inf, whose every e^{x-m} is then 0 and not NaN."""
     return torch.where(maximum == -math.inf, 0.0, maximum)
@@ -144,40 +148,72 @@ class RunningSums:
     def __init__(self, n: int, device: torch.device) -> None:
         zero = torch.zeros(n, dtype=torch.float64, device=device)
         low = torch.full_like(zero, -math.inf)
-        self._sums = BlockSums(ModelSums(low, zero, zero, zero, low), ModelSums(low, zero, zero, zero, low), zero)
+        self.total = BlockSums(ModelSums(low, zero, zero, zero, low), ModelSums(low, zero, zero, zero, low), zero)
 
     def add(self, block: BlockSums) -> None:
         """Join the sums of one more block, whose maxima and centre are those of all blocks so far."""
-        before, shift = self._sums, self._sums.centre - block.centre
-        student, teacher = (_join(a, b, shift) for a, b in zip(before[:2], block[:2], strict=True))
-        self._sums = BlockSums(student, teacher, block.centre)
+        before, shift = self.total, self.total.centre - block.centre
+        student, teacher = (
+            _plus(_moved(a, b.maximum.double(), a.maximum == b.maximum, shift), b)
+            for a, b in zip(before[:2], block[:2], strict=True)
+        )
+        self.total = BlockSums(student, teacher, block.centre)
 
-    def columns(self) -> dict[str, Tensor]:
-        """The full-vocabulary columns of `TokenStats`, (n,) fp64."""
-        s, t, centre = self._sums
-        s_total, t_total = _total(s), _total(t)
-        s_log_z, t_log_z = (torch.where(x.maximum == -math.inf, -math.inf, x.z.log1p()) for x in (s, t))
-        s_lse, t_lse = s.maximum + s_log_z, t.maximum + t_log_z
-        u_reference = _finite(s.maximum) - centre
-        log_ratio = (t.maximum - u_reference) + (t_log_z - s_log_z)  # r_a
-        s_gap = s.gap / s_total
-        reverse_kl = (s_gap + log_ratio).clamp_min(0)
-        forward_kl = (-log_ratio - t.gap / t_total).clamp_min(0)
-        infinite = _is_infinite(s, s_lse, reverse_kl)
-        return {
-            "student_entropy": (s_log_z - s.x / s_total).clamp_min(0),
-            "teacher_entropy": (t_log_z - t.x / t_total).clamp_min(0),
-            "reverse_kl": reverse_kl.masked_fill(infinite, math.inf),
-            "forward_kl": forward_kl.masked_fill(_is_infinite(t, t_lse, forward_kl), math.inf),
-            "student_logsumexp": s_lse,
-            "teacher_logsumexp": t_lse,
-            "logsumexp_gap": centre - log_ratio,
-            "reference_student": _finite(s.maximum),
-            "reference_teacher": u_reference,
-            "reference_log_p": -s_log_z,
-            "reference_log_ratio": log_ratio,
-            "reverse_kl_excess": s_gap.masked_fill(infinite, 0),
-        }
+
+EMPTY_SUMS = {
+    f"{model}_{field}": -math.inf if field in ("maximum", "alone") else 0.0
+    for model in ("student", "teacher")
+    for field in ModelSums._fields
+} | {"centre": 0.0}
+"""The sums of no column, by the names under which ranks send them."""
+
+
+def named_sums(sums: BlockSums) -> dict[str, Tensor]:
+    """The sums as columns of the names of `EMPTY_SUMS`."""
+    return dict(zip(EMPTY_SUMS, (*sums.student, *sums.teacher, sums.centre), strict=True))
+
+
+def joined_sums(parts: dict[str, Tensor], student: TopK, teacher: TopK) -> dict[str, Tensor]:
+    """`statistics` of the whole vocabulary from the (ranks, n) sums of its parts, as if they were blocks."""
+    columns = [parts[name] for name in EMPTY_SUMS]
+    width, u_reference = len(ModelSums._fields), _teacher_reference(student, teacher).double()
+    centre = _finite(student.own[:, 0]).double() - u_reference
+    models = []
+    for model in (ModelSums(*columns[:width]), ModelSums(*columns[width:-1])):
+        maximum, owner = model.maximum.max(0)
+        keeps_top = torch.zeros_like(model.maximum, dtype=torch.bool).scatter_(0, owner.unsqueeze(0), True)
+        moved = _moved(model, maximum, keeps_top, columns[-1] - centre)
+        models.append(ModelSums(maximum, moved.z.sum(0), moved.x.sum(0), moved.gap.sum(0), moved.alone.amax(0)))
+    return statistics(BlockSums(models[0], models[1], centre), student)
+
+
+def statistics(sums: BlockSums, student: TopK) -> dict[str, Tensor]:
+    """The full-vocabulary columns of `TokenStats`, (n,) fp64, and those that gradients read."""
+    s, t, centre = sums
+    s_total, t_total = _total(s), _total(t)
+    s_log_z, t_log_z = (torch.where(x.maximum == -math.inf, -math.inf, x.z.log1p()) for x in (s, t))
+    s_lse, t_lse = s.maximum + s_log_z, t.maximum + t_log_z
+    u_reference = _finite(s.maximum) - centre
+    log_ratio = (t.maximum - u_reference) + (t_log_z - s_log_z)  # r_a
+    s_gap = s.gap / s_total
+    reverse_kl = (s_gap + log_ratio).clamp_min(0)
+    forward_kl = (-log_ratio - t.gap / t_total).clamp_min(0)
+    infinite = _is_infinite(s, s_lse, reverse_kl)
+    return {
+        "student_entropy": (s_log_z - s.x / s_total).clamp_min(0),
+        "teacher_entropy": (t_log_z - t.x / t_total).clamp_min(0),
+        "reverse_kl": reverse_kl.masked_fill(infinite, math.inf),
+        "forward_kl": forward_kl.masked_fill(_is_infinite(t, t_lse, forward_kl), math.inf),
+        "student_logsumexp": s_lse,
+        "teacher_logsumexp": t_lse,
+        "logsumexp_gap": centre - log_ratio,
+        "reference_student": _finite(s.maximum),
+        "reference_teacher": u_reference,
+        "reference_log_p": -s_log_z,
+        "reference_log_ratio": log_ratio,
+        "top_log_ratio": log_ratio.masked_fill(student.other[:, 0] == -math.inf, math.inf),
+        "reverse_kl_excess": s_gap.masked_fill(infinite, 0),
+    }
 
 
 def _is_infinite(model: ModelSums, lse: Tensor, kl: Tensor) -> Tensor:
@@ -203,16 +239,22 @@ def _total(model: ModelSums) -> Tensor:
     return torch.where(model.maximum == -math.inf, 0.0, 1 + model.z)
 
 
-def _join(a: ModelSums, b: ModelSums, shift: Tensor) -> ModelSums:
-    """Sums so far and those of one more block, at the block's maximum and centre; `shift` is the change of the centre."""
-    b = ModelSums(*(x.double() for x in b))
-    total, change = _total(a), _finite(a.maximum) - _finite(b.maximum)
-    factor = torch.exp(a.maximum - _finite(b.maximum))
-    moved = b.maximum > a.maximum  # the top entry so far is one of the others now
+def _moved(model: ModelSums, maximum: Tensor, keeps_top: Tensor, shift: Tensor) -> ModelSums:
+    """Sums relative to another maximum, and to a centre that is lower by `shift`.
+
+    Where `keeps_top` is False, the top entry so far is one of the others now.
+    """
+    total, change = _total(model), _finite(model.maximum) - _finite(maximum)
+    factor = torch.exp(model.maximum - _finite(maximum))
     return ModelSums(
-        b.maximum,
-        factor * torch.where(moved, total, a.z) + b.z,
-        factor * (a.x + total * change) + b.x,
-        factor * (a.gap + total * shift) + b.gap,
-        torch.maximum(a.alone, b.alone),
+        maximum,
+        factor * torch.where(keeps_top, model.z, total),
+        factor * (model.x + total * change),
+        factor * (model.gap + total * shift),
+        model.alone,
     )
+
+
+def _plus(a: ModelSums, b: ModelSums) -> ModelSums:
+    """Of sums relative to one maximum and one centre."""
+    return ModelSums(b.maximum.double(), a.z + b.z, a.x + b.x, a.gap + b.gap, torch.maximum(a.alone, b.alone.double()))

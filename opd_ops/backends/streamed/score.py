@@ -21,12 +21,21 @@ from torch import Tensor
 from opd_ops.backends.shared import joined as shards
 from opd_ops.backends.shared import pages
 from opd_ops.backends.shared.chunks import chunks
-from opd_ops.backends.shared.joined import Part
+from opd_ops.backends.shared.joined import Part, Parts
 from opd_ops.backends.shared.supports import support_columns
 from opd_ops.backends.shared.tiles import Rows
 from opd_ops.backends.shared.top_k import TopK, extended
 from opd_ops.backends.shared.workspace import ScoreGrid, score_grid
-from opd_ops.backends.streamed.running import RunningSums, block_sums, row_jsd
+from opd_ops.backends.streamed.running import (
+    EMPTY_SUMS,
+    BlockSums,
+    RunningSums,
+    block_sums,
+    joined_sums,
+    named_sums,
+    row_jsd,
+    statistics,
+)
 from opd_ops.backends.streamed.summed import with_jsd
 from opd_ops.inputs.sources import Source, compute_dtype
 from opd_ops.selection.stats import OPTIONAL_COLUMNS, TokenStats
@@ -46,12 +55,13 @@ def token_stats(
     """All statistics of the given positions, (n,) each, from one sweep of both heads; always in the compute dtype."""
     dtype, shard = compute_dtype(student, teacher), student.transform.shard
     if shard is not None:
-        read = partial(_part, student, teacher)
+        parts = Parts(partial(_part, student, teacher), EMPTY_SUMS, joined_sums)
         options = {"top_k": top_k, "workspace_bytes": workspace_bytes}
-        stats = shards.token_stats(read, shard, rows, columns=columns, dtype=dtype, **options)
+        stats = shards.token_stats(parts, shard, rows, columns=columns, dtype=dtype, **options)
         return with_jsd(stats, student, teacher, rows, workspace_bytes) if "jsd" in columns else stats
     out = {name: torch.zeros(len(rows), dtype=dtype, device=rows.device) for name in _computed(columns)}
-    for part, grid, found, s_list, t_list in _sweep(student, teacher, rows, top_k, "jsd" in columns, workspace_bytes):
+    for part, grid, sums, jsd, s_list, t_list in _sweep(student, teacher, rows, top_k, "jsd" in columns, workspace_bytes):
+        found = jsd | statistics(sums, s_list)
         s_lse, t_lse = found["student_logsumexp"], found["teacher_logsumexp"]
         for name, column in found.items():
             out[name][part] = column
@@ -67,12 +77,12 @@ def _computed(columns: frozenset[str]) -> list[str]:
 
 
 def _part(student: Source, teacher: Source, rows: Tensor, top_k: int, workspace_bytes: int) -> Part:
-    """What this rank's part of the vocabulary says of the rows."""
+    """This rank's sums and lists of the rows."""
     columns, lists = [], []
-    for _, _, found, s_list, t_list in _sweep(student, teacher, rows, top_k, False, workspace_bytes):
-        columns.append(found)
+    for _, _, sums, _, s_list, t_list in _sweep(student, teacher, rows, top_k, False, workspace_bytes):
+        columns.append(named_sums(sums))
         lists.append((s_list, t_list))
-    joined = {name: torch.cat([found[name] for found in columns]) for name in columns[0]}
+    joined = {name: torch.cat([tile[name] for tile in columns]) for name in EMPTY_SUMS}
     of_student, of_teacher = (
         TopK(*(torch.cat(column) for column in zip(*side, strict=True))) for side in zip(*lists, strict=True)
     )
@@ -81,8 +91,8 @@ def _part(student: Source, teacher: Source, rows: Tensor, top_k: int, workspace_
 
 def _sweep(
     student: Source, teacher: Source, rows: Tensor, top_k: int, with_jsd: bool, workspace_bytes: int
-) -> Iterator[tuple[slice, ScoreGrid, dict[str, Tensor], TopK, TopK]]:
-    """Tile by tile: which rows it is, their columns over the vocabulary, (n,) fp64, and both models' lists."""
+) -> Iterator[tuple[slice, ScoreGrid, BlockSums, dict[str, Tensor], TopK, TopK]]:
+    """Tile by tile: which rows it is, their sums over the vocabulary, (n,) fp64, "jsd" if asked for, and both models' lists."""
     dtype = compute_dtype(student, teacher)
     grid = score_grid(student, teacher, len(rows), top_k=top_k, whole_rows=with_jsd, workspace_bytes=workspace_bytes)
     buffers = [pages.empty((grid.rows * grid.columns,), dtype, rows.device) for _ in range(2)]
@@ -95,20 +105,20 @@ def _sweep(
 
 def _tile(
     student: Rows, teacher: Rows, grid: ScoreGrid, top_k: int, with_jsd: bool, buffers: list[Tensor], scratch: Tensor
-) -> tuple[dict[str, Tensor], TopK, TopK]:
-    """Columns and lists of one tile of rows, from one sweep over the vocabulary."""
+) -> tuple[BlockSums, dict[str, Tensor], TopK, TopK]:
+    """Sums, "jsd" and lists of one tile of rows, from one sweep over the vocabulary."""
     rows, first_id = slice(0, len(student.rows)), student.source.transform.first_id
     sums = RunningSums(rows.stop, student.rows.device)
     s_list: TopK | None = None
     t_list: TopK | None = None
-    out: dict[str, Tensor] = {}
+    jsd: dict[str, Tensor] = {}
     for block in chunks(student.source.transform.vocab_size, grid.columns):
         s, u = student.read(rows, block, buffers[0]), teacher.read(rows, block, buffers[1])
         s_list = extended(s_list, s, u, top_k, first_id + block.start, grid.candidates)
         t_list = extended(t_list, u, s, top_k, first_id + block.start, grid.candidates)
         if with_jsd:  # the grid has one block, as wide as the vocabulary
-            out["jsd"] = torch.cat([row_jsd(s[chunk], u[chunk]) for chunk in chunks(rows, grid.chunk)])
+            jsd["jsd"] = torch.cat([row_jsd(s[chunk], u[chunk]) for chunk in chunks(rows, grid.chunk)])
         sums.add(block_sums(s, u, s_list, t_list, first_id + block.start, scratch))
     assert s_list is not None
     assert t_list is not None
-    return out | sums.columns(), s_list, t_list
+    return sums.total, jsd, s_list, t_list

@@ -50,7 +50,7 @@ def summed(whole: Summed, student: Source, teacher: Source, rows: Tensor, refere
                 log_p, log_ratio = of_rows.log_probabilities(s, u)
                 log_ratio.masked_fill_(no_p & no_q, 0)
                 sums[0, group] += whole.term(log_p, log_q, log_ratio).sum(1)
-                slope = whole.slope(log_p, log_ratio).sub_(whole.slope(of_rows.log_p, of_rows.log_ratio))
+                slope = whole.slope(log_p, log_ratio).sub_(whole.slope(of_rows.log_p, of_rows.top_log_ratio))
                 p = log_p.exp_()
                 sums[1, group] += slope.mul_(p).masked_fill_(no_p, 0).sum(1)
                 sums[2, group] += p.sum(1)

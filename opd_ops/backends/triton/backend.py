@@ -114,19 +114,11 @@ class Triton(Backend):
         workspace_bytes: int,
         inplace: bool,
     ) -> tuple[Tensor, Tensor]:
-        if student.transform.shard is not None:
-            return shards.selected_loss(
-                student,
-                teacher,
-                student.transform.shard,
-                rows,
-                weights,
-                stats,
-                divergence=divergence,
-                tokens=tokens,
-                workspace_bytes=workspace_bytes,
-            )
-        reason = kernel_loss.refusal(divergence)
+        shard, reason = student.transform.shard, kernel_loss.refusal(divergence)
+        if shard is not None and isinstance(teacher, Source) and is_column(divergence):
+            return shards.selected_loss(student, teacher, shard, rows, weights, divergence, workspace_bytes)
+        if shard is not None:
+            reason = "ranks share out the vocabulary"
         if reason is not None:
             _log.debug("backend 'triton': the loss %r by backend 'torch' (%s)", divergence.name, reason)
             if divergence.whole is not None and isinstance(teacher, Source):  # to more digits than a score in 16 bits has

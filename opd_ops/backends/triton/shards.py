@@ -1,12 +1,17 @@
 """The Triton backend where ranks share out the vocabulary: kernels on each rank's part, with the normalisers of the whole.
 
-  score     score.py and support.py on the part; parts joined (shared/joined.py)
-  loss      of reverse and forward KL: the selected rows' normalisers joined to more digits, then the gradient kernels with
-            them in the place of the part's own; others by torch's own operations on the same device (streamed/loss.py)
+  P_r, Q_r: the mass of student and teacher in the part of rank r;  p_r, q_r: their softmaxes within it;
+  g_r = log Z_s,r - log Z_t,r: the part's gap;  g: that of the whole vocabulary;  d_r = log P_r / Q_r = g_r - g
+  KL(p||q) = sum_r P_r KL(p_r||q_r) + KL(P||Q),     KL(P||Q) = sum_r P_r (d_r + e^{-d_r} - 1)      (the chain rule)
 
-What gradient kernels read of a row is a reference, the log-normaliser relative to it, and the gap: any reference near the
-log-sum-exp will do, so it is the log-sum-exp itself as a stored logit, rounded to fp32.
-Not here: parts joined (shared/joined.py), kernels' launches (dense.py, heads.py, heads_loss.py).
+No term of the KL is negative, and each is of second order in what rounding does to d_r: nothing large is subtracted.
+The loss of reverse and forward KL: the selected rows' normalisers joined to more digits, then the gradient kernels with them in
+the place of the part's own. These kernels read a reference of each row, the log-normaliser relative to it, and the gap. Any
+reference near the log-sum-exp will do: it is the log-sum-exp itself as a stored logit, rounded to fp32.
+A rank cannot sum the gradient over the other ranks' ids: with reverse KL, rows with p near 1 on one id lose digits there
+(docs/features.md).
+Not here: the gather (shared/joined.py), other losses, which are backend "torch"'s on the same device (backend.py), kernels'
+launches (dense.py, heads.py, heads_loss.py).
 """
 
 from __future__ import annotations
@@ -23,18 +28,19 @@ from torch import Tensor
 from opd_ops.backends.interface import is_computed
 from opd_ops.backends.shared import joined as shards
 from opd_ops.backends.shared.first_order import first_order
-from opd_ops.backends.shared.joined import Part
+from opd_ops.backends.shared.joined import Part, Parts, joint_entropy, masses
 from opd_ops.backends.shared.overwritten import unchanged
-from opd_ops.backends.streamed.backend import STREAMED
+from opd_ops.backends.shared.top_k import TopK
 from opd_ops.backends.streamed.summed import with_jsd
 from opd_ops.backends.triton import dense, heads, heads_loss
 from opd_ops.backends.triton.kernel_loss import logsumexp, multiplier
 from opd_ops.backends.triton.launches import top_k_lists
 from opd_ops.backends.triton.tiles import Side
-from opd_ops.divergences import Divergence, is_column, weighted_sum, without_infinite
+from opd_ops.divergences import Divergence, weighted_sum, without_infinite
 from opd_ops.inputs.sources import Shard, Source, Transform
-from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.selection.stats import SWEPT_COLUMNS, OwnStats, TokenStats
+
+EMPTY_COLUMNS = {name: -math.inf if name.endswith("logsumexp") else 0.0 for name in SWEPT_COLUMNS}
 
 
 def token_stats(
@@ -50,9 +56,9 @@ def token_stats(
     dtype: torch.dtype = torch.float32,
 ) -> TokenStats:
     """All statistics of the given positions over the whole vocabulary, (n,) each."""
-    read = partial(_part, student.detach(), teacher.detach(), score_dtype)
+    parts = Parts(partial(_part, student.detach(), teacher.detach(), score_dtype), EMPTY_COLUMNS, joined_columns)
     options: dict[str, Any] = {"top_k": top_k, "workspace_bytes": workspace_bytes, "dtype": dtype}
-    stats = shards.token_stats(read, shard, rows, columns=columns, **options)
+    stats = shards.token_stats(parts, shard, rows, columns=columns, **options)
     return with_jsd(stats, student, teacher, rows, workspace_bytes) if "jsd" in columns else stats
 
 
@@ -91,30 +97,21 @@ def own_stats(
 
 def selected_loss(
     student: Source,
-    teacher: Source | TeacherLists,
+    teacher: Source,
     shard: Shard,
     rows: Tensor,
     weights: Tensor,
-    stats: TokenStats,
-    *,
     divergence: Divergence,
-    tokens: Tensor | None,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted sum of the divergence over the positions, connected to this rank's part of the student, and its terms."""
-    options: dict[str, Any] = {"divergence": divergence, "tokens": tokens, "workspace_bytes": workspace_bytes}
-    if divergence.whole is None or not isinstance(teacher, Source):
-        return STREAMED.selected_loss(student, teacher, rows, weights, stats, inplace=False, **options)
+    """The weighted sum of reverse or forward KL over the positions, connected to this rank's part, and its (M,) terms."""
+    assert divergence.whole is not None
     with torch.no_grad():  # to more digits than `stats`, which may be of 16-bit logits
         score: dict[str, Any] = {"top_k": 1, "columns": frozenset(), "workspace_bytes": workspace_bytes}
         exact = token_stats(student, teacher, shard, rows, score_dtype=torch.float32, dtype=torch.float64, **score)
-    if not is_column(divergence):
-        known = {name: x if name == "valid" else x.float() for name, x in exact._asdict().items() if x is not None}
-        exact = TokenStats(**known)
-        return STREAMED.selected_loss(student, teacher, rows, weights, exact, inplace=False, **options)
     columns = _columns(student, teacher, exact)
     if is_computed(student, teacher):
-        return heads_loss.selected_loss(student, teacher, rows, weights, columns=columns, **options)
+        return heads_loss.selected_loss(student, teacher, rows, weights, divergence, None, workspace_bytes, columns)
     losses = columns[COLUMNS.index(divergence.whole.name)]
     settings = divergence.whole.name, workspace_bytes, student.transform.vocab_size, student.transform.temperature
     connected: Tensor = _SelectedDivergence.apply(settings, rows, losses, columns, student.leading, teacher.leading.detach())
@@ -161,3 +158,70 @@ class _SelectedDivergence(torch.autograd.Function):
             return None, None, None, None, torch.zeros_like(student), None
         gradient = dense.launch_gradient(student, teacher, rows, dlosses, *ctx.options, columns=columns)
         return None, None, None, None, gradient, None
+
+
+# --- parts to the whole ----------------------------------------------------------------------------------------------
+
+
+def joined_columns(parts: dict[str, Tensor], student: TopK, teacher: TopK) -> dict[str, Tensor]:
+    """The (n,) columns of the whole vocabulary from the (ranks, n) fp64 ones of its parts, and those that a JSD reads."""
+    s, t, gaps = parts["student_logsumexp"], parts["teacher_logsumexp"], parts["logsumexp_gap"]
+    (s_lse, p), (t_lse, q) = masses(s), masses(t)
+    in_s, in_t = s != -math.inf, t != -math.inf  # a NaN is in
+    shared = in_s & in_t
+    gap = _gap(s_lse, t_lse, p, q, gaps, s, t, shared)
+    d = torch.where(shared, gaps - gap, 0)
+    near = d.abs() < 1  # elsewhere e^d may overflow, and P e^{-d} is Q itself
+    of_p = torch.where(near, p * (torch.expm1(-d) + d), q - p + p * d)
+    of_q = torch.where(near, q * (torch.expm1(d) - d), p - q - q * d)
+    # In a part that one model alone has, P_r e^{-d_r} - P_r is what is left: the other's mass.
+    reverse = torch.where(shared, _times(p, parts["reverse_kl"]) + of_p, q)
+    forward = torch.where(shared, _times(q, parts["forward_kl"]) + of_q, p)
+    # A part whose mass is 0 in fp64 makes nothing infinite.
+    p_without_q = ((p > 0) & ((t == -math.inf) | (parts["reverse_kl"] == math.inf))).any(0)
+    q_without_p = ((q > 0) & ((s == -math.inf) | (parts["forward_kl"] == math.inf))).any(0)
+    reverse_kl, forward_kl = reverse.sum(0).clamp_min(0), forward.sum(0).clamp_min(0)
+    return {
+        "student_entropy": joint_entropy(p, parts["student_entropy"]),
+        "teacher_entropy": joint_entropy(q, parts["teacher_entropy"]),
+        "reverse_kl": reverse_kl.masked_fill(p_without_q & ~reverse_kl.isnan(), math.inf),
+        "forward_kl": forward_kl.masked_fill(q_without_p & ~forward_kl.isnan(), math.inf),
+        "student_logsumexp": s_lse,
+        "teacher_logsumexp": t_lse,
+        "logsumexp_gap": gap,
+        **_reference(s_lse, gap, student, teacher),
+    }
+
+
+def _reference(s_lse: Tensor, gap: Tensor, student: TopK, teacher: TopK) -> dict[str, Tensor]:
+    """The columns that a JSD reads of whole rows: enough for its value, not for a gradient of saturated rows."""
+    s, u, u_top = (x[:, 0].double() for x in (student.own, student.other, teacher.own))
+    is_masked = u == -math.inf
+    s, u = s.masked_fill(s == -math.inf, 0), torch.where(is_masked, u_top.masked_fill(u_top == -math.inf, 0), u)
+    log_ratio = (s - u) - gap
+    return {
+        "reference_student": s,
+        "reference_teacher": u,
+        "reference_log_p": s - s_lse,
+        "reference_log_ratio": log_ratio,
+        "top_log_ratio": log_ratio.masked_fill(is_masked, math.inf),
+    }
+
+
+def _times(mass: Tensor, x: Tensor) -> Tensor:
+    """mass * x, where no mass is 0 whatever x is; an infinite x is kept as a flag by the caller."""
+    return torch.where((mass == 0) | (x == math.inf), 0, mass * x)
+
+
+def _gap(s_lse: Tensor, t_lse: Tensor, p: Tensor, q: Tensor, gaps: Tensor, s: Tensor, t: Tensor, shared: Tensor) -> Tensor:
+    """log Z_s - log Z_t = c + log(1 + sum_r Q_r (e^{g_r - c} - 1)), c the gap of the part where most of p is.
+
+    Which keeps the digits that the parts' gaps have where the models nearly agree; where they do not, or where a part has only
+    one of them, the plain difference has enough.
+    """
+    place = torch.where(shared, p, -1.0).argmax(0, keepdim=True)
+    c = gaps.gather(0, place)
+    shift = torch.where(shared, gaps - c, 0)
+    ratio = (q * torch.expm1(shift)).sum(0)
+    plain = ((s != -math.inf) != (t != -math.inf)).any(0) | ~(ratio > -0.5) | ~torch.isfinite(ratio)
+    return torch.where(plain, s_lse - t_lse, c.squeeze(0) + torch.log1p(ratio))
