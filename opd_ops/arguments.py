@@ -98,6 +98,7 @@ def check_ids(name: str, ids: object) -> tuple[int, ...]:
     """Token ids as a tuple of integers, none negative."""
     if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable) or getattr(ids, "ndim", 1) == 0:
         raise TypeError(f"{name}: got {shown(ids)}, expected a sequence of token ids")
+    ids = ids.tolist() if isinstance(ids, Tensor) else ids
     found = tuple(check_integer(name, x, least=0) for x in ids)
     for x in found:
         if x > LARGEST_ID:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from opd_ops.arguments import is_traced, shown
+from opd_ops.arguments import is_traced
 from opd_ops.backends.shared.first_order import first_order
 from opd_ops.backends.shared.overwritten import unchanged
 from opd_ops.call.choose import Chosen
@@ -103,8 +103,8 @@ def _check_some_items(value: Tensor | float | None, selected: Tensor) -> None:
     number = scalar_of("num_items_in_batch", value) if isinstance(value, Tensor) else value
     if number == 0 and bool(selected.any()):
         raise ValueError(
-            f"num_items_in_batch: got {shown(value)}, expected a finite number > 0: {int(selected.sum())} positions are "
-            "selected. Pass the count of valid tokens, or a mask without one"
+            f"num_items_in_batch: got 0, but {int(selected.sum())} positions are selected; pass the count of valid tokens, at "
+            "least that many, or a mask without a valid position"
         )
 
 

@@ -23,6 +23,7 @@ from opd_ops.arguments import is_traced
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.inputs.float8 import Float8Rows
 from opd_ops.inputs.linear_head import LinearHead
+from opd_ops.inputs.unshard import is_dtensor
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,13 @@ class Source(NamedTuple):
         else:
             width = side.shape[-1] if vocab_size is None else vocab_size
             made = Source(Transform(False, width, temperature), side)
-        uncounted = _is_uncounted(made.leading), _is_uncounted(made.weight), _is_uncounted(made.bias)
-        made = made.with_tensors([_alias(x) if _is_uncounted(x) else x for x in made.tensors])
-        return made._replace(uncounted=uncounted)
+        return made.counted()
+
+    def counted(self) -> Source:
+        """The same with tensors that autograd can save, whatever they were made in."""
+        uncounted = _is_uncounted(self.leading), _is_uncounted(self.weight), _is_uncounted(self.bias)
+        counted = self.with_tensors([_alias(x) if _is_uncounted(x) else x for x in self.tensors])
+        return counted._replace(uncounted=uncounted)
 
     @property
     def shape(self) -> torch.Size:
@@ -155,8 +160,11 @@ class Source(NamedTuple):
 
 
 def _is_uncounted(tensor: Tensor | None) -> bool:
-    """Whether it was made in inference mode, like a teacher's: autograd can then neither save it nor see it overwritten."""
-    if tensor is None or is_traced() or torch.is_inference_mode_enabled():
+    """Whether it was made in inference mode, like a teacher's: autograd can then neither save it nor see it overwritten.
+
+    A DTensor's part is asked once it is taken out (vocabulary.py).
+    """
+    if tensor is None or is_traced() or torch.is_inference_mode_enabled() or is_dtensor(tensor):
         return False
     return tensor.is_inference()
 

@@ -105,6 +105,9 @@ def _dtensors(kind):
         )
         selective_opd_loss(with_local, shared_out(teacher), **options).loss.backward()
         assert relative_error(with_local.hidden.grad, whole.hidden.grad) < 1e-5
+    with torch.inference_mode():
+        unseen = shared_out(teacher)
+    assert torch.equal(selective_opd_loss(shared_out(student), unseen, **options).selected, want.selected)
     # A whole teacher, as a DTensor that every rank has and as a plain tensor.
     if kind == "logits":
         replicated = share(teacher, Replicate())

@@ -68,7 +68,7 @@ ARGUMENTS = [
         TypeError,
         r"process_group: got object, expected a ProcessGroup that this process is in, or None",
     ),
-    ({"num_items_in_batch": 0}, ValueError, r"num_items_in_batch: got 0.0, expected a finite number > 0: \d+ positions"),
+    ({"num_items_in_batch": 0}, ValueError, r"num_items_in_batch: got 0, but \d+ positions are selected"),
     ({"num_items_in_batch": torch.ones(2)}, ValueError, r"num_items_in_batch: got a tensor of shape \(2,\)"),
     (
         {"num_items_in_batch": torch.tensor(-3)},
