@@ -26,8 +26,8 @@ from benchmarks.cpu import methods
 from benchmarks.cpu.heads import Heads, Sizes, build_heads
 from benchmarks.gpu.timing import LATE, Bench, first_line
 from opd_ops import Float8Rows, LinearHead, StudentStats, selective_opd_loss
+from opd_ops.backends.shared.matmul import head_product
 from opd_ops.backends.triton import heads as triton_heads
-from opd_ops.backends.triton.matmul import head_product
 
 FRACTION = 0.05
 TILE_ROWS = 768  # of the floor's score matmuls
@@ -100,7 +100,7 @@ def floor(case: Case) -> None:
     del tile
     for hidden, weight in sides:
         logits = torch.empty((m, vocab), device=hidden.device)
-        head_product(hidden[:m], weight, None, logits, cast_bytes=2**24)
+        head_product(hidden[:m], weight, None, logits, cast_columns=2**12)
     dlogits = logits.to(hidden.dtype)
     heads.student_hidden.grad = torch.zeros_like(heads.student_hidden)
     torch.mm(dlogits, heads.student_weight, out=heads.student_hidden.grad[:m])

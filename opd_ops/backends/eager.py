@@ -24,6 +24,7 @@ from opd_ops.backends.shared.overwritten import unchanged
 from opd_ops.divergences import JSD, Divergence, OnSupport, Support, equations, weighted_sum, without_infinite
 from opd_ops.inputs.sources import Shard, Source, compute_dtype, mask_limit, take_rows
 from opd_ops.inputs.teacher_lists import LAST_ID, TeacherLists, tail
+from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import OwnStats, TokenStats
 
 
@@ -159,10 +160,10 @@ def token_stats(
     *,
     top_k: int,
     columns: frozenset[str],
-    workspace_bytes: int,
+    workspace: Workspace,
     score_dtype: torch.dtype | None,
 ) -> TokenStats:
-    """All statistics of the given positions, (n,) each. This is the oracle: `workspace_bytes`, `score_dtype` change nothing."""
+    """All statistics of the given positions, (n,) each. This is the oracle: `workspace`, `score_dtype` change nothing."""
     dtype = compute_dtype(student, teacher)
     s, u = logits(student, rows, dtype), logits(teacher, rows, dtype)
     q = torch.softmax(u, dim=-1)
@@ -190,7 +191,7 @@ def token_stats(
 
 
 @torch.no_grad()
-def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int, score_dtype: torch.dtype | None) -> OwnStats:
+def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace: Workspace, score_dtype: torch.dtype | None) -> OwnStats:
     """One model's statistics at the rows, from its logits alone."""
     x = logits(source, rows, compute_dtype(source))
     ids = top_k_ids(x, top_k)
@@ -206,7 +207,7 @@ def selected_loss(
     *,
     divergence: Divergence,
     tokens: Tensor | None,
-    workspace_bytes: int,
+    workspace: Workspace,
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of the divergence over the positions, connected to the student by autograd itself, and its terms."""
@@ -221,7 +222,7 @@ def selected_loss(
     if divergence.support is not None:
         found = None if isinstance(teacher, Source) else teacher.take(rows)
         losses = losses + divergence.support.loss(support(divergence.support, s, u, found, tokens))
-    losses = unchanged(losses, rows, student, workspace_bytes=workspace_bytes)  # autograd saved the head, not the teacher
+    losses = unchanged(losses, rows, student, workspace=workspace)  # autograd saved the head, not the teacher
     return weighted_sum(losses, without_infinite(losses, weights)), losses.detach()
 
 

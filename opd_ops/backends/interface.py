@@ -16,6 +16,7 @@ from torch import Tensor
 from opd_ops.divergences import Divergence
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
+from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import OwnStats, TokenStats
 
 
@@ -60,7 +61,7 @@ class Backend(ABC):
         *,
         top_k: int,
         columns: frozenset[str],
-        workspace_bytes: int,
+        workspace: Workspace,
         score_dtype: torch.dtype | None,
     ) -> TokenStats:
         """(n,) columns for the rows, without a graph; optional columns only if named in `columns`.
@@ -70,7 +71,7 @@ class Backend(ABC):
 
     @abstractmethod
     def own_stats(
-        self, source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int, score_dtype: torch.dtype | None
+        self, source: Source, rows: Tensor, *, top_k: int, workspace: Workspace, score_dtype: torch.dtype | None
     ) -> OwnStats:
         """One model's statistics at the rows, without a graph."""
 
@@ -85,7 +86,7 @@ class Backend(ABC):
         *,
         divergence: Divergence,
         tokens: Tensor | None,
-        workspace_bytes: int,
+        workspace: Workspace,
         inplace: bool,
     ) -> tuple[Tensor, Tensor]:
         """sum weights l over the rows, differentiable in the student's tensors, and l, (M,); `stats` are those rows' own.

@@ -38,7 +38,7 @@ def selected_losses(chosen: Chosen, weights: Tensor, tokens: Tensor | None, *, i
         chosen.stats.take(chosen.rows),
         divergence=call.divergence,
         tokens=tokens,
-        workspace_bytes=call.settings.workspace_bytes,
+        workspace=call.workspace,
         inplace=inplace,
     )
 
@@ -64,8 +64,8 @@ def _log_ratios(chosen: Chosen, tokens: Tensor) -> Tensor:
         if isinstance(source, TeacherLists):
             logprobs.append(source.logprobs[chosen.rows, 0])
         else:
-            workspace_bytes = chosen.call.settings.workspace_bytes
-            logits = logits_at(source.detach(), chosen.rows, ids, stats.student_logsumexp.dtype, workspace_bytes)
+            workspace = chosen.call.workspace
+            logits = logits_at(source.detach(), chosen.rows, ids, stats.student_logsumexp.dtype, workspace)
             logprobs.append(logits.squeeze(1) - lse.flatten()[chosen.rows])
     return logprobs[0] - logprobs[1]
 

@@ -26,6 +26,7 @@ from opd_ops.inputs.positions import Positions, positions
 from opd_ops.inputs.rollout import StudentStats, check_student_stats
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import SampledLogprobs, SparseTeacher, TeacherLists, TopKLogprobs, check_lists
+from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.selectors import Selector, bound_selector, check_known, named_selector
 from opd_ops.settings import SCORE_DTYPES, Settings, check_divergence_top_k, check_top_k, scalar_of
 
@@ -60,6 +61,10 @@ class Call:
         return self.batch.student_stats
 
     @property
+    def workspace(self) -> Workspace:
+        return Workspace(self.settings.workspace_bytes)
+
+    @property
     def score_dtype(self) -> torch.dtype | None:
         return None if self.settings.score_dtype is None else SCORE_DTYPES[self.settings.score_dtype]
 
@@ -84,7 +89,7 @@ def prepare(
         eos_ids=tuple(settings.eos_ids),
         process_group=settings.process_group,
         top_k=settings.top_k,
-        workspace_bytes=settings.workspace_bytes,
+        workspace=Workspace(settings.workspace_bytes),
     )
     shard, vocab = student_source.transform.shard, student_source.transform.whole_vocab_size
     if shard is not None:

@@ -141,7 +141,7 @@ def token_losses(chosen: Chosen) -> TokenLosses:
     teachers = tuple(t.detach() for t in call.teacher.tensors) if isinstance(call.teacher, Source) else ()
     connected: Tensor = _TokenLosses.apply(chosen, tokens, losses, trained, *call.student.tensors, *teachers)
     read_again = (call.student, call.teacher) if isinstance(call.teacher, Source) else (call.student,)
-    connected = unchanged(connected, rows, *read_again, workspace_bytes=call.settings.workspace_bytes)
+    connected = unchanged(connected, rows, *read_again, workspace=call.workspace)
     if weights is not None:
         connected = connected * weights.detach().flatten()[rows].to(connected.dtype)
     placed = torch.zeros_like(chosen.scores.flatten(), dtype=connected.dtype).index_put((rows,), connected).view(call.shape)

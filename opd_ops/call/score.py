@@ -76,7 +76,7 @@ def stats_of(call: Call, rows: Tensor, score_dtype: torch.dtype | None = None) -
     student, teacher = call.student, call.teacher
     score_dtype = score_dtype or call.score_dtype
     columns = frozenset(getattr(call.selector, "needs", ())) & BACKEND_COLUMNS
-    workspace_bytes, top_k = call.settings.workspace_bytes, call.settings.top_k
+    workspace, top_k = call.workspace, call.settings.top_k
     if call.known is not None or isinstance(teacher, TeacherLists):
         stats = two_lists.token_stats(
             call.backend,
@@ -86,7 +86,7 @@ def stats_of(call: Call, rows: Tensor, score_dtype: torch.dtype | None = None) -
             call.known,
             top_k=top_k,
             columns=columns,
-            workspace_bytes=workspace_bytes,
+            workspace=workspace,
             score_dtype=score_dtype,
         )
     else:
@@ -96,7 +96,7 @@ def stats_of(call: Call, rows: Tensor, score_dtype: torch.dtype | None = None) -
             rows,
             top_k=top_k,
             columns=columns,
-            workspace_bytes=workspace_bytes,
+            workspace=workspace,
             score_dtype=score_dtype,
         )
     if isinstance(teacher, Source):  # a student that has blown up is not hidden by a teacher that has, too

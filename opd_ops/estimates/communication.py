@@ -41,6 +41,7 @@ from opd_ops.distributed.ranks import Ranks
 from opd_ops.divergences import Divergence, Extrapolated, OnSupport, Summed, is_column, resolve_divergence
 from opd_ops.inputs.positions import Positions
 from opd_ops.inputs.sources import Shard
+from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.budget import SelectionOptions, most_selected, select_over_ranks
 from opd_ops.selection.selectors import (
     Selector,
@@ -281,7 +282,7 @@ class _Call:
             for _ in range(models):
                 yield from self._vocabulary(purpose, "all_gather", n * self.shard.width * self.dtype.itemsize)
             return
-        rows = shards.rows_at_a_time(self.shard, top_k, dtype, self.settings.workspace_bytes, columns=columns)
+        rows = shards.rows_at_a_time(self.shard, top_k, dtype, Workspace(self.settings.workspace_bytes), columns=columns)
         per_row = shards.row_bytes(top_k, dtype, columns=columns, models=models)
         for start in range(0, n, rows):
             yield from self._vocabulary(purpose, "all_gather", min(rows, n - start) * per_row)

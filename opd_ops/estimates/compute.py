@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from opd_ops.arguments import check_integer
-from opd_ops.backends.shared.workspace import gradient_grid, score_grid
-from opd_ops.backends.triton.workspace import BlockGrid, SelectedGrid, padded, score_rows, tile_dtype
+from opd_ops.backends.shared.grids import BlockGrid, SelectedGrid, gradient_grid, padded, score_grid, score_rows, tile_dtype
 from opd_ops.inputs import float8
 from opd_ops.inputs.sources import Source, Transform
+from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.budget import SHORTLIST, most_selected
 from opd_ops.settings import SCORE_DTYPES, LossOptions, Settings, check_choice, check_top_k
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 POSITION_BYTES = 480  # statistics, masks, sort keys and their fp64 temporaries: some 60 numbers a position
 ROW_BYTES, WEIGHT_BYTES = 8, 1  # saved per selected row: its number; on "torch" also whether its weight is 0 and
-SAVED_COLUMNS = 7  # the weight, the mean slope and the five of `Reference`
+SAVED_COLUMNS = 6  # the weight, the mean slope and four of `Reference`
 SAVED_SCALAR_BYTES = 64  # of the mean: sums and denominators
 
 
@@ -132,8 +132,8 @@ class _Call:
     student_stats: bool
 
     @property
-    def workspace_bytes(self) -> int:
-        return self.settings.workspace_bytes
+    def workspace(self) -> Workspace:
+        return Workspace(self.settings.workspace_bytes)
 
     @property
     def top_k(self) -> int:
@@ -161,11 +161,11 @@ class _Call:
         """One sweep over the heads that are not known, in tiles of rows."""
         student, teacher = self.sources(n)
         swept = (teacher,) if self.student_stats else (student, teacher)
-        workspace = self.workspace_bytes
+        workspace = self.workspace
         if self.backend == "triton":
-            rows = score_rows(*swept, n=n, top_k=self.top_k, optional=False, workspace_bytes=workspace, score_dtype=score_dtype)
+            rows = score_rows(*swept, n=n, top_k=self.top_k, optional=False, workspace=workspace, score_dtype=score_dtype)
         else:
-            grid = score_grid(swept[0], swept[-1], n, top_k=self.top_k, whole_rows=False, workspace_bytes=workspace)
+            grid = score_grid(swept[0], swept[-1], n, top_k=self.top_k, whole_rows=False, workspace=workspace)
             rows = grid.rows
         flops, moved = self.dots(n), 0
         for source in swept:
@@ -193,13 +193,13 @@ class _Call:
             3 * size * self.Ds * (self.N + (self.V if self.trainable_head else 0))
         )  # gradients: written, and scaled in place
         if self.backend == "torch":
-            grid = gradient_grid(student, teacher, m, workspace_bytes=self.workspace_bytes)
+            grid = gradient_grid(student, teacher, m, workspace=self.workspace)
             return _Pass(flops, moved + -(-m // grid.rows) * (of_both + of_head))
-        needs, workspace = (True, self.trainable_head), self.workspace_bytes
-        found = SelectedGrid.of(student, teacher, n=m, needs=needs, workspace_bytes=workspace)
+        needs, workspace = (True, self.trainable_head), self.workspace
+        found = SelectedGrid.of(student, teacher, n=m, needs=needs, workspace=workspace)
         moved += -(-m // found.rows) * (of_both + of_head)
         if found.second_look:
             flops += 2 * logits * both
-            groups = -(-m // BlockGrid.of(student, teacher, n=m, workspace_bytes=workspace).rows)
+            groups = -(-m // BlockGrid.of(student, teacher, n=m, workspace=workspace).rows)
             moved += groups * of_both + 2 * 4 * logits * 2 + 2 * size * logits
         return _Pass(flops, moved)

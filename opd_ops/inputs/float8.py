@@ -4,7 +4,7 @@
   logits ~ (hidden values @ weight values.T) * hidden scales * weight scales,  summed by the vendor's matmul
   Nothing that is trained on comes from these logits: the best 2 rho N positions are scored again, exactly (scoring.py).
 
-Not here: the tiles that read them (backends/triton/tiles.py), what the ranking loses (benchmarks/cpu/ranking.py).
+Not here: the tiles that read them (backends/shared/tiles.py), what the ranking loses (benchmarks/cpu/ranking.py).
 """
 
 from __future__ import annotations

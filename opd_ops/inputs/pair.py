@@ -22,6 +22,7 @@ from opd_ops.inputs.linear_head import LinearHead
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import SampledLogprobs, SparseTeacher, TeacherLists, TopKLogprobs
 from opd_ops.inputs.vocabulary import one_group, part_of, share_out, to_local
+from opd_ops.inputs.workspace import Workspace
 
 _warned_of: set[tuple[int, int]] = set()  # Python's own memory of warnings is lost whenever somebody catches some
 
@@ -36,7 +37,7 @@ def check_sources(
     eos_ids: tuple[int, ...],
     process_group: dist.ProcessGroup | None,
     top_k: int,
-    workspace_bytes: int,
+    workspace: Workspace,
 ) -> tuple[Source, Source | TeacherLists]:
     """Both sides over their common vocabulary; one warning if their vocabularies differ and none was named."""
     locals_ = [to_local("student", _source_of("student", student))]
@@ -73,8 +74,8 @@ def check_sources(
     )
     if isinstance(teacher, (TopKLogprobs, SampledLogprobs)):
         assert divergence.support is not None
-        read = {"longest": max(top_k, divergence.support.length), "workspace_bytes": workspace_bytes}
-        return student_source, TeacherLists.of(teacher, vocab, student_source.compute_dtype, merged, **read)
+        dtype, longest = student_source.compute_dtype, max(top_k, divergence.support.length)
+        return student_source, TeacherLists.of(teacher, vocab, dtype, merged, longest=longest, workspace=workspace)
     if isinstance(divergence, Extrapolated) and divergence.lam != 1.0:
         plain = others[1]._replace(transform=replace(others[1].transform, merged=()))  # the mixture is merged, once
         others[0] = others[0]._replace(transform=replace(others[0].transform, lam=divergence.lam), reference=plain)

@@ -92,13 +92,9 @@ class Source(NamedTuple):
         else:
             width = side.shape[-1] if vocab_size is None else vocab_size
             made = Source(Transform(False, width, temperature), side)
-        return made.counted()
-
-    def counted(self) -> Source:
-        """The same with tensors that autograd can save, whatever they were made in."""
-        uncounted = _is_uncounted(self.leading), _is_uncounted(self.weight), _is_uncounted(self.bias)
-        counted = self.with_tensors([_alias(x) if _is_uncounted(x) else x for x in self.tensors])
-        return counted._replace(uncounted=uncounted)
+        uncounted = _is_uncounted(made.leading), _is_uncounted(made.weight), _is_uncounted(made.bias)
+        made = made.with_tensors([_alias(x) if _is_uncounted(x) else x for x in made.tensors])
+        return made._replace(uncounted=uncounted)
 
     @property
     def shape(self) -> torch.Size:
@@ -160,18 +156,18 @@ class Source(NamedTuple):
 
 
 def _is_uncounted(tensor: Tensor | None) -> bool:
-    """Whether it was made in inference mode, like a teacher's: autograd can then neither save it nor see it overwritten.
-
-    A DTensor's part is asked once it is taken out (vocabulary.py).
-    """
-    if tensor is None or is_traced() or torch.is_inference_mode_enabled() or is_dtensor(tensor):
+    """Whether it was made in inference mode, like a teacher's: autograd can then neither save it nor see it overwritten."""
+    if tensor is None or is_traced() or torch.is_inference_mode_enabled():
         return False
-    return tensor.is_inference()
+    return (tensor.to_local() if is_dtensor(tensor) else tensor).is_inference()
 
 
 def _alias(tensor: Tensor) -> Tensor:
     """The same memory under a name that autograd can save. What is written to it by its own name is not seen
     (backends/shared/overwritten.py looks)."""
+    if is_dtensor(tensor):
+        local, shape, stride = _alias(tensor.to_local()), tensor.shape, tensor.stride()
+        return type(tensor).from_local(local, tensor.device_mesh, tensor.placements, shape=shape, stride=stride)
     return tensor.new_empty(0).set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from opd_ops.arguments import check_layout, check_positive, may_look, take_plain
 from opd_ops.inputs.sources import take_rows
+from opd_ops.inputs.workspace import Workspace
 
 LAST_ID = 2**31 - 1  # of a missing entry: beyond every vocabulary, and sorts behind every id of equal logit
 
@@ -126,19 +127,19 @@ class TeacherLists(NamedTuple):
         merged: tuple[int, ...] = (),
         *,
         longest: int | None = None,
-        workspace_bytes: int | None = None,
+        workspace: Workspace | None = None,
     ) -> TeacherLists:
         """In order, each id once, `merged` ids as their first.
 
         Args:
             longest: How many entries of a list the call reads, the first ones; None: all.
-            workspace_bytes: Scratch of the sort, a group of lists at a time; None: all at once.
+            workspace: Scratch of the sort, a group of lists at a time; None: all at once.
         """
         n, is_sampled = teacher.positions.numel(), isinstance(teacher, SampledLogprobs)
         given = [x.detach().unsqueeze(-1) if is_sampled else x.detach() for x in (teacher.ids, teacher.logprobs)]
         width, device = given[0].shape[-1], teacher.ids.device
         kept = width if longest is None else min(longest, width)
-        size = max(1, n if workspace_bytes is None else workspace_bytes // (SORTED_BYTES * width))
+        size = max(1, n) if workspace is None else workspace.count(SORTED_BYTES * width)
         ids = torch.empty((n, kept), dtype=torch.long, device=device)
         logprobs = torch.empty((n, kept), dtype=dtype, device=device)
         for start in range(0, n, size):

@@ -9,15 +9,20 @@ Not here: `LinearHead.from_module`, which calls this (linear_head.py), ZeRO-3's 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from opd_ops.inputs.zero3 import is_zero3, whole_of_zero3
 
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
-def is_dtensor(tensor: object) -> bool:
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
     return hasattr(tensor, "full_tensor")  # without importing what DTensors need
 
 

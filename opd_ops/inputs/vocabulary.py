@@ -52,7 +52,7 @@ def to_local(name: str, source: Source) -> Local:
     """
     if source.weight is None:
         leading, group = _local(name, source.leading, source.leading.dim() - 1)
-        return Local(name, source._replace(leading=leading).counted(), group, is_dtensor(source.leading))
+        return Local(name, source._replace(leading=leading), group, is_dtensor(source.leading))
     weight, group = _local(f"{name}.weight", source.weight, 0)
     bias, of_bias = (None, group) if source.bias is None else _local(f"{name}.bias", source.bias, 0)
     hidden, of_hidden = _local(f"{name}.hidden", source.leading, None)
@@ -65,7 +65,7 @@ def to_local(name: str, source: Source) -> Local:
         return Local(name, source, None, False)
     if is_dtensor(source.weight) and not is_dtensor(source.leading):
         _check_one_dimension(name, source.weight)
-    local = source._replace(leading=hidden, weight=weight, bias=bias).counted()
+    local = source._replace(leading=hidden, weight=weight, bias=bias)
     return Local(name, local, group, is_dtensor(source.weight))
 
 

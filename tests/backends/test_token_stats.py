@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from opd_ops import score_positions
-from opd_ops.backends.shared.workspace import score_grid
+from opd_ops.backends.shared.grids import score_grid
 from opd_ops.inputs.sources import Source
+from opd_ops.inputs.workspace import Workspace
 from tests.backends.test_eager import _Everything
 from tests.support.cases import head_pair, logit_pair, to_double
 from tests.support.tolerances import HEAD_ABSOLUTE, assert_stats, assert_within
@@ -110,7 +111,7 @@ def test_minus_infinity_in_some_rows_of_a_block_leaves_the_others_alone():
     student[20, 100:200] = -math.inf
     teacher[21, 3000:3001] = -math.inf
     sides = Source.of(student, 4099, 1.0), Source.of(teacher, 4099, 1.0)
-    grid = score_grid(*sides, 64, top_k=16, whole_rows=False, workspace_bytes=2**21)
+    grid = score_grid(*sides, 64, top_k=16, whole_rows=False, workspace=Workspace(2**21))
     assert 3 * grid.chunk < grid.rows  # some chunks are summed again with masks, some are not
     compare(student, teacher, workspace_bytes=2**21)
 

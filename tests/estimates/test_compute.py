@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from opd_ops import LinearHead, StudentStats, estimate, selective_opd_loss
-from opd_ops.backends.triton import workspace as head_tiling
+from opd_ops.backends.shared import grids
 from opd_ops.estimates.compute import SAVED_SCALAR_BYTES
 from tests.support.cases import head_pair, leaf, leaf_head
 from tests.support.meters import LiveBytes, saved_bytes
@@ -67,7 +67,7 @@ def test_a_call_saves_and_holds_no_more_than_estimated(options, prompt_launches)
         loss.backward()
     assert found.saved_bytes - SAVED_SCALAR_BYTES < saved["bytes"] <= found.saved_bytes
     assert found.gradient_bytes < meter.peak <= found.peak_bytes
-    assert held <= found.held_bytes + head_tiling.ROW_BYTES * N
+    assert held <= found.held_bytes + grids.KERNEL_ROW_BYTES * N
 
 
 def test_the_units_of_the_design():
@@ -111,7 +111,7 @@ def test_estimate_rejects_what_is_no_floating_point_dtype():
 def test_the_group_of_the_sizing_is_that_of_the_kernels():
     from opd_kernels.score import GROUP
 
-    assert int(GROUP) == head_tiling.GROUP
+    assert int(GROUP) == grids.GROUP
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from opd_ops import LinearHead, StudentStats, selective_opd_loss
 from opd_ops.backends.triton import operators as triton_ops
 from opd_ops.inputs.sources import Source
+from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.budget import budget, most_selected
 from tests.support.cases import head_pair, leaf, leaf_head, logit_pair
 
@@ -38,8 +39,8 @@ def head_operator(name, dtype):
     sources = Source.of(student, 130, 0.7), Source.of(teacher, 130, 0.7)
     rows = torch.tensor([2, 0])
     if name == "head_columns":
-        return triton_ops.head_columns, (*triton_ops.head_arguments(*sources, 2**20, 8), rows, *HEAD_OPTIONS)
-    arguments = triton_ops.head_arguments(*sources, 2**20, True, True, False)
+        return triton_ops.head_columns, (*triton_ops.head_arguments(*sources, Workspace(2**20), 8), rows, *HEAD_OPTIONS)
+    arguments = triton_ops.head_arguments(*sources, Workspace(2**20), True, True, False)
     return triton_ops.head_loss, (*arguments, rows, torch.tensor([0.5, 1.0]), "reverse_kl")
 
 

@@ -12,6 +12,7 @@ import torch
 from opd_ops import Extrapolated, LinearHead, selective_opd_loss, selective_opd_token_losses
 from opd_ops.backends.shared.overwritten import digests, factor
 from opd_ops.inputs.sources import Source
+from opd_ops.inputs.workspace import Workspace
 from tests.support.cases import head_pair, leaf, leaf_head, logit_pair
 from tests.support.meters import LiveBytes, saved_bytes
 from tests.support.tolerances import assert_gradient
@@ -117,19 +118,19 @@ def test_a_teacher_of_inference_mode_may_change_where_nothing_is_trained_on():
 def test_digest_sees_one_bit_and_any_two_words_exchanged(dtype, vocab):
     given = logit_pair(5, vocab, dtype=dtype)[0]
     source, rows, budget = Source.of(in_inference_mode(given), vocab, 1.0), torch.tensor([4, 1, 2]), 4 * 3 * vocab
-    before = digests((source,), rows, budget)
-    assert torch.equal(digests((source,), rows, 2**30), before)  # in one piece
+    before = digests((source,), rows, Workspace(budget))
+    assert torch.equal(digests((source,), rows, Workspace(2**30)), before)  # in one piece
     words = source.leading.view({8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize])
     for row, column in ((4, 0), (2, vocab - 1), (1, vocab // 2)):
         words[row, column] ^= 1
-        assert not torch.equal(digests((source,), rows, budget), before)
+        assert not torch.equal(digests((source,), rows, Workspace(budget)), before)
         words[row, column] ^= 1
     for place in ((slice(None), [1, 0, *range(2, vocab)]), ([4, 1, 2, 3, 0],)):
         source.leading.copy_(given[place])
-        assert not torch.equal(digests((source,), rows, budget), before)
+        assert not torch.equal(digests((source,), rows, Workspace(budget)), before)
     source.leading.copy_(given)
     source.leading[[0, 3]] = 7.0
-    assert torch.equal(digests((source,), rows, budget), before)
+    assert torch.equal(digests((source,), rows, Workspace(budget)), before)
 
 
 @pytest.mark.parametrize("kind", ["logits", "filtered", "weight", "bias"])
@@ -145,11 +146,11 @@ def test_digest_of_a_sample_sees_a_buffer_that_is_filled_again(kind):
         tensor, source = getattr(given, kind), Source.of(given, 3000, 1.0)
         second = tensor + 1e-3 * tensor.abs()
     rows = torch.arange(0, 40, 2)
-    before = digests((source,), rows, 2**20)
-    assert torch.equal(digests((source,), rows, 2**14), before)
+    before = digests((source,), rows, Workspace(2**20))
+    assert torch.equal(digests((source,), rows, Workspace(2**14)), before)
     with torch.inference_mode():
         tensor.copy_(second)
-    assert not torch.equal(digests((source,), rows, 2**20), before)
+    assert not torch.equal(digests((source,), rows, Workspace(2**20)), before)
 
 
 def test_an_overwritten_tensor_makes_gradients_nan_where_looking_would_wait():

@@ -1,6 +1,6 @@
 """Ranges cut into consecutive parts: of rows, of columns of the vocabulary.
 
-Not here: how large a part may be (workspace.py).
+Not here: how large a part may be (grids.py).
 """
 
 from __future__ import annotations

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from opd_ops.backends.shared.chunks import chunks
+from opd_ops.backends.shared.grids import CANDIDATE_BYTES, UNION_BYTES
 from opd_ops.backends.shared.supports import support_columns
 from opd_ops.backends.shared.top_k import TopK
-from opd_ops.backends.shared.workspace import CANDIDATE_BYTES, UNION_BYTES
 from opd_ops.inputs.sources import Shard
 from opd_ops.inputs.teacher_lists import LAST_ID
+from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import OwnStats, TokenStats
 
 
@@ -38,7 +39,7 @@ class Part(NamedTuple):
 class Parts(NamedTuple):
     """How a backend reads a part, and makes one whole of all of them."""
 
-    read: Callable[[Tensor, int, int], Part]  # rows, top_k, workspace_bytes; not asked where the part is empty
+    read: Callable[[Tensor, int, Workspace], Part]  # rows, top_k, workspace; not asked where the part is empty
     empty: Mapping[str, float]  # the columns of a part, and what they are of a part without an id
     join: Callable[[dict[str, Tensor], TopK, TopK], dict[str, Tensor]]
     """Columns of `TokenStats` from the (ranks, n) fp64 columns of the parts and both lists of the whole vocabulary."""
@@ -49,11 +50,11 @@ def row_bytes(top_k: int, dtype: torch.dtype, *, columns: int, models: int = 2) 
     return 8 * columns + models * top_k * (4 + models * dtype.itemsize)
 
 
-def rows_at_a_time(shard: Shard, top_k: int, dtype: torch.dtype, workspace_bytes: int, *, columns: int) -> int:
+def rows_at_a_time(shard: Shard, top_k: int, dtype: torch.dtype, workspace: Workspace, *, columns: int) -> int:
     """How many rows one all-gather is of: an eighth of the workspace holds what is sent, and the joined lists."""
     sent = row_bytes(top_k, dtype, columns=columns)
     per_row = shard.ranks.size * (sent + top_k * CANDIDATE_BYTES) + UNION_BYTES * top_k
-    return max(1, workspace_bytes // 8 // per_row)
+    return workspace.share(1, 8).count(per_row)
 
 
 def token_stats(
@@ -63,19 +64,19 @@ def token_stats(
     *,
     top_k: int,
     columns: frozenset[str],
-    workspace_bytes: int,
+    workspace: Workspace,
     dtype: torch.dtype,
 ) -> TokenStats:
     """The columns of `TokenStats` over the whole vocabulary, but `jsd`, whose terms need the normalisers first
     (streamed/summed.py).
     """
     out: dict[str, Tensor] = {}
-    n, size = len(rows), rows_at_a_time(shard, top_k, dtype, workspace_bytes, columns=len(parts.empty))
-    pairs = max(1, workspace_bytes // 16 // (UNION_BYTES * top_k))
+    n, size = len(rows), rows_at_a_time(shard, top_k, dtype, workspace, columns=len(parts.empty))
+    pairs = workspace.share(1, 16).count(UNION_BYTES * top_k)
     for span in chunks(max(1, n), size):  # no row is a span too: nothing is sent, and columns are made
         of_rows = rows[span]
         if shard.width and len(of_rows):
-            part = parts.read(of_rows, min(top_k, shard.width), workspace_bytes - workspace_bytes // 8)
+            part = parts.read(of_rows, min(top_k, shard.width), workspace.less(workspace.share(1, 8).nbytes))
         else:
             part = _empty(parts.empty, len(of_rows), dtype, rows.device)
         everyone, student, teacher = _gathered_part(part, shard, top_k, dtype)
@@ -92,7 +93,7 @@ def token_stats(
 
 
 def own_stats(
-    read: Callable[[], OwnStats], shard: Shard, rows: Tensor, *, top_k: int, workspace_bytes: int, dtype: torch.dtype
+    read: Callable[[], OwnStats], shard: Shard, rows: Tensor, *, top_k: int, workspace: Workspace, dtype: torch.dtype
 ) -> OwnStats:
     """One model's statistics over the whole vocabulary; `read` gives those of this rank's part, with whole-vocabulary ids."""
     if not len(rows):
@@ -104,7 +105,7 @@ def own_stats(
         empty = _empty({"logsumexp": -math.inf, "entropy": 0.0}, len(rows), dtype, rows.device)
         mine = OwnStats(empty.columns["logsumexp"], empty.columns["entropy"], *empty.student[:2])
     found = []
-    for span in chunks(len(rows), rows_at_a_time(shard, top_k, dtype, workspace_bytes, columns=2)):
+    for span in chunks(len(rows), rows_at_a_time(shard, top_k, dtype, workspace, columns=2)):
         ids, own = _padded(mine.ids[span].int(), top_k, LAST_ID), _padded(mine.logits[span].to(dtype), top_k, -math.inf)
         everyone = _gathered(shard, [mine.logsumexp[span].double(), mine.entropy[span].double(), ids, own])
         lse, mass = masses(everyone[0].squeeze(2))

@@ -13,25 +13,26 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from opd_ops.backends.shared.chunks import chunks
 from opd_ops.inputs.sources import Source, coordinates, finish_logits, mix_logits, take_rows
+from opd_ops.inputs.workspace import Workspace
 
 
-def logits_at(source: Source, rows: Tensor, ids: Tensor, dtype: torch.dtype, workspace_bytes: int) -> Tensor:
+def logits_at(source: Source, rows: Tensor, ids: Tensor, dtype: torch.dtype, workspace: Workspace) -> Tensor:
     """(n, K) logits of the rows at the (n, K) ids; ids outside the vocabulary are missing."""
     shard = source.transform.shard
     if shard is not None:
         alone = source._replace(transform=replace(source.transform, shard=None))
         here = (ids >= shard.first) & (ids < shard.first + shard.width)
         nothing = torch.zeros(ids.shape, dtype=dtype, device=rows.device)
-        held = logits_at(alone, rows, ids - shard.first, dtype, workspace_bytes) if shard.width else nothing
+        held = logits_at(alone, rows, ids - shard.first, dtype, workspace) if shard.width else nothing
         found = shard.ranks.sum(torch.where(here, held, 0))
         return found.masked_fill_((ids < 0) | (ids >= shard.total), -torch.inf)
     missing = (ids < 0) | (ids >= source.transform.vocab_size)
     inside = ids.masked_fill(missing, 0)
-    size = max(1, workspace_bytes // gathered_bytes(source, ids.shape[1]))
+    size = workspace.count(gathered_bytes(source, ids.shape[1]))
     found = torch.empty(ids.shape, dtype=dtype, device=rows.device)
-    for start in range(0, len(rows), size):
-        part = slice(start, start + size)
+    for part in chunks(len(rows), size):
         found[part] = _gathered(source, rows[part], inside[part], dtype)
         if source.transform.merged:
             one = merged_logits(source, rows[part], dtype)[0]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from opd_ops.backends.shared.chunks import chunks
 from opd_ops.inputs.sources import Source, take_rows
+from opd_ops.inputs.workspace import Workspace
 
 SAMPLED = 256  # columns of 2^18: 1 sector in 64 of the row is fetched; up to 511 columns all are
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -26,33 +27,33 @@ DIGEST_BYTES = 32  # per number of the sample: copied, widened to 64 bits and mu
 NAMES = "student", "teacher"
 
 
-def unchanged(connected: Tensor, rows: Tensor, *sources: Source, workspace_bytes: int) -> Tensor:
+def unchanged(connected: Tensor, rows: Tensor, *sources: Source, workspace: Workspace) -> Tensor:
     """The same losses; their backward first compares what it will read of the sources with what the forward read.
 
     `sources`: (student,) or (student, teacher), as the losses' own backward reads them again at the rows. Only tensors of
     inference mode are compared. One that was overwritten is an error on a CPU. Elsewhere looking would wait for the device:
     there it makes every gradient NaN.
     """
-    before = digests(sources, rows, workspace_bytes) if connected.requires_grad else None
+    before = digests(sources, rows, workspace) if connected.requires_grad else None
     if before is None:
         return connected
     emptied = tuple(source.emptied() for source in sources)
     tensors = [tensor for source in sources for tensor in source.tensors]
-    compared: Tensor = _Unchanged.apply(connected, emptied, workspace_bytes, before, rows, *tensors)
+    compared: Tensor = _Unchanged.apply(connected, emptied, workspace, before, rows, *tensors)
     return compared
 
 
 @torch.no_grad()
-def digests(sources: tuple[Source, ...], rows: Tensor, workspace_bytes: int) -> Tensor | None:
+def digests(sources: tuple[Source, ...], rows: Tensor, workspace: Workspace) -> Tensor | None:
     """(tensors of inference mode,) int64; None if there are none."""
-    of_all = [_digest(tensor, places, workspace_bytes) for _, tensor, places in _read(sources, rows)]
+    of_all = [_digest(tensor, places, workspace) for _, tensor, places in _read(sources, rows)]
     return torch.stack(of_all) if of_all else None
 
 
 @torch.no_grad()
-def verified(before: Tensor, sources: tuple[Source, ...], rows: Tensor, workspace_bytes: int) -> Tensor:
+def verified(before: Tensor, sources: tuple[Source, ...], rows: Tensor, workspace: Workspace) -> Tensor:
     """1, 0-dim fp32, where the digests are still the same, else NaN; on a CPU that is an error."""
-    now = digests(sources, rows, workspace_bytes)
+    now = digests(sources, rows, workspace)
     assert now is not None
     if now.device.type == "cpu" and not torch.equal(now, before):
         overwritten = [
@@ -77,12 +78,12 @@ class _Unchanged(torch.autograd.Function):
         ctx: Any,
         connected: Tensor,
         sources: tuple[Source, ...],
-        workspace_bytes: int,
+        workspace: Workspace,
         before: Tensor,
         rows: Tensor,
         *tensors: Tensor,
     ) -> Tensor:
-        ctx.sources, ctx.workspace_bytes = sources, workspace_bytes
+        ctx.sources, ctx.workspace = sources, workspace
         ctx.save_for_backward(before, rows, *tensors)
         return connected.clone()
 
@@ -94,7 +95,7 @@ class _Unchanged(torch.autograd.Function):
             n = len(source.tensors)
             sources.append(source.with_tensors(left[:n]))
             left = left[n:]
-        multiplier = verified(before, tuple(sources), rows, ctx.workspace_bytes)
+        multiplier = verified(before, tuple(sources), rows, ctx.workspace)
         return gradient * multiplier.to(gradient.dtype), *(None,) * (4 + len(tensors))
 
 
@@ -118,7 +119,7 @@ def _read_of(name: str, source: Source, rows: Tensor) -> Iterator[tuple[str, Ten
         yield from _read_of("Extrapolated.reference", source.reference, rows)
 
 
-def _digest(tensor: Tensor, rows: Tensor | None, workspace_bytes: int) -> Tensor:
+def _digest(tensor: Tensor, rows: Tensor | None, workspace: Workspace) -> Tensor:
     """0-dim int64, of these rows of (..., width); None: of a sample of the rows of (n, width)."""
     block = tensor[..., :: max(1, tensor.shape[-1] // SAMPLED)]
     if rows is None:
@@ -126,7 +127,7 @@ def _digest(tensor: Tensor, rows: Tensor | None, workspace_bytes: int) -> Tensor
         rows = torch.arange(len(block), device=tensor.device)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     columns = torch.arange(1, block.shape[-1] + 1, device=tensor.device)
-    for part in chunks(len(rows), max(1, workspace_bytes // (DIGEST_BYTES * max(1, len(columns))))):
+    for part in chunks(len(rows), workspace.count(DIGEST_BYTES * max(1, len(columns)))):
         of_rows = (take_rows(block, rows[part]).view(INTEGERS[tensor.element_size()]) * columns).sum(1)
         total += (of_rows * torch.arange(part.start + 1, part.stop + 1, device=tensor.device)).sum()
     return total

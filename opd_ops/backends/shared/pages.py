@@ -7,7 +7,7 @@
   until then. The last `MOST_KEPT` blocks wait; `release` drops them.
   Linux has both; elsewhere, and on other devices, this is `torch.empty`. The storage cannot be resized.
 
-Not here: how large the buffers are (workspace.py).
+Not here: how large the buffers are (grids.py).
 """
 
 from __future__ import annotations

@@ -1,67 +1,96 @@
-"""Rows of one model, read block by block of the vocabulary: stored or computed, mixed with a reference, with ids merged.
+"""The given positions of one model, read as tiles of logits: some of the rows, some columns of the vocabulary.
 
-  (what a source stands for: inputs/sources.py)
+  stored   what kernels read: logits before scale, soft-cap and temperature, which are in `transform`
+  logits   finished, with merged ids (inputs/sources.py says what a source stands for)
 
-Not here: a few ids of a row (shared/logits_at.py), what is made of the logits (backend.py, loss.py).
+Logits are copied, or computed by a matmul (matmul.py). Those of an extrapolated teacher are mixed from two models.
+Not here: a few ids of a row (logits_at.py), sizes of tiles (grids.py), what is made of them (streamed/, triton/).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from opd_ops.backends.shared.chunks import chunks
+from opd_ops.backends.shared.grids import padded
 from opd_ops.backends.shared.logits_at import merged_logits
-from opd_ops.inputs.sources import Source, finish_logits, mix_logits, take_rows
+from opd_ops.backends.shared.matmul import head_product, operand_dtype
+from opd_ops.inputs import float8
+from opd_ops.inputs.float8 import Float8Rows
+from opd_ops.inputs.sources import Source, Transform, finish_logits, mix_logits, take_rows
 
 
-class Rows:
-    """The given positions of one model, read block by block of the vocabulary in the compute dtype."""
+class TileReader:
+    """Reads tiles of one model at the given positions.
 
-    def __init__(self, source: Source, rows: Tensor, dtype: torch.dtype, cast_columns: int) -> None:
-        self.source, self.rows, self.dtype, self.cast_columns = source, rows, dtype, cast_columns
-        self.reference = None if source.reference is None else Rows(source.reference, rows, dtype, cast_columns)
-        self._group: slice | None = None
-        self._hidden: Tensor | None = None
+    `dtype`: of the tiles. `cast_columns`: how many columns of a weight to convert at a time, where the matmul needs that.
+    `in_float8`: positions are ranked by an 8-bit matmul.
+    """
+
+    def __init__(self, source: Source, rows: Tensor, dtype: torch.dtype, cast_columns: int, *, in_float8: bool = False) -> None:
+        self.source = source.in_float8() if in_float8 else source
+        self.rows, self.dtype, self.cast_columns, self.in_float8 = rows, dtype, cast_columns, in_float8
+        self.reference = None if source.reference is None else TileReader(source.reference, rows, dtype, cast_columns)
+        self._hidden: tuple[slice, torch.dtype, Tensor] | None = None
         self._merged: tuple[slice, Tensor, Tensor] | None = None
 
-    def hidden(self, group: slice) -> Tensor:
-        """(n, D) hidden states of some of the rows, kept until other rows are asked for."""
-        if self._hidden is None or group != self._group:
+    @property
+    def transform(self) -> Transform:
+        """What stored logits still have to go through; mixed ones are finished but for the temperature."""
+        own = self.source.transform
+        return own if self.reference is None else Transform(True, own.vocab_size, own.temperature)
+
+    def hidden(self, group: slice, dtype: torch.dtype | None = None) -> Tensor:
+        """(n, D) hidden states of some of the rows, kept until others are asked for; `dtype`: None: their own."""
+        dtype = dtype or self.source.leading.dtype
+        if self._hidden is None or self._hidden[:2] != (group, dtype):
             self._hidden = None  # two groups' at once would exceed the workspace
-            self._group, self._hidden = group, take_rows(self.source.leading, self.rows[group]).to(self.dtype)
-        return self._hidden
+            self._hidden = group, dtype, take_rows(self.source.leading, self.rows[group]).to(dtype)
+        return self._hidden[2]
 
-    def weight(self, columns: slice) -> Tensor:
-        """(B, D) of the head in the compute dtype; a view where it has that dtype already."""
-        assert self.source.weight is not None
-        return self.source.weight[columns].to(self.dtype)
-
-    def read(self, group: slice, columns: slice, out: Tensor, *, by_column: bool = False) -> Tensor:
-        """(n, B) logits of some of the rows, written into the flat buffer `out`, row by row or column by column."""
-        n, width = group.stop - group.start, columns.stop - columns.start
-        block = out[: n * width].view(width, n).T if by_column else out[: n * width].view(n, width)
-        self._fill(group, columns, block)
+    def stored(self, group: slice, columns: slice, out: Tensor) -> Tensor:
+        """Stored logits of some of the rows, in `out`, (n, B)."""
+        self._read(group, columns, out)
         if self.reference is not None:
-            beside = self.reference.read(group, columns, torch.empty_like(out[: n * width]), by_column=by_column)
-            mix_logits(block, beside, self.source.transform.lam)
+            other = self.reference._read(group, columns, torch.empty_like(out))
+            for x, reader in ((out, self), (other, self.reference)):
+                finish_logits(x, replace(reader.source.transform, temperature=1.0), reader.source.stored_dtype)
+            mix_logits(out, other, self.source.transform.lam)
+        return out
+
+    def ranked(self, group: slice, out: Tensor) -> Tensor:
+        """(n, V) stored logits by which positions are ranked, in `out` of `aligned_buffer`."""
+        vocab = self.source.transform.vocab_size
+        if not self.in_float8:
+            return self.stored(group, slice(0, vocab), out[:, :vocab])
+        assert self.source.float8 is not None
+        values, scales = (x[: out.shape[1]] for x in self.source.float8)
+        float8.product(Float8Rows.of(self.hidden(group)), Float8Rows(values, scales), out)
+        return out[:, :vocab] if self.source.bias is None else out[:, :vocab].add_(self.source.bias[:vocab])
+
+    def logits(self, group: slice, columns: slice, buffer: Tensor, *, by_column: bool = False) -> Tensor:
+        """(n, B) logits of some of the rows, in the flat `buffer`, row by row or column by column."""
+        n, width = group.stop - group.start, columns.stop - columns.start
+        out = buffer[: n * width].view(width, n).T if by_column else buffer[: n * width].view(n, width)
+        masks = None if self.reference is not None else self.source.stored_dtype
+        finish_logits(self.stored(group, columns, out), self.transform, masks)
         for i, place in self.merged_in(columns):
             if i:
-                block[:, place].fill_(-torch.inf)
+                out[:, place].fill_(-torch.inf)
             else:
-                block[:, place].copy_(self.merged(group)[0].squeeze(1))
-        return block
+                out[:, place].copy_(self.merged(group)[0].squeeze(1))
+        return out
 
-    def _fill(self, group: slice, columns: slice, block: Tensor) -> None:
-        if not self.source.transform.is_head:
-            block.copy_(take_rows(self.source.leading[..., columns], self.rows[group]))
-        else:
-            for part in chunks(columns, self.cast_columns):
-                into = block[:, part.start - columns.start : part.stop - columns.start]
-                torch.mm(self.hidden(group), self.weight(part).T, out=into)
-            if self.source.bias is not None:
-                block.add_(self.source.bias[columns])
-        finish_logits(block, self.source.transform, self.source.stored_dtype)
+    def _read(self, group: slice, columns: slice, out: Tensor) -> Tensor:
+        leading, weight, bias = self.source.leading, self.source.weight, self.source.bias
+        if weight is None:
+            return out.copy_(take_rows(leading[..., columns], self.rows[group]))
+        hidden = self.hidden(group, operand_dtype(leading, out))
+        return head_product(
+            hidden, weight[columns], None if bias is None else bias[columns], out, cast_columns=self.cast_columns
+        )
 
     def merged_in(self, columns: slice) -> list[tuple[int, int]]:
         """Which merged ids (their number in the list) are in the block, and at which of its columns."""
@@ -73,3 +102,8 @@ class Rows:
         if self._merged is None or self._merged[0] != group:
             self._merged = (group, *merged_logits(self.source, self.rows[group], self.dtype))
         return self._merged[1:]
+
+
+def aligned_buffer(rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(rows, V or a little more), so that every row is aligned."""
+    return torch.empty((rows, padded(vocab_size)), dtype=dtype, device=device)

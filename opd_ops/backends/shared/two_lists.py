@@ -18,13 +18,14 @@ from torch import Tensor
 
 from opd_ops.backends.interface import Backend
 from opd_ops.backends.shared.chunks import chunks
+from opd_ops.backends.shared.grids import UNION_BYTES
 from opd_ops.backends.shared.logits_at import gathered_bytes, logits_at
 from opd_ops.backends.shared.supports import matches, support_columns
 from opd_ops.backends.shared.top_k import TopK
-from opd_ops.backends.shared.workspace import UNION_BYTES
 from opd_ops.inputs.rollout import StudentStats
 from opd_ops.inputs.sources import Source, compute_dtype, take_rows
 from opd_ops.inputs.teacher_lists import TeacherLists
+from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import OwnStats, TokenStats
 
 OWN_LIST_BYTES = 32  # per row and K: ids and logits of both models
@@ -40,13 +41,13 @@ def token_stats(
     *,
     top_k: int,
     columns: frozenset[str],
-    workspace_bytes: int,
+    workspace: Workspace,
     score_dtype: torch.dtype | None,
 ) -> TokenStats:
     """The columns at the rows, (n,) each; those that cannot be known are NaN."""
     sides = student.detach(), teacher.top(top_k) if isinstance(teacher, TeacherLists) else teacher.detach()
     longest = top_k if known is None else max(top_k, known.ids.shape[-1])  # which are put in order whole
-    size = max(1, workspace_bytes // 4 // (OWN_LIST_BYTES * longest))
+    size = workspace.share(1, 4).count(OWN_LIST_BYTES * longest)
     spans = [
         _of_rows(
             backend,
@@ -55,7 +56,7 @@ def token_stats(
             known,
             top_k=top_k,
             columns=columns,
-            workspace_bytes=workspace_bytes,
+            workspace=workspace,
             score_dtype=score_dtype,
         )._asdict()
         for span in chunks(max(1, len(rows)), size)
@@ -72,13 +73,13 @@ def _of_rows(
     *,
     top_k: int,
     columns: frozenset[str],
-    workspace_bytes: int,
+    workspace: Workspace,
     score_dtype: torch.dtype | None,
 ) -> TokenStats:
     dtype = compute_dtype(student, *([teacher] if isinstance(teacher, Source) else []))
 
     def swept(source: Source) -> OwnStats:
-        found = backend.own_stats(source, rows, top_k=top_k, workspace_bytes=workspace_bytes, score_dtype=score_dtype)
+        found = backend.own_stats(source, rows, top_k=top_k, workspace=workspace, score_dtype=score_dtype)
         return found._replace(logsumexp=found.logsumexp.to(dtype), entropy=found.entropy.to(dtype))
 
     s = swept(student) if known is None else _from_rollout(known, rows, top_k, dtype)
@@ -93,7 +94,7 @@ def _of_rows(
         out = dict.fromkeys(SUPPORT_COLUMNS, unknown)
         out["student_support_mass"] = torch.exp(s.logits - s.logsumexp.unsqueeze(1)).sum(1).to(dtype)
     else:
-        out = _supports(student, teacher, rows, s, t, columns, workspace_bytes, dtype)
+        out = _supports(student, teacher, rows, s, t, columns, workspace, dtype)
     return TokenStats(
         valid=valid,
         student_entropy=s.entropy,
@@ -127,24 +128,23 @@ def _supports(
     s: OwnStats,
     t: OwnStats,
     columns: frozenset[str],
-    workspace_bytes: int,
+    workspace: Workspace,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     k = max(s.ids.shape[1], t.ids.shape[1])
     per_row = UNION_BYTES * k + gathered_bytes(student, k)
     if isinstance(teacher, Source):
         per_row += gathered_bytes(teacher, k)
-    size = max(1, workspace_bytes // per_row)
+    size = workspace.count(per_row)
     out: dict[str, Tensor] = {}
-    for start in range(0, max(1, len(rows)), size):
-        part = slice(start, min(start + size, len(rows)))
+    for part in chunks(len(rows), size) if len(rows) else [slice(0, 0)]:
         s_ids, t_ids, s_at_s, t_at_t = s.ids[part], t.ids[part], s.logits[part], t.logits[part]
         if isinstance(teacher, Source):
-            t_at_s = logits_at(teacher, rows[part], s_ids, dtype, workspace_bytes)
+            t_at_s = logits_at(teacher, rows[part], s_ids, dtype, workspace)
         else:
             s_in_t, place = matches(s_ids, t_ids)
             t_at_s = torch.where(s_in_t, t_at_t.gather(1, place), -math.inf)
-        s_at_t = logits_at(student, rows[part], t_ids, dtype, workspace_bytes)
+        s_at_t = logits_at(student, rows[part], t_ids, dtype, workspace)
         lists = TopK(s_ids, s_at_s, t_at_s), TopK(t_ids, t_at_t, s_at_t)
         of_part = support_columns(*lists, s.logsumexp[part].double(), t.logsumexp[part].double(), columns)
         for name, column in of_part.items():

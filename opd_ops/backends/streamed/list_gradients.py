@@ -16,10 +16,11 @@ from torch import Tensor
 
 from opd_ops.backends.shared.chunks import chunks
 from opd_ops.inputs.sources import Source, compute_dtype, coordinates, put_rows, take_rows
+from opd_ops.inputs.workspace import Workspace
 
 
 def listed_gradients(
-    student: Source, rows: Tensor, ids: Tensor, values: Tensor, needs: Sequence[bool], workspace_bytes: int
+    student: Source, rows: Tensor, ids: Tensor, values: Tensor, needs: Sequence[bool], workspace: Workspace
 ) -> list[Tensor | None]:
     """Gradients of the student's tensors, each if needed, in their dtypes.
 
@@ -44,9 +45,9 @@ def listed_gradients(
     dbias = None if student.bias is None else torch.zeros_like(student.bias)
     sums = torch.zeros(len(rows), width, dtype=dtype, device=rows.device) if needs[0] else None
     # A quarter of the workspace each: rows of the weight with their gradient, hidden rows, the gradient between.
-    share = workspace_bytes // 4 // dtype.itemsize
-    n_columns = max(1, share // (2 * width))
-    n_rows = max(1, min(share // (2 * width), share // n_columns))
+    quarter = workspace.share(1, 4)
+    n_columns = quarter.count(2 * width * dtype.itemsize)
+    n_rows = min(n_columns, quarter.count(n_columns * dtype.itemsize))
     for part in chunks(len(used), n_columns):
         columns = used[part]
         weight = student.weight[columns].to(dtype)

@@ -10,7 +10,7 @@ A divergence on a list alone (`local_support`) has a gradient at few columns: on
 Where ranks share out the vocabulary, each makes the gradient of its part; those of the hidden states are added up over the
 ranks, one all-reduce of (M, D) numbers.
 Not here: lists (shared/list_losses.py), sums over the vocabulary (summed.py), the score pass (backend.py), the size of blocks
-(shared/workspace.py).
+(shared/grids.py).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from opd_ops.backends.shared import pages
 from opd_ops.backends.shared.chunks import chunks
-from opd_ops.backends.shared.first_order import first_order
+from opd_ops.backends.shared.gradient_in_backward import GradientPlan, connected
+from opd_ops.backends.shared.grids import gradient_grid
 from opd_ops.backends.shared.list_losses import Terms
 from opd_ops.backends.shared.logits_at import merged_logits
 from opd_ops.backends.shared.overwritten import unchanged
-from opd_ops.backends.shared.tiles import Rows
-from opd_ops.backends.shared.workspace import gradient_grid
+from opd_ops.backends.shared.tiles import TileReader
 from opd_ops.backends.streamed.list_gradients import listed_gradients
 from opd_ops.backends.streamed.list_losses import support_terms
 from opd_ops.backends.streamed.off_list import places_in, without_ids
@@ -39,18 +39,8 @@ from opd_ops.backends.streamed.summed import Sums, summed
 from opd_ops.divergences import Divergence, Summed, WholeRow, weighted_sum, without_infinite
 from opd_ops.inputs.sources import Source, logit_slope, put_rows, take_rows
 from opd_ops.inputs.teacher_lists import LAST_ID, TeacherLists
+from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import TokenStats
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What the backward needs beside tensors; the sources are without theirs."""
-
-    student: Source
-    teacher: Source | None  # None: the gradient does not read it
-    whole: WholeRow | None
-    workspace_bytes: int
-    dtype: torch.dtype  # computed in
 
 
 class _Constants(NamedTuple):
@@ -86,34 +76,31 @@ class _Constants(NamedTuple):
 N_CONSTANTS = len(_Constants._fields)
 
 
-class _SelectedDivergence(torch.autograd.Function):
-    """(M,) losses whose gradient with respect to the student's tensors is computed in the backward, from the inputs."""
+@dataclass(frozen=True)
+class _Plan(GradientPlan):
+    """The sources are without their tensors, which follow the constants of the rows."""
 
-    @staticmethod
-    def forward(ctx: Any, plan: _Plan, losses: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.plan = plan
-        ctx.save_for_backward(*tensors)
-        return losses.clone()
+    student: Source
+    teacher: Source | None  # None: the gradient does not read it
+    whole: WholeRow | None
+    workspace: Workspace
+    dtype: torch.dtype  # computed in
 
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
-        plan, saved = ctx.plan, ctx.saved_tensors
-        split = N_CONSTANTS + len(plan.student.tensors)
-        student = plan.student.with_tensors(saved[N_CONSTANTS:split])
-        teacher = None if plan.teacher is None else plan.teacher.with_tensors(saved[split:])
-        needs, of = ctx.needs_input_grad[2 + N_CONSTANTS : 2 + split], _Constants(*saved[:N_CONSTANTS])
-        with torch.autocast(dlosses.device.type, enabled=False):
-            gradients: list[Tensor | None]
-            if of.is_list_alone:
-                everyone = slice(0, len(of.rows))
-                ids, dx = of.group("ids", everyone), of.group("dx", everyone) * dlosses.unsqueeze(1)
-                dx = dx.masked_fill_((dlosses == 0).unsqueeze(1), 0)
-                gradients = listed_gradients(student, of.rows, ids, dx, needs, plan.workspace_bytes)
-            else:
-                selected = _Selected(student, teacher, of, dlosses, plan)
-                gradients = selected.head_gradients(needs) if student.transform.is_head else [selected.logit_gradient()]
-        return (None,) * (2 + N_CONSTANTS) + tuple(gradients) + (None,) * (len(saved) - split)
+    def gradients(self, saved: Sequence[Tensor], dlosses: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+        split = N_CONSTANTS + len(self.student.tensors)
+        of, student = _Constants(*saved[:N_CONSTANTS]), self.student.with_tensors(saved[N_CONSTANTS:split])
+        teacher = None if self.teacher is None else self.teacher.with_tensors(saved[split:])
+        needs = needs[N_CONSTANTS:split]
+        made: list[Tensor | None]
+        if of.is_list_alone:
+            everyone = slice(0, len(of.rows))
+            ids, dx = of.group("ids", everyone), of.group("dx", everyone) * dlosses.unsqueeze(1)
+            dx = dx.masked_fill_((dlosses == 0).unsqueeze(1), 0)
+            made = listed_gradients(student, of.rows, ids, dx, needs, self.workspace)
+        else:
+            selected = _Selected(student, teacher, of, dlosses, self)
+            made = selected.head_gradients(needs) if student.transform.is_head else [selected.logit_gradient()]
+        return [None] * N_CONSTANTS + made
 
 
 class _Selected:
@@ -123,9 +110,9 @@ class _Selected:
         beside = student if teacher is None else teacher
         self.of, self.whole, self.dtype = of, plan.whole, plan.dtype
         has_both = plan.whole is not None and of.ids is not None
-        self.grid = gradient_grid(student, beside, len(of.rows), workspace_bytes=plan.workspace_bytes, two_parts=has_both)
-        self.student = Rows(student, of.rows, self.dtype, self.grid.columns)
-        self.teacher = None if teacher is None else Rows(teacher, of.rows, self.dtype, self.grid.columns)
+        self.grid = gradient_grid(student, beside, len(of.rows), workspace=plan.workspace, two_parts=has_both)
+        self.student = TileReader(student, of.rows, self.dtype, self.grid.columns)
+        self.teacher = None if teacher is None else TileReader(teacher, of.rows, self.dtype, self.grid.columns)
         self.by_column = student.transform.is_head and beside.transform.is_head
         self.dlosses = dlosses.unsqueeze(1)
         size = self.grid.rows * self.grid.columns
@@ -140,8 +127,8 @@ class _Selected:
     def dlogits(self, group: slice, block: slice) -> Tensor:
         """(n, B) gradient of the weighted losses with respect to the student's raw logits, before scale and soft-cap."""
         # Few rows: a matmul whose result has them as its columns is up to 1.6 x as fast (benchmarks/LOG.md).
-        s = self.student.read(group, block, self.buffers[0], by_column=self.by_column)
-        u = None if self.teacher is None else self.teacher.read(group, block, self.buffers[1], by_column=self.by_column)
+        s = self.student.logits(group, block, self.buffers[0], by_column=self.by_column)
+        u = None if self.teacher is None else self.teacher.logits(group, block, self.buffers[1], by_column=self.by_column)
         nothing = (s == -math.inf).logical_or_(self.dlosses[group] == 0)
         slope = logit_slope(s, self.student.source.transform)
         # p = 0 gives 0, and so does a weight of 0, by a fill: the formula there is 0 * inf.
@@ -210,7 +197,7 @@ class _Selected:
             dweight[source.transform.vocab_size if len(rows) else 0 :].zero_()
         dbias = torch.zeros(len(weight), dtype=self.dtype, device=rows.device) if any(needs[2:]) else None
         for block in self.blocks():
-            w = self.student.weight(block) if sums is not None else None
+            w = weight[block].to(self.dtype) if sums is not None else None
             accumulated = None if dweight is None else dweight[block].to(self.dtype)  # a view where the dtypes agree
             for group in self.groups():
                 dlogits = self.dlogits(group, block)
@@ -219,7 +206,7 @@ class _Selected:
                     put_rows(sums, places[group], _add_product(dhidden, dlogits, w))
                 if accumulated is not None:
                     beta = 0.0 if group.start == 0 else 1.0
-                    torch.addmm(accumulated, dlogits.T, self.student.hidden(group), beta=beta, out=accumulated)
+                    torch.addmm(accumulated, dlogits.T, self.student.hidden(group, self.dtype), beta=beta, out=accumulated)
                 if dbias is not None:
                     dbias[block] += dlogits.sum(0)
             if dweight is not None and accumulated is not None and accumulated.dtype != dweight.dtype:
@@ -256,7 +243,7 @@ def selected_loss(
     *,
     divergence: Divergence,
     tokens: Tensor | None,
-    workspace_bytes: int,
+    workspace: Workspace,
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of the divergence over the selected positions, connected to the student's tensors, and its (M,) terms.
@@ -271,15 +258,16 @@ def selected_loss(
         assert isinstance(teacher, Source)
         reference = Reference.of(stats)
         if isinstance(whole, Summed):
-            sums = summed(whole, student, teacher, rows, reference, workspace_bytes)
+            sums = summed(whole, student, teacher, rows, reference, workspace)
         else:
             assert whole.column is not None
             assert stats.reverse_kl_excess is not None
             sums = Sums(getattr(stats, whole.column), stats.reverse_kl_excess)
+            reference = reference._replace(top_log_ratio=reference.log_ratio)  # where these differ, a KL is infinite
         losses = sums.losses
         of = _Constants(rows, sums.mean_slope, *reference, *(None,) * 4)
     if support is not None:
-        terms = support_terms(support, student, teacher, rows, tokens, workspace_bytes=workspace_bytes)
+        terms = support_terms(support, student, teacher, rows, tokens, workspace=workspace)
         of_list = terms.losses.to(terms.dx.dtype)
         losses = of_list if losses is None else losses + of_list
         if terms.drest is None:
@@ -289,12 +277,12 @@ def selected_loss(
         of = of._replace(ids=terms.ids, dx=terms.dx, rest=terms.rest, drest=terms.drest)
     assert losses is not None
     beside = teacher.detach() if isinstance(teacher, Source) and whole is not None else None
-    plan = _Plan(student.emptied(), None if beside is None else beside.emptied(), whole, workspace_bytes, losses.dtype)
+    plan = _Plan(student.emptied(), None if beside is None else beside.emptied(), whole, workspace, losses.dtype)
     tensors = (*of, *student.tensors, *(() if beside is None else beside.tensors))
-    connected: Tensor = _SelectedDivergence.apply(plan, losses, *tensors)
+    total = connected(plan, losses, *tensors)
     read_again = (student,) if beside is None else (student, beside)
-    connected = unchanged(connected, rows, *read_again, workspace_bytes=workspace_bytes)
-    return weighted_sum(connected, without_infinite(losses, weights)), losses
+    total = unchanged(total, rows, *read_again, workspace=workspace)
+    return weighted_sum(total, without_infinite(losses, weights)), losses
 
 
 def _of_raw_logits(student: Source, rows: Tensor, terms: Terms) -> Terms:

@@ -14,23 +14,24 @@ from torch import Tensor
 
 from opd_ops.backends.shared import pages
 from opd_ops.backends.shared.chunks import chunks
-from opd_ops.backends.shared.tiles import Rows
-from opd_ops.backends.shared.workspace import gradient_grid
+from opd_ops.backends.shared.grids import gradient_grid
+from opd_ops.backends.shared.tiles import TileReader
 from opd_ops.inputs.sources import Source, compute_dtype
+from opd_ops.inputs.workspace import Workspace
 
 
 @torch.no_grad()
-def off_list_logsumexp(source: Source, rows: Tensor, ids: Tensor, *, workspace_bytes: int) -> Tensor:
+def off_list_logsumexp(source: Source, rows: Tensor, ids: Tensor, *, workspace: Workspace) -> Tensor:
     """(n,) fp64 log-sum-exp of the rows' logits off their (n, K) ids."""
     dtype, shard, first_id = compute_dtype(source), source.transform.shard, source.transform.first_id
-    grid = gradient_grid(source, source, len(rows), workspace_bytes=workspace_bytes)
-    side = Rows(source.detach(), rows, dtype, grid.columns)
+    grid = gradient_grid(source, source, len(rows), workspace=workspace)
+    side = TileReader(source.detach(), rows, dtype, grid.columns)
     buffer = pages.empty((grid.rows * grid.columns,), dtype, rows.device)
     total = torch.full((len(rows),), -math.inf, dtype=torch.float64, device=rows.device)
     with torch.autocast(rows.device.type, enabled=False):
         for block in chunks(source.transform.vocab_size, grid.columns):
             for group in chunks(len(rows), grid.rows):
-                x = without_ids(side.read(group, block, buffer), ids[group], first_id + block.start)
+                x = without_ids(side.logits(group, block, buffer), ids[group], first_id + block.start)
                 top = x.amax(1, keepdim=True)
                 z = x.sub_(top.masked_fill(top == -math.inf, 0)).exp_().sum(1)  # a block that holds nothing adds nothing
                 total[group] = torch.logaddexp(total[group], top.squeeze(1).double() + z.double().log())

@@ -16,39 +16,39 @@ from torch import Tensor
 from opd_ops.backends.shared import joined as shards
 from opd_ops.backends.shared import pages
 from opd_ops.backends.shared.chunks import chunks
-from opd_ops.backends.shared.tiles import Rows
+from opd_ops.backends.shared.grids import score_grid
+from opd_ops.backends.shared.tiles import TileReader
 from opd_ops.backends.shared.top_k import TopK, extended
-from opd_ops.backends.shared.workspace import score_grid
 from opd_ops.backends.streamed.running import RunningSums, block_sums, statistics
 from opd_ops.inputs.sources import Source, compute_dtype
+from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import OwnStats
 
 
 @torch.no_grad()
-def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int, score_dtype: torch.dtype | None) -> OwnStats:
+def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace: Workspace, score_dtype: torch.dtype | None) -> OwnStats:
     """One model's statistics at the rows, from one sweep of its head."""
     shard = source.transform.shard
     if shard is not None:
-        read = partial(_own_part, source, rows, min(top_k, shard.width), workspace_bytes)
-        options = {"top_k": top_k, "workspace_bytes": workspace_bytes}
-        return shards.own_stats(read, shard, rows, dtype=compute_dtype(source), **options)
-    return _own_part(source, rows, top_k, workspace_bytes)
+        read = partial(_own_part, source, rows, min(top_k, shard.width), workspace)
+        return shards.own_stats(read, shard, rows, top_k=top_k, workspace=workspace, dtype=compute_dtype(source))
+    return _own_part(source, rows, top_k, workspace)
 
 
-def _own_part(source: Source, rows: Tensor, top_k: int, workspace_bytes: int) -> OwnStats:
+def _own_part(source: Source, rows: Tensor, top_k: int, workspace: Workspace) -> OwnStats:
     """Of what this process holds of the vocabulary."""
     dtype, first_id = compute_dtype(source), source.transform.first_id
-    grid = score_grid(source, source, len(rows), top_k=top_k, whole_rows=False, workspace_bytes=workspace_bytes)
+    grid = score_grid(source, source, len(rows), top_k=top_k, whole_rows=False, workspace=workspace)
     buffer = pages.empty((grid.rows * grid.columns,), dtype, rows.device)
     scratch = torch.empty(3 * grid.chunk * grid.columns, dtype=dtype, device=rows.device)
     found = []
     with torch.autocast(rows.device.type, enabled=False):
         for part in chunks(len(rows), grid.rows):
-            side = Rows(source.detach(), rows[part], dtype, grid.cast_columns)
+            side = TileReader(source.detach(), rows[part], dtype, grid.cast_columns)
             everyone, sums = slice(0, len(side.rows)), RunningSums(len(side.rows), rows.device)
             best: TopK | None = None
             for block in chunks(source.transform.vocab_size, grid.columns):
-                u = side.read(everyone, block, buffer)
+                u = side.logits(everyone, block, buffer)
                 best = extended(best, u, u, top_k, first_id + block.start, grid.candidates)
                 sums.add(block_sums(u, u, best, best, first_id + block.start, scratch))  # as both models, at the price of two
             assert best is not None

@@ -7,7 +7,7 @@
 Nothing of size V is kept beyond a block. Where ranks share out the vocabulary, each sweeps its part.
 Not here: reading logits (shared/tiles.py), one model alone (one_model.py), sums of a block (running.py), top-K
 (shared/top_k.py, shared/supports.py), parts of a vocabulary joined (shared/joined.py), the size of tiles and blocks
-(shared/workspace.py).
+(shared/grids.py).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor
 from opd_ops.backends.shared import joined as shards
 from opd_ops.backends.shared import pages
 from opd_ops.backends.shared.chunks import chunks
+from opd_ops.backends.shared.grids import ScoreGrid, score_grid
 from opd_ops.backends.shared.joined import Part, Parts
 from opd_ops.backends.shared.supports import support_columns
-from opd_ops.backends.shared.tiles import Rows
+from opd_ops.backends.shared.tiles import TileReader
 from opd_ops.backends.shared.top_k import TopK, extended
-from opd_ops.backends.shared.workspace import ScoreGrid, score_grid
 from opd_ops.backends.streamed.running import (
     EMPTY_SUMS,
     BlockSums,
@@ -38,6 +38,7 @@ from opd_ops.backends.streamed.running import (
 )
 from opd_ops.backends.streamed.summed import with_jsd
 from opd_ops.inputs.sources import Source, compute_dtype
+from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import OPTIONAL_COLUMNS, TokenStats
 
 
@@ -49,18 +50,17 @@ def token_stats(
     *,
     top_k: int,
     columns: frozenset[str],
-    workspace_bytes: int,
+    workspace: Workspace,
     score_dtype: torch.dtype | None,
 ) -> TokenStats:
     """All statistics of the given positions, (n,) each, from one sweep of both heads; always in the compute dtype."""
     dtype, shard = compute_dtype(student, teacher), student.transform.shard
     if shard is not None:
         parts = Parts(partial(_part, student, teacher), EMPTY_SUMS, joined_sums)
-        options = {"top_k": top_k, "workspace_bytes": workspace_bytes}
-        stats = shards.token_stats(parts, shard, rows, columns=columns, dtype=dtype, **options)
-        return with_jsd(stats, student, teacher, rows, workspace_bytes) if "jsd" in columns else stats
+        stats = shards.token_stats(parts, shard, rows, top_k=top_k, columns=columns, workspace=workspace, dtype=dtype)
+        return with_jsd(stats, student, teacher, rows, workspace) if "jsd" in columns else stats
     out = {name: torch.zeros(len(rows), dtype=dtype, device=rows.device) for name in _computed(columns)}
-    for part, grid, sums, jsd, s_list, t_list in _sweep(student, teacher, rows, top_k, "jsd" in columns, workspace_bytes):
+    for part, grid, sums, jsd, s_list, t_list in _sweep(student, teacher, rows, top_k, "jsd" in columns, workspace):
         found = jsd | statistics(sums, s_list)
         s_lse, t_lse = found["student_logsumexp"], found["teacher_logsumexp"]
         for name, column in found.items():
@@ -76,10 +76,10 @@ def _computed(columns: frozenset[str]) -> list[str]:
     return [name for name in TokenStats._fields if name != "valid" and (name not in OPTIONAL_COLUMNS or name in columns)]
 
 
-def _part(student: Source, teacher: Source, rows: Tensor, top_k: int, workspace_bytes: int) -> Part:
+def _part(student: Source, teacher: Source, rows: Tensor, top_k: int, workspace: Workspace) -> Part:
     """This rank's sums and lists of the rows."""
     columns, lists = [], []
-    for _, _, sums, _, s_list, t_list in _sweep(student, teacher, rows, top_k, False, workspace_bytes):
+    for _, _, sums, _, s_list, t_list in _sweep(student, teacher, rows, top_k, False, workspace):
         columns.append(named_sums(sums))
         lists.append((s_list, t_list))
     joined = {name: torch.cat([tile[name] for tile in columns]) for name in EMPTY_SUMS}
@@ -90,21 +90,27 @@ def _part(student: Source, teacher: Source, rows: Tensor, top_k: int, workspace_
 
 
 def _sweep(
-    student: Source, teacher: Source, rows: Tensor, top_k: int, with_jsd: bool, workspace_bytes: int
+    student: Source, teacher: Source, rows: Tensor, top_k: int, with_jsd: bool, workspace: Workspace
 ) -> Iterator[tuple[slice, ScoreGrid, BlockSums, dict[str, Tensor], TopK, TopK]]:
     """Tile by tile: which rows it is, their sums over the vocabulary, (n,) fp64, "jsd" if asked for, and both models' lists."""
     dtype = compute_dtype(student, teacher)
-    grid = score_grid(student, teacher, len(rows), top_k=top_k, whole_rows=with_jsd, workspace_bytes=workspace_bytes)
+    grid = score_grid(student, teacher, len(rows), top_k=top_k, whole_rows=with_jsd, workspace=workspace)
     buffers = [pages.empty((grid.rows * grid.columns,), dtype, rows.device) for _ in range(2)]
     scratch = torch.empty(3 * grid.chunk * grid.columns, dtype=dtype, device=rows.device)
     with torch.autocast(rows.device.type, enabled=False):
         for part in chunks(len(rows), grid.rows):
-            sides = [Rows(source.detach(), rows[part], dtype, grid.cast_columns) for source in (student, teacher)]
+            sides = [TileReader(source.detach(), rows[part], dtype, grid.cast_columns) for source in (student, teacher)]
             yield part, grid, *_tile(sides[0], sides[1], grid, top_k, with_jsd, buffers, scratch)
 
 
 def _tile(
-    student: Rows, teacher: Rows, grid: ScoreGrid, top_k: int, with_jsd: bool, buffers: list[Tensor], scratch: Tensor
+    student: TileReader,
+    teacher: TileReader,
+    grid: ScoreGrid,
+    top_k: int,
+    with_jsd: bool,
+    buffers: list[Tensor],
+    scratch: Tensor,
 ) -> tuple[BlockSums, dict[str, Tensor], TopK, TopK]:
     """Sums, "jsd" and lists of one tile of rows, from one sweep over the vocabulary."""
     rows, first_id = slice(0, len(student.rows)), student.source.transform.first_id
@@ -113,7 +119,7 @@ def _tile(
     t_list: TopK | None = None
     jsd: dict[str, Tensor] = {}
     for block in chunks(student.source.transform.vocab_size, grid.columns):
-        s, u = student.read(rows, block, buffers[0]), teacher.read(rows, block, buffers[1])
+        s, u = student.logits(rows, block, buffers[0]), teacher.logits(rows, block, buffers[1])
         s_list = extended(s_list, s, u, top_k, first_id + block.start, grid.candidates)
         t_list = extended(t_list, u, s, top_k, first_id + block.start, grid.candidates)
         if with_jsd:  # the grid has one block, as wide as the vocabulary

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from opd_ops.backends.shared import pages
 from opd_ops.backends.shared.chunks import chunks
-from opd_ops.backends.shared.tiles import Rows
-from opd_ops.backends.shared.workspace import gradient_grid
+from opd_ops.backends.shared.grids import gradient_grid
+from opd_ops.backends.shared.tiles import TileReader
 from opd_ops.backends.streamed.reference import Reference
 from opd_ops.divergences import JSD, Summed
 from opd_ops.inputs.sources import Source, compute_dtype
+from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import TokenStats
 
 
@@ -33,17 +34,17 @@ class Sums(NamedTuple):
 
 
 @torch.no_grad()
-def summed(whole: Summed, student: Source, teacher: Source, rows: Tensor, reference: Reference, workspace_bytes: int) -> Sums:
+def summed(whole: Summed, student: Source, teacher: Source, rows: Tensor, reference: Reference, workspace: Workspace) -> Sums:
     """Of the rows, whose reference is given."""
     dtype = compute_dtype(student, teacher)
-    grid = gradient_grid(student, teacher, len(rows), workspace_bytes=workspace_bytes, two_parts=True)
-    sides = [Rows(source.detach(), rows, dtype, grid.columns) for source in (student, teacher)]
+    grid = gradient_grid(student, teacher, len(rows), workspace=workspace, two_parts=True)
+    sides = [TileReader(source.detach(), rows, dtype, grid.columns) for source in (student, teacher)]
     buffers = [pages.empty((grid.rows * grid.columns,), dtype, rows.device) for _ in sides]
     sums = torch.zeros(3, len(rows), dtype=torch.float64, device=rows.device)
     with torch.autocast(rows.device.type, enabled=False):
         for block in chunks(student.transform.vocab_size, grid.columns):
             for group in chunks(len(rows), grid.rows):
-                s, u = (side.read(group, block, buffer) for side, buffer in zip(sides, buffers, strict=True))
+                s, u = (side.logits(group, block, buffer) for side, buffer in zip(sides, buffers, strict=True))
                 of_rows = reference.rows(group)
                 no_p, no_q = s == -math.inf, u == -math.inf
                 log_q = (u - of_rows.teacher).add_(of_rows.log_p - of_rows.log_ratio)
@@ -60,8 +61,8 @@ def summed(whole: Summed, student: Source, teacher: Source, rows: Tensor, refere
     return Sums(sums[0].clamp_min(0).to(dtype), (sums[1] / sums[2]).to(dtype))
 
 
-def with_jsd(stats: TokenStats, student: Source, teacher: Source, rows: Tensor, workspace_bytes: int) -> TokenStats:
+def with_jsd(stats: TokenStats, student: Source, teacher: Source, rows: Tensor, workspace: Workspace) -> TokenStats:
     """The rows' columns and their Jensen-Shannon divergence, whose terms need the normalisers of the whole vocabulary."""
     half: Summed = JSD(0.5)
-    found = summed(half, student, teacher, rows, Reference.of(stats), workspace_bytes)
+    found = summed(half, student, teacher, rows, Reference.of(stats), workspace)
     return stats._replace(jsd=found.losses)

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from opd_ops.arguments import is_traced
 from opd_ops.backends.interface import Backend, Needs, is_computed
-from opd_ops.backends.shared.overwritten import unchanged
 from opd_ops.backends.streamed.backend import STREAMED
 from opd_ops.backends.triton import dense, dense_loss, heads, heads_loss, kernel_loss, operators, shards
 from opd_ops.backends.triton.launches import column_names
@@ -30,6 +29,7 @@ from opd_ops.divergences import Divergence, is_column, weighted_sum
 from opd_ops.inputs import float8
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
+from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import OwnStats, TokenStats
 
 _log = logging.getLogger("opd_ops")
@@ -63,7 +63,7 @@ class Triton(Backend):
         *,
         top_k: int,
         columns: frozenset[str],
-        workspace_bytes: int,
+        workspace: Workspace,
         score_dtype: torch.dtype | None,
     ) -> TokenStats:
         with torch.no_grad():  # no decorator: torch.compile cannot trace a decorated method
@@ -75,31 +75,33 @@ class Triton(Backend):
                     rows,
                     top_k=top_k,
                     columns=columns,
-                    workspace_bytes=workspace_bytes,
+                    workspace=workspace,
                     score_dtype=score_dtype,
                 )
             optional = ",".join(sorted(columns))
             if is_computed(student, teacher) and is_traced():
-                arguments = operators.head_arguments(student, teacher, workspace_bytes, top_k)
+                arguments = operators.head_arguments(student, teacher, workspace, top_k)
                 table: Tensor = operators.head_columns(*arguments, rows, optional, score_dtype)
             elif is_computed(student, teacher):
                 sources = student.detach(), teacher.detach()
-                table = heads.launch_columns(*sources, rows, top_k, columns, workspace_bytes, score_dtype)
+                table = heads.launch_columns(*sources, rows, top_k, columns, workspace, score_dtype)
             else:
-                launch = operators.token_columns if is_traced() else dense.launch_columns
                 vocab, temperature = student.transform.vocab_size, student.transform.temperature
                 tensors = student.leading.detach(), teacher.leading.detach(), rows
-                table = launch(*tensors, top_k, optional, workspace_bytes, vocab, temperature)
+                if is_traced():
+                    table = operators.token_columns(*tensors, top_k, optional, workspace.nbytes, vocab, temperature)
+                else:
+                    table = dense.launch_columns(*tensors, top_k, columns, workspace, vocab, temperature)
             out = dict(zip(column_names(columns), table.unbind(0), strict=True))
             return TokenStats(valid=torch.isfinite(out["teacher_logsumexp"]), **out)
 
     def own_stats(
-        self, source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int, score_dtype: torch.dtype | None
+        self, source: Source, rows: Tensor, *, top_k: int, workspace: Workspace, score_dtype: torch.dtype | None
     ) -> OwnStats:
         if source.transform.shard is None:
-            return heads.own_stats(source, rows, top_k=top_k, workspace_bytes=workspace_bytes, score_dtype=score_dtype)
+            return heads.own_stats(source, rows, top_k=top_k, workspace=workspace, score_dtype=score_dtype)
         shard = source.transform.shard
-        return shards.own_stats(source, shard, rows, top_k=top_k, workspace_bytes=workspace_bytes, score_dtype=score_dtype)
+        return shards.own_stats(source, shard, rows, top_k=top_k, workspace=workspace, score_dtype=score_dtype)
 
     def selected_loss(
         self,
@@ -111,12 +113,12 @@ class Triton(Backend):
         *,
         divergence: Divergence,
         tokens: Tensor | None,
-        workspace_bytes: int,
+        workspace: Workspace,
         inplace: bool,
     ) -> tuple[Tensor, Tensor]:
         shard, reason = student.transform.shard, kernel_loss.refusal(divergence)
         if shard is not None and isinstance(teacher, Source) and is_column(divergence):
-            return shards.selected_loss(student, teacher, shard, rows, weights, divergence, workspace_bytes)
+            return shards.selected_loss(student, teacher, shard, rows, weights, divergence, workspace)
         if shard is not None:
             reason = "ranks share out the vocabulary"
         if reason is not None:
@@ -128,7 +130,7 @@ class Triton(Backend):
                     rows,
                     top_k=1,
                     columns=frozenset(),
-                    workspace_bytes=workspace_bytes,
+                    workspace=workspace,
                     score_dtype=None,
                 )
             return STREAMED.selected_loss(
@@ -139,29 +141,28 @@ class Triton(Backend):
                 stats,
                 divergence=divergence,
                 tokens=tokens,
-                workspace_bytes=workspace_bytes,
+                workspace=workspace,
                 inplace=False,
             )
         assert not inplace or self.overwrites_logits(student, teacher, divergence)
         if is_computed(student, teacher) and is_traced():
-            return operators.head_losses(student, teacher, rows, weights, divergence, workspace_bytes)
+            return operators.head_losses(student, teacher, rows, weights, divergence, workspace)
         if is_computed(student, teacher):
-            return heads_loss.selected_loss(student, teacher, rows, weights, divergence, tokens, workspace_bytes)
+            return heads_loss.selected_loss(student, teacher, rows, weights, divergence, tokens, workspace)
         if not (isinstance(teacher, Source) and is_column(divergence)):
             return dense_loss.computed_loss(
-                student, teacher, rows, weights, divergence=divergence, tokens=tokens, workspace_bytes=workspace_bytes
+                student, teacher, rows, weights, divergence=divergence, tokens=tokens, workspace=workspace
             )
-        assert divergence.whole is not None
-        kind = divergence.whole.name
-        settings = kind, workspace_bytes, student.transform.vocab_size, student.transform.temperature
-        logits, losses = (student.leading, teacher.leading.detach()), getattr(stats, kind)
-        connected: Tensor
+        whole = divergence.whole
+        assert whole is not None
+        losses = getattr(stats, whole.name)
         if is_traced():
-            connected = operators.selected_losses(*logits, rows, losses, *settings)
+            transform, logits = student.transform, (student.leading, teacher.leading.detach())
+            settings = whole.name, workspace.nbytes, transform.vocab_size, transform.temperature
+            total: Tensor = operators.selected_losses(*logits, rows, losses, *settings)
         else:
-            connected = dense_loss.ColumnDivergence.apply(inplace, settings, rows, losses, *logits)
-            connected = unchanged(connected, rows, student, teacher, workspace_bytes=workspace_bytes)
-        return weighted_sum(connected, weights), losses
+            total = dense_loss.column_loss(student, teacher, rows, losses, whole, workspace, inplace=inplace)
+        return weighted_sum(total, weights), losses
 
 
 TRITON = Triton()

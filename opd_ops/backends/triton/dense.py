@@ -17,12 +17,13 @@ from opd_kernels.support import Support
 from torch import Tensor
 
 from opd_ops.backends.shared.chunks import chunks
+from opd_ops.backends.shared.grids import score_bytes
 from opd_ops.backends.triton.kernel_loss import GRADIENTS
-from opd_ops.backends.triton.launches import column_names, launch_options, on_device, parse_columns, rows_within, write_columns
+from opd_ops.backends.triton.launches import column_names, launch_options, on_device, write_columns
 from opd_ops.backends.triton.layout import Layout
-from opd_ops.backends.triton.workspace import score_bytes
 from opd_ops.divergences import DIVERGENCES
 from opd_ops.inputs.sources import Transform
+from opd_ops.inputs.workspace import Workspace
 
 
 def _dense(vocab_size: int, temperature: float) -> tuple[Transform, Transform]:
@@ -35,34 +36,23 @@ def launch_columns(
     teacher: Tensor,
     rows: Tensor,
     top_k: int,
-    optional: str,
-    workspace_bytes: int,
-    vocab_size: int,
-    temperature: float,
-) -> Tensor:
-    """(columns, n) statistics of the given positions, in the order of `column_names`; `optional` ones are named "a,b"."""
-    return launch_and_keep(student, teacher, rows, top_k, optional, workspace_bytes, vocab_size, temperature)
-
-
-def launch_and_keep(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Tensor,
-    top_k: int,
-    optional: str,
-    workspace_bytes: int,
+    columns: frozenset[str],
+    workspace: Workspace,
     vocab_size: int,
     temperature: float,
     *,
     keep: Callable[[tuple[Score, Support]], None] | None = None,
 ) -> Tensor:
-    """`launch_columns`; `keep` is given what the kernels found of consecutive rows."""
+    """(columns, n) statistics of the given positions, in the order of `column_names`.
+
+    `keep` is given what the kernels found of consecutive rows.
+    """
     layout, tables = tables_of(student, teacher)
-    places, columns = layout.rows(rows), parse_columns(optional)
-    share = workspace_bytes // 2 if columns else workspace_bytes  # the other half is the optional columns' scratch
+    places = layout.rows(rows)
+    share = workspace.share(1, 2) if columns else workspace  # the other half is the optional columns' scratch
     out = torch.empty((len(column_names(columns)), len(rows)), dtype=torch.float32, device=rows.device)
     with on_device(rows.device):
-        for part in chunks(len(rows), rows_within(score_bytes(vocab_size, top_k), share)):
+        for part in chunks(len(rows), share.count(score_bytes(vocab_size, top_k))):
             found = write_columns(
                 out[:, part],
                 tables,
@@ -70,7 +60,7 @@ def launch_and_keep(
                 _dense(vocab_size, temperature),
                 columns=columns,
                 top_k=top_k,
-                workspace_bytes=share,
+                workspace=share,
             )
             if keep is not None:
                 keep(found)
@@ -93,7 +83,7 @@ def launch_gradient(
     rows: Tensor,
     weights: Tensor,
     kind: str,
-    workspace_bytes: int,
+    workspace: Workspace,
     vocab_size: int,
     temperature: float,
     *,
@@ -109,7 +99,7 @@ def launch_gradient(
     places, weights = layout.rows(rows), weights.contiguous()
     options = launch_options(*_dense(vocab_size, temperature))
     with on_device(out.device):
-        for part in chunks(len(places), rows_within(score_bytes(vocab_size), workspace_bytes)):
+        for part in chunks(len(places), workspace.count(score_bytes(vocab_size))):
             if columns is None:
                 score = score_fwd(*tables, places[part], **options)
                 of_part, top = score.columns, argmax_fwd(tables[0], places[part], score, vocab_size=vocab_size)

@@ -12,71 +12,76 @@ Not here: the launches (dense.py), heads (heads_loss.py).
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from opd_ops.backends.shared.chunks import chunks
-from opd_ops.backends.shared.first_order import first_order
+from opd_ops.backends.shared.gradient_in_backward import GradientPlan, connected
+from opd_ops.backends.shared.grids import score_bytes
 from opd_ops.backends.shared.overwritten import unchanged
 from opd_ops.backends.triton.dense import launch_gradient, tables_of
 from opd_ops.backends.triton.kernel_loss import Found, KernelLoss
-from opd_ops.backends.triton.launches import on_device, rows_within
-from opd_ops.backends.triton.workspace import score_bytes
-from opd_ops.divergences import Divergence, weighted_sum, without_infinite
-from opd_ops.inputs.sources import Source
+from opd_ops.backends.triton.launches import on_device
+from opd_ops.divergences import Divergence, WholeRow, weighted_sum, without_infinite
+from opd_ops.inputs.sources import Source, Transform
 from opd_ops.inputs.teacher_lists import TeacherLists
+from opd_ops.inputs.workspace import Workspace
 
 
-class ColumnDivergence(torch.autograd.Function):
-    """(M,) losses whose gradient with respect to the student's logits is computed in the backward, from the inputs."""
+class _ColumnGradient(GradientPlan):
+    """Of reverse or forward KL, from the logits alone."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, inplace: bool, options: tuple[Any, ...], rows: Tensor, losses: Tensor, student: Tensor, teacher: Tensor
-    ) -> Tensor:
-        ctx.inplace, ctx.options, ctx.spent = inplace, options, False
-        ctx.save_for_backward(student, teacher, rows)
-        return losses.clone()
+    def __init__(self, divergence: WholeRow, transform: Transform, workspace: Workspace, *, inplace: bool) -> None:
+        self.divergence, self.transform, self.workspace, self.inplace = divergence, transform, workspace, inplace
+        self.is_spent = False
 
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.spent:
+    def gradients(self, saved: Sequence[Tensor], dlosses: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+        if self.is_spent:
             raise RuntimeError(
                 "inplace_backward: the backward ran a second time, but the first one overwrote the student's logits with "
                 "their gradient; pass inplace_backward=False to use retain_graph=True"
             )
-        student, teacher, rows = ctx.saved_tensors
-        kind, workspace_bytes, vocab_size, temperature = ctx.options
-        gradient = launch_gradient(
-            student, teacher, rows, dlosses, kind, workspace_bytes, vocab_size, temperature, inplace=ctx.inplace
-        )
-        ctx.spent = ctx.inplace
-        return None, None, None, None, gradient, None
+        student, teacher, rows = saved
+        self.is_spent = self.inplace
+        vocab, temperature = self.transform.vocab_size, self.transform.temperature
+        return [
+            launch_gradient(
+                student, teacher, rows, dlosses, self.divergence.name, self.workspace, vocab, temperature, inplace=self.inplace
+            )
+        ]
 
 
-class _ComputedDivergence(torch.autograd.Function):
-    """(M,) losses whose gradient is made in the backward from the logits and what the forward found of each row."""
+def column_loss(
+    student: Source,
+    teacher: Source,
+    rows: Tensor,
+    losses: Tensor,
+    divergence: WholeRow,
+    workspace: Workspace,
+    *,
+    inplace: bool,
+) -> Tensor:
+    """The (M,) losses of reverse or forward KL, which the score pass knows, connected to the student's logits."""
+    plan = _ColumnGradient(divergence, student.transform, workspace, inplace=inplace)
+    total = connected(plan, losses, student.leading, teacher.leading.detach(), rows)
+    return unchanged(total, rows, student, teacher, workspace=workspace)
 
-    @staticmethod
-    def forward(
-        ctx: Any, loss: KernelLoss, losses: Tensor, rows: Tensor, student: Tensor, teacher: Tensor | None, *found: Tensor
-    ) -> Tensor:
-        ctx.loss = loss
-        ctx.save_for_backward(rows, student, teacher, *found)
-        return losses.clone()
 
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
-        rows, student, teacher, *found = ctx.saved_tensors
+class _ComputedGradient(GradientPlan):
+    """Of any other divergence, from the logits and the constants of each row that the forward found."""
+
+    def __init__(self, loss: KernelLoss) -> None:
+        self.loss = loss
+
+    def gradients(self, saved: Sequence[Tensor], dlosses: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+        student, teacher, rows, *constants = saved
         layout, tables = tables_of(student, teacher)
         out, gradient = layout.zeros(student)
         with on_device(out.device):
-            ctx.loss.gradient(*tables, layout.rows(rows), dlosses.contiguous(), Found(*found), out=out)
-        return (None,) * 3 + (gradient, None) + (None,) * len(found)
+            self.loss.gradient(*tables, layout.rows(rows), dlosses.contiguous(), Found(*constants), out=out)
+        return [gradient]
 
 
 def computed_loss(
@@ -87,7 +92,7 @@ def computed_loss(
     *,
     divergence: Divergence,
     tokens: Tensor | None,
-    workspace_bytes: int,
+    workspace: Workspace,
 ) -> tuple[Tensor, Tensor]:
     """Of dense logits, for divergences whose value is no column of the statistics."""
     beside = teacher.leading.detach() if isinstance(teacher, Source) else None
@@ -98,7 +103,7 @@ def computed_loss(
     losses, found = [], []
     per_row = score_bytes(student.transform.vocab_size) + loss.list_bytes
     with torch.no_grad(), on_device(rows.device):
-        for part in chunks(len(rows), rows_within(per_row, workspace_bytes)) if len(rows) else [slice(0, 0)]:
+        for part in chunks(len(rows), workspace.count(per_row)) if len(rows) else [slice(0, 0)]:
             of_part = None if listed is None else listed.take(part)
             of_tokens = None if tokens is None else tokens[part]
             first = loss.first(*tables, places[part], tokens=of_tokens, listed=of_part)
@@ -107,7 +112,7 @@ def computed_loss(
     joined, kept = torch.cat(losses), Found.joined(found)
     if divergence.whole is None:  # the gradient does not read the teacher
         beside, kept = None, kept._replace(columns=None)
-    connected: Tensor = _ComputedDivergence.apply(loss, joined, rows, student.leading, beside, *kept)
+    total = connected(_ComputedGradient(loss), joined, student.leading, beside, rows, *kept)
     read_again = (student, teacher) if beside is not None and isinstance(teacher, Source) else (student,)
-    connected = unchanged(connected, rows, *read_again, workspace_bytes=workspace_bytes)
-    return weighted_sum(connected, without_infinite(joined, weights)), joined
+    total = unchanged(total, rows, *read_again, workspace=workspace)
+    return weighted_sum(total, without_infinite(joined, weights)), joined

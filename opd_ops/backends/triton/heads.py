@@ -22,10 +22,12 @@ from opd_kernels.support import Support, support_fwd
 from torch import Tensor
 
 from opd_ops.backends.shared.chunks import chunks
+from opd_ops.backends.shared.grids import score_rows, tile_dtype, weight_casts
+from opd_ops.backends.shared.tiles import TileReader, aligned_buffer
 from opd_ops.backends.triton.launches import column_names, launch_options, on_device, write_columns
-from opd_ops.backends.triton.tiles import Side, buffer_of
-from opd_ops.backends.triton.workspace import score_rows
+from opd_ops.inputs import float8
 from opd_ops.inputs.sources import Source
+from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import OwnStats
 
 # Two half-size tiles on two streams, so that the statistics of one hide behind the matmul of the next. Off until a GPU has
@@ -52,13 +54,19 @@ class _Lanes:
         return torch.cuda.stream(self.streams[i % 2]) if self.streams else nullcontext()
 
 
+def _ranking_reader(source: Source, rows: Tensor, workspace: Workspace, score_dtype: torch.dtype | None) -> TileReader:
+    in_float8 = source.transform.is_head and score_dtype == float8.DTYPE
+    dtype = tile_dtype(source, score_dtype)
+    return TileReader(source, rows, dtype, weight_casts(source, workspace), in_float8=in_float8)
+
+
 def launch_columns(
     student: Source,
     teacher: Source,
     rows: Tensor,
     top_k: int,
     columns: frozenset[str],
-    workspace_bytes: int,
+    workspace: Workspace,
     score_dtype: torch.dtype | None,
     *,
     keep: Callable[[tuple[Score, Support]], None] | None = None,
@@ -70,7 +78,7 @@ def launch_columns(
         keep: Is given what the kernels found of consecutive rows.
     """
     lanes, vocab = _Lanes(rows.device), student.transform.vocab_size
-    sides = [Side(source, rows, workspace_bytes // 16, score_dtype) for source in (student, teacher)]
+    sides = [_ranking_reader(source, rows, workspace, score_dtype) for source in (student, teacher)]
     transforms = sides[0].transform, sides[1].transform
     size = score_rows(
         student,
@@ -78,37 +86,37 @@ def launch_columns(
         n=len(rows),
         top_k=top_k,
         optional=bool(columns),
-        workspace_bytes=workspace_bytes,
+        workspace=workspace,
         score_dtype=score_dtype,
         tiles=lanes.number,
     )
     out = torch.empty((len(column_names(columns)), len(rows)), dtype=torch.float32, device=rows.device)
     with on_device(rows.device), torch.autocast(rows.device.type, enabled=False), lanes:
-        buffers = [[buffer_of(size, vocab, x.tile_dtype, rows.device) for x in sides] for _ in range(lanes.number)]
+        buffers = [[aligned_buffer(size, vocab, x.dtype, rows.device) for x in sides] for _ in range(lanes.number)]
         for i, group in enumerate(chunks(len(rows), size)):
             n, tiles = group.stop - group.start, buffers[i % lanes.number]
             with lanes.turn(i):
-                s, u = (side.tile(group, tile[:n]) for side, tile in zip(sides, tiles, strict=True))
-                options: dict[str, Any] = {"columns": columns, "top_k": top_k, "workspace_bytes": workspace_bytes // 2}
-                found = write_columns(out[:, group], (s, u), None, transforms, **options)
+                s, u = (side.ranked(group, tile[:n]) for side, tile in zip(sides, tiles, strict=True))
+                half = workspace.share(1, 2)
+                found = write_columns(out[:, group], (s, u), None, transforms, columns=columns, top_k=top_k, workspace=half)
                 if keep is not None:
                     keep(found)
     return out
 
 
-def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace_bytes: int, score_dtype: torch.dtype | None) -> OwnStats:
+def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace: Workspace, score_dtype: torch.dtype | None) -> OwnStats:
     """One model's statistics at the rows, from its logits alone."""
     vocab, n = source.transform.vocab_size, len(rows)
-    side = Side(source, rows, workspace_bytes // 16, score_dtype)
-    size = score_rows(source, n=n, top_k=top_k, optional=False, workspace_bytes=workspace_bytes, score_dtype=score_dtype)
+    side = _ranking_reader(source, rows, workspace, score_dtype)
+    size = score_rows(source, n=n, top_k=top_k, optional=False, workspace=workspace, score_dtype=score_dtype)
     ids = torch.empty((n, top_k), dtype=torch.long, device=rows.device)
     lse, entropy = torch.empty((2, n), dtype=torch.float32, device=rows.device)
     out = OwnStats(lse, entropy, ids, torch.empty((n, top_k), dtype=torch.float32, device=rows.device))
     options = launch_options(side.transform, side.transform)
     with torch.no_grad(), on_device(rows.device), torch.autocast(rows.device.type, enabled=False):
-        buffer = buffer_of(size, vocab, side.tile_dtype, rows.device)
+        buffer = aligned_buffer(size, vocab, side.dtype, rows.device)
         for group in chunks(n, size):
-            u = side.tile(group, buffer[: group.stop - group.start])
+            u = side.ranked(group, buffer[: group.stop - group.start])
             # Given as both models: the second load of a line finds it in the cache.
             score = score_fwd(u, u, None, **options)
             lists = support_fwd(u, u, None, score, top_k=top_k, **options)

@@ -28,15 +28,16 @@ from torch import Tensor
 
 from opd_ops.backends.shared.chunks import chunks
 from opd_ops.backends.shared.first_order import first_order
+from opd_ops.backends.shared.grids import BlockGrid, SelectedGrid, is_narrow, weight_casts
+from opd_ops.backends.shared.matmul import fp32_product, long_product
 from opd_ops.backends.shared.overwritten import digests, verified
+from opd_ops.backends.shared.tiles import TileReader, aligned_buffer
 from opd_ops.backends.triton.kernel_loss import Found, KernelLoss
 from opd_ops.backends.triton.launches import on_device
-from opd_ops.backends.triton.matmul import fp32_product, long_product
-from opd_ops.backends.triton.tiles import Side, buffer_of
-from opd_ops.backends.triton.workspace import BlockGrid, SelectedGrid, is_narrow
 from opd_ops.divergences import Divergence, weighted_sum, without_infinite
 from opd_ops.inputs.sources import Source, put_rows
 from opd_ops.inputs.teacher_lists import TeacherLists
+from opd_ops.inputs.workspace import Workspace
 
 
 class _Plan(NamedTuple):
@@ -47,7 +48,7 @@ class _Plan(NamedTuple):
     divergence: Divergence
     has_tokens: bool  # which are the last of the tensors
     has_columns: bool  # of score.py, (12, M), before them
-    workspace_bytes: int
+    workspace: Workspace
     differentiable: bool
     before: Tensor | None  # digests of the tensors of inference mode (overwritten.py)
 
@@ -59,7 +60,7 @@ class _Plan(NamedTuple):
         sources: tuple[Source, ...] = (self.student.with_tensors(tensors[:split]),)
         if self.teacher is not None:
             sources += (self.teacher.with_tensors(tensors[split:]),)
-        return verified(self.before, sources, rows, self.workspace_bytes)
+        return verified(self.before, sources, rows, self.workspace)
 
     def run(
         self, rows: Tensor, weights: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]
@@ -69,7 +70,7 @@ class _Plan(NamedTuple):
         tokens, rest = (rest[-1], rest[:-1]) if self.has_tokens else (None, rest)
         columns, rest = (rest[-1], rest[:-1]) if self.has_columns else (None, rest)
         teacher = TeacherLists(rest[0], rest[1], is_sampled=False) if self.teacher is None else self.teacher.with_tensors(rest)
-        budget = self.workspace_bytes
+        budget = self.workspace
         return launch_loss(student, teacher, rows, weights, self.divergence, tokens, budget, needs, columns)
 
 
@@ -121,7 +122,7 @@ def launch_loss(
     weights: Tensor,
     divergence: Divergence,
     tokens: Tensor | None,
-    workspace_bytes: int,
+    workspace: Workspace,
     needs: Sequence[bool],
     columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
@@ -132,7 +133,7 @@ def launch_loss(
     unread) is left out.
     """
     teacher = teacher.detach() if isinstance(teacher, Source) else teacher
-    selected = _SelectedRows(student.detach(), teacher, rows, weights, divergence, tokens, workspace_bytes, columns)
+    selected = _SelectedRows(student.detach(), teacher, rows, weights, divergence, tokens, workspace, columns)
     losses, gradients = selected.run(needs)
     return weighted_sum(losses, without_infinite(losses, weights)), losses, gradients
 
@@ -148,15 +149,15 @@ class _SelectedRows:
         weights: Tensor,
         divergence: Divergence,
         tokens: Tensor | None,
-        workspace_bytes: int,
+        workspace: Workspace,
         columns: Tensor | None,
     ) -> None:
         self.student, self.rows, self.tokens, self.columns = student, rows, tokens, columns
         self.sources = (student, teacher) if isinstance(teacher, Source) else (student,)
         self.listed = None if isinstance(teacher, Source) else teacher
         self.unit = (weights / _scale(weights)).float().clone()
-        self.workspace_bytes, self.vocab = workspace_bytes, student.transform.vocab_size
-        self.sides = [Side(source, rows, workspace_bytes // 16) for source in self.sources]
+        self.workspace, self.vocab = workspace, student.transform.vocab_size
+        self.sides = [TileReader(x, rows, torch.float32, weight_casts(x, workspace)) for x in self.sources]
         transforms = [side.transform for side in self.sides]
         self.loss = KernelLoss(divergence, transforms[0], transforms[1] if len(transforms) > 1 else None)
 
@@ -167,13 +168,11 @@ class _SelectedRows:
 
     def _run(self, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
         m, device, vocab = len(self.rows), self.rows.device, slice(0, self.vocab)
-        grid = SelectedGrid.of(
-            *self.sources, n=m, needs=needs, list_bytes=self.loss.list_bytes, workspace_bytes=self.workspace_bytes
-        )
-        buffers = [buffer_of(grid.rows, self.vocab, torch.float32, device)[:, vocab] for _ in self.sides]
+        grid = SelectedGrid.of(*self.sources, n=m, needs=needs, list_bytes=self.loss.list_bytes, workspace=self.workspace)
+        buffers = [aligned_buffer(grid.rows, self.vocab, torch.float32, device)[:, vocab] for _ in self.sides]
         narrowed = None
         if is_narrow(self.student, needs):
-            narrowed = buffer_of(m if grid.keep else grid.rows, self.vocab, self.student.leading.dtype, device)[:, vocab]
+            narrowed = aligned_buffer(m if grid.keep else grid.rows, self.vocab, self.student.leading.dtype, device)[:, vocab]
         out = _Gradients.of(self.student, needs, m)
         losses = torch.empty(m, dtype=torch.float32, device=device)
         if self.columns is not None:
@@ -181,7 +180,7 @@ class _SelectedRows:
         parts = []
         for group in chunks(m, grid.rows) if self.vocab else ():
             n = group.stop - group.start
-            tiles = [x.read(group, vocab, b[:n]) for x, b in zip(self.sides, buffers, strict=True)]
+            tiles = [x.stored(group, vocab, b[:n]) for x, b in zip(self.sides, buffers, strict=True)]
             s, u = tiles[0], tiles[1] if len(tiles) > 1 else None
             if self.columns is None:
                 losses[group], found = self.loss.first(s, u, None, tokens=self._tokens(group), listed=self._lists(group))
@@ -225,7 +224,7 @@ class _SelectedRows:
     def _second_look(self, found: Found, out: _Gradients) -> None:
         """The weight gradient by blocks of the vocabulary, each rounded once; what the whole row gives is known."""
         m, device, dtype = len(self.rows), self.rows.device, self.student.leading.dtype
-        size, width = BlockGrid.of(*self.sources, n=m, workspace_bytes=self.workspace_bytes)
+        size, width = BlockGrid.of(*self.sources, n=m, workspace=self.workspace)
         assert out.weight is not None
         flat = [torch.empty(size * width, dtype=torch.float32, device=device) for _ in self.sides]
         narrowed = torch.empty(size * width, dtype=dtype, device=device)
@@ -237,7 +236,7 @@ class _SelectedRows:
                 places = slice(0, group.stop - first), slice(0, block.stop - start)
                 tiles = [x.view(size, width)[places] for x in flat]
                 for side, tile in zip(self.sides, tiles, strict=True):
-                    side.read(group, block, tile)
+                    side.stored(group, block, tile)
                 u, d = tiles[1] if len(tiles) > 1 else None, narrowed.view(size, width)[places]
                 of_block = {"first_id": start, "vocab_size": block.stop - start}
                 self.loss.gradient(tiles[0], u, None, self.unit[group], found.rows(group), out=d, **of_block)
@@ -308,7 +307,7 @@ def selected_loss(
     weights: Tensor,
     divergence: Divergence,
     tokens: Tensor | None,
-    workspace_bytes: int,
+    workspace: Workspace,
     columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """sum of weights l over the selected positions, connected to the student's tensors, and l, (M,).
@@ -331,9 +330,9 @@ def selected_loss(
         divergence,
         has_tokens,
         columns is not None,
-        workspace_bytes,
+        workspace,
         differentiable,
-        digests(inputs, rows, workspace_bytes) if needed else None,
+        digests(inputs, rows, workspace) if needed else None,
     )
     tensors = (*student.tensors, *beside, *(() if columns is None else (columns,)), *((tokens,) if has_tokens else ()))
     total, losses = _SelectedLoss.apply(plan, rows, weights, *tensors)

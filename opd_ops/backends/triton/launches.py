@@ -2,7 +2,7 @@
 
   A table is (N, V) stored logits of one model, unit stride along V; what a stored number stands for is in the options.
 
-Launches are cut into parts of rows so that scratch fits `workspace_bytes`.
+Launches are cut into parts of rows so that scratch fits `workspace`.
 Not here: dense logits as tables (backend.py, layout.py), tiles of a head's logits (heads.py), kernels (opd_kernels).
 """
 
@@ -17,11 +17,12 @@ from opd_kernels.support import SUPPORT_COLUMNS, Support, support_fwd
 from torch import Tensor
 
 from opd_ops.backends.shared.chunks import chunks
+from opd_ops.backends.shared.grids import UNION_BYTES
 from opd_ops.backends.shared.supports import support_columns
 from opd_ops.backends.shared.top_k import TopK
-from opd_ops.backends.shared.workspace import UNION_BYTES
 from opd_ops.backends.streamed.running import row_jsd
 from opd_ops.inputs.sources import Transform, finish_logits
+from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import SWEPT_COLUMNS
 
 JSD_BUFFERS = 10  # fp32 rows of V alive at once in row_jsd
@@ -44,11 +45,6 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
-def rows_within(bytes_per_row: int, workspace_bytes: int) -> int:
-    """How many rows fit; at least one."""
-    return max(1, workspace_bytes // bytes_per_row)
-
-
 def column_names(columns: frozenset[str]) -> tuple[str, ...]:
     """The columns of TokenStats that are computed, in order; `columns` are the optional ones wanted."""
     return (*SWEPT_COLUMNS, *SUPPORT_COLUMNS, *sorted(columns))
@@ -67,22 +63,22 @@ def write_columns(
     *,
     columns: frozenset[str],
     top_k: int,
-    workspace_bytes: int,
+    workspace: Workspace,
 ) -> tuple[Score, Support]:
     """Fill `out`, (columns, n) in the order of `column_names`, with the statistics of the tables' rows (None: all, in order).
 
     Returns: what the kernels found.
-    `workspace_bytes` bounds the scratch of the optional columns, which comes on top of `score_bytes` a row.
+    `workspace` bounds the scratch of the optional columns, which comes on top of `score_bytes` a row.
     """
     options = launch_options(*transforms)
     score = score_fwd(*tables, rows, **options)
     lists = support_fwd(*tables, rows, score, top_k=top_k, **options)
-    of_lists = _of_lists(lists, score, columns - {"jsd"}, workspace_bytes)
+    of_lists = _of_lists(lists, score, columns - {"jsd"}, workspace)
     for name, column in zip(column_names(columns), out, strict=True):
         if name in of_lists:
             column.copy_(of_lists[name])
         elif name == "jsd":
-            column.copy_(_jsd(tables, rows, transforms, workspace_bytes))
+            column.copy_(_jsd(tables, rows, transforms, workspace))
         else:
             column.copy_(getattr(score if name in SWEPT_COLUMNS else lists, name))
     return score, lists
@@ -95,7 +91,7 @@ def top_k_lists(lists: Support, first_id: int = 0) -> tuple[TopK, TopK]:
     return of_student, TopK(lists.t_ids.long() + first_id, t_at_t, s_at_t)
 
 
-def _of_lists(lists: Support, score: Score, columns: frozenset[str], workspace_bytes: int) -> dict[str, Tensor]:
+def _of_lists(lists: Support, score: Score, columns: frozenset[str], workspace: Workspace) -> dict[str, Tensor]:
     """Optional columns from the kernels' lists; some rows at a time."""
     n, _, k = lists.ids.shape
     out = {name: torch.empty(n, dtype=torch.float32, device=lists.ids.device) for name in columns}
@@ -103,7 +99,7 @@ def _of_lists(lists: Support, score: Score, columns: frozenset[str], workspace_b
         return out
     found = top_k_lists(lists)
     lse = score.student_logsumexp.double(), score.teacher_logsumexp.double()
-    for part in chunks(n, rows_within(UNION_BYTES * k, workspace_bytes)):
+    for part in chunks(n, workspace.count(UNION_BYTES * k)):
         of_part = support_columns(found[0].rows(part), found[1].rows(part), lse[0][part], lse[1][part], columns)
         for name in columns:
             out[name][part] = of_part[name]
@@ -111,13 +107,13 @@ def _of_lists(lists: Support, score: Score, columns: frozenset[str], workspace_b
 
 
 def _jsd(
-    tables: tuple[Tensor, Tensor], rows: Tensor | None, transforms: tuple[Transform, Transform], workspace_bytes: int
+    tables: tuple[Tensor, Tensor], rows: Tensor | None, transforms: tuple[Transform, Transform], workspace: Workspace
 ) -> Tensor:
     """In torch, on some whole rows at a time: only a sampling selector asks for it."""
     vocab = transforms[0].vocab_size
     n = len(tables[0]) if rows is None else len(rows)
     out = torch.empty(n, dtype=torch.float32, device=tables[0].device)
-    for part in chunks(len(out), rows_within(JSD_BUFFERS * 4 * vocab, workspace_bytes)):
+    for part in chunks(len(out), workspace.count(JSD_BUFFERS * 4 * vocab)):
         taken = (table[part] if rows is None else table[rows[part]] for table in tables)
         copies = (x[:, :vocab].to(torch.float32, copy=True) for x in taken)
         sides = zip(copies, transforms, tables, strict=True)

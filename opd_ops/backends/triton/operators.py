@@ -23,8 +23,23 @@ from opd_ops.backends.triton.layout import Layout
 from opd_ops.divergences import DIVERGENCES, Divergence
 from opd_ops.inputs.sources import Source, Transform
 from opd_ops.inputs.teacher_lists import TeacherLists
+from opd_ops.inputs.workspace import Workspace
 
-token_columns = torch.library.custom_op("opd_ops::token_columns", dense.launch_columns, mutates_args=())
+
+@torch.library.custom_op("opd_ops::token_columns", mutates_args=())
+def token_columns(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Tensor,
+    top_k: int,
+    optional: str,
+    workspace_bytes: int,
+    vocab_size: int,
+    temperature: float,
+) -> Tensor:
+    """(columns, n) statistics of the rows, in the order of `column_names`; `optional` ones are named "a,b"."""
+    workspace = Workspace(workspace_bytes)
+    return dense.launch_columns(student, teacher, rows, top_k, parse_columns(optional), workspace, vocab_size, temperature)
 
 
 @token_columns.register_fake
@@ -45,7 +60,7 @@ def divergence_gradient(
     temperature: float,
 ) -> Tensor:
     """A new tensor of the student's shape, zero outside the rows."""
-    return dense.launch_gradient(student, teacher, rows, weights, kind, workspace_bytes, vocab_size, temperature)
+    return dense.launch_gradient(student, teacher, rows, weights, kind, Workspace(workspace_bytes), vocab_size, temperature)
 
 
 @divergence_gradient.register_fake
@@ -87,10 +102,10 @@ def _backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
 selected_losses.register_autograd(_backward, setup_context=_setup_context)
 
 
-def head_arguments(student: Source, teacher: Source, workspace_bytes: int, *more: float) -> tuple[Any, ...]:
+def head_arguments(student: Source, teacher: Source, workspace: Workspace, *more: float) -> tuple[Any, ...]:
     """Both sources as an operator takes them: six tensors or None, and numbers: the workspace, of their transforms (no
     soft-cap: 0), and `more`."""
-    settings = [float(workspace_bytes), float(student.transform.vocab_size), student.transform.temperature]
+    settings = [float(workspace.nbytes), float(student.transform.vocab_size), student.transform.temperature]
     for source in (student, teacher):
         settings += [source.transform.scale, source.transform.softcap or 0.0]
     return (*student[1:4], *teacher[1:4], settings + [float(x) for x in more])
@@ -124,7 +139,7 @@ def head_columns(
     """(columns, n) statistics of the rows; the last of the settings is the top-K's K."""
     sources = _sources((s_leading, s_weight, s_bias, t_leading, t_weight, t_bias), settings)
     columns = parse_columns(optional)
-    return heads.launch_columns(*sources, rows, int(settings[7]), columns, int(settings[0]), score_dtype)
+    return heads.launch_columns(*sources, rows, int(settings[7]), columns, Workspace(int(settings[0])), score_dtype)
 
 
 @head_columns.register_fake
@@ -156,7 +171,7 @@ def head_loss(
     student, teacher = _sources((s_leading, s_weight, s_bias, t_leading, t_weight, t_bias), settings)
     divergence = DIVERGENCES[kind]
     total, losses, gradients = heads_loss.launch_loss(
-        student, teacher, rows, weights, divergence, None, int(settings[0]), _needs(settings)
+        student, teacher, rows, weights, divergence, None, Workspace(int(settings[0])), _needs(settings)
     )
     made = [s_leading.new_empty(0) if gradient is None else gradient for gradient in (*gradients, None, None)[:3]]
     return total, losses, made[0], made[1], made[2]
@@ -189,12 +204,12 @@ head_loss.register_autograd(_head_backward, setup_context=_setup_head_context)
 
 
 def head_losses(
-    student: Source, teacher: Source | TeacherLists, rows: Tensor, weights: Tensor, divergence: Divergence, workspace_bytes: int
+    student: Source, teacher: Source | TeacherLists, rows: Tensor, weights: Tensor, divergence: Divergence, workspace: Workspace
 ) -> tuple[Tensor, Tensor]:
     """`heads_loss.selected_loss` by the operator."""
     assert isinstance(teacher, Source)
     assert divergence.whole is not None
     needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in student.tensors]
-    arguments = head_arguments(student, teacher.detach(), workspace_bytes, *needs)
+    arguments = head_arguments(student, teacher.detach(), workspace, *needs)
     total, losses, *_ = head_loss(*arguments, rows, weights, divergence.whole.name)
     return total, losses.detach()

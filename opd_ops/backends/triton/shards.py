@@ -17,6 +17,7 @@ launches (dense.py, heads.py, heads_loss.py).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -27,17 +28,18 @@ from torch import Tensor
 
 from opd_ops.backends.interface import is_computed
 from opd_ops.backends.shared import joined as shards
-from opd_ops.backends.shared.first_order import first_order
+from opd_ops.backends.shared.gradient_in_backward import GradientPlan, connected
 from opd_ops.backends.shared.joined import Part, Parts, joint_entropy, masses
 from opd_ops.backends.shared.overwritten import unchanged
+from opd_ops.backends.shared.tiles import TileReader
 from opd_ops.backends.shared.top_k import TopK
 from opd_ops.backends.streamed.summed import with_jsd
 from opd_ops.backends.triton import dense, heads, heads_loss
 from opd_ops.backends.triton.kernel_loss import logsumexp, multiplier
 from opd_ops.backends.triton.launches import top_k_lists
-from opd_ops.backends.triton.tiles import Side
-from opd_ops.divergences import Divergence, weighted_sum, without_infinite
+from opd_ops.divergences import Divergence, WholeRow, weighted_sum, without_infinite
 from opd_ops.inputs.sources import Shard, Source, Transform
+from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import SWEPT_COLUMNS, OwnStats, TokenStats
 
 EMPTY_COLUMNS = {name: -math.inf if name.endswith("logsumexp") else 0.0 for name in SWEPT_COLUMNS}
@@ -51,29 +53,28 @@ def token_stats(
     *,
     top_k: int,
     columns: frozenset[str],
-    workspace_bytes: int,
+    workspace: Workspace,
     score_dtype: torch.dtype | None,
     dtype: torch.dtype = torch.float32,
 ) -> TokenStats:
     """All statistics of the given positions over the whole vocabulary, (n,) each."""
     parts = Parts(partial(_part, student.detach(), teacher.detach(), score_dtype), EMPTY_COLUMNS, joined_columns)
-    options: dict[str, Any] = {"top_k": top_k, "workspace_bytes": workspace_bytes, "dtype": dtype}
-    stats = shards.token_stats(parts, shard, rows, columns=columns, **options)
-    return with_jsd(stats, student, teacher, rows, workspace_bytes) if "jsd" in columns else stats
+    stats = shards.token_stats(parts, shard, rows, top_k=top_k, columns=columns, workspace=workspace, dtype=dtype)
+    return with_jsd(stats, student, teacher, rows, workspace) if "jsd" in columns else stats
 
 
 def _part(
-    student: Source, teacher: Source, score_dtype: torch.dtype | None, rows: Tensor, top_k: int, workspace_bytes: int
+    student: Source, teacher: Source, score_dtype: torch.dtype | None, rows: Tensor, top_k: int, workspace: Workspace
 ) -> Part:
     """What this rank's part of the vocabulary says of the rows."""
     found: list[tuple[Score, Support]] = []
     if is_computed(student, teacher):
         none: frozenset[str] = frozenset()
-        heads.launch_columns(student, teacher, rows, top_k, none, workspace_bytes, score_dtype, keep=found.append)
+        heads.launch_columns(student, teacher, rows, top_k, none, workspace, score_dtype, keep=found.append)
     else:
         stored = student.leading, teacher.leading
         width, temperature = student.transform.vocab_size, student.transform.temperature
-        dense.launch_and_keep(*stored, rows, top_k, "", workspace_bytes, width, temperature, keep=found.append)
+        dense.launch_columns(*stored, rows, top_k, frozenset(), workspace, width, temperature, keep=found.append)
     columns = {name: torch.cat([getattr(score, name) for score, _ in found]) for name in SWEPT_COLUMNS}
     for name, source, of in (("student_logsumexp", student, "s"), ("teacher_logsumexp", teacher, "t")):
         normalisers = (torch.cat([getattr(score, f"{of}_{part}") for score, _ in found]) for part in ("ref", "log2z"))
@@ -83,16 +84,15 @@ def _part(
 
 
 def own_stats(
-    source: Source, shard: Shard, rows: Tensor, *, top_k: int, workspace_bytes: int, score_dtype: torch.dtype | None
+    source: Source, shard: Shard, rows: Tensor, *, top_k: int, workspace: Workspace, score_dtype: torch.dtype | None
 ) -> OwnStats:
     """One model's statistics at the rows over the whole vocabulary."""
 
     def read() -> OwnStats:
-        options: dict[str, Any] = {"workspace_bytes": workspace_bytes, "score_dtype": score_dtype}
-        mine = heads.own_stats(source, rows, top_k=min(top_k, shard.width), **options)
+        mine = heads.own_stats(source, rows, top_k=min(top_k, shard.width), workspace=workspace, score_dtype=score_dtype)
         return mine._replace(ids=mine.ids + shard.first)
 
-    return shards.own_stats(read, shard, rows, top_k=top_k, workspace_bytes=workspace_bytes, dtype=torch.float32)
+    return shards.own_stats(read, shard, rows, top_k=top_k, workspace=workspace, dtype=torch.float32)
 
 
 def selected_loss(
@@ -102,21 +102,21 @@ def selected_loss(
     rows: Tensor,
     weights: Tensor,
     divergence: Divergence,
-    workspace_bytes: int,
+    workspace: Workspace,
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of reverse or forward KL over the positions, connected to this rank's part, and its (M,) terms."""
     assert divergence.whole is not None
     with torch.no_grad():  # to more digits than `stats`, which may be of 16-bit logits
-        score: dict[str, Any] = {"top_k": 1, "columns": frozenset(), "workspace_bytes": workspace_bytes}
+        score: dict[str, Any] = {"top_k": 1, "columns": frozenset(), "workspace": workspace}
         exact = token_stats(student, teacher, shard, rows, score_dtype=torch.float32, dtype=torch.float64, **score)
     columns = _columns(student, teacher, exact)
     if is_computed(student, teacher):
-        return heads_loss.selected_loss(student, teacher, rows, weights, divergence, None, workspace_bytes, columns)
+        return heads_loss.selected_loss(student, teacher, rows, weights, divergence, None, workspace, columns)
     losses = columns[COLUMNS.index(divergence.whole.name)]
-    settings = divergence.whole.name, workspace_bytes, student.transform.vocab_size, student.transform.temperature
-    connected: Tensor = _SelectedDivergence.apply(settings, rows, losses, columns, student.leading, teacher.leading.detach())
-    connected = unchanged(connected, rows, student, teacher, workspace_bytes=workspace_bytes)
-    return weighted_sum(connected, without_infinite(losses, weights)), losses
+    plan = _PartGradient(divergence.whole, student.transform, workspace)
+    total = connected(plan, losses, student.leading, teacher.leading.detach(), rows, columns)
+    total = unchanged(total, rows, student, teacher, workspace=workspace)
+    return weighted_sum(total, without_infinite(losses, weights)), losses
 
 
 def _columns(student: Source, teacher: Source, exact: TokenStats) -> Tensor:
@@ -136,28 +136,22 @@ def _columns(student: Source, teacher: Source, exact: TokenStats) -> Tensor:
 
 def _stored(source: Source) -> Transform:
     """What the logits that kernels read still have to go through."""
-    return Side(source, torch.empty(0, dtype=torch.long), 1).transform
+    return TileReader(source, torch.empty(0, dtype=torch.long), torch.float32, 1).transform
 
 
-class _SelectedDivergence(torch.autograd.Function):
-    """(M,) losses of dense logits, whose gradient is made in the backward from this rank's part and the columns."""
+class _PartGradient(GradientPlan):
+    """Of dense logits, from this rank's part of them and the columns of the whole vocabulary."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, options: tuple[Any, ...], rows: Tensor, losses: Tensor, columns: Tensor, student: Tensor, teacher: Tensor
-    ) -> Tensor:
-        ctx.options = options
-        ctx.save_for_backward(student, teacher, rows, columns)
-        return losses.clone()
+    def __init__(self, divergence: WholeRow, transform: Transform, workspace: Workspace) -> None:
+        self.divergence, self.transform, self.workspace = divergence, transform, workspace
 
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, rows, columns = ctx.saved_tensors
+    def gradients(self, saved: Sequence[Tensor], dlosses: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+        student, teacher, rows, columns = saved
         if not student.shape[-1]:
-            return None, None, None, None, torch.zeros_like(student), None
-        gradient = dense.launch_gradient(student, teacher, rows, dlosses, *ctx.options, columns=columns)
-        return None, None, None, None, gradient, None
+            return [torch.zeros_like(student)]
+        vocab, temperature = self.transform.vocab_size, self.transform.temperature
+        options = self.divergence.name, self.workspace, vocab, temperature
+        return [dense.launch_gradient(student, teacher, rows, dlosses, *options, columns=columns)]
 
 
 # --- parts to the whole ----------------------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
-"""Matrix products as the heads of a GPU need them: 16-bit operands, and the result in their dtype or kept in fp32.
+"""Matrix products of heads: operands in their own 16 bits where the result can be kept in fp32, else converted.
 
   head_product   x @ w.T + bias    logits of some rows
   fp32_product   a @ b             of operands of any one dtype
   long_product   a @ b             whose sums are over the vocabulary
 
-The vendor's matmul accumulates in fp32 either way; CUDA can also return that sum unrounded. Elsewhere (ROCm, XPU, a CPU for
-the interpreted kernels) the operands are widened first, a slice of the weight at a time.
-Not here: which rows and when (shared/tiles.py, heads_loss.py), the fp32 tiles of any device (streamed/backend.py).
+The vendor's matmul accumulates in fp32 either way; CUDA can also return that sum unrounded. Elsewhere (ROCm, XPU, a CPU) the
+operands are widened first, a slice of the weight at a time.
+Not here: which rows and when (tiles.py, streamed/loss.py, triton/heads_loss.py).
 """
 
 from __future__ import annotations
@@ -14,22 +14,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from opd_ops.backends.shared.chunks import chunks
 
-def head_product(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, *, cast_bytes: int) -> Tensor:
+
+def operand_dtype(x: Tensor, out: Tensor) -> torch.dtype:
+    """In which dtype `head_product` multiplies `x` where it writes `out`: its own, or that of `out`."""
+    return x.dtype if out.dtype == x.dtype or (out.dtype == torch.float32 and _returns_fp32(x)) else out.dtype
+
+
+def head_product(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, *, cast_columns: int) -> Tensor:
     """Write x @ w.T + bias into `out`: (n, B) of (n, D) and (B, D).
 
-    `out` has the operands' dtype, or fp32. `cast_bytes`: the most that a widened slice of `w` may take.
+    `x` has its `operand_dtype`. A weight of another dtype is converted, `cast_columns` of its rows at a time.
     """
-    if out.dtype == x.dtype:
-        if bias is not None and bias.dtype == out.dtype:
-            return torch.addmm(bias, x, w.T, out=out)  # the bias is added before the rounding
-        torch.mm(x, w.T, out=out)
-    elif _returns_fp32(x):
+    if w.dtype != x.dtype:
+        for part in chunks(len(w), cast_columns):
+            torch.mm(x, w[part].to(x.dtype).T, out=out[:, part])
+    elif out.dtype != x.dtype:
         torch.mm(x, w.T, out_dtype=torch.float32, out=out)
+    elif bias is not None and bias.dtype == out.dtype:
+        return torch.addmm(bias, x, w.T, out=out)  # the bias is added before the rounding
     else:
-        wide, step = x.to(out.dtype), max(1, cast_bytes // (out.element_size() * w.shape[1]))
-        for start in range(0, len(w), step):
-            torch.mm(wide, w[start : start + step].to(out.dtype).T, out=out[:, start : start + step])
+        torch.mm(x, w.T, out=out)
     return out if bias is None else out.add_(bias)
 
 
