@@ -96,9 +96,10 @@ class Source(NamedTuple):
 
     def counted(self) -> Source:
         """The same with tensors that autograd can save, whatever they were made in."""
-        uncounted = _is_uncounted(self.leading), _is_uncounted(self.weight), _is_uncounted(self.bias)
+        found = zip(self.uncounted, (self.leading, self.weight, self.bias), strict=True)
+        leading, weight, bias = (known or _is_uncounted(tensor) for known, tensor in found)
         counted = self.with_tensors([_alias(x) if _is_uncounted(x) else x for x in self.tensors])
-        return counted._replace(uncounted=uncounted)
+        return counted._replace(uncounted=(leading, weight, bias))
 
     @property
     def shape(self) -> torch.Size:
