@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 POSITION_BYTES = 480  # statistics, masks, sort keys and their fp64 temporaries: some 60 numbers a position
 ROW_BYTES, WEIGHT_BYTES = 8, 1  # saved per selected row: its number; on "torch" also whether its weight is 0 and
-SAVED_COLUMNS = 7  # the weight, the mean slope and the five of `Reference`
+SAVED_COLUMNS = 6  # the weight, the mean slope and four of `Reference`
 SAVED_SCALAR_BYTES = 64  # of the mean: sums and denominators
 
 

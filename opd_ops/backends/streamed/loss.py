@@ -276,6 +276,7 @@ def selected_loss(
             assert whole.column is not None
             assert stats.reverse_kl_excess is not None
             sums = Sums(getattr(stats, whole.column), stats.reverse_kl_excess)
+            reference = reference._replace(top_log_ratio=reference.log_ratio)  # where these differ, a KL is infinite
         losses = sums.losses
         of = _Constants(rows, sums.mean_slope, *reference, *(None,) * 4)
     if support is not None:
