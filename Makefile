@@ -11,7 +11,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 export HF_HUB_OFFLINE := 1
 export PIP_CONSTRAINT := $(abspath constraints.txt)
 
-.PHONY: demo train test test-triton36 test-compiled lint bench roofline gpu clean
+.PHONY: demo train test test-all test-full test-interpreted test-triton36 lint bench roofline gpu clean
 
 # RANKS=2: on two processes over gloo.
 demo: $(VENV)/.demo
@@ -23,19 +23,24 @@ train: $(VENV)/.train
 # Whole files to a process, because what is slow is built once a file.
 PARALLEL := --numprocesses 2 --dist loadfile
 
-test: $(VENV)/.test $(VENV)/.train $(VENV)/.parity
-	$(BIN)/python -m pytest $(or $(ARGS),$(PARALLEL))
-	$(if $(ARGS),,$(MAKE) test-compiled test-triton36)
+TESTED := $(VENV)/.test $(VENV)/.train $(VENV)/.parity
+PYTEST := $(BIN)/python -m pytest
 
-# The kernels once more on the oldest triton they support: put before the virtual environment's own, which stays as it is.
-test-triton36: $(VENV)/.test $(VENV)/.triton36
-	PYTHONPATH=$(abspath $(VENV)/triton36) $(BIN)/python -m pytest $(PARALLEL) tests/kernels tests/backends/test_triton.py tests/benchmarks/test_roofline.py
-	PYTHONPATH=$(abspath $(VENV)/triton36) OPD_KERNELS=sm_80 $(BIN)/python -m pytest $(PARALLEL) tests/kernels
+test: $(TESTED)
+	$(PYTEST) $(or $(ARGS),$(PARALLEL) -m "not full")
 
-# The kernels as a GPU gets them: compiled for TARGET, and their PTX run on the CPU.
-TARGET ?= sm_90
-test-compiled: $(VENV)/.test
-	OPD_KERNELS=$(TARGET) $(BIN)/python -m pytest $(PARALLEL) tests/kernels tests/backends/test_triton*.py tests/inputs/test_float8.py tests/loss/test_contract.py tests/support/ptx
+# All of `test`, then what takes long, then the kernels once more: interpreted, and compiled by the oldest triton they support.
+test-all: test test-full test-interpreted test-triton36
+
+test-full: $(TESTED)
+	$(PYTEST) $(PARALLEL) -m full
+
+test-interpreted: $(TESTED)
+	OPD_KERNELS=interpreter $(PYTEST) $(PARALLEL) tests/kernels tests/backends/test_triton.py tests/loss/test_contract.py tests/parity/test_liger.py
+
+# The older triton is put before the virtual environment's own, which stays as it is. The code for another GPU at once.
+test-triton36: $(TESTED) $(VENV)/.triton36
+	PYTHONPATH=$(abspath $(VENV)/triton36) OPD_KERNELS=sm_80 $(PYTEST) $(PARALLEL) tests/kernels tests/backends/test_triton.py tests/benchmarks/test_roofline.py
 
 roofline: $(VENV)/.test
 	$(BIN)/python -m benchmarks.static.roofline $(ARGS)

@@ -1,6 +1,6 @@
 """Settings of every test: one thread, because the tensors are small and threads would only wait for each other (two for a test
-that asks for `two_threads`), no network, the same hypothesis examples on every machine, and Triton kernels on the CPU: run by
-its interpreter, or with OPD_KERNELS=sm_90 (or another target) compiled for that GPU and run from their PTX (tests/support/ptx).
+that asks for `two_threads`), no network, the same hypothesis examples on every machine, and Triton kernels on the CPU
+(support/kernels.py).
 
 Not here: inputs (support/cases.py), comparisons (support/tolerances.py), kernels on a GPU (benchmarks/gpu/run.py).
 """
@@ -12,21 +12,16 @@ import hypothesis
 import pytest
 import torch
 
-TARGET = os.environ.get("OPD_KERNELS", "interpreter")
+from tests.support import kernels
+
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TRITON_INTERPRET"] = "1" if TARGET == "interpreter" else "0"  # read when triton is imported
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
-if TARGET == "interpreter":
-    from tests.support import interpreter
-
-    collect_ignore = ["support/ptx"]
-else:
-    from tests.support.ptx import driver
-
-    driver.use(TARGET)
+kernels.use()
+# Liger's kernels of this release take Python numbers where PTX has none: they need the interpreter.
+collect_ignore = ["support/ptx"] if kernels.IS_INTERPRETED else ["parity/test_liger.py"]
 from opd_ops.call import choose  # noqa: E402
 from opd_ops.inputs import pair  # noqa: E402
 
@@ -34,8 +29,10 @@ from opd_ops.inputs import pair  # noqa: E402
 @pytest.fixture
 def prompt_launches(monkeypatch):
     """The interpreter leaves a launch's tensors in a reference cycle: for tests that count live bytes, collect it at once."""
-    if TARGET != "interpreter":
+    if not kernels.IS_INTERPRETED:
         return
+    from tests.support import interpreter
+
     launch = interpreter.interpreter.GridExecutor.__call__
 
     def launch_and_collect(self, *args, **kwargs):

@@ -34,6 +34,7 @@ def dry(**changed):
     return gpu_timing.Bench(**{"device": CPU, "dtype": torch.bfloat16, "rounds": 1, "dry": True} | changed)
 
 
+@pytest.mark.full
 def test_a_dry_run_runs_every_part_and_says_that_it_is_no_measurement(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results")
     assert gpu.main(["--dry-run", "--out", str(tmp_path / "out")]) == 0

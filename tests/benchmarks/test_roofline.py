@@ -46,10 +46,12 @@ def rows(tmp_path_factory):
     return compiled(tmp_path_factory.mktemp("roofline"), "--targets", "sm_90")
 
 
+@pytest.mark.full
 def test_static_roofline_shipped_kernels_keep_their_limits(rows):
     assert [f"{row['kernel']} {row['config']}: {x}" for row in rows for x in roofline.failures(row)] == []
 
 
+@pytest.mark.full
 def test_static_roofline_other_targets_keep_their_limits(tmp_path):
     targets = "sm_80", "sm_100", "gfx942"
     configs = "bf16", "bf16 rows", "bf16 K=128", "bf16 K=32", "bf16 split", "fp32 to bf16"
@@ -60,11 +62,13 @@ def test_static_roofline_other_targets_keep_their_limits(tmp_path):
     assert [f"{row['kernel']} {row['target']} {row['config']}: {x}" for row in found for x in roofline.failures(row)] == []
 
 
+@pytest.mark.full
 def test_static_roofline_covers_every_kernel_and_type(rows):
     assert {row["kernel"] for row in rows} == KERNELS
     assert {row["config"].split()[0] for row in rows if row["kernel"] == "score_fwd"} >= {"bf16", "fp16", "fp32"}
 
 
+@pytest.mark.full
 def test_static_roofline_score_loop_has_no_barrier(rows):
     scores = [row for row in rows if row["kernel"] == "score_fwd"]
     assert all(row["barriers"] == 0 for row in scores)

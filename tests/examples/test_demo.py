@@ -163,6 +163,7 @@ def test_render_needs_no_network_and_says_what_it_left_out():
 
 
 @torch.no_grad()
+@pytest.mark.full
 def test_head_over_aligns_with_each_conversation_alone(loaded):
     model, tokenizer = loaded
     questions = ("Why?", "What is the best way to learn a new language?")  # of different lengths: the first is padded
@@ -178,6 +179,7 @@ def test_head_over_aligns_with_each_conversation_alone(loaded):
         assert (got - expected).norm() < 1e-4 * expected.norm()
 
 
+@pytest.mark.full
 def test_sample_masks_what_follows_the_end_token(loaded):
     model, tokenizer = loaded
     asked = [Prompt.of("What is the capital of France?"), Prompt.of("Why do cats purr?")]
@@ -187,6 +189,7 @@ def test_sample_masks_what_follows_the_end_token(loaded):
     assert answer.mask[1].all()
 
 
+@pytest.mark.full
 def test_train_step_trains_the_student_alone(loaded):
     model, tokenizer = loaded
     pair = prompt_distillation.Pair(copy.deepcopy(model).requires_grad_(True), model.requires_grad_(False), tokenizer)
@@ -202,6 +205,7 @@ def test_train_step_trains_the_student_alone(loaded):
     assert all(parameter.grad is None for parameter in pair.teacher.parameters())
 
 
+@pytest.mark.full
 def test_main_learns_writes_and_repeats(loaded, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(smollm2, "load_model", lambda: loaded)
     monkeypatch.setattr(prompt_distillation, "HELD_OUT", prompts.HELD_OUT[:4])  # to save time
@@ -263,6 +267,7 @@ def test_parse_settings_reads_every_flag(tmp_path):
     assert wanted.out.is_dir()
 
 
+@pytest.mark.full
 def test_load_model_gives_what_a_trainer_takes(loaded, tmp_path):
     model, _ = loaded
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -277,6 +282,7 @@ def test_load_model_rejects_missing_weights(monkeypatch, tmp_path):
         prompt_distillation.main(["--out", str(tmp_path)])
 
 
+@pytest.mark.full
 def test_the_plain_loop_trains_a_smaller_student(loaded, capsys):
     model, tokenizer = loaded
     before = {name: parameter.clone() for name, parameter in model.named_parameters() if "layers.0." in name}
@@ -290,6 +296,7 @@ def test_the_plain_loop_trains_a_smaller_student(loaded, capsys):
     assert not any(torch.equal(of_student[name], value) for name, value in before.items())
 
 
+@pytest.mark.full
 def test_the_reference_trainer_runs_its_example(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(Path(__file__).parents[2])
     small = {"steps": 1, "batch_size": 2, "max_new_tokens": 6, "eval_size": 2, "completions": 1, "output_dir": tmp_path}

@@ -349,6 +349,7 @@ def test_accumulated_micro_batches_are_one_batch():
     assert_gradient(twice, once, 1e-6)
 
 
+@pytest.mark.full
 def test_a_module_named_in_the_environment_patches_every_process(tmp_path):
     (tmp_path / "my_opd.py").write_text("from opd_ops.integrations.verl import patch_verl\npatch_verl(fraction=0.1)\n")
     code = "import verl; from verl.workers.config import DistillationLossConfig; "

@@ -159,10 +159,21 @@ def test_operators_pass_opcheck(name):
     assert set(found.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("shape", [(6, 131), (2, 3, 131)])
 @pytest.mark.parametrize(
-    ("divergence", "selector"),
-    [("reverse_kl", "teachability"), ("forward_kl", "tip"), ("reverse_kl", "teachability-released")],
+    ("divergence", "selector", "shape"),
+    [
+        ("reverse_kl", "teachability", (2, 3, 131)),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in (
+                ("reverse_kl", "teachability", (6, 131)),
+                ("forward_kl", "tip", (6, 131)),
+                ("forward_kl", "tip", (2, 3, 131)),
+                ("reverse_kl", "teachability-released", (6, 131)),
+                ("reverse_kl", "teachability-released", (2, 3, 131)),
+            )
+        ),
+    ],
 )
 def test_selective_opd_loss_compiles_fullgraph(divergence, selector, shape):
     student, teacher = (x.view(shape) for x in logit_pair(6, 131))

@@ -455,8 +455,6 @@ def test_score_positions_normalises_over_the_group(ranks):
 
 
 def shortlists():
-    from tests.support import interpreter  # noqa: F401  (conftest.py is not loaded here)
-
     student, teacher = head_pair((8,), 67, student_dim=32, teacher_dim=48)
     rank = dist.get_rank(own_pair())
     part = slice(0, 5) if rank == 0 else slice(5, 8)

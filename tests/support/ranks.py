@@ -78,11 +78,12 @@ def own_pair():
 
 
 def _work(rank, store, pipe):
-    os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    os.environ["OMP_NUM_THREADS"] = "1"
+    from tests.support import kernels
+
+    kernels.use()
     import torch
     import torch.distributed as dist
-
-    from tests.support import interpreter  # noqa: F401  quick enough, as in the tests' own process
 
     torch.set_num_threads(1)
     patience = timedelta(seconds=TIMEOUT)  # a new group does not inherit it
