@@ -1,6 +1,6 @@
 """The machine that runs PTX, on programs of a few lines: what instructions compute, and what it refuses to do.
 
-Not here: the kernels (tests/test_kernel_*.py and tests/test_triton*.py run on it with OPD_KERNELS=sm_90).
+Not here: the kernels (tests/kernels and tests/backends/test_triton*.py run on it).
 """
 
 import numpy as np
