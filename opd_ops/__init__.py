@@ -2,7 +2,7 @@
 
   loss = 1/|M| sum_{t in M} KL(student || teacher) over the few positions M worth training on   (loss.py)
 
-Not here: anything else; importing this needs torch alone.
+Not here: the trainer, the diagnostics, the integrations. Importing `opd_ops` needs only torch.
 """
 
 from opd_ops.call.reduce import SelectiveOPDOutput, TokenLosses

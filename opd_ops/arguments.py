@@ -1,7 +1,6 @@
-"""One argument alone: numbers and lists of ids as users write them, NumPy's too, as Python's own; tensors that hold every
-entry.
+"""Checks of one argument: numbers and lists of ids become Python's own, also NumPy's; tensors must be strided.
 
-  An error says which argument, what came, what was expected. ValueError for values, TypeError for types.
+  An error names the argument, the value that came, the value that was expected. ValueError for values, TypeError for types.
 
 Not here: arguments that depend on others (call/prepare.py, inputs/pair.py).
 """
@@ -12,44 +11,44 @@ import math
 import sys
 import warnings
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-LARGEST_INTEGER = 2**63 - 1  # what torch takes
-LARGEST_ID = 2**31 - 2  # beyond it torch compares 32-bit tokens with what is left of the number: 2^40 would be token 0
+LARGEST_INTEGER = 2**63 - 1  # torch takes no larger one
+LARGEST_ID = 2**31 - 2  # torch cuts a larger id to 32 bits when it compares it with 32-bit tokens: 2^40 would be token 0
 LONGEST_SHOWN = 60
 
 
 def is_traced() -> bool:
-    """Whether torch.compile is tracing the call: then nothing may look at a value, log or warn."""
+    """Whether torch.compile traces the call. Traced code must not read a value, log or warn."""
     return torch.compiler.is_compiling()
 
 
 def may_look(tensor: Tensor) -> bool:
-    """Whether the host can read the numbers at no price: a device would have it wait, torch.compile would break the graph."""
+    """Whether reading the numbers costs nothing. Otherwise the CPU waits for a device, or torch.compile breaks the graph."""
     return tensor.device.type == "cpu" and not is_traced()
 
 
 def warn_user(message: str) -> None:
-    """A warning that points at the line outside of this package from which the call came."""
+    """Warn at the line of the user's code that called this package."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("opd_ops", "torch"):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, UserWarning, stacklevel=level)
 
 
-def plain(value: Any) -> Any:
-    """A NumPy number, or array of one without a dimension, as Python's; anything else as it is."""
+def plain(value: object) -> object:
+    """A NumPy number or 0-dim array becomes a Python number; anything else is returned unchanged."""
     if type(value) in (bool, int, float) or isinstance(value, Tensor):
         return value
-    is_numpy = hasattr(value, "dtype") and hasattr(value, "item") and getattr(value, "ndim", None) == 0
-    return value.item() if is_numpy else value
+    item = getattr(value, "item", None)
+    is_numpy = hasattr(value, "dtype") and getattr(value, "ndim", None) == 0
+    return item() if is_numpy and callable(item) else value
 
 
 def take_plain(instance: object, *names: str) -> None:
-    """These fields of a frozen dataclass become Python's own numbers."""
+    """Turn these fields of a frozen dataclass into Python's own numbers."""
     for name in names:
         value = getattr(instance, name)
         if plain(value) is not value:
@@ -57,7 +56,7 @@ def take_plain(instance: object, *names: str) -> None:
 
 
 def real(value: object) -> float:
-    """A number as a float; NaN where it is none, or beyond what a float holds."""
+    """A number as a float; NaN if the value is no number or too large for a float."""
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return math.nan
@@ -68,30 +67,30 @@ def real(value: object) -> float:
 
 
 def shown(value: object) -> str:
-    """The value as an error names it."""
+    """The value as an error message shows it."""
     try:
         text = repr(value)
-    except ValueError:  # Python writes no integer of more than 4300 digits
+    except ValueError:  # Python prints no integer of more than 4300 digits
         return "an integer of thousands of digits"
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def check_positive(name: str, value: object, more: str = "") -> float:
-    found = real(value)
-    if not 0 < found < math.inf:
+    number = real(value)
+    if not 0 < number < math.inf:
         raise ValueError(f"{name}: got {shown(value)}, expected a finite number > 0{more}")
-    return found
+    return number
 
 
 def check_integer(name: str, value: object, *, least: int) -> int:
-    found = plain(value)
-    if isinstance(found, bool) or not isinstance(found, int):
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, int):
         raise TypeError(f"{name}: got {shown(value)}, expected an integer")
-    if found < least:
-        raise ValueError(f"{name}: got {shown(found)}, expected at least {least}")
-    if found > LARGEST_INTEGER:
-        raise ValueError(f"{name}: got {shown(found)}, expected at most {LARGEST_INTEGER}")
-    return found
+    if number < least:
+        raise ValueError(f"{name}: got {shown(number)}, expected at least {least}")
+    if number > LARGEST_INTEGER:
+        raise ValueError(f"{name}: got {shown(number)}, expected at most {LARGEST_INTEGER}")
+    return number
 
 
 def check_ids(name: str, ids: object) -> tuple[int, ...]:
@@ -99,11 +98,11 @@ def check_ids(name: str, ids: object) -> tuple[int, ...]:
     if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable) or getattr(ids, "ndim", 1) == 0:
         raise TypeError(f"{name}: got {shown(ids)}, expected a sequence of token ids")
     ids = ids.tolist() if isinstance(ids, Tensor) else ids
-    found = tuple(check_integer(name, x, least=0) for x in ids)
-    for x in found:
-        if x > LARGEST_ID:
-            raise ValueError(f"{name}: got {x}, expected ids of at most {LARGEST_ID}")
-    return found
+    token_ids = tuple(check_integer(name, token_id, least=0) for token_id in ids)
+    for token_id in token_ids:
+        if token_id > LARGEST_ID:
+            raise ValueError(f"{name}: got {token_id}, expected ids of at most {LARGEST_ID}")
+    return token_ids
 
 
 def check_layout(name: str, tensor: Tensor) -> None:
@@ -114,7 +113,7 @@ def check_layout(name: str, tensor: Tensor) -> None:
 
 
 def per_position(name: str, tensor: object, shape: torch.Size, device: torch.device) -> Tensor:
-    """The tensor, if it has one entry per position."""
+    """The tensor, checked to have one entry per position."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor of shape {tuple(shape)}")
     check_layout(name, tensor)

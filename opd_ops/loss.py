@@ -1,8 +1,8 @@
-"""The public door: `selective_opd_loss` scores every valid position, selects the best share, trains on those alone.
+"""The public loss: `selective_opd_loss` scores every valid position, selects the best share and trains only on these.
 
   L = 1/|M| sum_{t in M} l_t,  M the selected positions, l the divergence       arXiv 2605.26844 eq. 6; 2604.14084 eq. 9
 
-Not here: the settings (settings.py), the stages of a call (call/), its halves as functions (scoring.py).
+Not here: the settings (settings.py), the stages of a call (call/), scoring and selection as functions (scoring.py).
 """
 
 from __future__ import annotations
@@ -69,22 +69,22 @@ def selective_opd_loss(
     With p = softmax(student / temperature), q likewise for the teacher, and M the ceil(fraction * n_valid) valid positions of
     highest score (arXiv 2605.26844, eqs. 6, 12, 13):
         loss = 1/|M| sum_{t in M} sum_v p[t,v] (log p[t,v] - log q[t,v])          [nats]
-    Positions outside M receive a gradient of exactly zero, scores carry none, the teacher never receives any. Row i predicts
-    target i: the caller has shifted.
+    Gradients of positions outside M are exactly zero. Scores carry no gradient, and the teacher receives none. Row i predicts
+    target i: the caller has shifted the targets.
 
     Args:
         student: (..., V) logits, or a `LinearHead`, whose logits are never materialised whole.
         teacher: The same, or `TopKLogprobs` or `SampledLogprobs` from a server.
         mask: (...) non-zero on the tokens that the student wrote; None: all.
-        weights: (...) factors of each position's loss. A weight of 0 also takes the position from the mask.
-        labels, shift_labels: (...) targets, unshifted or already shifted (these win); `ignore_index` is not valid.
-        tokens: (...) the token that each position predicts, for "sampled" and `special_ids`; None: the labels.
+        weights: (...) a factor per position's loss. A position of weight 0 is not valid.
+        labels, shift_labels: (...) targets, unshifted or already shifted; `shift_labels` win. `ignore_index` is not valid.
+        tokens: (...) the token that each position predicts, for "sampled" and `special_ids`; None: taken from the labels.
         cu_seqlens: (n_sequences + 1,) boundaries of packed sequences in the flattened positions.
-        student_stats: `StudentStats` from the rollout: scoring then reads the teacher alone.
-        num_items_in_batch: The host's count of valid tokens over all micro-batches (and ranks).
+        student_stats: `StudentStats` from the rollout: scoring then runs only the teacher's head.
+        num_items_in_batch: The host trainer's count of valid tokens over all micro-batches (and ranks).
         {settings}
     Returns: `SelectiveOPDOutput`: `loss`, 0-dim; `selected`, `scores`, `stats` of the mask's shape; `metrics`.
-    Raises: ValueError, TypeError: before any work, with the argument, what came, what was expected.
+    Raises: ValueError, TypeError: before any work, with the argument, the value that came, the value that was expected.
     Non-finite logits, denominators, ranks, torch.compile: docs/features.md.
     Example: a student equal to its teacher has nothing to learn.
         >>> logits = torch.randn(6, 32)
@@ -120,15 +120,15 @@ def selective_opd_loss(
 class SelectiveOPDLoss(nn.Module):
     """`selective_opd_loss` as a module that carries its settings, as `nn.CrossEntropyLoss` does for `F.cross_entropy`.
 
-    Args: a `Settings`, or settings by name (`Settings` has them all): SelectiveOPDLoss(fraction=0.1, divergence="jsd").
-    Raises: as `Settings`, now and not in the first step.
+    Args: a `Settings`, or settings by name, as of `Settings`: SelectiveOPDLoss(fraction=0.1, divergence="jsd").
+    Raises: as `Settings`, when the module is made.
     """
 
     def __init__(self, settings: Settings | None = None, **options: Unpack[LossOptions]) -> None:
         super().__init__()
         self.settings = Settings.given_or_named(settings, options)
 
-    __call__: Callable[..., SelectiveOPDOutput]  # what nn.Module types as anything
+    __call__: Callable[..., SelectiveOPDOutput]  # nn.Module types it as Any
 
     def extra_repr(self) -> str:
         return str(self.settings)
@@ -147,7 +147,7 @@ class SelectiveOPDLoss(nn.Module):
         student_stats: StudentStats | None = None,
         num_items_in_batch: Tensor | float | None = None,
     ) -> SelectiveOPDOutput:
-        """The loss of one batch; arguments are those of `selective_opd_loss`."""
+        """The loss of one batch; arguments as of `selective_opd_loss`."""
         batch = Batch(mask, weights, labels, shift_labels, tokens, cu_seqlens, student_stats, num_items_in_batch)
         return _loss(student, teacher, batch, self.settings)
 
@@ -165,23 +165,23 @@ def selective_opd_token_losses(
     student_stats: StudentStats | None = None,
     **options: Unpack[TokenLossOptions],
 ) -> TokenLosses:
-    """The losses of `selective_opd_loss` position by position, for a host that weights and reduces them itself.
+    """The losses of `selective_opd_loss` per position, for a host trainer that weights and reduces them itself.
 
     With M the selected positions, l the divergence in nats and w the `weights`:
         losses_t = w_t l_t  for t in M, 0 elsewhere; the gradient of any sum_t c_t losses_t is exact, whatever the sign of c_t
     `selective_opd_loss` is losses.sum() / |M|. A host that divides by a count of all valid positions shrinks the step by
-    |M| / n_valid: multiply by n_valid / |M| (`metrics` has both counts). Over several processes (`selection_group`) only the
-    selection is theirs together: nothing is divided here.
+    |M| / n_valid: multiply by n_valid / |M| (`metrics` has both counts). Ranks of a `selection_group` share only the selection:
+    nothing is divided here.
 
-    Args: those of `selective_opd_loss`; `options` are its settings but `denominator` and `inplace_backward`.
+    Args: as of `selective_opd_loss`; `options` are its settings without `denominator` and `inplace_backward`.
     Returns: `TokenLosses`: `losses` of the mask's shape, fp32 (fp64 if any input is), connected to the student's tensors even
         when nothing is selected; `selected`, `scores`, `stats`, `metrics` as of `selective_opd_loss`.
     Raises: as `selective_opd_loss`. A second derivative is an error, and so are torch.func's transforms.
-    Non-finite logits: where `selective_opd_loss` is NaN every loss is NaN, and every gradient.
+    Non-finite logits: if `selective_opd_loss` is NaN, every loss and every gradient is NaN.
     Cost in head matmuls, two heads of equal width, a share rho selected: 2 + 4 rho on backend "torch" with reverse or forward
-        KL, as `selective_opd_loss`. What that keeps of its forward otherwise is computed once more in the backward: 2 + 8 rho
-        with "jsd" and "total_variation", and on "triton" 2 + 6 rho with the KLs and "jsd". A frozen student head: rho less.
-    Not for torch.compile(fullgraph=True).
+        KL, as `selective_opd_loss`. In other cases the backward computes parts of the forward again: 2 + 8 rho with "jsd" and
+        "total_variation", and on "triton" 2 + 6 rho with the KLs and "jsd". With a frozen student head rho less.
+    torch.compile(fullgraph=True) is not supported.
     Example: the mean over the selected positions is the loss.
         >>> student, teacher = torch.randn(2, 6, 32).requires_grad_()
         >>> out = selective_opd_token_losses(student, teacher, fraction=0.5)

@@ -1,10 +1,8 @@
-"""The two halves of the loss as functions: statistics to scores, scores to selected positions.
+"""Scoring and selection as functions, for users who bring their own loss.
 
-  scores = selector(statistics);  selected = the budget's best                 arXiv 2605.26844 eqs. 12, 13
+  scores = selector(statistics);  selected = the best-scored positions of the budget       arXiv 2605.26844 eqs. 12, 13
 
-For users who bring their own loss.
-Not here: the stages that the loss is made of (call/), selectors (selection/selectors.py), budget and ties
-(selection/budget.py).
+Not here: the stages of a call (call/), selectors (selection/selectors.py), budget and ties (selection/budget.py).
 """
 
 from __future__ import annotations
@@ -44,12 +42,12 @@ def score_positions(
 ) -> tuple[Tensor, TokenStats]:
     """How much each position is worth training on, without a graph: the first half of `selective_opd_loss`.
 
-    Arguments are those of `selective_opd_loss`; `options` are its settings that scores depend on. `divergence` is the loss that
-    will be applied; left out: "reverse_kl", or one that a sparse teacher allows. A position where it is known to be infinite
-    scores -inf, so that it is never selected; `stats` keep the true value. With `score_dtype="float8"` all scores are those of
-    the first ranking, in 8 bits; `selective_opd_loss` scores its shortlist again. With a `selection_group` selectors normalise
-    over the positions of all its ranks, which must all call; "prefix", `special_ids` and "teachability-released" look at the
-    sequences that this rank holds. torch.func's transforms are an error, but with backend "eager".
+    Arguments are as of `selective_opd_loss`; `options` are the settings that scores depend on. `divergence` is the loss that
+    will be applied; by default "reverse_kl", or a divergence that a sparse teacher allows. A position with an infinite
+    divergence scores -inf, so that it is never selected; `stats` keep the true value. With `score_dtype="float8"` all scores
+    are from the first ranking, in 8 bits; `selective_opd_loss` scores its shortlist again. With a `selection_group` selectors
+    normalise over the positions of all its ranks, and all its ranks must call. "prefix", `special_ids` and
+    "teachability-released" use only the sequences of this rank. torch.func's transforms need backend "eager".
 
     Returns: `scores` (...) fp32, -inf where not valid; `stats`, `TokenStats` of the same shape.
     """
@@ -77,22 +75,22 @@ def select_positions(
     """The best-scored share of the valid positions: the second half of `selective_opd_loss`.
 
     n = max(1, ceil(fraction * n_valid)) positions of the batch, or of each sequence (arXiv 2605.26844 eq. 13, arXiv
-    2604.14084 eq. 8). Equal scores go to the earlier position; a score of -inf or NaN is never selected. What a selector asks
-    for beside its scores, `selectors.selection_options(selector, stats)` gives as arguments of this function.
+    2604.14084 eq. 8). Of equal scores the earlier position wins; a score of -inf or NaN is never selected. A selector may need
+    `keep_one_per_sequence`, `keep_scores` and `places`: `selectors.selection_options(selector, stats)` returns them.
 
     Args:
         scores: (...) floating point.
-        mask: (...), any dtype, non-zero = valid; None = all.
+        mask: (...) any dtype, non-zero: valid; None: all.
         fraction: rho in (0, 1], exact as written: 0.1 of 30 is 3.
-        scope: "batch": one budget; "sequence": one per sequence, that is per row of the last dimension or per span of
+        scope: "batch": one budget; "sequence": a budget per sequence, which is a row of the last dimension or a span of
             `cu_seqlens` (n_sequences + 1,) over the flattened positions; "global": one over the ranks of `selection_group`.
-        selection_group: The processes that select together, as one would that holds their positions in the order of ranks: with
-            "global" (None: all there are), or with "sequence" where each rank holds a part of every sequence, maybe an empty
-            one; their number must agree. All ranks must call, also with no position.
-        keep_one_per_sequence: Add the best position of every sequence that the budget left without one.
-        keep_scores: (...) floating point: what is best there, of the positions with a score; None: the scores.
-        places: (...) int64, below 2**24: equal scores go to the smaller place, across sequences, before the earlier position.
-        threshold: In the place of a budget: keep the valid positions that score at least this, however many they are.
+        selection_group: The ranks that select together, as one process with the positions of all ranks in rank order would.
+            With "global" (None: all ranks), or with "sequence" if each rank holds a part of every sequence, maybe an empty
+            part: all ranks must have the same number of sequences. All ranks must call, also ranks without a position.
+        keep_one_per_sequence: A sequence without a selected position gets its best position.
+        keep_scores: (...) floating point scores that define this best position; None: `scores`.
+        places: (...) int64, below 2**24: of equal scores the smaller place wins, across sequences, then the earlier position.
+        threshold: Select all valid positions that score at least this, without a budget.
     Returns: `selected` (...) bool.
     Raises: ValueError, TypeError: an argument that does not fit, by name.
     """

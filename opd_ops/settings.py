@@ -1,8 +1,9 @@
-"""`Settings`: what a user chooses about a run, as one frozen object that is checked when it is made.
+"""`Settings`: the choices of a user for a run, as one frozen object that is checked when it is made.
 
-Each setting's default, check and sentence stand here and nowhere else; docstrings of functions that take settings by name are
-filled in from here (`documented`), command lines print the same sentences.
-Not here: what belongs to a batch (inputs/batch.py), checks that need the models (call/prepare.py).
+Only this file has a setting's default, check and sentence. `documented` puts the sentences into the docstrings of functions
+that take settings by name; command lines print the same sentences.
+A host is a trainer that calls this package: TRL, verl, NeMo-RL, transformers (opd_ops/integrations/).
+Not here: tensors of a batch (inputs/batch.py), checks that need the models (call/prepare.py).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import wraps
-from typing import Any, TypedDict, TypeVar, cast
+from typing import TypedDict, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -31,13 +32,16 @@ SCOPES = ("batch", "sequence", "global")
 DENOMINATORS = ("selected", "valid")
 SCORE_DTYPES = {"float32": torch.float32, "float8": float8.DTYPE}
 
+T = TypeVar("T")
 
-def _setting(default: object, sentence: str) -> Any:
+
+def _setting(default: T, sentence: str) -> T:
+    """A field of a dataclass; type checkers see its default."""
     return field(default=default, metadata={"help": sentence})
 
 
 class ScoringOptions(TypedDict, total=False):
-    """The settings that scores depend on, by name."""
+    """Settings by name that scores depend on."""
 
     selector: str | Selector
     selection_group: dist.ProcessGroup | None
@@ -56,7 +60,7 @@ class ScoringOptions(TypedDict, total=False):
 
 
 class TokenLossOptions(ScoringOptions, total=False):
-    """Those, and the settings that choose positions."""
+    """The settings of `ScoringOptions`, and the settings that select positions."""
 
     fraction: float
     threshold: Tensor | float | None
@@ -65,7 +69,7 @@ class TokenLossOptions(ScoringOptions, total=False):
 
 
 class LossOptions(TokenLossOptions, total=False):
-    """All settings by name: what a type checker knows of `**options`."""
+    """All settings by name: the type of `**options`."""
 
     denominator: str
     inplace_backward: bool
@@ -73,15 +77,15 @@ class LossOptions(TokenLossOptions, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a user chooses about a run. `replace(settings, fraction=0.1)` makes another one.
+    """The choices of a user for a run. `replace(settings, fraction=0.1)` makes a changed copy.
 
-    Raises: TypeError: a name that no setting has, with the nearest one. ValueError, TypeError: a value that cannot be, or two
-        that exclude each other.
+    Raises: TypeError: an unknown name, with the nearest known name. ValueError, TypeError: a wrong value, or two values that
+        exclude each other.
     """
 
     selector: str | Selector = _setting(
         "teachability",
-        "What makes a position worth training on: a name of selection/selectors.py, or TokenStats -> scores.",
+        "The rule that scores positions: a name of selection/selectors.py, or a callable TokenStats -> scores.",
     )
     fraction: float = _setting(0.05, "Share of the valid positions to train on, in (0, 1]; 1.0: plain distillation.")
     threshold: Tensor | float | None = _setting(
@@ -100,36 +104,37 @@ class Settings:
     top_k: int = _setting(16, "K of the top-K supports that statistics are made of, at most V.")
     temperature: float = _setting(1.0, "Divides both models' logits, > 0; the loss is not scaled back by its square.")
     ignore_index: int = _setting(-100, "Label of positions that are not valid.")
-    special_ids: Sequence[int] = _setting((), "Ids whose first occurrence in each sequence is not trained on, nor counted.")
-    eos_ids: Sequence[int] = _setting((), "Ids that mean the same, like two ends of a turn: their probabilities are added up.")
-    vocab_size: int | None = _setting(None, "Entries that both models are cut to; None: the smaller vocabulary.")
+    special_ids: Sequence[int] = _setting((), "Ids whose first occurrence in each sequence is not valid.")
+    eos_ids: Sequence[int] = _setting((), "Ids of one meaning, like two ends of a turn: their probabilities are added up.")
+    vocab_size: int | None = _setting(None, "Number of entries that both models are cut to; None: the smaller vocabulary.")
     process_group: dist.ProcessGroup | None = _setting(None, "Ranks that share out the vocabulary; DTensors bring their own.")
-    generator: torch.Generator | None = _setting(None, "Of the selectors that draw; None under activation checkpointing.")
+    generator: torch.Generator | None = _setting(None, "For selectors that draw; must be None under activation checkpointing.")
     backend: str = _setting("auto", "'triton' (a GPU), 'torch' (any device), 'eager' (the specification); 'auto' chooses.")
     workspace_bytes: int = _setting(
         512 * 2**20, "Most scratch memory of a call, beyond inputs, outputs, gradients and O(N) numbers."
     )
     score_dtype: str | None = _setting(
-        None, "Of a head's logits while they rank, on 'triton': 'float32', 'float8' (Hopper), None: the head's own."
+        None, "Dtype of a head's logits for scores, on 'triton': 'float32', 'float8' (Hopper); None: the head's dtype."
     )
     inplace_backward: bool = _setting(False, "The gradient overwrites the student's logits ('triton', dense logits).")
-    check_finite: bool = _setting(False, "Raise where a valid position has no finite softmax.")
+    check_finite: bool = _setting(False, "Raise if a valid position has no finite softmax.")
 
     def __post_init__(self) -> None:
-        checked: dict[str, Any] = {
+        eos_ids = check_ids("eos_ids", self.eos_ids)
+        checked: dict[str, object] = {
             "fraction": check_fraction(self.fraction),
             "threshold": check_threshold(self.threshold),
             "top_k": check_integer("top_k", self.top_k, least=1),
             "temperature": check_positive("temperature", self.temperature),
             "ignore_index": _check_ignore_index(self.ignore_index),
             "special_ids": check_ids("special_ids", self.special_ids),
-            "eos_ids": check_ids("eos_ids", self.eos_ids),
+            "eos_ids": eos_ids,
             "workspace_bytes": check_integer("workspace_bytes", self.workspace_bytes, least=1),
             "inplace_backward": bool(self.inplace_backward),
             "check_finite": bool(self.check_finite),
         }
-        if len(set(checked["eos_ids"])) != len(checked["eos_ids"]):
-            raise ValueError(f"eos_ids: got {list(checked['eos_ids'])}, expected different ids")
+        if len(set(eos_ids)) != len(eos_ids):
+            raise ValueError(f"eos_ids: got {list(eos_ids)}, expected different ids")
         if self.vocab_size is not None:
             checked["vocab_size"] = check_integer("vocab_size", self.vocab_size, least=1)
         for name, value in checked.items():
@@ -166,24 +171,24 @@ class Settings:
 
     @classmethod
     def of(cls, options: Mapping[str, object], *, given: Sequence[str] = (), of: type = LossOptions) -> Settings:
-        """The settings that `options` name.
+        """Settings from `options`, values by name.
 
         Args:
-            given: Names that the host passes itself, so that options must not.
-            of: The TypedDict of the names that there are.
-        Raises: TypeError: a name that there is not, with the nearest one, or one that is `given`. As `Settings` otherwise.
+            given: Names that the host passes itself: options must not have them.
+            of: The TypedDict of the allowed names.
+        Raises: TypeError: an unknown name, with the nearest known name, or a `given` name. As `Settings` otherwise.
         """
-        known = [name for name in of.__required_keys__ | of.__optional_keys__ if name not in given]  # type: ignore[attr-defined]
+        names = [name for name in of.__required_keys__ | of.__optional_keys__ if name not in given]  # type: ignore[attr-defined]
         for name in options:
             if name in given:
                 raise TypeError(f"{name}: got it among the settings of the loss, but the host passes its own; leave it out")
-            if name not in known:
-                raise TypeError(_unknown(name, known))
+            if name not in names:
+                raise TypeError(_unknown(name, names))
         return cls(**cast("LossOptions", options))
 
     @classmethod
     def given_or_named(cls, settings: Settings | None, options: Mapping[str, object]) -> Settings:
-        """`settings`, or those that `options` name; both are an error."""
+        """`settings`, or settings from `options`; passing both is an error."""
         if settings is None:
             return cls.of(options)
         if not isinstance(settings, Settings):
@@ -193,12 +198,12 @@ class Settings:
         return settings
 
     def for_host(self, *, passes_tokens: bool, teacher: str | None = None) -> Settings:
-        """Itself, if a host can train with it.
+        """The same settings, checked for a host.
 
         Args:
             passes_tokens: Whether the host passes tokens or labels.
-            teacher: Name of the class of lists that it passes; None: logits or heads.
-        Raises: ValueError: what such a host cannot give.
+            teacher: Class name of the sparse teacher that the host passes; None: logits or heads.
+        Raises: ValueError: a setting that needs an input which the host does not pass.
         """
         divergence = resolve_divergence(self.divergence)
         if teacher is not None:
@@ -214,30 +219,30 @@ class Settings:
 
     @property
     def every_token(self) -> Settings:
-        """The same for an evaluation: every valid position of this process, whatever training selects."""
+        """The same settings for an evaluation: every valid position of this process is selected."""
         return replace(self, fraction=1.0, selector="all", threshold=None, scope="batch", selection_group=None)
 
     @property
     def in_float8(self) -> bool:
-        """Whether positions are ranked in 8 bits first."""
+        """Whether a first ranking in 8 bits comes before the exact scores."""
         return self.score_dtype == "float8"
 
 
-def _unknown(name: str, known: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1)
-    instead = f"; did you mean {nearest[0]!r}?" if nearest else f", expected some of: {', '.join(sorted(known))}"
+def _unknown(name: str, names: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(name, names, n=1)
+    instead = f"; did you mean {nearest[0]!r}?" if nearest else f", expected some of: {', '.join(sorted(names))}"
     return f"settings: got {name!r}, which no setting is called{instead}"
 
 
 def _suggesting(init: Callable[..., None]) -> Callable[..., None]:
-    """The dataclass's own `__init__`, which suggests the nearest name for one that it does not know."""
-    known = [x.name for x in fields(Settings)]
+    """The dataclass's `__init__`, which also suggests the nearest name for an unknown name."""
+    names = [setting.name for setting in fields(Settings)]
 
     @wraps(init)
     def suggesting(self: Settings, **options: object) -> None:
         for name in options:
-            if name not in known:
-                raise TypeError(_unknown(name, known))
+            if name not in names:
+                raise TypeError(_unknown(name, names))
         init(self, **options)
 
     return suggesting
@@ -246,25 +251,25 @@ def _suggesting(init: Callable[..., None]) -> Callable[..., None]:
 Settings.__init__ = _suggesting(Settings.__init__)  # type: ignore[method-assign]
 
 
-def check_choice(name: str, value: object, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}: got {value!r}, expected one of: {', '.join(known)}")
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of: {', '.join(choices)}")
 
 
 def check_fraction(fraction: object) -> float:
-    found = real(fraction)
-    if not 0 < found <= 1:
+    number = real(fraction)
+    if not 0 < number <= 1:
         raise ValueError(f"fraction: got {shown(fraction)}, expected a number in (0, 1]")
-    return found
+    return number
 
 
 def check_threshold(value: object) -> Tensor | float | None:
     if value is None:
         return None
-    found = scalar_of("threshold", value) if isinstance(value, Tensor) else real(value)
-    if found is not None and math.isnan(found):
+    number = scalar_of("threshold", value) if isinstance(value, Tensor) else real(value)
+    if number is not None and math.isnan(number):
         raise ValueError(f"threshold: got {shown(value)}, expected a number or a 0-dim tensor of one")
-    return value if isinstance(value, Tensor) else found
+    return value if isinstance(value, Tensor) else number
 
 
 def check_top_k(top_k: int, vocab_size: int) -> None:
@@ -281,7 +286,7 @@ def check_divergence_top_k(divergence: Divergence, vocab_size: int) -> None:
 
 
 def scalar_of(name: str, tensor: Tensor) -> float | None:
-    """The number of a 0-dim tensor; None where looking would wait for a device, or break a graph."""
+    """The number of a 0-dim tensor; None if reading it would make the CPU wait for a device or break a graph."""
     check_layout(name, tensor)
     if tensor.dim():
         raise ValueError(f"{name}: got a tensor of shape {tuple(tensor.shape)}, expected a 0-dim one")
@@ -291,10 +296,10 @@ def scalar_of(name: str, tensor: Tensor) -> float | None:
 
 
 def _check_ignore_index(value: object) -> int:
-    found = plain(value)
-    if isinstance(found, bool) or not isinstance(found, int):
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, int):
         raise TypeError(f"ignore_index: got {shown(value)}, expected an integer")
-    return found
+    return number
 
 
 DEFAULTS = Settings()
@@ -303,7 +308,7 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def documented(function: Function) -> Function:
-    """Decorator: `{settings}` in a docstring becomes the sentences of the settings that the function takes."""
+    """Decorator: replaces `{settings}` in a docstring by the sentences of the settings that the function takes."""
     taken = [name for name in HELP if name in inspect.signature(function).parameters]
     lines = [
         line

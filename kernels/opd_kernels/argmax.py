@@ -1,17 +1,18 @@
 """Argmax: the student's most likely id of each row, found from score.py's maxima of groups of 128 logits.
 
   top = the lowest v with s[v] = max s
-  Gradients over the whole vocabulary sum to 0: that of the top id, where p may be near 1, is minus the sum of the others.
+  A row's gradient sums to 0 over the vocabulary. At `top`, where p may be near 1, the gradient kernels compute it as minus the
+  sum of the others.
 
 Shapes: n rows, V vocabulary, NG = ceil(V / 128) groups
   s          (N, V)           in   stored logits; rows (n,) in, or None
-  group_max  (n, 2, >= NG)    in   score.py; the student's are read
+  group_max  (n, 2, >= NG)    in   score.py; only the student's are read
   top        (n,)             out  int32
 
-Grid: (n,). Traffic: NG maxima and 128 logits a row, about 2 % of it.
-The order of stored logits is that of the logits. A row of NaN or of -inf alone gets some id inside the vocabulary.
+Grid: (n,). Traffic: NG maxima and 128 logits a row, about 2 % of the row.
+Stored logits have the order of the logits. For a row of NaN or of -inf alone, top is some id inside the vocabulary.
 
-Not here: the K most likely (support.py). Tests: tests/kernels/test_grad.py.
+Not here: the K most likely ids (support.py). Tests: tests/kernels/test_grad.py.
 """
 
 import torch
@@ -33,7 +34,7 @@ def _argmax_fwd_kernel(
     if HAS_ROWS:
         row = tl.load(rows_ptr + pid).to(tl.int64)
     g = tl.arange(0, NG)
-    # the row stride is a multiple of 16, n_groups need not be: 128-bit loads, of whose last some is dropped
+    # 128-bit loads: stride_g is a multiple of 16; maxima beyond n_groups are replaced by -inf
     x = tl.load(gmax_ptr + pid * 2 * stride_g + g, mask=g < stride_g, other=float("-inf")).to(tl.float32)
     x = tl.where(g < n_groups, x, float("-inf"))
     group = tl.min(tl.where(x == tl.max(x, 0), g, NG), 0)

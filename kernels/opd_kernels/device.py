@@ -1,13 +1,13 @@
-"""Device helpers that two or more kernels share: the model's transform of a stored logit, the
-logarithm of a ratio near one, and the integer key that orders logits.
+"""Device helpers that two or more kernels share: the transform from a stored logit to a logit, the logarithm of a ratio near
+one, and the integer key that orders logits.
 
-A stored logit x stands for  softcap * tanh(scale * x / softcap) / T,  or  scale * x / T  without
-soft-cap (LinearHead in opd_ops/inputs/linear_head.py). Kernels never form that number. They hold
-  z = _transform(x)  and one multiplier  k,  so that  2^(k (z - z_ref)) = e^(logit - logit_ref):
+A stored logit x stands for the logit  softcap * tanh(scale * x / softcap) / T,  or  scale * x / T  without soft-cap
+(LinearHead in opd_ops/inputs/linear_head.py). Kernels do not compute the logit. They compute
+  z = _transform(x)  and use one multiplier  k,  so that  2^(k (z - z_ref)) = e^(logit - logit_ref):
   without soft-cap  z = x,                          k = scale * log2(e) / T
   with soft-cap     z = softcap * tanh(scale * x / softcap),  k = log2(e) / T
 
-tanh makes a stored -inf the logit -softcap / T. Order is that of the stored logits either way.
+tanh turns a stored -inf into the logit -softcap / T. Logits have the order of stored logits in both cases.
 Python floats may arrive as fp64 (torch.compile before 2.15), hence the casts.
 
 Not here: kernels and launchers (score.py, support.py, argmax.py, reverse_kl.py, forward_kl.py, jsd.py, rest.py); block
@@ -23,17 +23,17 @@ import triton.language as tl
 
 LOG2_E = math.log2(math.e)
 LN_2 = tl.constexpr(math.log(2.0))
-# FLOOR is the running maximum of a lane that has seen nothing but -inf; VOID the exponent of -inf.
-# Both are finite, so that their products with 0 are 0, and so far apart that the difference of two
-# exponents exceeds VOID / 2 only where one of the two logits is -inf and the other is not.
+# FLOOR: the running maximum of a lane before its first finite logit. VOID: the exponent of -inf.
+# Both are finite, so that their products with 0 are 0. They are far apart: the difference of two
+# exponents exceeds |VOID| / 2 only where one of the two logits is -inf and the other is not.
 FLOOR = tl.constexpr(-(2.0**90))
 VOID = tl.constexpr(-(2.0**120))
-# 2^x is 0 in fp64 below about this: a probability that small makes no divergence infinite.
+# Below about this x, 2^x is 0 in fp64: a probability that small makes no divergence infinite.
 LOG2_ZERO = tl.constexpr(-745.0 / math.log(2.0))
 
 
 class Transform(NamedTuple):
-    """How one model's stored logits become logits: the four numbers its kernels take."""
+    """How one model's stored logits become logits: the four numbers that kernels take."""
 
     k: float  # multiplier of z in the base-2 exponent
     pre: float  # scale / softcap, the argument of tanh; unused without soft-cap
@@ -42,6 +42,7 @@ class Transform(NamedTuple):
 
 
 def transform(scale: float, softcap: float | None, temperature: float) -> Transform:
+    """The kernels' numbers of one model."""
     assert min(scale, temperature) > 0, "order of the stored logits must be that of the logits"
     if softcap is None:
         return Transform(scale * LOG2_E / temperature, 0.0, 0.0, False)
@@ -49,9 +50,9 @@ def transform(scale: float, softcap: float | None, temperature: float) -> Transf
 
 
 def row_step(table: torch.Tensor) -> tuple[int, int]:
-    """The row stride in units, and the elements of a unit: 16 bytes where rows are so far apart, else 1.
+    """The row stride in units, and the elements per unit: 16 bytes if the stride is a multiple of 16 bytes, else 1 element.
 
-    Triton sees for itself only that a stride is a multiple of 16 elements, twice or four times 16 bytes; without this a
+    Triton by itself only detects a stride that is a multiple of 16 elements, which are 32 or 64 bytes. Without units, a
     vocabulary of 32,008 would be read two bytes at a time.
     """
     unit = 16 // table.element_size()
@@ -59,7 +60,7 @@ def row_step(table: torch.Tensor) -> tuple[int, int]:
 
 
 def rows_are_aligned(*tables: torch.Tensor) -> bool:
-    """Can every row be read 16 bytes at a time?"""
+    """Whether every row can be read 16 bytes at a time."""
     return all(row_step(x)[1] > 1 and x.data_ptr() % 16 == 0 for x in tables)
 
 
@@ -67,8 +68,8 @@ def rows_are_aligned(*tables: torch.Tensor) -> bool:
 def _transform(x, pre, cap, HAS_CAP: tl.constexpr):
     z = x.to(tl.float32)
     if HAS_CAP:
-        # tanh(a) = (1 - e) / (1 + e) with e = 2^(-2.885 |a|) <= 1, where 1 - e is exact near a = 0:
-        # five times the accuracy of 1 - 2 / (1 + e^2a). |error| < 2^-22 cap.
+        # tanh(|a|) = (1 - e) / (1 + e) with e = 2^(-2.885 |a|) <= 1. 1 - e is exact near a = 0: five times
+        # as accurate as 1 - 2 / (1 + e^2a). |error| < 2^-22 cap.
         a = tl.cast(pre, tl.float32) * z
         e = tl.exp2(-2.8853900817779268 * tl.abs(a))
         th = (1.0 - e) / (1.0 + e)
@@ -78,8 +79,8 @@ def _transform(x, pre, cap, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def _is_masked(x, HAS_CAP: tl.constexpr):
-    # Stored logits of -inf, or as low as the library transformers writes for it (opd_ops/inputs/sources.py: mask_limit). A
-    # soft-cap makes finite logits of them.
+    # Whether a stored logit is -inf, or as low as the library transformers writes for -inf (opd_ops/inputs/sources.py:
+    # mask_limit). A soft-cap makes such logits finite: then no logit is masked.
     limit = -(2.0**120)
     if x.dtype == tl.float16:
         limit = -65504.0
@@ -91,8 +92,7 @@ def _is_masked(x, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def _transform_slope(z, pre, cap, HAS_CAP: tl.constexpr):
-    # dz/dx up to the factor that k already carries: 1 without soft-cap (k holds scale / T); with
-    # it scale (1 - (z / cap)^2), scale = pre * cap.
+    # dz/dx: 1 without soft-cap (k holds scale / T); with soft-cap scale (1 - (z / cap)^2), scale = pre * cap.
     slope = tl.full(z.shape, 1.0, tl.float32)
     if HAS_CAP:
         cap = tl.cast(cap, tl.float32)
@@ -102,9 +102,9 @@ def _transform_slope(z, pre, cap, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def _log_ratio(a, b):
-    # log(a / b) for a, b >= 0. log2 of the hardware has an absolute error of 2^-22 near one, as
-    # large as the KL of two models that agree; there the series 2 atanh(w), w = (a - b)/(a + b),
-    # is used: |w| < 0.2 keeps the dropped term 2 w^13/13 below 2^-32.
+    # log(a / b) for a, b >= 0. The hardware's log2 has an absolute error of 2^-22 near one, as large
+    # as the KL of two models that agree. Near one the series 2 atanh(w), w = (a - b)/(a + b), is used:
+    # with |w| < 0.2 the dropped term 2 w^13/13 is below 2^-32.
     w = (a - b) / (a + b)
     w2 = w * w
     series = 1.0 + w2 * (0.33333334 + w2 * (0.2 + w2 * (0.14285715 + w2 * (0.11111111 + w2 * 0.09090909))))
@@ -113,8 +113,8 @@ def _log_ratio(a, b):
 
 @triton.jit
 def _order_key(x, SHIFT: tl.constexpr):
-    # int32 that orders as the float does, -0 and +0 being equal; the low SHIFT bits, which are
-    # constant for the stored type, are dropped. NaN orders beyond the infinity of its sign.
+    # int32 with the order of the float, -0 equal to +0. The low SHIFT bits, which are constant for
+    # the stored type, are dropped. NaN orders beyond the infinity of its sign.
     z = x.to(tl.float32)
     z = tl.where(z == 0.0, 0.0, z)
     bits = z.to(tl.int32, bitcast=True)
@@ -123,8 +123,8 @@ def _order_key(x, SHIFT: tl.constexpr):
 
 @triton.jit
 def _kth_key(keys, K, low, high):
-    # The K-th largest of int32 keys, which lies in [low, high], by bisection: no sort, a count for each
-    # binary digit of high - low.
+    # The K-th largest of int32 keys, by bisection of [low, high], which contains it: no sort, one count
+    # for each binary digit of high - low.
     while low < high:
         middle = ((low.to(tl.int64) + high.to(tl.int64) + 1) >> 1).to(tl.int32)
         enough = tl.sum((keys >= middle).to(tl.int32)) >= K
@@ -135,8 +135,9 @@ def _kth_key(keys, K, low, high):
 
 @triton.jit
 def _pick(keys, K, low, high):
-    # The K largest of (A, B) keys, the K-th of which lies in [low, high], equal ones in row-major order first:
-    # which they are, and their place 0 .. K-1 in that order. Both running counts share one scan: at most 2^15 keys.
+    # The K largest of (A, B) keys; [low, high] contains the K-th, and of equal keys the first in row-major order is
+    # taken. Returns whether each key is taken, and its place 0 .. K-1 in row-major order of the taken keys. Both running
+    # counts share one scan, 16 bits each: at most 2^15 keys.
     kth = _kth_key(keys, K, low, high)
     packed = (keys > kth).to(tl.int32) * 65536 + (keys == kth).to(tl.int32)
     in_row = tl.sum(packed, 1)
@@ -156,8 +157,8 @@ def _log2_prob(z, k, ref, log2z):
 @triton.jit
 def _log2_probs(s, t, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm,
                 CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr):  # fmt: skip
-    # log2 p, log2 q, the gap log2 p - log2 q, and dz/dx of the student, per token of a block. The references are
-    # subtracted first, so that models that differ by a constant lose nothing.
+    # log2 p, log2 q, the gap log2 p - log2 q, and dz/dx of the student, per id of a block. The references are
+    # subtracted first: models that differ by a constant lose no digit.
     s_ref, s_log2z, t_ref, t_log2z, gap_log2z = norm
     z_s = _transform(s, pre_s, cap_s, CAP_S)
     z_t = _transform(t, pre_t, cap_t, CAP_T)
@@ -173,15 +174,15 @@ def _log2_probs(s, t, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm,
 @triton.jit
 def _tokens(s, t, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm,
             CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr):  # fmt: skip
-    # p, q, the gap log p - log q in nats, and dz/dx of the student, per token of a block
+    # p, q, the gap log p - log q in nats, and dz/dx of the student, per id of a block
     log2_p, log2_q, gap, slope = _log2_probs(s, t, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm, CAP_S, CAP_T, SAME_K)
     return tl.exp2(log2_p), tl.exp2(log2_q), gap * LN_2, slope
 
 
 @triton.jit
 def _difference(p, q, gap):
-    # p - q = -p expm1(-gap): by a polynomial good to 2^-22 where |gap| < 1/2, so that close models
-    # lose no digits; elsewhere the subtraction is as good. Also right where p or q is 0.
+    # p - q = -p expm1(-gap). Where |gap| < 1/2, a polynomial with an error of 2^-22 gives expm1: close models
+    # lose no digits. Elsewhere the subtraction is as exact. Also right where p or q is 0.
     x = -gap
     series = tl.fma(x, 1.9841270e-4, tl.full(x.shape, 1.3888889e-3, tl.float32))
     series = tl.fma(series, x, tl.full(x.shape, 8.3333333e-3, tl.float32))
@@ -194,13 +195,13 @@ def _difference(p, q, gap):
 
 @triton.jit
 def _likely_top(top_ptr, norm):
-    # The row's top id if p > 1/2 there, else -1: of a flat row the sum of all others has more rounding than any entry.
+    # The row's top id if p > 1/2 there, else -1: in a flat row the sum of the others has more rounding than one entry.
     return tl.where(norm[1] < 1.0, tl.load(top_ptr), -1)
 
 
 @triton.jit
 def _store_top(out_row, top, dlogit, coef, z, pre, cap, HAS_CAP: tl.constexpr):
-    # The gradient of the top id, if there is one, whose z is the row's reference: over what another thread stored there.
+    # Stores the gradient of the top id (top >= 0), over the value that another thread stored there; z: the row's reference.
     slope = 1.0
     if HAS_CAP:
         cap = tl.cast(cap, tl.float32)

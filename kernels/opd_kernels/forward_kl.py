@@ -1,17 +1,17 @@
 """Forward KL on selected rows: its gradient with respect to the stored logits.
 
   g[v] = log p[v] - log q[v];  kl = -sum_v q[v] g[v]                            [nats]
-  d kl / d logit[v] = p[v] - q[v];  at a top id with p > 1/2 minus the sum of the others
+  d kl / d logit[v] = p[v] - q[v];  at a top id with p > 1/2: minus the sum of the others
   out[rows[i], v] = weights[i] (p[v] - q[v]) dlogit/dx,  x the stored logit
   Source: arXiv:2306.13649 (forward KL); the whole vocabulary.
 
-Shapes, grid, traffic: those of reverse_kl.py.
+Shapes, grid, traffic: as in reverse_kl.py.
 
 Numerics
   p - q = -p expm1(-g): where |g| < 1/2 a polynomial gives expm1 to 2^-22, so that close models
-  lose no digits; elsewhere the subtraction itself is as good.
-  Where both models put all on one token, p - q there is the difference of two numbers near 1: sum p = sum q
-  makes it minus the sum of all others, which loses nothing.
+  lose no digits; elsewhere the subtraction itself is as exact.
+  Where both models put nearly all mass on one id, p - q there is the difference of two numbers near 1. sum p = sum q:
+  minus the sum of the others is the same number and loses no digit.
   p = 0 has a gradient of -q: finite, though kl is then +inf.
 
 Not here: which rows (opd_ops/selection/selectors.py), weights (opd_ops/loss.py), the launch (reverse_kl.py).
@@ -92,11 +92,11 @@ def _forward_kl_grad_kernel(
 def forward_kl_grad(
     student: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary
     teacher: Tensor,  # (N, >= vocab_size)
-    rows: Tensor | None,  # (M,) int32 or int64, or None for all
-    weights: Tensor,  # (M,) fp32, the gradient of the total with respect to each row's loss
+    rows: Tensor | None,  # (M,) int32 or int64; None: all rows
+    weights: Tensor,  # (M,) fp32, d total / d each row's loss
     columns: Tensor,  # (12, M) fp32, Score.columns of these rows
     *,
-    top: Tensor | None,  # (M,) int32, argmax_fwd of these rows; None: the tables are a block of the vocabulary
+    top: Tensor | None,  # (M,) int32, argmax_fwd of these rows; None: student, teacher and out are a block of the vocabulary
     out: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary; may be student
     vocab_size: int,
     temperature: float,
@@ -105,7 +105,7 @@ def forward_kl_grad(
     s_softcap: float | None,
     t_softcap: float | None,
 ) -> None:
-    """Writes the gradient into `out` at `rows`, whole rows of it."""
+    """Write the gradient into whole rows of `out`, at `rows`."""
     launch_grad(
         _forward_kl_grad_kernel, student, teacher, rows, weights, columns, top, out, vocab_size,
         transform(s_scale, s_softcap, temperature), transform(t_scale, t_softcap, temperature),

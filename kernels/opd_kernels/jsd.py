@@ -3,23 +3,23 @@
   m = beta q + (1 - beta) p,  0 < beta < 1                                      [nats]
   f[v] = log(p[v] / m[v]);  g[v] = log(q[v] / m[v]);  mean_slope = sum_v p[v] f[v]
   jsd = (1 - beta) mean_slope + beta sum_v q[v] g[v]
-  d jsd / d logit[v] = (1 - beta) p[v] (f[v] - mean_slope);  at a top id with p > 1/2 minus the sum of the others
+  d jsd / d logit[v] = (1 - beta) p[v] (f[v] - mean_slope);  at a top id with p > 1/2: minus the sum of the others
   out[rows[i], v] = weights[i] (1 - beta) p[v] (f[v] - mean_slope) dlogit/dx,  x the stored logit
   Source: arXiv:2306.13649, beta as there and in TRL; the whole vocabulary.
 
 Shapes: N tokens, M selected rows, V vocabulary
   s, t        (N, V)    in   stored logits, fp32/bf16/fp16, unit stride along V
   rows        (M,)      in   row numbers in [0, N), each at most once; None: rows 0 .. M-1
-  weights     (M,)      in   fp32; 0 writes zeros whatever the row holds
+  weights     (M,)      in   fp32; 0 writes zeros, even if the row holds NaN
   columns     (12, M)   in   score.py's columns of these rows
-  top         (M,)      in   int32, argmax.py; None where the tables are a block of the vocabulary
-  sums        (2, M)    fp32 jsd, mean_slope: out of the loss, in to the gradient
+  top         (M,)      in   int32, argmax.py; None: s, t and out are a block of the vocabulary
+  sums        (2, M)    fp32 jsd, mean_slope: output of the loss, input of the gradient
   out         (N, W)    out  at rows; W >= V, columns V .. W-1 become 0. May be s or t itself: a program
                              loads a block of its row before it stores that block, and no other row.
-  Without `top` the gradient sums nothing over the row: s, t and out may be a block of the vocabulary,
-  columns and sums being those of the whole row.
+  Without `top` the gradient takes no sum over the row: s, t and out may then be a block of the vocabulary,
+  with columns and sums of the whole row.
 
-Grid: (M,). Traffic: 2 V logits read by either, W gradients written.
+Grid: (M,). Traffic: 2 V logits read by loss and by gradient, W gradients written.
 
 Not here: which rows (opd_ops/selection/selectors.py), weights (opd_ops/loss.py), normalisers (score.py).
 Specification: the equations above, by autograd (tests/support/kernel_oracle.py). Tests: tests/kernels/test_jsd.py.
@@ -28,16 +28,17 @@ Specification: the equations above, by autograd (tests/support/kernel_oracle.py)
 # Numerics
 #   With d = log p - log q + log((1 - beta) / beta),  f = -log(1 - beta) - log(1 + e^-d)  and
 #   g = -log(beta) - log(1 + e^d); in base 2, both from one polynomial of 2^-|d|. d comes from stored
-#   logits and normalisers, as in reverse_kl.py, where models are close exactly. The two constants are
-#   the polynomial's own values at p = q, so that f and g are exactly 0 there and the polynomial's error
-#   is relative where they are small. Rounding of d and 2^-|d|: 3e-7 of log p - log q = 1, for any beta.
-#   f and g first cancel in their sums, to KL(p || m) and KL(q || m); then nothing cancels. An error e of
-#   the difference of the normalisers moves the sums by beta e and -(1 - beta) e, which their weights
-#   cancel, and f and mean_slope alike. Clamped at 0. Models that share no mass saturate: f and mean_slope agree, and
-#   of a gradient that vanishes rounding is left, 2e-7 (1 - beta) mean_slope of the weight.
-#   Finite for all p and q: d is clamped to +-256, beyond which 2^-|d|, p or q is 0. So p = 0, q = 0 and
-#   both (d = inf - inf) are products of 0 and a finite number. NaN logits reach p or q, the loss, and
-#   by mean_slope the gradient.
+#   logits and normalisers, as in reverse_kl.py: it is exact where models are close. The constants -log(1 - beta) and
+#   -log(beta) are replaced by the polynomial's own values at p = q. So f and g are exactly 0 there, and where they are
+#   small the polynomial's error is relative. Rounding of d and 2^-|d|: 3e-7 at log p - log q = 1, for any beta.
+#   Terms of either sign cancel within each sum, to KL(p || m) and KL(q || m); after that nothing cancels. An error e of
+#   the difference of the normalisers moves the sums by beta e and -(1 - beta) e: the weights of the sums cancel it in the
+#   loss, and f and mean_slope move alike in the gradient. The loss is clamped at 0.
+#   Models that share no mass saturate: f and mean_slope agree, the true gradient vanishes, and rounding leaves
+#   2e-7 (1 - beta) mean_slope of the weight.
+#   Finite for all p and q: d is clamped to +-256, beyond which 2^-|d|, p or q is 0. So terms with p = 0, q = 0 or
+#   both (d = inf - inf) are products of 0 and a finite number. NaN logits reach p or q, hence the loss, and
+#   the gradient through mean_slope.
 
 import torch
 import triton
@@ -50,8 +51,8 @@ from .device import LN_2, _likely_top, _load_normalisers, _log2_probs, _store_to
 
 @triton.jit
 def _log2_one_plus(d):
-    # log2(1 + 2^-|d|) as x (c0 + c1 x + ..), x = 2^-|d|: minimax on [0, 1], error 5e-8, of the slope 1e-5
-    x = tl.exp2(tl.abs(d) * -1.0)  # in triton 3.6 a minus sign is one more subtraction
+    # log2(1 + 2^-|d|) = x (c0 + c1 x + ..), x = 2^-|d|: minimax on [0, 1]; error 5e-8, error of the slope 1e-5
+    x = tl.exp2(tl.abs(d) * -1.0)  # triton 3.6 compiles a minus sign to one more subtraction
     series = tl.fma(x, -0.0093091251, tl.full(x.shape, 0.052058853, tl.float32))
     series = tl.fma(series, x, tl.full(x.shape, -0.13752113, tl.float32))
     series = tl.fma(series, x, tl.full(x.shape, 0.24186459, tl.float32))
@@ -64,8 +65,8 @@ def _log2_one_plus(d):
 
 @triton.jit
 def _mixture(norm, beta):
-    # The normalisers with the gap's constant such that the gap becomes d, and the values a, c that make
-    # f = a - log2(1 + 2^-d), log2(q / m) = c - log2(1 + 2^d) exactly 0 where p = q.
+    # The normalisers, with the gap's constant changed so that _log2_probs returns d as the gap; and the constants a, c:
+    # log2(p / m) = a - log2(1 + 2^-d) and log2(q / m) = c - log2(1 + 2^d) are exactly 0 where p = q.
     s_ref, s_log2z, t_ref, t_log2z, gap_log2z = norm
     d = tl.full((1,), 0.0, tl.float32) + (tl.log2(1.0 - beta) - tl.log2(beta))
     last = _log2_one_plus(d)
@@ -88,10 +89,10 @@ def _jsd_fwd_block(
     log2_p, log2_q, d, _ = _log2_probs(s, t, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm, CAP_S, CAP_T, SAME_K)
     p = tl.exp2(log2_p)
     q = tl.exp2(log2_q)
-    if MASKED:  # soft-cap makes a logit of a column beyond V
+    if MASKED:  # a soft-cap turns the -inf of a column beyond V into a finite logit
         p = tl.where(offs < V, p, 0.0)
         q = tl.where(offs < V, q, 0.0)
-    d = tl.clamp(d, -256.0, 256.0)  # finite, NaN (both -inf) too
+    d = tl.clamp(d, -256.0, 256.0)  # finite, also for NaN (both logits -inf)
     last = _log2_one_plus(d)
     f = (a - last) + tl.minimum(d, 0.0)
     g = (c - last) - tl.maximum(d, 0.0)
@@ -131,7 +132,7 @@ def _jsd_fwd_kernel(
     mean_slope = tl.sum(total_p, 0) * LN_2
     jsd = tl.fma(1.0 - beta, mean_slope, beta * (tl.sum(total_q, 0) * LN_2))
     tl.store(sums_ptr + pid_m, tl.maximum(jsd, 0.0, propagate_nan=tl.PropagateNan.ALL))
-    # the clamp of d hides a NaN of the teacher from mean_slope
+    # the clamp of d hides a NaN of the teacher from mean_slope: write NaN here
     tl.store(sums_ptr + M + pid_m, tl.where(jsd == jsd, mean_slope, jsd))
 
 
@@ -147,7 +148,7 @@ def _jsd_grad_block(
         s = tl.load(s_row + offs)
         t = tl.load(t_row + offs)
     log2_p, _, d, slope = _log2_probs(s, t, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm, CAP_S, CAP_T, SAME_K)
-    d = tl.maximum(d, -256.0)  # finite times p = 0; NaN (both -inf) too
+    d = tl.maximum(d, -256.0)  # finite, also for NaN (both logits -inf): its product with p = 0 is 0
     f = (a - _log2_one_plus(d)) + tl.minimum(d, 0.0)
     dlogit = tl.exp2(log2_p) * f
     grad = tl.where(weight == 0.0, 0.0, dlogit * (coef * slope))
@@ -205,7 +206,7 @@ def _jsd_grad_kernel(
 def jsd_fwd(
     student: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary
     teacher: Tensor,  # (N, >= vocab_size)
-    rows: Tensor | None,  # (M,) int32 or int64, or None for all
+    rows: Tensor | None,  # (M,) int32 or int64; None: all rows
     columns: Tensor,  # (12, M) fp32, Score.columns of these rows
     *,
     beta: float,  # weight of the teacher in the mixture, inside (0, 1)
@@ -216,7 +217,7 @@ def jsd_fwd(
     s_softcap: float | None,
     t_softcap: float | None,
 ) -> Tensor:
-    """(2, M) fp32: the divergence of each row, and the mean_slope that its gradient needs."""
+    """(2, M) fp32: each row's divergence, and the mean_slope that the gradient reads."""
     M = columns.shape[1]
     assert 0 < beta < 1
     assert student.stride(1) == teacher.stride(1) == 1, "unit stride along the vocabulary"
@@ -241,12 +242,12 @@ def jsd_fwd(
 def jsd_grad(
     student: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary; or a block of the vocabulary
     teacher: Tensor,  # (N, >= vocab_size)
-    rows: Tensor | None,  # (M,) int32 or int64, or None for all
-    weights: Tensor,  # (M,) fp32, the gradient of the total with respect to each row's loss
+    rows: Tensor | None,  # (M,) int32 or int64; None: all rows
+    weights: Tensor,  # (M,) fp32, d total / d each row's loss
     columns: Tensor,  # (12, M) fp32, Score.columns of these rows, of the whole vocabulary
     sums: Tensor,  # (2, M) fp32, of jsd_fwd with the same beta
     *,
-    top: Tensor | None,  # (M,) int32, argmax_fwd of these rows; None: the tables are a block of the vocabulary
+    top: Tensor | None,  # (M,) int32, argmax_fwd of these rows; None: student, teacher and out are a block of the vocabulary
     out: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary; may be student or teacher
     beta: float,
     vocab_size: int,
@@ -256,7 +257,7 @@ def jsd_grad(
     s_softcap: float | None,
     t_softcap: float | None,
 ) -> None:
-    """Writes the gradient into `out` at `rows`, whole rows of it."""
+    """Write the gradient into whole rows of `out`, at `rows`."""
     M = weights.shape[0]
     assert 0 < beta < 1
     assert out.stride(1) == student.stride(1) == teacher.stride(1) == 1, "unit stride along the vocabulary"

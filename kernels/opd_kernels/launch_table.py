@@ -1,9 +1,9 @@
 """Launch table: the one place that chooses block sizes and warps, per kernel, stored type and device.
 
 Every reason below is a static count (python -m benchmarks.static.roofline): registers, spills and
-instructions per pair for sm_80, sm_90 and sm_100. None has been measured on a GPU yet.
+instructions per pair of logits, for sm_80, sm_90 and sm_100. None has been measured on a GPU yet.
 
-Not here: kernels; autotuning, which there is none of.
+Not here: kernels; autotuning: there is none.
 """
 
 import functools
@@ -12,22 +12,22 @@ from typing import NamedTuple
 import torch
 
 MAX_PARTS = 64
-_other_warp_size: int | None = None
+_warp_size_override: int | None = None
 
 
 def set_warp_size(size: int | None) -> None:
-    """For compiling ahead of time for another device than the one at hand; None: that of the device at hand."""
-    global _other_warp_size
-    _other_warp_size = size
+    """Set the warp size for ahead-of-time compilation for another device; None: the current device's warp size."""
+    global _warp_size_override
+    _warp_size_override = size
 
 
 def _warp_size() -> int:
-    return _other_warp_size or _warp_size_of(torch.cuda.current_device() if torch.cuda.is_available() else None)
+    return _warp_size_override or _warp_size_of(torch.cuda.current_device() if torch.cuda.is_available() else None)
 
 
 @functools.cache
 def _warp_size_of(device: int | None) -> int:
-    """AMD's data-centre GPUs have 64 lanes a warp, its others 32, all others 32."""
+    """Lanes a warp: 64 on AMD's data-centre GPUs, 32 on all other devices."""
     return 32 if device is None or not torch.version.hip else torch.cuda.get_device_properties(device).warp_size
 
 
@@ -43,19 +43,21 @@ class SupportTile(NamedTuple):
 
 
 def score(s_dtype: torch.dtype, t_dtype: torch.dtype, *, aligned: bool = True, capped: bool = False) -> Tile:
-    """128 threads; of aligned rows each takes 32 logits of each model an iteration (soft-capped fp32: 16).
+    """128 threads; with aligned rows each takes 32 logits of each model an iteration (soft-capped fp32: 16).
 
-    VEC is a 128-bit load. R * VEC = 32 spreads what an iteration does once per lane (rescaling, the
-    fold of VEC sums, two maxima) over 32 pairs: 22.8 instructions a pair and 128 registers, four
-    programs an SM. 16 pairs: 24.5 and 80 registers; 64 pairs: 21.4 but 168 registers, three programs.
-    QUAD = 4 makes one load of 4 neighbours 64 bytes, two full sectors, of one group of 128.
-    Soft-capped fp32 takes 16 pairs: of 32, ptxas 12.9 spills 8 bytes for sm_90 (57.6 instructions a pair and 79
-    registers, for 54.4 and 128).
+    VEC logits are one 128-bit load. The work once per lane and iteration (rescaling, the fold of VEC sums, two maxima) is
+    spread over R * VEC pairs of logits:
+      32 pairs   22.8 instructions a pair, 128 registers, four programs an SM
+      16 pairs   24.5 instructions a pair, 80 registers
+      64 pairs   21.4 instructions a pair, 168 registers, three programs an SM
+    With QUAD = 4, one load of 4 neighbouring threads is 64 bytes, two full sectors, of one group of 128.
+    Soft-capped fp32 takes 16 pairs (57.6 instructions a pair, 79 registers): with 32 (54.4 and 128) ptxas 12.9 spills 8
+    bytes for sm_90.
 
-    Rows that start anywhere (a vocabulary of 50,257) are read one logit at a time whatever VEC is; eight to
-    a thread would be brought to it through shared memory, at two barriers, 44.8 instructions and 219 registers. With
-    VEC = 1 they stay where they are loaded: 28.8 and 48, blocks of 1024. Sectors asked for, over those there are, in 16
-    rows of 50,257: QUAD = 16 1.9 (a sector's width that lies in two), 8 2.9 at 24.5 instructions, 32 1.5 at 38.
+    Unaligned rows (a vocabulary of 50,257) are read one logit at a time for any VEC. With VEC = 8, triton moves the logits
+    between threads through shared memory: two barriers, 44.8 instructions, 219 registers. With VEC = 1 they stay in
+    their thread: 28.8 instructions, 48 registers, blocks of 1024. Requested sectors per existing sector, in 16 rows
+    of 50,257: 1.9 with QUAD = 16 (an unaligned 32 bytes lie in two sectors), 2.9 with 8 (24.5 instructions), 1.5 with 32 (38).
     """
     if not aligned:
         return Tile({"R": 8, "GROUPS": 8, "QUAD": 16, "VEC": 1}, num_warps=128 // _warp_size())
@@ -66,13 +68,13 @@ def score(s_dtype: torch.dtype, t_dtype: torch.dtype, *, aligned: bool = True, c
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cuda":  # ROCm calls itself cuda
+    if device.type == "cuda":  # also ROCm
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 1 if device.type == "cpu" else 64
 
 
 def score_parts(n: int, vocab_size: int, tile: Tile, device: torch.device) -> int:
-    """Programs per row: 1 from two rows a multiprocessor on, else enough for four programs each."""
+    """Programs per row: 1 if there are two rows per multiprocessor or more, else enough for four programs on each."""
     units = _multiprocessors(device)
     if n >= 2 * units:
         return 1
@@ -81,10 +83,12 @@ def score_parts(n: int, vocab_size: int, tile: Tile, device: torch.device) -> in
 
 
 def support(top_k: int, n_groups: int) -> SupportTile:
-    """Keys a thread: 16 of the groups' 2048 (V = 152k), 16-32 of the candidates' 128 K, more
-    would spill at K = 128; fewer make the barrier of each counting round longer. The lists themselves are
-    short: 16-32 comparisons a thread and chunk. On warps of 64 lanes K = 128 takes 4 of them, 64 keys a
-    thread: with 8, triton 3.6 spills 356 bytes where 3.9 spills none.
+    """Warps of the three kernels, from the keys per thread.
+
+    groups: 16 keys a thread of 2048 group maxima (V = 152k). topk: 16-32 of 128 K candidates; more keys would spill at
+    K = 128, fewer would need more warps, and each counting round a longer barrier. stats: lists are short, 16-32
+    comparisons a thread and chunk. With 64 lanes a warp, K = 128 takes 4 warps, 64 keys a thread: with 8 warps triton 3.6
+    spills 356 bytes, triton 3.9 none.
     """
     scale = 32 / _warp_size()
     groups_warps = 4 if n_groups <= 4096 else 8
@@ -94,20 +98,22 @@ def support(top_k: int, n_groups: int) -> SupportTile:
 
 
 def grad() -> Tile:
-    """128 threads with two 128-bit loads of each model in flight; three streams, no reuse. Also of the sums of JSD:
-    30.8 instructions a pair and 72 registers.
+    """128 threads with two 128-bit loads of each model in flight: two inputs and one output, each read or written once.
+
+    JSD's sums take the same tile: 30.8 instructions a pair and 72 registers.
     """
     return Tile({"BLOCK_V": 2048}, num_warps=128 // _warp_size())
 
 
 def rest(dtype: torch.dtype) -> Tile:
-    """128 threads, each 32 logits an iteration, as in the score: 8.9 instructions a logit and 53 registers."""
+    """128 threads, each takes 32 logits an iteration, as in `score`: 8.9 instructions a logit and 53 registers."""
     vec = 4 if dtype == torch.float32 else 8
     return Tile({"LANES": 128, "R": 32 // vec, "VEC": vec}, num_warps=128 // _warp_size())
 
 
 def rest_grad() -> Tile:
-    """128 threads with two 128-bit loads in flight: 13.4 instructions a logit and 46 registers; all of the block's
-    comparisons with a listed id are made again for the next id, so no larger.
+    """128 threads with two 128-bit loads in flight: 13.4 instructions a logit and 46 registers.
+
+    No larger block: each listed id is compared with every lane of its block.
     """
     return Tile({"BLOCK_V": 2048}, num_warps=128 // _warp_size())

@@ -1,40 +1,40 @@
-"""Rest: what one model puts on a row off a short list of ids, and the gradient of a loss of both.
+"""Rest: one model's log-sum-exp of a row off a short list of ids, and the gradient of a loss that reads it.
 
   rest = log sum_{v off ids} e^logit[v]                                         [nats]
-  of a loss of (logits at ids, rest), with values its derivatives at ids and coef that by rest:
+  For a loss f(logits at ids, rest): values = df/dlogits at ids, coef = df/drest, and
   d loss / d logit[v] = values[k] at v = ids[k],  coef e^(logit[v] - rest) off ids
   out[rows[i], v] (= or +=) d loss / d logit[v] dlogit/dx,  x the stored logit
-  arXiv:2605.26844, eq. 9 renormalises on the list (support.py); here what is off it is one more outcome.
+  arXiv:2605.26844, eq. 9 renormalises on the list (support.py); here the ids off it are one more outcome.
 
 Shapes: N tokens, M selected rows, V vocabulary, K <= 128
   x           (N, V)    in   stored logits, fp32/bf16/fp16, unit stride along V
   rows        (M,)      in   row numbers in [0, N), each at most once; None: rows 0 .. M-1
-  ids         (M, K)    in   int32, ascending, each at most once, filled up at the end with 2^31 - 1
-  values      (M, K)    in   fp32, in that order
-  coef        (M,)      in   fp32; 0 makes every entry off ids 0 whatever the row holds
+  ids         (M, K)    in   int32, ascending, each at most once, padded at the end with 2^31 - 1
+  values      (M, K)    in   fp32, in the order of ids
+  coef        (M,)      in   fp32; 0 makes every entry off ids 0, even if the row holds NaN
   columns     (2, M)    fp32 ref, log2z: rest = ln 2 (k ref + log2z), k of device.py
-  out         (N, W)    out  at rows; W >= V, columns V .. W-1 become 0, or stay as they are if added to.
-                             May be x itself if not added to: a program loads a block of its row before
-                             it stores that block, and no other row.
-  In the gradient x and out may be a block of the vocabulary, its first column being of id first_id;
-  ids outside it are passed over.
+  out         (N, W)    out  at rows; W >= V. With add=False columns V .. W-1 become 0, and out may be x itself:
+                             a program loads a block of its row before it stores that block, and no other row.
+                             With add=True columns V .. W-1 stay unchanged.
+  In the gradient x and out may be a block of the vocabulary whose first column has the id first_id;
+  ids outside the block are skipped.
 
-Grid: (M,). Traffic: V logits read by either; V gradients written, and read before if added to.
+Grid: (M,). Traffic: V logits read by either kernel; V gradients written, and read first if add=True.
 
-Ids: a program walks its row in blocks and its ids beside it: while the next id is in the block, the
-  one lane that has it is masked (sum) or replaced (gradient), K times a row, not K times a logit.
+Ids: a program walks its row in blocks, with a cursor in the ids. While the cursor's id is in the block, its
+  lane is masked (sum) or replaced (gradient): K times a row, not K times a logit.
 
-Not here: which ids (support.py), values and coef (opd_ops/loss.py), block sizes (launch_table.py).
+Not here: which ids (support.py), values and coef (opd_ops/backends/triton/kernel_loss.py), block sizes (launch_table.py).
 Specification: the equations above, by autograd (tests/support/kernel_oracle.py). Tests: tests/kernels/test_rest.py.
 """
 
 # Numerics
-#   Lane: the logits that one thread sees, with its own maximum and sum, joined once, after the loop, as
-#   in score.py; a lane that saw nothing but -inf or ids has the maximum FLOOR. Rounded k ref + log2z
-#   would lose the digits of log2z where the rest is of size 300; hence two columns.
-#   Nothing off ids, or -inf alone: log2z = -inf, ref finite, and the gradient off ids 0. NaN off ids
-#   (or +inf) gives NaN; at an id the list has it, and the rest does not see it.
-#   The gradient's softmax is not normalised again: coef e^(logit - rest) <= coef.
+#   Lane: the logits that one thread reads. Each lane has its own maximum and sum; lanes are joined once, after
+#   the loop, as in score.py. The maximum of a lane with only -inf or listed ids is FLOOR. There are two columns
+#   because k ref + log2z, rounded, would lose the digits of log2z where the rest is of size 300.
+#   If no id is off the list, or all logits off it are -inf: log2z = -inf, ref is finite, and the gradient off ids
+#   is 0. NaN (or +inf) off ids gives NaN. NaN at an id does not enter the rest.
+#   The gradient does not normalise its softmax: coef e^(logit - rest) <= coef.
 
 import torch
 import triton
@@ -49,13 +49,13 @@ NO_ID = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _next(ids_row, j, K):
-    # a cursor into the list: a place and the id there
+    # a cursor in the ids: a place, and the id at this place
     return j, tl.load(ids_row + j, mask=j < K, other=NO_ID)
 
 
 @triton.jit
 def _from(ids_row, first, K, KP: tl.constexpr):
-    # the cursor of the first id that is not below `first`
+    # the cursor at the first id >= `first`
     j = tl.arange(0, KP)
     ids = tl.load(ids_row + j, mask=j < K, other=NO_ID)
     return _next(ids_row, tl.sum((ids < first).to(tl.int32), 0), K)
@@ -66,7 +66,7 @@ def _rest_fwd_block(
     state, cursor, x_row, ids_row, first, V, K, k, pre, cap,
     CAP: tl.constexpr, MASKED: tl.constexpr, LANES: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    # R * VEC logits a lane, 128-bit loads of neighbouring lanes side by side
+    # R * VEC logits a lane; neighbouring lanes load neighbouring 128 bits
     STEP: tl.constexpr = LANES * VEC
     offs = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]  # (LANES, VEC)
     z = ()
@@ -115,7 +115,7 @@ def _rest_fwd_kernel(
     ids_row = ids_ptr + pid_m * K
 
     n_full = V // BLOCK
-    # The ragged end comes first: it leaves the running values in the layout of the loop.
+    # The masked end of the row comes first: the running values then have the layout of the loop.
     state, _ = _rest_fwd_block(
         (tl.full((LANES,), FLOOR, tl.float32), tl.zeros((LANES,), tl.float32)),
         _from(ids_row, n_full * BLOCK, K, KP), x_row, ids_row, n_full * BLOCK, V, K, k, pre, cap,
@@ -132,7 +132,7 @@ def _rest_fwd_kernel(
     total = tl.sum(lane_sum * tl.exp2(lane_top * k - ref), 0)
     log2z = _log_ratio(total, 1.0) * 1.4426950408889634
     tl.store(columns_ptr + pid_m, top)
-    # The sums are relative to fl(k top); a later kernel subtracts top itself.
+    # The sums are relative to k top rounded to fp32, but a later kernel subtracts top itself: log2z is corrected.
     tl.store(columns_ptr + M + pid_m, log2z - tl.fma(top, k, -ref))
 
 
@@ -188,7 +188,7 @@ def _rest_grad_kernel(
     coef = tl.load(coef_ptr + pid_m)
     ref = tl.load(columns_ptr + pid_m)
     log2z = tl.load(columns_ptr + M + pid_m)
-    log2z = tl.where(log2z == float("-inf"), 0.0, log2z)  # then every logit off ids is -inf: 0, not inf - inf
+    log2z = tl.where(log2z == float("-inf"), 0.0, log2z)  # every logit off ids is -inf: 0 avoids inf - inf
 
     n_full = V // BLOCK_V
     last = n_full * BLOCK_V
@@ -210,8 +210,8 @@ def _rest_grad_kernel(
 
 def rest_fwd(
     logits: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary
-    rows: Tensor | None,  # (M,) int32 or int64, or None for all
-    ids: Tensor,  # (M, K) int32, ascending, filled up with 2^31 - 1
+    rows: Tensor | None,  # (M,) int32 or int64; None: all rows
+    ids: Tensor,  # (M, K) int32, ascending, padded with 2^31 - 1
     *,
     vocab_size: int,
     temperature: float,
@@ -240,11 +240,11 @@ def rest_fwd(
 
 def rest_grad(
     logits: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary; or a block of the vocabulary
-    rows: Tensor | None,  # (M,) int32 or int64, or None for all
-    ids: Tensor,  # (M, K) int32, those of rest_fwd
-    values: Tensor,  # (M, K) fp32, the derivatives by the logits at ids
-    coef: Tensor,  # (M,) fp32, the derivative by rest
-    columns: Tensor,  # (2, M) fp32, of rest_fwd, of the whole vocabulary
+    rows: Tensor | None,  # (M,) int32 or int64; None: all rows
+    ids: Tensor,  # (M, K) int32, the same as in rest_fwd
+    values: Tensor,  # (M, K) fp32, d loss / d logits at ids
+    coef: Tensor,  # (M,) fp32, d loss / d rest
+    columns: Tensor,  # (2, M) fp32, from rest_fwd over the whole vocabulary
     *,
     out: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary; may be logits, if add is false
     add: bool,
@@ -254,7 +254,7 @@ def rest_grad(
     scale: float,
     softcap: float | None,
 ) -> None:
-    """Writes the gradient into `out` at `rows`, whole rows of it, or adds it there."""
+    """Write the gradient into whole rows of `out`, at `rows`, or add it there."""
     M, K = ids.shape
     assert logits.stride(1) == out.stride(1) == 1, "unit stride along the vocabulary"
     assert 1 <= K <= 128

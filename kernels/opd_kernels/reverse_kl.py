@@ -1,25 +1,25 @@
 """Reverse KL on selected rows: its gradient with respect to the stored logits.
 
   g[v] = log p[v] - log q[v];  kl = sum_v p[v] g[v]                             [nats]
-  d kl / d logit[v] = p[v] (g[v] - kl);  at a top id with p > 1/2 minus the sum of the others
+  d kl / d logit[v] = p[v] (g[v] - kl);  at a top id with p > 1/2: minus the sum of the others
   out[rows[i], v] = weights[i] p[v] (g[v] - kl) dlogit/dx,  x the stored logit
   Source: arXiv:2605.26844, eq. 6; the whole vocabulary.
 
 Shapes: N tokens, M selected rows, V vocabulary
   s, t        (N, V)    in   stored logits, fp32/bf16/fp16, unit stride along V
   rows        (M,)      in   row numbers in [0, N), each at most once; None: rows 0 .. M-1
-  weights     (M,)      in   fp32; 0 writes zeros whatever the row holds
+  weights     (M,)      in   fp32; 0 writes zeros, even if the row holds NaN
   columns     (12, M)   in   score.py's columns of these rows
-  top         (M,)      in   int32, argmax.py; None where the tables are a block of the vocabulary
+  top         (M,)      in   int32, argmax.py; None: s, t and out are a block of the vocabulary
   out         (N, W)    out  at rows; W >= V, columns V .. W-1 become 0. May be s itself: a program
                              loads a block of its row before it stores that block, and no other row.
 
 Grid: (M,). Traffic: 2 V logits read, W gradients written.
 
 Numerics
-  Second sweep: normalisers and kl are known, so nothing is rescaled and kl enters as a constant.
-  At the top id g - kl is the difference of two numbers that agree where p is near 1: sum p = 1 makes it
-  minus the sum of all others, which loses nothing.
+  Normalisers and kl are known from the score, so nothing is rescaled, and kl enters as a constant.
+  At the top id g - kl is the difference of two numbers that agree where p is near 1. A row's gradient sums to 0:
+  minus the sum of the others is the same number and loses no digit.
   p = 0 gives a gradient of 0, before any product (0 * inf). A row with kl = +inf has no finite
   gradient: it gets zeros. NaN logits give NaN, never hidden.
 
@@ -103,11 +103,11 @@ def _reverse_kl_grad_kernel(
 def reverse_kl_grad(
     student: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary
     teacher: Tensor,  # (N, >= vocab_size)
-    rows: Tensor | None,  # (M,) int32 or int64, or None for all
-    weights: Tensor,  # (M,) fp32, the gradient of the total with respect to each row's loss
+    rows: Tensor | None,  # (M,) int32 or int64; None: all rows
+    weights: Tensor,  # (M,) fp32, d total / d each row's loss
     columns: Tensor,  # (12, M) fp32, Score.columns of these rows
     *,
-    top: Tensor | None,  # (M,) int32, argmax_fwd of these rows; None: the tables are a block of the vocabulary
+    top: Tensor | None,  # (M,) int32, argmax_fwd of these rows; None: student, teacher and out are a block of the vocabulary
     out: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary; may be student
     vocab_size: int,
     temperature: float,
@@ -116,7 +116,7 @@ def reverse_kl_grad(
     s_softcap: float | None,
     t_softcap: float | None,
 ) -> None:
-    """Writes the gradient into `out` at `rows`, whole rows of it."""
+    """Write the gradient into whole rows of `out`, at `rows`."""
     launch_grad(
         _reverse_kl_grad_kernel, student, teacher, rows, weights, columns, top, out, vocab_size,
         transform(s_scale, s_softcap, temperature), transform(t_scale, t_softcap, temperature),
@@ -124,7 +124,7 @@ def reverse_kl_grad(
 
 
 def launch_grad(kernel, student, teacher, rows, weights, columns, top, out, vocab_size, s, t) -> None:
-    """The launch that the gradients of reverse and forward KL share."""
+    """Check and launch the gradient kernel of reverse or forward KL."""
     M = weights.shape[0]
     assert out.stride(1) == student.stride(1) == teacher.stride(1) == 1, "unit stride along the vocabulary"
     assert columns.shape == (12, M)

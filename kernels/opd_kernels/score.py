@@ -1,20 +1,20 @@
-"""Score: every full-vocabulary statistic of a position in one sweep over its two rows of logits.
+"""Score: all full-vocabulary statistics of a position, in one sweep over its two rows of logits.
 
   p = softmax(s), q = softmax(t);  s, t the logits after scale, soft-cap and temperature
   lse_s = log sum e^s       H(p) = lse_s - E_p[s]        KL(p||q) = E_p[s - t] - (lse_s - lse_t)
   lse_t = log sum e^t       H(q) = lse_t - E_q[t]        KL(q||p) = (lse_s - lse_t) - E_q[s - t]
   Source: arXiv:2605.26844 eqs. 9-16 and arXiv:2604.14084 eq. 3 use these; natural logarithms, nats.
-  Beside them the largest stored logit of every GROUP = 128 consecutive ones, for support.py.
+  Also the largest stored logit of every group of GROUP = 128 consecutive logits, for support.py.
 
 Shapes: n rows, V vocabulary, NG = ceil(V / 128) groups
   s, t        (N, V)      in   stored logits, fp32/bf16/fp16, unit stride along V, any row stride
   rows        (n,)        in   row numbers in [0, N), any order; None: rows 0 .. N-1
   columns     (12, n)     out  fp32, the order of COLUMNS
-  group_max   (n, 2, NG rounded up to 16)  out  student, teacher; the stored type (fp32 if the two differ);
-                          what is beyond NG is not written
+  group_max   (n, 2, NG rounded up to 16)  out  student, teacher; the stored type (fp32 if the models' types differ);
+                          entries beyond NG are not written
 
-Grid: (n * parts,). A program walks one part of a row in blocks of LANES * VEC * R logits; with
-parts > 1 (few rows) it writes its ten running values and _merge_fwd_kernel joins them, in order.
+Grid: (n * parts,). A program walks one part of a row in blocks of LANES * VEC * R logits. With parts > 1 (few rows) it
+writes its ten running values, and _merge_fwd_kernel joins all parts, in order.
 Traffic: 2 V logits read once, 2 NG values and 48 bytes written.
 
 Not here: top-K (support.py), gradients (reverse_kl.py, forward_kl.py), block sizes (launch_table.py).
@@ -22,25 +22,25 @@ Specification: opd_ops/backends/eager.py. Tests: tests/kernels/test_score.py.
 """
 
 # Numerics
-#   Lane: the logits that one thread sees. Each lane has its own reference r = k max(z) in base 2
-#   (device.py for k and z), its own sums, and joins the others once, after the loop. The loop has
+#   Lane: the logits that one thread reads. Each lane has its own reference r = k max(z) in base 2
+#   (device.py defines k and z) and its own sums. Lanes are joined once, after the loop. The loop has
 #   no barrier; the two group maxima cost one shuffle per model and bit of QUAD.
-#   x = k z - r is one fused multiply-add: its rounding error is that of |x|, not of |k z|.
-#   The KLs do not cancel: with x, y the two exponents, s - t is centred by the difference of the
-#   references for free,  KL(p||q) = ln 2 E_p[x - y] - log(sum 2^x / sum 2^y),  and both terms
-#   are as small as the models are close. Rounding may leave -1e-7; that is clamped to 0.
+#   x = k z - r is one fused multiply-add: its rounding error is relative to |x|, not to |k z|.
+#   The KLs do not cancel. With x, y the exponents of student and teacher, x - y is s - t minus the
+#   references' difference:  KL(p||q) = ln 2 E_p[x - y] - log(sum 2^x / sum 2^y),  and both terms
+#   are as small as the models are close. Rounding may leave -1e-7; it is clamped to 0.
 #   A masked logit (device.py: _is_masked) becomes VOID = -2^120 or another exponent so low that its exponential
-#   is 0 and its product with 0 is 0. Where only one model masks, |x - y| exceeds FAR k: then, and
-#   then alone, the row is read once more for the largest logit of each model where the other one masks.
-#   KL(p||q) = +inf if p there is above 0 in fp64, and the reverse for KL(q||p). exp2 flushes below 2^-126.
+#   is 0 and its product with 0 is 0. Where only one model masks, |x - y| exceeds FAR k. Only then
+#   the row is read once more: for each model's largest logit among the entries that the other model masks.
+#   KL(p||q) = +inf if p there is above 0 in fp64, and the same for KL(q||p) with q. exp2 flushes below 2^-126.
 #   NaN (or +inf) makes that model's log-sum-exp and entropy and both KLs NaN; a row of -inf
-#   alone has log-sum-exp -inf and NaN for the rest.
+#   alone has log-sum-exp -inf and NaN for the other statistics.
 #   FP contraction is off (enable_fp_fusion=False) and every fused multiply-add is written out:
 #   fusing  m k - r  with r = fl(m k) would return the rounding error instead of 0.
-#   The exact maximum z_ref and log2 sum 2^(k (z - z_ref)) are kept as columns: from them a later
-#   kernel forms log p to 1e-7, which a rounded log-sum-exp of size 300 does not allow; and
-#   log2z_gap, s_log2z - t_log2z without their rounding, for log p - log q of close models.
-#   Order of stored logits is order of logits, since scale > 0 and tanh increases strictly.
+#   Columns for later kernels: the exact maximum z_ref and log2 sum 2^(k (z - z_ref)) give log p to 1e-7; a rounded
+#   log-sum-exp of size 300 would not. log2z_gap is s_log2z - t_log2z without their rounding: it gives log p - log q of
+#   close models.
+#   Stored logits have the order of logits, since scale > 0 and tanh increases strictly.
 
 from typing import NamedTuple
 
@@ -53,8 +53,8 @@ from . import launch_table
 from .device import FLOOR, LN_2, LOG2_ZERO, VOID, _is_masked, _log_ratio, _transform, row_step, rows_are_aligned, transform
 
 GROUP = 128  # logits per group maximum
-FAR = tl.constexpr(2.0**14)  # stored logits further apart than this may be masked: the least that masks is fp16's -65504
-ALIGN = tl.constexpr(16)  # rows of maxima are a multiple of it apart, so that support.py reads them 16 bytes at a time
+FAR = tl.constexpr(2.0**14)  # stored logits further apart than this may be masked: the highest masked logit is fp16's -65504
+ALIGN = tl.constexpr(16)  # row stride of the maxima is a multiple of it, so that support.py reads them 16 bytes at a time
 COLUMNS = (
     "student_logsumexp",
     "teacher_logsumexp",
@@ -119,7 +119,7 @@ def _exponents(z, k, ref):
 
 @triton.jit
 def _rescale(old, m_s, m_t, k_s, k_t):
-    # moves a lane's sums to the references of the new maxima m_s, m_t
+    # a lane's sums relative to the references of the new maxima m_s, m_t
     o_s, o_t, sum_s, sum_t, x_s, x_t, gap_s, gap_t = old
     down_s = o_s * k_s - m_s * k_s
     down_t = o_t * k_t - m_t * k_t
@@ -167,8 +167,8 @@ def _block(
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, MASKED: tl.constexpr,
     R: tl.constexpr, GROUPS: tl.constexpr, QUAD: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    # One block. QUAD neighbouring threads share a group: thread j of them reads the chunks of VEC
-    # logits j, j + QUAD, .. of its 128, so that a load of the warp is made of full sectors.
+    # One block. QUAD neighbouring threads share a group: thread j of them reads the chunks j, j + QUAD, ..
+    # of VEC logits of the group's 128, so that a load of the warp reads full sectors.
     STEP: tl.constexpr = QUAD * VEC
     G: tl.constexpr = R * STEP
     lane = tl.arange(0, GROUPS * QUAD)
@@ -207,7 +207,7 @@ def _block(
 
 @triton.jit
 def _cap_block(z, offs, limit, pre, cap, CAP: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr):
-    # tanh turns the -inf of a column beyond V into -softcap: it must be put back
+    # tanh turns the -inf of a column beyond V into -softcap: write -inf again
     out = ()
     for r in tl.static_range(R):
         x = _transform(z[r], pre, cap, CAP)
@@ -235,8 +235,8 @@ def _alone(
     state, s_row, t_row, first, last, k_s, pre_s, cap_s, k_t, pre_t, cap_t,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    # The running values with d_max and d_min replaced by what they hint at: the largest z of each model where the other one
-    # masks, -inf if it never does. Few rows have any: the others skip the loop.
+    # The running values, with d_max and d_min replaced: by each model's largest z among the entries that only the other model
+    # masks, -inf if there are none. d_max and d_min tell whether there may be any; most rows have none and skip the loop.
     m_s, m_t, sum_s, sum_t, x_s, x_t, gap_s, gap_t, d_max, d_min = state
     alone_s = tl.full((LANES,), float("-inf"), tl.float32)
     alone_t = tl.full((LANES,), float("-inf"), tl.float32)
@@ -283,7 +283,7 @@ def _write_columns(out_ptr, n, total, k_s, k_t):
     tl.store(out_ptr + 4 * n, ent_t)
     tl.store(out_ptr + 5 * n, reverse)
     tl.store(out_ptr + 6 * n, forward)
-    # The sums are relative to fl(k top); a later kernel subtracts top itself.
+    # The sums are relative to k top rounded to fp32, but a later kernel subtracts top itself: log2z is corrected.
     rest_s = tl.fma(top_s, k_s, -ref_s)
     rest_t = tl.fma(top_t, k_t, -ref_t)
     tl.store(out_ptr + 7 * n, top_s)
@@ -328,7 +328,7 @@ def _score_fwd_kernel(
 
     m = tl.full((GROUPS * QUAD,), FLOOR, tl.float32)
     z = tl.zeros((GROUPS * QUAD,), tl.float32)
-    # The ragged end comes first: it leaves the running values in the layout of the loop.
+    # The masked end of the row comes first: the running values then have the layout of the loop.
     state = _block(
         (m, m, z, z, z, z, z, z, z, z), s_row, t_row, gmax_lane, n_full, limit,
         k_s, pre_s, cap_s, k_t, pre_t, cap_t, CAP_S, CAP_T, True, R, GROUPS, QUAD, VEC,
@@ -368,7 +368,7 @@ def _merge_fwd_kernel(part_ptr, out_ptr, n, parts, k_s, k_t, PARTS: tl.constexpr
 def score_fwd(
     student: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary
     teacher: Tensor,  # (N, >= vocab_size)
-    rows: Tensor | None,  # (n,) int32 or int64, or None for all
+    rows: Tensor | None,  # (n,) int32 or int64; None: all rows
     *,
     vocab_size: int,
     temperature: float,
@@ -377,7 +377,7 @@ def score_fwd(
     s_softcap: float | None,
     t_softcap: float | None,
 ) -> Score:
-    """The columns of COLUMNS and the group maxima, at the given rows."""
+    """The columns named in COLUMNS and the group maxima, at the given rows."""
     assert student.stride(1) == teacher.stride(1) == 1, "unit stride along the vocabulary"
     n = student.shape[0] if rows is None else rows.shape[0]
     stride_g = triton.cdiv(vocab_size, GROUP * ALIGN.value) * ALIGN.value

@@ -1,4 +1,4 @@
-"""Support: exact top-K of both models and the statistics that live on it.
+"""Support: exact top-K of both models, and the statistics on these supports.
 
   S, T: ids of the K largest logits of student and teacher, order (logit descending, id ascending)
   support_mass C = sum_S q                    (arXiv:2605.26844 eq. 10; q over the whole vocabulary)
@@ -13,28 +13,27 @@ Shapes: n rows, V vocabulary, NG = ceil(V / 128) groups, K <= 128, K <= V
   logits     (n, 4, K)   out  fp32 after scale, soft-cap and temperature: s at S, t at S, s at T, t at T
   columns    (4, n)      out  fp32, the order of SUPPORT_COLUMNS
 
-Three kernels, a launch boundary where a thread needs what another one wrote:
-  groups  (2n programs)  the K groups of largest maximum, ties to the lower group. They hold the
-          top-K: an element outside them is preceded by K group maxima, each larger, or equal and of lower id.
-  topk    (n programs, once per model)  the K largest of those 128 K logits, ties to the lower id,
-          as places among the candidates.
-  stats   (n programs)   puts each list in order by counting, gathers, reduces.
-Traffic: 2 NG maxima, 2 * 128 K logits, 8 K gathered ones per row: about 3 % of the row at K = 16.
+Three kernels, because a thread reads numbers that other threads wrote:
+  groups  (2n programs)  the K groups with the largest maxima, ties to the lower group. They contain the
+          top-K: K group maxima precede every element outside them, each larger, or equal with a lower id.
+  topk    (n programs, once per model)  the K largest of those 128 K candidates, ties to the lower id,
+          written as places among the candidates.
+  stats   (n programs)   orders each list by counting, gathers logits, reduces.
+Traffic: 2 NG maxima, 2 * 128 K logits, 8 K gathered logits per row: about 3 % of the row at K = 16.
 
-Not here: what K is for (opd_ops/selection/selectors.py), full-vocabulary statistics (score.py).
+Not here: the choice of K (opd_ops/selection/selectors.py), full-vocabulary statistics (score.py).
 Specification: opd_ops/backends/eager.py. Tests: tests/kernels/test_support.py.
 """
 
 # Numerics
-#   Selection compares integers (device.py: _order_key), so it is exact for any values. The K-th is found by bisection
-#   between a lower bound and the largest: 7 and 5 rounds on normal bf16 logits at V = 152k and K = 16, 23 and 21 in
-#   fp32; never more than a key has bits. It ranks
-#   the stored logits: the order of the logits, scale being positive and tanh strictly increasing,
-#   without the ties that rounding a soft-cap would add. -inf ranks last, by id; NaN beyond the
-#   infinities, and K different ids inside the vocabulary come out all the same.
-#   On U, D = sum q(log q - log p) + sum p - sum q: the last two are equal but for the rounding of
-#   the normalisers, whose effect on the first they cancel. Clamped at 0.
-#   Masked logits (device.py: _is_masked) are -inf. D = +inf if some id of U has s = -inf and q > 0 in fp64.
+#   Selection compares integers (device.py: _order_key), so it is exact for any values. Bisection between a lower bound
+#   and the largest key finds the K-th: 7 (groups) and 5 (topk) rounds on normal bf16 logits at V = 152k and K = 16, 23
+#   and 21 in fp32; never more rounds than a key has bits. Stored logits are ranked. They have the order of the logits,
+#   because scale > 0 and tanh increases strictly, without the ties that rounding a soft-cap would add.
+#   -inf ranks last, by id. NaN ranks beyond the infinities. The result always has K different ids inside the vocabulary.
+#   On U, D = sum q(log q - log p) + sum p - sum q. The last two sums differ only by the rounding of the normalisers,
+#   and cancel its effect on the first sum. Clamped at 0.
+#   Masked logits (device.py: _is_masked) are -inf. D = +inf if an id of U has s = -inf and q > 0 in fp64.
 
 from typing import NamedTuple
 
@@ -78,11 +77,11 @@ def _support_groups_fwd_kernel(
 ):
     pid = tl.program_id(0).to(tl.int64)
     g = tl.arange(0, NG)[None, :]
-    # stride is a multiple of 16, n_groups need not be: 128-bit loads, of whose last some is dropped
+    # 128-bit loads: stride is a multiple of 16; maxima beyond n_groups get the lowest key
     x = tl.load(gmax_ptr + pid * stride + g, mask=g < stride, other=float("-inf"))
     keys = tl.where(g < n_groups, _order_key(x, SHIFT), INT_MIN >> SHIFT)
-    # SETS >= KG sets, of every SETS-th key, have a largest key each (an empty one the lowest there is): the KG-th largest
-    # of all is no less than the least of these.
+    # Lower bound: set i is the keys i, i + SETS, ..; there are SETS >= KG sets. The KG-th largest of all keys is at least
+    # the smallest of the sets' maxima (an empty set has the lowest key).
     tops = tl.max(tl.reshape(keys, (NG // SETS, SETS)), 0)
     picked, place = _pick(keys, KG, tl.min(tops, 0), tl.max(tops, 0))
     tl.store(groups_ptr + pid * KG + place, g, mask=picked)
@@ -103,7 +102,7 @@ def _support_topk_fwd_kernel(
     inside = (j < KG)[:, None] & (ids < V)
     x = tl.load(x_ptr + row * stride_xn * UNIT_X + ids, mask=inside, other=float("-inf"))
     keys = tl.where(inside, _order_key(x, SHIFT), INT_MIN >> SHIFT)
-    # The same of the picked groups, where there are K of them: their maxima leave few keys to tell apart.
+    # The same bound from the maxima of the picked groups, if there are K groups: few keys lie above it.
     tops = tl.max(keys, 1)
     least = tl.min(tl.where(j < KG, tops, INT_MAX), 0)
     least = tl.where(KG < K, INT_MIN >> SHIFT, least)
@@ -113,7 +112,7 @@ def _support_topk_fwd_kernel(
 
 @triton.jit
 def _list(x_row, found_ptr, groups_ptr, j, mask_k, GROUP: tl.constexpr):
-    # ids and logits of entries j of an unordered list; masked entries: largest int32, lowest key
+    # ids and keys of entries j of an unordered list; entries outside mask_k: largest int32, lowest key
     place = tl.load(found_ptr + j, mask=mask_k, other=0)
     group = tl.load(groups_ptr + place // GROUP, mask=mask_k, other=0)
     ids = tl.where(mask_k, group * GROUP + place % GROUP, 2147483647)
@@ -123,7 +122,7 @@ def _list(x_row, found_ptr, groups_ptr, j, mask_k, GROUP: tl.constexpr):
 
 @triton.jit
 def _before(keys, ids, chunk_keys, chunk_ids):
-    # how many of the chunk precede each entry in (logit descending, id ascending)
+    # how many entries of the chunk precede each entry in the order (logit descending, id ascending)
     a, b = chunk_keys[None, :], keys[:, None]
     before = (a > b) | ((a == b) & (chunk_ids[None, :] < ids[:, None]))
     return tl.sum(before.to(tl.int32), 1)
@@ -134,8 +133,8 @@ def _place_lists(
     s_row, t_row, found_row, groups_row, s_ids, s_keys, t_ids, t_keys, K, KG,
     GROUP: tl.constexpr, KP: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    # Place of each entry in its ordered list, and how often its id stands in the other list. By
-    # chunks, since K * K comparisons at once do not fit the registers at K = 128.
+    # The place of each entry in its ordered list, and how often its id is in the other list. By chunks,
+    # since K * K comparisons at once do not fit the registers at K = 128.
     s_place = tl.zeros((KP,), tl.int32)
     t_place = tl.zeros((KP,), tl.int32)
     s_in_t = tl.zeros((KP,), tl.int32)
@@ -159,7 +158,7 @@ def _logit(x, pre, cap, CAP: tl.constexpr):
 
 @triton.jit
 def _union_terms(a, b, keep):
-    # per id of U: q (log2 q - log2 p), q, p, and whether q > 0 = p
+    # per id of U: q (log2 q - log2 p), q, p, and whether p = 0 < q; a = log2 p, b = log2 q
     both = keep & (a > float("-inf")) & (b > float("-inf"))
     nan = keep & ((a != a) | (b != b))
     p = tl.where(keep, tl.exp2(a), 0.0)
@@ -240,7 +239,7 @@ def _support_stats_fwd_kernel(
     tl.store(out_ptr + n + pid, tl.sum(p_s, 0))
     tl.store(out_ptr + 2 * n + pid, tl.sum(tl.where(s_in_t > 0, q_s, 0.0), 0))
     kl = _union_kl(s_at_s, t_at_s, s_at_t, t_at_t, mask_k, mask_k & (t_in_s == 0), k_s, k_t)
-    # a NaN that no list holds still shows in the normalisers
+    # a NaN that is on no list still makes the normalisers NaN
     known = (s_log2z == s_log2z) & (t_log2z == t_log2z)
     tl.store(out_ptr + 3 * n + pid, tl.where(known, kl, float("nan")))
 
@@ -259,7 +258,7 @@ def support_fwd(
     s_softcap: float | None,
     t_softcap: float | None,
 ) -> Support:
-    """Both supports in order, their logits, and the columns of SUPPORT_COLUMNS."""
+    """Both supports in order, both models' logits there, and the columns of SUPPORT_COLUMNS."""
     assert 1 <= top_k <= min(128, vocab_size), f"top_k: got {top_k}, expected 1 .. min(128, {vocab_size})"
     n, _, stride = score.group_max.shape
     n_groups = triton.cdiv(vocab_size, GROUP)
@@ -271,7 +270,7 @@ def support_fwd(
         return Support(ids, logits, columns)
     n_picked = min(top_k, n_groups)
     groups = torch.empty((n, 2, n_picked), dtype=torch.int32, **new)
-    found = torch.empty_like(ids)  # places among the 128 n_picked candidates
+    places = torch.empty_like(ids)  # among the 128 n_picked candidates
     tile = launch_table.support(top_k, n_groups)
     _support_groups_fwd_kernel[(2 * n,)](
         score.group_max, groups, stride, n_groups, n_picked,
@@ -281,14 +280,14 @@ def support_fwd(
     for side, x in enumerate((student, teacher)):
         stride_x, unit_x = row_step(x)
         _support_topk_fwd_kernel[(n,)](
-            x, rows, groups, found, stride_x, vocab_size, top_k, n_picked, side,
+            x, rows, groups, places, stride_x, vocab_size, top_k, n_picked, side,
             HAS_ROWS=rows is not None, UNIT_X=unit_x, GROUP=GROUP, KGP=triton.next_power_of_2(n_picked), SHIFT=SHIFT[x.dtype],
             num_warps=tile.topk_warps, enable_fp_fusion=False,
         )  # fmt: skip
     s = transform(s_scale, s_softcap, temperature)
     t = transform(t_scale, t_softcap, temperature)
     _support_stats_fwd_kernel[(n,)](
-        student, teacher, rows, groups, found, score.columns, ids, logits, columns,
+        student, teacher, rows, groups, places, score.columns, ids, logits, columns,
         student.stride(0), teacher.stride(0), n, top_k, n_picked, s.k, s.pre, s.cap, t.k, t.pre, t.cap,
         HAS_ROWS=rows is not None, CAP_S=s.has_cap, CAP_T=t.has_cap, GROUP=GROUP, KP=triton.next_power_of_2(top_k),
         CHUNK=min(16, triton.next_power_of_2(top_k)),

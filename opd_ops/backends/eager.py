@@ -1,12 +1,11 @@
 """The specification: every statistic and every loss in the shortest correct torch, over full (n, V) tensors.
 
-  H(p) = -sum p log p;  KL(p||q) = sum p (log p - log q);  C = sum_{S} q;  D = KL(q|U || p|U)  (TokenStats' header)
-  Sources: arXiv 2605.26844 eqs. 6, 9, 10, 17; arXiv 2604.14084 eq. 3; definitions are those of TokenStats.
+  H(p) = -sum p log p;  KL(p||q) = sum p (log p - log q);  C = sum_{S} q;  D = KL(q|U || p|U)
+  Sources: arXiv 2605.26844 eqs. 6, 9, 10, 17; arXiv 2604.14084 eq. 3. selection/stats.py defines every column.
 
-The divergences' equations are their own `loss` (divergences/), differentiated here by autograd alone.
-Runs in any dtype, fp64 included, and is the oracle of the tests; gradients are autograd's, so that the closed forms of
-the other backends are checked against something else than themselves.
-Where ranks share out the vocabulary, logits are gathered whole, and every rank computes the same.
+A divergence's own `loss` is its equation (divergences/); here autograd alone differentiates it. So the tests compare the closed
+forms of the other backends with an independent gradient. This backend runs in any dtype, fp64 included.
+Where ranks share out the vocabulary, every rank gathers the whole logits and computes the same.
 Not here: memory or speed (streamed/backend.py), selection (selection/selectors.py).
 """
 
@@ -34,9 +33,9 @@ def logits(source: Source, rows: Tensor, dtype: torch.dtype) -> Tensor:
     x = take_rows(source.leading, rows).to(dtype)
     if source.weight is not None:
         if transform.shard is not None:
-            x = _Shared.apply(x, transform.shard)
-        with torch.autocast(rows.device.type, enabled=False):  # which would take the product in 16 bits
-            # Cut first: rows beyond the common vocabulary may hold NaN, which 0 times a gradient would not remove.
+            x = _SharedHidden.apply(x, transform.shard)
+        with torch.autocast(rows.device.type, enabled=False):  # autocast would multiply in 16 bits
+            # Rows beyond the common vocabulary may hold NaN, and a gradient of 0 times NaN is NaN: cut them first.
             x = x @ source.weight[: transform.vocab_size].to(dtype).T
     x = x[:, : transform.vocab_size]
     if source.bias is not None:
@@ -47,22 +46,22 @@ def logits(source: Source, rows: Tensor, dtype: torch.dtype) -> Tensor:
     if transform.softcap is not None:
         x = transform.softcap * torch.tanh(x / transform.softcap)
     x = x / transform.temperature
-    if source.reference is not None:  # of the same part, to which it is mixed
-        alone = source.reference._replace(transform=replace(source.reference.transform, shard=None))
-        reference = logits(alone, rows, dtype)
+    if source.reference is not None:  # mixed within this rank's part: the reference holds the same part
+        reference_part = source.reference._replace(transform=replace(source.reference.transform, shard=None))
+        reference = logits(reference_part, rows, dtype)
         x = torch.where(x == -math.inf, -math.inf, transform.lam * x + (1 - transform.lam) * reference)
     if transform.merged:
         ids = torch.tensor(transform.merged, device=x.device)
-        one = equations.logsumexp(x[:, ids])
-        x = x.index_fill(1, ids, -math.inf).index_copy(1, ids[:1], one)
-    return x if transform.shard is None else _Whole.apply(x, transform.shard)
+        merged = equations.logsumexp(x[:, ids])
+        x = x.index_fill(1, ids, -math.inf).index_copy(1, ids[:1], merged)
+    return x if transform.shard is None else _Unsharded.apply(x, transform.shard)
 
 
 def relative_to_top(x: Tensor) -> Tensor:
-    """(n, V) logits less the row's largest, which is then the constant 0.
+    """(n, V) logits minus the row's largest logit, which becomes the constant 0.
 
-    No loss depends on a constant added to a row. So the largest logit's gradient is minus the sum of the others', and keeps its
-    digits where p is near 1 there.
+    No loss depends on a constant added to a row. The largest logit's gradient becomes minus the sum of the others'
+    gradients, and so keeps its digits where p is near 1.
     """
     top = x.argmax(1, keepdim=True)
     largest = x.gather(1, top)
@@ -71,8 +70,8 @@ def relative_to_top(x: Tensor) -> Tensor:
     return (x - largest.masked_fill(is_masked, 0)).scatter(1, top, zero)
 
 
-class _Shared(torch.autograd.Function):
-    """Hidden states that every rank has: the gradients of all parts of the vocabulary add up."""
+class _SharedHidden(torch.autograd.Function):
+    """Hidden states, which every rank has whole; their gradient is the sum over all parts of the vocabulary."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, shard: Shard) -> Tensor:
@@ -84,8 +83,8 @@ class _Shared(torch.autograd.Function):
         return ctx.shard.ranks.sum(gradient.clone(memory_format=torch.contiguous_format)), None
 
 
-class _Whole(torch.autograd.Function):
-    """(n, V) logits from everyone's part; every rank makes the same of them, so the gradient of its own part is whole."""
+class _Unsharded(torch.autograd.Function):
+    """(n, V) logits from all ranks' parts. Every rank computes the same loss, so its own part's gradient is complete."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, shard: Shard) -> Tensor:
@@ -110,7 +109,7 @@ def kl(a_logits: Tensor, b_logits: Tensor) -> Tensor:
 
 
 def reverse_kl(s: Tensor, u: Tensor) -> Tensor:
-    """KL(p || q), p the student's and q the teacher's softmax."""
+    """KL(p || q): p the student's softmax, q the teacher's."""
     return kl(s, u)
 
 
@@ -130,7 +129,7 @@ def top_k_ids(logits: Tensor, k: int) -> Tensor:
 
 
 def membership(ids: Tensor, vocab_size: int) -> Tensor:
-    """(n, V) bool: is v among the row's ids."""
+    """(n, V) bool: whether v is among the row's ids."""
     return torch.zeros(len(ids), vocab_size, dtype=torch.bool, device=ids.device).scatter(1, ids, True)
 
 
@@ -163,7 +162,7 @@ def token_stats(
     workspace: Workspace,
     score_dtype: torch.dtype | None,
 ) -> TokenStats:
-    """All statistics of the given positions, (n,) each. This is the oracle: `workspace`, `score_dtype` change nothing."""
+    """All statistics of the given positions, (n,) each. The oracle ignores `workspace` and `score_dtype`."""
     dtype = compute_dtype(student, teacher)
     s, u = logits(student, rows, dtype), logits(teacher, rows, dtype)
     q = torch.softmax(u, dim=-1)
@@ -210,7 +209,7 @@ def selected_loss(
     workspace: Workspace,
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted sum of the divergence over the positions, connected to the student by autograd itself, and its terms."""
+    """The weighted sum of the losses over the positions, connected to the student by autograd itself, and the (M,) losses."""
     assert not inplace
     dtype = compute_dtype(student, *([teacher] if isinstance(teacher, Source) else []))
     s = relative_to_top(logits(student, rows, dtype))
@@ -220,39 +219,39 @@ def selected_loss(
         assert u is not None
         losses = losses + divergence.whole.loss(torch.log_softmax(s, -1), torch.log_softmax(u, -1))
     if divergence.support is not None:
-        found = None if isinstance(teacher, Source) else teacher.take(rows)
-        losses = losses + divergence.support.loss(support(divergence.support, s, u, found, tokens))
-    losses = unchanged(losses, rows, student, workspace=workspace)  # autograd saved the head, not the teacher
+        listed = None if isinstance(teacher, Source) else teacher.take(rows)
+        losses = losses + divergence.support.loss(support(divergence.support, s, u, listed, tokens))
+    losses = unchanged(losses, rows, student, workspace=workspace)  # autograd saved the student, not the teacher
     return weighted_sum(losses, without_infinite(losses, weights)), losses.detach()
 
 
-def support(part: OnSupport, s: Tensor, u: Tensor | None, listed: TeacherLists | None, tokens: Tensor | None) -> Support:
-    """Both models on the divergence's list and off it: from the teacher's logits (n, V), or from the lists it sent."""
+def support(divergence: OnSupport, s: Tensor, u: Tensor | None, listed: TeacherLists | None, tokens: Tensor | None) -> Support:
+    """Both models on the divergence's list and off it, from the teacher's (n, V) logits or from the lists that it sent."""
     if listed is not None:
-        found = listed.top(part.length)
-        ids, log_q = found.ids, found.logprobs
+        best = listed.top(divergence.length)
+        ids, log_q = best.ids, best.logprobs
         log_tail, entropy_q = tail(log_q.double()).to(s.dtype), torch.full_like(log_q[:, 0], math.nan)
     else:
         assert u is not None
-        whole = torch.log_softmax(u, -1)
-        ids = top_k_ids(u, part.length)
-        if part.of_tokens:
+        all_log_q = torch.log_softmax(u, -1)
+        ids = top_k_ids(u, divergence.length)
+        if divergence.of_tokens:
             assert tokens is not None
             ids = tokens.unsqueeze(1)
-        log_q = _at(whole, ids)
-        ids = ids if part.of_tokens else ids.masked_fill(log_q == -math.inf, LAST_ID)
-        log_tail, entropy_q = _off(whole, ids), equations.entropy(whole)
+        log_q = _at(all_log_q, ids)
+        ids = ids if divergence.of_tokens else ids.masked_fill(log_q == -math.inf, LAST_ID)
+        log_tail, entropy_q = _off(all_log_q, ids), equations.entropy(all_log_q)
     return Support(_at(s, ids), _off(s, ids), log_q, log_tail, entropy_q)
 
 
 def _at(x: Tensor, ids: Tensor) -> Tensor:
-    """(n, K) of (n, V) at ids; -inf where missing."""
+    """(n, K) entries of (n, V) at the ids; -inf for a missing id."""
     missing = (ids < 0) | (ids >= x.shape[1])
     return x.gather(1, ids.masked_fill(missing, 0)).masked_fill(missing, -math.inf)
 
 
 def _off(x: Tensor, ids: Tensor) -> Tensor:
-    """(n,) log-sum-exp of (n, V) off the ids."""
+    """(n,) log-sum-exp of (n, V) over all columns but the ids."""
     listed = torch.zeros(len(x), x.shape[1] + 1, dtype=torch.bool, device=x.device)
     listed = listed.scatter(1, ids.masked_fill((ids < 0) | (ids > x.shape[1]), x.shape[1]), True)[:, :-1]
     return equations.logsumexp(x.masked_fill(listed, -math.inf)).squeeze(1)

@@ -1,7 +1,7 @@
-"""What a backend is: three methods on rows of two sources, and attributes that say what else it can do.
+"""What a backend is: statistics and losses at given rows of two sources, and questions about what else it can do.
 
 All policy (checks, selection, reduction) is outside of the backends.
-Not here: the backends: eager.py (the specification), streamed/ (any device), triton/ (GPUs); which one a call uses
+Not here: the backends: eager.py (the specification), streamed/ (any device), triton/ (GPUs); the choice of a backend for a call
 (resolve.py).
 """
 
@@ -21,7 +21,7 @@ from opd_ops.selection.stats import OwnStats, TokenStats
 
 
 class Needs(NamedTuple):
-    """What a call asks of its backend beside its sources."""
+    """The settings of a call that its backend must support."""
 
     divergence: Divergence
     top_k: int
@@ -30,14 +30,14 @@ class Needs(NamedTuple):
 
 
 class Backend(ABC):
-    """What a backend does with rows (int64 numbers of flattened positions) of two sources."""
+    """Computes statistics and losses. `rows` are int64 numbers of flattened positions, `sources` the two models."""
 
     name: ClassVar[str]
     drops_weightless_rows: ClassVar[bool] = False
-    """A row whose loss gets weight 0 has a gradient of exactly zero whatever it holds, NaN included."""
+    """Whether a row with weight 0 has a gradient of exactly zero even if its logits are NaN."""
 
     def refusal(self, student: Source, teacher: Source | TeacherLists, needs: Needs) -> str | None:
-        """Why this backend cannot run the call and what to do instead, or None."""
+        """Why this backend cannot run the call, and what to do instead; None if it can."""
         return None
 
     def overwrites_logits(self, student: Source, teacher: Source | TeacherLists, divergence: Divergence) -> bool:
@@ -45,11 +45,11 @@ class Backend(ABC):
         return False
 
     def float8_refusal(self, student: Source, teacher: Source | TeacherLists) -> str | None:
-        """Why it cannot rank positions in 8 bits, or None."""
+        """Why this backend cannot rank positions in 8 bits; None if it can."""
         return "only backend 'triton' does"
 
     def scores_selected_rows(self, student: Source, teacher: Source | TeacherLists) -> bool:
-        """Whether `selected_loss` computes the rows' statistics itself, and needs none that are known of them."""
+        """Whether `selected_loss` computes the rows' statistics itself and does not read `stats`."""
         return False
 
     @abstractmethod
@@ -64,9 +64,9 @@ class Backend(ABC):
         workspace: Workspace,
         score_dtype: torch.dtype | None,
     ) -> TokenStats:
-        """(n,) columns for the rows, without a graph; optional columns only if named in `columns`.
+        """(n,) columns at the rows, without a graph; optional columns only if named in `columns`.
 
-        `score_dtype`: of a head's logits, where a backend would otherwise keep them in the head's own 16 bits.
+        `score_dtype`: dtype of a head's logits; None: the backend's choice, which may be the head's own 16 bits.
         """
 
     @abstractmethod
@@ -89,14 +89,14 @@ class Backend(ABC):
         workspace: Workspace,
         inplace: bool,
     ) -> tuple[Tensor, Tensor]:
-        """sum weights l over the rows, differentiable in the student's tensors, and l, (M,); `stats` are those rows' own.
+        """The sum of weights l over the rows, differentiable in the student's tensors, and l, the (M,) losses.
 
-        Rows whose loss is infinite are left out of the sum. `tokens`: what the student sampled at the rows, (M,), if the
-        divergence is on it.
+        Rows with an infinite loss are left out of the sum.
+        `stats`: the statistics of the rows. `tokens`: (M,) the student's sampled tokens, if the divergence reads them.
         `inplace`: the gradient overwrites the student's logits; True only where `overwrites_logits` is.
         """
 
 
 def is_computed(*sides: Source | TeacherLists) -> bool:
-    """Whether some logits are not stored: those of a head, and mixed ones."""
+    """Whether the logits of some side are computed: a head, or a mixture with a reference."""
     return any(isinstance(side, Source) and (side.transform.is_head or side.reference is not None) for side in sides)

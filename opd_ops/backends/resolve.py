@@ -1,4 +1,4 @@
-"""Which backend a call uses.
+"""The choice of the backend for a call.
 
 A backend chosen by name that cannot run raises; there is no silent fallback. "auto" is "triton" where it can run on a GPU, else
 "torch"; the log says why (logger "opd_ops", level DEBUG).
@@ -23,7 +23,7 @@ from opd_ops.inputs.teacher_lists import TeacherLists
 _log = logging.getLogger("opd_ops")
 KNOWN = ("auto", "eager", "torch", "triton")
 OLDEST_TRITON = (3, 6)
-OLDEST_CAPABILITY = (8, 0)  # of the current device: what triton compiles for, and what has bf16
+OLDEST_CAPABILITY = (8, 0)  # of the current device: the oldest that triton compiles for and that has bf16
 DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
 
 
@@ -33,51 +33,51 @@ def check_backend(name: str) -> None:
 
 
 def resolve_backend(name: str, student: Source, teacher: Source | TeacherLists, needs: Needs) -> Backend:
-    """The backend of that name, which can run the call.
+    """The backend of that name, or the backend that "auto" chooses.
 
-    Raises: ValueError: it cannot, and why.
+    Raises: ValueError: that backend cannot run the call; the message says why.
     """
     device = student.leading.device.type
     backend: Backend = EAGER if name == "eager" else STREAMED
-    because = "chosen by name"
+    choice_reason = "chosen by name"
     if name == "triton" or (name == "auto" and device in DEVICES):
         reason = _without_triton(device)
         if reason is None:
             triton = _triton()
             reason = triton.refusal(student, teacher, needs)
-        reason = _of_all_ranks(reason, student)
+        reason = _any_rank_refuses(reason, student)
         if reason is None:
-            backend, because = triton, because if name == "triton" else f"the device is {device}"
+            backend, choice_reason = triton, choice_reason if name == "triton" else f"the device is {device}"
         elif name == "triton":
             raise ValueError(f"backend: got 'triton', but {reason}")
         else:
-            because = reason
+            choice_reason = reason
     elif name == "auto":
-        because = f"the device is {device}"
+        choice_reason = f"the device is {device}"
     if needs.inplace and not backend.overwrites_logits(student, teacher, needs.divergence):
         raise ValueError(
             "inplace_backward: got True, which only backend='triton' has, for dense logits of the whole vocabulary and reverse "
             "or forward KL; "
-            f"this call uses {backend.name!r} ({because}) and divergence {needs.divergence.name!r}"
+            f"this call uses {backend.name!r} ({choice_reason}) and divergence {needs.divergence.name!r}"
         )
     if needs.float8:
         reason = backend.float8_refusal(student, teacher)
         if reason is not None:
-            reason = reason if backend.name == "triton" else because
+            reason = reason if backend.name == "triton" else choice_reason
             raise ValueError(f"score_dtype: got 'float8', which needs backend='triton' on Hopper or newer, but {reason}")
     if not is_traced():  # a traced call cannot log
-        _log.debug("backend %r: using %r (%s)", name, backend.name, because)
+        _log.debug("backend %r: using %r (%s)", name, backend.name, choice_reason)
     return backend
 
 
 def _triton() -> Backend:
-    from opd_ops.backends.triton.backend import TRITON  # importing opd_ops needs torch alone
+    from opd_ops.backends.triton.backend import TRITON  # here, because importing opd_ops must not need triton
 
     return TRITON
 
 
-def _of_all_ranks(reason: str | None, student: Source) -> str | None:
-    """Ranks that share out the vocabulary use one backend: strides may differ with the width of a part."""
+def _any_rank_refuses(reason: str | None, student: Source) -> str | None:
+    """`reason`, or another rank's: ranks that share out the vocabulary use one backend, but their strides may differ."""
     shard = student.transform.shard
     if shard is None:
         return reason
@@ -85,19 +85,21 @@ def _of_all_ranks(reason: str | None, student: Source) -> str | None:
     return reason or ("another rank of the vocabulary's group cannot run it; its error says why" if bool(refused) else None)
 
 
-# A property of the machine: looked up while tracing.
+# A property of the machine, so torch.compile may evaluate it once, while tracing.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _without_triton(device: str) -> str | None:
-    """Why no Triton kernel can run on the device, or None."""
+    """Why no Triton kernel can run on the device; None if one can."""
     try:
-        found = str(import_module("triton").__version__)  # its distribution has another name on ROCm and XPU
+        version = str(import_module("triton").__version__)  # not by distribution: that has another name on ROCm and XPU
     except ImportError:
         return "triton is not installed; pip install 'opd-ops[triton]', or use 'torch'"
-    if tuple(int(x) for x in found.split(".")[:2]) < OLDEST_TRITON:
-        return f"triton {found} is installed, expected {'.'.join(map(str, OLDEST_TRITON))} or newer; upgrade it, or use 'torch'"
+    if tuple(int(x) for x in version.split(".")[:2]) < OLDEST_TRITON:
+        return (
+            f"triton {version} is installed, expected {'.'.join(map(str, OLDEST_TRITON))} or newer; upgrade it, or use 'torch'"
+        )
     if device == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < OLDEST_CAPABILITY:
-        found = ".".join(map(str, torch.cuda.get_device_capability()))
-        return f"the GPU has compute capability {found}, expected 8.0 or newer (Ampere); use 'torch' there"
+        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+        return f"the GPU has compute capability {capability}, expected 8.0 or newer (Ampere); use 'torch' there"
     if device not in DEVICES and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return (
             f"the logits are on {device}, expected one of: {', '.join(DEVICES)}; use 'torch' there "

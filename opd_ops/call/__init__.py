@@ -1,1 +1,1 @@
-"""A call from its arguments to its result, in reading order: prepare, score, choose, reduce."""
+"""The stages of a call, from its arguments to its result: prepare, score, choose, losses, reduce."""

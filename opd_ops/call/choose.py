@@ -1,8 +1,8 @@
-"""The third stage of a call: the positions that its budget chooses, and the rows of them that a backend reads.
+"""The third stage of a call: its budget or threshold selects positions, as a mask and as the rows that a backend reads.
 
   M = the best-scored of the valid positions;  l_t, t in M, the divergence       arXiv 2605.26844 eqs. 6, 13
 
-Not here: scores (score.py), budgets and ties (selection/budget.py), their losses (losses.py).
+Not here: scores (score.py), budgets and ties (selection/budget.py), losses of the selected positions (losses.py).
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ from opd_ops.selection.stats import TokenStats
 
 @dataclass(frozen=True)
 class Chosen:
-    """A scored call and its selected positions, (...) of the positions' shape and (M,) as a list."""
+    """A scored call with its selected positions; (...) is the positions' shape, (M,) a list of positions."""
 
     call: Call
     rows: Tensor  # (M,) int64 numbers of flattened positions
-    kept: Tensor | None  # (M,) bool: which rows are trained on; None: all
+    trained: Tensor | None  # (M,) bool: which rows are trained on, before losses are known; None: all
     selected: Tensor  # (...) bool
     scores: Tensor  # (...)
     stats: TokenStats  # columns (...)
 
 
 def shortlist(scored: Scored) -> Tensor:
-    """(...) bool: the best of a first ranking in 8 bits, which are to be scored again: twice the budget."""
+    """(...) bool: the best positions of a first ranking in 8 bits, twice the budget. They are scored again."""
     return _selected(scored, min(1.0, SHORTLIST * scored.call.settings.fraction))
 
 
 def choose(scored: Scored) -> Chosen:
-    """Select by the call's budget, or its threshold."""
+    """Select positions by the call's budget or threshold."""
     call = scored.call
     selected, stats = _selected(scored, call.settings.fraction), scored.stats
-    rows, kept = _rows_of(selected, call)
-    if not is_in_graph(selected.device):  # the list of rows has just made the host wait for the statistics
+    rows, trained = _rows_of(selected, call)
+    if not is_in_graph(selected.device):  # the CPU has just waited for the device, to list the rows
         warn_of_infinite(scored.infinite, stats.valid, "valid", call.divergence.name)
     if (
-        call.known is not None
+        call.student_stats is not None
         and call.divergence.whole is not None
         and not call.backend.scores_selected_rows(call.student, call.teacher)
     ):
-        rows, kept, selected, stats = _with_whole_rows(call, rows, kept, selected, stats)
-    return Chosen(call, rows, kept, selected, scored.scores, stats)
+        rows, trained, selected, stats = _with_whole_rows(call, rows, trained, selected, stats)
+    return Chosen(call, rows, trained, selected, scored.scores, stats)
 
 
 def _selected(scored: Scored, fraction: float) -> Tensor:
@@ -85,7 +85,7 @@ def select_in_scope(
     options: SelectionOptions,
     threshold: Tensor | float | None,
 ) -> Tensor:
-    """(...) bool: the best-scored share of the valid positions of this process, or of all `ranks`.
+    """(...) bool: the best-scored share of the valid positions of this process, or of all `ranks` together.
 
     Args:
         scores, valid: (...) of the positions' shape.
@@ -97,74 +97,74 @@ def select_in_scope(
     is_sequence = scope == "sequence"
     if ranks is None:
         ids = sequences if is_sequence else None
-        kept = select(
+        selected = select(
             *flat, fraction, ids, keep_one_in=keep_one_in, keep_scores=keep_scores, places=places, threshold=threshold
         )
-        return kept.view(scores.shape)
-    shared = numbered_sequences(scores.shape, cu_seqlens, scores.device) if is_sequence else None
-    kept = select_over_ranks(
-        *flat, fraction, ranks, shared, keep_one_in=keep_one_in, keep_scores=keep_scores, places=places, threshold=threshold
+        return selected.view(scores.shape)
+    numbered = numbered_sequences(scores.shape, cu_seqlens, scores.device) if is_sequence else None
+    selected = select_over_ranks(
+        *flat, fraction, ranks, numbered, keep_one_in=keep_one_in, keep_scores=keep_scores, places=places, threshold=threshold
     )
-    return kept.view(scores.shape)
+    return selected.view(scores.shape)
 
 
 def _selection_options(scored: Scored) -> SelectionOptions:
-    """What the selector asks of the budget."""
+    """The options that the selector sets for the selection."""
     call, stats = scored.call, scored.stats
     with torch.no_grad(), nullcontext() if call.ranks is None else over_ranks(call.ranks):
         options = selection_options(call.selector, stats if is_own(call.selector) else stats.clone())
     if options["keep_scores"] is not None:
         check_scores(options["keep_scores"], call.shape, stats.valid.device)
-    if call.scope == "sequence":  # in a sequence the smaller place is the earlier position, on any rank
+    if call.scope == "sequence":  # in one sequence the smaller place is the earlier position anyway, also over ranks
         options["places"] = None
     return options
 
 
 def _with_whole_rows(
-    call: Call, rows: Tensor, kept: Tensor | None, selected: Tensor, stats: TokenStats
+    call: Call, rows: Tensor, trained: Tensor | None, selected: Tensor, stats: TokenStats
 ) -> tuple[Tensor, Tensor | None, Tensor, TokenStats]:
-    """The selected rows scored again from both models, less those whose divergence turns out to be infinite.
+    """Score the selected rows again from both models, and drop rows with an infinite divergence.
 
-    Statistics from the rollout do not hold the divergence. Infinite rows are no longer `kept` where the backend drops what is
-    not; elsewhere they leave the list, at the price of a host synchronisation.
+    Statistics from the rollout do not hold the divergence. A backend that drops rows of weight 0 gets all rows, with `trained`
+    False at infinite ones. For other backends infinite rows leave the list, and the CPU waits for the device.
     """
     with torch.no_grad():
         exact = whole_stats_of(call, rows)
         finite = is_finite(exact, call.divergence)
         stats = stats.replaced(selected, exact)
         if call.backend.drops_weightless_rows:
-            return rows, finite if kept is None else kept & finite, selected, stats
+            return rows, finite if trained is None else trained & finite, selected, stats
         return rows[finite], None, selected.masked_scatter(selected, finite), stats
 
 
 def _rows_of(selected: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-    """The selected positions; in a graph as many as may be selected at most, and which of those are selected (None: all).
+    """The rows of the selected positions, and which of these rows are selected (None: all).
 
-    Their number depends on the data (NaN or infinite rows leave the budget unfilled), which no graph can hold, torch.compile's
-    or CUDA's. There the list is filled up with other rows, whose losses become 0: a weight at which the gradient is exactly
-    zero too.
+    The number of selected positions depends on the data: NaN or infinite rows leave the budget unfilled. A graph of
+    torch.compile or CUDA cannot hold such a number. In a graph the list has a fixed length, the number of positions that can be
+    selected at most. Other rows fill it up, with weight 0: their losses and gradients are exactly zero.
     """
     flat = selected.flatten()
-    is_fixed = call.given is None and call.scope == "batch" and call.backend.drops_weightless_rows
+    is_fixed = call.unmasked is None and call.scope == "batch" and call.backend.drops_weightless_rows
     if call.settings.threshold is not None or not is_fixed or not is_in_graph(flat.device):
         return flat.nonzero().squeeze(1), None
-    most = most_selected(len(flat), call.settings.fraction)
-    if getattr(call.selector, "keep_one_per_sequence", False):  # on top of the budget
-        most += call.positions.n_sequences
-    rows = torch.sort(flat.to(torch.uint8), descending=True, stable=True).indices[:most]
+    n_rows = most_selected(len(flat), call.settings.fraction)
+    if getattr(call.selector, "keep_one_per_sequence", False):  # these positions come on top of the budget
+        n_rows += call.positions.n_sequences
+    rows = torch.sort(flat.to(torch.uint8), descending=True, stable=True).indices[:n_rows]
     return rows, flat[rows]
 
 
 def is_in_graph(device: torch.device) -> bool:
-    """Whether the call becomes a graph, torch.compile's or CUDA's."""
+    """Whether torch.compile traces the call or a CUDA graph captures it."""
     return is_traced() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
-_warned_of: set[str] = set()  # Python's own memory of warnings is lost whenever somebody catches some
+_warned_of: set[str] = set()  # Python forgets which warnings it has shown when code catches warnings
 
 
 def warn_of_infinite(infinite: Tensor, among: Tensor, kind: str, divergence: str) -> None:
-    """Once a process and divergence: where most positions are infinite, little or nothing is learned."""
+    """Warn once per process and divergence: if more than half of the positions are infinite, little or nothing is learned."""
     if divergence in _warned_of:
         return
     n_infinite, n_all = torch.stack((infinite.sum(), among.sum())).tolist()

@@ -1,6 +1,6 @@
-"""The fourth stage of a call: the losses that the backend gives of the chosen rows, and what is known once they are.
+"""The fourth stage of a call: a backend computes the losses of the chosen rows. Rows with an infinite loss are then dropped.
 
-Not here: which rows (choose.py), what is made of the losses (reduce.py).
+Not here: the choice of rows (choose.py), the mean of the losses (reduce.py).
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from opd_ops.inputs.teacher_lists import TeacherLists
 
 
 class Settled(NamedTuple):
-    """The chosen positions once their losses are known."""
+    """The chosen positions after their losses are known."""
 
-    chosen: Chosen  # with the statistics and the selection that follow from the losses
-    trained: Tensor  # (M,) bool: which rows are trained on
+    chosen: Chosen  # statistics and selection updated by the losses
+    trained: Tensor  # (M,) bool: which rows are trained on; no row with an infinite loss
     infinite: Tensor  # (...) bool: valid positions whose divergence is +inf
-    log_ratios: Tensor | None  # (M,) log p(y) - log q(y) of the sampled tokens y, if the divergence is on them
+    log_ratios: Tensor | None  # (M,) log p(y) - log q(y), y the sampled tokens; None: the divergence does not read y
 
 
 def selected_losses(chosen: Chosen, weights: Tensor, tokens: Tensor | None, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
-    """sum weights l, connected to the student's tensors, and l; both weights and l are (M,), as `sampled_tokens`."""
+    """sum weights l, connected to the student's tensors, and the losses l. weights, tokens and l are (M,)."""
     call = chosen.call
     return call.backend.selected_loss(
         call.student,
@@ -44,7 +44,7 @@ def selected_losses(chosen: Chosen, weights: Tensor, tokens: Tensor | None, *, i
 
 
 def sampled_tokens(chosen: Chosen) -> Tensor | None:
-    """(M,) the token that the student sampled at each row, merged ids as their first; None: the divergence is not on it."""
+    """(M,) tokens that the student sampled, merged ids as the first of them; None: the divergence does not read tokens."""
     call = chosen.call
     if not call.divergence.reads_tokens:
         return None
@@ -52,8 +52,8 @@ def sampled_tokens(chosen: Chosen) -> Tensor | None:
         return call.teacher.ids[chosen.rows, 0]
     assert call.positions.tokens is not None
     tokens, merged = call.positions.tokens.flatten()[chosen.rows].long(), call.student.transform.merged
-    for x in merged[1:]:
-        tokens = tokens.masked_fill(tokens == x, merged[0])
+    for token_id in merged[1:]:
+        tokens = tokens.masked_fill(tokens == token_id, merged[0])
     return tokens
 
 
@@ -71,23 +71,25 @@ def _log_ratios(chosen: Chosen, tokens: Tensor) -> Tensor:
 
 
 def settle(chosen: Chosen, losses: Tensor, tokens: Tensor | None) -> Settled:
-    """What is known once the (M,) losses are: those that turn out to be infinite are not trained on."""
+    """Update statistics and selection by the (M,) losses: rows with an infinite loss are not trained on."""
     call, stats, rows, flat = chosen.call, chosen.stats, chosen.rows, chosen.selected.flatten()
-    # What is trained on may be known to more digits than what ranked it.
+    # The loss may have more digits than the statistic that ranked the row.
     column = call.divergence.column
     if column is not None:
         ranked = getattr(stats, column).flatten()[rows]
-        stats = stats.with_column(column, rows, losses if chosen.kept is None else torch.where(chosen.kept, losses, ranked))
-    # Nor was it known to be finite, if the student's row was not read, or read in 16 bits, or is summed only here.
-    trained = losses != torch.inf
-    trained = trained if chosen.kept is None else trained & chosen.kept
+        values = losses if chosen.trained is None else torch.where(chosen.trained, losses, ranked)
+        stats = stats.with_column(column, rows, values)
+    # Scoring may not have seen an infinite loss: it read no student row, read it in 16 bits, or did not sum this divergence.
+    finite = losses != torch.inf
+    trained = finite if chosen.trained is None else finite & chosen.trained
     infinite = (stats.valid & ~is_finite(stats, call.divergence)).flatten()
     infinite = infinite.index_put((rows,), infinite[rows] | (flat[rows] & (losses == torch.inf)))
     selected = flat.index_put((rows,), flat[rows] & trained)
     shape = chosen.selected.shape
     if may_look(rows):
         is_known = call.divergence.whole is not None and call.divergence.whole.column is not None
-        among = (stats.valid.flatten(), "valid") if is_known else (flat, "selected")  # others are known where selected alone
+        # Without such a column only the losses of selected rows are known.
+        among = (stats.valid.flatten(), "valid") if is_known else (flat, "selected")
         warn_of_infinite(infinite, *among, call.divergence.name)
     chosen = replace(chosen, selected=selected.view(shape), stats=stats)
     return Settled(chosen, trained, infinite.view(shape), None if tokens is None else _log_ratios(chosen, tokens))

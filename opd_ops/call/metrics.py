@@ -1,10 +1,9 @@
-"""The `metrics` of a call: what a training loop logs, as detached 0-dim tensors that stay on the device.
+"""The `metrics` of a call for a training log, as detached 0-dim tensors that stay on the device.
 
-  Means in nats over the valid or the selected positions, and the raw sums and counts they are made of, so that a host can
-  sum over micro-batches and ranks before it divides. NaN: made of a statistic that this call does not know
-  (selection/stats.py).
+  Means in nats over the valid or the selected positions, with their sums and counts: a host can add these up over
+  micro-batches and ranks before it divides. NaN: this call does not know the statistic (selection/stats.py).
 
-Not here: the loss and its denominator (loss.py).
+Not here: the loss and its denominator (reduce.py).
 """
 
 from __future__ import annotations
@@ -26,17 +25,20 @@ def loss_metrics(
     selected: Tensor,
     scores: Tensor,
     stats: TokenStats,
-    given: Tensor | None,
+    unmasked: Tensor | None,
     infinite: Tensor,
     *,
     is_bound: bool,
 ) -> Metrics:
-    """`given` is the caller's mask as bool, or None: what teacher NaNs then took away is counted against it.
+    """The metrics of every divergence.
 
-    `infinite`: where the divergence is; `is_bound`: the support mass is its lower bound, known from two lists.
+    Args:
+        unmasked: Positions that the caller left valid; None: all. A NaN of the teacher makes such a position not valid.
+        infinite: Positions with an infinite divergence.
+        is_bound: Whether the support mass is only its lower bound, known from two lists.
     """
     n_valid, n_selected = stats.valid.sum(), selected.sum()
-    n_given = torch.full_like(n_valid, selected.numel()) if given is None else given.sum()
+    n_unmasked = torch.full_like(n_valid, selected.numel()) if unmasked is None else unmasked.sum()
     mass = "support_mass_lower_bound" if is_bound else "support_mass"
     sums = {
         "kl_selected": (stats.reverse_kl, selected, n_selected),
@@ -56,20 +58,20 @@ def loss_metrics(
     return metrics | {
         "n_valid": n_valid,
         "n_selected": n_selected,
-        "n_infinite": infinite.sum(),  # the divergence is +inf: known of all valid ones, or found where selected
-        "n_teacher_nonfinite": n_given - n_valid,
-        "score_threshold": torch.cat((lowest, lowest.new_full((1,), torch.inf))).amin(),  # +inf: nothing selected
+        "n_infinite": infinite.sum(),  # divergence +inf: of all valid positions if known there, else of the selected ones
+        "n_teacher_nonfinite": n_unmasked - n_valid,
+        "score_threshold": torch.cat((lowest, lowest.new_full((1,), torch.inf))).amin(),  # +inf if nothing is selected
     }
 
 
 @torch.no_grad()
 def sampled_metrics(log_ratio: Tensor, trained: Tensor) -> Metrics:
-    """An estimate of KL(p || q) from tokens that were drawn from p, at the (M,) positions that were trained on."""
+    """An estimate of KL(p || q) from tokens drawn from p, at the rows that are `trained`; both arguments are (M,)."""
     total = torch.where(trained, log_ratio, 0).sum()
     return {"kl_sampled": total / trained.sum().clamp_min(1), "kl_sampled_sum": total}
 
 
 def as_floats(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """0-dim tensors of one device as numbers, by one host synchronisation for all of them."""
+    """0-dim tensors of one device as numbers; the CPU waits for the device once."""
     values: list[float] = torch.stack([value.double() for value in metrics.values()]).tolist() if metrics else []
     return dict(zip(metrics, values, strict=True))

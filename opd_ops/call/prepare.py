@@ -1,6 +1,6 @@
 """The arguments of a call, checked once, as one `Call` that the later stages trust.
 
-  An error says which argument, what came, what was expected. ValueError for values, TypeError for types.
+  An error names the argument, the value that came, the value that was expected. ValueError for values, TypeError for types.
 
 Not here: settings (opd_ops/settings.py), the two models (inputs/pair.py), masks and labels (inputs/positions.py).
 """
@@ -33,7 +33,7 @@ from opd_ops.settings import SCORE_DTYPES, Settings, check_divergence_top_k, che
 
 @dataclass(frozen=True)
 class Call:
-    """A checked call."""
+    """The checked arguments of a call."""
 
     student: Source
     teacher: Source | TeacherLists
@@ -43,21 +43,21 @@ class Call:
     selector: Selector
     divergence: Divergence
     backend: Backend
-    scope: str  # "batch" where this process selects alone
-    ranks: Ranks | None  # which processes select together; None: this one alone
+    scope: str  # as the settings' scope; "batch" instead of "global" if this process selects alone
+    ranks: Ranks | None  # the processes that select together; None: this process selects alone
 
     @property
     def shape(self) -> torch.Size:
         return self.student.shape
 
     @property
-    def given(self) -> Tensor | None:
-        """Bool mask of the positions' shape; None: all."""
+    def unmasked(self) -> Tensor | None:
+        """Bool of the positions' shape: positions that the caller left valid; None: all."""
         return self.positions.valid
 
     @property
-    def known(self) -> StudentStats | None:
-        """The student's statistics, from the rollout."""
+    def student_stats(self) -> StudentStats | None:
+        """The student's statistics from the rollout; None: the caller passed none."""
         return self.batch.student_stats
 
     @property
@@ -77,7 +77,7 @@ def prepare(
     *,
     selects: bool,
 ) -> Call:
-    """Check all that depends on the tensors; raises before any work. `selects`: whether a selection and a loss follow."""
+    """Check all arguments that depend on the tensors, before any work. `selects`: False for a call that only scores."""
     ranks = selecting_ranks(settings, selects=selects)
     divergence = resolve_divergence(settings.divergence)
     student_source, teacher_source = check_sources(
@@ -97,7 +97,7 @@ def prepare(
     check_top_k(settings.top_k, vocab)
     check_divergence_top_k(divergence, vocab)
     shape, device = student_source.shape, student_source.device
-    found = positions(
+    checked_positions = positions(
         batch._replace(tokens=teacher.ids) if batch.tokens is None and isinstance(teacher, SampledLogprobs) else batch,
         shape,
         device,
@@ -107,9 +107,9 @@ def prepare(
     )
     needs = Needs(divergence, settings.top_k, inplace=settings.inplace_backward, float8=settings.in_float8)
     backend = resolve_backend(settings.backend, student_source, teacher_source, needs)
-    selector = bound_selector(named_selector(settings.selector), settings.generator, found.sequences)
-    is_part = selects and settings.scope == "sequence" and ranks is not None
-    if is_part and batch.labels is not None and batch.shift_labels is None:
+    selector = bound_selector(named_selector(settings.selector), settings.generator, checked_positions.sequences)
+    holds_parts = selects and settings.scope == "sequence" and ranks is not None
+    if holds_parts and batch.labels is not None and batch.shift_labels is None:
         raise ValueError(
             "labels: got unshifted labels, whose next one may be on another rank of selection_group; pass shift_labels, or "
             "tokens and a mask"
@@ -117,37 +117,37 @@ def prepare(
     if batch.student_stats is not None:
         if student_source.transform.merged:
             raise ValueError("eos_ids: student_stats are of the ids apart; pass no student_stats")
-        own = student_source.width if shard is None else shard.uncut
+        student_vocab_size = student_source.width if shard is None else shard.uncut
         check_student_stats(
             batch.student_stats,
             shape,
             device,
             top_k=settings.top_k,
             vocab_size=vocab,
-            student_vocab_size=own,
-            valid=found.valid,
+            student_vocab_size=student_vocab_size,
+            valid=checked_positions.valid,
         )
         check_known(selector, "student_stats")
     if isinstance(teacher, (TopKLogprobs, SampledLogprobs)):
         assert isinstance(teacher_source, TeacherLists)
-        check_lists(teacher, teacher_source.logprobs, found.valid)
+        check_lists(teacher, teacher_source.logprobs, checked_positions.valid)
         check_known(selector, type(teacher).__name__)
     scope = settings.scope if selects and not (settings.scope == "global" and ranks is None) else "batch"
-    call = Call(student_source, teacher_source, found, batch, settings, selector, divergence, backend, scope, ranks)
+    call = Call(student_source, teacher_source, checked_positions, batch, settings, selector, divergence, backend, scope, ranks)
     if selects:
         _check_loss(call)
     return call
 
 
 def divergence_of(teacher: object) -> Divergence:
-    """One that the teacher allows, for scores that no loss follows."""
+    """A divergence that the teacher allows, for a call that only scores."""
     if isinstance(teacher, SampledLogprobs):
         return SampledToken()
     return TailAware(top_k=1) if isinstance(teacher, TopKLogprobs) else ReverseKL()
 
 
 def selecting_ranks(settings: Settings, *, selects: bool) -> Ranks | None:
-    """The processes that select together; None: this one alone."""
+    """The processes that select together; None: this process selects alone."""
     group = settings.selection_group
     if selects and group is not None and settings.scope == "batch":
         raise ValueError(
@@ -160,13 +160,13 @@ def selecting_ranks(settings: Settings, *, selects: bool) -> Ranks | None:
 
 
 def _check_other_positions(settings: Settings, vocabulary: dist.ProcessGroup | None, selects: bool) -> None:
-    """Where ranks share out the vocabulary they hold the same positions: those that select together must be others."""
+    """Refuse ranks that share out the vocabulary and select together: such ranks hold the same positions."""
     group = settings.selection_group
     if group is not None and vocabulary is not None:
-        shared = set(dist.get_process_group_ranks(group)) & set(dist.get_process_group_ranks(vocabulary))
-        if len(shared) > 1:
+        common = set(dist.get_process_group_ranks(group)) & set(dist.get_process_group_ranks(vocabulary))
+        if len(common) > 1:
             raise ValueError(
-                f"selection_group: has ranks {sorted(shared)} in common with the group that shares out the vocabulary, which "
+                f"selection_group: has ranks {sorted(common)} in common with the group that shares out the vocabulary, which "
                 "hold the same positions; expected ranks that hold others, across that group"
             )
     if selects and settings.scope == "global" and group is None:
@@ -177,7 +177,7 @@ def _check_other_positions(settings: Settings, vocabulary: dist.ProcessGroup | N
 
 
 def _check_loss(call: Call) -> None:
-    """What a loss asks beyond scores."""
+    """The checks of a call that computes a loss."""
     if call.settings.inplace_backward:
         _check_inplace_backward(call.student.leading, call.teacher)
     if call.divergence.reads_tokens:
@@ -185,7 +185,7 @@ def _check_loss(call: Call) -> None:
 
 
 def _check_tokens(call: Call) -> None:
-    """A divergence on the sampled token needs to know it."""
+    """A divergence on the sampled token needs the tokens."""
     tokens, teacher = call.positions.tokens, call.teacher
     if tokens is not None and tokens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"tokens: got labels of dtype {tokens.dtype}, expected int32 or int64")
@@ -205,7 +205,7 @@ def _check_tokens(call: Call) -> None:
 
 
 def _check_inplace_backward(student: Tensor, teacher: Source | TeacherLists) -> None:
-    """Refuse to overwrite logits that somebody may still need; without grad mode there is nothing to overwrite."""
+    """Refuse to overwrite logits that other code may still read. Without grad mode nothing is overwritten."""
     if not torch.is_grad_enabled():
         return
     reason = None
@@ -217,7 +217,7 @@ def _check_inplace_backward(student: Tensor, teacher: Source | TeacherLists) -> 
         reason = "are a leaf, whose values belong to the caller"
     elif student._is_view():
         reason = "are a view, whose base others may read"
-    elif isinstance(teacher, Source) and _memory(student) == _memory(teacher.leading):
+    elif isinstance(teacher, Source) and _address(student) == _address(teacher.leading):
         reason = "share their memory with the teacher's"
     if reason is not None:
         raise ValueError(
@@ -226,12 +226,12 @@ def _check_inplace_backward(student: Tensor, teacher: Source | TeacherLists) -> 
         )
 
 
-def _memory(tensor: Tensor) -> int:
+def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
 def check_num_items(value: object) -> Tensor | float | None:
-    """A number or a 0-dim tensor, by one rule. 0 is what a host counts in a step without a valid token."""
+    """The host's count, a number or a 0-dim tensor. A host counts 0 in a step without a valid token."""
     if value is None:
         return None
     number = scalar_of("num_items_in_batch", value) if isinstance(value, Tensor) else real(value)
@@ -241,9 +241,9 @@ def check_num_items(value: object) -> Tensor | float | None:
 
 
 def check_transforms(backend: str, *, has_vmap: bool, has_gradient: bool) -> None:
-    """Refuse torch.func's transforms (grad, vmap, jvp, ...), but those that the specification's plain torch allows.
+    """Refuse torch.func's transforms (grad, vmap, jvp, ...). Backend "eager" may allow some: it is plain torch.
 
-    `has_vmap`, `has_gradient`: whether "eager" has a rule for vmap, and for the others.
+    `has_vmap`, `has_gradient`: whether backend "eager" has a rule for vmap, and for the other transforms.
     """
     if is_traced() or not torch._C._are_functorch_transforms_active():
         return

@@ -1,10 +1,10 @@
-"""The last stage of a call: the mean over the selected positions, and losses one by one, both connected to the graph.
+"""The last stage of a call: the mean loss over the selected positions, or a loss per position, connected to the graph.
 
   loss = sum_t w_t l_t / total          losses_t = w_t l_t at the selected t, 0 elsewhere
 
-For losses one by one the forward computes them without a graph. The backward, which alone knows the factors c_t of the sum that
-is differentiated, is the one of the weighted sum which every backend has, with c_t w_t as the weights, on the selected
-positions; nothing is scored or selected again.
+The forward of losses per position builds no graph. The caller differentiates a sum of c_t losses_t, and only the backward
+learns the factors c_t. So the backward is a backend's gradient of the weighted sum over the selected positions, with weights
+c_t w_t. Nothing is scored or selected again.
 Not here: which positions are selected (choose.py), the losses themselves (losses.py), metrics (metrics.py).
 """
 
@@ -31,7 +31,7 @@ from opd_ops.settings import scalar_of
 
 
 class SelectiveOPDOutput(NamedTuple):
-    """What `selective_opd_loss` returns; (...) is the positions' shape."""
+    """The result of `selective_opd_loss`; (...) is the positions' shape."""
 
     loss: Tensor  # 0-dim, connected to the graph even when nothing is selected
     selected: Tensor  # (...) bool
@@ -41,7 +41,7 @@ class SelectiveOPDOutput(NamedTuple):
 
 
 class TokenLosses(NamedTuple):
-    """What `selective_opd_token_losses` returns; (...) is the positions' shape."""
+    """The result of `selective_opd_token_losses`; (...) is the positions' shape."""
 
     losses: Tensor  # (...) nats, connected to the graph; 0 where not selected
     selected: Tensor  # (...) bool
@@ -51,23 +51,23 @@ class TokenLosses(NamedTuple):
 
 
 def mean_loss(chosen: Chosen, num_items_in_batch: Tensor | float | None) -> SelectiveOPDOutput:
-    """The sum of the selected positions' losses over the denominator that the settings name."""
-    call, rows, kept = chosen.call, chosen.rows, chosen.kept
+    """The sum of the selected positions' losses, divided by the denominator that the settings name."""
+    call, rows = chosen.call, chosen.rows
     kind, weights = call.settings.denominator, call.batch.weights
-    if call.ranks is None:  # over ranks the others would wait for the one that raised
+    if call.ranks is None:  # if one rank of several raised, the others would wait for it
         _check_some_items(num_items_in_batch, chosen.selected)
     total = denominator(chosen.selected, chosen.stats.valid, num_items_in_batch, kind)
     factors = _ratio(torch.ones_like(total), total).to(chosen.scores.dtype).expand(len(rows))
-    factors = factors if kept is None else torch.where(kept, factors, 0)
+    factors = factors if chosen.trained is None else torch.where(chosen.trained, factors, 0)
     row_weights = None if weights is None else weights.detach().flatten()[rows].to(factors.dtype)
     tokens = sampled_tokens(chosen)
     factors = factors if row_weights is None else factors * row_weights
     weighted, losses = selected_losses(chosen, factors, tokens, inplace=call.settings.inplace_backward)
     settled = settle(chosen, losses, tokens)
     chosen, trained = settled.chosen, settled.trained
-    # 1 if no infinite loss was dropped; over ranks their counts are added up here alone, when they are final
-    final = denominator(chosen.selected, chosen.stats.valid, num_items_in_batch, kind, call.ranks)
-    correction = _ratio(total, final)
+    # The correction is 1 if no infinite loss was dropped. Counts of ranks are added up only here, where they are final.
+    final_total = denominator(chosen.selected, chosen.stats.valid, num_items_in_batch, kind, call.ranks)
+    correction = _ratio(total, final_total)
     loss = weighted * correction.to(weighted.dtype) * nan_if_nonfinite(chosen, weighted.dtype)
     loss_sum = torch.where(trained, losses if row_weights is None else losses * row_weights, 0).sum()
     metrics = _metrics(settled, loss, loss_sum)
@@ -77,7 +77,7 @@ def mean_loss(chosen: Chosen, num_items_in_batch: Tensor | float | None) -> Sele
 def denominator(
     selected: Tensor, valid: Tensor, num_items: Tensor | float | None, kind: str, ranks: Ranks | None = None
 ) -> Tensor:
-    """What the sum over the selected positions is divided by, 0-dim fp64; 1 where nothing is selected."""
+    """The divisor of the sum over the selected positions, 0-dim fp64; 1 if nothing is selected."""
     n_selected, n_valid = selected.sum(), valid.sum()
     if ranks is not None:
         n_selected, n_valid = ranks.sum(torch.stack((n_selected, n_valid))).unbind()
@@ -86,18 +86,18 @@ def denominator(
     total = n_valid
     if isinstance(num_items, Tensor):
         total = num_items.to(device=valid.device, dtype=torch.float64)
-    elif num_items is not None:  # filled on the device: a copy from the host would wait for it
+    elif num_items is not None:  # filled on the device: with a copy the CPU would wait for the device
         total = torch.full((), num_items, dtype=torch.float64, device=valid.device)
     return torch.where(n_selected > 0, total * share, 1.0)
 
 
 def _ratio(number: Tensor, total: Tensor) -> Tensor:
-    """number / total; 0 for a total of 0, which a host counts in a step without a valid token."""
+    """number / total; 0 for a total of 0. A host counts 0 in a step without a valid token."""
     return torch.where(total == 0, 0.0, number / total)
 
 
 def _check_some_items(value: Tensor | float | None, selected: Tensor) -> None:
-    """Refuse a count of 0 where positions are selected. A device's count is not looked at; the loss is 0 then."""
+    """Refuse a count of 0 if positions are selected. A count on a device is not read: there the loss is 0."""
     if value is None or is_traced():
         return
     number = scalar_of("num_items_in_batch", value) if isinstance(value, Tensor) else value
@@ -109,7 +109,7 @@ def _check_some_items(value: Tensor | float | None, selected: Tensor) -> None:
 
 
 def nan_if_nonfinite(chosen: Chosen, dtype: torch.dtype) -> Tensor:
-    """The factor of every loss: NaN if the student's softmax or the score of a valid position is not a number, else 1."""
+    """A factor of every loss: NaN if a valid position has no finite student softmax or a NaN score, else 1."""
     stats = chosen.stats
     blown_up = stats.valid & (~torch.isfinite(stats.student_logsumexp) | chosen.scores.isnan())
     return torch.where(blown_up.any(), torch.nan, 1.0).to(dtype)
@@ -123,7 +123,7 @@ def _metrics(settled: Settled, loss: Tensor, loss_sum: Tensor) -> Metrics:
         chosen.selected,
         chosen.scores,
         chosen.stats,
-        chosen.call.given,
+        chosen.call.unmasked,
         settled.infinite,
         is_bound=isinstance(chosen.call.teacher, TeacherLists),
     )
@@ -152,7 +152,7 @@ def token_losses(chosen: Chosen) -> TokenLosses:
 
 
 class _TokenLosses(torch.autograd.Function):
-    """(M,) losses whose gradient is a backend's gradient of their weighted sum, with the weights that the backward brings."""
+    """(M,) losses. The backward takes a backend's gradient of their weighted sum; the incoming gradient is the weights."""
 
     @staticmethod
     def forward(ctx: Any, chosen: Chosen, tokens: Tensor | None, losses: Tensor, trained: Tensor, *tensors: Tensor) -> Tensor:
@@ -165,17 +165,17 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
         tokens, trained, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[4 : 4 + ctx.n_student]
-        own = [t.detach().requires_grad_(need) for t, need in zip(tensors[: ctx.n_student], needs, strict=True)]
-        chosen = _with_tensors(ctx.chosen, (*own, *tensors[ctx.n_student :]))
+        student_tensors = [t.detach().requires_grad_(need) for t, need in zip(tensors[: ctx.n_student], needs, strict=True)]
+        chosen = _with_tensors(ctx.chosen, (*student_tensors, *tensors[ctx.n_student :]))
         with torch.enable_grad():
             weighted, _ = selected_losses(chosen, torch.where(trained, dlosses, 0), tokens)
-            made = iter(torch.autograd.grad(weighted, [t for t in own if t.requires_grad]))
-        gradients: list[Tensor | None] = [next(made) if need else None for need in needs]
+            computed = iter(torch.autograd.grad(weighted, [t for t in student_tensors if t.requires_grad]))
+        gradients: list[Tensor | None] = [next(computed) if need else None for need in needs]
         return (None,) * 4 + tuple(gradients) + (None,) * len(tensors[ctx.n_student :])
 
 
 def _with_tensors(chosen: Chosen, tensors: Sequence[Tensor] | None) -> Chosen:
-    """The same with these tensors in both sources; None: emptied. Lists are no inputs of autograd's and stay."""
+    """The same with these tensors in both sources; None: empty ones. A teacher's lists stay: autograd does not see them."""
     student, teacher = chosen.call.student, chosen.call.teacher
     split = len(student.tensors)
     student = student.emptied() if tensors is None else student.with_tensors(tensors[:split])

@@ -2,7 +2,7 @@
 
   scores = selector(statistics)                                                        arXiv 2605.26844 eq. 12
 
-Not here: how statistics are computed (backends/), selectors (selection/selectors.py), which positions are chosen (choose.py).
+Not here: computing statistics (backends/), selectors (selection/selectors.py), the choice of positions (choose.py).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from opd_ops.selection.stats import BACKEND_COLUMNS, TokenStats
 
 @dataclass(frozen=True)
 class Scored:
-    """A call with the scores and statistics of its positions, both of the positions' shape."""
+    """A call with the scores and statistics of its positions; (...) is the positions' shape."""
 
     call: Call
     scores: Tensor  # (...) -inf where not valid, or where the divergence is known to be infinite
-    stats: TokenStats
+    stats: TokenStats  # columns (...)
 
     @property
     def infinite(self) -> Tensor:
@@ -37,16 +37,16 @@ class Scored:
 
 
 def score(call: Call) -> Scored:
-    """Score every position that may be trained on, or that a selector asks to see."""
-    with torch.no_grad():  # no decorator: torch.compile cannot trace a decorated function that it is handed
-        # A host synchronisation, if there is a mask: the list of valid rows has a length.
-        everything = torch.arange(call.shape.numel(), device=call.student.leading.device)
+    """Score every valid position, and masked positions of the responses if the selector needs them."""
+    with torch.no_grad():  # no decorator: torch.compile cannot trace a function that is passed to it with a decorator
+        # With a mask the CPU waits for the device: the length of the list of rows depends on the mask.
+        every_row = torch.arange(call.shape.numel(), device=call.student.leading.device)
         places = _response_places(call)
-        read = call.given if call.given is None or places is None else places > 0
-        rows = everything if read is None else read.flatten().nonzero().squeeze(1)
-        stats = stats_of(call, rows).spread(None if read is None else rows, call.shape)
+        scored_mask = call.unmasked if call.unmasked is None or places is None else places > 0
+        rows = every_row if scored_mask is None else scored_mask.flatten().nonzero().squeeze(1)
+        stats = stats_of(call, rows).spread(None if scored_mask is None else rows, call.shape)
         if places is not None:
-            valid = stats.valid if call.given is None else stats.valid & call.given
+            valid = stats.valid if call.unmasked is None else stats.valid & call.unmasked
             stats = stats._replace(valid=valid, response_place=places)
         scored = _scored(call, stats)
     if call.settings.check_finite and not call.settings.in_float8:
@@ -55,7 +55,7 @@ def score(call: Call) -> Scored:
 
 
 def score_again(scored: Scored, shortlist: Tensor) -> Scored:
-    """The (...) bool shortlist of a first ranking in 8 bits once more by fp32 logits; all others then score -inf."""
+    """Score the (...) bool shortlist of a first ranking in 8 bits again, from fp32 logits; other positions score -inf."""
     call, stats = scored.call, scored.stats
     with torch.no_grad():
         exact = stats_of(call, shortlist.flatten().nonzero().squeeze(1), score_dtype=torch.float32)
@@ -67,23 +67,23 @@ def score_again(scored: Scored, shortlist: Tensor) -> Scored:
 
 
 def whole_stats_of(call: Call, rows: Tensor) -> TokenStats:
-    """Statistics of the rows from both models and fp32 logits, whatever is known from the rollout."""
+    """Statistics of the rows from both models' fp32 logits, without the rollout's statistics."""
     return stats_of(replace(call, batch=call.batch._replace(student_stats=None)), rows, score_dtype=torch.float32)
 
 
 def stats_of(call: Call, rows: Tensor, score_dtype: torch.dtype | None = None) -> TokenStats:
-    """(n,) columns at the rows. `score_dtype`: None: the call's."""
+    """(n,) columns at the rows. `score_dtype`: None: the call's score_dtype."""
     student, teacher = call.student, call.teacher
     score_dtype = score_dtype or call.score_dtype
     columns = frozenset(getattr(call.selector, "needs", ())) & BACKEND_COLUMNS
     workspace, top_k = call.workspace, call.settings.top_k
-    if call.known is not None or isinstance(teacher, TeacherLists):
+    if call.student_stats is not None or isinstance(teacher, TeacherLists):
         stats = two_lists.token_stats(
             call.backend,
             student,
             teacher,
             rows,
-            call.known,
+            call.student_stats,
             top_k=top_k,
             columns=columns,
             workspace=workspace,
@@ -99,13 +99,13 @@ def stats_of(call: Call, rows: Tensor, score_dtype: torch.dtype | None = None) -
             workspace=workspace,
             score_dtype=score_dtype,
         )
-    if isinstance(teacher, Source):  # a student that has blown up is not hidden by a teacher that has, too
+    if isinstance(teacher, Source):  # a non-finite teacher must not hide a non-finite student
         stats = stats._replace(valid=stats.valid | ~torch.isfinite(stats.student_logsumexp))
     return stats
 
 
 def is_finite(stats: TokenStats, divergence: Divergence) -> Tensor:
-    """Bool: where the divergence is not known to be infinite."""
+    """Bool: False where the divergence is known to be infinite."""
     if divergence.whole is None or divergence.whole.column is None:
         return torch.ones_like(stats.valid)
     column: Tensor = getattr(stats, divergence.whole.column)
@@ -113,27 +113,27 @@ def is_finite(stats: TokenStats, divergence: Divergence) -> Tensor:
 
 
 def _response_places(call: Call) -> Tensor | None:
-    """The column, if the selector asks for it: then whole responses are scored."""
+    """The column `response_place`, if the selector needs it; whole responses are then scored."""
     if "response_place" not in getattr(call.selector, "needs", ()):
         return None
     return call.positions.response_places(call.ranks if call.scope == "sequence" else None)
 
 
 def _scored(call: Call, stats: TokenStats) -> Scored:
-    # What a user's own selector does to its argument in place must not reach the losses.
-    given = stats if is_own(call.selector) else stats.clone()
+    # A user's selector may change its argument in place: the losses must not see that.
+    selector_stats = stats if is_own(call.selector) else stats.clone()
     with nullcontext() if call.ranks is None else over_ranks(call.ranks):
-        scores = call.selector(given)
+        scores = call.selector(selector_stats)
     check_scores(scores, call.shape, stats.valid.device)
     trainable = stats.valid & is_finite(stats, call.divergence)
     shard = call.student.transform.shard
-    if shard is not None and not is_deterministic(call.selector):  # what one rank drew counts for all
+    if shard is not None and not is_deterministic(call.selector):  # all ranks take the scores that the first rank drew
         scores = shard.ranks.first(scores.clone(memory_format=torch.contiguous_format))
     return Scored(call, torch.where(trainable, scores.to(stats.reverse_kl.dtype), -torch.inf), stats)
 
 
 def check_scores(scores: object, shape: torch.Size, device: torch.device) -> None:
-    """Of a selector."""
+    """Check the scores that a selector returned."""
     expected = f"expected a tensor of scores of shape {tuple(shape)}"
     if not isinstance(scores, Tensor):
         hint = "; it reads a column that is not computed: name it in the selector's `needs`" if scores is None else ""
@@ -147,15 +147,15 @@ def check_scores(scores: object, shape: torch.Size, device: torch.device) -> Non
 
 
 def _check_finite(scored: Scored) -> None:
-    """Refuse valid positions without a finite softmax; every rank that selects with this one raises, and none waits."""
+    """Refuse valid positions without a finite softmax. All ranks that select together raise, so that none waits."""
     call, stats = scored.call, scored.stats
-    given = torch.ones_like(stats.valid) if call.given is None else call.given
+    unmasked = torch.ones_like(stats.valid) if call.unmasked is None else call.unmasked
     blown_up = stats.valid & ~torch.isfinite(stats.student_logsumexp)
-    nonfinite = {"student": blown_up, "teacher": given & ~stats.valid}
-    everywhere = torch.stack([bad.sum() for bad in nonfinite.values()])
+    nonfinite = {"student": blown_up, "teacher": unmasked & ~stats.valid}
+    counts = torch.stack([bad.sum() for bad in nonfinite.values()])
     if call.ranks is not None:
-        everywhere = call.ranks.sum(everywhere)
-    for (name, bad), n in zip(nonfinite.items(), everywhere.tolist(), strict=True):
+        counts = call.ranks.sum(counts)
+    for (name, bad), n in zip(nonfinite.items(), counts.tolist(), strict=True):
         if n and not bad.any():
             raise ValueError(f"{name}: got {n} positions without a finite softmax on other ranks (check_finite=True)")
         if n:

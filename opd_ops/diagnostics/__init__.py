@@ -1,4 +1,4 @@
-"""Diagnostics: what selection does on a real student and teacher, as numbers (`study`) and as one page (report.py).
+"""Diagnostics: the effect of selection on a real student and teacher, as numbers (`study`) and as one page (report.py).
 
   from opd_ops.diagnostics import Contexts, study
 

@@ -1,10 +1,10 @@
-"""`opd-inspect`: what selection does for a student, a teacher and prompts of your own, as one HTML page.
+"""`opd-inspect`: the effect of selection for your own student, teacher and prompts, as one HTML page.
 
   opd-inspect --student NAME --teacher NAME --prompts prompts.jsonl [--trained NAME] [--out report.html]
 
-The student answers the prompts with a fixed seed; those answers stay as they are. Student and teacher are compared on their
-tokens, and with a trained student the gain of each token is known (arXiv 2605.26844 section 3). The numbers go to a JSON file
-beside the page. What can be refused is refused before a model loads.
+The student answers the prompts once, with a fixed seed. Student and teacher are compared on the tokens of these answers; with a
+trained student the gain of each token is computed too (arXiv 2605.26844 section 3). The numbers are written to a JSON file next
+to the page. As many errors as possible come before a model loads.
 Not here: running models (measure.py), the numbers (study.py), the page (report.py), names of models (trainer/models.py).
 """
 
@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -32,15 +32,15 @@ from opd_ops.trainer.models import load_model, load_tokenizer
 from opd_ops.trainer.prompts import Prompt, load_prompts
 from opd_ops.trainer.teachers import check_tokenizers
 
-NEEDED = ("transformers", "matplotlib", "rich")  # each is imported only where it is used, which may be after the models ran
-PATHS = ("student", "teacher", "trained", "prompts", "out")  # where the models are no names on the hub
+REQUIRED_PACKAGES = ("transformers", "matplotlib", "rich")  # checked first: some are imported only after the models have run
+PATHS = ("student", "teacher", "trained", "prompts", "out")  # flags that may be paths
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The flags."""
+    """The values of the flags."""
 
     student: str
     teacher: str
@@ -61,7 +61,7 @@ class Settings:
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, list[Prompt]]:
-    """The flags and the prompts; a bad flag ends the program with its name, what came and what was expected."""
+    """The flags and the prompts. A bad flag ends the program; the error has its name, its value and the expected values."""
     parser = argparse.ArgumentParser(
         prog="opd-inspect",
         description="What selective distillation selects and, given a trained student, what training brought: one HTML page.",
@@ -118,7 +118,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, list[Prompt
 
 
 def _check_output(paths: Sequence[Path], *, overwrite: bool) -> None:
-    """Whether the files can be written. Raises: OSError: they cannot. ValueError: there is one that may not be replaced."""
+    """Check that the files can be written. Raises: OSError: they cannot. ValueError: a file exists and must not be replaced."""
     for path in paths:
         is_new = not path.exists()
         if not is_new and not overwrite:
@@ -130,9 +130,9 @@ def _check_output(paths: Sequence[Path], *, overwrite: bool) -> None:
 
 
 def run(settings: Settings, prompts: Sequence[Prompt]) -> tuple[Contexts, Study]:
-    """Models, answers, statistics, study. Raises: SystemExit: a model that cannot be found, or tokenizers that differ."""
+    """Models, answers, statistics, study. Raises: SystemExit: a model cannot be loaded, or the tokenizers differ."""
     names = {"student": settings.student, "teacher": settings.teacher, "trained": settings.trained}
-    tokenizers = {role: _found(role, name, load_tokenizer) for role, name in names.items() if name is not None}
+    tokenizers = {role: _loaded(role, name, load_tokenizer) for role, name in names.items() if name is not None}
     try:
         for role in set(tokenizers) - {"student"}:
             check_tokenizers(tokenizers["student"], tokenizers[role], f"--{role}")
@@ -140,25 +140,27 @@ def run(settings: Settings, prompts: Sequence[Prompt]) -> tuple[Contexts, Study]
         raise SystemExit(f"error: {error}") from error
     if settings.top_k > len(tokenizers["student"]):
         raise SystemExit(f"error: --top-k: got {settings.top_k}, expected at most the vocabulary, {len(tokenizers['student'])}")
-    chosen = named_selectors(settings.selectors)
-    columns = frozenset[str]().union(*(getattr(x, "needs", ()) for x in chosen.values())) & OPTIONAL_COLUMNS
+    selectors = named_selectors(settings.selectors)
+    columns = frozenset[str]().union(*(getattr(selector, "needs", ()) for selector in selectors.values())) & OPTIONAL_COLUMNS
 
     def reader(role: str, name: str) -> Reader:
-        model = _found(role, name, lambda name: load_model(name, dtype=settings.dtype))
-        # One tokenizer writes the prompts of all, as in training.
+        model = _loaded(role, name, lambda name: load_model(name, dtype=settings.dtype))
+        # The student's tokenizer writes the prompts of all models, as in training.
         return Reader(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizers["student"])
 
-    options: dict[str, Any] = {"top_k": settings.top_k, "teacher_system": settings.teacher_system}
     n = -(-len(prompts) // settings.batch_size)
     student, teacher = reader("student", settings.student), reader("teacher", settings.teacher)
     sizes = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size}
     frozen = list(_progress(sample_answers(student, prompts, **sizes, seed=settings.seed), "the student answers", n))
-    before = compare(student, teacher, _progress(frozen, "student and teacher read", n), **options, columns=columns)
+    system, top_k = settings.teacher_system, settings.top_k
+    batches = _progress(frozen, "student and teacher read", n)
+    before = compare(student, teacher, batches, top_k=top_k, teacher_system=system, columns=columns)
     after, texts = None, [row for rollouts in frozen for row in rollouts.token_texts(student.tokenizer)]
-    del student  # so that no more than two models are held
+    del student  # so that at most two models are in memory
     if settings.trained is not None:
         trained = reader("trained", settings.trained)
-        after = compare(trained, teacher, _progress(frozen, "trained and teacher read", n), **options).forward_kl
+        batches = _progress(frozen, "trained and teacher read", n)
+        after = compare(trained, teacher, batches, top_k=top_k, teacher_system=system).forward_kl
     contexts = Contexts(before, after, texts, [prompt.text for prompt in prompts], _clusters(prompts))
     return contexts, study(contexts, settings.selectors, settings.fractions, settings.resamples, settings.seed)
 
@@ -166,33 +168,33 @@ def run(settings: Settings, prompts: Sequence[Prompt]) -> tuple[Contexts, Study]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the flags, run the models, write the page and its numbers."""
     settings, prompts = parse(arguments)
-    for package in NEEDED:
+    for package in REQUIRED_PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise SystemExit(f"error: {package} is not installed; pip install 'opd-ops[inspect]'")
-    contexts, found = run(settings, prompts)
+    contexts, results = run(settings, prompts)
     shown = {name.replace("_", " "): _text(value) for name, value in asdict(settings).items() if value is not None}
     for name in ("out", "overwrite", "resamples", "seed"):  # the page says the last two itself
         shown.pop(name)
-    settings.out.write_text(report.render(contexts, found, shown), encoding="utf-8")
+    settings.out.write_text(report.render(contexts, results, shown), encoding="utf-8")
     numbers = settings.out.with_suffix(".json")
-    numbers.write_text(json.dumps({"settings": asdict(settings), **found.to_json()}, indent=1, default=str), encoding="utf-8")
-    print(f"{found.n_positions:,} tokens of {found.n_contexts} answers: see {settings.out}; numbers in {numbers}")
-    for row in found.gains or ():
+    numbers.write_text(json.dumps({"settings": asdict(settings), **results.to_json()}, indent=1, default=str), encoding="utf-8")
+    print(f"{results.n_positions:,} tokens of {results.n_contexts} answers: see {settings.out}; numbers in {numbers}")
+    for row in results.gains or ():
         print(f"  {row.selector:<22} {100 * row.fraction:>5g} %   gain {row.gain.value:+.4f} nats")
 
 
-def _found(role: str, name: str, load: Callable[[str], Item]) -> Item:
+def _loaded(role: str, name: str, load: Callable[[str], Item]) -> Item:
     try:
         return load(name)
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        reason = " ".join(str(error).split())  # one line, however many a library's error has
+        reason = " ".join(str(error).split())  # one line, also if a library's error has several
         raise SystemExit(f"error: --{role}: got {name!r}, expected a model that can be loaded ({reason})") from error
 
 
 def _clusters(prompts: Sequence[Prompt]) -> torch.Tensor:
-    """Answers to the same conversation belong together, not those whose last message happens to be the same."""
-    number: dict[tuple[tuple[str, str], ...], int] = {}
-    return torch.tensor([number.setdefault(prompt.messages, len(number)) for prompt in prompts])
+    """The cluster of each answer: answers to the same conversation are one cluster; an equal last message is not enough."""
+    numbers: dict[tuple[tuple[str, str], ...], int] = {}
+    return torch.tensor([numbers.setdefault(prompt.messages, len(numbers)) for prompt in prompts])
 
 
 def _progress(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
@@ -202,7 +204,7 @@ def _progress(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
     return tracked
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -216,21 +218,21 @@ def _integer(least: int) -> Callable[[str], int]:
 
 
 def _selectors(text: str) -> list[str]:
-    found = text.split(",")
-    for name in found:
+    names = text.split(",")
+    for name in names:
         if name not in SELECTORS:
             raise argparse.ArgumentTypeError(f"got {name!r}, expected names with commas between, of: {', '.join(SELECTORS)}")
-    return found
+    return names
 
 
 def _fractions(text: str) -> list[float]:
     try:
-        found = [float(part) for part in text.split(",")]
+        fractions = [float(part) for part in text.split(",")]
     except ValueError:
-        found = []
-    if not found or not all(0 < share <= 1 for share in found):
+        fractions = []
+    if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers in (0, 1] with commas between")
-    return found
+    return fractions
 
 
 if __name__ == "__main__":

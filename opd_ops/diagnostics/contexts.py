@@ -1,9 +1,9 @@
-"""`Contexts`: what is known of frozen answers, the material of every diagnostic.
+"""`Contexts`: frozen answers with their statistics, the input of every diagnostic.
 
-  A context is an answer that the student wrote before training, position by position: the statistics of student and teacher
-  there, and KL(q || p_after) of a trained student at the same positions (arXiv 2605.26844, section 3 and appendix C).
+  A context is an answer that the student wrote before training. Each position has the statistics of student and teacher, and
+  KL(q || p_after) of a trained student (arXiv 2605.26844, section 3 and appendix C).
 
-Not here: how models are run to fill them (cli.py), what is computed from them (study.py).
+Not here: how models are run to get the statistics (measure.py), the diagnostics (study.py).
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from opd_ops.selection.stats import TokenStats
 
 @dataclass(frozen=True, eq=False)
 class Contexts:
-    """B frozen answers of at most L tokens; everything is kept on the CPU, divergences and entropies in nats.
+    """B frozen answers of at most L tokens. All tensors are kept on the CPU, divergences and entropies in nats.
 
-    A position is measured where it is valid and its KLs, both directions and before and after, are finite: an infinite one
-    has no gain, and the loss never selects it. How many are left out is `n_left_out`.
+    A position is measured if it is valid and all its KLs are finite: both directions before training, and the one after. A
+    position with an infinite KL has no gain, and the loss never selects it; `n_left_out` is the number of these positions.
 
     Args:
         before: columns (B, L), from `score_positions(student, teacher, mask=...)` before training.
-        after_forward_kl: (B, L) KL(q || p_after) of the trained student; None: there is none, and so there are no gains.
-        tokens: the text of each token, tokens[b][i] that of position (b, i), up to the last valid one at least.
-        prompts: the text that each answer answers.
-        clusters: (B,) integers; answers with the same number are resampled together. None: those with the same prompt are.
+        after_forward_kl: (B, L) KL(q || p_after) of the trained student; None: no trained student, so no gains.
+        tokens: tokens[b][i] is the text of position (b, i); at least up to the last valid position.
+        prompts: the text of each answer's prompt.
+        clusters: (B,) integers; answers with the same number are resampled together. None: answers with the same prompt are.
     Raises:
-        ValueError: shapes or lengths that do not fit; a NaN at a valid position, which no finite model gives; no measured
+        ValueError: shapes or lengths do not fit; a NaN at a valid position, which a finite model does not give; no measured
             position at all.
     """
 
@@ -42,14 +42,14 @@ class Contexts:
     clusters: Tensor | None = None
 
     def __post_init__(self) -> None:
-        set_ = object.__setattr__  # frozen: these are the fields' final form
+        set_ = object.__setattr__  # the dataclass is frozen
         columns = {name: x.detach().cpu() for name, x in self.before._asdict().items() if x is not None}
         set_(self, "before", TokenStats(**columns))
         if self.after_forward_kl is not None:
             set_(self, "after_forward_kl", self.after_forward_kl.detach().cpu())
         self._check_shapes()
         self._check_finite()
-        set_(self, "clusters", self._numbered().unique(return_inverse=True)[1])
+        set_(self, "clusters", self._cluster_numbers().unique(return_inverse=True)[1])
         if not bool(self.measured.any()):
             raise ValueError(
                 f"Contexts: got {int(self.before.valid.sum())} valid positions, none with finite KLs, expected at least one"
@@ -58,12 +58,12 @@ class Contexts:
     @property
     def measured(self) -> Tensor:
         """(B, L) bool: valid, and every KL finite."""
-        found = self.before.valid & self.before.forward_kl.isfinite() & self.before.reverse_kl.isfinite()
-        return found if self.after_forward_kl is None else found & self.after_forward_kl.isfinite()
+        measured = self.before.valid & self.before.forward_kl.isfinite() & self.before.reverse_kl.isfinite()
+        return measured if self.after_forward_kl is None else measured & self.after_forward_kl.isfinite()
 
     @property
     def n_left_out(self) -> int:
-        """Valid positions with an infinite KL."""
+        """Number of valid positions with an infinite KL."""
         return int((self.before.valid & ~self.measured).sum())
 
     @property
@@ -73,21 +73,21 @@ class Contexts:
 
     @property
     def stats(self) -> TokenStats:
-        """The statistics before, valid where measured: what selectors and normalisers are fitted on."""
+        """The statistics before training, with `valid` = measured: selectors and normalisers are fitted on these."""
         return self.before._replace(valid=self.measured)
 
     @property
     def measured_clusters(self) -> Tensor:
         """(n_measured,) the cluster of each measured position, numbered from 0."""
         assert self.clusters is not None
-        found: Tensor = self.clusters.unsqueeze(1).expand(self.measured.shape)[self.measured]
-        return found
+        clusters: Tensor = self.clusters.unsqueeze(1).expand(self.measured.shape)[self.measured]
+        return clusters
 
-    def _numbered(self) -> Tensor:
+    def _cluster_numbers(self) -> Tensor:
         if self.clusters is not None:
             return self.clusters.cpu()
-        number: dict[str, int] = {}
-        return torch.tensor([number.setdefault(prompt, len(number)) for prompt in self.prompts])
+        numbers: dict[str, int] = {}
+        return torch.tensor([numbers.setdefault(prompt, len(numbers)) for prompt in self.prompts])
 
     def _check_shapes(self) -> None:
         shape = self.before.valid.shape
@@ -97,8 +97,8 @@ class Contexts:
         if after is not None and after.shape != shape:
             raise ValueError(f"after_forward_kl: got shape {tuple(after.shape)}, expected that of before, {tuple(shape)}")
         if clusters is not None and (clusters.shape != shape[:1] or clusters.is_floating_point()):
-            came = f"{clusters.dtype} of shape {tuple(clusters.shape)}"
-            raise ValueError(f"clusters: got {came}, expected one integer per answer, ({shape[0]},)")
+            form = f"{clusters.dtype} of shape {tuple(clusters.shape)}"
+            raise ValueError(f"clusters: got {form}, expected one integer per answer, ({shape[0]},)")
         for name, rows in (("tokens", self.tokens), ("prompts", self.prompts)):
             if len(rows) != shape[0]:
                 raise ValueError(f"{name}: got {len(rows)}, expected one per answer, {shape[0]}")
@@ -111,9 +111,9 @@ class Contexts:
         columns = {f"before.{name}": getattr(self.before, name) for name in ("student_entropy", "reverse_kl", "forward_kl")}
         columns["after_forward_kl"] = self.after_forward_kl
         for name, column in columns.items():
-            bad = 0 if column is None else int((column.isnan() & self.before.valid).sum())
-            if bad:
+            n_nan = 0 if column is None else int((column.isnan() & self.before.valid).sum())
+            if n_nan:
                 raise ValueError(
-                    f"{name}: got NaN at {bad} valid positions, expected numbers: the student's logits are not finite there, "
+                    f"{name}: got NaN at {n_nan} valid positions, expected numbers: the student's logits are not finite there, "
                     "or it was scored with student_stats, which do not hold the KLs"
                 )

@@ -1,11 +1,11 @@
-"""The fixed-context diagnostic: how far training brought the student to the teacher, and on which tokens.
+"""The fixed-context diagnostic: how much closer to the teacher training brought the student, and on which tokens.
 
   G = KL(q || p_before) - KL(q || p_after) at the same positions of frozen answers     (arXiv 2605.26844 section 3)  [nats]
   relative gain = G / KL(q || p_before), winsorised at its 1 % and 99 % quantiles      (appendix C, the released tool)
-  gain of a selector = mean of G over the positions that it ranks highest by the statistics *before*; G plays no part in it.
+  gain of a selector = mean of G over its best-scored positions; scores use the statistics *before* training, never G.
 
-The selection is made once, on all answers, as training makes it on a batch; a bootstrap resample then draws prompts with
-whatever was selected of them. So intervals say how the mean would vary over prompts for this ranking and threshold.
+The selection is made once, on all answers, as training makes it on a batch. A bootstrap resample then draws prompts, each with
+its selected positions. So an interval tells how the mean varies over prompts, for a fixed ranking and threshold.
 Not here: the scores' equations (opd_ops/selection/selectors.py), the resampling (intervals.py).
 """
 
@@ -23,24 +23,24 @@ from opd_ops.inputs.sequences import sequence_ids
 from opd_ops.scoring import select_positions
 from opd_ops.selection.selectors import Selector, bound_selector, everything, named_selector, selection_options
 
-LEAST_KL = 1e-6  # nats: what the library's KL may be off by, so a ratio to less than this means nothing
+LEAST_KL = 1e-6  # nats: the possible error of the library's KL; a ratio to a smaller KL has no meaning
 TAILS = (0.01, 0.99)
 
 
 @dataclass(frozen=True)
 class SelectorGain:
-    """What training brought on the tokens that a selector would have chosen."""
+    """The gain of training on the tokens that a selector would have chosen."""
 
     selector: str
     fraction: float
     n_selected: int
     gain: Interval  # mean G, nats per token
     relative_gain: Interval  # mean of the winsorised ratio
-    kl_before: float  # mean KL(q || p_before) there, nats: what there was to gain
+    kl_before: float  # mean KL(q || p_before) of these positions, nats: the largest possible mean gain
 
 
 def gain(contexts: Contexts) -> Tensor:
-    """(n_measured,) fp64: G of the measured positions, in nats; negative where the student moved away.
+    """(n_measured,) fp64: G of the measured positions, in nats; negative if the student moved away from the teacher.
 
     Raises: ValueError: there is no trained student.
     """
@@ -50,35 +50,31 @@ def gain(contexts: Contexts) -> Tensor:
 
 
 def relative_gain(contexts: Contexts) -> Tensor:
-    """(n_measured,) fp64: G / max(KL before, 1e-6), cut to its own 1 % and 99 % quantiles."""
+    """(n_measured,) fp64: G / max(KL before, 1e-6), clamped to its own 1 % and 99 % quantiles."""
     ratio = gain(contexts) / contexts.before.forward_kl.double()[contexts.measured].clamp_min(LEAST_KL)
     low, high = torch.quantile(ratio, torch.tensor(TAILS, dtype=ratio.dtype))
     return ratio.clamp(low, high)
 
 
 def named_selectors(selectors: Sequence[str] | Mapping[str, Selector]) -> dict[str, Selector]:
-    """The selectors by name; a mapping brings your own.
+    """The selectors by name; a mapping may have your own.
 
-    Raises: ValueError, TypeError: none at all, or an unknown one.
+    Raises: ValueError, TypeError: no selector, or an unknown one.
     """
     if isinstance(selectors, str) or not len(selectors):
         raise ValueError(f"selectors: got {selectors!r}, expected a list of names, or a mapping from names to callables")
     if isinstance(selectors, Mapping):
-        return {name: _known(selector) for name, selector in selectors.items()}
+        return {name: named_selector(selector) for name, selector in selectors.items()}
     for name in selectors:
         if not isinstance(name, str):
             raise TypeError(f"selectors: got {name!r} in a list, expected names; pass a mapping from names to callables")
-    return {name: _known(name) for name in selectors}
-
-
-def _known(selector: str | Selector) -> Selector:
-    return named_selector(selector)
+    return {name: named_selector(name) for name in selectors}
 
 
 def scores_of(contexts: Contexts, name: str, selector: Selector, seed: int) -> Tensor:
-    """(B, L) scores by the statistics before, -inf where not measured; what is drawn is drawn with `seed`.
+    """(B, L) scores from the statistics before training; -inf where not measured. Selectors that draw use `seed`.
 
-    Raises: ValueError: the statistics lack a column that the selector needs.
+    Raises: ValueError: the statistics do not have a column that the selector needs.
     """
     stats = contexts.stats
     missing = [column for column in getattr(selector, "needs", ()) if getattr(stats, column) is None]
@@ -88,17 +84,16 @@ def scores_of(contexts: Contexts, name: str, selector: Selector, seed: int) -> T
             "or leave it out"
         )
     ids = sequence_ids(stats.valid.shape, None, stats.valid.device)
-    ready = bound_selector(selector, torch.Generator().manual_seed(seed), ids)
-    scores = ready(stats)
+    scores = bound_selector(selector, torch.Generator().manual_seed(seed), ids)(stats)
     if not isinstance(scores, Tensor) or scores.shape != stats.valid.shape:
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"selectors: {name!r} returned {got}, expected a tensor of scores of shape {tuple(stats.valid.shape)}")
-    # In the statistics' own precision, so that ties are those of training.
+    # In the dtype of the statistics, so that ties are the same as in training.
     return torch.where(stats.valid, scores.to(stats.reverse_kl.dtype), -torch.inf)
 
 
 def selection(contexts: Contexts, scores: Tensor, selector: Selector, fraction: float) -> Tensor:
-    """(B, L) bool: the budget's best, as training selects them from one batch."""
+    """(B, L) bool: the best-scored positions, selected as training selects them from one batch."""
     return select_positions(
         scores,
         mask=contexts.measured,
@@ -110,21 +105,21 @@ def selection(contexts: Contexts, scores: Tensor, selector: Selector, fraction: 
 def gains_by_selector(
     contexts: Contexts, selectors: Mapping[str, Selector], fractions: Sequence[float], *, weights: Tensor, seed: int
 ) -> tuple[SelectorGain, ...]:
-    """Mean gains with their intervals: first of all positions, as "all" at fraction 1, then by selector and fraction."""
+    """Mean gains with intervals: first over all positions ("all" at fraction 1), then for each selector and fraction."""
     labels: list[tuple[str, float]] = [("all", 1.0)]
     sets = [contexts.measured]
     for name, selector in selectors.items():
         if selector is everything:
-            continue  # the first row; below fraction 1 it would be the earliest positions
+            continue  # it is the first row; at a smaller fraction it would only select the earliest positions
         scores = scores_of(contexts, name, selector, seed)
         for fraction in fractions:
             labels.append((name, fraction))
             sets.append(selection(contexts, scores, selector, fraction))
-    among = torch.stack([x[contexts.measured] for x in sets], 1)
+    members = torch.stack([selected[contexts.measured] for selected in sets], 1)  # (n_measured, n_sets)
     clusters, kl = contexts.measured_clusters, contexts.before.forward_kl.double()[contexts.measured]
-    absolute = mean_intervals(gain(contexts), among, clusters, weights)
-    relative = mean_intervals(relative_gain(contexts), among, clusters, weights)
-    counts = among.sum(0)
-    kl_before = torch.where(among, kl.unsqueeze(1), 0).sum(0) / counts
+    absolute = mean_intervals(gain(contexts), members, clusters, weights)
+    relative = mean_intervals(relative_gain(contexts), members, clusters, weights)
+    counts = members.sum(0)
+    kl_before = torch.where(members, kl.unsqueeze(1), 0).sum(0) / counts
     rows = zip(labels, counts.tolist(), absolute, relative, kl_before.tolist(), strict=True)
-    return tuple(SelectorGain(name, fraction, n, g, r, before) for (name, fraction), n, g, r, before in rows)
+    return tuple(SelectorGain(name, fraction, n, mean, ratio, before) for (name, fraction), n, mean, ratio, before in rows)

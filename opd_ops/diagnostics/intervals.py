@@ -1,11 +1,11 @@
-"""Cluster bootstrap: intervals of means over tokens that allow for tokens of one prompt not being independent.
+"""Cluster bootstrap: intervals of means over tokens, where tokens of one prompt are not independent.
 
-  A resample draws C prompts of C with replacement, each with all its tokens; a mean over tokens is then
-      sum_c w_c S_c / sum_c w_c n_c,    w_c: how often cluster c was drawn, S_c, n_c: its sum and count of tokens
-  and the interval is between the 2.5 % and 97.5 % percentiles of the resamples   (arXiv 2605.26844, appendix C).
+  A cluster is the set of all tokens of one prompt. A resample draws C of the C clusters with replacement; its mean is
+      sum_c w_c S_c / sum_c w_c n_c,    w_c: how often cluster c was drawn; S_c, n_c: sum and number of its tokens
+  The interval lies between the 2.5 % and 97.5 % percentiles of the resamples   (arXiv 2605.26844, appendix C).
 
 Every statistic is a function of sums over clusters, so a resample costs one product with the weights, not a pass over tokens.
-Not here: which tokens (fixed_context.py, quadrants.py), the regression's function of the sums (regression.py).
+Not here: the sets of tokens (fixed_context.py, quadrants.py), the regression (regression.py).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 LEVEL = 0.95
-MOST_UNDEFINED = 0.05  # of the resamples may lack the statistic; beyond that the prompts are too few for an interval
+MOST_UNDEFINED = 0.05  # share of resamples that may lack the statistic; beyond it there are too few prompts for an interval
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A statistic and its 95 % bootstrap interval; bounds of NaN: too few prompts hold such tokens to say."""
+    """A statistic and its 95 % bootstrap interval. Bounds are NaN if too few prompts have such tokens."""
 
     value: float
     low: float
@@ -32,7 +32,7 @@ class Interval:
 def draw_weights(n_clusters: int, resamples: int, seed: int) -> Tensor:
     """(resamples, n_clusters) fp64: how often each cluster is in each resample.
 
-    Raises: ValueError: fewer than 2 clusters, of which every resample would be the same.
+    Raises: ValueError: fewer than 2 clusters: all resamples would be equal.
     """
     if n_clusters < 2:
         raise ValueError(f"clusters: got {n_clusters}, expected at least 2 different prompts to resample")
@@ -49,26 +49,27 @@ def cluster_sums(values: Tensor, clusters: Tensor, n_clusters: int) -> Tensor:
 
 
 def interval(value: float, resampled: Tensor) -> Interval:
-    """The percentile interval of (resamples,) values, NaN where a resample does not have the statistic."""
-    known = resampled[resampled.isfinite()]
-    if len(resampled) - len(known) > MOST_UNDEFINED * len(resampled):
+    """The percentile interval of (resamples,) values; a value is NaN if the resample lacks the statistic."""
+    defined = resampled[resampled.isfinite()]
+    if len(resampled) - len(defined) > MOST_UNDEFINED * len(resampled):
         return Interval(value, math.nan, math.nan)
-    low, high = torch.quantile(known, torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=known.dtype)).tolist()
+    bounds = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=defined.dtype)
+    low, high = torch.quantile(defined, bounds).tolist()
     return Interval(value, low, high)
 
 
-def mean_intervals(values: Tensor, among: Tensor, clusters: Tensor, weights: Tensor) -> list[Interval]:
+def mean_intervals(values: Tensor, members: Tensor, clusters: Tensor, weights: Tensor) -> list[Interval]:
     """The mean of `values` over each set of positions, with its interval.
 
     Args:
         values: (N,), the same for every set.
-        among: (N, M) bool, a column per set; the sets stay as they are in every resample.
+        members: (N, M) bool, one column per set; all resamples use the same sets.
         clusters: (N,) in [0, C).
         weights: (R, C) of `draw_weights`.
-    Returns: M intervals; of an empty set, all NaN.
+    Returns: M intervals; for an empty set all numbers are NaN.
     """
-    sums = cluster_sums(torch.where(among, values.double().unsqueeze(1), 0), clusters, weights.shape[1])
-    counts = cluster_sums(among, clusters, weights.shape[1])
+    sums = cluster_sums(torch.where(members, values.double().unsqueeze(1), 0), clusters, weights.shape[1])
+    counts = cluster_sums(members, clusters, weights.shape[1])
     means = (sums.sum(0) / counts.sum(0)).tolist()
     resampled = (weights @ sums) / (weights @ counts)
     return [interval(mean, column) for mean, column in zip(means, resampled.unbind(1), strict=True)]

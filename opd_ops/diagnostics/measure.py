@@ -1,10 +1,10 @@
-"""Models to statistics: the student writes answers, which are frozen, and two models are compared on their tokens.
+"""From models to statistics: the student writes answers, which are then frozen; two models are compared on their tokens.
 
   frozen = sample_answers(student, prompts, ...)
   before = compare(student, teacher, frozen, ...);  after = compare(trained, teacher, frozen, ...).forward_kl
 
-Answers go through the models in batches; no logits are stored, and two models at a time are needed.
-Not here: what is made of the statistics (study.py), flags (cli.py), sampling and alignment (opd_ops/trainer/rollouts.py).
+The models read the answers in batches. No logits are stored, and only two models are needed at a time.
+Not here: the diagnostics (study.py), flags (cli.py), sampling and alignment (opd_ops/trainer/rollouts.py).
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 
 class Reader(NamedTuple):
-    """A model and the tokenizer that writes its prompts."""
+    """A model, and the tokenizer that writes its prompts."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
-class Asking:
-    """A selector that ranks nothing and has the optional columns of the statistics computed."""
+class ColumnRequest:
+    """A selector that ranks nothing; `needs` makes `score_positions` compute these optional columns of the statistics."""
 
     needs: frozenset[str]
 
@@ -48,10 +48,10 @@ class Asking:
 def sample_answers(
     student: Reader, prompts: Sequence[Prompt], *, max_new_tokens: int, batch_size: int, seed: int
 ) -> Iterable[Rollouts]:
-    """Batches of answers at temperature 1 from the whole distribution, as on-policy training draws them."""
+    """Batches of answers, drawn at temperature 1 from the whole distribution, as in on-policy training."""
     for first in range(0, len(prompts), batch_size):
-        batch, own = prompts[first : first + batch_size], seed_of(seed, "answers", first)
-        yield sample(student.model, student.tokenizer, batch, max_new_tokens=max_new_tokens, seed=own)
+        batch, batch_seed = prompts[first : first + batch_size], seed_of(seed, "answers", first)
+        yield sample(student.model, student.tokenizer, batch, max_new_tokens=max_new_tokens, seed=batch_seed)
 
 
 @torch.no_grad()
@@ -67,22 +67,22 @@ def compare(
     """The statistics of both models at every token of the answers, (B, L) on the CPU.
 
     Args:
-        teacher_system: What only the teacher is told, about prompts that do not say so themselves.
-        columns: Optional columns of `TokenStats` to compute.
+        teacher_system: The teacher's system message for prompts that have no `teacher_system` of their own.
+        columns: Names of optional columns of `TokenStats` to compute.
     """
-    found = []
+    batches = []
     for rollouts in frozen:
         _, stats = score_positions(
             head_over(student.model, student.tokenizer, rollouts),
             head_over(teacher.model, teacher.tokenizer, rollouts, system=systems(rollouts.prompts, teacher_system)),
             mask=rollouts.mask,
             top_k=top_k,
-            selector=Asking(columns),
+            selector=ColumnRequest(columns),
         )
-        found.append(stats)
-    length = max(stats.valid.shape[1] for stats in found)
-    names = [name for name, column in found[0]._asdict().items() if column is not None]
-    return TokenStats(**{name: torch.cat([_padded(getattr(stats, name), length) for stats in found]) for name in names})
+        batches.append(stats)
+    length = max(stats.valid.shape[1] for stats in batches)
+    names = [name for name, column in batches[0]._asdict().items() if column is not None]
+    return TokenStats(**{name: torch.cat([_padded(getattr(stats, name), length) for stats in batches]) for name in names})
 
 
 def _padded(column: Tensor, length: int) -> Tensor:

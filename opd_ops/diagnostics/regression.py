@@ -1,10 +1,11 @@
-"""Where gains come from: the regression of the gain on teachability and on incompatibility.
+"""The regression of the gain on teachability and on incompatibility: which of the two explains the gain.
 
-  z(G) = b_1 z(D C) + b_2 z(D (1 - C)) + residual,   z: minus its mean, over its standard deviation; D, C: quantile-normalised
-  Least squares over tokens; intervals by cluster bootstrap      (arXiv 2605.26844 section 3, appendix C; Norm is its eq. 11)
+  z(G) = b_1 z(D C) + b_2 z(D (1 - C)) + residual
+  z(x) = (x - mean) / standard deviation;  D: union KL, C: support mass, both quantile-normalised (eq. 11)
+  Least squares over tokens; intervals by cluster bootstrap      (arXiv 2605.26844 section 3, appendix C)
 
-D and C are normalised once, on all tokens. A resample centres and scales anew: its b solves R b = r, with R the correlations
-of the two regressors and r theirs with G, all from the clusters' sums of products.
+D and C are normalised once, on all tokens. Each resample computes its own z: its b solves R b = r, where R has the correlations
+of the two regressors, and r their correlations with G. All come from the clusters' sums of products.
 Not here: G (fixed_context.py), the two scores as selectors (opd_ops/selection/selectors.py).
 """
 
@@ -21,16 +22,16 @@ from opd_ops.diagnostics.intervals import Interval, cluster_sums, interval
 from opd_ops.selection.selectors import incompatibility, teachability
 
 REGRESSORS = ("teachability", "incompatibility")
-LEAST_DETERMINANT = 1e-10  # of the correlations: below it the two regressors are one, up to rounding
+LEAST_DETERMINANT = 1e-10  # of the matrix R: below it the two regressors are equal up to rounding
 
 
 class DegenerateError(ValueError):
-    """The regression has no single answer on these tokens."""
+    """The regression has no unique solution on these tokens."""
 
 
 @dataclass(frozen=True)
 class Regression:
-    """Standardised coefficients: by how many of its standard deviations G rises with one of the regressor's."""
+    """Standardised coefficients: the change of G, in its standard deviations, per standard deviation of the regressor."""
 
     teachability: Interval
     incompatibility: Interval
@@ -42,7 +43,8 @@ def regress(contexts: Contexts, *, weights: Tensor) -> Regression:
     """The regression over the measured positions; `weights` (R, C) of `draw_weights`.
 
     Raises:
-        DegenerateError: a column is the same at every position, or both regressors rank alike. ValueError: no trained student.
+        DegenerateError: a column is constant, or the two regressors are multiples of each other. ValueError: no trained
+            student.
     """
     stats, measured = contexts.stats, contexts.measured
     columns = torch.stack([teachability(stats)[measured], incompatibility(stats)[measured], gain(contexts)], 1).double()
@@ -50,14 +52,14 @@ def regress(contexts: Contexts, *, weights: Tensor) -> Regression:
 
 
 def ols(columns: Tensor, clusters: Tensor, weights: Tensor) -> Regression:
-    """The same of any (N, 3) columns, two regressors and what they explain, with (N,) clusters."""
+    """The regression for any (N, 3) columns, two regressors and the gain, with (N,) clusters."""
     spread, largest = columns.std(0, unbiased=False), columns.abs().amax(0)
     for name, flat in zip((*REGRESSORS, "gain"), (spread <= 1e-12 * largest).tolist(), strict=True):
         if flat:
             raise DegenerateError(
                 f"regression: {name} is the same at all {len(columns)} positions, so nothing can be told from it"
             )
-    # Centred and scaled first, so that the sums of products below keep their digits.
+    # Centre and scale first, so that the sums of products below lose no digits.
     z = (columns - columns.mean(0)) / spread
     z = torch.cat((torch.ones_like(z[:, :1]), z), 1)
     products = cluster_sums(z.unsqueeze(2) * z.unsqueeze(1), clusters, weights.shape[1])
@@ -68,12 +70,14 @@ def ols(columns: Tensor, clusters: Tensor, weights: Tensor) -> Regression:
             "(the support mass hardly varies), so their coefficients cannot be told apart"
         )
     resampled = _solve((weights @ products.flatten(1)).view(-1, 4, 4))
-    found = [interval(value, column) for value, column in zip(whole[0].tolist(), resampled.unbind(1), strict=True)]
-    return Regression(found[0], found[1], found[2], len(columns))
+    first, second, r_squared = (
+        interval(value, column) for value, column in zip(whole[0].tolist(), resampled.unbind(1), strict=True)
+    )
+    return Regression(first, second, r_squared, len(columns))
 
 
 def _solve(products: Tensor) -> Tensor:
-    """(R, 3) both coefficients and R^2 from (R, 4, 4) sums of products of (1, x1, x2, y); NaN where there is no answer."""
+    """(R, 3) both coefficients and R^2, from (R, 4, 4) sums of products of (1, x1, x2, y); NaN without a unique solution."""
     moments = products / products[:, :1, :1]
     means = moments[:, 0, 1:]
     covariance = moments[:, 1:, 1:] - means.unsqueeze(2) * means.unsqueeze(1)

@@ -1,8 +1,8 @@
-"""The report: one HTML page with the numbers, the pictures and the tokens of a study, which opens without a network.
+"""The report: one HTML page with the numbers, the plots and the tokens of a study. It needs no network.
 
   gains by selector, regression, quadrants, distributions, heat maps, settings; each with a paragraph on how to read it.
 
-Not here: the numbers (study.py), the pictures (plots.py), the tokens' style and script (token_heatmap.py), models (cli.py).
+Not here: the numbers (study.py), the plots (plots.py), the tokens' style and script (token_heatmap.py), models (cli.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from opd_ops.diagnostics.study import Study
 
 
 def render(contexts: Contexts, study: Study, settings: Mapping[str, str]) -> str:
-    """The whole page. `settings`: what was set, by name; needs matplotlib."""
+    """The whole page. `settings`: values of settings by name. Needs matplotlib."""
     facts = {
         "answers": f"{study.n_contexts} to {study.n_prompts} prompts",
         "tokens": f"{study.n_positions:,}" + (f", and {study.n_left_out} of infinite KL left out" if study.n_left_out else ""),
@@ -50,8 +50,8 @@ def _gains(study: Study) -> str:
             "There is no trained student, so no gain: a gain is KL(teacher‖student) before minus after, at the same tokens. "
             "Train the student on whatever selection and give it as well, to see which tokens its training helped.",
         )
-    first, *rest = study.gains
-    ordered = [first, *sorted(rest, key=lambda row: row.fraction)]
+    all_tokens, *selected = study.gains
+    ordered = [all_tokens, *sorted(selected, key=lambda row: row.fraction)]
     rows = [
         (
             token_heatmap.isolated(row.selector),
@@ -84,11 +84,11 @@ def _regression(study: Study) -> str:
     title = "Teachability against incompatibility"
     if study.regression is None:
         return _section(title, f"Not on these tokens. {token_heatmap.isolated(study.regression_refused or '')}")
-    found = study.regression
+    regression = study.regression
     rows = [
-        ("teachability D·C", _number(found.teachability)),
-        ("incompatibility D·(1 − C)", _number(found.incompatibility)),
-        ("R²", _number(found.r_squared)),
+        ("teachability D·C", _number(regression.teachability)),
+        ("incompatibility D·(1 − C)", _number(regression.incompatibility)),
+        ("R²", _number(regression.r_squared)),
     ]
     return _section(
         title,
@@ -102,7 +102,7 @@ def _regression(study: Study) -> str:
 
 
 def _quadrants(contexts: Contexts, study: Study) -> str:
-    found = study.quadrants
+    quadrants = study.quadrants
     with_gains = study.gains is not None
     rows = [
         (
@@ -114,18 +114,18 @@ def _quadrants(contexts: Contexts, study: Study) -> str:
             *((_number(q.gain),) if q.gain is not None else ()),
             " ".join(f"{_visible(text)}&nbsp;×{n}" for text, n in q.frequent),
         )
-        for q in found.quadrants
+        for q in quadrants.quadrants
     ]
     gain = ("mean gain, nats",) if with_gains else ()
     heads = ("", "the student is", "tokens", "share of tokens", "share of KL", *gain, "most frequent")
     return _section(
         "Quadrants",
         "Each token by how unsure the student is and how far it is from the teacher; the dashed lines are the medians "
-        f"({found.entropy_median:.3f} and {found.kl_median:.3f} nats). Both axes are logarithmic, and values below "
+        f"({quadrants.entropy_median:.3f} and {quadrants.kl_median:.3f} nats). Both axes are logarithmic, and values below "
         f"{plots.LEAST_SHOWN:g} nats lie on the edge. In Q1 the student is unsure and disagrees; in Q3 it is sure and "
         "disagrees, which entropy alone never selects; in Q4 there is little to teach. Q1 and Q3 hold most of the KL by "
         "construction; how much of it is in Q3 says what a selector by entropy would miss.",
-        plots.quadrant_map(contexts, found),
+        plots.quadrant_map(contexts, quadrants),
         _table(heads, rows, numbers_from=2, numbers_to=5 + len(gain)),
     )
 
@@ -167,22 +167,22 @@ def _section(title: str, how_to_read: str, *parts: str) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, numbers_from: int, numbers_to: int | None = None) -> str:
-    """Cells are HTML already; columns in [numbers_from, numbers_to) are aligned as numbers."""
-    among = range(len(heads))[numbers_from:numbers_to]
+    """A table of cells that are already HTML; columns in [numbers_from, numbers_to) are aligned as numbers."""
+    number_columns = range(len(heads))[numbers_from:numbers_to]
 
     def cells(tag: str, row: Sequence[str]) -> str:
-        kinds = (' class="n"' if i in among else "" for i in range(len(row)))
-        return "".join(f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, row, strict=True))
+        classes = (' class="n"' if i in number_columns else "" for i in range(len(row)))
+        return "".join(f"<{tag}{class_}>{cell}</{tag}>" for class_, cell in zip(classes, row, strict=True))
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return f'<div class="wide"><table><tr>{cells("th", heads)}</tr>{body}</table></div>'
 
 
-def _number(x: Interval) -> str:
-    if math.isnan(x.value):
+def _number(interval: Interval) -> str:
+    if math.isnan(interval.value):
         return "–"
-    bounds = "–" if math.isnan(x.low) else f"{x.low:.3f} … {x.high:.3f}"
-    return f"{x.value:.3f} <small>{bounds}</small>"
+    bounds = "–" if math.isnan(interval.low) else f"{interval.low:.3f} … {interval.high:.3f}"
+    return f"{interval.value:.3f} <small>{bounds}</small>"
 
 
 def _percent(share: float) -> str:
@@ -190,7 +190,7 @@ def _percent(share: float) -> str:
 
 
 def _visible(text: str) -> str:
-    """A token's text with its spaces and line breaks to be seen."""
+    """A token's text with visible spaces and line breaks."""
     return f"<bdi><code>{token_heatmap.readable(text).replace(' ', '␣').replace(chr(10), '↵')}</code></bdi>"
 
 

@@ -1,4 +1,4 @@
-"""`study`: every diagnostic of some frozen answers, in one call and as plain numbers.
+"""`study`: every diagnostic of frozen answers, in one call and as plain numbers.
 
   gains by selector (fixed_context.py), the regression (regression.py), the quadrants (quadrants.py)
   Source: arXiv 2605.26844 section 3 and appendix C; arXiv 2604.14084 section 3.
@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass
 
 from torch import Tensor
 
@@ -34,12 +33,12 @@ SELECTED = (
     "incompatibility",
     "random",
 )
-FRACTIONS = (0.05, 0.03, 0.2)  # the first is what the heat maps outline
+FRACTIONS = (0.05, 0.03, 0.2)  # the heat maps use the first
 
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """The first selector at the first fraction, position by position: what the heat maps show."""
+    """Scores and selection of the first selector at the first fraction, for the heat maps."""
 
     selector: str
     fraction: float
@@ -49,7 +48,7 @@ class Chosen:
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """What `study` found. Gains are None without a trained student, and then the regression too."""
+    """The results of `study`. Without a trained student, gains and regression are None."""
 
     n_contexts: int
     n_prompts: int
@@ -59,12 +58,12 @@ class Study:
     seed: int
     gains: tuple[SelectorGain, ...] | None
     regression: Regression | None
-    regression_refused: str | None  # why there is none, where the tokens allow none
+    regression_refused: str | None  # the reason, if these tokens allow no regression
     quadrants: Quadrants
     chosen: Chosen
 
-    def to_json(self) -> dict[str, Any]:
-        """The numbers as dictionaries and lists for `json.dump`, NaN as None; `chosen` without its tensors."""
+    def to_json(self) -> dict[str, object]:
+        """The numbers as dictionaries and lists for `json.dump`; NaN becomes None, and tensors of `chosen` are left out."""
         return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
 
 
@@ -80,14 +79,14 @@ def study(
     Args:
         selectors: Names of opd_ops/selection/selectors.py, or a mapping from names to callables `TokenStats -> scores`.
         fractions: Shares of the positions, each in (0, 1].
-        resamples: Of the prompts, for 95 % intervals; 500 to 1000 in the paper.
-        seed: Of the resampling and of selectors that draw.
+        resamples: Number of resamples of the prompts, for 95 % intervals; 500 to 1000 in the paper.
+        seed: For the resampling and for selectors that draw.
     Returns: `Study`.
     Raises:
-        ValueError, TypeError: an unknown selector, one whose column `contexts.before` lacks, a fraction out of range; with a
-            trained student, fewer than 2 different prompts.
+        ValueError, TypeError: an unknown selector, a selector whose column `contexts.before` does not have, a fraction out of
+            range; with a trained student, fewer than 2 different prompts.
     """
-    found = named_selectors(selectors)
+    by_name = named_selectors(selectors)
     if not len(fractions):
         raise ValueError("fractions: got none, expected at least one")
     fractions = [check_fraction(fraction) for fraction in fractions]
@@ -95,12 +94,12 @@ def study(
     gains, regression, refused, weights = None, None, None, None
     if contexts.after_forward_kl is not None:
         weights = draw_weights(contexts.n_clusters, resamples, seed)
-        gains = gains_by_selector(contexts, found, fractions, weights=weights, seed=seed)
+        gains = gains_by_selector(contexts, by_name, fractions, weights=weights, seed=seed)
         try:
             regression = regress(contexts, weights=weights)
-        except DegenerateError as error:  # the gains are worth reading all the same
+        except DegenerateError as error:  # the gains are still useful
             refused = str(error)
-    name, selector = next(iter(found.items()))
+    name, selector = next(iter(by_name.items()))
     scores = scores_of(contexts, name, selector, seed)
     return Study(
         n_contexts=len(contexts.prompts),
@@ -117,12 +116,12 @@ def study(
     )
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, float):
         return None if math.isnan(value) else value
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
-    if hasattr(value, "__dataclass_fields__"):
+    if is_dataclass(value):
         items = ((field.name, getattr(value, field.name)) for field in fields(value))
         return {name: _plain(item) for name, item in items if not isinstance(item, Tensor)}
     return value

@@ -1,12 +1,13 @@
-"""Token heat maps: sampled tokens coloured by their score, the selected ones outlined, their statistics on hover.
+"""Token heat maps: sampled tokens shaded by score; selected tokens have an outline; statistics appear on hover.
 
   shade of a token = (score - lowest) / (highest - lowest) over the finite scores of its batch
-  The statistics are the columns of TokenStats, arXiv 2605.26844 eqs. 9, 10; each is named again in the page.
+  The statistics are the columns of TokenStats, arXiv 2605.26844 eqs. 9, 10; the page defines each of them.
 
-`render` makes a whole page of training steps, `heat_map` the tokens of one batch for a page of someone else's.
-One file with its style and its dozen lines of script inside: it needs no network and can be sent as it is.
-Text from outside (questions, tokens, settings, names) is isolated, whatever its direction, from the words of the page.
-Not here: what is computed (opd_ops/), a training loop that writes such a page (examples/prompt_distillation.py).
+`render` makes a whole page of training steps, `heat_map` the tokens of one batch for another page.
+The page is one file, with its style and script inside: it needs no network.
+Text from outside (questions, tokens, settings, names) may be written left to right or right to left; it is isolated, so that it
+does not change the direction of the page's own words.
+Not here: the statistics (selection/stats.py), a training loop that writes such a page (examples/prompt_distillation.py).
 """
 
 from __future__ import annotations
@@ -20,43 +21,43 @@ from torch import Tensor
 from opd_ops.call.reduce import SelectiveOPDOutput
 from opd_ops.selection.stats import TokenStats
 
-MOST_ROLLOUTS = 8  # per batch: enough to read
+MOST_ROLLOUTS = 8  # shown per batch
 
-# Characters that open or close a direction, as signs: a text that closes more than it opened would leave its element.
+# Signs for characters that open or close a text direction: a text that closes more than it opens would end its isolation.
 SIGNS = {code: f"⟨U+{code:04X}⟩" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
 class Batch(NamedTuple):
-    """One training step as the page shows it; row b, column i of `output` belongs to token i of completion b."""
+    """One training step of the page; row b, column i of `output` belongs to token i of completion b."""
 
     title: str
     questions: Sequence[str]
-    tokens: Sequence[Sequence[str]]  # the text of each sampled token, its valid ones only
+    tokens: Sequence[Sequence[str]]  # the text of each valid sampled token
     output: SelectiveOPDOutput  # positions (questions, longest completion)
 
 
 class Answers(NamedTuple):
-    """The tokens of a batch and what their shade, outline and hover say; every tensor is (B, L)."""
+    """The tokens of a batch, and the data for their shade, outline and hover text; every tensor is (B, L)."""
 
     questions: Sequence[str]
     tokens: Sequence[Sequence[str]]
     scores: Tensor
     selected: Tensor
     stats: TokenStats
-    mark: str  # what the hover says of a selected token
-    gain: Tensor | None = None  # nats; a line more on hover
+    mark: str  # the hover text's line about a selected token
+    gain: Tensor | None = None  # nats; one more line of the hover text
 
 
 def render(
     batches: Sequence[Batch], settings: Mapping[str, str], answers: Sequence[Mapping[str, str]], outcome: str, models: str
 ) -> str:
-    """The whole page, of training steps.
+    """The whole page of training steps.
 
     Args:
-        settings: what is set, by name.
+        settings: values of settings by name.
         answers: one mapping from heading to text per held-out question.
-        outcome: the run in a sentence.
-        models: what the student has and its teacher has, in a clause: "it has no instruction, its teacher has one".
+        outcome: the result of the run, in one sentence.
+        models: the difference of student and teacher, as a clause: "it has no instruction, its teacher has one".
     """
     sections = "".join(_section(batch) for batch in batches)
     parts = {"facts": facts(settings), "sections": sections, "answers": _table(answers), "models": isolated(models)}
@@ -70,39 +71,39 @@ def readable(text: str) -> str:
 
 
 def isolated(text: str) -> str:
-    """The same in an element that has its own direction, and leaves that of its neighbours alone."""
+    """Text from outside as an HTML element with its own text direction, which does not change its neighbours'."""
     return f"<bdi>{readable(text)}</bdi>"
 
 
 def isolated_in_text(text: str) -> str:
-    """Text from outside, isolated in plain text by Unicode's own characters."""
+    """Text from outside inside plain text, isolated by Unicode's characters for that purpose."""
     return f"\u2068{text.translate(SIGNS)}\u2069"
 
 
 def facts(settings: Mapping[str, str]) -> str:
-    """The inside of a definition list: what is set, by name."""
+    """The content of a definition list: settings by name."""
     return "".join(f"<div><dt>{isolated(name)}</dt><dd>{isolated(value)}</dd></div>" for name, value in settings.items())
 
 
 def heat_map(answers: Answers) -> tuple[str, str]:
-    """The first answers of a batch, and the scale of their shades; with STYLE, SCRIPT and CARD in the page they are alive."""
+    """HTML of the first answers of a batch, and the scale of their shades; the page also needs STYLE, SCRIPT and CARD."""
     finite = answers.scores[answers.scores.isfinite()]
     low, high = (finite.min().item(), finite.max().item()) if len(finite) else (0.0, 0.0)
     shown = min(len(answers.tokens), MOST_ROLLOUTS)
-    rest = f"<p>The first {shown} of {len(answers.tokens)} answers are shown.</p>" if shown < len(answers.tokens) else ""
+    note = f"<p>The first {shown} of {len(answers.tokens)} answers are shown.</p>" if shown < len(answers.tokens) else ""
     rollouts = "".join(_rollout(answers, row, low, high) for row in range(shown))
-    return rest + rollouts, f'<span class="scale">shade: score {low:.2f} <i class="ramp"></i> {high:.2f}</span>'
+    return note + rollouts, f'<span class="scale">shade: score {low:.2f} <i class="ramp"></i> {high:.2f}</span>'
 
 
 def _section(batch: Batch) -> str:
     out = batch.output
     answers = Answers(batch.questions, batch.tokens, out.scores, out.selected, out.stats, "SELECTED: trained on")
     rollouts, scale = heat_map(answers)
-    m = {name: value.item() for name, value in out.metrics.items()}
+    metrics = {name: value.item() for name, value in out.metrics.items()}
     return (
         f"<section><h2>{isolated(batch.title)}</h2>"
-        f'<p class="sum"><span>{m["n_selected"]:.0f} of {m["n_valid"]:.0f} tokens selected</span>'
-        f"<span>reverse KL: {m['kl_selected']:.2f} nats on the selected, {m['kl_all']:.2f} on all</span>"
+        f'<p class="sum"><span>{metrics["n_selected"]:.0f} of {metrics["n_valid"]:.0f} tokens selected</span>'
+        f"<span>reverse KL: {metrics['kl_selected']:.2f} nats on the selected, {metrics['kl_all']:.2f} on all</span>"
         f"{scale}</p>{rollouts}</section>"
     )
 
@@ -121,14 +122,14 @@ def _token(answers: Answers, row: int, i: int, text: str, low: float, high: floa
     shade = (score - low) / (high - low) if high > low and low <= score <= high else 0.0
     mark = answers.mark if selected else "not selected"
     hover = "\n".join((f"token {isolated_in_text(repr(text))}", mark, *_lines(answers, row, i)))
-    # A line break is drawn as a sign and then made, so that it can be seen, coloured and outlined like any token.
+    # A line break is written as a sign before the break, so that its token is visible, shaded and outlined like any other.
     body = readable(text).replace("\n", "↵<br>")
-    name = "t sel" if selected else "t"
-    return f'<span class="{name}" tabindex="0" style="--s:{shade:.3f}" data-hover="{escape(hover)}">{body}</span>'
+    class_ = "t sel" if selected else "t"
+    return f'<span class="{class_}" tabindex="0" style="--s:{shade:.3f}" data-hover="{escape(hover)}">{body}</span>'
 
 
 def _lines(answers: Answers, row: int, i: int) -> list[str]:
-    """The statistics of one position, a line each."""
+    """The statistics of one position, one line each."""
     stats = answers.stats
     columns = {
         "student entropy": (stats.student_entropy, "nats"),
@@ -150,7 +151,7 @@ def _table(answers: Sequence[Mapping[str, str]]) -> str:
     return f"<section><h2>Held-out questions, greedy answers</h2><table><tr>{head}</tr>{rows}</table></section>"
 
 
-CARD = '<div id="card" role="status" hidden></div>'  # where SCRIPT shows what a token's hover says
+CARD = '<div id="card" role="status" hidden></div>'  # SCRIPT shows a token's hover text here
 
 WORDS = """<section class="words"><h2>The numbers</h2>
 <p>p is the student's distribution at that position, q the teacher's, both over the whole vocabulary; S and T are the ids of
@@ -175,8 +176,8 @@ else. Hover over a token, or move to it with the Tab key, for its numbers.</p>
 {card}<script>{script}</script></body></html>
 """
 
-# `plaintext` isolates a token and takes its direction from its own letters; those of an answer (dir="auto") order its tokens.
-# Both schemes keep at least 4.5 : 1 between text and every shade; selection is a line, not a colour alone.
+# `plaintext` isolates a token and takes its direction from its letters; dir="auto" takes the order of tokens from the answer's.
+# Both colour schemes have a contrast of at least 4.5 : 1 between text and every shade; selection is a line, not only a colour.
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1a1a1a;--dim:#595959;--line:#d0d0d0;--hot:#f59e0b;--ring:#1a1a1a;--card:#fff}
 @media(prefers-color-scheme:dark){:root{--bg:#16181c;--fg:#ececec;--dim:#a8adb5;--line:#3a3f47;--hot:#a05008;--ring:#fff;

@@ -1,1 +1,1 @@
-"""What several processes compute together: collectives, order statistics."""
+"""Computations of several processes together: collectives, order statistics."""

@@ -1,6 +1,6 @@
-"""The losses that may be applied to the selected positions, by name or as instances that carry their parameters.
+"""The losses for the selected positions, by name or as instances with parameters.
 
-Not here: what a divergence is (base.py), the divergences (whole.py, support.py, composite.py).
+Not here: the interface of a divergence (base.py), the divergences (whole.py, support.py, composite.py).
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ DIVERGENCES: dict[str, Divergence] = {
 
 
 def resolve_divergence(divergence: str | Divergence) -> Divergence:
-    """A divergence by name (its defaults) or as it is; ValueError and TypeError list the known names."""
+    """The divergence with this name and default parameters; an instance is returned unchanged. Errors list the names names."""
     if isinstance(divergence, Divergence):
         whole = divergence.whole
         if whole is not None and whole.column is None and not isinstance(whole, Summed):
             raise TypeError(f"divergence: got {type(whole).__name__}, which says nowhere what it sums; make it a `Summed`")
         return divergence
-    known = ", ".join(sorted(DIVERGENCES))
+    names = ", ".join(sorted(DIVERGENCES))
     if not isinstance(divergence, str):
         raise TypeError(
             f"divergence: got {getattr(divergence, '__name__', type(divergence).__name__)}, expected an instance, like "
-            f"JSD(beta=0.3), or one of: {known}"
+            f"JSD(beta=0.3), or one of: {names}"
         )
     if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence: got {divergence!r}, expected one of: {known}")
+        raise ValueError(f"divergence: got {divergence!r}, expected one of: {names}")
     return DIVERGENCES[divergence]

@@ -1,10 +1,11 @@
-"""Divergences made of others: one that adds to a divergence, one that moves its teacher.
+"""Divergences built on another divergence l: `entropy_aware` adds a term to l, `extrapolated` changes its teacher.
 
   entropy_aware   l + alpha 1[H(q) > tau] sum_T q~ (log q~ - log p), q~ renormalised on the teacher's top-K T    (EOPD,
-                  arXiv 2603.07079; it adds, it does not switch)
-  extrapolated    l to the teacher softmax(lam u + (1 - lam) r), r the logits of a reference   (G-OPD, arXiv 2602.12125)
+                  arXiv 2603.07079; the term is added to l, it does not replace l)
+  extrapolated    l to the teacher softmax(lam u + (1 - lam) r), u the teacher's logits, r a reference model's logits
+                  (G-OPD, arXiv 2602.12125)
 
-Not here: the divergences they are made of (whole.py, support.py), reading mixed logits (opd_ops/inputs/sources.py).
+Not here: the other divergences (whole.py, support.py), reading mixed logits (opd_ops/inputs/sources.py).
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class _UncertainTeacher(OnSupport):
     reads_entropy: ClassVar[bool] = True
 
     def loss(self, at: Support) -> Tensor:
-        added = self.alpha * kl(torch.log_softmax(at.teacher, 1), at.log_p)
-        return torch.where(at.teacher_entropy > self.tau, added, 0)
+        forward_kl_term = self.alpha * kl(torch.log_softmax(at.teacher, 1), at.log_p)
+        return torch.where(at.teacher_entropy > self.tau, forward_kl_term, 0)
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,10 @@ class EntropyAware(Divergence):
     """A divergence over the whole vocabulary, plus forward KL on the teacher's top-K where the teacher is uncertain (EOPD).
 
     Args:
-        alpha: Weight of what is added, > 0.
-        tau: Entropy of the teacher, in nats, above which it is.
+        alpha: Weight of the forward KL, > 0.
+        tau: The teacher is uncertain above this entropy, in nats.
         top_k: Length of the teacher's list.
-        divergence: What it is added to: ReverseKL(), ForwardKL(), JSD(beta), TotalVariation().
+        divergence: The divergence over the whole vocabulary: ReverseKL(), ForwardKL(), JSD(beta), TotalVariation().
     """
 
     alpha: float = 1.0
@@ -82,13 +83,13 @@ class EntropyAware(Divergence):
 class Extrapolated(Divergence):
     """A divergence to a teacher pushed away from a reference model: logits lam u + (1 - lam) r (G-OPD).
 
-    The statistics, and with them the selection, are those of this teacher too: it is the one trained towards.
+    Statistics and selection use this teacher too.
 
     Args:
-        lam: 1 is the teacher itself, above 1 extrapolates, below 1 stays nearer to the reference.
+        lam: 1: the teacher itself; above 1: extrapolated; below 1: nearer to the reference.
         reference: Logits (..., V), or a `LinearHead`, of the reference model at the same positions; never receives a gradient.
             An entry that the teacher masks (-inf) stays masked; elsewhere the reference's logits must be finite.
-        divergence: The divergence to that teacher.
+        divergence: The divergence to the extrapolated teacher.
     """
 
     lam: float

@@ -1,13 +1,14 @@
-"""Divergences on a short list of ids: the teacher's top-K T, or the token that was sampled.
+"""Divergences on a short list of ids: the teacher's top-K T, or the token that the student sampled.
 
   local_support     sum_T p^ (log p^ - log q^), p^ and q^ renormalised on T                      arXiv 2603.25562 eqs. 6-8
   tail_aware        sum_T p (log p - log q) + p_tail (log p_tail - log q_tail), p_tail = 1 - p(T)       arXiv 2608.14728
-  forward_kl_topk   sum_T q (log q - log p), nothing renormalised: verl's loss of that name
-  sampled           -A log p(y), A = log q(y) - log p(y) held constant: policy gradient of -KL(p || q) on the rollout token y
+  forward_kl_topk   sum_T q (log q - log p), not renormalised: verl's loss of this name
+  sampled           -A log p(y), A = log q(y) - log p(y), a constant: policy gradient of -KL(p || q) on the rollout token y
 
-`tail_aware` is a KL of two distributions of K + 1 outcomes: its tails are summed off the list, not taken from 1.
-Truncated reverse KL without renormalisation is not offered: it is negative and unstable.
-Not here: how a list is found and read (backends/shared/list_losses.py).
+`tail_aware` is a KL of two distributions of K + 1 outcomes. Its tails are sums over the ids off the list; only the tail of a
+sparse teacher is 1 - q(T).
+Reverse KL on T without renormalisation does not exist here: it may be negative, and is unstable.
+Not here: computing and reading a list (backends/shared/list_losses.py).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from opd_ops.divergences.equations import kl, log_ratio_sum
 
 @dataclass(frozen=True)
 class LocalSupport(OnSupport):
-    """Reverse KL on the teacher's top-K, both models renormalised there. Reads no other logit of the student."""
+    """Reverse KL on the teacher's top-K, both models renormalised on it. Reads no other logit of the student."""
 
     top_k: int = 32
     name = "local_support"
@@ -37,10 +38,10 @@ class LocalSupport(OnSupport):
         check_integer("LocalSupport.top_k", self.top_k, least=1)
 
     def loss(self, at: Support) -> Tensor:
-        nothing = (at.student == -math.inf).all(1)  # the student can write none of T
-        student = at.student.masked_fill(nothing.unsqueeze(1), 0)
-        found = kl(torch.log_softmax(student, 1), torch.log_softmax(at.teacher, 1))
-        return torch.where(nothing, math.inf, found)
+        none_possible = (at.student == -math.inf).all(1)  # the student can write no id of T
+        student = at.student.masked_fill(none_possible.unsqueeze(1), 0)
+        losses = kl(torch.log_softmax(student, 1), torch.log_softmax(at.teacher, 1))
+        return torch.where(none_possible, math.inf, losses)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class TailAware(OnSupport):
 
 @dataclass(frozen=True)
 class TopKForwardKL(OnSupport):
-    """Forward KL cut off after the teacher's top-K: what of KL(q || p) those entries contribute. May be negative."""
+    """Forward KL cut off after the teacher's top-K: the terms of KL(q || p) at these ids. May be negative."""
 
     top_k: int = 16
     name = "forward_kl_topk"
@@ -79,11 +80,11 @@ class TopKForwardKL(OnSupport):
 class SampledToken(OnSupport):
     """Policy gradient on the token that the student sampled, with the log-ratio of the models as its advantage.
 
-    Over tokens drawn from p its gradient is that of reverse KL on average. The value, -A log p(y), is not a KL: watch
+    Over tokens drawn from p the mean gradient is the gradient of reverse KL. The value, -A log p(y), is not a KL: watch
     `metrics["kl_sampled"]`, the mean of log p(y) - log q(y).
 
     Args:
-        clip: Bound of |A| in nats, or None. It is applied to the one number per token, after the sum over the vocabulary.
+        clip: Bound of |A| in nats, one number per token; None: no bound.
     """
 
     clip: float | None = None
@@ -100,5 +101,5 @@ class SampledToken(OnSupport):
         advantage = (at.teacher[:, 0] - log_p).detach()
         if self.clip is not None:
             advantage = advantage.clamp(-self.clip, self.clip)
-        nothing = advantage.isinf() | (log_p == -math.inf)
-        return torch.where(nothing, math.inf, -advantage * torch.where(nothing, 0, log_p))
+        no_loss = advantage.isinf() | (log_p == -math.inf)
+        return torch.where(no_loss, math.inf, -advantage * torch.where(no_loss, 0, log_p))

@@ -1,4 +1,4 @@
-"""Divergences over the whole vocabulary: value and gradient in closed form, block by block.
+"""Divergences over the whole vocabulary: value and gradient in closed form, in blocks of columns.
 
   reverse_kl       l = KL(p || q) = sum p (log p - log q)              dl/ds_v = p_v [(log p_v - log q_v) - l]
   forward_kl       l = KL(q || p) = sum q (log q - log p)              dl/ds_v = p_v - q_v
@@ -7,7 +7,7 @@
   total_variation  l = 1/2 sum |p - q|                                 dl/ds_v = 1/2 p_v [sign(p_v - q_v) - sum p sign(p - q)]
   s: student logits after temperature. arXiv 2605.26844 eq. 6; arXiv 2306.13649 (GKD).
 
-Not here: losses on a short list of ids (support.py), the mean over positions (opd_ops/loss.py).
+Not here: losses on a short list of ids (support.py), the mean over positions (opd_ops/call/reduce.py).
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ class ForwardKL(WholeRow):
         return -torch.exp(-log_ratio)
 
     def dlogits(self, log_p: Tensor, log_ratio: Tensor, reference_slope: Tensor, mean_slope: Tensor) -> Tensor:
-        # p - q = p (1 - e^-ratio) = -p expm1(-ratio) keeps its digits where the models agree, but overflows or loses
-        # p's digits where q >> p: there it is the plain difference of the two exponentials.
+        # p - q = p (1 - e^-ratio) = -p expm1(-ratio) keeps its digits where the models agree. Where q >> p it would overflow
+        # or lose digits of p: there p - q is the plain difference.
         q = torch.exp(log_p - log_ratio)
         p = log_p.exp_()
         return torch.where(log_ratio > -1.0, -p * torch.expm1(-log_ratio), p - q)
 
 
 def is_column(divergence: Divergence) -> bool:
-    """Whether it is reverse or forward KL, by any name: their values are columns of the score pass. No subclass of them."""
+    """Whether it is reverse or forward KL, whose values are columns of the score pass; False for a user's subclass of them."""
     return divergence.support is None and type(divergence.whole) in (ReverseKL, ForwardKL)
 
 
@@ -67,8 +67,8 @@ def is_column(divergence: Divergence) -> bool:
 class JSD(Summed):
     """Generalised Jensen-Shannon divergence: beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p.
 
-    TRL's convention: `beta` is the teacher's share of m. 0 stands for forward KL and 1 for reverse KL, the limits of
-    jsd / beta and jsd / (1 - beta).
+    As in TRL, `beta` is the teacher's share of m. beta = 0 means forward KL, the limit of jsd / beta; beta = 1 means reverse
+    KL, the limit of jsd / (1 - beta).
     """
 
     beta: float = 0.5
@@ -88,15 +88,15 @@ class JSD(Summed):
         return None if self.whole is self else self.whole.column
 
     def loss(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        neither = (log_p == -math.inf) & (log_q == -math.inf)  # logaddexp has no gradient there
-        p, q = log_p.masked_fill(neither, 0), log_q.masked_fill(neither, 0)
+        both_masked = (log_p == -math.inf) & (log_q == -math.inf)  # logaddexp has a NaN gradient there
+        p, q = log_p.masked_fill(both_masked, 0), log_q.masked_fill(both_masked, 0)
         log_m = torch.logaddexp(q + math.log(self.beta), p + math.log1p(-self.beta))
         return self.beta * kl(log_q, log_m) + (1 - self.beta) * kl(log_p, log_m)
 
     def term(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         p_term = self._log_share(log_ratio, 1 - self.beta).mul_(log_p.exp()).mul_(1 - self.beta)
         q_term = self._log_share(-log_ratio, self.beta).mul_(log_q.exp()).mul_(self.beta)
-        # An infinite logarithm only meets a probability of 0.
+        # A logarithm is infinite only where the probability is 0.
         return p_term.masked_fill_(log_p == -math.inf, 0).add_(q_term.masked_fill_(log_q == -math.inf, 0))
 
     def slope(self, log_p: Tensor, log_ratio: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class JSD(Summed):
 class TotalVariation(Summed):
     """1/2 sum |p - q|: bounded, and its gradient does not grow with disagreement.
 
-    Nor does it shrink with it: where the models agree but for rounding, the gradient has the signs of the rounding.
+    The gradient does not shrink with agreement either: where the models agree up to rounding, it has the signs of the rounding.
     """
 
     name = "total_variation"
@@ -123,9 +123,9 @@ class TotalVariation(Summed):
         return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
 
     def term(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-        # |p - q| from the ratio, which is known to more digits than p and q are.
-        of_p, of_q = torch.expm1(-log_ratio).abs_(), torch.expm1(log_ratio).abs_()
-        return torch.where(log_ratio > 0, of_p.mul_(log_p.exp()), of_q.mul_(log_q.exp())).div_(2)
+        # |p - q| from the ratio, which has more digits than p and q.
+        relative_to_p, relative_to_q = torch.expm1(-log_ratio).abs_(), torch.expm1(log_ratio).abs_()
+        return torch.where(log_ratio > 0, relative_to_p.mul_(log_p.exp()), relative_to_q.mul_(log_q.exp())).div_(2)
 
     def slope(self, log_p: Tensor, log_ratio: Tensor) -> Tensor:
         return log_ratio.sign().div_(2)

@@ -1,1 +1,1 @@
-"""What a call will cost, before it is made."""
+"""Estimates of the cost of a call, before it is made."""

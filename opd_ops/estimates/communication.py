@@ -1,28 +1,29 @@
-"""What a call on several ranks will send, before it is made: every collective of a forward and its backward, from sizes alone.
+"""Estimates of communication: every collective of a call on several ranks and its backward, computed from sizes.
 
-  tp ranks share out the vocabulary (process_group); those that select together are dp cp with scope "global", cp with
-  "sequence" (selection_group). N valid rows a rank, M trained on, K = top_k, c bytes of the compute dtype (4; 8 for fp64).
+  tp ranks share out the vocabulary (process_group). The ranks that select together (selection_group) are dp cp ranks with
+  scope "global", cp ranks with "sequence". N valid rows a rank, M of them trained on, K = top_k, c bytes of the compute
+  dtype (4; 8 for fp64). Numbers below are bytes.
 
-  vocabulary   widths of the parts      all-gather   16 a side; backend "triton": whether it can run, all-reduce of 8
-               statistics of N rows     all-gather   N row_bytes(K), in slices of what an eighth of the workspace holds
+  group        purpose                  collective   bytes
+  vocabulary   widths of the parts      all-gather   16 a side
+               can backend triton run   all-reduce   8
+               statistics of N rows     all-gather   N row_bytes(K), in slices of an eighth of the workspace
                a draw                   broadcast    8 a position
-               the loss of M rows       none for reverse and forward KL; backend "triton" reads the rows once more,
-                                        M row_bytes(1); others: 24 M summed over the vocabulary, or lists of K ids
-               gradient of M rows       all-reduce   c M Ds, of heads alone; in the forward, where kernels make it there
-  selection    normalisers, budget      all-reduce   the searches of distributed/order_statistics.py, of any N; all-gather of
-  ties, 8 a
-                                                     sequence, and with sequences of their number, 8
-               responses they share     all-gather   of sequences' number, 8, and of their ends, 24 a sequence, where the
-                                                     selector reads whole responses
+               loss of M rows           all-gather   "triton": M row_bytes(1), to read the rows again; "torch": none for the KLs
+                                        all-reduce   other divergences: 24 M, summed over the vocabulary, or lists of K ids
+               gradient of M rows       all-reduce   c M Ds with a head; in the forward if kernels compute it there
+  selection    normalisers, budget      all-reduce   the searches of distributed/order_statistics.py, for any N
+               ties                     all-gather   8 a sequence; with scope "sequence" also 8, the number of sequences
+               responses                all-gather   8, and 24 a sequence for their ends, if the selector reads responses
                denominators             all-reduce   16
 
   On the wire, per rank of p, by rings:   all-reduce 2 (p - 1) / p x,   all-gather (p - 1) x,   broadcast x
 
-Nothing depends on V, but on backend "eager", which gathers logits. What selectors and the budget send is found by running
-them on no position, over ranks that only note what they are asked: so it holds for a selector of the caller's own too. The
-rest follows the calls of backends/, by their own sizes. tests/estimates/test_communication.py counts real calls.
-Not here: matmuls and memory (compute.py), seconds (docs/scaling.md); sparse teachers, `student_stats`, `score_dtype`,
-`threshold`, `check_finite`, frozen hidden states, `selective_opd_token_losses`, and what the host sends for its own models.
+Nothing depends on V, except on backend "eager", which gathers logits. Selector and budget run on no position, over ranks that
+record each collective instead of sending: so the numbers also hold for a user's own selector. The other collectives are
+computed with the size functions of backends/. tests/estimates/test_communication.py counts the collectives of real calls.
+Not here: matmuls and memory (compute.py), seconds (docs/scaling.md). Not estimated: sparse teachers, `student_stats`,
+`score_dtype`, `threshold`, `check_finite`, frozen hidden states, `selective_opd_token_losses`, other collectives of a trainer.
 """
 
 from __future__ import annotations
@@ -57,12 +58,12 @@ from opd_ops.settings import LossOptions, Settings, check_divergence_top_k, chec
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-SUMS_BYTES = 24  # per row of a divergence that is summed over the vocabulary: three fp64 (backends/streamed/summed.py)
+SUMS_BYTES = 24  # per row of a divergence summed over the vocabulary: three fp64 numbers (backends/streamed/summed.py)
 
 
 @dataclass(frozen=True)
 class Collective:
-    """Equal collectives that follow each other."""
+    """Equal collectives in a row."""
 
     phase: str  # "forward", "backward"
     purpose: str  # "widths", "responses", "statistics", "scores", "draw", "budget", "loss", "denominator", "metrics", or
@@ -70,45 +71,45 @@ class Collective:
     group: str  # "vocabulary", "selection"
     kind: str  # "all_gather", "all_reduce", "broadcast"
     ranks: int  # of the group
-    bytes: int  # that one rank contributes to each; of a broadcast, those of the first rank
+    bytes: int  # that one rank contributes to each; for a broadcast the first rank's
     count: int
 
     @property
     def wire_bytes(self) -> float:
-        """What a rank sends in all of them, where ranks form a ring."""
+        """Bytes that one rank sends in all of them, if ranks form a ring."""
         per_byte = {"all_reduce": 2 * (self.ranks - 1) / self.ranks, "all_gather": self.ranks - 1.0, "broadcast": 1.0}
         return self.count * self.bytes * per_byte[self.kind]
 
 
 @dataclass(frozen=True)
 class Communication:
-    """The collectives of a call, in their order, and their totals."""
+    """The collectives of a call, in order, and their totals."""
 
     N: int
     collectives: tuple[Collective, ...]
 
     def only(self, **fields: object) -> Communication:
-        """Those with these values of `Collective`'s fields, like `only(group="selection")`."""
-        found = (each for each in self.collectives if all(getattr(each, name) == x for name, x in fields.items()))
-        return Communication(self.N, tuple(found))
+        """The collectives with these field values, like `only(group="selection")`."""
+        matching = (c for c in self.collectives if all(getattr(c, name) == value for name, value in fields.items()))
+        return Communication(self.N, tuple(matching))
 
     @property
     def count(self) -> int:
-        return sum(each.count for each in self.collectives)
+        return sum(collective.count for collective in self.collectives)
 
     @property
     def bytes(self) -> int:
-        """That one rank contributes."""
-        return sum(each.count * each.bytes for each in self.collectives)
+        """Bytes that one rank contributes."""
+        return sum(collective.count * collective.bytes for collective in self.collectives)
 
     @property
     def wire_bytes(self) -> float:
-        """That one rank sends, by rings."""
-        return sum(each.wire_bytes for each in self.collectives)
+        """Bytes that one rank sends, by rings."""
+        return sum(collective.wire_bytes for collective in self.collectives)
 
     @property
     def bytes_per_token(self) -> float:
-        """`bytes` over the N valid positions of the rank (1, if it has none)."""
+        """`bytes` over the N valid positions of the rank, over 1 if N is 0."""
         return self.bytes / max(1, self.N)
 
     @property
@@ -131,25 +132,26 @@ def estimate_communication(
     n_positions: int | None = None,
     **options: Unpack[LossOptions],
 ) -> Communication:
-    """What one call of `selective_opd_loss` and its backward send, as one rank sees it.
+    """The collectives of one call of `selective_opd_loss` and its backward, as one rank sees them.
 
     Args:
-        N, V: Valid positions of this rank, which all ranks of its vocabulary's group hold, with "teachability-released" all
-            of its responses; entries of the whole vocabulary.
+        N: Valid positions of this rank, and so of all ranks of its `process_group`; with "teachability-released" all positions
+            of its responses.
+        V: Entries of the whole vocabulary.
         Ds: Hidden size of the student, whose hidden states require a gradient; None: dense logits.
-        settings: Of the call, or `options`, settings by name. Backend "auto" is "triton"; "eager" holds even parts of the
-            vocabulary to be sent whole.
-        dtype: Of logits, or hidden states and weights, on both sides.
-        tp: Ranks that share out the vocabulary: `process_group`.
-        dp, cp: Ranks with other sequences, and with other parts of the same ones. `selection_group` has dp cp ranks with scope
-            "global", cp with "sequence", and with "batch" none.
-        n_sequences: Budgets of scope "sequence".
-        n_selected: Positions that this rank trains on; None: the budget of N, what ranks of one share have on average.
-        n_positions: All positions of the call, masked ones too, for which a selector that draws sends numbers; None: N.
+        settings: Settings of the call, or `options`, settings by name. "auto" counts as backend "triton". For "eager" the
+            vocabulary's parts count as equally wide.
+        dtype: Dtype of logits, or of hidden states and weights, on both sides.
+        tp: Number of ranks that share out the vocabulary: `process_group`.
+        dp, cp: Number of ranks with different sequences, and with different parts of the same sequences. `selection_group` has
+            dp cp ranks with scope "global", cp with "sequence", none with "batch".
+        n_sequences: Sequences with a budget each, with scope "sequence".
+        n_selected: Positions that this rank trains on; None: the budget of N, the average over ranks.
+        n_positions: All positions of the call, masked positions too: a selector that draws sends a number for each. None: N.
     Returns: `Communication`.
     Raises: ValueError, TypeError: an argument that does not fit, by name.
-    Example: eight ranks share out the vocabulary; each sends 440 bytes of a token's statistics, and a twentieth of the tokens'
-        normalisers and gradients.
+    Example: eight ranks share out the vocabulary. Each sends 440 bytes of statistics per token, and normalisers and gradients
+        of a twentieth of the tokens.
         >>> round(estimate_communication(16_384, 151_936, 4096, tp=8).bytes_per_token)
         1264
     """
@@ -176,19 +178,19 @@ def estimate_communication(
         n_positions=N if n_positions is None else n_positions,
         settings=settings,
         dtype=torch.float64 if dtype == torch.float64 else torch.float32,
-        selecting={"global": dp * cp, "sequence": cp, "batch": 1}[scope],
+        n_selecting={"global": dp * cp, "sequence": cp, "batch": 1}[scope],
         n_sequences=n_sequences if scope == "sequence" else None,
         selector=bound_selector(named_selector(settings.selector), torch.Generator(), no_position),
         divergence=divergence,
         backend=backend,
-        shard=Shard(_Noted(n=tp), (-(-V // tp),) * tp, V),
+        shard=Shard(_RecordingRanks(n=tp), (-(-V // tp),) * tp, V),
     )
     return Communication(N, _joined([*call.forward(), *call.backward()]))
 
 
 @dataclass(frozen=True)
-class _Noted(Ranks):
-    """n ranks, of which this is the first, that send nothing and note what they were asked to."""
+class _RecordingRanks(Ranks):
+    """Stand-in for n ranks, seen from the first one: sends nothing and records (kind, bytes) of each collective."""
 
     n: int = 1
     sent: list[tuple[str, int]] = field(default_factory=list)
@@ -202,15 +204,15 @@ class _Noted(Ranks):
         return 0
 
     def sum(self, x: Tensor) -> Tensor:
-        return self._note("all_reduce", x)
+        return self._record("all_reduce", x)
 
     def gather(self, x: Tensor) -> Tensor:
-        return self._note("all_gather", x).unsqueeze(0).expand(self.n, *x.shape)
+        return self._record("all_gather", x).unsqueeze(0).expand(self.n, *x.shape)
 
     def first(self, x: Tensor) -> Tensor:
-        return self._note("broadcast", x)
+        return self._record("broadcast", x)
 
-    def _note(self, kind: str, x: Tensor) -> Tensor:
+    def _record(self, kind: str, x: Tensor) -> Tensor:
         self.sent.append((kind, x.nbytes))
         return x
 
@@ -222,9 +224,9 @@ class _Call:
     M: int
     n_positions: int
     settings: Settings
-    dtype: torch.dtype  # computed in
-    selecting: int  # ranks that select together
-    n_sequences: int | None  # that they share; None: one budget
+    dtype: torch.dtype  # the compute dtype
+    n_selecting: int  # number of ranks that select together
+    n_sequences: int | None  # shared by these ranks, with a budget each; None: one budget
     selector: Selector
     divergence: Divergence
     backend: str
@@ -235,7 +237,7 @@ class _Call:
         return self.shard.ranks.size
 
     def forward(self) -> Iterator[Collective]:
-        """In the order of scoring.py, call/choose.py and loss.py."""
+        """In the order of the stages: call/prepare.py, score.py, choose.py, losses.py, reduce.py."""
         sides = 3 if isinstance(self.divergence, Extrapolated) else 2
         yield from self._vocabulary("widths", "all_gather", 16 * sides)  # inputs/vocabulary.py: each side's positions and ids
         if self.backend == "triton":
@@ -258,12 +260,12 @@ class _Call:
         yield from self._selection("denominator", [("all_reduce", 16)])  # two int64
 
     @property
-    def _by_kernels(self) -> bool:
-        """Whether the gradient is made beside the loss (backends/triton/shards.py)."""
+    def _gradient_in_forward(self) -> bool:
+        """Whether kernels compute the gradient together with the loss (backends/triton/shards.py)."""
         return self.backend == "triton" and is_column(self.divergence)
 
     def backward(self) -> Iterator[Collective]:
-        if not self._by_kernels:
+        if not self._gradient_in_forward:
             yield from self._gradient("backward")
 
     def _gradient(self, phase: str) -> Iterator[Collective]:
@@ -273,12 +275,12 @@ class _Call:
     def _statistics(
         self, purpose: str, n: int, top_k: int, *, models: int = 2, kernels: bool = False, dtype: torch.dtype | None = None
     ) -> Iterator[Collective]:
-        """Of n rows, from both models or from one (backends/shared/joined.py).
+        """Statistics of n rows, from both models or one (backends/shared/joined.py).
 
-        `kernels`: whether these find them; `dtype`: another than the compute dtype.
+        `kernels`: whether kernels compute them; `dtype`: None: the compute dtype.
         """
         dtype, columns = dtype or self.dtype, len(SWEPT_COLUMNS if kernels else EMPTY_SUMS) if models == 2 else 2
-        if self.backend == "eager":  # everyone's logits
+        if self.backend == "eager":  # the logits of all ranks
             for _ in range(models):
                 yield from self._vocabulary(purpose, "all_gather", n * self.shard.width * self.dtype.itemsize)
             return
@@ -288,15 +290,15 @@ class _Call:
             yield from self._vocabulary(purpose, "all_gather", min(rows, n - start) * per_row)
 
     def _loss(self) -> Iterator[Collective]:
-        """Of the selected rows (backends/triton/shards.py; divergences but the KLs: backends/streamed/loss.py)."""
+        """The loss of the selected rows: backends/triton/shards.py for the KLs, else backends/streamed/loss.py."""
         whole, support = self.divergence.whole, self.divergence.support
         if self.backend == "eager":
             yield from self._statistics("loss", self.M, 1)
             return
-        if self._by_kernels:
+        if self._gradient_in_forward:
             yield from self._statistics("loss", self.M, 1, kernels=True, dtype=torch.float64)
             yield from self._gradient("forward")
-        elif whole is not None and self.backend == "triton":  # to more digits than a score in 16 bits has
+        elif whole is not None and self.backend == "triton":  # with more digits than scores in 16 bits have
             yield from self._statistics("loss", self.M, 1)
         if isinstance(whole, Summed):
             yield from self._vocabulary("loss", "all_reduce", SUMS_BYTES * self.M)
@@ -304,24 +306,24 @@ class _Call:
             yield from self._on_list(support)
 
     def _on_list(self, support: OnSupport) -> Iterator[Collective]:
-        """backends/streamed/list_losses.py: the teacher for its list and normaliser; the student on the list and off it."""
-        ids, rest = self.M * support.length * self.dtype.itemsize, 8 * self.M  # fp64
+        """The teacher's list and normaliser, then the student on the list and off it (backends/streamed/list_losses.py)."""
+        listed, off_list = self.M * support.length * self.dtype.itemsize, 8 * self.M  # bytes; off the list in fp64
         yield from self._statistics("loss", self.M, support.length, models=1)
         if support.of_tokens:
-            yield from self._vocabulary("loss", "all_reduce", ids)
+            yield from self._vocabulary("loss", "all_reduce", listed)
         if support.reads_teacher_rest:
-            yield from self._vocabulary("loss", "all_gather", rest)
-        yield from self._vocabulary("loss", "all_reduce", ids)
+            yield from self._vocabulary("loss", "all_gather", off_list)
+        yield from self._vocabulary("loss", "all_reduce", listed)
         if support.reads_rest:
-            yield from self._vocabulary("loss", "all_gather", rest)
+            yield from self._vocabulary("loss", "all_gather", off_list)
 
     def _responses(self) -> list[tuple[str, int]]:
-        """What finding the responses of sequences sends whose parts the ranks hold."""
-        noted = _Noted(n=self.selecting)
+        """Collectives that find the responses of sequences, if ranks hold parts of them."""
+        ranks = _RecordingRanks(n=self.n_selecting)
         if self.n_sequences is not None and "response_place" in getattr(self.selector, "needs", ()):
-            none = torch.empty((self.n_sequences, 0), dtype=torch.long)
-            Positions(None, none, None, None, None).response_places(noted)
-        return noted.sent
+            no_position = torch.empty((self.n_sequences, 0), dtype=torch.long)
+            Positions(None, no_position, None, None, None).response_places(ranks)
+        return ranks.sent
 
     def _statistics_of_no_position(self) -> TokenStats:
         optional = OPTIONAL_COLUMNS - frozenset(getattr(self.selector, "needs", ()))
@@ -330,44 +332,44 @@ class _Call:
         return TokenStats(**columns | integers | {"valid": torch.empty(0, dtype=torch.bool)})
 
     def _scores(self) -> tuple[Tensor, list[tuple[str, int]]]:
-        """The selector's scores of no position, for their dtype, and what its normalisers send."""
-        noted = _Noted(n=self.selecting)
-        with torch.no_grad(), over_ranks(noted):
+        """The selector's scores of no position, for their dtype, and the collectives of its normalisers."""
+        ranks = _RecordingRanks(n=self.n_selecting)
+        with torch.no_grad(), over_ranks(ranks):
             scores = self.selector(self._statistics_of_no_position())
-        return scores, noted.sent
+        return scores, ranks.sent
 
     def _options(self) -> tuple[SelectionOptions, list[tuple[str, int]]]:
-        """What the selector asks of the budget, and what the normalisers in it send."""
-        noted = _Noted(n=self.selecting)
-        with torch.no_grad(), over_ranks(noted):
+        """The options that the selector sets for the selection, and the collectives of their normalisers."""
+        ranks = _RecordingRanks(n=self.n_selecting)
+        with torch.no_grad(), over_ranks(ranks):
             options = selection_options(self.selector, self._statistics_of_no_position())
-        return options, noted.sent
+        return options, ranks.sent
 
     def _budget(self, options: SelectionOptions) -> list[tuple[str, int]]:
-        """What finding the n-th best sends, and counting who holds its ties."""
-        noted, valid = _Noted(n=self.selecting), torch.empty(0, dtype=torch.bool)
+        """Collectives that find the n-th best score and count its ties on each rank."""
+        ranks, valid = _RecordingRanks(n=self.n_selecting), torch.empty(0, dtype=torch.bool)
         sequences = None if self.n_sequences is None else (valid.long(), self.n_sequences)
-        places = options["places"] if sequences is None else None  # scoring.py
+        places = options["places"] if sequences is None else None  # as call/choose.py
         scores = torch.empty(0, dtype=self.dtype)
-        select_over_ranks(scores, valid, self.settings.fraction, noted, sequences, places=places)
-        return noted.sent
+        select_over_ranks(scores, valid, self.settings.fraction, ranks, sequences, places=places)
+        return ranks.sent
 
     def _vocabulary(self, purpose: str, kind: str, n_bytes: int, *, phase: str = "forward") -> Iterator[Collective]:
         if self.tp > 1 and n_bytes:
             yield Collective(phase, purpose, "vocabulary", kind, self.tp, n_bytes, 1)
 
     def _selection(self, purpose: str, sent: list[tuple[str, int]]) -> Iterator[Collective]:
-        if self.selecting > 1:
+        if self.n_selecting > 1:
             for kind, n_bytes in sent:
-                yield Collective("forward", purpose, "selection", kind, self.selecting, n_bytes, 1)
+                yield Collective("forward", purpose, "selection", kind, self.n_selecting, n_bytes, 1)
 
 
 def _joined(collectives: list[Collective]) -> tuple[Collective, ...]:
-    """Equal neighbours as one."""
-    found: list[Collective] = []
-    for each in collectives:
-        if found and replace(found[-1], count=1) == each:
-            found[-1] = replace(found[-1], count=found[-1].count + 1)
+    """Equal neighbours joined, with their count."""
+    joined: list[Collective] = []
+    for collective in collectives:
+        if joined and replace(joined[-1], count=1) == collective:
+            joined[-1] = replace(joined[-1], count=joined[-1].count + 1)
         else:
-            found.append(each)
-    return tuple(found)
+            joined.append(collective)
+    return tuple(joined)

@@ -1,12 +1,12 @@
-"""What a call will cost, before it is made: matmul FLOP, bytes through device memory, peak and saved bytes, from sizes alone.
+"""The cost of a call: matmul FLOP, bytes through device memory, peak and saved bytes, computed from sizes.
 
   one unit = 2 N V Ds FLOP;  r = Dt / Ds;  M = max(1, ceil(rho N)) selected rows
   score 1 + r;  selected rows again rho (1 + r);  dH rho;  dW rho (none for a frozen head)
-  student_stats: score r, and K dot products a position and model; backend "torch" scores the selected rows once more
-  float8: score in 8 bits, and the 2 M best once more by fp32 logits
+  student_stats: score r, and K dot products per position and model; backend "torch" scores the selected rows again
+  float8: score in 8 bits, and the 2 M best positions again from fp32 logits
 
-Tiles are those of the backends' own sizing, asked about tensors without storage. tests/estimates/test_compute.py holds counted
-FLOP, live bytes and saved bytes to these numbers. Bytes moved are a model, each tensor passing through memory once per use.
+Tile sizes come from the backends' own functions, called on tensors without storage. tests/estimates/test_compute.py compares
+these numbers with counted FLOP, live and saved bytes. Bytes moved are a model: each use of a tensor moves it once.
 Not here: seconds, which follow from a device's rates (benchmarks/).
 """
 
@@ -28,23 +28,23 @@ from opd_ops.settings import SCORE_DTYPES, LossOptions, Settings, check_choice, 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-POSITION_BYTES = 480  # statistics, masks, sort keys and their fp64 temporaries: some 60 numbers a position
-ROW_BYTES, WEIGHT_BYTES = 8, 1  # saved per selected row: its number; on "torch" also whether its weight is 0 and
-SAVED_COLUMNS = 6  # the weight, the mean slope and four of `Reference`
-SAVED_SCALAR_BYTES = 64  # of the mean: sums and denominators
+POSITION_BYTES = 480  # statistics, masks, sort keys and fp64 temporaries: some 60 numbers per position
+ROW_BYTES, WEIGHT_BYTES = 8, 1  # saved per selected row: its number; on "torch" also a bool, whether its weight is 0, and
+SAVED_COLUMNS = 6  # columns: the weight, the mean slope and four of `Reference`
+SAVED_SCALAR_BYTES = 64  # saved for the mean: sums and denominators
 
 
 class Estimate(NamedTuple):
-    """What a forward and its backward will use."""
+    """The cost of a forward and its backward."""
 
     matmul_units: float  # all matmuls, in units of 2 N V Ds FLOP
-    flops: int  # of matmuls, those in 8 bits included
-    float8_flops: int  # of these, in 8 bits
+    flops: int  # of matmuls, 8-bit ones included
+    float8_flops: int  # of matmuls in 8 bits
     bytes_moved: int  # through device memory
-    gradient_bytes: int  # of the gradients that the caller wants: hidden states, weight
-    peak_bytes: int  # at most, over the inputs: workspace, gradients, O(N), heads that are put in 8 bits
-    saved_bytes: int  # at most, kept by autograd between forward and backward, inputs not counted
-    held_bytes: int  # the gradients, where the forward computes them ("triton")
+    gradient_bytes: int  # gradients of hidden states and weight
+    peak_bytes: int  # at most, without inputs: workspace, gradients, O(N) numbers, heads in 8 bits
+    saved_bytes: int  # at most, without inputs: saved by autograd for the backward
+    held_bytes: int  # gradients held until the backward, if the forward computes them ("triton")
 
 
 def estimate(
@@ -61,15 +61,16 @@ def estimate(
 ) -> Estimate:
     """The cost of `selective_opd_loss` with a `LinearHead` on both sides and reverse or forward KL, and of its backward.
 
-    Other divergences take as many units on backend "triton"; docs/features.md has those of "torch".
+    Other divergences take the same units on backend "triton"; docs/features.md has their units on "torch".
 
     Args:
-        N, V: Valid positions, with "teachability-released" all of the responses; entries of the common vocabulary.
+        N: Valid positions; with "teachability-released" all positions of the responses.
+        V: Entries of the common vocabulary.
         Ds, Dt: Hidden sizes of student and teacher.
-        settings: Of the call, or `options`, settings by name. Read: fraction, workspace_bytes, top_k, score_dtype, and backend:
-            "triton" ("auto" too) or "torch".
-        dtype: Of hidden states and weights.
-        trainable_head: Whether the student's weight requires a gradient. Its hidden states do.
+        settings: Settings of the call, or `options`, settings by name. Only these are read: fraction, workspace_bytes, top_k,
+            score_dtype, and backend: "triton" (also for "auto") or "torch".
+        dtype: Dtype of hidden states and weights.
+        trainable_head: Whether the student's weight requires a gradient. The hidden states require one.
         student_stats: Whether the student's statistics come from the rollout.
     Returns: `Estimate`.
     Raises: ValueError, TypeError: an argument that does not fit, by name.
@@ -98,23 +99,25 @@ def estimate(
     if student_stats and backend == "torch":
         passes.append(call.both_again(M))
     passes.append(call.selected(M))
-    flops = sum(run.flops for run in passes)
+    flops = sum(cost.flops for cost in passes)
     gradients = dtype.itemsize * Ds * (N + (V if trainable_head else 0))
-    in_8_bits = V * (Dt + (0 if student_stats else Ds)) if in_float8 else 0
-    sums = 0 if backend == "triton" or dtype.itemsize >= 4 else 4 * M * Ds  # of 16-bit hidden states' gradient
+    float8_bytes = V * (Dt + (0 if student_stats else Ds)) if in_float8 else 0
+    sums = 0 if backend == "triton" or dtype.itemsize >= 4 else 4 * M * Ds  # fp32 sums of the gradient of 16-bit hidden states
     return Estimate(
         matmul_units=flops / (2 * N * V * Ds),
         flops=flops,
         float8_flops=passes[0].flops - call.dots(N) if in_float8 else 0,
-        bytes_moved=sum(run.bytes for run in passes),
+        bytes_moved=sum(cost.bytes for cost in passes),
         gradient_bytes=gradients,
-        peak_bytes=workspace_bytes + gradients + POSITION_BYTES * N + in_8_bits + sums,
+        peak_bytes=workspace_bytes + gradients + POSITION_BYTES * N + float8_bytes + sums,
         saved_bytes=call.saved_row_bytes * M + SAVED_SCALAR_BYTES,
         held_bytes=gradients if backend == "triton" else 0,
     )
 
 
 class _Pass(NamedTuple):
+    """The cost of one pass over rows."""
+
     flops: int
     bytes: int
 
@@ -154,11 +157,11 @@ class _Call:
         return student, teacher
 
     def dots(self, n: int) -> int:
-        """FLOP of the logits on the other model's support."""
+        """FLOP of each model's logits on the other model's top-K, with `student_stats`."""
         return 2 * n * self.top_k * (self.Ds + self.Dt) if self.student_stats else 0
 
     def score(self, n: int, score_dtype: torch.dtype | None) -> _Pass:
-        """One sweep over the heads that are not known, in tiles of rows."""
+        """One sweep over the heads, in tiles of rows; with `student_stats` over the teacher's head alone."""
         student, teacher = self.sources(n)
         swept = (teacher,) if self.student_stats else (student, teacher)
         workspace = self.workspace
@@ -178,28 +181,27 @@ class _Call:
         return _Pass(flops, moved)
 
     def both_again(self, m: int) -> _Pass:
-        """The selected rows scored from both models, because the rollout's statistics do not hold their divergence."""
+        """Score the selected rows from both models: the rollout's statistics do not hold their divergence."""
         return replace(self, student_stats=False).score(m, torch.float32)
 
     def selected(self, m: int) -> _Pass:
-        """The selected rows' logits, their gradient, and the matmuls it goes into."""
-        both, size, logits = self.Ds + self.Dt, self.dtype.itemsize, m * self.V
-        flops = 2 * logits * (both + self.Ds + (self.Ds if self.trainable_head else 0))
+        """Logits of the selected rows, the gradient of these logits, and its matmuls."""
+        both_sizes, itemsize, n_logits = self.Ds + self.Dt, self.dtype.itemsize, m * self.V
+        flops = 2 * n_logits * (both_sizes + self.Ds + (self.Ds if self.trainable_head else 0))
         student, teacher = self.sources(m)
-        of_both, of_head = self.V * both * size, self.V * self.Ds * size
-        moved = 2 * 4 * logits * 3  # fp32 logits of both models: written, read for the normalisers, read for the gradient
-        moved += size * logits * (3 if self.trainable_head else 2)  # its gradient: written, read for dH and for dW
-        moved += (
-            3 * size * self.Ds * (self.N + (self.V if self.trainable_head else 0))
-        )  # gradients: written, and scaled in place
+        both_heads, student_head = self.V * both_sizes * itemsize, self.V * self.Ds * itemsize
+        moved = 2 * 4 * n_logits * 3  # fp32 logits of both models: written, read for normalisers and gradient
+        moved += itemsize * n_logits * (3 if self.trainable_head else 2)  # their gradient: written, read for dH and dW
+        # Gradients of hidden states and weight: written, and scaled in place.
+        moved += 3 * itemsize * self.Ds * (self.N + (self.V if self.trainable_head else 0))
         if self.backend == "torch":
             grid = gradient_grid(student, teacher, m, workspace=self.workspace)
-            return _Pass(flops, moved + -(-m // grid.rows) * (of_both + of_head))
+            return _Pass(flops, moved + -(-m // grid.rows) * (both_heads + student_head))
         needs, workspace = (True, self.trainable_head), self.workspace
-        found = SelectedGrid.of(student, teacher, n=m, needs=needs, workspace=workspace)
-        moved += -(-m // found.rows) * (of_both + of_head)
-        if found.second_look:
-            flops += 2 * logits * both
+        selected_grid = SelectedGrid.of(student, teacher, n=m, needs=needs, workspace=workspace)
+        moved += -(-m // selected_grid.rows) * (both_heads + student_head)
+        if selected_grid.second_look:
+            flops += 2 * n_logits * both_sizes
             groups = -(-m // BlockGrid.of(student, teacher, n=m, workspace=workspace).rows)
-            moved += groups * of_both + 2 * 4 * logits * 2 + 2 * size * logits
+            moved += groups * both_heads + 2 * 4 * n_logits * 2 + 2 * itemsize * n_logits
         return _Pass(flops, moved)

@@ -1,1 +1,1 @@
-"""What a caller may pass: logits and heads, lists of log-probabilities, rollout statistics, positions, shared vocabularies."""
+"""The inputs of a call: logits and heads, lists of log-probabilities, rollout statistics, positions, shared vocabularies."""

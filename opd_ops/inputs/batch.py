@@ -1,6 +1,6 @@
-"""`Batch`: the tensors of one call beside the two models; (...) is the positions' shape.
+"""`Batch`: the tensors of one call apart from the two models; (...) is the positions' shape.
 
-Not here: what they say together about the positions (positions.py), settings of a run (opd_ops/settings.py).
+Not here: the valid positions that follow from them (positions.py), settings of a run (opd_ops/settings.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from opd_ops.inputs.rollout import StudentStats
 
 
 class Batch(NamedTuple):
-    """As the caller passed them, unchecked."""
+    """The tensors as the caller passed them, unchecked."""
 
     mask: Tensor | None = None  # (...) non-zero: valid
     weights: Tensor | None = None  # (...) factors of the losses

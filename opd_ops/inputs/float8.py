@@ -1,10 +1,10 @@
-"""A head in 8 bits, for ranking positions alone: e4m3 values with one fp32 scale a row.
+"""A head in 8 bits, only for ranking positions: e4m3 values with one fp32 scale per row.
 
   x ~ scale * value,  scale = max |row| / 448,  value in float8_e4m3fn
   logits ~ (hidden values @ weight values.T) * hidden scales * weight scales,  summed by the vendor's matmul
-  Nothing that is trained on comes from these logits: the best 2 rho N positions are scored again, exactly (scoring.py).
+  No loss is computed from these logits: the best 2 rho N positions are scored again from fp32 logits (call/score.py).
 
-Not here: the tiles that read them (backends/shared/tiles.py), what the ranking loses (benchmarks/cpu/ranking.py).
+Not here: the tiles that read them (backends/shared/tiles.py), the error of the ranking (benchmarks/cpu/ranking.py).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch import Tensor
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = torch.finfo(DTYPE).max
-ALIGNED = 64  # rows of the values: whole aligned tiles of the matmul, the last ones zero
-WIDTH = 16  # the matmul takes rows of whole multiples of this
+ALIGNED = 64  # the matmul takes whole tiles of this many rows; the last rows are zero
+WIDTH = 16  # the matmul takes rows whose width is a multiple of this
 ROWS_AT_A_TIME = 256
-CAPABILITY = (9, 0)  # Hopper: the first with scales per row
+CAPABILITY = (9, 0)  # Hopper: the first GPU with scales per row
 
 
 class Float8Rows(NamedTuple):
-    """A matrix in 8 bits: `LinearHead(..., float8=Float8Rows.of(weight))` keeps that of a head that does not change."""
+    """A matrix in 8 bits. For a frozen head keep it between calls: `LinearHead(..., float8=Float8Rows.of(weight))`."""
 
     values: Tensor  # (rows up to a multiple of 64, D) float8_e4m3fn
-    scales: Tensor  # (the same, 1) fp32
+    scales: Tensor  # (same number of rows, 1) fp32
 
     @staticmethod
     def shape_of(x: Tensor) -> tuple[int, int]:
@@ -37,20 +37,20 @@ class Float8Rows(NamedTuple):
     @staticmethod
     @torch.no_grad()
     def of(x: Tensor) -> Float8Rows:
-        """Quantise (n, D) floating point, row by row; rows are added up to a multiple of 64, all zero."""
+        """Quantise (n, D) floating point, row by row. Zero rows fill n up to a multiple of 64."""
         values = torch.zeros(Float8Rows.shape_of(x), dtype=DTYPE, device=x.device)
         scales = torch.ones((len(values), 1), device=x.device)
-        for start in range(0, len(x), ROWS_AT_A_TIME):  # no fp32 copy of the whole
-            part = slice(start, min(start + ROWS_AT_A_TIME, len(x)))
-            rows = x[part].float()
+        for start in range(0, len(x), ROWS_AT_A_TIME):  # no fp32 copy of the whole matrix
+            group = slice(start, min(start + ROWS_AT_A_TIME, len(x)))
+            rows = x[group].float()
             scale = rows.abs().amax(1, keepdim=True) / LARGEST
             scale = torch.where(scale > 0, scale, 1.0)
-            values[part] = (rows / scale).to(DTYPE)
-            scales[part] = scale
+            values[group] = (rows / scale).to(DTYPE)
+            scales[group] = scale
         return Float8Rows(values, scales)
 
     def dequantised(self, n: int) -> Tensor:
-        """(n, D) fp32: what the first n rows stand for."""
+        """(n, D) fp32: the first n rows."""
         return self.values[:n].float() * self.scales[:n]
 
 
@@ -58,12 +58,12 @@ def product(x: Float8Rows, w: Float8Rows, out: Tensor) -> Tensor:
     """Write x @ w.T into `out`, contiguous bf16: (n, rows of w), the first n rows of x."""
     n = len(out)
     scales = x.scales[:n], w.scales.T
-    # Fast accumulation keeps fewer bits of long sums, far fewer than the operands lost already; it only ranks.
+    # Fast accumulation rounds long sums, by far less than the 8-bit operands; the logits only rank positions.
     return torch._scaled_mm(x.values[:n], w.values.T, *scales, out_dtype=torch.bfloat16, use_fast_accum=True, out=out)
 
 
 def refusal(*weights: Tensor) -> str | None:
-    """Why heads of these weights cannot be scored in 8 bits here, or None."""
+    """The reason why heads with these weights cannot be scored in 8 bits; None if they can."""
     if not weights:
         return "neither side is a LinearHead: there is no matmul to do in 8 bits"
     for weight in weights:
@@ -71,9 +71,9 @@ def refusal(*weights: Tensor) -> str | None:
             return f"a head's hidden size is {weight.shape[1]}, expected a multiple of {WIDTH}"
         device = weight.device
         if device.type == "cuda" and torch.version.hip is None:
-            found = torch.cuda.get_device_capability(device)
-            if found < CAPABILITY:
-                return f"the device has compute capability {found[0]}.{found[1]}, expected 9.0 (Hopper) or newer"
+            capability = torch.cuda.get_device_capability(device)
+            if capability < CAPABILITY:
+                return f"the device has compute capability {capability[0]}.{capability[1]}, expected 9.0 (Hopper) or newer"
         elif not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
             return f"the heads are on {device}, expected an NVIDIA GPU, Hopper or newer"
     return None

@@ -1,10 +1,10 @@
-"""What stands for logits in the public calls: `LinearHead`, hidden states and the projection they go through.
+"""`LinearHead`: hidden states and the head that projects them to logits, passed in place of logits.
 
-  logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap),  or without softcap
+  logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap);  without softcap:
   logits = scale * (hidden @ weight.T + bias)
   (soft-cap as Gemma 2 uses it, scale as Cohere and Granite use it).
 
-Not here: reading rows of either kind (sources.py), checking both sides of a call against each other (pair.py).
+Not here: reading rows of logits or heads (sources.py), checking both sides of a call against each other (pair.py).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class LinearHead:
     With `hidden` (..., D), `weight` (V, D) and `bias` (V,):
         logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)      (softcap given)
         logits = scale * (hidden @ weight.T + bias)                                (softcap None)
-    On the student's side gradients flow to hidden, weight and bias, each only if it requires one; they are
-    accumulated in fp32 and returned in the parameter's dtype. On the teacher's side nothing flows.
+    A student's hidden, weight and bias get gradients, each only if it requires one. Gradients are accumulated in fp32 and
+    returned in the tensor's dtype. A teacher gets no gradient.
 
     Args:
         hidden: (..., D) last hidden states, after the final norm; row i predicts target i.
@@ -37,11 +37,11 @@ class LinearHead:
         bias: (V,) or None.
         scale: Multiplies the logits before the soft-cap; finite and > 0.
         softcap: Bound of the logits, > 0, or None.
-        float8: `Float8Rows.of(weight)`, kept by the caller for `score_dtype="float8"`; None: made in every such call. It must
-            be of this very weight, or positions are ranked by another model.
+        float8: `Float8Rows.of(weight)` for `score_dtype="float8"`, kept by the caller; None: computed in each such call. It
+            must be of this weight, or another model ranks the positions.
     Raises:
         ValueError: shapes, devices or numbers that do not fit, or a head wrapped by LoRA.
-        TypeError: something else than a floating-point tensor.
+        TypeError: not a floating-point tensor.
     """
 
     hidden: Tensor
@@ -108,10 +108,10 @@ class LinearHead:
         softcap: float | None = None,
         float8: Float8Rows | None = None,
     ) -> LinearHead:
-        """The head of an `nn.Linear`-like module; refuses one that LoRA wraps (its adapter would never train).
+        """A `LinearHead` from an `nn.Linear`-like module. A LoRA-wrapped module is an error: its adapter would never train.
 
-        A weight that FSDP2 or ZeRO-3 shards is gathered, once, on all its ranks; its gradient goes back as the mean over them,
-        as their own do. To leave a DTensor sharded on the vocabulary instead, pass it as `weight` (docs/features.md).
+        A weight sharded by FSDP2 or ZeRO-3 is gathered once, on all its ranks. Its gradient is the mean over ranks, as FSDP2
+        and ZeRO-3 make it. To keep a DTensor sharded over the vocabulary, pass it as `weight` (docs/features.md).
         """
         if not isinstance(hidden, Tensor):
             raise TypeError(f"hidden: got {type(hidden).__name__}, expected a tensor (..., D)")

@@ -12,15 +12,15 @@ from torch import Tensor
 
 
 def best_places(values: Tensor, ids: Tensor, k: int) -> Tensor:
-    """(n, k) places of the row's best, in the order (value descending, id ascending).
+    """(n, k) columns of the k best entries of each row, in the order (value descending, id ascending).
 
-    An fp32 value and its id fit one int64 key, whose top-k has no ties left to break: some ten times the speed of a stable
-    sort. fp64 takes the sort.
+    An fp32 value and its id fit one int64 key. The top-k of such keys has no ties, and is some ten times as fast as a stable
+    sort. fp64 values take the stable sort.
     """
     if values.dtype == torch.float32:
-        # + 0.0: -0.0 equals 0.0. A NaN may have either sign, and comes first with both.
+        # + 0.0 turns -0.0 into 0.0, its equal. A NaN of either sign comes first.
         bits = torch.nan_to_num(values + 0.0, nan=math.nan, posinf=math.inf, neginf=-math.inf).view(torch.int32).long()
-        key = (bits >> 63).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # increasing in the value, negative ones too
+        key = (bits >> 63).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # increases with the value, also for negative values
         return torch.topk(key.bitwise_left_shift_(32).bitwise_or_(0x7FFFFFFF - ids), k, dim=1).indices
     by_id = torch.argsort(ids, dim=1)
     by_value = torch.sort(values.gather(1, by_id), dim=1, descending=True, stable=True).indices[:, :k]

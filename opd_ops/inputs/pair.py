@@ -1,11 +1,11 @@
-"""Both sides of a call, checked against each other and the divergence, as the sources that backends read.
+"""Both sides of a call, student and teacher: checked against each other and the divergence, as sources for the backends.
 
   teacher           divergences                                                           selectors
   logits, head      all                                                                   all
-  TopKLogprobs      local_support, tail_aware, forward_kl_topk                            those that need no whole row
-  SampledLogprobs   sampled                                                               entropy and the controls
+  TopKLogprobs      local_support, tail_aware, forward_kl_topk                            all that need no whole row
+  SampledLogprobs   sampled                                                               entropy, random, all, prefix
 
-Not here: the checks of other arguments (call/prepare.py), which selectors a sparse teacher allows (selection/selectors.py).
+Not here: the checks of other arguments (call/prepare.py) and of selectors (selection/selectors.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from opd_ops.inputs.teacher_lists import SampledLogprobs, SparseTeacher, Teacher
 from opd_ops.inputs.vocabulary import one_group, part_of, share_out, to_local
 from opd_ops.inputs.workspace import Workspace
 
-_warned_of: set[tuple[int, int]] = set()  # Python's own memory of warnings is lost whenever somebody catches some
+_warned_of: set[tuple[int, int]] = set()  # Python forgets which warnings it has shown when code catches warnings
 
 
 def check_sources(
@@ -39,17 +39,17 @@ def check_sources(
     top_k: int,
     workspace: Workspace,
 ) -> tuple[Source, Source | TeacherLists]:
-    """Both sides over their common vocabulary; one warning if their vocabularies differ and none was named."""
-    locals_ = [to_local("student", _source_of("student", student))]
+    """Both sides over their common vocabulary; one warning if vocabularies differ and `vocab_size` is None."""
+    sides = [to_local("student", _source_of("student", student))]
     if not isinstance(teacher, (TopKLogprobs, SampledLogprobs)):
-        locals_.append(to_local("teacher", _source_of("teacher", teacher)))
+        sides.append(to_local("teacher", _source_of("teacher", teacher)))
         if isinstance(divergence, Extrapolated):
             name = "Extrapolated.reference"
-            locals_.append(to_local(name, _source_of(name, divergence.reference)))
-    vocabularies = share_out(locals_, one_group(process_group, locals_))
-    student_source, *others = (local.source for local in locals_)
-    for local in locals_[1:]:
-        _check_beside(local.name, local.source, student_source)
+            sides.append(to_local(name, _source_of(name, divergence.reference)))
+    vocabularies = share_out(sides, one_group(process_group, sides))
+    student_source, *others = (side.source for side in sides)
+    for side in sides[1:]:
+        _check_same_positions(side.name, side.source, student_source)
     if vocabularies.ranks is not None and eos_ids:
         raise ValueError("eos_ids: ids cannot be merged where ranks share out the vocabulary; pass no eos_ids")
     totals = [widths.total for widths in (vocabularies.student, *vocabularies.others)]
@@ -57,7 +57,7 @@ def check_sources(
         _check_sparse(teacher, student_source, divergence, temperature, eos_ids)
         totals.append(totals[0])
     vocab = _check_vocabulary(totals[0], totals[1], vocab_size)
-    if any(x >= vocab for x in eos_ids):
+    if any(eos_id >= vocab for eos_id in eos_ids):
         raise ValueError(f"eos_ids: got {list(eos_ids)}, expected ids below the vocabulary size, {vocab}")
     if totals[-1] < vocab:
         raise ValueError(
@@ -66,19 +66,21 @@ def check_sources(
         )
     shard, merged = vocabularies.shard(vocab), eos_ids if len(eos_ids) > 1 else ()
     if shard is not None:
-        others = [part_of(*pair, shard) for pair in zip(locals_[1:], vocabularies.others, strict=True)]
+        others = [part_of(side, widths, shard) for side, widths in zip(sides[1:], vocabularies.others, strict=True)]
     width = vocab if shard is None else shard.width
     student_source, *others = (
-        x._replace(transform=replace(x.transform, vocab_size=width, temperature=temperature, merged=merged, shard=shard))
-        for x in (student_source, *others)
+        source._replace(
+            transform=replace(source.transform, vocab_size=width, temperature=temperature, merged=merged, shard=shard)
+        )
+        for source in (student_source, *others)
     )
     if isinstance(teacher, (TopKLogprobs, SampledLogprobs)):
         assert divergence.support is not None
         dtype, longest = student_source.compute_dtype, max(top_k, divergence.support.length)
         return student_source, TeacherLists.of(teacher, vocab, dtype, merged, longest=longest, workspace=workspace)
     if isinstance(divergence, Extrapolated) and divergence.lam != 1.0:
-        plain = others[1]._replace(transform=replace(others[1].transform, merged=()))  # the mixture is merged, once
-        others[0] = others[0]._replace(transform=replace(others[0].transform, lam=divergence.lam), reference=plain)
+        reference = others[1]._replace(transform=replace(others[1].transform, merged=()))  # ids are merged after mixing
+        others[0] = others[0]._replace(transform=replace(others[0].transform, lam=divergence.lam), reference=reference)
     return student_source, others[0]
 
 
@@ -105,29 +107,29 @@ def _check_sparse(
 
 
 def check_list_divergence(divergence: Divergence, teacher: str) -> None:
-    """Refuse a divergence that a teacher of lists cannot give; `teacher` is the name of its class."""
+    """Refuse a divergence that a sparse teacher does not allow; `teacher` is the name of its class."""
     is_sampled = teacher == SampledLogprobs.__name__
-    of_list = divergence.support
-    fits = divergence.whole is None and of_list is not None and of_list.of_tokens == is_sampled
-    if not fits or (of_list is not None and of_list.reads_entropy):
-        known = [
+    support = divergence.support
+    fits = divergence.whole is None and support is not None and support.of_tokens == is_sampled
+    if not fits or (support is not None and support.reads_entropy):
+        names = [
             d.name
             for d in DIVERGENCES.values()
             if d.whole is None and d.support is not None and d.support.of_tokens == is_sampled
         ]
         more = ""
-        if of_list is not None and of_list.of_tokens:
+        if support is not None and support.of_tokens:
             more = "; 'sampled' takes SampledLogprobs, logits or a LinearHead"
         elif not is_sampled and divergence.name == "reverse_kl":
             more = "; tail_aware is reverse KL with all that is not listed as one outcome"
         raise ValueError(
-            f"divergence: got {divergence.name!r}, which {teacher} cannot give; expected one of: {', '.join(known)}{more}. "
+            f"divergence: got {divergence.name!r}, which {teacher} cannot give; expected one of: {', '.join(names)}{more}. "
             "For the others pass the teacher's logits or a LinearHead"
         )
 
 
-def _check_beside(name: str, side: Source, student: Source) -> None:
-    """The same positions on the same device."""
+def _check_same_positions(name: str, side: Source, student: Source) -> None:
+    """Refuse other positions than the student's, or another device."""
     if side.shape != student.shape:
         raise ValueError(
             f"{name}: got positions of shape {tuple(side.shape)}, expected those of the student, {tuple(student.shape)}"
@@ -137,7 +139,7 @@ def _check_beside(name: str, side: Source, student: Source) -> None:
 
 
 def _source_of(name: str, side: object) -> Source:
-    """One side alone, checked."""
+    """The source of one side, checked by itself."""
     if not isinstance(side, (Tensor, LinearHead)):
         more = ", TopKLogprobs or SampledLogprobs" if name == "teacher" else ""
         raise TypeError(f"{name}: got {type(side).__name__}, expected a logits tensor (..., V) or a LinearHead{more}")
@@ -168,7 +170,7 @@ def _check_vocabulary(student: int, teacher: int, vocab_size: int | None) -> int
     return common
 
 
-# Once for each graph that is traced: torch.compile takes no warning into it.
+# torch.compile runs this while it traces, once per graph: a graph cannot warn.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _warn_once(student: int, teacher: int) -> None:
     if (student, teacher) in _warned_of:
@@ -178,4 +180,4 @@ def _warn_once(student: int, teacher: int) -> None:
         f"vocabularies differ: the student has {student} entries, the teacher {teacher}; both are sliced to the first "
         f"{common} before the softmax. Pass vocab_size={common} to say that this is meant"
     )
-    _warned_of.add((student, teacher))  # not if it raised
+    _warned_of.add((student, teacher))  # not reached if warn_user raised

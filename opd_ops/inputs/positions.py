@@ -1,11 +1,11 @@
-"""Which positions are valid: the mask, less what labels ignore, what weighs nothing, and special tokens.
+"""The valid positions: the mask without ignored labels, weights of 0 and special tokens.
 
-  special tokens: the first occurrence of each id in each response leaves the mask and the denominator (arXiv 2603.25562's
-  released code: student and teacher may tokenise `<think>` or end a turn differently)
-  response: from the first to the last position of a sequence that is valid, or would be without `special_ids`; what is masked
-  in between is part of it
+  special tokens: the first occurrence of each of `special_ids` in each sequence is not valid (arXiv 2603.25562's released
+  code: student and teacher may tokenise `<think>` or end a turn differently)
+  response: all positions of a sequence from its first to its last valid position, masked positions between them too; special
+  tokens count as valid here
 
-Everything stays on the device. Row i predicts target i: whoever passes tokens has shifted them; labels are shifted here.
+Everything stays on the device. Row i predicts target i: `tokens` come shifted, `labels` are shifted here.
 Not here: budgets (selection/budget.py), merged ids (sources.py).
 """
 
@@ -22,16 +22,16 @@ from opd_ops.distributed.ranks import Ranks
 from opd_ops.inputs.batch import Batch
 from opd_ops.inputs.sequences import check_cu_seqlens, check_same_sequences, count_sequences, numbered_sequences, sequence_ids
 
-BEYOND = 2**62  # a place behind every position
+BEYOND = 2**62  # a place after every position
 
 
 class Positions(NamedTuple):
-    """What a call's masks, labels and tokens say about its positions."""
+    """The valid positions, sequences and tokens of a call, from its masks, labels and tokens."""
 
     valid: Tensor | None  # bool of the positions' shape; None: all
-    sequences: Tensor  # the number of each position's sequence
-    tokens: Tensor | None  # the token each position predicts
-    allowed: Tensor | None  # `valid` before `special_ids` took positions from it; None: all
+    sequences: Tensor  # the sequence number of each position
+    tokens: Tensor | None  # the token that each position predicts
+    allowed: Tensor | None  # `valid` with the special tokens; None: all
     cu_seqlens: Tensor | None
 
     @property
@@ -41,8 +41,8 @@ class Positions(NamedTuple):
     def response_places(self, ranks: Ranks | None) -> Tensor:
         """int64 of the positions' shape: 1, 2, ... along each sequence's response; 0 outside of it.
 
-        `ranks`: which hold parts of the same sequences, that follow each other in their order; None: sequences are whole.
-        Collectives: gathers of an int64, for which the host waits, and of (3, n_sequences) int64.
+        `ranks`: ranks that hold parts of the same sequences, in rank order; None: no sequence is spread over ranks.
+        Collectives: a gather of an int64, for which the CPU waits, and a gather of (3, n_sequences) int64.
         Raises: ValueError, on every rank: ranks with different numbers of sequences.
         """
         shape, device = self.sequences.shape, self.sequences.device
@@ -56,10 +56,10 @@ class Positions(NamedTuple):
         last = torch.full_like(length, -1).scatter_reduce(0, ids, torch.where(allowed, place, -1), "amax")
         parts = torch.stack((length, first, last))
         lengths, firsts, lasts = (parts.unsqueeze(0) if ranks is None else ranks.gather(parts)).unbind(1)  # (ranks, n)
-        before = lengths.cumsum(0) - lengths
-        first = torch.where(lasts < 0, BEYOND, firsts + before).amin(0)
-        last = torch.where(lasts < 0, -1, lasts + before).amax(0)
-        place = place + before[0 if ranks is None else ranks.rank][ids]
+        n_earlier = lengths.cumsum(0) - lengths
+        first = torch.where(lasts < 0, BEYOND, firsts + n_earlier).amin(0)
+        last = torch.where(lasts < 0, -1, lasts + n_earlier).amax(0)
+        place = place + n_earlier[0 if ranks is None else ranks.rank][ids]
         return torch.where((place >= first[ids]) & (place <= last[ids]), place - first[ids] + 1, 0).view(shape)
 
 
@@ -72,29 +72,29 @@ def positions(
     special_ids: Sequence[int] = (),
     vocab_size: int | None = None,
 ) -> Positions:
-    """Checks each tensor against the positions' shape; `shift_labels` win over `labels`, `tokens` over both.
+    """Check each tensor against the positions' shape. `shift_labels` win over `labels`, `tokens` win over both.
 
-    `vocab_size`: the vocabulary that the tokens must be of where a position is to be valid; None: they need not.
+    `vocab_size`: positions with a token outside this vocabulary are not valid; None: tokens are not checked.
     """
     mask, weights, labels, shift_labels, tokens, cu_seqlens = batch[:6]
     check_cu_seqlens(cu_seqlens, shape)
     sequences = sequence_ids(shape, cu_seqlens, device).view(shape)
-    found: list[Tensor] = []
+    conditions: list[Tensor] = []
     if mask is not None:
-        found.append(per_position("mask", mask, shape, device) != 0)
+        conditions.append(per_position("mask", mask, shape, device) != 0)
     if weights is not None:
-        found.append(_weights(weights, shape, device) != 0)
+        conditions.append(_weights(weights, shape, device) != 0)
     targets = _targets(shape, device, labels, shift_labels, ignore_index, None if cu_seqlens is None else sequences)
     if targets is not None:
-        found.append(targets != ignore_index)
+        conditions.append(targets != ignore_index)
     if tokens is not None:
         tokens = per_position("tokens", tokens, shape, device)
         if tokens.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"tokens: got dtype {tokens.dtype}, expected int32 or int64")
     tokens = targets if tokens is None else tokens
-    if vocab_size is not None and tokens is not None:  # a token that is none cannot be trained on
-        found.append((tokens >= 0) & (tokens < vocab_size))
-    valid = allowed = None if not found else torch.stack(found).all(0)
+    if vocab_size is not None and tokens is not None:  # a position without a token cannot be trained on
+        conditions.append((tokens >= 0) & (tokens < vocab_size))
+    valid = allowed = None if not conditions else torch.stack(conditions).all(0)
     if len(special_ids):
         if tokens is None:
             raise ValueError("special_ids: got ids, but no tokens to look among; pass tokens=, or labels to the loss")
@@ -103,16 +103,16 @@ def positions(
 
 
 def _without_first(valid: Tensor | None, tokens: Tensor, ids: Sequence[int], sequences: Tensor) -> Tensor:
-    """The valid positions less the first of each id among those of each sequence."""
-    kept = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
+    """The valid positions, without the first valid occurrence of each id in each sequence."""
+    remaining = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
     n, sequence = tokens.numel(), sequences.flatten()
     places = torch.arange(n, device=tokens.device)
-    for special in ids:
-        found = (tokens == special) & kept
-        where = torch.where(found.flatten(), places, n)
-        first = torch.full((n + 1,), n, device=tokens.device).scatter_reduce(0, sequence, where, "amin")
-        kept = kept & ~(found & (places == first[sequence]).view(tokens.shape))
-    return kept
+    for special_id in ids:
+        occurrences = (tokens == special_id) & remaining
+        candidate_places = torch.where(occurrences.flatten(), places, n)
+        first = torch.full((n + 1,), n, device=tokens.device).scatter_reduce(0, sequence, candidate_places, "amin")
+        remaining = remaining & ~(occurrences & (places == first[sequence]).view(tokens.shape))
+    return remaining
 
 
 def _targets(
@@ -123,13 +123,15 @@ def _targets(
     ignore_index: int,
     packed: Tensor | None,
 ) -> Tensor | None:
-    """What each position predicts. With the sequence numbers of `packed` rows the last row of each predicts nothing: the next
-    label is another sequence's."""
+    """The target of each position. `packed`: sequence numbers of packed sequences; None: not packed.
+
+    The last position of a packed sequence has no target: the next label belongs to another sequence.
+    """
     if shift_labels is not None:
-        return _holding(ignore_index, "shift_labels", per_position("shift_labels", shift_labels, shape, device))
+        return _check_holds(ignore_index, "shift_labels", per_position("shift_labels", shift_labels, shape, device))
     if labels is None:
         return None
-    labels = _holding(ignore_index, "labels", per_position("labels", labels, shape, device))
+    labels = _check_holds(ignore_index, "labels", per_position("labels", labels, shape, device))
     if not labels.dim():
         raise ValueError("labels: got a 0-dim tensor, expected at least one dimension to shift along")
     targets = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
@@ -138,8 +140,8 @@ def _targets(
     return targets
 
 
-def _holding(ignore_index: int, name: str, labels: Tensor) -> Tensor:
-    """The labels, if one may be the ignored number: torch compares with what their dtype holds of it (uint8: -100 is 156)."""
+def _check_holds(ignore_index: int, name: str, labels: Tensor) -> Tensor:
+    """The labels, checked that their dtype can hold `ignore_index`: torch would compare a uint8 with 156 instead of -100."""
     if not labels.is_floating_point() and labels.dtype != torch.bool:
         range_ = torch.iinfo(labels.dtype)
         if not range_.min <= ignore_index <= range_.max:
@@ -151,7 +153,7 @@ def _holding(ignore_index: int, name: str, labels: Tensor) -> Tensor:
 
 
 def _weights(weights: object, shape: torch.Size, device: torch.device) -> Tensor:
-    found = per_position("weights", weights, shape, device)
-    if found.is_complex() or found.dtype == torch.bool:
-        raise TypeError(f"weights: got dtype {found.dtype}, expected numbers; a bool mask is `mask`")
-    return found
+    checked = per_position("weights", weights, shape, device)
+    if checked.is_complex() or checked.dtype == torch.bool:
+        raise TypeError(f"weights: got dtype {checked.dtype}, expected numbers; a bool mask is `mask`")
+    return checked

@@ -1,10 +1,10 @@
-"""What a sampler already knows of the student: on-policy, it computed the student's logits at every position it wrote.
+"""Statistics of the student from the rollout: an on-policy sampler has computed the student's logits at every position.
 
   logsumexp, H(p) = logsumexp - E_p[s], and the top-K ids with their log p           [nats]
-  With these, scoring needs the teacher's head alone (arXiv 2605.26844 eqs. 9 to 16 ask no more of the student, but for its
-  logits on the teacher's top-K, which are K dot products a position).
+  With these statistics scoring runs only the teacher's head. The scores of arXiv 2605.26844 eqs. 9 to 16 also need the
+  student's logits on the teacher's top-K: K dot products per position.
 
-Not here: how scores are made from them (backends/shared/two_lists.py), which selectors they allow (selection/selectors.py).
+Not here: scores from these statistics (backends/shared/two_lists.py), the selectors that they allow (selection/selectors.py).
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch import Tensor
 from opd_ops.arguments import check_integer, check_layout, check_positive, may_look, per_position
 from opd_ops.inputs.order import best_places
 
-CANDIDATES = 1 << 22  # logits that may be ranked at a time
+CANDIDATES = 1 << 22  # most logits ranked at a time
 
 
 @dataclass(frozen=True, eq=False)
 class StudentStats:
     """The student's statistics at each position, as the rollout computed them; (...) is the positions' shape.
 
-    They are of the student's logits after scale, soft-cap and the `temperature` of the call they are given to.
+    The student's logits are taken after scale, soft-cap and the call's `temperature`.
 
     Args:
         logsumexp: (...) log sum exp of the logits.
         entropy: (...) H(p) in nats.
-        ids: (..., K) int64 or int32, K different ids of largest logit, in any order; K at least the call's `top_k`.
+        ids: (..., K) int64 or int32, the K different ids of largest logit, in any order; K at least the call's `top_k`.
         logprobs: (..., K) log p of these ids.
     Raises:
-        ValueError: shapes that do not fit each other. TypeError: ids that are not integers, or statistics that are.
+        ValueError: shapes that do not fit each other. TypeError: ids that are not integers, or statistics that are no floats.
     """
 
     logsumexp: Tensor
@@ -59,7 +59,7 @@ class StudentStats:
     @classmethod
     @torch.no_grad()
     def of_logits(cls, logits: Tensor, *, top_k: int = 16, temperature: float = 1.0) -> StudentStats:
-        """The statistics of (..., V) logits, computed in fp32 (fp64 for fp64): for a sampler of one's own.
+        """The statistics of (..., V) logits, computed in fp32 (fp64 for fp64), for a user's own sampler.
 
         Raises: ValueError: a top_k below 1, or a temperature that is not above 0. TypeError: a top_k that is no integer.
         """
@@ -71,7 +71,7 @@ class StudentStats:
         entropy = torch.where(log_p == -torch.inf, 0, log_p.exp() * log_p).sum(1).neg_()
         every_id, k = torch.arange(x.shape[1], device=x.device), min(top_k, x.shape[1])
         size = max(1, CANDIDATES // x.shape[1])
-        ids = torch.cat([best_places(part, every_id.expand_as(part), k) for part in x.split(size)])
+        ids = torch.cat([best_places(group, every_id.expand_as(group), k) for group in x.split(size)])
         shape = logits.shape[:-1]
         return cls(
             torch.logsumexp(x, 1).view(shape),
@@ -84,14 +84,14 @@ class StudentStats:
 class RolloutRecorder:
     """Records `StudentStats` while Hugging Face `generate` samples: pass it as `logits_processor=[recorder]`.
 
-    It returns the scores as they came. `generate` applies temperature, top-k and top-p after it, so they do not matter, but
-    its penalties before it: a `repetition_penalty`, suppressed tokens or a least length, in the call or in the model's
-    generation_config, would be recorded as if they were the model's. Switch them off, as on-policy training needs anyway, or
-    take raw logits (`output_logits=True`) to `StudentStats.of_logits`. One row per sequence: not for beam search.
+    It returns the scores unchanged. `generate` applies temperature, top-k and top-p later, so that these do not matter. It
+    applies penalties earlier: a `repetition_penalty`, suppressed tokens or a minimum length, in the call or in the model's
+    generation_config, would be recorded as the model's own logits. Switch penalties off, as on-policy training needs anyway, or
+    pass raw logits (`output_logits=True`) to `StudentStats.of_logits`. One row per sequence: not for beam search.
 
     Args:
-        top_k: K of the call that will use the statistics.
-        temperature: That of the call (not the sampling temperature, unless the call uses the same).
+        top_k: `top_k` of the call that will use the statistics.
+        temperature: `temperature` of that call, not the sampling temperature, unless both are equal.
     Example:
         >>> recorder = RolloutRecorder()
         >>> tokens = model.generate(**prompts, do_sample=True, logits_processor=[recorder])
@@ -108,7 +108,7 @@ class RolloutRecorder:
         return scores
 
     def stats(self) -> StudentStats:
-        """The statistics of all steps so far, (B, T): column t is of the distribution that new token t was drawn from."""
+        """The statistics of all steps so far, (B, T): column t is from the distribution of new token t."""
         if not self._steps:
             raise ValueError("RolloutRecorder: got no step, expected generate(..., logits_processor=[recorder]) to have run")
         columns = zip(*((x.logsumexp, x.entropy, x.ids, x.logprobs) for x in self._steps), strict=True)
@@ -125,7 +125,7 @@ def check_student_stats(
     student_vocab_size: int,
     valid: Tensor | None,
 ) -> None:
-    """Of positions of this shape, with K of at least `top_k`, over the vocabulary that the call compares."""
+    """Check shape, device, K >= `top_k`, and that the ids are of the common vocabulary."""
     if not isinstance(stats, StudentStats):
         raise TypeError(f"student_stats: got {type(stats).__name__}, expected StudentStats")
     for name in ("logsumexp", "entropy"):

@@ -1,4 +1,4 @@
-"""Which sequence each flattened position belongs to: rows of the last dimension, or the spans of `cu_seqlens`.
+"""The sequence of each flattened position. A sequence is a row of the last dimension, or a span of `cu_seqlens`.
 
 Not here: masks and responses (positions.py), budgets (selection/budget.py).
 """
@@ -15,7 +15,7 @@ from opd_ops.distributed.ranks import Ranks
 def sequence_ids(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
     """(numel,) non-decreasing sequence number of each flattened position.
 
-    One sequence per row of the last dimension, or, for packed rows, the spans between the entries of `cu_seqlens`.
+    A sequence is a row of the last dimension. With `cu_seqlens` it is a span between two neighbouring entries.
     """
     places = torch.arange(shape.numel(), device=device)
     if cu_seqlens is not None:
@@ -26,7 +26,7 @@ def sequence_ids(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.dev
 
 
 def numbered_sequences(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, int]:
-    """The same without closing gaps, and how many sequences there are: numbers that mean the same on every rank."""
+    """Sequence numbers that also count empty spans, so that they mean the same on every rank; and the number of sequences."""
     n = count_sequences(shape, cu_seqlens)
     if cu_seqlens is None:
         return sequence_ids(shape, None, device), n
@@ -38,7 +38,7 @@ def count_sequences(shape: torch.Size, cu_seqlens: Tensor | None) -> int:
 
 
 def check_same_sequences(n: int, ranks: Ranks, device: torch.device) -> None:
-    """Refuse, on every rank, ranks with different numbers of sequences; gathers an int64, for which the host waits."""
+    """Raise on every rank if ranks have different numbers of sequences. Gathers an int64, for which the CPU waits."""
     counts = ranks.gather(torch.tensor([n], device=device)).flatten().tolist()
     if len(set(counts)) != 1:
         raise ValueError(
@@ -52,12 +52,12 @@ def _spans(places: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor | None, shape: torch.Size) -> None:
-    """(n_sequences + 1,) integers from 0 to the number of positions; their order is checked where they are on the CPU."""
+    """Check (n_sequences + 1,) integers from 0 to the number of positions; values are checked only on the CPU."""
     if cu_seqlens is None:
         return
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        came = f"dtype {cu_seqlens.dtype}" if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
-        raise TypeError(f"cu_seqlens: got {came}, expected an int32 or int64 tensor")
+        kind = f"dtype {cu_seqlens.dtype}" if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"cu_seqlens: got {kind}, expected an int32 or int64 tensor")
     check_layout("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
         raise ValueError(f"cu_seqlens: got shape {tuple(cu_seqlens.shape)}, expected (n_sequences + 1,)")

@@ -1,13 +1,13 @@
-"""`Source`: one model's logits as a backend reads them, whether they are stored (dense) or computed (a head).
+"""`Source`: one model's logits as a backend reads them, either stored (dense) or computed from a head.
 
   x = dense row, or hidden @ weight[:V].T + bias[:V];  logits = softcap(scale * x) / temperature
   V is the common vocabulary: both models are sliced to it before any softmax, never padded.
-  mixed with a reference model:  lam * logits + (1 - lam) * its logits     (arXiv 2602.12125), a teacher's -inf stays -inf
-  merged ids e0, e1, ...: logit e0 becomes log sum e^logits of all of them, the others -inf: one action
-  masked: a stored logit of -inf, or as low as the library transformers writes for it (`mask_limit`), is -inf: probability 0
-  a shard: the source holds the ids first ... first + width - 1 alone, other ranks hold the others; lists of ids are global
+  mixed with a reference model:  lam * logits + (1 - lam) * reference logits     (arXiv 2602.12125); a teacher's -inf stays
+  merged ids e0, e1, ... count as one action: logit e0 becomes log sum e^logits of all merged ids, the others -inf
+  masked: a stored logit of at most `mask_limit` has probability 0: -inf, or finfo.min as the library transformers writes it
+  a shard: the source holds the ids first ... first + width - 1, other ranks hold the other ids; lists of ids are global
 
-Not here: what is computed from the logits (backends/), the checks of both sides (pair.py).
+Not here: computations on the logits (backends/), the checks of both sides (pair.py).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from opd_ops.inputs.unshard import is_dtensor
 
 @dataclass(frozen=True)
 class Shard:
-    """Which part of the common vocabulary each rank holds: consecutive ids, in rank order; a part may be empty."""
+    """The part of the common vocabulary that each rank holds: consecutive ids, in rank order; a part may be empty."""
 
     ranks: Ranks
     widths: tuple[int, ...]
-    uncut: int  # entries that the student has in all, of which the first are compared
+    uncut: int  # entries of the student's vocabulary over all ranks, before it is cut to the common one
 
     @property
     def first(self) -> int:
@@ -50,15 +50,15 @@ class Shard:
 
 @dataclass(frozen=True)
 class Transform:
-    """How stored numbers become logits: everything of a source but its tensors."""
+    """The steps from stored numbers to logits: a source without its tensors."""
 
     is_head: bool
-    vocab_size: int  # that this process holds
+    vocab_size: int  # entries of the vocabulary on this process
     temperature: float
     scale: float = 1.0
     softcap: float | None = None
-    lam: float = 1.0  # share of these logits, where they are mixed with a reference's
-    merged: tuple[int, ...] = ()  # ids that count as one action, the first
+    lam: float = 1.0  # weight of these logits if they are mixed with a reference's
+    merged: tuple[int, ...] = ()  # ids that count as one action, with the first id
     shard: Shard | None = None  # None: this process holds the whole vocabulary
 
     @property
@@ -67,7 +67,7 @@ class Transform:
 
     @property
     def whole_vocab_size(self) -> int:
-        """Over all ranks."""
+        """Entries of the common vocabulary over all ranks."""
         return self.vocab_size if self.shard is None else self.shard.total
 
 
@@ -75,30 +75,30 @@ class Source(NamedTuple):
     """One side of the call: its tensors and their transform."""
 
     transform: Transform
-    leading: Tensor  # dense logits (..., V') or hidden states (..., D): its leading dimensions are the positions
+    leading: Tensor  # dense logits (..., V') or hidden states (..., D); (...) are the positions
     weight: Tensor | None = None  # (V', D)
     bias: Tensor | None = None  # (V',)
-    float8: Float8Rows | None = None  # the weight in 8 bits, read only by a score pass in 8 bits
-    reference: Source | None = None  # whose logits are mixed in
-    uncounted: tuple[bool, bool, bool] = (False, False, False)  # which of its tensors have no version counter of their own
+    float8: Float8Rows | None = None  # the weight in 8 bits, only for a score pass in 8 bits
+    reference: Source | None = None  # the model whose logits are mixed in
+    uncounted: tuple[bool, bool, bool] = (False, False, False)  # leading, weight, bias: no version counter
 
     @staticmethod
     def of(side: Tensor | LinearHead, vocab_size: int | None = None, temperature: float = 1.0) -> Source:
-        """What the caller passed, over the first `vocab_size` entries; None: over all."""
+        """The source of logits or a head, over the first `vocab_size` entries; None: over all entries."""
         if isinstance(side, LinearHead):
             width = len(side.weight) if vocab_size is None else vocab_size
             transform = Transform(True, width, temperature, float(side.scale), side.softcap)
-            made = Source(transform, side.hidden, side.weight, side.bias, side.float8)
+            source = Source(transform, side.hidden, side.weight, side.bias, side.float8)
         else:
             width = side.shape[-1] if vocab_size is None else vocab_size
-            made = Source(Transform(False, width, temperature), side)
-        uncounted = _is_uncounted(made.leading), _is_uncounted(made.weight), _is_uncounted(made.bias)
-        made = made.with_tensors([_alias(x) if _is_uncounted(x) else x for x in made.tensors])
-        return made._replace(uncounted=uncounted)
+            source = Source(Transform(False, width, temperature), side)
+        uncounted = _is_uncounted(source.leading), _is_uncounted(source.weight), _is_uncounted(source.bias)
+        source = source.with_tensors([_alias(t) if _is_uncounted(t) else t for t in source.tensors])
+        return source._replace(uncounted=uncounted)
 
     @property
     def shape(self) -> torch.Size:
-        """Of the positions."""
+        """The shape of the positions."""
         return self.leading.shape[:-1]
 
     @property
@@ -107,47 +107,47 @@ class Source(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Entries that the tensors have, of which the first `vocab_size` are compared."""
+        """V': entries of the tensors; only the first `vocab_size` are read."""
         return self.leading.shape[-1] if self.weight is None else len(self.weight)
 
     def in_float8(self) -> Source:
-        """The same with its head's weight in 8 bits, made now unless the caller keeps it; dense logits stay as they are."""
+        """The same source with its head's weight in 8 bits, quantised now unless the caller passed it. Dense logits stay."""
         if self.weight is None or self.float8 is not None:
             return self
         return self._replace(float8=Float8Rows.of(self.weight))
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """fp32, or fp64 if any of its tensors is."""
+        """fp32, or fp64 if any of the tensors is fp64."""
         return compute_dtype(self)
 
     @property
     def stored_dtype(self) -> torch.dtype | None:
-        """The dtype in which a masked entry is stored; None: a head without a bias masks none."""
+        """The dtype in which masked entries are stored; None: a head without a bias masks no entry."""
         if not self.transform.is_head:
             return self.leading.dtype
         return None if self.bias is None else torch.float32  # its logits are computed in fp32 or wider
 
     @property
     def is_plain(self) -> bool:
-        """Whether stored numbers and a transform per number are all there is to it."""
+        """Whether each logit depends on one stored number: no reference, no merged ids."""
         return self.reference is None and not self.transform.merged
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        own = tuple(t for t in (self.leading, self.weight, self.bias) if t is not None)
-        return own if self.reference is None else own + self.reference.tensors
+        tensors = tuple(t for t in (self.leading, self.weight, self.bias) if t is not None)
+        return tensors if self.reference is None else tensors + self.reference.tensors
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Source:
-        """The same source with `tensors` in the place of its own, in their order."""
-        left = iter(tensors)
-        made = self._replace(leading=next(left))
-        made = made if self.weight is None else made._replace(weight=next(left))
-        made = made if self.bias is None else made._replace(bias=next(left))
-        return made if self.reference is None else made._replace(reference=self.reference.with_tensors(list(left)))
+        """The same source with other tensors, in the order of `self.tensors`."""
+        remaining = iter(tensors)
+        source = self._replace(leading=next(remaining))
+        source = source if self.weight is None else source._replace(weight=next(remaining))
+        source = source if self.bias is None else source._replace(bias=next(remaining))
+        return source if self.reference is None else source._replace(reference=self.reference.with_tensors(list(remaining)))
 
     def emptied(self) -> Source:
-        """Everything but the tensors' contents: what `with_tensors` fills again."""
+        """The same source with empty tensors, for `with_tensors` to fill."""
         return self.with_tensors([t.new_empty(0) for t in self.tensors])
 
     def detach(self) -> Source:
@@ -156,15 +156,15 @@ class Source(NamedTuple):
 
 
 def _is_uncounted(tensor: Tensor | None) -> bool:
-    """Whether it was made in inference mode, like a teacher's: autograd can then neither save it nor see it overwritten."""
+    """Whether it is an inference-mode tensor, like many teachers': autograd cannot save it, nor see that it is overwritten."""
     if tensor is None or is_traced() or torch.is_inference_mode_enabled():
         return False
     return (tensor.to_local() if is_dtensor(tensor) else tensor).is_inference()
 
 
 def _alias(tensor: Tensor) -> Tensor:
-    """The same memory under a name that autograd can save. What is written to it by its own name is not seen
-    (backends/shared/overwritten.py looks)."""
+    """A tensor on the same memory that autograd can save. Autograd does not see writes to the original tensor:
+    backends/shared/overwritten.py looks for them."""
     if is_dtensor(tensor):
         local, shape, stride = _alias(tensor.to_local()), tensor.shape, tensor.stride()
         return type(tensor).from_local(local, tensor.device_mesh, tensor.placements, shape=shape, stride=stride)
@@ -172,13 +172,13 @@ def _alias(tensor: Tensor) -> Tensor:
 
 
 def compute_dtype(*sources: Source) -> torch.dtype:
-    """fp32, or fp64 if any input is fp64: what every backend computes in."""
+    """The dtype of every backend's computation: fp32, or fp64 if any input is fp64."""
     is_double = any(t.dtype == torch.float64 for source in sources for t in source.tensors)
     return torch.float64 if is_double else torch.float32
 
 
 def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
-    """(n, last) copy of the given positions of (..., last), for any strides and without flattening the whole."""
+    """(n, last) copy of the positions `rows` of (..., last), for any strides, without flattening the whole tensor."""
     if tensor.dim() == 2:
         return tensor[rows]
     if tensor.dim() == 1:
@@ -187,7 +187,7 @@ def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
 
 
 def put_rows(tensor: Tensor, rows: Tensor, values: Tensor) -> None:
-    """Write (n, last) values to the given positions of (..., last), in place, for any strides."""
+    """Write (n, last) values to the positions `rows` of (..., last), in place, for any strides."""
     if tensor.dim() == 1:
         tensor.unsqueeze(0)[rows] = values.to(tensor.dtype)
     else:
@@ -195,29 +195,29 @@ def put_rows(tensor: Tensor, rows: Tensor, values: Tensor) -> None:
 
 
 def coordinates(rows: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
-    """Indices per dimension of flattened positions. torch.unravel_index would copy the shape from the host, and wait."""
+    """Indices per dimension of flattened positions. torch.unravel_index would copy the shape to the device and wait."""
     if len(shape) == 1:
         return (rows,)
-    found = []
+    indices = []
     for size in reversed(shape):
-        found.append(rows % max(1, size))
+        indices.append(rows % max(1, size))
         rows = rows.div(max(1, size), rounding_mode="floor")
-    return tuple(reversed(found))
+    return tuple(reversed(indices))
 
 
 def mask_limit(dtype: torch.dtype) -> float:
-    """Stored logits up to this are masked: -inf and `finfo.min`, which transformers writes for it.
+    """Stored logits of at most this are masked: -inf, and `finfo.min`, which transformers writes for -inf.
 
-    A wide dtype leaves room for what adding to, scaling or widening `finfo.min` makes of it. fp16's own minimum is an ordinary
-    logit in any other dtype.
+    Other code may add to `finfo.min`, scale it or widen it: the limit of a wide dtype is far above `finfo.min`. fp16 has no
+    such room, and its minimum is an ordinary logit in other dtypes.
     """
     return torch.finfo(dtype).min if dtype == torch.float16 else -(2.0**120)
 
 
 def finish_logits(x: Tensor, transform: Transform, stored: torch.dtype | None) -> Tensor:
-    """Masks, scale, soft-cap and temperature, in place: raw head outputs or dense logits become the model's logits.
+    """Apply masks, scale, soft-cap and temperature in place: from head outputs or dense logits to the model's logits.
 
-    `stored`: the dtype that masked entries were written in; None: there are none.
+    `stored`: the dtype in which masked entries are stored; None: no entry is masked.
     """
     if stored is not None:
         torch.threshold_(x, mask_limit(stored), -torch.inf)
@@ -231,13 +231,13 @@ def finish_logits(x: Tensor, transform: Transform, stored: torch.dtype | None) -
 
 
 def mix_logits(x: Tensor, reference: Tensor, lam: float) -> Tensor:
-    """lam x + (1 - lam) reference, in place of x; its -inf stay."""
-    absent = x == -torch.inf
-    return x.mul_(lam).add_(reference, alpha=1 - lam).masked_fill_(absent, -torch.inf)
+    """lam x + (1 - lam) reference, in place of x; an x of -inf stays -inf."""
+    masked = x == -torch.inf
+    return x.mul_(lam).add_(reference, alpha=1 - lam).masked_fill_(masked, -torch.inf)
 
 
 def logit_slope(logits: Tensor, transform: Transform) -> Tensor | float:
-    """d logits / d x of `finish_logits`, given its outcome: a number, or (n, B) where there is a soft-cap."""
+    """d logits / d x of `finish_logits`, from its result: a number, or (n, B) with a soft-cap."""
     slope = transform.scale / transform.temperature
     if transform.softcap is None:
         return slope

@@ -1,12 +1,12 @@
-"""Teachers that send log-probabilities instead of logits: their own top-K, or those of the sampled tokens.
+"""Sparse teachers: they send log-probabilities instead of logits, of their own top-K T or of the sampled tokens.
 
-  TopKLogprobs(ids, logprobs)      what vLLM (`prompt_logprobs`), SGLang (`input_top_logprobs`) and verl's teacher return
-  SampledLogprobs(ids, logprobs)   what slime, SkyRL, prime-rl and tinker return: log q(y) of the rollout tokens y
+  TopKLogprobs(ids, logprobs)      from vLLM (`prompt_logprobs`), SGLang (`input_top_logprobs`) and verl's teacher
+  SampledLogprobs(ids, logprobs)   from slime, SkyRL, prime-rl and tinker: log q(y) of the rollout tokens y
 
-  An entry of -9999 or less is missing: vLLM's servers write it for -inf, which JSON does not know.
-  What they know is a lower bound on C: sum of q over S ∩ T (arXiv 2605.26844 eq. 17), and D with q = 0 off T.
+  A log-probability of -9999 or less means a missing entry: vLLM's servers write it for -inf, which JSON does not have.
+  Such lists give a lower bound on C, the sum of q over S ∩ T (arXiv 2605.26844 eq. 17), and D with q = 0 off T.
 
-Not here: statistics made of lists (backends/shared/two_lists.py), the losses they allow (divergences/support.py).
+Not here: statistics from lists (backends/shared/two_lists.py), losses on lists (divergences/support.py).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from opd_ops.arguments import check_layout, check_positive, may_look, take_plain
 from opd_ops.inputs.sources import take_rows
 from opd_ops.inputs.workspace import Workspace
 
-LAST_ID = 2**31 - 1  # of a missing entry: beyond every vocabulary, and sorts behind every id of equal logit
+LAST_ID = 2**31 - 1  # the id of a missing entry: beyond every vocabulary, it sorts after every id of equal logit
 
 MISSING_LOGPROB = -9999.0  # this or less is a missing entry
 
-# What a list may leave out at least: fp32 log-probabilities do not say more, and their sum may exceed 1.
+# Least log of the mass off a list: fp32 log-probabilities have no more digits, and their sum may exceed 1.
 LEAST_TAIL = math.log(torch.finfo(torch.float32).eps)
 
-SORTED_BYTES = 64  # per entry of lists that are put in order: ids and log-probabilities, sorted, and the orders between
+SORTED_BYTES = 64  # scratch per sorted entry: ids and log-probabilities, their sorted copies, and the orders
 
 
 def _check(name: str, ids: object, logprobs: object, temperature: object) -> None:
@@ -37,14 +37,14 @@ def _check(name: str, ids: object, logprobs: object, temperature: object) -> Non
         raise TypeError(f"{name}.ids: got {_kind(ids)}, expected an int32 or int64 tensor")
     if not isinstance(logprobs, Tensor) or not logprobs.is_floating_point():
         raise TypeError(f"{name}.logprobs: got {_kind(logprobs)}, expected a floating-point tensor")
-    for which, tensor in (("ids", ids), ("logprobs", logprobs)):
-        check_layout(f"{name}.{which}", tensor)
+    for field, tensor in (("ids", ids), ("logprobs", logprobs)):
+        check_layout(f"{name}.{field}", tensor)
     if ids.shape != logprobs.shape:
         raise ValueError(f"{name}.logprobs: got shape {tuple(logprobs.shape)}, expected that of the ids, {tuple(ids.shape)}")
     if ids.device != logprobs.device:
         raise ValueError(f"{name}.logprobs: is on {logprobs.device}, the ids are on {ids.device}; move them to one device")
     check_positive(f"{name}.temperature", temperature)
-    if logprobs.device.type == "cpu" and logprobs.numel() and bool((logprobs > 1e-3).any()):  # elsewhere looking would wait
+    if logprobs.device.type == "cpu" and logprobs.numel() and bool((logprobs > 1e-3).any()):  # on a device the CPU would wait
         raise ValueError(f"{name}.logprobs: got {float(logprobs.max()):.4g}, expected log-probabilities, at most 0; not logits")
 
 
@@ -52,19 +52,19 @@ def _check(name: str, ids: object, logprobs: object, temperature: object) -> Non
 class TopKLogprobs:
     """The teacher's log-probabilities of its most likely tokens, at the positions of the student.
 
-    Rows need no order. An entry is missing where its id is negative or beyond the vocabulary, or its log-probability -9999 or
-    less. An id that comes twice counts once, as the likelier, so that K + 1 columns, the sampled token's and the top K, may be
-    passed as they come. Of ids that are merged (`eos_ids`) those that are not listed count among the rest.
+    Entries need no order. An entry is missing if its id is negative or beyond the vocabulary, or its log-probability is -9999
+    or less. An id that comes twice counts once, with the larger log-probability: K + 1 columns, the sampled token and the top
+    K, may be passed unchanged. Of merged ids (`eos_ids`) only listed ids count as merged.
 
-    A NaN at a valid position is an error of the call on a CPU. Elsewhere looking would wait for the device: the position is not
-    valid then, counted in `metrics["n_teacher_nonfinite"]`, and an error with `check_finite=True`.
+    On a CPU a NaN at a valid position is an error. On a device the check would make the CPU wait: there the position is not
+    valid and is counted in `metrics["n_teacher_nonfinite"]`; with `check_finite=True` it is an error.
 
     Args:
         ids: (..., K) int64 or int32.
         logprobs: (..., K) log q, q over the whole vocabulary; at most 0.
-        temperature: At which the server computed them; must be the call's.
+        temperature: The server's temperature; must be the call's.
     Raises:
-        ValueError: shapes or devices that do not fit each other, or numbers that are no log-probabilities (looked at on a CPU).
+        ValueError: shapes or devices that do not fit each other, or numbers that are no log-probabilities (checked on a CPU).
         TypeError: ids that are not integers, log-probabilities that are not floating point.
     """
 
@@ -87,12 +87,12 @@ class TopKLogprobs:
 class SampledLogprobs:
     """The teacher's log-probability of the token that the student sampled, at the positions of the student.
 
-    What is missing and what NaN does is as in `TopKLogprobs`; a position whose token is missing is not valid.
+    Missing entries and NaN are as in `TopKLogprobs`; a position with a missing token is not valid.
 
     Args:
         ids: (...) the token that each position predicts.
-        logprobs: (...) log q of it, q over the whole vocabulary; at most 0.
-        temperature: At which the server computed them; must be the call's.
+        logprobs: (...) log q of this token, q over the whole vocabulary; at most 0.
+        temperature: The server's temperature; must be the call's.
     Raises: as `TopKLogprobs`.
     """
 
@@ -113,7 +113,7 @@ SparseTeacher = TopKLogprobs | SampledLogprobs
 
 
 class TeacherLists(NamedTuple):
-    """A sparse teacher as backends read it: one list per flattened position, (logit descending, id ascending)."""
+    """A sparse teacher as backends read it: a list per flattened position, in the order (log q descending, id ascending)."""
 
     ids: Tensor  # (N, K) int64, LAST_ID where missing
     logprobs: Tensor  # (N, K), -inf where missing
@@ -129,42 +129,43 @@ class TeacherLists(NamedTuple):
         longest: int | None = None,
         workspace: Workspace | None = None,
     ) -> TeacherLists:
-        """In order, each id once, `merged` ids as their first.
+        """The teacher's lists in order, each id once, `merged` ids as the first of them.
 
         Args:
-            longest: How many entries of a list the call reads, the first ones; None: all.
-            workspace: Scratch of the sort, a group of lists at a time; None: all at once.
+            longest: Keep only this many first entries of a list; None: all.
+            workspace: Scratch memory: lists are sorted in groups that fit; None: all at once.
         """
         n, is_sampled = teacher.positions.numel(), isinstance(teacher, SampledLogprobs)
-        given = [x.detach().unsqueeze(-1) if is_sampled else x.detach() for x in (teacher.ids, teacher.logprobs)]
-        width, device = given[0].shape[-1], teacher.ids.device
-        kept = width if longest is None else min(longest, width)
+        columns = [x.detach().unsqueeze(-1) if is_sampled else x.detach() for x in (teacher.ids, teacher.logprobs)]
+        width, device = columns[0].shape[-1], teacher.ids.device
+        length = width if longest is None else min(longest, width)
         size = max(1, n) if workspace is None else workspace.count(SORTED_BYTES * width)
-        ids = torch.empty((n, kept), dtype=torch.long, device=device)
-        logprobs = torch.empty((n, kept), dtype=dtype, device=device)
+        ids = torch.empty((n, length), dtype=torch.long, device=device)
+        logprobs = torch.empty((n, length), dtype=dtype, device=device)
         for start in range(0, n, size):
             group = slice(start, min(start + size, n))
-            of_ids, of_logprobs = (take_rows(x, torch.arange(group.start, group.stop, device=device)) for x in given)
-            ordered = TeacherLists._in_order(of_ids, of_logprobs, vocab_size, dtype, merged)
-            ids[group], logprobs[group] = (x[:, :kept] for x in ordered)
+            rows = torch.arange(group.start, group.stop, device=device)
+            group_ids, group_logprobs = (take_rows(x, rows) for x in columns)
+            ordered = TeacherLists._in_order(group_ids, group_logprobs, vocab_size, dtype, merged)
+            ids[group], logprobs[group] = (x[:, :length] for x in ordered)
         return TeacherLists(ids, logprobs, is_sampled)
 
     @staticmethod
     def _in_order(
         ids: Tensor, logprobs: Tensor, vocab_size: int, dtype: torch.dtype, merged: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Some whole lists, (n, K) each."""
+        """The ids and log-probabilities of n whole lists, both (n, K), in order."""
         missing = (ids < 0) | (ids >= vocab_size) | is_missing(logprobs)
         ids, logprobs = ids.long(), logprobs.to(dtype)
         ids, logprobs = _by_id(ids.masked_fill(missing, LAST_ID), logprobs.masked_fill(missing, -torch.inf))
-        again = torch.nn.functional.pad(ids[:, 1:] == ids[:, :-1], (1, 0))
-        ids, logprobs = ids.masked_fill(again, LAST_ID), logprobs.masked_fill(again, -torch.inf)
+        repeated = torch.nn.functional.pad(ids[:, 1:] == ids[:, :-1], (1, 0))
+        ids, logprobs = ids.masked_fill(repeated, LAST_ID), logprobs.masked_fill(repeated, -torch.inf)
         if merged:
-            inside = torch.stack([ids == x for x in merged]).any(0)  # no tensor of them: a copy from the host
-            total = torch.logsumexp(logprobs.masked_fill(~inside, -torch.inf), 1, keepdim=True)
-            first = inside & (inside.cumsum(1) == 1)
-            logprobs = torch.where(first, total, logprobs.masked_fill(inside, -torch.inf))
-            ids = torch.where(first, merged[0], ids.masked_fill(inside, LAST_ID))
+            is_merged = torch.stack([ids == merged_id for merged_id in merged]).any(0)  # no tensor of ids: it would be copied
+            total = torch.logsumexp(logprobs.masked_fill(~is_merged, -torch.inf), 1, keepdim=True)
+            first = is_merged & (is_merged.cumsum(1) == 1)
+            logprobs = torch.where(first, total, logprobs.masked_fill(is_merged, -torch.inf))
+            ids = torch.where(first, merged[0], ids.masked_fill(is_merged, LAST_ID))
             ids, logprobs = _by_id(ids, logprobs)
         order = torch.sort(logprobs, dim=1, descending=True, stable=True).indices
         return ids.gather(1, order), logprobs.gather(1, order)
@@ -177,12 +178,12 @@ class TeacherLists(NamedTuple):
 
     @property
     def valid(self) -> Tensor:
-        """(n,) bool: something is listed, and it is a number."""
+        """(n,) bool: an entry is listed, and no entry is NaN."""
         return torch.isfinite(self.logprobs).any(1) & ~self.logprobs.isnan().any(1)
 
 
 def check_lists(teacher: SparseTeacher, logprobs: Tensor, valid: Tensor | None) -> None:
-    """No NaN among the (N, K) log-probabilities at valid positions, where looking costs nothing."""
+    """Refuse NaN in the (N, K) log-probabilities at valid positions; checked only on a CPU."""
     if not may_look(logprobs):
         return
     bad = logprobs.isnan().any(1).view(teacher.positions)
@@ -195,12 +196,12 @@ def check_lists(teacher: SparseTeacher, logprobs: Tensor, valid: Tensor | None) 
 
 
 def is_missing(logprobs: Tensor) -> Tensor:
-    """Bool: -9999 or less, in the tensor's own dtype: torch rounds the number as the server's was (bf16: -9984)."""
+    """Bool: -9999 or less. torch rounds the limit to the tensor's dtype, as the server's number was rounded (bf16: -9984)."""
     return logprobs <= MISSING_LOGPROB
 
 
 def tail(log_q: Tensor) -> Tensor:
-    """(M,) log(1 - sum q) by log1mexp: of a list that is all there is to know."""
+    """(M,) log(1 - sum q) by log1mexp: the mass off the list of a sparse teacher."""
     listed = torch.logsumexp(log_q, 1).clamp_max(0)
     # log(1 - e^a): where e^a is near 1 by expm1, else by log1p (Maechler 2012).
     near = torch.log(-torch.expm1(listed))
@@ -208,7 +209,7 @@ def tail(log_q: Tensor) -> Tensor:
 
 
 def _by_id(ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """In the order (id ascending, log-probability descending)."""
+    """The lists in the order (id ascending, log-probability descending)."""
     best = torch.sort(logprobs, dim=1, descending=True, stable=True).indices
     ids, logprobs = ids.gather(1, best), logprobs.gather(1, best)
     order = torch.sort(ids, dim=1, stable=True).indices

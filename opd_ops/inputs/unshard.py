@@ -1,10 +1,10 @@
-"""Parameters that data-parallel ranks shard: gathered whole, once a call.
+"""Parameters sharded over data-parallel ranks: the whole parameter is gathered, once per call.
 
   FSDP2: forward   one all-gather
-         backward  one reduce-scatter of the mean over ranks, as FSDP2 makes of a gradient: every rank has data of its own
+         backward  one reduce-scatter of the mean gradient over ranks, as FSDP2 does: every rank has its own data
 
-A head over which ranks share out the vocabulary is not gathered: vocabulary.py.
-Not here: `LinearHead.from_module`, which calls this (linear_head.py), ZeRO-3's own way (zero3.py).
+A head whose vocabulary is shared out over ranks is not gathered: vocabulary.py.
+Not here: `LinearHead.from_module`, the caller (linear_head.py), ZeRO-3 (zero3.py).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
-    return hasattr(tensor, "full_tensor")  # without importing what DTensors need
+    return hasattr(tensor, "full_tensor")  # without importing torch.distributed.tensor
 
 
 def unshard(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """The whole of a parameter, itself if it is not sharded; every rank that has a part must call.
+    """The whole parameter; the parameter itself if it is not sharded. Every rank that has a part must call.
 
-    `dtype`: of the hidden states beside it, in which FSDP2 gathers too where its policy computes in fewer bits.
+    `dtype`: the dtype of the hidden states. The parameter is gathered in it, as FSDP2 does with mixed precision.
     """
     if is_zero3(parameter):
         return whole_of_zero3(parameter)
@@ -37,14 +37,14 @@ def unshard(parameter: Tensor, dtype: torch.dtype) -> Tensor:
         return parameter
     from torch.distributed.tensor import Partial
 
-    found: Any = parameter.to(dtype)
-    whole: Tensor = found.full_tensor(grad_placements=[Partial()] * found.device_mesh.ndim)
-    scaled: Tensor = _Mean.apply(whole, found.device_mesh.size())
-    return scaled
+    sharded: Any = parameter.to(dtype)
+    whole: Tensor = sharded.full_tensor(grad_placements=[Partial()] * sharded.device_mesh.ndim)
+    with_mean_gradient: Tensor = _Mean.apply(whole, sharded.device_mesh.size())
+    return with_mean_gradient
 
 
 class _Mean(torch.autograd.Function):
-    """The gradients of all ranks will be added up: each gives its share of their mean. (Not every library averages.)"""
+    """Divides the gradient by the number of ranks: the ranks' gradients are summed later, and the sum must be the mean."""
 
     @staticmethod
     def forward(ctx: Any, whole: Tensor, n_ranks: int) -> Tensor:

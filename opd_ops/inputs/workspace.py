@@ -1,4 +1,4 @@
-"""`Workspace`: the scratch memory that a call may hold, and how it is divided. Nothing else divides bytes.
+"""`Workspace`: the scratch memory of a call, and its division. No other code divides bytes.
 
 Not here: the sizes of tiles and blocks (backends/shared/grids.py), the default (opd_ops/settings.py).
 """
@@ -10,18 +10,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Workspace:
-    """Bytes beyond inputs, outputs and gradients."""
+    """A limit in bytes, beyond inputs, outputs and gradients."""
 
     nbytes: int
 
     def share(self, numerator: int, denominator: int) -> Workspace:
-        """A part of it: so many `denominator`-ths."""
+        """The part numerator / denominator of the workspace."""
         return Workspace(numerator * (self.nbytes // denominator))
 
     def less(self, nbytes: int) -> Workspace:
-        """What is left of it."""
+        """The rest of the workspace after `nbytes` are used."""
         return Workspace(self.nbytes - nbytes)
 
     def count(self, bytes_each: int) -> int:
-        """How many rows, columns or numbers of that size it holds; at least one."""
+        """The number of rows, columns or numbers of `bytes_each` that fit; at least one."""
         return max(1, self.nbytes // bytes_each)

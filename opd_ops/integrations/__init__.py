@@ -1,4 +1,4 @@
-"""Adapters to trainers, each imported on its own: importing opd_ops needs torch alone, and no trainer.
+"""Adapters to the trainers of other libraries. Each is imported on its own: `import opd_ops` needs torch alone.
 
 Not here: the loss (opd_ops/loss.py).
 """

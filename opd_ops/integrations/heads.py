@@ -1,18 +1,18 @@
-"""A Hugging Face causal language model's hidden states and head as a `LinearHead`, with what the model does to its logits.
+"""A Hugging Face causal language model's hidden states and head as a `LinearHead`, with the scale and softcap of its logits.
 
   logits = softcap(scale * (hidden @ weight.T + bias)):  softcap Gemma 2 and 3; scale Cohere, Falcon-H1, Granite and others
 
-A scale that is ignored trains another objective in silence, so all that models of transformers call it are looked for.
-Of the hidden states the last ones alone are returned: `output_hidden_states=True` would keep those of every layer alive.
-Not here: when and with which inputs the models run (hf.py), TRL, which hands both numbers over (trl.py).
+An ignored scale would train another objective without a warning. So every name of the scale in transformers is looked up.
+Only the last layer's hidden states are returned: `output_hidden_states=True` would keep the tensors of every layer in memory.
+Not here: when and with which inputs the models run (hf.py), TRL, which passes scale and softcap itself (trl.py).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import torch
@@ -20,45 +20,49 @@ from torch import Tensor, nn
 
 from opd_ops.inputs.linear_head import LinearHead
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from transformers.utils import ModelOutput
+
 MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-DIVIDER = "logits_scaling"  # but a multiplier in HyperCLOVA X
-KEPT = "logits_to_keep"  # the forward's argument for how many positions to compute logits of
+DIVIDER = "logits_scaling"  # HyperCLOVA X alone multiplies by it
+LOGITS_TO_KEEP = "logits_to_keep"  # argument of the forward: for how many last positions it computes logits
 
 
-def logit_scale(config: Any) -> float:
-    """What the model multiplies its logits by before the softmax; 1.0 where its configuration names nothing."""
-    text = config.get_text_config()
+def logit_scale(config: PretrainedConfig) -> float:
+    """The model multiplies its logits by this number before the softmax; 1.0 if its configuration has no scale."""
+    text_config = config.get_text_config()
     for name in MULTIPLIERS:
-        if getattr(text, name, None) is not None:
-            return float(getattr(text, name))
-    if getattr(text, DIVIDER, None) is not None:
-        found = float(getattr(text, DIVIDER))
-        return found if text.model_type == "hyperclovax" else 1 / found
+        if getattr(text_config, name, None) is not None:
+            return float(getattr(text_config, name))
+    if getattr(text_config, DIVIDER, None) is not None:
+        scaling = float(getattr(text_config, DIVIDER))
+        return scaling if text_config.model_type == "hyperclovax" else 1 / scaling
     return 1.0
 
 
 def head_of(model: nn.Module, hidden: Tensor) -> LinearHead:
     """The head of a causal language model over `hidden`, (..., D) after the final norm.
 
-    A weight that FSDP2 shards is gathered. Raises: ValueError: a head wrapped by LoRA. TypeError: a model without one.
+    A weight that FSDP2 has sharded is gathered. Raises: ValueError: LoRA wraps the head. TypeError: the model has no head.
     """
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    text = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    softcap = getattr(text, "final_logit_softcapping", None)
-    return LinearHead.from_module(hidden, head, scale=logit_scale(model.config), softcap=softcap)
+    lm_head = model.get_output_embeddings()  # type: ignore[operator]
+    text_config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    softcap = getattr(text_config, "final_logit_softcapping", None)
+    return LinearHead.from_module(hidden, lm_head, scale=logit_scale(model.config), softcap=softcap)
 
 
-def last_hidden(model: nn.Module, unwrapped: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-    """(B, T, D) hidden states after the final norm, and the model's outputs; logits of one position alone are computed.
+def last_hidden(model: nn.Module, unwrapped: nn.Module, inputs: Mapping[str, object]) -> tuple[Tensor, ModelOutput]:
+    """(B, T, D) hidden states after the final norm, and the model's outputs; it computes the logits of one position only.
 
-    `model` is what is called, so that the hooks of a wrapper fire; `unwrapped` is asked what it takes.
+    `model` is called, so that the hooks of a wrapper run; `unwrapped` tells which arguments the forward takes.
     """
-    # PEFT's forward takes anything and passes it on; what the model inside takes counts.
+    # PEFT's forward takes any argument and passes it on, so the signature of the model inside is read.
     inner = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped  # type: ignore[operator]
-    options = {KEPT: 1} if KEPT in inspect.signature(inner.forward).parameters else {}
-    body = getattr(inner, "base_model", inner)  # what transformers calls the model without its head
+    options = {LOGITS_TO_KEEP: 1} if LOGITS_TO_KEEP in inspect.signature(inner.forward).parameters else {}
+    body = getattr(inner, "base_model", inner)  # transformers' name for the model without its head
     if body is not inner and inner not in _NEED_ALL:
-        with _last_alone(body):
+        with _returning_last_hidden(body):
             outputs = model(**inputs, **options, use_cache=False)
         if outputs.hidden_states is not None:
             return outputs.hidden_states[-1], outputs
@@ -67,23 +71,24 @@ def last_hidden(model: nn.Module, unwrapped: nn.Module, inputs: dict[str, Any]) 
     return outputs.hidden_states[-1], outputs
 
 
-_NEED_ALL: WeakSet[nn.Module] = WeakSet()  # models that do not hand on the hidden states that their body returns
+# Models that drop the hidden states that their body returns; they are asked for the hidden states of all layers.
+_NEED_ALL: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
-def _last_alone(body: nn.Module) -> Iterator[None]:
-    """Inside, the body returns its last hidden states as the only ones, which the model around it hands on.
+def _returning_last_hidden(body: nn.Module) -> Iterator[None]:
+    """Within this block the body returns `hidden_states` with one entry, the last layer's; the model around it passes it on.
 
-    So they leave through the outputs of every wrapper, as logits do: FSDP2 and DDP find them there to prepare the backward, and
-    accelerate converts their dtype.
+    So the hidden states leave through the outputs of every wrapper, as logits do: FSDP2 and DDP find them there to prepare the
+    backward, and accelerate converts their dtype.
     """
 
-    def add(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+    def add(_: nn.Module, __: tuple[object, ...], output: ModelOutput) -> None:
         last = getattr(output, "last_hidden_state", None)
         if last is not None and getattr(output, "hidden_states", None) is None:
             output["hidden_states"] = (last,)
 
-    handle = body.register_forward_hook(add, prepend=True)  # before FSDP2's own
+    handle = body.register_forward_hook(add, prepend=True)  # runs before FSDP2's own hook
     try:
         yield
     finally:
@@ -91,6 +96,6 @@ def _last_alone(body: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def frozen_head(model: nn.Module, inputs: dict[str, Any]) -> LinearHead:
-    """The head of a teacher over its own hidden states, without a graph."""
+def frozen_head(model: nn.Module, inputs: Mapping[str, object]) -> LinearHead:
+    """The head of a teacher over its own hidden states, without an autograd graph."""
     return head_of(model, last_hidden(model, model, inputs)[0])

@@ -1,10 +1,11 @@
 """Hugging Face's `Trainer`: distillation on selected tokens as a mixin over hidden states, or as a `compute_loss_func`.
 
-  `num_items_in_batch` is the count of labels over the accumulated micro-batches (and ranks); the sum over the selected tokens
-  is divided by num_items n_selected / n_valid, so that neither accumulation nor selecting changes the size of a step.
+  loss = sum over the selected tokens / (num_items n_selected / n_valid)
+  num_items: `num_items_in_batch`, the Trainer's count of labels over the accumulated micro-batches (and ranks)
 
-On-policy data come from the caller: batches hold what the student wrote, with labels -100 on the prompt. Without labels all
-that the attention mask says is no padding is trained on.
+So neither accumulation nor selection changes the size of a step.
+On-policy data come from the caller: a batch holds the student's own answers, with labels -100 on the prompt. A batch without
+labels trains on every token that is no padding by its attention mask.
 Not here: the heads (heads.py), the settings (opd_ops/settings.py), TRL's trainers, which also roll out (trl.py), the loss
 (opd_ops/loss.py).
 """
@@ -13,70 +14,77 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
 from opd_ops.call.metrics import as_floats
+from opd_ops.inputs.linear_head import LinearHead
 from opd_ops.integrations.heads import frozen_head, head_of, last_hidden
 from opd_ops.loss import SelectiveOPDLoss
 from opd_ops.settings import LossOptions, Settings
 
 if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
     from typing_extensions import Unpack
 
 LOGGED = ("kl_selected", "kl_all", "entropy_selected", "entropy", "support_mass", "n_valid", "n_selected", "n_infinite")
 LABELS = ("labels", "shift_labels")
+TEACHER_INPUTS = ("input_ids", "attention_mask", "position_ids")
+Inputs = dict[str, Tensor]  # a batch, by the names of the model's arguments
 
 
 class SelectiveDistillationMixin:
     """Distil inside `Trainer`: `class MyTrainer(SelectiveDistillationMixin, Trainer)`.
 
-    Both models run without their logits; the loss reads hidden states and heads. What was selected is logged under `opd/`:
-    of this process, means over the micro-batches since the last log. Evaluation takes all tokens. A batch without labels trains
-    on every token but padding, which the inputs' `attention_mask` tells.
+    Both models run without computing their logits: the loss reads hidden states and heads. Statistics of the selection are
+    logged under `opd/`; they are means over this process's micro-batches since the last log. Evaluation takes all tokens. A
+    batch without labels trains on every token that is no padding by the inputs' `attention_mask`.
 
-    Args (by name, beside those of `Trainer`):
+    Args (by name, in addition to those of `Trainer`):
         teacher: A causal language model over the same tokens, or a callable `inputs -> LinearHead or logits`. Never trained.
         settings: `Settings` of the loss: Settings(fraction=0.1, selector="tip"); None: its defaults.
-    Raises: TypeError: no teacher, or something else than `Settings`. ValueError: a batch with neither labels nor an
+    Raises: TypeError: `teacher` is no callable, or `settings` is no `Settings`. ValueError: a batch has neither labels nor an
         attention mask.
     """
 
     def __init__(
         self,
-        *arguments: Any,
-        teacher: nn.Module | Callable[[dict[str, Any]], Any],
+        *arguments: object,
+        teacher: nn.Module | Callable[[Inputs], LinearHead | Tensor],
         settings: Settings | None = None,
-        **options: Any,
+        **options: object,
     ) -> None:
         if not callable(teacher):
             raise TypeError(f"teacher: got {type(teacher).__name__}, expected a model, or a callable of the inputs")
         settings = Settings.given_or_named(settings, {})
-        self._losses = _of_training_and_evaluation(settings)
+        self._losses = _losses_by_mode(settings)
         super().__init__(*arguments, **options)
-        self.model_accepts_loss_kwargs = True  # so that the Trainer counts labels, and leaves the accumulation to the loss
+        self.model_accepts_loss_kwargs = True  # so the Trainer counts labels, and the loss divides by that count
         self._teacher = teacher.to(self.args.device).eval() if isinstance(teacher, nn.Module) else teacher  # type: ignore[attr-defined]
         self._opd: dict[str, list[float]] = defaultdict(list)
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: Inputs,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        trainer: Any = self
-        labels: dict[str, Any] = {name: inputs.get(name) for name in LABELS}
+    ) -> Tensor | tuple[Tensor, ModelOutput]:
+        trainer = cast("Trainer", self)
+        labels, shift_labels = (inputs.get(name) for name in LABELS)
         inputs = {name: value for name, value in inputs.items() if name not in LABELS}
-        mask = None if any(value is not None for value in labels.values()) else _without_padding(inputs)
+        mask = _without_padding(inputs) if labels is None and shift_labels is None else None
         unwrapped = trainer.accelerator.unwrap_model(model)
         hidden, outputs = last_hidden(model, unwrapped, inputs)
         teacher = frozen_head(self._teacher, inputs) if isinstance(self._teacher, nn.Module) else self._teacher(inputs)
         loss_fn = self._losses[model.training]
-        out = loss_fn(head_of(unwrapped, hidden), teacher, mask=mask, num_items_in_batch=num_items_in_batch, **labels)
+        student = head_of(unwrapped, hidden)
+        out = loss_fn(
+            student, teacher, mask=mask, labels=labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch
+        )
         for name, value in as_floats({name: out.metrics[name] for name in LOGGED if name in out.metrics}).items():
             self._opd[f"{'' if model.training else 'eval_'}opd/{name}"].append(value)
         loss = out.loss
@@ -84,14 +92,14 @@ class SelectiveDistillationMixin:
             loss = loss * trainer.accelerator.num_processes  # undoes the averaging of gradients over ranks
         return (loss, outputs) if return_outputs else loss
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[Tensor, None, None]:
-        """The loss alone: there are no logits to return."""
-        trainer: Any = self
+    def prediction_step(self, model: nn.Module, inputs: Inputs, *_: object, **__: object) -> tuple[Tensor, None, None]:
+        """The loss only: no logits exist that could be returned."""
+        trainer = cast("Trainer", self)
         with torch.no_grad(), trainer.compute_loss_context_manager():
-            loss = self.compute_loss(model, trainer._prepare_inputs(inputs))
+            loss = cast("Tensor", self.compute_loss(model, trainer._prepare_inputs(inputs)))
         return loss.detach(), None, None
 
-    def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
+    def log(self, logs: dict[str, float], *arguments: object, **options: object) -> None:
         means = {name: sum(values) / len(values) for name, values in self._opd.items()}
         self._opd.clear()
         super().log({**logs, **means}, *arguments, **options)  # type: ignore[misc]
@@ -104,30 +112,31 @@ class SelectiveDistillationTrainer(SelectiveDistillationMixin, Trainer):
 class SelectiveComputeLoss:
     """A `compute_loss_func` for any `Trainer`: `Trainer(..., compute_loss_func=SelectiveComputeLoss(student, teacher))`.
 
-    The Trainer hands over the student's outputs, but not the inputs that the teacher needs: they are kept from the student's
-    forward by a hook. Logits of both models exist whole here; the mixin spares them. Evaluation, which runs without grad mode,
-    takes all tokens. A batch without labels trains on every token but padding, as with the mixin.
+    The Trainer passes the student's outputs, but not the inputs that the teacher needs: a hook on the student's forward stores
+    them. Here the logits of both models exist in full; the mixin avoids that. Evaluation, which runs without grad mode, takes
+    all tokens. A batch without labels trains on every token that is no padding, as with the mixin.
 
     Args:
         student: The model that the Trainer trains.
         teacher: A causal language model over the same tokens.
-        settings: `Settings` of the loss, or `options`, settings by name.
-    Raises: as `Settings`. ValueError: a batch with neither labels nor an attention mask.
+        settings: `Settings` of the loss.
+        options: The same settings by name, if there are no `settings`.
+    Raises: as `Settings`. ValueError: a batch has neither labels nor an attention mask.
     """
 
     def __init__(
         self, student: nn.Module, teacher: nn.Module, settings: Settings | None = None, **options: Unpack[LossOptions]
     ) -> None:
-        self.teacher, self._losses = teacher.eval(), _of_training_and_evaluation(Settings.given_or_named(settings, options))
+        self.teacher, self._losses = teacher.eval(), _losses_by_mode(Settings.given_or_named(settings, options))
         self.metrics: dict[str, Tensor] = {}  # of the last call
-        self._inputs: dict[str, Any] = {}
-        self._hook = student.register_forward_pre_hook(self._keep, with_kwargs=True)
+        self._inputs: Inputs = {}
+        self._hook = student.register_forward_pre_hook(self._store_inputs, with_kwargs=True)
 
-    def _keep(self, _: nn.Module, __: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-        self._inputs = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask", "position_ids")}
+    def _store_inputs(self, _: nn.Module, __: tuple[object, ...], inputs: Inputs) -> None:
+        self._inputs = {name: value for name, value in inputs.items() if name in TEACHER_INPUTS}
 
-    def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Loss from the student's `outputs`, with `labels` unshifted, as the Trainer calls it."""
+    def __call__(self, outputs: ModelOutput, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The loss of the student's `outputs`; the Trainer calls this with `labels` that are not shifted."""
         with torch.no_grad():
             teacher = self.teacher(**self._inputs, use_cache=False).logits
         mask = _without_padding(self._inputs) if labels is None else None
@@ -137,17 +146,17 @@ class SelectiveComputeLoss:
         return out.loss
 
     def remove(self) -> None:
-        """Take the hook off the student."""
+        """Remove the hook from the student."""
         self._hook.remove()
 
 
-def _of_training_and_evaluation(settings: Settings) -> dict[bool, SelectiveOPDLoss]:
-    """By whether the student trains; evaluation takes every token."""
+def _losses_by_mode(settings: Settings) -> dict[bool, SelectiveOPDLoss]:
+    """The loss in training (True) and in evaluation (False), which takes every token."""
     return {True: SelectiveOPDLoss(settings), False: SelectiveOPDLoss(settings.every_token)}
 
 
-def _without_padding(inputs: dict[str, Any]) -> Tensor:
-    """(B, T) bool: rows of the text whose next token is of the text, too. Row i predicts token i + 1, as shifted labels say."""
+def _without_padding(inputs: Inputs) -> Tensor:
+    """(B, T) bool mask: token i and token i + 1 are both text. Row i predicts token i + 1, as with shifted labels."""
     attended = inputs.get("attention_mask")
     if attended is None:
         raise ValueError(

@@ -1,24 +1,23 @@
-"""TRL: the selective loss inside `DistillationTrainer`, by one line or by a subclass, and in the shape of GKD's and GOLD's
-loss.
+"""TRL: the selective loss inside `DistillationTrainer`, by one line or by a subclass; and the loss of GKD and GOLD.
 
   TRL:   sum over valid tokens of JSD_beta / num_items
-  here:  sum over selected ones / (num_items n_selected / n_valid), so that selecting does not shrink the step
+  here:  sum over selected tokens of the divergence / (num_items n_selected / n_valid), so selection does not shrink the step
 
-`DistillationTrainer` hands hidden states and heads of both models to one module-level function; it is private, so its
-parameters are compared before it is replaced. TRL rolls out once per optimizer step and cuts that into micro-batches: with
-scope "batch" the budget is one per micro-batch.
+`DistillationTrainer` passes the hidden states and heads of both models to one module-level function, the hook. The hook is
+private in TRL, so its parameters are compared before it is replaced. TRL rolls out once per optimizer step and cuts the rollout
+into micro-batches: scope "batch" gives each micro-batch a budget.
 Not here: the settings (opd_ops/settings.py), the loss itself (opd_ops/loss.py).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -57,13 +56,14 @@ PARAMETERS = (
     "teacher_final_logit_softcapping",
     "temperature",
 )
-GIVEN = ("mask", "num_items_in_batch", "temperature")  # by the trainer
+HEAD = ("hidden_states", "lm_head_weight", "lm_head_bias", "logit_scale", "final_logit_softcapping")  # after student_, teacher_
+PASSED_BY_HOST = ("mask", "num_items_in_batch", "temperature")  # the trainer decides these
 LOGGED = ("kl_selected", "kl_all", "entropy_selected", "support_mass", "n_valid", "n_selected", "n_infinite", "score_threshold")
 Metrics = dict[str, Tensor]
 
 
 class _Swap(AbstractContextManager["_Swap"]):
-    """The hook replaced, until `undo()` or the block's end."""
+    """Replaces TRL's hook at once, until `undo()` or the end of the `with` block."""
 
     def __init__(self, settings: Settings, divergence: Divergence | None, on_metrics: Callable[[Metrics], None] | None) -> None:
         self._replaced, self._is_undone = getattr(distillation_trainer, HOOK, None), False
@@ -75,104 +75,102 @@ class _Swap(AbstractContextManager["_Swap"]):
         setattr(distillation_trainer, HOOK, self._own)
 
     def undo(self) -> None:
-        """Put back what was there before, once the later patches on top are undone too; nothing where that has happened.
+        """Restore the previous hook, once all later patches are undone too. A second call does nothing.
 
-        Raises: RuntimeError: something else has replaced the hook since; undo that first.
+        Raises: RuntimeError: other code has replaced the hook after this patch; undo that first.
         """
         if self._is_undone:
             return
-        found = getattr(distillation_trainer, HOOK)
-        above = found
-        while above is not self._own:
-            swap = getattr(above, "swap", None)
+        hook = getattr(distillation_trainer, HOOK)
+        later = hook
+        while later is not self._own:
+            swap = getattr(later, "swap", None)
             if swap is None:
                 raise RuntimeError(
-                    f"trl: trl.trainer.distillation_trainer.{HOOK} is {above!r}, which was put there after this patch, "
+                    f"trl: trl.trainer.distillation_trainer.{HOOK} is {later!r}, which was put there after this patch, "
                     "expected this patch's own; put back what that replaced first, then undo this"
                 )
-            above = swap._replaced
+            later = swap._replaced
         self._is_undone = True
-        while (swap := getattr(found, "swap", None)) is not None and swap._is_undone:
-            found = swap._replaced
-        setattr(distillation_trainer, HOOK, found)
+        while (swap := getattr(hook, "swap", None)) is not None and swap._is_undone:
+            hook = swap._replaced
+        setattr(distillation_trainer, HOOK, hook)
 
     def __exit__(self, *_: object) -> None:
         self.undo()
 
 
 class patch_trl(_Swap):
-    """Swap the loss inside TRL's `DistillationTrainer` for `selective_opd_loss`, at once, until `undo()` or the block's end.
+    """Replace the loss of TRL's `DistillationTrainer` by `selective_opd_loss`: at once, until `undo()` or the end of the block.
 
     Evaluation, which runs without grad mode, takes all valid tokens.
 
     Args:
         on_metrics: Called with the loss's `metrics` (0-dim tensors) after each micro-batch.
-        options: `Settings` by name: fraction (1.0 is TRL's loss), selector, scope, top_k, ...; `divergence` replaces the JSD
-            that the trainer's `beta` stands for. The temperature is the trainer's.
-    Raises: RuntimeError: a TRL whose hook is another one; says which versions fit. As `Settings`.
+        options: `Settings` by name: fraction (1.0 is TRL's loss), selector, scope, top_k, ...; `divergence` is used instead of
+            the JSD of the trainer's `beta`. The temperature is the trainer's.
+    Raises: RuntimeError: this TRL has another hook; the message names the versions that fit. As `Settings`.
     Example:
         >>> with patch_trl(fraction=0.1, selector="teachability"):
         ...     DistillationTrainer(student, teacher, args=config, train_dataset=prompts).train()
     """
 
     def __init__(self, *, on_metrics: Callable[[Metrics], None] | None = None, **options: Unpack[LossOptions]) -> None:
-        settings = Settings.of(options, given=GIVEN).for_host(passes_tokens=False)
-        super().__init__(settings, _named_divergence(options), on_metrics)
+        settings = Settings.of(options, given=PASSED_BY_HOST).for_host(passes_tokens=False)
+        super().__init__(settings, _named_divergence(options.get("divergence")), on_metrics)
 
 
-def _named_divergence(options: Mapping[str, Any]) -> Divergence | None:
-    return resolve_divergence(options["divergence"]) if "divergence" in options else None
+def _named_divergence(divergence: str | Divergence | None) -> Divergence | None:
+    return None if divergence is None else resolve_divergence(divergence)
 
 
 def _check_hook(hook: object) -> None:
-    found = tuple(inspect.signature(hook).parameters) if callable(hook) else None
-    if found != PARAMETERS:
-        came = "has no function of that name" if found is None else f"takes ({', '.join(found)})"
+    parameters = tuple(inspect.signature(hook).parameters) if callable(hook) else None
+    if parameters != PARAMETERS:
+        problem = "has no function of that name" if parameters is None else f"takes ({', '.join(parameters)})"
         raise RuntimeError(
-            f"trl {version('trl')}: trl.trainer.distillation_trainer.{HOOK} {came}, expected ({', '.join(PARAMETERS)}). "
+            f"trl {version('trl')}: trl.trainer.distillation_trainer.{HOOK} {problem}, expected ({', '.join(PARAMETERS)}). "
             f"This adapter fits trl {FITS}: install 'trl=={FITS}.*', or call selective_opd_loss in a subclass's _compute_loss"
         )
 
 
 @dataclass(frozen=True)
 class _Hook:
-    """What replaces TRL's function: its arguments by TRL's own names, and its contract."""
+    """The function that replaces TRL's hook, with the same parameters and results."""
 
     settings: Settings
-    divergence: Divergence | None  # None: the JSD of the trainer's beta
+    divergence: Divergence | None  # None: JSD with the trainer's beta
     on_metrics: Callable[[Metrics], None] | None
     signature: inspect.Signature
 
-    def __call__(self, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, *positional: object, **keywords: object) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, sum of the student's entropies in nats, number of valid tokens."""
-        bound = self.signature.bind(*arguments, **named)
+        bound = self.signature.bind(*positional, **keywords)
         bound.apply_defaults()
-        given = bound.arguments
+        arguments = bound.arguments
         settings = self.settings if torch.is_grad_enabled() else self.settings.every_token
-        divergence = JSD(given["beta"]) if self.divergence is None else self.divergence
-        loss_fn = SelectiveOPDLoss(replace(settings, divergence=divergence, temperature=given["temperature"]))
-        student, teacher = _head(given, "student"), _head(given, "teacher")
-        out = loss_fn(student, teacher, mask=given["completion_mask"], num_items_in_batch=given["num_items_in_batch"])
+        divergence = JSD(arguments["beta"]) if self.divergence is None else self.divergence
+        loss_fn = SelectiveOPDLoss(replace(settings, divergence=divergence, temperature=arguments["temperature"]))
+        student, teacher = (_head(*(arguments[f"{model}_{name}"] for name in HEAD)) for model in ("student", "teacher"))
+        out = loss_fn(student, teacher, mask=arguments["completion_mask"], num_items_in_batch=arguments["num_items_in_batch"])
         if self.on_metrics is not None:
             self.on_metrics(out.metrics)
         return out.loss, out.metrics["entropy_sum"], out.metrics["n_valid"]
 
 
-def _head(given: Mapping[str, Any], model: str) -> LinearHead:
-    """A model's head, gathered once where FSDP2 has sharded it, in the dtype of its hidden states then."""
-    hidden, weight, bias = (given[f"{model}_{name}"] for name in ("hidden_states", "lm_head_weight", "lm_head_bias"))
+def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> LinearHead:
+    """A model's head. A weight that FSDP2 has sharded is gathered once, in the dtype of the hidden states."""
     if is_dtensor(weight):
         weight = unshard(weight, hidden.dtype)
         bias = None if bias is None else unshard(bias, hidden.dtype).to(hidden.dtype)
-    scale, softcap = given[f"{model}_logit_scale"], given[f"{model}_final_logit_softcapping"]
     return LinearHead(hidden, weight, bias, scale=float(scale), softcap=softcap)
 
 
 @dataclass
 class SelectiveDistillationConfig(DistillationConfig):
-    """TRL's `DistillationConfig`, and how tokens are selected.
+    """TRL's `DistillationConfig` with the settings of the selection.
 
-    Raises: as `Settings`, in its words: `support_top_k` is its top_k, `loss_backend` its backend.
+    Raises: as `Settings`, with its names: `support_top_k` is its top_k, `loss_backend` its backend.
     """
 
     fraction: float = field(default=DEFAULTS.fraction, metadata={"help": HELP["fraction"]})
@@ -188,11 +186,11 @@ class SelectiveDistillationConfig(DistillationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.settings  # refused now, and not in the first step
+        _ = self.settings  # an invalid setting raises here, not in the first step
 
     @property
     def settings(self) -> Settings:
-        """Of the loss, whose top_k is `support_top_k`, because TRL's own is the one of sampling."""
+        """Settings of the loss. Their top_k is `support_top_k`, because TRL's own `top_k` belongs to sampling."""
         return Settings(
             fraction=self.fraction,
             selector=self.selector,
@@ -206,22 +204,23 @@ class SelectiveDistillationConfig(DistillationConfig):
 
 
 class SelectiveDistillationTrainer(DistillationTrainer):
-    """TRL's `DistillationTrainer` that trains on the selected tokens, and logs what was selected under `opd/`.
+    """TRL's `DistillationTrainer` that trains on the selected tokens, and logs statistics of the selection under `opd/`.
 
-    Evaluation takes all valid tokens, so that `eval_loss` does not depend on what is selected. Logged values are of this
-    process, means over the micro-batches since the last log. Arguments: those of `DistillationTrainer`, with a
-    `SelectiveDistillationConfig`.
+    Evaluation takes all valid tokens, so that `eval_loss` does not depend on the selection. Logged values are means over this
+    process's micro-batches since the last log. Arguments: as `DistillationTrainer`, with a `SelectiveDistillationConfig`.
     """
 
-    def __init__(self, *arguments: Any, args: SelectiveDistillationConfig | None = None, **options: Any) -> None:
+    def __init__(self, *arguments: object, args: SelectiveDistillationConfig | None = None, **options: object) -> None:
         if args is not None and not isinstance(args, SelectiveDistillationConfig):
             raise TypeError(f"args: got {type(args).__name__}, expected a SelectiveDistillationConfig")
         args = SelectiveDistillationConfig("selective-distillation") if args is None else args
         self._settings = args.settings
-        self._divergence = None if args.divergence is None else resolve_divergence(args.divergence)
+        self._divergence = _named_divergence(args.divergence)
         super().__init__(*arguments, args=args, **options)
 
-    def _compute_loss(self, unwrapped_student: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None) -> Any:
+    def _compute_loss(
+        self, unwrapped_student: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         mode = "train" if self.model.training else "eval"
 
         def log(metrics: Metrics) -> None:
@@ -229,14 +228,15 @@ class SelectiveDistillationTrainer(DistillationTrainer):
                 self._metrics[mode][f"opd/{name}"].append(value)
 
         with _Swap(self._settings, self._divergence, log):
-            return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
+            results: tuple[Tensor, Tensor, Tensor] = super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
+            return results
 
 
 def align_teacher_vocab(student: nn.Module, teacher: nn.Module) -> nn.Module:
     """Cut the teacher's embeddings and head to the student's vocabulary, in place: TRL refuses models whose sizes differ.
 
-    Checkpoints of one family pad their vocabularies differently (Qwen: 151,936 and 152,064 entries). Slicing both models to the
-    smaller before the softmax is what `selective_opd_loss` does anyway.
+    Checkpoints of one family pad their vocabularies differently (Qwen: 151,936 and 152,064 entries). `selective_opd_loss`
+    cuts both models to the smaller vocabulary in any case, before the softmax.
 
     Raises: ValueError: the teacher has fewer entries than the student.
     """
@@ -251,7 +251,7 @@ def align_teacher_vocab(student: nn.Module, teacher: nn.Module) -> nn.Module:
     return teacher
 
 
-def generalized_jsd_loss(  # type: ignore[misc]  # the temperature is TRL's, not an option
+def generalized_jsd_loss(  # type: ignore[misc]  # `temperature` is a parameter and a key of LossOptions
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None = None,
@@ -270,17 +270,17 @@ def generalized_jsd_loss(  # type: ignore[misc]  # the temperature is TRL's, not
         student_logits, teacher_logits: (B, T, V), already shifted.
         labels: (B, T), -100 where a token is not trained on; None: all are.
         beta: 0 is forward KL, 1 reverse KL, between them JSD (divergences/whole.py).
-        reduction: "batchmean": a mean over the tokens, or without labels their sum over B; "sum". The mean is that over the
-            selected tokens, so that the step does not shrink.
-        num_items_in_batch: The host's count of valid tokens; wins over `reduction`.
+        reduction: "batchmean": the mean over tokens, or without labels their sum divided by B; or "sum". The mean is over the
+            selected tokens, and the sum is n_valid times that mean, so that selection does not shrink the step.
+        num_items_in_batch: The host's count of valid tokens; with it, `reduction` has no effect.
         options: As in `patch_trl`.
     Raises: ValueError: another reduction.
     """
     if reduction not in ("batchmean", "sum"):
         raise ValueError(f"reduction: got {reduction!r}, expected 'batchmean' or 'sum'")
     mask = None if labels is None else labels != -100
-    divergence = _named_divergence(options) or JSD(beta)
-    settings = replace(Settings.of(options, given=GIVEN), divergence=divergence, temperature=temperature)
+    divergence = _named_divergence(options.get("divergence")) or JSD(beta)
+    settings = replace(Settings.of(options, given=PASSED_BY_HOST), divergence=divergence, temperature=temperature)
     loss_fn = SelectiveOPDLoss(settings if torch.is_grad_enabled() else settings.every_token)
     out = loss_fn(student_logits, teacher_logits, mask=mask, num_items_in_batch=num_items_in_batch)
     if num_items_in_batch is not None or (reduction == "batchmean" and labels is not None):

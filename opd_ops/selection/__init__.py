@@ -1,1 +1,1 @@
-"""Statistics to scores, scores to the selected positions."""
+"""From statistics to scores, from scores to the selected positions."""

@@ -1,16 +1,16 @@
-"""Scores to a set of positions: the budget, and which positions fill it.
+"""From scores to selected positions: the budget, and the positions that fill it.
 
   n = max(1, ceil(rho N))      scope "batch":    one budget for all N valid positions     arXiv 2605.26844 eq. 13
   n_i = max(1, ceil(rho N_i))  scope "sequence": one per sequence                         arXiv 2604.14084 eq. 8
-  scope "global": one for the valid positions of all ranks; and "sequence" over ranks that hold parts of the same sequences
-  (eq. 8 rounds down; rounding up drops no rollout.) Ties go to the earlier position, of the lower rank first; with `places`
-  first to the smaller place. No valid position, none kept.
+  scope "global": one budget for the valid positions of all ranks. Scope "sequence" also works over ranks that hold parts of
+  the same sequences. (Eq. 8 rounds down; rounding up drops no rollout.)
+  Ties are positions with equal scores: the position with the smaller place wins, if `places` are given, then the lower rank,
+  then the earlier position. Without a valid position none is selected.
 
-Over ranks the n-th best score is found without gathering scores, and the largest place among its ties that is kept likewise;
-one count of what ties then is gathered a rank and sequence.
-Everything stays on the device: no count is read on the host.
-Not here: the scores (selectors.py), which positions are a sequence (inputs/sequences.py), the n-th best over ranks
-(distributed/order_statistics.py).
+Over ranks a search finds the n-th best score, and with `places` the largest selected place among its ties: no scores are
+gathered. One all-gather then tells how many ties each rank holds in each sequence.
+Everything stays on the device: the CPU reads no count.
+Not here: scores (selectors.py), sequences of positions (inputs/sequences.py), the search (distributed/order_statistics.py).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from opd_ops.distributed.order_statistics import order_statistics
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.inputs.sequences import check_same_sequences
 
-SHORTLIST = 2  # positions that are scored again exactly after a ranking in 8 bits, in multiples of the budget
+SHORTLIST = 2  # the budget times this: positions that are scored again exactly after a ranking in 8 bits
 
 
 def budget(n_valid: Tensor, fraction: float) -> Tensor:
     """max(1, ceil(fraction * n_valid)), and 0 where nothing is valid; exact.
 
-    0.1 * 30 is 3.0000000000000004 in floating point. So the fraction is read as the ratio the user wrote, the simplest one
-    that is within a millionth, and the product is of integers.
+    0.1 * 30 is 3.0000000000000004 in floating point. So the fraction becomes a ratio of integers: the nearest ratio with a
+    denominator of at most a million, as the user wrote it. The product is then of integers.
     """
     numerator, denominator = _ratio(fraction)
     n = -((-n_valid * numerator) // denominator)
@@ -42,23 +42,23 @@ def budget(n_valid: Tensor, fraction: float) -> Tensor:
 
 
 def most_selected(n: int, fraction: float) -> int:
-    """The budget of n positions in one sequence if all are valid: as many as can be selected."""
+    """The budget of n valid positions: the largest budget that n positions can have."""
     numerator, denominator = _ratio(fraction)
     return min(n, max(1, -((-n * numerator) // denominator)))
 
 
 def _ratio(fraction: float) -> tuple[int, int]:
-    found: tuple[int, int] = _simplest(fraction)
-    return found
+    numerator_and_denominator: tuple[int, int] = _nearest_ratio(fraction)
+    return numerator_and_denominator
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _simplest(fraction: float) -> tuple[int, int]:
+def _nearest_ratio(fraction: float) -> tuple[int, int]:
     return Fraction(fraction).limit_denominator(1_000_000).as_integer_ratio()
 
 
 class SelectionOptions(TypedDict):
-    """What a selector asks of `select_positions` beside its scores; selectors.py lists the attributes that say so."""
+    """Options of `select_positions` that a selector sets by its attributes (selectors.py)."""
 
     keep_one_per_sequence: bool
     keep_scores: Tensor | None
@@ -76,16 +76,16 @@ def select(
     places: Tensor | None = None,
     threshold: Tensor | float | None = None,
 ) -> Tensor:
-    """Which of the flattened positions are kept, (N,) bool.
+    """Which of the flattened positions are selected, (N,) bool.
 
     Args:
-        scores: (N,) scores; -inf and NaN are never kept, though their positions count in the budget.
+        scores: (N,) scores; -inf and NaN are never selected, though their positions count in the budget.
         valid: (N,) bool.
-        ids: (N,) non-decreasing sequence numbers for one budget each, or None for one budget in all.
-        keep_one_in: (N,) sequence numbers: the best position of each sequence that the budget left empty is added.
-        keep_scores: (N,) what is best there, of the positions that `scores` does not rule out; None: `scores`.
-        places: (N,) int64: equal scores go to the smaller of them, then to the earlier position; None: to that at once.
-        threshold: the least score that is kept, in the place of a budget.
+        ids: (N,) non-decreasing sequence numbers, for one budget per sequence; None: one budget in all.
+        keep_one_in: (N,) sequence numbers: a sequence without a selected position gets its best position.
+        keep_scores: (N,) scores that define this best position; -inf and NaN of `scores` still exclude. None: `scores`.
+        places: (N,) int64: of equal scores the smaller place wins, then the earlier position; None: the earlier position.
+        threshold: Select scores of at least this, without a budget.
     """
     keys = _keys(scores, valid)
     ids = torch.zeros_like(valid, dtype=torch.long) if ids is None else ids
@@ -111,18 +111,19 @@ def select_over_ranks(
     places: Tensor | None = None,
     threshold: Tensor | float | None = None,
 ) -> Tensor:
-    """`select` of what all ranks hold, in their order: which of this rank's flattened positions are kept, (N,) bool.
+    """`select` of the positions of all ranks, in rank order: which of this rank's flattened positions are selected, (N,) bool.
 
     Args:
-        sequences: (N,) non-decreasing numbers and how many there are, with parts of each sequence on any rank, for one budget
-            each; None: one budget in all, and sequences are whole on their rank.
-        keep_one_in: (N,) this rank's own sequence numbers; with `sequences` not None those are looked at instead.
-        keep_scores, places: as of `select`; places below 2**24, as a search takes them as fp32.
+        sequences: (N,) non-decreasing sequence numbers and their count, for one budget per sequence. Ranks may hold parts of a
+            sequence. None: one budget in all, and no sequence is spread over ranks.
+        keep_one_in: (N,) this rank's sequence numbers; if `sequences` is given, its numbers are used instead.
+        keep_scores, places: As in `select`; places below 2**24, since the search takes them as fp32.
     Raises: ValueError, on every rank: ranks with different numbers of sequences.
-    Collectives: a search with one target a sequence (distributed/order_statistics.py), with `places` a second one, in fp32,
-    and a gather of
-        (n_sequences,) int64; none with a threshold, but for `keep_one_in` with `sequences`: then a sum of (n_sequences,) int64
-        and all of these. Before a search of `sequences` one gather of an int64, which the host waits for.
+    Collectives, with a budget:
+        `sequences`: a gather of an int64, for which the CPU waits;
+        a search with one target per sequence (distributed/order_statistics.py), and with `places` a second one, in fp32;
+        a gather of (n_sequences,) int64.
+    With a threshold: none, but for `keep_one_in` with `sequences`: all of the above and a sum of (n_sequences,) int64.
     """
     keys = _keys(scores, valid)
     if sequences is not None and (threshold is None or keep_one_in is not None):
@@ -137,10 +138,10 @@ def select_over_ranks(
     keep_keys = _keep_keys(keys, keep_scores)
     if sequences is None:
         return selected | _best(keep_keys, (_count(selected, keep_one_in) == 0).long(), keep_one_in, places)
-    if threshold is not None:  # a budget is at least 1: it leaves no sequence empty that has a score
+    if threshold is not None:  # a budget is at least 1, so that it leaves no sequence with a score empty
         empty = (ranks.sum(_count(selected, ids, n)) == 0).long()
-        one = _best_over_ranks(keep_keys, valid, lambda count: torch.minimum(count, empty), ids, n, ranks, places)
-        selected = selected | one
+        best = _best_over_ranks(keep_keys, valid, lambda count: torch.minimum(count, empty), ids, n, ranks, places)
+        selected = selected | best
     return selected
 
 
@@ -153,24 +154,24 @@ def _best_over_ranks(
     ranks: Ranks,
     places: Tensor | None,
 ) -> Tensor:
-    """The largest keys of each of the n sequences over all ranks, as many as `budgets` makes of their counts."""
-    found = order_statistics(keys, valid, lambda count: (count - budgets(count)).unsqueeze(1), 1, ranks, groups=ids, n_groups=n)
-    least = found.values.squeeze(1)[ids]
-    ties, before = valid & (keys == least), torch.zeros_like(valid)  # what comes before all ties, though it equals them
-    # In ascending order what equals the least kept one begins at `below`, and what is kept at `places`.
-    wanted = (found.below + found.equal - found.places).squeeze(1).clamp_min(0)
+    """(N,) bool: the largest keys of each of the n sequences over all ranks; `budgets` maps counts of keys to budgets."""
+    order = order_statistics(keys, valid, lambda count: (count - budgets(count)).unsqueeze(1), 1, ranks, groups=ids, n_groups=n)
+    least = order.values.squeeze(1)[ids]  # the least selected key
+    ties, first_ties = valid & (keys == least), torch.zeros_like(valid)
+    # In ascending order the ties begin at index `below`, the selected keys at index `places`.
+    n_wanted = (order.below + order.equal - order.places).squeeze(1).clamp_min(0)  # ties to be selected
     if places is not None:
-        last = (wanted - 1).clamp_min(0).unsqueeze(1)
-        among = order_statistics(places.float(), ties, lambda _: last, 1, ranks, groups=ids, n_groups=n)
-        latest = among.values.squeeze(1)[ids]
-        before = ties & (places < latest) & (wanted > 0)[ids]
-        ties = ties & (places == latest)
-        wanted = wanted - among.below.squeeze(1)
-    own = _count(ties, ids, n)
-    earlier = ranks.gather(own)[: ranks.rank].sum(0)
-    place = ties.cumsum(0) - 1 - (own.cumsum(0) - own)[ids]  # ids do not decrease
-    kept = (keys > least) | before | (ties & (place < (wanted - earlier)[ids]))
-    return valid & (keys > -math.inf) & kept
+        last = (n_wanted - 1).clamp_min(0).unsqueeze(1)
+        place_order = order_statistics(places.float(), ties, lambda _: last, 1, ranks, groups=ids, n_groups=n)
+        largest_place = place_order.values.squeeze(1)[ids]  # of the selected ties
+        first_ties = ties & (places < largest_place) & (n_wanted > 0)[ids]
+        ties = ties & (places == largest_place)
+        n_wanted = n_wanted - place_order.below.squeeze(1)
+    n_own = _count(ties, ids, n)
+    n_on_lower_ranks = ranks.gather(n_own)[: ranks.rank].sum(0)
+    index = ties.cumsum(0) - 1 - (n_own.cumsum(0) - n_own)[ids]  # of a tie in its sequence on this rank: ids do not decrease
+    selected = (keys > least) | first_ties | (ties & (index < (n_wanted - n_on_lower_ranks)[ids]))
+    return valid & (keys > -math.inf) & selected
 
 
 def _keys(scores: Tensor, valid: Tensor) -> Tensor:
@@ -186,21 +187,21 @@ def _at_least(keys: Tensor, threshold: Tensor | float) -> Tensor:
 
 
 def _count(flags: Tensor, ids: Tensor, n: int | None = None) -> Tensor:
-    """How many flags each of the n sequences has, (n,); None: (N,), one entry per possible sequence number."""
+    """(n,) the number of flags set in each of the n sequences; n None: N entries, for every possible sequence number."""
     n = max(1, len(flags)) if n is None else n
     return torch.zeros(n, dtype=torch.long, device=flags.device).index_add(0, ids, flags.long())
 
 
 def _best(keys: Tensor, n: Tensor, ids: Tensor, places: Tensor | None) -> Tensor:
-    """The n[i] largest keys of each sequence i, smaller place and then earlier position first among equals; -inf never."""
+    """(N,) bool: the n[i] largest keys of each sequence i, no -inf. Among ties: smaller place, then earlier position."""
     if places is None:
         order = torch.sort(keys, descending=True, stable=True).indices
     else:
         order = torch.sort(places, stable=True).indices
         order = order[torch.sort(keys[order], descending=True, stable=True).indices]
-    order = order[torch.sort(ids[order], stable=True).indices]  # by sequence, then by key, then by place and position
+    order = order[torch.sort(ids[order], stable=True).indices]  # by sequence, key, place, position
     size = _count(torch.ones_like(ids, dtype=torch.bool), ids)
     start = size.cumsum(0) - size
-    rank = torch.arange(len(ids), device=ids.device) - start[ids]  # ids are sorted, so this is the rank within
-    kept = torch.zeros_like(keys, dtype=torch.bool).index_copy(0, order, rank < n[ids])
-    return kept & (keys > -math.inf)
+    index = torch.arange(len(ids), device=ids.device) - start[ids]  # in the sequence: ids do not decrease
+    selected = torch.zeros_like(keys, dtype=torch.bool).index_copy(0, order, index < n[ids])
+    return selected & (keys > -math.inf)

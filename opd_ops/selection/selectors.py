@@ -1,4 +1,4 @@
-"""Selectors: statistics to one score per position, one short function per paper equation.
+"""Selectors: from statistics to one score per position, one short function per paper equation.
 
   teachability            Norm(D) Norm(C)                      arXiv 2605.26844 (TA) eq. 12
   teachability+entropy    h + a - h a, a = teachability        TA eq. 16, h = Norm(H)
@@ -10,19 +10,20 @@
   tip                     h + d - h d                          TIP eq. 7; h, d clipped min-max of H, min-max of KL(p||q)
   overconfident           KL(q||p) (1 - h)                     TIP section 7.3, Q3
   multinomial             H^alpha JSD^gamma, sampled           TIP table 3
-  teachability-released   TA's released code: the same on the two top-K lists, with a normaliser, ties and keep-one of its own
+  teachability-released   teachability as TA's released code computes it: from the two top-K lists, with its own normaliser,
+                          order of ties and added positions
   random, all, prefix     controls
   Norm(z) = clip((z - Q.05) / (Q.95 - Q.05 + eps), 0, 1), TA eq. 11, over the valid positions of the whole batch.
 
-A selector is a callable TokenStats -> scores, so a user's own is on the same footing. Attributes say what else it wants:
-  needs                    names of optional columns; "response_place" has whole responses scored, masked positions too
-  keep_one_per_sequence    True: the best position of a sequence that the budget left empty is added
-  keep_scores              TokenStats -> scores: what is best there, instead of the selector's own scores
-  ties_by_place            True: equal scores go to the smaller place in its response (the column), across sequences
-Over ranks (`over_ranks`) normalisers look at the valid positions of all of them: equal to one process that holds these all.
-Everything is computed in fp64 and without looking at a value on the host. Infinite statistics (student or teacher logits
-of -inf) stay out of the fit of a normaliser and count as its largest value.
-Not here: how many positions are kept and which win a tie (budget.py), quantiles over ranks (distributed/order_statistics.py).
+A selector is any callable TokenStats -> scores, also a user's own. It may have these attributes:
+  needs                    names of optional columns; with "response_place" whole responses are scored, masked positions too
+  keep_one_per_sequence    True: a sequence without a selected position gets its best position
+  keep_scores              TokenStats -> scores that define this best position, instead of the selector's scores
+  ties_by_place            True: of equal scores the smaller `response_place` wins, across sequences
+Over ranks (`over_ranks`) normalisers use the valid positions of all ranks, as one process with all positions would.
+Everything is computed in fp64 on the device. Infinite statistics (student or teacher logits of -inf) are left out of the fit
+of a normaliser and get its largest value, 1.
+Not here: the number of selected positions and ties (budget.py), quantiles over ranks (distributed/order_statistics.py).
 """
 
 from __future__ import annotations
@@ -51,15 +52,15 @@ RELEASED_RANGE = 1e-12  # TA's released normaliser has no epsilon: a range below
 
 # --- normalisers -----------------------------------------------------------------------------------------------------
 
-_ranks: ContextVar[Ranks | None] = ContextVar("ranks", default=None)  # a selector's signature has no room for them
+_ranks: ContextVar[Ranks | None] = ContextVar("ranks", default=None)  # a selector's signature has no argument for ranks
 
 
 @contextmanager
 def over_ranks(ranks: Ranks) -> Iterator[None]:
-    """Normalisers called in it look at the positions of all ranks, which must all call them, in one order.
+    """Normalisers called inside this context use the positions of all ranks. All ranks must call them, in the same order.
 
-    Each makes one search with two targets a quantile (distributed/order_statistics.py); quantile_norm and released_norm take
-    two quantiles, minmax_norm two, or three with `clip`.
+    Each normaliser makes one search with two targets per quantile (distributed/order_statistics.py). quantile_norm and
+    released_norm take two quantiles; minmax_norm takes two, or three with `clip`.
     """
     token = _ranks.set(ranks)
     try:
@@ -69,34 +70,34 @@ def over_ranks(ranks: Ranks) -> Iterator[None]:
 
 
 def _quantiles(z: Tensor, among: Tensor, levels: tuple[float, ...], dtype: torch.dtype) -> list[Tensor]:
-    """Linearly interpolated quantiles of z[among], each 0-dim; +inf when nothing is among. `dtype`: what z is made of."""
-    ranks = None if is_traced() else _ranks.get()  # which dynamo cannot trace
+    """Linearly interpolated quantiles of z[among], each 0-dim; +inf if `among` is empty. `dtype`: z before it became fp64."""
+    ranks = None if is_traced() else _ranks.get()  # dynamo cannot trace a ContextVar
     if ranks is None:
         return [_quantile(z, among, level) for level in levels]
 
-    def ends(n: Tensor) -> Tensor:  # (1,) -> (1, 2 a level): between which each quantile lies
+    def ends(n: Tensor) -> Tensor:  # (1,) -> (1, 2 levels): the two places around each quantile
         return torch.stack([x for level in levels for x in _ends(level, n)], -1)
 
-    exact = torch.float32 if dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float64  # short keys, if so
-    found = order_statistics(z.flatten().to(exact), among.flatten(), ends, 2 * len(levels), ranks)
-    bounds = found.values.double().view(-1, 2, 1)
-    return [_between(low, high, level, found.total) for (low, high), level in zip(bounds, levels, strict=True)]
+    key_dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float64
+    statistics = order_statistics(z.flatten().to(key_dtype), among.flatten(), ends, 2 * len(levels), ranks)
+    bounds = statistics.values.double().view(-1, 2, 1)
+    return [_between(low, high, level, statistics.total) for (low, high), level in zip(bounds, levels, strict=True)]
 
 
 def _ends(level: float, n: Tensor) -> tuple[Tensor, Tensor]:
-    """The places in the ascending order of n values that the quantile lies between."""
+    """The two places around the quantile, in the ascending order of n values."""
     place = level * (n - 1).clamp_min(0).double()
     return place.floor().long(), place.ceil().long()
 
 
 def _between(low: Tensor, high: Tensor, level: float, n: Tensor) -> Tensor:
-    """The quantile, 0-dim, from the (1,) values at these places."""
+    """The quantile, 0-dim, interpolated between the (1,) values at the places of `_ends`."""
     place = level * (n - 1).clamp_min(0).double()
     return torch.where(low == high, low, torch.lerp(low, high, place - place.floor())).squeeze(0)
 
 
 def _quantile(z: Tensor, among: Tensor, level: float) -> Tensor:
-    """The linearly interpolated quantile of z[among], 0-dim; +inf when nothing is among."""
+    """The linearly interpolated quantile of z[among], 0-dim; +inf if `among` is empty."""
     ordered = torch.where(among, z, math.inf).flatten().sort().values
     if not len(ordered):
         return z.new_full((), math.inf)
@@ -105,20 +106,21 @@ def _quantile(z: Tensor, among: Tensor, level: float) -> Tensor:
     return _between(low, high, level, n)
 
 
-def _fit(z: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def _fitted(z: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """z in fp64, and the positions that a normaliser is fitted on: the finite valid ones."""
     z = z.double()
     return z, valid & torch.isfinite(z)
 
 
 def _rounding(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
-    """The range that a constant in `dtype` may show; a normaliser would blow it up into a ranking."""
+    """The range of a constant after rounding in `dtype`. A normaliser would turn such a range into a ranking."""
     return ROUNDING_ULPS * torch.finfo(dtype).eps * torch.maximum(low.abs(), high.abs())
 
 
 def quantile_norm(z: Tensor, valid: Tensor, *, epsilon: float = EPSILON) -> Tensor:
     """TA eq. 11: clip((z - Q.05) / (Q.95 - Q.05 + epsilon), 0, 1); a constant z gives 0."""
     dtype = z.dtype
-    z, fitted = _fit(z, valid)
+    z, fitted = _fitted(z, valid)
     low, high = _quantiles(z, fitted, (0.05, 0.95), dtype)
     rounding = _rounding(low, high, dtype)
     constant = (high - low <= rounding) & ((z - low).abs() <= rounding)
@@ -126,21 +128,21 @@ def quantile_norm(z: Tensor, valid: Tensor, *, epsilon: float = EPSILON) -> Tens
 
 
 def released_norm(z: Tensor, among: Tensor) -> Tensor:
-    """The normaliser of TA's released code: no epsilon, 0 where the range is below 1e-12; what is not finite counts as 0."""
+    """The normaliser of TA's released code: no epsilon; 0 if the range is below 1e-12; non-finite values count as 0."""
     dtype = z.dtype
     z = torch.where(torch.isfinite(z), z, 0).double()
     low, high = _quantiles(z, among, (0.05, 0.95), dtype)
-    flat = ~(high - low >= RELEASED_RANGE)  # also where nothing is among: the difference is NaN
+    flat = ~(high - low >= RELEASED_RANGE)  # True too if `among` is empty: the difference is NaN
     return torch.where(flat, 0.0, (z - low) / torch.where(flat, 1.0, high - low)).clamp(0, 1)
 
 
 def minmax_norm(z: Tensor, valid: Tensor, *, clip: float | None = None) -> Tensor:
     """TIP section 6: (z - min) / (max - min) after z <- min(z, its `clip` quantile); a constant z gives 0."""
     dtype = z.dtype
-    z, fitted = _fit(z, valid)
-    low, high, *most = _quantiles(z, fitted, (0.0, 1.0) if clip is None else (0.0, 1.0, clip), dtype)
-    if most:
-        z, low, high = (torch.minimum(x, most[0]) for x in (z, low, high))
+    z, fitted = _fitted(z, valid)
+    low, high, *limit = _quantiles(z, fitted, (0.0, 1.0) if clip is None else (0.0, 1.0, clip), dtype)
+    if limit:
+        z, low, high = (torch.minimum(x, limit[0]) for x in (z, low, high))
     flat = (high <= low) | (high - low <= _rounding(low, high, dtype))
     return _infinite_is_one(z, torch.where(flat, 0.0, (z - low) / torch.where(flat, 1.0, high - low)))
 
@@ -157,7 +159,7 @@ def _soft_or(a: Tensor, b: Tensor) -> Tensor:
 
 
 def teachability(stats: TokenStats) -> Tensor:
-    """Norm(D) Norm(C): the teacher disagrees, within what the student already considers (TA eq. 12)."""
+    """Norm(D) Norm(C): the teacher disagrees, on ids that the student already considers (TA eq. 12)."""
     return quantile_norm(stats.union_kl, stats.valid) * quantile_norm(stats.support_mass, stats.valid)
 
 
@@ -205,18 +207,18 @@ def overconfident(stats: TokenStats) -> Tensor:
 
 
 def everything(stats: TokenStats) -> Tensor:
-    """Equal scores: with fraction=1, plain distillation; below, the earliest positions."""
+    """Equal scores: plain distillation with fraction=1, the earliest positions with a smaller fraction."""
     return torch.zeros_like(stats.student_entropy)
 
 
 @dataclass(frozen=True)
 class TeachabilityReleased:
-    """TA's released code (its `dlearn_high`): Norm(D) Norm(C), from the two top-K lists alone.
+    """TA's released code (its `dlearn_high`): Norm(D) Norm(C), from the two top-K lists.
 
-    D is of the lists, each renormalised; C is the sum of q over S ∩ T. Norm has no epsilon, and is fitted on all positions of
-    the responses, masked ones too. After the budget a response that kept none gets its best by soft-or(Norm(H), Norm(D C)), H
-    the entropy of the student's renormalised list over the logarithm of its length, D C the product before normalising. Ties
-    go to the smaller place in the response, across responses, then to the earlier response.
+    D is computed from the lists, each renormalised; C is the sum of q over S ∩ T. Norm has no epsilon. It is fitted on all
+    positions of the responses, masked positions too. A response without a selected position gets its best position by
+    soft-or(Norm(H), Norm(D C)). H is the entropy of the student's renormalised list over the logarithm of its length; D C is
+    the product before normalising. Of equal scores the smaller place in the response wins, then the earlier response.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"released_kl", "topk_entropy", "response_place"})
@@ -230,7 +232,7 @@ class TeachabilityReleased:
         return released_norm(stats.released_kl, among) * released_norm(stats.overlap_mass, among)
 
     def keep_scores(self, stats: TokenStats) -> Tensor:
-        """The released code's `ca_softor`, by which it keeps one position of every response whatever ranks the others."""
+        """The released code's `ca_softor`: the scores for the one position that a response without a selected one gets."""
         assert stats.released_kl is not None
         assert stats.topk_entropy is not None
         assert stats.response_place is not None
@@ -243,8 +245,8 @@ class TeachabilityReleased:
 class Multinomial:
     """Draws positions without replacement with weight H^alpha JSD^gamma (TIP table 3).
 
-    The scores are log-weights plus Gumbel noise, whose n largest are such a draw; the plain mean over the kept positions,
-    without importance weights, is the loss. Constant factors of the weights (1 / ln V, 1 / ln 2) cancel.
+    The scores are log-weights plus Gumbel noise: the positions of the n largest scores are such a draw. The loss is the plain
+    mean over the selected positions, without importance weights. Constant factors of the weights (1 / ln V, 1 / ln 2) cancel.
     """
 
     alpha: float = 1.0
@@ -260,7 +262,7 @@ class Multinomial:
 
     def __call__(self, stats: TokenStats) -> Tensor:
         assert stats.jsd is not None
-        # A floor, so that positions of weight 0 come last instead of never: the budget is always met.
+        # With a floor positions of weight 0 come last, not never: the budget is always filled.
         log_h = stats.student_entropy.double().clamp_min(1e-30).log()
         log_j = stats.jsd.double().clamp_min(1e-30).log()
         uniform = _uniform(stats, self.generator)
@@ -269,7 +271,7 @@ class Multinomial:
 
 @dataclass(frozen=True)
 class Random:
-    """Uniform scores, from `generator` or torch's own."""
+    """Uniform scores, from `generator` or torch's default generator."""
 
     generator: torch.Generator | None = None
 
@@ -279,21 +281,21 @@ class Random:
 
 @dataclass(frozen=True)
 class Prefix:
-    """1 - position / length: the earliest valid positions of every sequence; position counts valid ones only."""
+    """1 - position / length: the earliest positions of every sequence; only valid positions are counted."""
 
-    sequence_ids: Tensor | None = None  # of the mask's shape, not decreasing; None: those of the call, or one sequence in all
+    sequence_ids: Tensor | None = None  # of the mask's shape, non-decreasing; None: the call's ids, else one sequence
 
     def __call__(self, stats: TokenStats) -> Tensor:
         valid = stats.valid.flatten()
         ids = torch.zeros_like(valid, dtype=torch.long) if self.sequence_ids is None else self.sequence_ids.flatten()
         length = torch.zeros(valid.numel() + 1, dtype=torch.long, device=valid.device).index_add(0, ids, valid.long())
-        before = length.cumsum(0) - length  # valid positions of earlier sequences: ids do not decrease
-        position = valid.cumsum(0) - 1 - before[ids]
+        n_earlier = length.cumsum(0) - length  # valid positions of earlier sequences: ids do not decrease
+        position = valid.cumsum(0) - 1 - n_earlier[ids]
         return (1 - position.double() / length[ids].clamp_min(1)).view(stats.valid.shape)
 
 
 def _uniform(stats: TokenStats, generator: torch.Generator | None) -> Tensor:
-    """U(0, 1) per position, masked ones included, so that a draw does not depend on the mask."""
+    """U(0, 1) at every position, masked positions too, so that a draw does not depend on the mask."""
     device = stats.valid.device if generator is None else generator.device
     return torch.rand(stats.valid.shape, dtype=torch.float64, device=device, generator=generator).to(stats.valid.device)
 
@@ -317,21 +319,21 @@ SELECTORS: dict[str, Selector] = {
 
 
 def named_selector(selector: str | Selector) -> Selector:
-    """The selector of that name, or a callable as it is."""
-    known = ", ".join(SELECTORS)
+    """The selector with this name; a callable is returned unchanged."""
+    names = ", ".join(SELECTORS)
     if isinstance(selector, type):
-        raise TypeError(f"selector: got the class {selector.__name__}, expected an instance of it, or one of: {known}")
+        raise TypeError(f"selector: got the class {selector.__name__}, expected an instance of it, or one of: {names}")
     if callable(selector):
         return selector
     if not isinstance(selector, str):
-        raise TypeError(f"selector: got {type(selector).__name__}, expected a callable or one of: {known}")
+        raise TypeError(f"selector: got {type(selector).__name__}, expected a callable or one of: {names}")
     if selector not in SELECTORS:
-        raise ValueError(f"selector: got {selector!r}, expected a callable or one of: {known}")
+        raise ValueError(f"selector: got {selector!r}, expected a callable or one of: {names}")
     return SELECTORS[selector]
 
 
 def bound_selector(selector: Selector, generator: torch.Generator | None, sequence_ids: Tensor) -> Selector:
-    """The selector with the call's generator and sequences where it has none of its own."""
+    """The selector, with the call's generator or sequences if it has none."""
     if isinstance(selector, (Multinomial, Random)) and selector.generator is None:
         return replace(selector, generator=generator)
     if isinstance(selector, Prefix) and selector.sequence_ids is None:
@@ -340,17 +342,17 @@ def bound_selector(selector: Selector, generator: torch.Generator | None, sequen
 
 
 def is_own(selector: Selector) -> bool:
-    """Whether it is of this file."""
+    """Whether the selector is defined in this file."""
     return isinstance(selector, (Multinomial, Random, Prefix)) or selector in SELECTORS.values()
 
 
 def is_deterministic(selector: Selector) -> bool:
-    """Whether equal statistics give equal scores, as far as is known: of this file's selectors that do not draw."""
+    """Whether equal statistics give equal scores. True for selectors of this file that do not draw, False for a user's own."""
     return is_own(selector) and not isinstance(selector, (Multinomial, Random))
 
 
 def selection_options(selector: Selector, stats: TokenStats) -> SelectionOptions:
-    """What a selector's attributes ask of `select_positions`, by the statistics that it ranked; the header lists them."""
+    """The options of `select_positions` that a selector's attributes set, from the statistics that it ranked."""
     keep_scores = getattr(selector, "keep_scores", None)
     return {
         "keep_one_per_sequence": getattr(selector, "keep_one_per_sequence", False),
@@ -359,10 +361,10 @@ def selection_options(selector: Selector, stats: TokenStats) -> SelectionOptions
     }
 
 
-WHOLE_ROW = (divergence_reverse_kl, tip, overconfident)  # need a KL over the vocabulary, or below, the JSD
-OF_STUDENT = (entropy, everything)  # and the controls: all that a teacher of one token leaves
+WHOLE_ROW = (divergence_reverse_kl, tip, overconfident)  # need a KL over the vocabulary
+STUDENT_ONLY = (entropy, everything)  # need no statistic of the teacher; nor do Random and Prefix
 
-# What is known of a position instead of both rows, and why that is not enough.
+# Inputs that do not hold both models' whole rows, and the reason in the error.
 PARTLY_KNOWN = {
     "student_stats": "needs the student's whole row, but with student_stats only its log-sum-exp, entropy and top-K are known",
     "TopKLogprobs": "needs the teacher's whole row, but TopKLogprobs knows its top K alone",
@@ -371,15 +373,15 @@ PARTLY_KNOWN = {
 
 
 def check_known(selector: Selector, known: str) -> None:
-    """Refuse a selector of this file that needs more than what is `known` (a key of PARTLY_KNOWN)."""
+    """Refuse a selector of this file that needs more than the input `known` holds; `known` is a key of PARTLY_KNOWN."""
 
     def fits(candidate: Selector) -> bool:
         if known == "SampledLogprobs" and candidate in SELECTORS.values():
-            return candidate in OF_STUDENT or isinstance(candidate, (Random, Prefix))
+            return candidate in STUDENT_ONLY or isinstance(candidate, (Random, Prefix))
         return candidate not in WHOLE_ROW and "jsd" not in getattr(candidate, "needs", ())
 
-    of_name = SELECTORS.get(_name(selector), selector)  # an instance with other parameters needs what its class does
-    if not fits(of_name):
+    named = SELECTORS.get(_name(selector), selector)  # an instance with other parameters has the same needs
+    if not fits(named):
         expected = ", ".join(name for name, x in SELECTORS.items() if fits(x))
         instead = "pass no student_stats" if known == "student_stats" else "pass the teacher's logits or a LinearHead"
         raise ValueError(
@@ -388,7 +390,7 @@ def check_known(selector: Selector, known: str) -> None:
 
 
 def check_ranks_twice(selector: Selector) -> None:
-    """Refuse a selector that draws where positions are ranked twice: the second draw would be another one."""
+    """Refuse a selector that draws if positions are ranked twice: the second draw would differ."""
     if isinstance(selector, (Multinomial, Random)):
         raise ValueError(
             f"selector: got {_name(selector)!r}, which draws at random, but score_dtype='float8' ranks twice; "
@@ -397,7 +399,7 @@ def check_ranks_twice(selector: Selector) -> None:
 
 
 def check_whole_sequences(selector: Selector) -> None:
-    """Refuse a selector that counts along sequences of which this rank holds parts."""
+    """Refuse a selector that counts along whole sequences if this rank holds parts of sequences."""
     if isinstance(selector, Prefix):
         raise ValueError(
             "selector: got 'prefix', which counts the positions of whole sequences, but with scope 'sequence' and a "
@@ -406,8 +408,8 @@ def check_whole_sequences(selector: Selector) -> None:
 
 
 def _name(selector: Selector) -> str:
-    """Its name in SELECTORS, where instances with other parameters have their class's; of the user's own, the class."""
-    for name, known in SELECTORS.items():
-        if known is selector or (isinstance(known, (Multinomial, Random)) and type(known) is type(selector)):
+    """The selector's name in SELECTORS, also with other parameters; for a user's own selector its class name."""
+    for name, candidate in SELECTORS.items():
+        if candidate is selector or (isinstance(candidate, (Multinomial, Random)) and type(candidate) is type(selector)):
             return name
     return type(selector).__name__

@@ -1,10 +1,10 @@
-"""`TokenStats`: what is known of each position after one pass over both models' logits.
+"""`TokenStats`: the statistics of each position, from one pass over both models' logits.
 
   With p = softmax(student), q = softmax(teacher) after temperature, scale and soft-cap; S, T the top-K ids of the
   student and of the teacher, order (logit descending, id ascending); U = S ∪ T.          [all in nats]
   Sources: arXiv 2605.26844 (TA) eqs. 9, 10, 17; arXiv 2604.14084 (TIP) eq. 3.
 
-Not here: how the columns are computed (backends/), what is made of them (selectors.py).
+Not here: computing the columns (backends/), scores (selectors.py).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BACKEND_COLUMNS = frozenset({"jsd", "released_kl", "topk_entropy"})  # the optional ones that a backend computes
+BACKEND_COLUMNS = frozenset({"jsd", "released_kl", "topk_entropy"})  # optional columns that a backend computes
 OPTIONAL_COLUMNS = BACKEND_COLUMNS | {"response_place"}
-SWEPT_COLUMNS = (  # those that one sweep of both models over the vocabulary gives
+SWEPT_COLUMNS = (  # columns from one sweep of both models over the vocabulary
     "student_entropy",
     "teacher_entropy",
     "reverse_kl",
@@ -38,64 +38,64 @@ REFERENCE_COLUMNS = (
 
 
 class TokenStats(NamedTuple):
-    """Per-position statistics, each of the mask's shape; fp32 (fp64 for fp64 inputs), 0 where not valid.
+    """Statistics per position, each of the mask's shape; fp32 (fp64 for fp64 inputs), 0 where not valid.
 
-    `jsd` to `response_place` are None unless the selector asks for them (`needs`). The last six are those of backend "torch";
-    other backends leave them None. With `response_place` all positions of the responses are scored: the columns are then known
-    at masked positions too, and 0 outside the responses. With `student_stats` the columns that take the student's whole row,
-    `reverse_kl` and `forward_kl`, are NaN where that was not read.
+    `jsd` to `response_place` are None unless the selector names them in `needs`. Only backend "torch" fills the last six
+    columns; other backends leave them None. With `response_place` all positions of the responses are scored: the columns then
+    hold masked positions too, and 0 outside the responses. `reverse_kl` and `forward_kl` take the student's whole row: with
+    `student_stats` they are NaN at positions whose row was not read.
     """
 
-    valid: Tensor  # bool: mask non-zero, and the teacher has a softmax there; or the student has none, which must not hide
+    valid: Tensor  # bool: mask non-zero, and the teacher's softmax is finite or the student's is not
     student_entropy: Tensor  # H(p) = -sum p log p
     teacher_entropy: Tensor  # H(q)
     reverse_kl: Tensor  # KL(p || q); +inf where p > 0 meets q = 0
     forward_kl: Tensor  # KL(q || p); +inf where q > 0 meets p = 0
     student_logsumexp: Tensor  # log sum exp of the student's logits; NaN marks a blown-up student
     teacher_logsumexp: Tensor
-    logsumexp_gap: Tensor  # student_logsumexp - teacher_logsumexp, not by that subtraction: gradients need its digits
+    logsumexp_gap: Tensor  # student_logsumexp - teacher_logsumexp, with the digits that subtracting would lose
     support_mass: Tensor  # C = sum over S of q, q over the full vocabulary (TA eq. 10)
     student_support_mass: Tensor  # sum over S of p
-    overlap_mass: Tensor  # sum over S ∩ T of q: the lower bound on C known from two top-K lists (TA eq. 17)
+    overlap_mass: Tensor  # sum over S ∩ T of q: a lower bound on C, known from two top-K lists (TA eq. 17)
     union_kl: Tensor  # D = KL(q || p), both renormalised on U (TA eq. 9)
     jsd: Tensor | None = None  # Jensen-Shannon divergence, beta = 1/2
-    released_kl: Tensor | None = None  # D as the released TA code has it; see selectors.py::TeachabilityReleased
+    released_kl: Tensor | None = None  # D of TA's released code: selectors.py::TeachabilityReleased
     topk_entropy: Tensor | None = None  # H(p renormalised on S') / ln |S'|, S' the ids of S with p > 0
-    response_place: Tensor | None = None  # int64: first, second, ... position of its response; 0: of none (inputs/positions.py)
-    # `REFERENCE_COLUMNS`: what gradients of "torch" read, a being the student's most likely id (backends/streamed/reference.py)
+    response_place: Tensor | None = None  # int64: 1, 2, ... along its response; 0: in no response (inputs/positions.py)
+    # `REFERENCE_COLUMNS`, for gradients of backend "torch"; a: the student's most likely id (backends/streamed/reference.py)
     reference_student: Tensor | None = None  # s_a
     reference_teacher: Tensor | None = None  # u_a, or the teacher's largest logit where it masks a
     reference_log_p: Tensor | None = None  # log p_a
-    reference_log_ratio: Tensor | None = None  # log p_a - log q_a, or what it would be with that other logit
-    top_log_ratio: Tensor | None = None  # log p_a - log q_a as it is: +inf where the teacher masks a
-    reverse_kl_excess: Tensor | None = None  # reverse_kl - reference_log_ratio, not by subtraction; 0 where infinite
+    reference_log_ratio: Tensor | None = None  # log p_a - log q_a, with that other logit where the teacher masks a
+    top_log_ratio: Tensor | None = None  # log p_a - log q_a: +inf where the teacher masks a
+    reverse_kl_excess: Tensor | None = None  # reverse_kl - reference_log_ratio, computed as a sum; 0 where infinite
 
     def clone(self) -> TokenStats:
-        """The same columns in memory of their own."""
+        """A copy of the columns."""
         return self._map(torch.clone)
 
     def take(self, rows: Tensor) -> TokenStats:
-        """The same columns at `rows` of the flattened positions."""
+        """The columns at `rows` of the flattened positions."""
         return self._map(lambda column: column.reshape(-1)[rows])
 
     def spread(self, rows: Tensor | None, shape: torch.Size) -> TokenStats:
-        """Put (n,) columns at `rows` of `shape` (None: every position, in order); zero wherever they are not valid."""
+        """Put (n,) columns at `rows` of `shape` (None: at every position, in order); 0 where not valid."""
 
         def place(column: Tensor) -> Tensor:
-            kept = torch.where(self.valid, column, torch.zeros_like(column))
+            values = torch.where(self.valid, column, torch.zeros_like(column))
             if rows is None:
-                return kept.view(shape)
-            return column.new_zeros(shape.numel()).index_copy(0, rows, kept).view(shape)
+                return values.view(shape)
+            return column.new_zeros(shape.numel()).index_copy(0, rows, values).view(shape)
 
         return self._map(place)
 
     def with_column(self, name: str, rows: Tensor, values: Tensor) -> TokenStats:
-        """These columns, but for one of them at `rows` of the flattened positions."""
+        """The columns, with new `values` of column `name` at `rows` of the flattened positions."""
         column = getattr(self, name)
         return self._replace(**{name: column.flatten().index_copy(0, rows, values.to(column.dtype)).view(column.shape)})
 
     def replaced(self, where: Tensor, columns: TokenStats) -> TokenStats:
-        """These columns, but at the positions of the bool `where`, in order, those of `columns`."""
+        """The columns, with the values of `columns`, in order, at the positions of the bool `where`."""
         replaced = self._asdict()
         for name, values in columns._asdict().items():
             if values is not None:
@@ -110,9 +110,9 @@ class TokenStats(NamedTuple):
 
 
 class OwnStats(NamedTuple):
-    """One model's statistics at some positions, from its logits alone."""
+    """One model's statistics at n positions, from its own logits."""
 
     logsumexp: Tensor  # (n,)
     entropy: Tensor  # (n,)
     ids: Tensor  # (n, K) top-K in order
-    logits: Tensor  # (n, K) of these ids
+    logits: Tensor  # (n, K) logits of these ids

@@ -3,6 +3,6 @@
   one step:  the student answers prompts; the teacher reads the same tokens; the best-scored share of them trains the student
   (loop.py; the loss: opd_ops/loss.py)
 
-Needs the extra `train`; `opd-train --help` lists what can be set (config.py).
-Not here: adapters to the trainers of others (opd_ops/integrations/).
+Needs the extra `train`; `opd-train --help` lists the options (config.py).
+Not here: adapters to trainers of other libraries (opd_ops/integrations/).
 """

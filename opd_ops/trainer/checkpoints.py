@@ -1,13 +1,14 @@
-"""Checkpoints: everything a run continues from bit for bit, and the folder of the finished model with its card.
+"""Checkpoints, from which a run continues bit for bit, and the folder of the finished model with its card.
 
   output_dir/checkpoints/step-000040/  weights (safetensors), optimizer, learning-rate schedule, by accelerate;
                                        held_out.safetensors, the answers that evaluations read;
                                        run.json: step, options, digests of the prompts, size and SHA-256 of every other file
   output_dir/model/                    the student by `save_pretrained`, its tokenizer, README.md
 
-run.json is written last and whole, so a checkpoint that has none was cut off, and one whose files differ from it is damaged.
-What a step draws is a function of the step (order.py), so no data order and no generator is stored beyond accelerate's own.
-Under LoRA a checkpoint holds the adapters alone, except where the model is sharded.
+run.json is written last and in one piece. A checkpoint without it is incomplete: its save was interrupted. A checkpoint is
+damaged if a file differs from run.json. The random numbers of a step are a function of the step (order.py), so neither the data
+order nor a generator is stored, except accelerate's own. Under LoRA a checkpoint holds only the adapters, unless the model is
+sharded.
 Not here: when they are written (loop.py), the card's text (model_card.py).
 """
 
@@ -19,17 +20,23 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
+
+from torch import Tensor, nn
 
 from opd_ops.trainer.config import OPDConfig
 from opd_ops.trainer.files import write_whole
 from opd_ops.trainer.rollouts import Rollouts
 
-# What may change between a run and its continuation without a word, since no step depends on it.
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Options that may change between a run and its continuation without a note in the log: no step depends on them.
 FREE = {"steps", "eval_every", "completions", "save_every", "keep_checkpoints", "output_dir", "resume", "report_to", "run_name"}
 FREE |= {"teacher_api_key_env", "rollout_api_key_env"}
-# What may change if the log says so: how far the next updates go, and the memory that they take. All other options say what is
-# learned, from which prompts, and what the numbers in the log mean; lines of two meanings would stand in one log.
+# Options that may change with a note in the log: size of the next updates, and their memory. All other options decide what is
+# learned, from which prompts, and the meaning of the logged numbers. These may not change: all lines of a log mean the same.
 LOGGED = {"learning_rate", "weight_decay", "max_grad_norm", "gradient_checkpointing", "workspace_mib"}
 FOLDER = "checkpoints"  # in output_dir
 ADAPTERS = "adapters.safetensors"
@@ -37,29 +44,45 @@ CONTEXTS = "held_out.safetensors"
 SETTINGS = "run.json"
 
 
+class SavedFile(TypedDict):
+    """A file of a checkpoint, as it was written."""
+
+    size: int  # bytes
+    sha256: str
+
+
+class RunRecord(TypedDict):
+    """The content of run.json."""
+
+    step: int
+    config: dict[str, object]  # every option by name
+    prompts: Mapping[str, str]  # digest by kind of prompts
+    files: dict[str, SavedFile]  # by path in the checkpoint's folder
+
+
 def complete(folder: Path) -> list[Path]:
-    """The folder's checkpoints, oldest first, less any that was cut off: the settings are written last. No copies of them."""
-    own = (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal())
-    return sorted((path for path in own if (path / SETTINGS).is_file()), key=step_of)
+    """The folder's complete checkpoints, which have a run.json, oldest first. Renamed ones and copies do not count."""
+    paths = (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal())
+    return sorted((path for path in paths if (path / SETTINGS).is_file()), key=step_of)
 
 
 def step_of(path: Path) -> int:
-    """The updates after which a checkpoint was saved."""
+    """The number of updates before a checkpoint."""
     return int(path.name.removeprefix("step-"))
 
 
-def choose(folder: Path, accelerator: Any) -> tuple[Path | None, dict[Path, str]]:
-    """`newest_intact`, which the first process finds out for all.
+def choose(folder: Path, accelerator: Accelerator) -> tuple[Path | None, dict[Path, str]]:
+    """`newest_intact`: the first process computes it and sends it to all.
 
     Raises: ValueError: there are checkpoints, and none is intact.
     """
     from accelerate.utils import broadcast_object_list
 
-    chosen: list[Any] = [newest_intact(folder) if accelerator.is_main_process else None]
+    chosen: list[tuple[Path | None, dict[Path, str]]] = [newest_intact(folder) if accelerator.is_main_process else (None, {})]
     broadcast_object_list(chosen)
     path, damaged = chosen[0]
     if path is None and damaged:
-        defects = "; ".join(f"{where.name}: {defect}" for where, defect in damaged.items())
+        defects = "; ".join(f"{checkpoint.name}: {defect}" for checkpoint, defect in damaged.items())
         raise ValueError(
             f"resume: no checkpoint in {folder} is intact ({defects}); put the files back, or remove {folder}: resume then "
             "begins anew"
@@ -68,7 +91,7 @@ def choose(folder: Path, accelerator: Any) -> tuple[Path | None, dict[Path, str]
 
 
 def newest_intact(folder: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint with all its files as they were written, if there is one, and what is wrong with each newer one."""
+    """The newest checkpoint whose files are all as written, or None; and the defect of each newer checkpoint."""
     damaged: dict[Path, str] = {}
     for path in reversed(complete(folder)):
         defect = damage(path)
@@ -79,15 +102,15 @@ def newest_intact(folder: Path) -> tuple[Path | None, dict[Path, str]]:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, in words; None: they are what was written."""
+    """The defect of a checkpoint's files, in words; None: all files are as written."""
     try:
-        files = _settings(path)["files"]
-        for name, written in files.items():
+        files = _read_record(path)["files"]
+        for name, saved in files.items():
             size = (path / name).stat().st_size
-            if size != written["size"]:
-                return f"{name} has {size} bytes of {written['size']}"
-        for name, written in files.items():
-            if _sha256(path / name) != written["sha256"]:
+            if size != saved["size"]:
+                return f"{name} has {size} bytes of {saved['size']}"
+        for name, saved in files.items():
+            if _sha256(path / name) != saved["sha256"]:
                 return f"{name} is not what was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(path)} is missing"
@@ -98,43 +121,43 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def check_resume(path: Path, config: OPDConfig, digests: Mapping[str, str]) -> dict[str, tuple[Any, Any]]:
-    """Whether an intact checkpoint is of this run; the options that differ and may, as they were and are. Needs no model.
+def check_resume(path: Path, config: OPDConfig, digests: Mapping[str, str]) -> dict[str, tuple[object, object]]:
+    """Check that an intact checkpoint belongs to this run. Returns the changed options: name -> (old, new). Needs no model.
 
-    Raises: ValueError: it is of a run with other options or prompts, which are named, or beyond the steps asked for.
+    Raises: ValueError: its run had other options or other prompts, which are named, or it is beyond the last step.
     """
-    settings, now = _settings(path), dataclasses.asdict(config)
-    # A schedule that ends with the run depends on its length.
+    record, new = _read_record(path), dataclasses.asdict(config)
+    # The other schedules depend on the number of steps.
     free = FREE - ({"steps"} if config.lr_scheduler != "constant" else set())
     different = {
-        name: (was, now.get(name)) for name, was in settings["config"].items() if name not in free and now.get(name) != was
+        name: (old, new.get(name)) for name, old in record["config"].items() if name not in free and new.get(name) != old
     }
-    fixed = [f"{name} was {was!r} and is {is_!r}" for name, (was, is_) in different.items() if name not in LOGGED]
+    fixed = [f"{name} was {old!r} and is {now!r}" for name, (old, now) in different.items() if name not in LOGGED]
     if fixed:
         raise ValueError(
             f"resume: {path} is of another run: {', '.join(fixed)}; pass the same options, or another output_dir "
             f"(what may change: {', '.join(sorted(LOGGED))})"
         )
     for name, digest in digests.items():
-        if settings["prompts"].get(name) != digest:
+        if record["prompts"].get(name) != digest:
             raise ValueError(
                 f"resume: the {name} are not those that {path} was trained with; put their file back as it was, or pass "
                 "another output_dir"
             )
-    if settings["step"] > config.steps:
-        raise ValueError(f"steps: got {config.steps}, expected at least {settings['step']}, as {path} has done")
+    if record["step"] > config.steps:
+        raise ValueError(f"steps: got {config.steps}, expected at least {record['step']}, as {path} has done")
     return different
 
 
 class Checkpoints:
-    """The checkpoints of one run; every process calls each method."""
+    """The checkpoints of one run. All processes must call each method together."""
 
     def __init__(
         self,
         folder: Path,
         config: OPDConfig,
-        accelerator: Any,
-        model: Any,
+        accelerator: Accelerator,
+        model: PreTrainedModel,
         digests: Mapping[str, str],
         *,
         adapters_alone: bool,
@@ -146,72 +169,72 @@ class Checkpoints:
         self.model = model
 
     def save(self, step: int, contexts: Rollouts | None, *, prunes: bool = True) -> None:
-        """After `step` updates. With `prunes` only the latest `keep_checkpoints` are kept."""
+        """Save the state after `step` updates. With `prunes`, delete all but the latest `keep_checkpoints`."""
         path = self.folder / f"step-{step:06}"
         if self.accelerator.is_main_process:
-            shutil.rmtree(path, ignore_errors=True)  # of a save that was cut off: none that is complete is written again
+            shutil.rmtree(path, ignore_errors=True)  # left by an interrupted save: a complete checkpoint is never rewritten
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(path))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            self._settle(path, step, contexts)
+            self._write_record(path, step, contexts)
             for old in complete(self.folder)[: -self.config.keep_checkpoints] if prunes else []:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
-    def load(self, path: Path) -> tuple[int, dict[str, Any]]:
-        """The number of updates done, and the held-out answers, if there are any."""
+    def load(self, path: Path) -> tuple[int, dict[str, Tensor]]:
+        """Load the state. Returns the number of updates done, and the tensors of the held-out answers, {} if there are none."""
         from safetensors.torch import load_file
 
         self.accelerator.load_state(str(path))
         contexts = load_file(path / CONTEXTS) if (path / CONTEXTS).is_file() else {}
-        return _settings(path)["step"], contexts
+        return _read_record(path)["step"], contexts
 
     def set_aside(self, path: Path, why: str) -> Path:
-        """Rename a checkpoint, so that no run continues from it; its new name."""
+        """Rename a checkpoint, so that no run continues from it. Returns its new path."""
         aside = path.with_name(f"{why}-{path.name}")
-        self.accelerator.wait_for_everyone()  # so that all have seen it under the old one
+        self.accelerator.wait_for_everyone()  # so that all processes have listed it under its old name
         if self.accelerator.is_main_process:
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
         self.accelerator.wait_for_everyone()
         return aside
 
-    def _settle(self, path: Path, step: int, contexts: Rollouts | None) -> None:
-        """What is not accelerate's, and last the list of all files."""
+    def _write_record(self, path: Path, step: int, contexts: Rollouts | None) -> None:
+        """Write the held-out answers, and last run.json, which lists all files."""
         from safetensors.torch import save_file
 
         if contexts is not None:
             save_file({"tokens": contexts.tokens.cpu(), "mask": contexts.mask.cpu()}, path / CONTEXTS)
-        files = {
+        files: dict[str, SavedFile] = {
             file.relative_to(path).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)}
             for file in sorted(path.rglob("*"))
             if file.is_file()
         }
         config = dataclasses.asdict(self.config)
-        settings = {"step": step, "config": config, "prompts": self.digests, "files": files}
-        write_whole(path / SETTINGS, json.dumps(settings, indent=1))
+        record: RunRecord = {"step": step, "config": config, "prompts": self.digests, "files": files}
+        write_whole(path / SETTINGS, json.dumps(record, indent=1))
 
-    def _save_adapters(self, models: list[Any], weights: list[Any], path: str) -> None:
+    def _save_adapters(self, models: list[nn.Module], weights: list[dict[str, Tensor]], path: str) -> None:
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
 
         if self.accelerator.is_main_process:
-            found = get_peft_model_state_dict(self.model)
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}, Path(path) / ADAPTERS)
-        weights.clear()  # so that accelerate writes none
+            adapters = get_peft_model_state_dict(self.model)
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in adapters.items()}, Path(path) / ADAPTERS)
+        weights.clear()  # so that accelerate writes no weights itself
 
-    def _load_adapters(self, models: list[Any], path: str) -> None:
+    def _load_adapters(self, models: list[nn.Module], path: str) -> None:
         from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
 
         set_peft_model_state_dict(self.model, load_file(Path(path) / ADAPTERS))
-        models.clear()  # nor reads any
+        models.clear()  # so that accelerate reads no weights itself
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    settings: dict[str, Any] = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
-    return settings
+def _read_record(path: Path) -> RunRecord:
+    record: RunRecord = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
+    return record
 
 
 def _sha256(path: Path) -> str:
@@ -219,9 +242,9 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_model(folder: Path, accelerator: Any, model: Any, tokenizer: Any, card: str) -> None:
-    """The student as `from_pretrained` reads it (under LoRA its adapters), its tokenizer and its card."""
-    state = accelerator.get_state_dict(model)  # gathered, where it is sharded
+def save_model(folder: Path, accelerator: Accelerator, model: nn.Module, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
+    """Save the student for `from_pretrained` (under LoRA its adapters), its tokenizer and its card."""
+    state = accelerator.get_state_dict(model)  # gathered, if the model is sharded
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(folder, state_dict=state, safe_serialization=True)
         tokenizer.save_pretrained(folder)

@@ -13,16 +13,16 @@ from opd_ops.trainer.servers.client import ServerError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read and check the options, then train; what can be refused is refused before a model loads."""
+    """Read and check the options, then train. As many errors as possible come before a model loads."""
     try:
         config = read_config(arguments)
-        from opd_ops.trainer.loop import OPDTrainer  # seconds to import, so only once the options have been found good
+        from opd_ops.trainer.loop import OPDTrainer  # takes seconds to import, so only after the options are checked
 
         OPDTrainer(config).train()
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error}; opd-train needs what pip install 'opd-ops[train]' installs")
     except (ValueError, OSError, FloatingPointError, ServerError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")  # one line, however many a library's error has
+        sys.exit(f"error: {' '.join(str(error).split())}")  # one line, also if a library's error has several
 
 
 if __name__ == "__main__":

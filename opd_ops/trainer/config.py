@@ -1,8 +1,8 @@
-"""What can be set about a run: a dataclass, read from a YAML file and flags, checked before any model loads.
+"""The options of a run: a dataclass, read from a YAML file and flags, checked before any model loads.
 
   opd-train --config FILE.yaml --fraction 0.05:  a line `name: value` of the file is the flag `--name value`; flags win
 
-Not here: what they do (loop.py and its neighbours), the settings of the loss (opd_ops/settings.py).
+Not here: what the options do (loop.py and the files that it imports), the settings of the loss (opd_ops/settings.py).
 """
 
 from __future__ import annotations
@@ -16,20 +16,25 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 from opd_ops.divergences import Divergence, resolve_divergence
 from opd_ops.settings import DEFAULTS, HELP, Settings
 from opd_ops.trainer.files import check_path, check_text, read_text
 from opd_ops.trainer.prompts import PromptSource
 
+if TYPE_CHECKING:
+    import yaml
+
 SAME = "same"
-GIVEN = "passed as an object"
+PASSED_AS_OBJECT = "passed as an object"
 MOST_TOP_K = 128
-PATHS = ("student", "teacher", "prompts", "eval_prompts", "output_dir")  # where they are no names on the hub
+PATHS = ("student", "teacher", "prompts", "eval_prompts", "output_dir")  # options that may be paths
+Scope = Literal["batch", "sequence", "global"]
+Value = TypeVar("Value")
 
 
-def _option(default: Any, text: str) -> Any:
+def _option(default: Value, text: str) -> Value:
     return field(default=default, metadata={"help": text})
 
 
@@ -37,7 +42,7 @@ def _option(default: Any, text: str) -> Any:
 class OPDConfig:
     """Every option of the reference trainer, with its default; `opd-train --help` prints the same.
 
-    Raises (from `check`): ValueError: the option, what came, what was expected.
+    Raises (from `check`): ValueError: an invalid option; the message has its name, its value and the expected values.
     """
 
     # models
@@ -77,13 +82,13 @@ class OPDConfig:
     rollout_model: str | None = _option(None, "Name that server has for the student's base; none: the only model it serves.")
     rollout_api_key_env: str | None = _option(None, "Environment variable that holds the key of that server, if it wants one.")
     # loss
-    selector: str = _option(DEFAULTS.selector, HELP["selector"])
+    selector: str = _option(str(DEFAULTS.selector), HELP["selector"])
     fraction: float = _option(DEFAULTS.fraction, HELP["fraction"])
-    scope: Literal["batch", "sequence", "global"] = _option(
-        DEFAULTS.scope,
+    scope: Scope = _option(  # noqa: RUF009  # `_option` is a dataclass field
+        cast("Scope", DEFAULTS.scope),
         "One budget for each process's micro-batch, for each answer, or for all processes' micro-batches together.",
     )
-    divergence: str = _option(DEFAULTS.divergence, "Name of the loss on the selected positions (docs/features.md).")
+    divergence: str = _option(str(DEFAULTS.divergence), "Name of the loss on the selected positions (docs/features.md).")
     divergence_args: str = _option("", "Its parameters, like beta=0.3 or top_k=8,alpha=0.5.")
     top_k: int = _option(DEFAULTS.top_k, HELP["top_k"])
     workspace_mib: int = _option(256, "Scratch memory of the loss, MiB.")
@@ -113,7 +118,7 @@ class OPDConfig:
     run_name: str = _option("opd", "The run's folder in TensorBoard, its project in Weights & Biases.")
 
     def settings(self) -> Settings:
-        """Of the loss."""
+        """Settings of the loss."""
         return Settings(
             selector=self.selector,
             fraction=self.fraction,
@@ -129,13 +134,13 @@ class OPDConfig:
         if not self.divergence_args:
             return divergence
         pairs = [part.partition("=") for part in self.divergence_args.split(",")]
-        known: list[str] = [f.name for f in dataclasses.fields(divergence)] if dataclasses.is_dataclass(divergence) else []
+        names: list[str] = [f.name for f in dataclasses.fields(divergence)] if dataclasses.is_dataclass(divergence) else []
         try:
             values = {name.strip(): _number(text) for name, _, text in pairs}
-            if not set(values) <= set(known):
+            if not set(values) <= set(names):
                 raise ValueError
         except ValueError:
-            what = f"name=number with names of {', '.join(known)}" if known else f"nothing: {self.divergence} has no parameters"
+            what = f"name=number with names of {', '.join(names)}" if names else f"nothing: {self.divergence} has no parameters"
             raise ValueError(f"divergence_args: got {self.divergence_args!r}, expected {what}") from None
         return dataclasses.replace(divergence, **values)  # type: ignore[type-var]
 
@@ -150,7 +155,7 @@ class OPDConfig:
         return PromptSource(self.eval_prompts, split, self.eval_prompts_name or name)
 
     def api_key(self, role: Literal["teacher", "rollout"]) -> str | None:
-        """Of that server, from the environment: a key in an option would go into cards, logs and checkpoints."""
+        """The server's key, from the environment: a key in an option would be written into cards, logs and checkpoints."""
         variable = getattr(self, f"{role}_api_key_env")
         return None if variable is None else os.environ[variable]
 
@@ -158,7 +163,7 @@ class OPDConfig:
         return [name.strip() for name in self.report_to.split(",") if name.strip()]
 
     def check(self) -> OPDConfig:
-        """Itself, if a run can begin; files are looked for, models are not loaded."""
+        """Check all options and return `self`. Files must exist; no model is loaded."""
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, str):
                 check_text(value, name)
@@ -219,17 +224,17 @@ class OPDConfig:
 
     def _check_sources(self) -> None:
         for name in ("split", "name"):
-            came = getattr(self, f"eval_prompts_{name}")
-            if self.eval_prompts is None and came is not None:
+            value = getattr(self, f"eval_prompts_{name}")
+            if self.eval_prompts is None and value is not None:
                 raise ValueError(
-                    f"eval_prompts_{name}: got {came!r} without eval_prompts; set that too, to {self.prompts!r} "
+                    f"eval_prompts_{name}: got {value!r} without eval_prompts; set that too, to {self.prompts!r} "
                     "for the same dataset"
                 )
         train, held_out = self.train_source(), self.eval_source()
-        for option, found in (("prompts_name", train), ("eval_prompts_name", held_out)):
-            if found is not None and found.name is not None and Path(found.source).exists():
+        for option, source in (("prompts_name", train), ("eval_prompts_name", held_out)):
+            if source is not None and source.name is not None and Path(source.source).exists():
                 raise ValueError(
-                    f"{option}: got {found.name!r}, but {found.source} is here and has no configurations; leave it out"
+                    f"{option}: got {source.name!r}, but {source.source} is here and has no configurations; leave it out"
                 )
         if held_out is not None and held_out.what() == train.what():
             raise ValueError(
@@ -253,12 +258,12 @@ class OPDConfig:
         from accelerate.tracking import get_available_trackers
         from accelerate.utils import LoggerType
 
-        known = [tracker.value for tracker in LoggerType if tracker.value != "all"]
-        unknown = [name for name in self.trackers() if name not in known]
+        trackers = [tracker.value for tracker in LoggerType if tracker.value != "all"]
+        unknown = [name for name in self.trackers() if name not in trackers]
         if unknown:
-            raise ValueError(f"report_to: got {unknown[0]!r}, expected some of: {', '.join(known)}")
+            raise ValueError(f"report_to: got {unknown[0]!r}, expected some of: {', '.join(trackers)}")
         installed = [str(getattr(name, "value", name)) for name in get_available_trackers()]
-        missing = [name for name in self.trackers() if name not in installed]  # accelerate would leave them out without a word
+        missing = [name for name in self.trackers() if name not in installed]  # accelerate would ignore them without a warning
         if missing:
             raise ValueError(f"report_to: got {missing[0]!r}, whose package is not installed; pip install it, or leave it out")
 
@@ -269,19 +274,19 @@ class OPDConfig:
 
 
 def read_config(arguments: Sequence[str] | None = None) -> OPDConfig:
-    """The configuration by flags and the YAML file they name; a bad one ends the program with a line that says why."""
+    """The configuration from the flags and the YAML file that they name. An error ends the program with its message."""
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(
         OPDConfig, prog="opd-train", description="On-policy distillation on the tokens that are worth it.", allow_abbrev=False
     )
     parser.add_argument("--config", type=Path, help="YAML file of options; flags win over it.")
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    named, rest = first.parse_known_args(arguments)
+    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser.add_argument("--config", type=Path)
+    parsed, flags = config_parser.parse_known_args(arguments)
     try:
-        from_file = [] if named.config is None else read_yaml(named.config)
-        (config, _) = parser.parse_args_into_dataclasses([*from_file, *rest], look_for_args_file=False)
+        from_file = [] if parsed.config is None else read_yaml(parsed.config)
+        (config, _) = parser.parse_args_into_dataclasses([*from_file, *flags], look_for_args_file=False)
         config.check()
     except (ValueError, TypeError) as error:
         parser.error(str(error))
@@ -292,7 +297,7 @@ def read_config(arguments: Sequence[str] | None = None) -> OPDConfig:
 def read_yaml(path: Path) -> list[str]:
     """The file's options as flags, so that one parser reads and checks both.
 
-    Raises: ValueError: no such file, no mapping, an option that there is not, or one twice; names the file and the line.
+    Raises: ValueError: no such file, no mapping, an unknown option, or an option twice; names the file and the line.
     """
     import yaml
 
@@ -307,43 +312,43 @@ def read_yaml(path: Path) -> list[str]:
         raise ValueError(f"config: {path}:{_line(error, text)} is no YAML: {_reason(error)}") from None
     except RecursionError:
         raise ValueError(f"config: {path}:{loader.line + 1} is nested too deeply, expected lines `name: value`") from None
-    known = [f.name for f in dataclasses.fields(OPDConfig)]
+    names = [f.name for f in dataclasses.fields(OPDConfig)]
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
         kind = type(loader.construct_document(root)).__name__
-        raise ValueError(f"config: {path} has {kind}, expected lines `name: value` with names of: {', '.join(known)}")
+        raise ValueError(f"config: {path} has {kind}, expected lines `name: value` with names of: {', '.join(names)}")
     flags: dict[str, str] = {}
     lines: dict[str, int] = {}
     for key, value in root.value:
         name, line = key.value if isinstance(key, yaml.ScalarNode) else key.id, key.start_mark.line + 1
         where = f"config: {path}:{line}"
-        if name not in known:
+        if name not in names:
             shown = name if name.isidentifier() else repr(name[:40])
-            raise ValueError(f"{where} has {shown}, expected lines `name: value` with names of: {', '.join(known)}")
+            raise ValueError(f"{where} has {shown}, expected lines `name: value` with names of: {', '.join(names)}")
         if name in lines:
             raise ValueError(f"{where} has {name} again, which line {lines[name]} has already; keep one of them")
         lines[name] = line
         if not isinstance(value, yaml.ScalarNode):
             raise ValueError(f"{where}: {name}: got a {value.id}, expected one value")
         try:
-            set_to = loader.construct_object(value)
-        except ValueError as error:  # a date or a number that Python has not
+            setting = loader.construct_object(value)
+        except ValueError as error:  # a date or a number that Python does not have
             raise ValueError(f"{where}: {name}: got {value.value[:40]!r}, expected a value ({error})") from None
-        check_text(str(set_to), f"{where}: {name}")
-        if set_to is not None:
-            flags[name] = f"--{name}={set_to}"  # one word, so that a value that begins with a minus is no flag
+        check_text(str(setting), f"{where}: {name}")
+        if setting is not None:
+            flags[name] = f"--{name}={setting}"  # one word, so that a value that begins with a minus is no flag
     return list(flags.values())
 
 
-def _line(error: Any, text: str) -> int:
-    """Where the parser's error is: at a mark, or, a character that YAML does not allow, at a position."""
+def _line(error: yaml.YAMLError, text: str) -> int:
+    """The line of the parser's error, from its mark; an error about a forbidden character has a position instead."""
     mark = getattr(error, "problem_mark", None)
     return 1 + (text.count("\n", 0, getattr(error, "position", 0)) if mark is None else int(mark.line))
 
 
-def _reason(error: Exception) -> str:
-    """The parser's error in one line, without the excerpt that it draws."""
+def _reason(error: yaml.YAMLError) -> str:
+    """The parser's error in one line, without its excerpt of the file."""
     return str(getattr(error, "problem", None) or str(error).partition("\n")[0])
 
 

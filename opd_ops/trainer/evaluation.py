@@ -1,11 +1,11 @@
 """Held-out evaluation: divergences on contexts that never change, and fresh greedy answers.
 
-  The contexts are answers that the untrained student sampled once to the held-out prompts: between two evaluations, and
-  between two runs with one seed, only the model changes (the fixed-context diagnostic of arXiv 2605.26844, section 3).
-  forward_kl = mean over their tokens of KL(teacher || student), nats; entropies likewise
-  accuracy = share of the prompts with an answer whose greedy completion says exactly that
+  The contexts are answers to the held-out prompts that the untrained student sampled once. Between two evaluations, and between
+  two runs with the same seed, only the model changes (the fixed-context diagnostic of arXiv 2605.26844, section 3).
+  forward_kl = mean over the contexts' tokens of KL(teacher || student), nats; entropies likewise
+  accuracy = share of exact greedy completions, among the prompts that have an expected answer
 
-Every process evaluates all of it: none waits for another, and sharded models are gathered in step.
+Every process evaluates all prompts: no process waits for another, and all gather a sharded model at the same time.
 Not here: when (loop.py), where the numbers go (runlog.py).
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -26,6 +26,12 @@ from opd_ops.trainer.prompts import Prompt
 from opd_ops.trainer.rollouts import Rollouts, head_over, sample
 from opd_ops.trainer.teachers import Teacher
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from typing_extensions import Unpack
+
+    from opd_ops.trainer.rollouts import GenerationOptions
+
 COLUMNS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy")
 
 
@@ -34,14 +40,20 @@ class Completion(NamedTuple):
 
     prompt: str
     text: str
-    answer: str | None  # what was expected
-    is_exact: bool | None  # None: nothing was
+    answer: str | None  # the expected answer
+    is_exact: bool | None  # None: the prompt has no expected answer
 
 
 def sample_contexts(
-    student: Any, tokenizer: Any, prompts: Sequence[Prompt], *, batch_size: int, seed: int, **options: Any
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    batch_size: int,
+    seed: int,
+    **options: Unpack[GenerationOptions],
 ) -> Rollouts:
-    """The fixed answers; `options` are those of `sample`."""
+    """The contexts; `options` are those of `sample`."""
     parts = [
         sample(student, tokenizer, prompts[i : i + batch_size], seed=seed_of(seed, "held out", i), **options)
         for i in range(0, len(prompts), batch_size)
@@ -54,20 +66,27 @@ def sample_contexts(
 
 
 def greedy_completions(
-    student: Any, tokenizer: Any, prompts: Sequence[Prompt], *, batch_size: int, pattern: str, **options: Any
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    batch_size: int,
+    pattern: str,
+    **options: Unpack[GenerationOptions],
 ) -> list[Completion]:
-    """Greedy answers, and whether each says what was expected."""
-    found = []
+    """Sample greedy answers, and compare each with the expected answer."""
+    options["temperature"] = 0.0
+    completions = []
     for i in range(0, len(prompts), batch_size):
-        rollouts = sample(student, tokenizer, prompts[i : i + batch_size], **options | {"temperature": 0.0})
-        found += completions_of(rollouts, tokenizer, pattern)
-    return found
+        rollouts = sample(student, tokenizer, prompts[i : i + batch_size], **options)
+        completions += completions_of(rollouts, tokenizer, pattern)
+    return completions
 
 
 @torch.no_grad()
 def held_out_metrics(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     teacher: Teacher,
     contexts: Rollouts,
     *,
@@ -75,44 +94,47 @@ def held_out_metrics(
     unwrapped: nn.Module,
     settings: Settings,
 ) -> dict[str, float]:
-    """Means over the valid tokens of the contexts, in nats; of the loss on all of them, and of what the teacher lets know."""
+    """Means over the valid tokens of the contexts, in nats: the loss of every token, and COLUMNS that this teacher determines.
+
+    A teacher that sends lists determines only the student's entropy.
+    """
     was_training = model.training
     model.eval()
     totals, n_valid = dict.fromkeys(("loss", *COLUMNS), 0.0), 0.0
-    known: Sequence[str] = ()
+    names: Sequence[str] = ()
     loss_fn = SelectiveOPDLoss(settings.every_token)
     for first in range(0, len(contexts.tokens), batch_size):
         rows = slice(first, first + batch_size)
         part = Rollouts(contexts.prompts[rows], contexts.tokens[rows], contexts.mask[rows])
         head = head_over(model, tokenizer, part, unwrapped=unwrapped)
-        taught = teacher(part)
-        known = ("loss", *COLUMNS) if isinstance(taught, LinearHead) else ("loss", "student_entropy")
-        out = loss_fn(head, taught, mask=part.mask, tokens=part.tokens)
+        source = teacher(part)
+        names = ("loss", *COLUMNS) if isinstance(source, LinearHead) else ("loss", "student_entropy")
+        out = loss_fn(head, source, mask=part.mask, tokens=part.tokens)
         totals["loss"] += out.metrics["loss_sum"].item()
         for name in COLUMNS:
             totals[name] += getattr(out.stats, name).sum().item()
         n_valid += out.metrics["n_valid"].item()
     model.train(was_training)
-    return {name: totals[name] / n_valid for name in known if n_valid}
+    return {name: totals[name] / n_valid for name in names if n_valid}
 
 
-def completions_of(rollouts: Rollouts, tokenizer: Any, pattern: str) -> list[Completion]:
-    """The greedy answers, and whether each says what was expected."""
-    found = []
+def completions_of(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, pattern: str) -> list[Completion]:
+    """The greedy answers, each compared with the expected answer."""
+    completions = []
     for prompt, text in zip(rollouts.prompts, rollouts.answers(tokenizer), strict=True):
         is_exact = None if prompt.answer is None else is_exact_match(text, prompt.answer, pattern)
-        found.append(Completion(prompt.text, text, prompt.answer, is_exact))
-    return found
+        completions.append(Completion(prompt.text, text, prompt.answer, is_exact))
+    return completions
 
 
 def accuracy(completions: Sequence[Completion]) -> float | None:
-    """Share of exact answers among the prompts that have one; None: none has."""
+    """Share of exact completions among the prompts that have an expected answer; None: no prompt has one."""
     judged = [completion.is_exact for completion in completions if completion.is_exact is not None]
     return sum(judged) / len(judged) if judged else None
 
 
 def is_exact_match(text: str, answer: str, pattern: str = "") -> bool:
-    """Whether `text`, or the last match of `pattern` in it, equals `answer` but for case and white space."""
+    """Whether `text`, or the last match of `pattern` in it, equals `answer`. Case and white space do not count."""
     if pattern:
         matches = list(re.finditer(pattern, text))
         if not matches:

@@ -1,4 +1,4 @@
-"""Text and paths as users give them, refused with their place; files that a run depends on, written whole or not at all.
+"""Checks of text and paths that come from users, with errors that name the place; files that are written whole or not at all.
 
 Not here: what the files hold (prompts.py, config.py, checkpoints.py, runlog.py).
 """
@@ -29,7 +29,7 @@ def read_text(path: Path) -> str:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write the file so that a reader, also one after a crash, sees all of the text or what was there before."""
+    """Write the file so that a reader, also after a crash, sees either the whole text or the previous content."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -39,11 +39,12 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def check_text(text: str, where: str) -> None:
-    """Whether UTF-8 can hold the text; `where` begins the error.
+    """Check that UTF-8 can encode the text; an error begins with `where`.
 
-    Escapes of JSON and YAML, and arguments that are not UTF-8, make lone surrogates; a tokenizer or a file fails on them later.
+    Escapes in JSON and YAML, and arguments that are not UTF-8, can make lone surrogates; a tokenizer or a file fails on them
+    later.
 
-    Raises: ValueError: it has a lone surrogate; names the character.
+    Raises: ValueError: a lone surrogate; names the character.
     """
     place = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
     if place is not None:
@@ -51,9 +52,9 @@ def check_text(text: str, where: str) -> None:
 
 
 def check_path(text: str, where: str) -> None:
-    """Whether the system can look for such a path, which need not exist; `where` begins the error.
+    """Check that the system accepts the path, which need not exist; an error begins with `where`.
 
-    Raises: ValueError: it cannot; says why.
+    Raises: ValueError: the system does not accept it; says why.
     """
     try:
         os.stat(text)

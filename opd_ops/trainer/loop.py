@@ -1,12 +1,13 @@
 """The on-policy loop: the student answers, the teacher reads its tokens, the best-scored share of them trains the student.
 
-  gradient of a step = sum over its micro-batches and processes of
-      sum over selected tokens of the divergence / (n n_selected / n_valid),   n: valid tokens of the whole step
-  (arXiv 2605.26844, eqs. 6, 12, 13), so that neither accumulation, processes nor selecting change the size of a step.
+  loss of a step = sum over its micro-batches and processes of
+      sum over selected tokens of the divergence / (n n_selected / n_valid)
+  (arXiv 2605.26844, eqs. 6, 12, 13); n: valid tokens of the whole step; n_selected, n_valid: counts of the micro-batch.
+  So neither accumulation, the number of processes nor selection changes the size of a step.
 
-Rollouts are made once a step, with the weights that it updates. Budgets are per micro-batch (scope "batch") or per answer.
-Both models run to hidden states; logits exist only as the loss's blocks, and the sampler's last row.
-Not here: what can be set (config.py), what a step draws (order.py), the loss (opd_ops/loss.py).
+Answers are sampled once a step, with the weights that the step updates. Budgets are per micro-batch (scope "batch") or per
+answer. Both models run only to their hidden states; logits exist only in blocks inside the loss, and in the sampler's last row.
+Not here: the options (config.py), the prompts and seeds of a step (order.py), the loss (opd_ops/loss.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from accelerate import Accelerator
@@ -30,7 +31,7 @@ from opd_ops.loss import SelectiveOPDLoss
 from opd_ops.trainer import evaluation
 from opd_ops.trainer.blow_up import are_finite, blow_up
 from opd_ops.trainer.checkpoints import FOLDER, Checkpoints, check_resume, choose, save_model
-from opd_ops.trainer.config import GIVEN, SAME, OPDConfig
+from opd_ops.trainer.config import PASSED_AS_OBJECT, SAME, OPDConfig
 from opd_ops.trainer.model_card import describe_teacher, model_card
 from opd_ops.trainer.models import load_tokenizer
 from opd_ops.trainer.order import seed_of
@@ -52,9 +53,11 @@ from opd_ops.trainer.teachers import Teacher, check_teacher, make_teacher
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from opd_ops.trainer.rollouts import GenerationOptions
+
 MODEL = "model"  # in output_dir
 EVAL = "eval_"
-MEANS = {  # logged name: the metric's sum, and what it is divided by
+MEANS = {  # logged name: (sum of the metric, count that divides it)
     "kl": ("kl_all_sum", "n_valid"),
     "kl_selected": ("kl_selected_sum", "n_selected"),
     "entropy": ("entropy_sum", "n_valid"),
@@ -67,16 +70,16 @@ COUNTS = ("n_valid", "n_selected", "n_infinite", "n_teacher_nonfinite")
 
 
 class OPDTrainer:
-    """A run, from its configuration; what is passed beside it replaces what the configuration names.
+    """A run, from its configuration. An object that is passed too replaces the one that the configuration names.
 
     Args:
         config: The options; checked here.
-        student: A causal language model to train (LoRA and checkpointing of activations are still put on it).
-        tokenizer: Its tokenizer.
+        student: A causal language model to train (LoRA and gradient checkpointing are still added by the options).
+        tokenizer: The student's tokenizer.
         teacher: `rollouts -> LinearHead (B, L, D) or TopKLogprobs (B, L, K)`, see inputs/teacher_lists.py.
         prompts, eval_prompts: Lists of `Prompt`.
-    Raises (before any model loads): ValueError: an option, a prompt, a teacher with another vocabulary, a checkpoint of another
-        run. ServerError: a server that cannot teach or sample.
+    Raises (before any model loads): ValueError: an invalid option or prompt, a teacher with another vocabulary, a checkpoint of
+        another run. ServerError: a server that cannot teach or sample.
     Example:
         >>> OPDTrainer(OPDConfig(student="Qwen/Qwen3-0.6B", teacher="Qwen/Qwen3-4B", prompts="questions.jsonl")).train()
     """
@@ -93,29 +96,29 @@ class OPDTrainer:
     ) -> None:
         self.config = config = dataclasses.replace(
             config,
-            student=config.student or ("" if student is None else GIVEN),
-            prompts=config.prompts or ("" if prompts is None else GIVEN),
+            student=config.student or ("" if student is None else PASSED_AS_OBJECT),
+            prompts=config.prompts or ("" if prompts is None else PASSED_AS_OBJECT),
         ).check()
         self.folder = Path(config.output_dir)
         holds_run = (self.folder / FILE).exists() or any((self.folder / FOLDER).glob("*")) or (self.folder / MODEL).exists()
         if holds_run and not config.resume:
             raise ValueError(f"output_dir: {self.folder} holds a run; pass resume to continue it, or another folder")
         self.prompts, self.held_out = self._read_prompts(prompts, eval_prompts)
-        is_itself = teacher is None and config.teacher == SAME and config.teacher_url is None
-        if is_itself and config.teacher_system is None and all(prompt.teacher_system is None for prompt in self.prompts):
+        is_student = teacher is None and config.teacher == SAME and config.teacher_url is None
+        if is_student and config.teacher_system is None and all(prompt.teacher_system is None for prompt in self.prompts):
             raise ValueError(
                 "teacher: got 'same' and no teacher_system, so that student and teacher are one and there is nothing to learn; "
                 "name another teacher, or tell it more"
             )
-        self.taught_by = describe_teacher(config) if teacher is None else GIVEN
+        self.taught_by = describe_teacher(config) if teacher is None else PASSED_AS_OBJECT
 
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"output_dir: got {config.output_dir!r}, expected a folder ({error.strerror})") from None
-        mixed = None if config.mixed_precision == "no" else config.mixed_precision
+        precision = None if config.mixed_precision == "no" else config.mixed_precision
         trackers = config.trackers() or None
-        self.accelerator = Accelerator(mixed_precision=mixed, log_with=trackers, project_dir=str(self.folder))
+        self.accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_dir=str(self.folder))
         digests = {"prompts": digest_of(self.prompts), "held-out prompts": digest_of(self.held_out)}
         self.start, self.damaged = choose(self.folder / FOLDER, self.accelerator) if config.resume else (None, {})
         self.changed = {} if self.start is None else check_resume(self.start, config, digests)
@@ -129,8 +132,8 @@ class OPDTrainer:
         optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.model, self.optimizer = self.accelerator.prepare(model.train(), optimizer)
         # transformers' "constant" has no warm-up.
-        shape = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
-        self.schedule = get_scheduler(shape, self.optimizer, config.warmup_steps, config.steps)
+        scheduler = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
+        self.schedule = get_scheduler(scheduler, self.optimizer, config.warmup_steps, config.steps)
         self.accelerator.register_for_checkpointing(self.schedule)
         self.is_sharded = self.accelerator.distributed_type == DistributedType.FSDP
         self.checkpoints = Checkpoints(
@@ -141,17 +144,18 @@ class OPDTrainer:
             digests,
             adapters_alone=config.lora_rank > 0 and not self.is_sharded,
         )
-        # From weights that have blown up something is sampled too: the step, in which all processes agree, says what happened.
-        self.sampling = sampling_options(config) | {"remove_invalid_values": True}
-        self.sampling |= {"synced_gpus": True} if self.is_sharded else {}
+        # Sampling must not fail when weights have blown up: the step's own check, alike in all processes, raises the error.
+        self.sampling = cast("GenerationOptions", {**sampling_options(config), "remove_invalid_values": True})
+        if self.is_sharded:
+            self.sampling["synced_gpus"] = True
         self.sampler = self._make_sampler()
         self.contexts: Rollouts | None = None
 
     def train(self) -> dict[str, float]:
-        """Train to the end, or to SIGTERM; the last held-out numbers, nats a token.
+        """Train to the end, or to SIGTERM. Returns the last held-out numbers, in nats per token.
 
-        Raises: SystemExit(143): SIGTERM came; a checkpoint was saved before. FloatingPointError: a loss, a gradient or weights
-            that are not finite; nothing is saved of them, and the message names the checkpoint to continue from.
+        Raises: SystemExit(143): SIGTERM came; a checkpoint was saved first. FloatingPointError: a loss, a gradient or weights
+            are not finite; the weights are not saved, and the message names the checkpoint to continue from.
         """
         settings = {name: value for name, value in dataclasses.asdict(self.config).items() if value is not None}
         self.accelerator.init_trackers(self.config.run_name, config=settings)
@@ -167,7 +171,7 @@ class OPDTrainer:
                     after = self._evaluate(done, log)
                 is_stopped = stopping.is_asked()
                 if is_last or is_stopped:
-                    # After a SIGTERM no gradient has shown that these weights are good: an older checkpoint stays beside them.
+                    # After a SIGTERM no next gradient has checked these weights, so older checkpoints are not deleted.
                     self.checkpoints.save(done, self.contexts, prunes=is_last)
                 if is_stopped and not is_last:
                     log.say(f"SIGTERM: saved after step {done}; --resume continues")
@@ -180,11 +184,11 @@ class OPDTrainer:
         return after
 
     @property
-    def unwrapped(self) -> Any:
+    def unwrapped(self) -> PreTrainedModel:
         return self.accelerator.unwrap_model(self.model)
 
     def _begin(self, log: RunLog) -> int:
-        """What a checkpoint holds, if there is one to continue from; the number of updates done."""
+        """Load the checkpoint to continue from, if there is one. Returns the number of updates done."""
         first = 0
         if self.start is None:
             self.contexts = self._sample_contexts()
@@ -205,18 +209,21 @@ class OPDTrainer:
     # --- a step ------------------------------------------------------------------------------------------------------
 
     def _step(self, step: int, log: RunLog, *, saves: bool) -> str:
-        """One update, logged; its numbers in a line. With `saves`, the weights before it, known by then to have a gradient."""
+        """One update, logged. Returns its numbers as one line of text.
+
+        With `saves`, the weights before the update are saved, once their gradient is known to be finite.
+        """
         began = time.perf_counter()
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        mine = [i * ranks + rank for i in range(self.config.gradient_accumulation_steps)]
-        batches = [self.sampler(step, number) for number in mine]
+        micro_batches = [i * ranks + rank for i in range(self.config.gradient_accumulation_steps)]
+        batches = [self.sampler(step, number) for number in micro_batches]
         n_items = self._sum(torch.stack([batch.mask.sum() for batch in batches]).sum())
         totals: dict[str, Tensor] = {}
-        for number, batch in zip(mine, batches, strict=True):
-            is_last = number == mine[-1]
+        for number, batch in zip(micro_batches, batches, strict=True):
+            is_last = number == micro_batches[-1]
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 out = self._loss(batch, n_items, step, number)
-                # Gradients are averaged over the processes, and the denominator is that of all of them.
+                # Gradients are averaged over the processes, but the denominator already counts the tokens of all processes.
                 self.accelerator.backward(out.loss * ranks)
             for name, value in out.metrics.items():
                 totals[name] = totals.get(name, 0) + value.double()
@@ -243,7 +250,7 @@ class OPDTrainer:
         )
 
     def _set_rates(self) -> None:
-        """The optimizer's numbers as the options have them, where a checkpoint has brought its own."""
+        """Set learning rate and weight decay from the options: the checkpoint's optimizer state has its own values."""
         self.schedule.base_lrs = [self.config.learning_rate] * len(self.schedule.base_lrs)
         for group, scale in zip(self.optimizer.param_groups, self.schedule.lr_lambdas, strict=True):
             group["weight_decay"], group["initial_lr"] = self.config.weight_decay, self.config.learning_rate
@@ -254,36 +261,42 @@ class OPDTrainer:
         device = batch.tokens.device
         with seeded(seed, device):  # dropout draws inside
             student = head_over(self.model, self.tokenizer, batch, unwrapped=self.unwrapped)
-        if self.config.mixed_precision == "bf16":  # as the body computes; the gradients are summed in fp32
+        if self.config.mixed_precision == "bf16":  # the body computes in bf16 too; gradients are summed in fp32
             student = in_bf16(student)
         settings = dataclasses.replace(self.config.settings(), generator=torch.Generator(device).manual_seed(seed))
         loss_fn = SelectiveOPDLoss(settings)
         return loss_fn(student, self.teacher(batch), mask=batch.mask, tokens=batch.tokens, num_items_in_batch=n_items)
 
     def _numbers(self, totals: dict[str, Tensor]) -> dict[str, float]:
-        """What is logged of a step, over all its micro-batches and processes."""
+        """The numbers that a step logs, over all its micro-batches and processes."""
         names = sorted(name for name in totals if name.endswith("_sum") or name in (*COUNTS, "loss"))
         values = self._sum(torch.stack([totals[name] for name in names])).tolist()
-        found = dict(zip(names, values, strict=True))
-        numbers = {name: found[name] for name in ("loss", *COUNTS)}
+        sums = dict(zip(names, values, strict=True))
+        numbers = {name: sums[name] for name in ("loss", *COUNTS)}
         for name, (total, count) in MEANS.items():
-            if total in found and not math.isnan(found[total]):
-                numbers[name] = found[total] / max(1, found[count])
+            if total in sums and not math.isnan(sums[total]):
+                numbers[name] = sums[total] / max(1, sums[count])
         return numbers
 
     def _sum(self, value: Tensor) -> Tensor:
-        """Over the processes."""
+        """The sum over the processes."""
         total: Tensor = self.accelerator.reduce(value.to(self.accelerator.device), reduction="sum")
         return total
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
     def _sample_contexts(self) -> Rollouts | None:
-        """Answers of the untrained student, which every checkpoint keeps."""
+        """The untrained student's answers to the held-out prompts; every checkpoint has a copy."""
         if not self.held_out:
             return None
-        options = self.sampling | {"batch_size": self.config.batch_size, "seed": self.config.seed}
-        return evaluation.sample_contexts(self.unwrapped, self.tokenizer, self.held_out, **options)
+        return evaluation.sample_contexts(
+            self.unwrapped,
+            self.tokenizer,
+            self.held_out,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            **self.sampling,
+        )
 
     def _evaluate(self, step: int, log: RunLog) -> dict[str, float]:
         config = self.config
@@ -301,10 +314,15 @@ class OPDTrainer:
         loss = numbers.get("loss", 0.0)
         if not math.isfinite(loss):
             raise blow_up(self.checkpoints, step, f"step {step}: the held-out loss is {loss}, expected a finite number")
-        answered = [prompt for prompt in self.held_out if prompt.answer is not None]
-        options = self.sampling | {"batch_size": config.batch_size, "pattern": config.answer_pattern}
-        shown = answered or self.held_out[: config.completions]
-        completions = evaluation.greedy_completions(self.unwrapped, self.tokenizer, shown, **options)
+        with_answer = [prompt for prompt in self.held_out if prompt.answer is not None]
+        completions = evaluation.greedy_completions(
+            self.unwrapped,
+            self.tokenizer,
+            with_answer or self.held_out[: config.completions],
+            batch_size=config.batch_size,
+            pattern=config.answer_pattern,
+            **self.sampling,
+        )
         share = evaluation.accuracy(completions)
         if share is not None:
             numbers["accuracy"] = share
@@ -314,25 +332,27 @@ class OPDTrainer:
         return numbers
 
     def _logged(self, step: int) -> dict[str, float]:
-        """The held-out numbers of that step in the log, which the first process alone writes."""
+        """The held-out numbers of that step from the log. Only the first process writes a log, so others may get {}."""
         if not (self.folder / FILE).is_file():
             return {}
-        found = (item for row in read_rows(self.folder / FILE) if row["step"] == step for item in row.items())
-        return {name.removeprefix(EVAL): value for name, value in found if name.startswith(EVAL)}
+        items = (item for row in read_rows(self.folder / FILE) if row["step"] == step for item in row.items())
+        return {
+            name.removeprefix(EVAL): value for name, value in items if name.startswith(EVAL) and isinstance(value, (int, float))
+        }
 
-    # --- what a run is made of ---------------------------------------------------------------------------------------
+    # --- prompts and sampler -----------------------------------------------------------------------------------------
 
     def _read_prompts(
         self, prompts: Sequence[Prompt] | None, eval_prompts: Sequence[Prompt] | None
     ) -> tuple[list[Prompt], list[Prompt]]:
         config = self.config
-        found = load_prompts(*dataclasses.astuple(config.train_source())) if prompts is None else list(prompts)
+        train_prompts = load_prompts(*dataclasses.astuple(config.train_source())) if prompts is None else list(prompts)
         if eval_prompts is not None:
-            return found, list(eval_prompts)[: config.eval_size]
+            return train_prompts, list(eval_prompts)[: config.eval_size]
         source = config.eval_source()
         if source is not None:
-            return found, load_prompts(*dataclasses.astuple(source))[: config.eval_size]
-        return held_out(found, config.eval_size)
+            return train_prompts, load_prompts(*dataclasses.astuple(source))[: config.eval_size]
+        return held_out(train_prompts, config.eval_size)
 
     def _make_sampler(self) -> LocalSampler | ServerSampler:
         config = self.config

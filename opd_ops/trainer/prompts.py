@@ -1,9 +1,9 @@
-"""Prompts: read from JSONL or a `datasets` dataset, turned into conversations for the student and for the teacher.
+"""Prompts: read from JSONL or a `datasets` dataset, and turned into conversations for the student and the teacher.
 
   a row:  {"prompt": "text"} or {"messages": [{"role": ..., "content": ...}, ...]}, and optionally
-          "answer": what an exact answer says;  "teacher_system": what only the teacher is told about this prompt
+          "answer": the expected answer;  "teacher_system": a system message that only the teacher reads
 
-Not here: tokens (rollouts.py), which prompts a step takes (order.py).
+Not here: tokens (rollouts.py), the prompts of a step (order.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 from opd_ops.trainer.files import check_text, read_text
 
@@ -25,21 +24,21 @@ class Prompt:
     """A conversation that the student continues."""
 
     messages: tuple[tuple[str, str], ...]  # (role, content)
-    answer: str | None = None  # what an exact answer says
-    teacher_system: str | None = None  # what only the teacher is told
+    answer: str | None = None  # the expected answer
+    teacher_system: str | None = None  # a system message that only the teacher reads
 
     @classmethod
     def of(cls, text: str, **options: str | None) -> Prompt:
-        """One user message."""
+        """A prompt of one user message."""
         return cls((("user", text),), **options)
 
     @property
     def text(self) -> str:
-        """The last message, as a title."""
+        """The last message, used as a title."""
         return self.messages[-1][1]
 
     def conversation(self, system: str | None = None) -> Conversation:
-        """The messages; with `system`, under that system message instead of their own."""
+        """The messages; with `system`, that system message replaces their own."""
         messages = [{"role": role, "content": content} for role, content in self.messages]
         if system is None:
             return messages
@@ -48,14 +47,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSource:
-    """Where prompts are: what `load_prompts` takes."""
+    """The place of prompts: the arguments of `load_prompts`."""
 
     source: str
     split: str = "train"
     name: str | None = None
 
     def what(self) -> tuple[str | None, ...]:
-        """Equal for sources that hold the same prompts; a file, and a folder without splits, has but one part."""
+        """A key, equal for sources that hold the same prompts. A file, and a folder without splits, has only one part."""
         path = Path(self.source)
         if not path.exists():
             return self.source, self.name, self.split
@@ -66,14 +65,14 @@ def load_prompts(source: str | Path, split: str = "train", name: str | None = No
     """The prompts of a JSONL file, a folder that `datasets` saved, or a dataset it can load by its name.
 
     Args:
-        split: Of a dataset.
-        name: Of its configuration, where a dataset loaded by name has several.
+        split: The split of a dataset.
+        name: The configuration of a dataset that is loaded by its name and has several.
 
-    Raises: ValueError: a row that is none, with its place and what was expected; no row at all; a file that is not UTF-8.
+    Raises: ValueError: an invalid row, with its place and the expected form; no row at all; a file that is not UTF-8.
     """
     path = Path(source)
     if path.is_file():
-        lines = read_text(path).split("\n")  # not at every line separator of Unicode
+        lines = read_text(path).split("\n")  # `splitlines` would also split at Unicode's other line separators
         places = [(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
         prompts = [parse_prompt(_json(line, place), f"{place}: row {i}") for i, (place, line) in enumerate(places, start=1)]
     else:
@@ -85,22 +84,22 @@ def load_prompts(source: str | Path, split: str = "train", name: str | None = No
 
 
 def digest_of(prompts: Sequence[Prompt]) -> str:
-    """A digest of all that the prompts say, the same on every machine."""
+    """A digest of all fields of the prompts, the same on every machine."""
     return hashlib.sha256(json.dumps([astuple(prompt) for prompt in prompts]).encode()).hexdigest()
 
 
 def held_out(prompts: list[Prompt], size: int) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts to train on, and the last `size` of them to evaluate with.
+    """All prompts but the last `size` for training, and the last `size` for evaluation.
 
-    Raises: ValueError: none would be left to train on.
+    Raises: ValueError: no prompt would be left for training.
     """
     if size >= len(prompts):
         raise ValueError(f"eval_size: got {size} of {len(prompts)} prompts, expected fewer, so that some are left to train on")
     return prompts[: len(prompts) - size], prompts[len(prompts) - size :]
 
 
-def parse_prompt(row: Any, where: str) -> Prompt:
-    """One row; `where` begins the error about it."""
+def parse_prompt(row: object, where: str) -> Prompt:
+    """The prompt of one row; an error begins with `where`."""
     if not isinstance(row, Mapping):
         raise ValueError(f"{where}: got {type(row).__name__}, expected an object with 'prompt' or 'messages'")
     content = row.get("messages") or row.get("prompt")
@@ -111,43 +110,45 @@ def parse_prompt(row: Any, where: str) -> Prompt:
         )
     if messages[-1]["role"] == "assistant":
         raise ValueError(f"{where}: ends with an answer of the assistant, expected a prompt; leave the answer out")
-    told, answer = row.get("teacher_system"), row.get("answer")
-    if not isinstance(told, (str, type(None))):
-        raise ValueError(f"{where}: got teacher_system {told!r}, expected text")
-    prompt = Prompt(tuple((m["role"], m["content"]) for m in messages), None if answer is None else str(answer), told)
-    for text in (*(part for message in prompt.messages for part in message), prompt.answer, told):
+    system, answer = row.get("teacher_system"), row.get("answer")
+    if not isinstance(system, (str, type(None))):
+        raise ValueError(f"{where}: got teacher_system {system!r}, expected text")
+    prompt = Prompt(tuple((m["role"], m["content"]) for m in messages), None if answer is None else str(answer), system)
+    for text in (*(part for message in prompt.messages for part in message), prompt.answer, system):
         if text is not None:
             check_text(text, where)
     return prompt
 
 
-def _is_message(message: Any) -> bool:
+def _is_message(message: object) -> bool:
     return isinstance(message, Mapping) and all(isinstance(message.get(name), str) for name in ("role", "content"))
 
 
-def _json(line: str, where: str) -> Any:
+def _json(line: str, where: str) -> object:
     try:
-        return json.loads(line, object_pairs_hook=_object)
+        row: object = json.loads(line, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: got {line[:40]!r}, expected a line of JSON ({error})") from None
+    return row
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     names = [name for name, _ in pairs]
     for name in names:
-        if names.count(name) > 1:  # json would keep the last one without a word
+        if names.count(name) > 1:  # json would use the last one without a warning
             raise ValueError(f"the name {name!r} stands twice")
     return dict(pairs)
 
 
-def _dataset(source: str, split: str, name: str | None) -> Iterable[Any]:
-    import datasets  # seconds to import, and an extra
+def _dataset(source: str, split: str, name: str | None) -> Iterable[object]:
+    import datasets  # takes seconds to import, and belongs to an extra
 
+    rows: Iterable[object]
     if not Path(source).is_dir():
-        named: Iterable[Any] = datasets.load_dataset(source, name=name, split=split)
-        return named
-    found = datasets.load_from_disk(source)
-    if isinstance(found, datasets.DatasetDict) and split not in found:
-        raise ValueError(f"prompts: {source} has no split {split!r}, expected one of: {', '.join(map(str, found))}")
-    rows: Iterable[Any] = found[split] if isinstance(found, datasets.DatasetDict) else found
+        rows = datasets.load_dataset(source, name=name, split=split)
+        return rows
+    saved = datasets.load_from_disk(source)
+    if isinstance(saved, datasets.DatasetDict) and split not in saved:
+        raise ValueError(f"prompts: {source} has no split {split!r}, expected one of: {', '.join(map(str, saved))}")
+    rows = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
     return rows

@@ -1,9 +1,9 @@
 """Sampled answers, and a model's head over them: which hidden state predicts which token.
 
   left-padded prompt of P columns, then L answer tokens y: hidden state P - 1 + i predicts y[i], for i = 0 ... L - 1
-  mask[i] = 1 up to and including the first end token; what comes after it is padding.
+  mask[i] = 1 up to and including the first end token; all tokens after it are padding.
 
-Prompts of two models may differ (the teacher may be told more); the answer's tokens and their alignment are the same.
+The two models' prompts may differ (the teacher may have a longer system message); the answer's tokens are the same for both.
 Not here: which prompts (order.py), their text (prompts.py), answers sampled by a server (servers/rollouts.py).
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,23 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 
+class SamplingOptions(TypedDict):
+    """How answers are drawn, by `sample` or by a server."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+
+
+class GenerationOptions(SamplingOptions, total=False):
+    """Options of `sample`, with two for transformers' `generate`."""
+
+    remove_invalid_values: bool
+    synced_gpus: bool
+
+
 class Rollouts(NamedTuple):
-    """Prompts and one sampled answer to each."""
+    """Prompts, and one sampled answer to each prompt."""
 
     prompts: Sequence[Prompt]
     tokens: Tensor  # (B, L) int64, padded on the right
@@ -36,12 +51,12 @@ class Rollouts(NamedTuple):
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt], tokens: Tensor, eos_ids: Sequence[int]) -> Rollouts:
-        """Answers that end where their first end token is."""
+        """Answers that end with their first end token."""
         ends = torch.isin(tokens, torch.tensor(list(eos_ids), device=tokens.device)).long()
         return cls(prompts, tokens, ends.cumsum(1) - ends == 0)
 
     def answers(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """Their texts."""
+        """The answers' texts."""
         rows = zip(self.tokens, self.mask, strict=True)
         return [tokenizer.decode(tokens[mask], skip_special_tokens=True) for tokens, mask in rows]
 
@@ -52,27 +67,27 @@ class Rollouts(NamedTuple):
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]) -> BatchEncoding:
-    """Left-padded prompts that end where the answer begins; without a chat template, the messages one under the other."""
+    """Left-padded prompts; each ends where the answer begins. Without a chat template: the messages joined by newlines."""
     if tokenizer.chat_template is None:
         texts = ["\n".join(message["content"] for message in conversation) for conversation in conversations]
     else:
         texts = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
-    # The template has written the special tokens already.
-    special = tokenizer.chat_template is None
-    return tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=special)
+    # A chat template writes the special tokens itself.
+    adds_special = tokenizer.chat_template is None
+    return tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=adds_special)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids at which generation stops."""
+    """Ids of the tokens that end an answer."""
     config = getattr(model, "generation_config", None)
-    found = None if config is None else config.eos_token_id
-    found = tokenizer.eos_token_id if found is None else found
-    return list(found) if isinstance(found, (list, tuple)) else [] if found is None else [found]
+    ids = None if config is None else config.eos_token_id
+    ids = tokenizer.eos_token_id if ids is None else ids
+    return list(ids) if isinstance(ids, (list, tuple)) else [] if ids is None else [ids]
 
 
 @contextmanager
 def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """torch's own generators set to `seed` inside, and put back after it; None: left alone."""
+    """Set torch's global generators to `seed` within this block, and restore them after it; None: do nothing."""
     if seed is None:
         yield
         return
@@ -82,22 +97,22 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def plain_generation(model: Any, ends: Sequence[int]) -> Iterator[None]:
-    """Inside, `generate` takes nothing from the model's generation_config but where to stop.
+def plain_generation(model: PreTrainedModel, end_ids: Sequence[int]) -> Iterator[None]:
+    """Within this block, the model's generation_config has only the end tokens.
 
-    Checkpoints ship penalties, top_k and the like, which fill whatever a call leaves open: answers would be of another policy
-    than the one that is trained.
+    A checkpoint's generation_config may have penalties, top_k and so on, and `generate` uses them if a call does not set them.
+    Answers would then come from another policy than the trained one.
     """
     from transformers import GenerationConfig
 
     owners = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
-    kept = [owner.generation_config for owner in owners]
+    configs = [owner.generation_config for owner in owners]
     for owner in owners:
-        owner.generation_config = GenerationConfig(eos_token_id=list(ends) or None, bos_token_id=kept[0].bos_token_id)
+        owner.generation_config = GenerationConfig(eos_token_id=list(end_ids) or None, bos_token_id=configs[0].bos_token_id)
     try:
         yield
     finally:
-        for owner, config in zip(owners, kept, strict=True):
+        for owner, config in zip(owners, configs, strict=True):
             owner.generation_config = config
 
 
@@ -113,26 +128,26 @@ def sample(
     seed: int | None = None,
     system: str | None = None,
     logits_processor: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
-    **options: Any,
+    **options: object,
 ) -> Rollouts:
-    """Answers drawn at `temperature` (0: the greedy ones), by default from the whole distribution, as on-policy training needs.
+    """Answers drawn at `temperature` (0: greedy), by default from the whole distribution, as on-policy training needs.
 
     Args:
-        seed: Of the drawing, which then depends on nothing else; None: torch's own generators as they are.
-        system: The system message the model is given; None: the prompts' own.
-        logits_processor: Each sees every step's scores: `RolloutRecorder` keeps what scoring needs of them.
-        options: More for `generate`, like `synced_gpus`.
+        seed: The answers depend on this seed alone; None: on the state of torch's global generators.
+        system: The system message for the model; None: the prompts' own.
+        logits_processor: Called with the scores of every step, like `RolloutRecorder`, which records statistics for scoring.
+        options: More arguments of `generate`, like `synced_gpus`.
     """
     device = model.device
     inputs = encode(tokenizer, [prompt.conversation(system) for prompt in prompts]).to(device)
-    how: dict[str, Any] = {"do_sample": False}
+    arguments: dict[str, object] = {"do_sample": False}
     if temperature > 0:
-        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p}
-    how |= {"logits_processor": list(logits_processor), "pad_token_id": tokenizer.pad_token_id}
+        arguments = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p}
+    arguments |= {"logits_processor": list(logits_processor), "pad_token_id": tokenizer.pad_token_id}
     was_training = model.training
-    model.eval()  # a training model with gradient checkpointing keeps no cache, and dropout is not the policy's
+    model.eval()  # no dropout; and in training mode gradient checkpointing turns the cache off
     with seeded(seed, device), plain_generation(model, end_tokens(model, tokenizer)):
-        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **how, **options)
+        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **arguments, **options)
     model.train(was_training)
     return Rollouts.of(prompts, ids[:, inputs["input_ids"].shape[1] :], end_tokens(model, tokenizer))
 
@@ -140,7 +155,7 @@ def sample(
 def model_inputs(
     tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts, systems: Sequence[str | None]
 ) -> tuple[dict[str, Tensor], int]:
-    """What a model reads: prompts, each under its system message, then answers; and how many columns the prompts take."""
+    """The model's inputs: prompts, each under its system message, then answers; and the number of columns of the prompts."""
     device = rollouts.tokens.device
     conversations = [prompt.conversation(system) for prompt, system in zip(rollouts.prompts, systems, strict=True)]
     prompts = encode(tokenizer, conversations).to(device)
@@ -162,14 +177,14 @@ def head_over(
     """The model's head over hidden states (B, L, D) whose row i predicts answer token i.
 
     Args:
-        system: The system message the model reads, for all prompts or one for each; None: the prompts' own.
-        unwrapped: The model inside `model`, where that is a wrapper whose hooks must fire (DDP).
+        system: One system message for all prompts, or one for each; None: the prompts' own.
+        unwrapped: The model inside `model`, if `model` is a wrapper whose hooks must run (DDP).
     """
     unwrapped = model if unwrapped is None else unwrapped
     systems = [system] * len(rollouts.prompts) if system is None or isinstance(system, str) else list(system)
     inputs, width = model_inputs(tokenizer, rollouts, systems)
     hidden, _ = last_hidden(model, unwrapped, inputs)
-    # The last prompt token predicts answer token 0; the last answer token predicts nothing that was sampled.
+    # The last prompt token predicts answer token 0; the last answer token predicts no sampled token.
     return head_of(unwrapped, hidden[:, width - 1 : -1])
 
 

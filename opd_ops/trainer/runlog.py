@@ -1,8 +1,8 @@
-"""What a run writes and shows: log.jsonl, the trackers' numbers, a progress bar, tables of completions.
+"""The output of a run: log.jsonl, the trackers' numbers, a progress bar, tables of completions.
 
-  log.jsonl: one object a line, {"step": n, ...numbers}, in nats a token unless the name says otherwise. A resumed run drops
-  the lines after its checkpoint, so the file reads as if there had been one run; {"step": n, "changed": {option: [was, is]}}
-  stands where it was resumed with other options.
+  log.jsonl: one object per line, {"step": n, ...numbers}, in nats per token unless the name says otherwise. A resumed run
+  removes the lines after its checkpoint, so the file reads like the log of one run. If it resumes with other options, it adds
+  {"step": n, "changed": {option: [old, new]}}.
 
 Not here: what the numbers are (loop.py, evaluation.py).
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -22,18 +22,27 @@ from rich.text import Text
 from opd_ops.trainer.evaluation import Completion
 from opd_ops.trainer.files import read_text, write_whole
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 FILE = "log.jsonl"
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The log's rows, less half a line that a killed process may have left at its end.
+class LogRow(TypedDict):
+    """A line of the log. Its other entries are numbers by name, or `changed`."""
 
-    Raises: ValueError: a line that is none of the log's, with its number.
+    step: int
+
+
+def read_rows(path: Path) -> list[LogRow]:
+    """The log's rows, without a partial last line, which a killed process can leave.
+
+    Raises: ValueError: a line that is no row of a log; names its line number.
     """
     rows = []
     for number, line in enumerate(read_text(path).split("\n")[:-1], start=1):
         try:
-            row = json.loads(line)
+            row: LogRow = json.loads(line)
             row["step"] += 0
         except (ValueError, TypeError, KeyError):
             raise ValueError(f"{path}:{number}: got {line[:40]!r}, expected a line of the log; remove that line") from None
@@ -42,9 +51,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class RunLog:
-    """Used as a context manager, which shows the bar; silent on all processes but the first."""
+    """A context manager that shows the progress bar. Only the first process writes and prints."""
 
-    def __init__(self, folder: Path, accelerator: Any, steps: int) -> None:
+    def __init__(self, folder: Path, accelerator: Accelerator, steps: int) -> None:
         self.path, self.accelerator = folder / FILE, accelerator
         self.console = Console(quiet=not accelerator.is_main_process)
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -59,26 +68,26 @@ class RunLog:
         self.progress.stop()
 
     def begin_at(self, step: int, *, is_new: bool) -> None:
-        """Keep what was logged up to this step; of a run that begins anew, nothing."""
+        """Keep the rows up to this step; a new run keeps none."""
         self.progress.update(self.task, completed=step)
         if self.accelerator.is_main_process and self.path.is_file():
             rows = [] if is_new else read_rows(self.path)
             write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
 
-    def add(self, step: int, numbers: dict[str, float], **of_this_machine: float) -> None:
-        """One line, and the trackers; these alone get `of_this_machine`, which no other run repeats."""
-        self.accelerator.log(numbers | of_this_machine, step=step)
+    def add(self, step: int, numbers: dict[str, float], **timings: float) -> None:
+        """Add a row to the log and to the trackers. Only trackers get `timings`, which differ between equal runs."""
+        self.accelerator.log(numbers | timings, step=step)
         self._append({"step": step, **numbers})
 
-    def change(self, step: int, options: Mapping[str, tuple[Any, Any]]) -> None:
-        """From this step on the options are others: a line, in the log and in the terminal."""
+    def change(self, step: int, options: Mapping[str, tuple[object, object]]) -> None:
+        """Note in the log and in the terminal that options are different from this step on: name -> (old, new)."""
         self._append({"step": step, "changed": options})
-        self.say(f"from step {step}: " + ", ".join(f"{name} was {was} and is {is_}" for name, (was, is_) in options.items()))
+        self.say(f"from step {step}: " + ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in options.items()))
 
     def advance(self, status: str) -> None:
         self.progress.update(self.task, advance=1, status=status)
 
-    def _append(self, row: dict[str, Any]) -> None:
+    def _append(self, row: Mapping[str, object]) -> None:
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -87,7 +96,7 @@ class RunLog:
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def show(self, step: int, completions: Sequence[Completion]) -> None:
-        """The table, in the terminal and as completions-STEP.md."""
+        """Write the table of completions to the terminal and to completions-STEP.md."""
         if not completions or not self.accelerator.is_main_process:
             return
         table = Table(Column("prompt", max_width=30), f"greedy answer after {step} steps", "expected", "exact")

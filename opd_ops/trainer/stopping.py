@@ -1,4 +1,4 @@
-"""SIGTERM, as schedulers send it before they take a machine away: a step is finished and saved before the process ends.
+"""SIGTERM, which schedulers send before they take a machine away: the run finishes and saves its step before it ends.
 
 Not here: the saving (checkpoints.py).
 """
@@ -8,31 +8,37 @@ from __future__ import annotations
 import signal
 import threading
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+
+    from accelerate import Accelerator
+
 
 class Stopping(AbstractContextManager["Stopping"]):
-    """Inside, SIGTERM is remembered. In a thread, where no handler can be set, it does nothing."""
+    """Within this block a SIGTERM is remembered. In a thread, where no handler can be set, the block does nothing."""
 
-    def __init__(self, accelerator: Any) -> None:
-        self.accelerator, self.came = accelerator, False
-        self.before: Any = None
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator, self._was_signalled = accelerator, False
+        self._previous_handler: Callable[[int, FrameType | None], object] | int | None = None
 
     def __enter__(self) -> Stopping:
         if threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGTERM, self._remember)
+            self._previous_handler = signal.signal(signal.SIGTERM, self._remember)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGTERM, self.before)
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGTERM, self._previous_handler)
 
     def is_asked(self) -> bool:
-        """Whether any process got the signal; every process calls this at the same step."""
-        came = torch.tensor(float(self.came), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(came, reduction="sum").item() > 0)
+        """Whether any process got the signal. All processes must call this at the same step."""
+        was_signalled = torch.tensor(float(self._was_signalled), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(was_signalled, reduction="sum").item() > 0)
 
     def _remember(self, *_: object) -> None:
-        self.came = True
+        self._was_signalled = True

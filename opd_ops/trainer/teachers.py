@@ -1,8 +1,8 @@
-"""Who teaches: a model here, the student's base under LoRA, or a server; each reads the rollouts under its own system message.
+"""Teachers: a local model, the student's base model under LoRA, or a server. Each reads rollouts with its own system message.
 
-  teacher(rollouts) -> LinearHead over (B, L, D), or TopKLogprobs (B, L, K);  row i is about answer token i
+  teacher(rollouts) -> LinearHead over (B, L, D), or TopKLogprobs (B, L, K);  row i predicts answer token i
 
-The teacher's prompt is written by the student's tokenizer, chat template included: the two share one vocabulary.
+The student's tokenizer and chat template write the teacher's prompt too: both models share one vocabulary.
 Not here: the server's protocol (servers/teacher.py), how prompts and answers are aligned (rollouts.py).
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -23,7 +23,8 @@ from opd_ops.trainer.prompts import Prompt
 from opd_ops.trainer.rollouts import Rollouts, encode, head_over
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from opd_ops.trainer.servers.teacher import ServedTeacher
 
@@ -31,7 +32,7 @@ Teacher = Callable[[Rollouts], LinearHead | TopKLogprobs]
 
 
 class LocalTeacher:
-    """A model on the student's device, frozen; `system` is what it reads where a prompt has no `teacher_system` of its own."""
+    """A frozen model on the student's device; `system`: its system message for prompts without a `teacher_system`."""
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> None:
         self.model, self.tokenizer, self.system = model.requires_grad_(False).eval(), tokenizer, system
@@ -42,9 +43,9 @@ class LocalTeacher:
 
 
 class BaseTeacher:
-    """The student without its LoRA adapters: its initial weights, at no memory."""
+    """The student without its LoRA adapters: its initial weights, without a second copy in memory."""
 
-    def __init__(self, student: Any, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> None:
+    def __init__(self, student: PeftModel, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> None:
         self.student, self.tokenizer, self.system = student, tokenizer, system
 
     @torch.no_grad()
@@ -58,26 +59,26 @@ class BaseTeacher:
 
 
 class ServerTeacher:
-    """A server's top-K log-probabilities."""
+    """Top-K log-probabilities from a server."""
 
     def __init__(self, server: ServedTeacher, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> None:
         self.server, self.tokenizer, self.system = server, tokenizer, system
 
     def __call__(self, rollouts: Rollouts) -> TopKLogprobs:
-        told = zip(rollouts.prompts, systems(rollouts.prompts, self.system), strict=True)
-        contexts = [encode(self.tokenizer, [prompt.conversation(system)])["input_ids"][0].tolist() for prompt, system in told]
+        pairs = zip(rollouts.prompts, systems(rollouts.prompts, self.system), strict=True)
+        contexts = [encode(self.tokenizer, [prompt.conversation(system)])["input_ids"][0].tolist() for prompt, system in pairs]
         rows = zip(rollouts.tokens, rollouts.mask, strict=True)
-        found = self.server.score(contexts, [tokens[mask].tolist() for tokens, mask in rows])
-        device, missing = rollouts.tokens.device, rollouts.tokens.shape[1] - found.ids.shape[1]
-        ids = nn.functional.pad(found.ids, (0, 0, 0, missing), value=-1)
-        logprobs = nn.functional.pad(found.logprobs, (0, 0, 0, missing), value=-torch.inf)
+        lists = self.server.score(contexts, [tokens[mask].tolist() for tokens, mask in rows])
+        device, missing = rollouts.tokens.device, rollouts.tokens.shape[1] - lists.ids.shape[1]
+        ids = nn.functional.pad(lists.ids, (0, 0, 0, missing), value=-1)
+        logprobs = nn.functional.pad(lists.logprobs, (0, 0, 0, missing), value=-torch.inf)
         return TopKLogprobs(ids.to(device), logprobs.to(device))
 
 
 def check_teacher(config: OPDConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """What can be known of the teacher before any model loads.
+    """Check the teacher before any model loads.
 
-    Raises: ValueError: a teacher with another vocabulary. ServerError: a server that cannot teach.
+    Raises: ValueError: the teacher has another vocabulary. ServerError: the server cannot teach.
     """
     if config.teacher_url is not None:
         _server(config).check()
@@ -89,12 +90,14 @@ def _server(config: OPDConfig) -> ServedTeacher:
     from opd_ops.trainer.servers.teacher import ServedTeacher
 
     assert config.teacher_url is not None
-    options: dict[str, Any] = {"top_k": config.teacher_top_k, "api_key": config.api_key("teacher")}
-    return ServedTeacher(config.teacher_url, model=config.teacher_model, **options)
+    key = config.api_key("teacher")
+    return ServedTeacher(config.teacher_url, model=config.teacher_model, top_k=config.teacher_top_k, api_key=key)
 
 
-def make_teacher(config: OPDConfig, student: Any, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Teacher:
-    """The teacher that the options name, which `check_teacher` has let pass; `student` is the model before any training."""
+def make_teacher(
+    config: OPDConfig, student: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> Teacher:
+    """The teacher that the options name and `check_teacher` has checked; `student` is the model before any training."""
     if config.teacher_url is not None:
         return ServerTeacher(_server(config), tokenizer, config.teacher_system)
     if config.teacher == SAME and config.lora_rank > 0:
@@ -111,17 +114,18 @@ def systems(prompts: Sequence[Prompt], system: str | None) -> list[str | None]:
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, role: str = "teacher") -> None:
-    """Both must mean the same by the ids that both have, the special ones aside.
+    """Check that every id in both vocabularies stands for the same token; special ids are not compared.
 
-    Raises: ValueError: they do not; names one id.
+    Raises: ValueError: an id stands for different tokens; names it.
     """
     special = {*student.all_special_ids, *other.all_special_ids}
-    ours, theirs = ({i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in (student, other))
-    common = (ours.keys() & theirs.keys()) - special
-    different = [i for i in common if ours[i] != theirs[i]]
+    student_tokens, other_tokens = ({i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in (student, other))
+    common = (student_tokens.keys() & other_tokens.keys()) - special
+    different = [i for i in common if student_tokens[i] != other_tokens[i]]
     if different:
         i = min(different)
         raise ValueError(
             f"{role}: its tokenizer differs from the student's at {len(different)} of {len(common)} ids: {i} is "
-            f"{theirs[i]!r}, not {ours[i]!r}; distilling needs one vocabulary, pass a {role} of the student's family"
+            f"{other_tokens[i]!r}, not {student_tokens[i]!r}; distilling needs one vocabulary, pass a {role} of the student's "
+            "family"
         )

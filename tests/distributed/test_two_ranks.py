@@ -98,6 +98,7 @@ def launched(tmp_path_factory):
     return done.stdout, folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.full
 def test_a_step_on_two_ranks_is_that_of_one_process(launched):
     _, _, (first, second) = launched
     for i, fraction in enumerate(FRACTIONS):
@@ -114,6 +115,7 @@ def test_a_step_on_two_ranks_is_that_of_one_process(launched):
         assert (0 in n_selected) == (fraction == min(FRACTIONS))
 
 
+@pytest.mark.full
 def test_ranks_share_out_each_step_s_questions_also_where_the_selector_draws(launched):
     _, _, (first, second) = launched
     order = prompt_distillation.question_batches(21, torch.Generator().manual_seed(0))
@@ -122,6 +124,7 @@ def test_ranks_share_out_each_step_s_questions_also_where_the_selector_draws(lau
         assert of_first + of_second == [prompt.text for prompt in next(order)]
 
 
+@pytest.mark.full
 def test_the_first_rank_alone_shows_and_writes(launched):
     said, folder, _ = launched
     ended = sorted(line for line in said.splitlines() if line.startswith("ended"))

@@ -44,14 +44,14 @@ def head_operator(name, dtype):
     return triton_ops.head_loss, (*arguments, rows, torch.tensor([0.5, 1.0]), "reverse_kl")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.full), torch.bfloat16])
 @pytest.mark.parametrize("name", ["head_columns", "head_loss"])
 def test_operators_on_heads_pass_opcheck(name, dtype):
     found = torch.library.opcheck(*head_operator(name, dtype))
     assert set(found.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_a_training_step_around_heads_compiles_fullgraph(frozen):
     """The last norm and the loss of two models, hidden states in: what a trainer compiles."""
     heads = head_pair((6,), 131)

@@ -1,9 +1,11 @@
-"""Backwards that have no derivative of their own: to differentiate what they return is an error.
+"""Backwards without a derivative of their own: to differentiate their gradients is an error.
 
-  torch's `once_differentiable` raises where the gradient that comes in requires one. A loss gets a plain 1: a penalty on
-  its gradient would lose its own in silence. Here whatever `create_graph=True` asks for raises when it is differentiated.
+  torch's `once_differentiable` raises only if the incoming gradient requires a gradient. A loss gets a plain 1, so a penalty on
+  the loss's gradient would silently have no gradient. Here every gradient computed under `create_graph=True` raises when it is
+  differentiated.
 
-Not here: the backwards (streamed/loss.py, triton/, call/reduce.py); a second derivative, which "eager" has.
+Not here: the backwards (shared/gradient_in_backward.py, triton/heads_loss.py, call/reduce.py); a second derivative, which
+backend "eager" has.
 """
 
 from __future__ import annotations
@@ -34,16 +36,16 @@ class _Refusing(torch.autograd.Function):
 
 
 def first_order(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
-    """Decorator of the backward of an autograd.Function that returns a tuple."""
+    """Decorator for the backward of an autograd.Function; it returns a tuple of gradients."""
 
     @wraps(backward)
     def once(ctx: Any, *incoming: Tensor) -> Gradients:
         with torch.no_grad():
-            found = backward(ctx, *incoming)
+            gradients = backward(ctx, *incoming)
         if is_traced() or not torch.is_grad_enabled():
-            return found
+            return gradients
         anchor = torch.zeros((), requires_grad=True)
-        refusing = iter(_Refusing.apply(anchor, *(gradient for gradient in found if gradient is not None)))
-        return tuple(None if gradient is None else next(refusing) for gradient in found)
+        refusing = iter(_Refusing.apply(anchor, *(gradient for gradient in gradients if gradient is not None)))
+        return tuple(None if gradient is None else next(refusing) for gradient in gradients)
 
     return once

@@ -1,7 +1,8 @@
-"""Losses whose gradient is made in the backward, from what the forward kept: one autograd function for all of them.
+"""Losses whose gradient is computed in the backward, from tensors saved in the forward: one autograd function for all of them.
 
-A backend says how in a `GradientPlan`. What is made in the forward, beside the loss, is in triton/heads_loss.py.
-Not here: second derivatives, which are refused (first_order.py), inputs overwritten in between (overwritten.py).
+A backend computes the gradient in its `GradientPlan`. triton/heads_loss.py alone computes gradients in the forward.
+Not here: second derivatives, which are refused (first_order.py), inputs overwritten between forward and backward
+(overwritten.py).
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ from opd_ops.backends.shared.first_order import first_order
 
 
 class GradientPlan(ABC):
-    """What a backward needs beside tensors."""
+    """Computes the gradients in the backward; holds all that it reads besides tensors."""
 
     @abstractmethod
     def gradients(self, saved: Sequence[Tensor], dlosses: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
-        """The gradient of sum dlosses l with respect to each of the saved tensors; `needs`: which are asked for.
+        """The gradient of sum dlosses l with respect to each saved tensor. `needs`: whether each is needed.
 
-        Fewer than there are tensors: the others have none.
+        The list may be shorter than `saved`: the last tensors then have no gradient.
         """
+
+    def check(self) -> None:  # noqa: B027 most plans have nothing to check
+        """Raise if the backward cannot run. It runs before autograd compares the saved tensors with their versions."""
 
 
 class _GradientInBackward(torch.autograd.Function):
@@ -37,13 +41,14 @@ class _GradientInBackward(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.plan.check()
         saved = ctx.saved_tensors
         with torch.autocast(dlosses.device.type, enabled=False):
-            found = ctx.plan.gradients(saved, dlosses, ctx.needs_input_grad[2:])
-        return None, None, *found, *(None,) * (len(saved) - len(found))
+            gradients = ctx.plan.gradients(saved, dlosses, ctx.needs_input_grad[2:])
+        return None, None, *gradients, *(None,) * (len(saved) - len(gradients))
 
 
 def connected(plan: GradientPlan, losses: Tensor, *tensors: Tensor | None) -> Tensor:
-    """The (M,) losses, connected to the tensors, which are saved."""
+    """The (M,) losses, connected to the tensors. The tensors are saved for the backward."""
     result: Tensor = _GradientInBackward.apply(plan, losses, *tensors)
     return result

@@ -1,16 +1,17 @@
 """Sizes of the tiles in which backends go through logits, from the workspace. `estimate` asks here too.
 
-  A tile is `rows` positions; the vocabulary is cut into blocks of `columns`; element-wise work runs on `chunk` rows of it.
+  A tile is `rows` positions. The vocabulary is cut into blocks of `columns`. Element-wise work takes `chunk` rows of a block.
 
   "torch", score     9/16 to the logits of a block, and the unused part of 1/4 for hidden states and cast weights; 1/16 each to
                      scratch, top-K candidates and top-K lists
   "torch", backward  1/2 to blocks of logits, 1/4 to hidden states and their gradient, 1/8 to cast weights
   "triton", score    15/16 to logits, hidden rows and kernel scratch of a tile (7/16 if optional columns need scratch), 1/16 to
                      casts
-  "triton", loss     the same for fp32 logits of both models and 16-bit gradients, those of all rows if they fit 5/8 of it
+  "triton", loss     the same for both models' fp32 logits and 16-bit gradients; the gradients of all rows are kept if they fit
+                     5/8 of it
 
 Needs no Triton.
-Not here: how a workspace is divided (inputs/workspace.py), what is done on a tile (streamed/, triton/).
+Not here: how a workspace is divided (inputs/workspace.py), the work on a tile (streamed/, triton/).
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from opd_ops.inputs import float8
 from opd_ops.inputs.sources import Source, compute_dtype
 from opd_ops.inputs.workspace import Workspace
 
-# The fewer rows, the slower the matmul: 256 rows run at 0.75 x the speed of 768 or 1024, 55 at half of it (benchmarks/LOG.md).
+# A matmul of fewer rows is slower: 256 rows run at 0.75 x the speed of 768 or 1024, 55 at half of it (benchmarks/LOG.md).
 HEAD_ROWS = 1024
-MIN_COLUMNS = 256  # the least a block may be, and one row of it the least a tile may be, however small the workspace
-# Element-wise passes over one chunk should find it in a CPU's cache; a chunk must still outweigh the cost of a torch call.
+MIN_COLUMNS = 256  # the smallest block, and one row of it the smallest tile, even if the workspace is smaller
+# Small enough that a CPU's cache holds a chunk between element-wise passes, large enough to outweigh the cost of a torch call.
 CHUNK_ELEMENTS = 1 << 18
 CANDIDATE_BYTES = 64  # ids, logits, keys and their temporaries, per number that the top-K ranks
-LIST_BYTES = 128  # of both models' lists per row and K, and of one while a block's newcomers are merged into it
+LIST_BYTES = 128  # per row and K: both models' lists, and one list's copy while a block's newcomers are merged into it
 UNION_BYTES = 160  # per row and K: the union as fp64 logits and probabilities, or sorted ids of both lists
 GRADIENT_BUFFERS = 7  # blocks of logits alive at once in the backward: both logits, mask, slope and temporaries
 
@@ -51,10 +52,10 @@ class GradientGrid(NamedTuple):
 
 
 def score_grid(student: Source, teacher: Source, n: int, *, top_k: int, whole_rows: bool, workspace: Workspace) -> ScoreGrid:
-    """Tile of the score pass over n rows; `whole_rows` keeps every block as wide as the vocabulary."""
+    """Tile of the score pass over n rows. `whole_rows`: every block is as wide as the vocabulary."""
     size, vocab = compute_dtype(student, teacher).itemsize, student.transform.vocab_size
     has_head = student.transform.is_head or teacher.transform.is_head
-    copies = (2 if has_head else 3) + _mixed(student, teacher)  # dense logits: one more, uncast
+    copies = (2 if has_head else 3) + _mixed(student, teacher)  # dense logits: one copy more, before the cast
     elements = max(MIN_COLUMNS, workspace.share(9, 16).count(copies * size))
     quarter, sixteenth = workspace.share(1, 4), workspace.share(1, 16)
     cast_columns = _cast_columns(student, teacher, quarter.share(1, 2), size)
@@ -64,7 +65,7 @@ def score_grid(student: Source, teacher: Source, n: int, *, top_k: int, whole_ro
         rows = max(rows, min(HEAD_ROWS, elements // MIN_COLUMNS))
     hidden_rows = _rows_of_hidden(student, teacher, workspace=hidden_share, size=size)
     rows = _even(max(n, 1), min(rows, hidden_rows, sixteenth.nbytes // (LIST_BYTES * top_k)))
-    if has_head and not whole_rows:  # what the hidden states leave makes the blocks wider
+    if has_head and not whole_rows:  # memory that the hidden states leave makes the blocks wider
         elements += max(0, hidden_share.less(rows * _hidden_width(student, teacher) * size).nbytes) // (copies * size)
     columns = vocab if whole_rows else _even(vocab, elements // rows, multiple=PRUNED_GROUP)
     scratch = sixteenth.nbytes // (3 * size)
@@ -77,11 +78,14 @@ def score_grid(student: Source, teacher: Source, n: int, *, top_k: int, whole_ro
 
 
 def gradient_grid(student: Source, teacher: Source, m: int, *, workspace: Workspace, two_parts: bool = False) -> GradientGrid:
-    """Groups of selected rows and blocks of the vocabulary for a sweep over m rows; `two_parts`: of a loss that has both."""
+    """Groups of selected rows and blocks of the vocabulary, for a sweep over m rows.
+
+    `two_parts`: the divergence has a part over the whole row and a part on a list.
+    """
     size, vocab = compute_dtype(student, teacher).itemsize, student.transform.vocab_size
     buffers = GRADIENT_BUFFERS + (2 if two_parts else 0) + _mixed(student, teacher)
     elements = max(MIN_COLUMNS, workspace.share(1, 2).count(buffers * size))
-    # Both models' hidden states and the student's gradient of them: a group at a time.
+    # A group at a time: both models' hidden states, and the gradient of the student's.
     hidden_rows = _rows_of_hidden(student, student, teacher, workspace=workspace.share(1, 4), size=size)
     rows = max(1, min(m, elements // MIN_COLUMNS, hidden_rows))
     cast_columns = _cast_columns(student, teacher, workspace.share(1, 8), size)
@@ -90,13 +94,15 @@ def gradient_grid(student: Source, teacher: Source, m: int, *, workspace: Worksp
 
 
 def _mixed(*sources: Source) -> int:
-    """Blocks of a reference's logits that are alive beside those they are mixed into."""
+    """Blocks alive for a reference's logits before they are mixed in: 1, or 0 without a reference."""
     return int(any(source.reference is not None for source in sources))
 
 
 def _even(total: int, most: int, multiple: int = 1) -> int:
-    """The smallest width that cuts `total` into as few blocks as `most` allows, so that the last is not thin; rounded up to a
-    multiple where that stays within `most`."""
+    """The smallest width that cuts `total` into as few blocks as width `most` does, so that the last block is not thin.
+
+    Rounded up to a multiple of `multiple` if that stays within `most`.
+    """
     if not total:
         return 1  # a rank without a part of the vocabulary
     most = max(1, min(most, total))
@@ -123,11 +129,11 @@ def _cast_columns(student: Source, teacher: Source, workspace: Workspace, size: 
 
 # --- backend "triton" ----------------------------------------------------------------------------------------------
 
-# Elements: rows of a buffer begin at whole 128-byte lines, so that kernels load 128 bits at a time. An 8-bit weight has as many
-# rows, because its product fills the padding too.
+# Elements: a multiple of it as row stride lets every row begin at a 128-byte line, so that kernels load 128 bits at a time. An
+# 8-bit weight is padded to as many rows, because its product fills the padding too.
 ALIGNED = float8.ALIGNED
 MIN_BLOCK = 16  # columns, however small the workspace
-MATMUL_ROWS = 128  # rows of the vendor's own tile: a multiple of it wastes none
+MATMUL_ROWS = 128  # rows of the vendor's own tile: a multiple of it fills every tile
 GROUP = 128  # logits per group maximum, as in opd_kernels/score.py
 KERNEL_LIST_BYTES = 40  # per row and K: both lists' ids, logits and places
 KERNEL_ROW_BYTES = 3072  # per row: columns, and the sums of a row split into 64 parts
@@ -138,36 +144,36 @@ def padded(vocab_size: int) -> int:
 
 
 def score_bytes(vocab_size: int, top_k: int = 0) -> int:
-    """Scratch per row of a score launch: group maxima of both models in fp32 at most, lists, columns."""
+    """Scratch per row of a score launch: group maxima of both models (at most fp32), lists, columns."""
     maxima = -(-vocab_size // (16 * GROUP)) * 16  # padded
     return 8 * maxima + KERNEL_LIST_BYTES * top_k + KERNEL_ROW_BYTES
 
 
 def tile_dtype(source: Source, score_dtype: torch.dtype | None) -> torch.dtype:
-    """Of the logits in a score tile: a head's own unless told; those of an 8-bit matmul come in bf16."""
+    """Dtype of the logits in a score tile: a head's own unless `score_dtype` is given; an 8-bit matmul returns bf16."""
     if not source.transform.is_head or score_dtype is None:
         return source.leading.dtype
     return torch.bfloat16 if score_dtype == float8.DTYPE else score_dtype
 
 
 def row_bytes(source: Source, score_dtype: torch.dtype | None = None) -> int:
-    """Scratch per row beyond its logits: the hidden row, and once more in fp32 or in 8 bits; of a reference too."""
+    """Scratch per row beyond its logits: the hidden row, its copy in fp32 or in 8 bits, and the same of a reference."""
     own = source.leading.shape[-1] * (source.leading.element_size() + (12 if score_dtype == float8.DTYPE else 4))
     return own if source.reference is None else own + row_bytes(source.reference)
 
 
 def weight_casts(source: Source, workspace: Workspace) -> int:
-    """Columns of a weight to convert to fp32 at a time, where the matmul needs that."""
+    """Columns of a weight to convert to fp32 at a time, where the matmul needs fp32."""
     return workspace.share(1, 16).count(4 * source.leading.shape[-1])
 
 
 def copies(*sources: Source) -> int:
-    """Rows of logits alive at once: each model's, and a reference's beside that it is mixed into."""
+    """Rows of logits alive at once: one per model, and one per reference before it is mixed in."""
     return sum(1 if source.reference is None else 2 for source in sources)
 
 
 def _whole_tiles(n: int, bytes_per_row: int, workspace: Workspace) -> int:
-    """How many of n rows to take at a time: a multiple of the matmul's tile where there are more than one."""
+    """How many of n rows to take at a time: a multiple of the matmul's tile if larger than one tile."""
     size = max(1, min(n, workspace.count(bytes_per_row)))
     return size - size % MATMUL_ROWS if MATMUL_ROWS < size < n else size
 
@@ -181,43 +187,43 @@ def score_rows(
     score_dtype: torch.dtype | None,
     tiles: int = 1,
 ) -> int:
-    """Rows of a score tile, of which `tiles` are alive at once."""
+    """Rows of a score tile; `tiles` tiles are alive at once."""
     vocab = sources[0].transform.vocab_size
-    of_logits = sum(tile_dtype(source, score_dtype).itemsize * copies(source) for source in sources) * padded(vocab)
-    per_row = of_logits + sum(row_bytes(source, score_dtype) for source in sources) + score_bytes(vocab, top_k)
+    logit_bytes = sum(tile_dtype(source, score_dtype).itemsize * copies(source) for source in sources) * padded(vocab)
+    per_row = logit_bytes + sum(row_bytes(source, score_dtype) for source in sources) + score_bytes(vocab, top_k)
     return _whole_tiles(n, per_row, workspace.share(7 if optional else 15, 16).share(1, tiles))
 
 
 def is_narrow(student: Source, needs: Sequence[bool]) -> bool:
-    """Whether logit gradients are made in 16 bits, as operands; fp32 ones overwrite the student's fp32 logits."""
+    """Whether logit gradients are 16-bit matmul operands; fp32 gradients overwrite the student's fp32 logits."""
     return student.transform.is_head and student.leading.dtype != torch.float32 and any(needs)
 
 
 class SelectedGrid(NamedTuple):
-    """How the selected rows are gone through."""
+    """How a loss goes through the selected rows."""
 
     rows: int  # at a time
-    keep: bool  # the 16-bit logit gradients of all rows, for one weight gradient
-    second_look: bool  # the weight gradient recomputes the logits, by blocks of the vocabulary
+    keep: bool  # whether the 16-bit logit gradients of all rows are kept, for one weight gradient
+    second_look: bool  # whether the weight gradient recomputes the logits, by blocks of the vocabulary
 
     @staticmethod
     def of(*sources: Source, n: int, needs: Sequence[bool], workspace: Workspace, list_bytes: int = 0) -> SelectedGrid:
-        """Of n rows; the student is the first of the sources. `list_bytes`: scratch per row of a divergence on a list."""
+        """The grid of n rows; the student is the first source. `list_bytes`: scratch per row of a divergence on a list."""
         student, m = sources[0], n
         vocab, leading = student.transform.vocab_size, student.leading
         narrow = is_narrow(student, needs)
         narrow_bytes = leading.element_size() * padded(vocab) if narrow else 0
         per_row = 4 * copies(*sources) * padded(vocab) + score_bytes(vocab) + sum(map(row_bytes, sources)) + list_bytes
         budget = workspace.share(15, 16)
-        of_weight = narrow and needs[1]
-        kept = m * (narrow_bytes + 2 * leading.element_size() * leading.shape[-1])  # and the hidden rows they go with
-        if of_weight and kept <= 5 * budget.nbytes // 8:
-            return SelectedGrid(_whole_tiles(m, per_row, budget.less(kept)), True, False)
-        return SelectedGrid(_whole_tiles(m, per_row + narrow_bytes, budget), False, of_weight)
+        weight_needed = narrow and needs[1]
+        kept_bytes = m * (narrow_bytes + 2 * leading.element_size() * leading.shape[-1])  # with hidden rows
+        if weight_needed and kept_bytes <= 5 * budget.nbytes // 8:
+            return SelectedGrid(_whole_tiles(m, per_row, budget.less(kept_bytes)), True, False)
+        return SelectedGrid(_whole_tiles(m, per_row + narrow_bytes, budget), False, weight_needed)
 
 
 class BlockGrid(NamedTuple):
-    """The second look: groups of selected rows, blocks of the vocabulary."""
+    """The second look (see `SelectedGrid`): groups of selected rows, blocks of the vocabulary."""
 
     rows: int
     columns: int
@@ -226,7 +232,7 @@ class BlockGrid(NamedTuple):
     def of(*sources: Source, n: int, workspace: Workspace) -> BlockGrid:
         vocab, dim = sources[0].transform.vocab_size, sources[0].leading.shape[-1]
         rows = _whole_tiles(n, sum(map(row_bytes, sources)) + 4 * dim, workspace.share(1, 4))
-        # the models' logits, the gradient, its widening; two products
+        # per column: the models' logits, the 16-bit gradient and its fp32 copy for each row; two products
         columns = workspace.share(1, 2).nbytes // ((8 + 4 * copies(*sources)) * rows + 8 * dim)
         step = ALIGNED if columns >= ALIGNED else MIN_BLOCK
         return BlockGrid(rows, min(max(MIN_BLOCK, columns - columns % step), padded(vocab)))

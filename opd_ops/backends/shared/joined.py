@@ -1,11 +1,11 @@
-"""Statistics over a vocabulary that several ranks hold, from what each knows of its own part: one all-gather a call.
+"""Statistics over a vocabulary that ranks share out, joined from the statistics of each rank's part: one all-gather a call.
 
-  top-K of all = top-K of everyone's top-K, order (logit descending, id ascending)
+  top-K of the whole = top-K of all parts' top-K lists, order (logit descending, id ascending)
   log Z = log sum_r Z_r,   P_r = Z_r / Z,   H(p) = sum_r P_r (H(p_r) - log P_r)                (r: a rank's part)
 
-Every rank joins the same gathered numbers in the same order, so all have the same bits, and select the same positions.
-Sent per row and rank: fp64 columns, and K ids with both models' logits of both lists (`row_bytes`).
-Not here: the columns of a part and how they are joined (streamed/running.py, triton/shards.py), who holds what
+Every rank joins the same gathered numbers in the same order, so all ranks have the same bits and select the same positions.
+Sent per row and rank: fp64 columns, and two lists of K ids with both models' logits (`row_bytes`).
+Not here: the columns of a part and their join (streamed/running.py, triton/shards.py), the split of the vocabulary
 (inputs/vocabulary.py), sums over parts of losses and gradients (streamed/summed.py, logits_at.py, streamed/loss.py).
 """
 
@@ -29,7 +29,7 @@ from opd_ops.selection.stats import OwnStats, TokenStats
 
 
 class Part(NamedTuple):
-    """What one rank knows of n rows, from its part of the vocabulary alone."""
+    """One rank's columns and lists of n rows, from its part of the vocabulary alone."""
 
     columns: dict[str, Tensor]  # (n,) each
     student: TopK  # (n, up to K), ids over the whole vocabulary
@@ -37,21 +37,21 @@ class Part(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """How a backend reads a part, and makes one whole of all of them."""
+    """How a backend computes the columns of a part, and joins the columns of all parts."""
 
-    read: Callable[[Tensor, int, Workspace], Part]  # rows, top_k, workspace; not asked where the part is empty
-    empty: Mapping[str, float]  # the columns of a part, and what they are of a part without an id
+    read: Callable[[Tensor, int, Workspace], Part]  # of (rows, top_k, workspace); not called where the part has no id
+    empty: Mapping[str, float]  # the columns' names, and their values in a part without an id
     join: Callable[[dict[str, Tensor], TopK, TopK], dict[str, Tensor]]
-    """Columns of `TokenStats` from the (ranks, n) fp64 columns of the parts and both lists of the whole vocabulary."""
+    """Columns of `TokenStats`, from the (ranks, n) fp64 columns of the parts and both lists of the whole vocabulary."""
 
 
 def row_bytes(top_k: int, dtype: torch.dtype, *, columns: int, models: int = 2) -> int:
-    """What a rank sends of each row: fp64 columns, and the lists of both models or of one."""
+    """Bytes that a rank sends for each row: fp64 columns, and the lists of both models or of one."""
     return 8 * columns + models * top_k * (4 + models * dtype.itemsize)
 
 
 def rows_at_a_time(shard: Shard, top_k: int, dtype: torch.dtype, workspace: Workspace, *, columns: int) -> int:
-    """How many rows one all-gather is of: an eighth of the workspace holds what is sent, and the joined lists."""
+    """Rows per all-gather: the gathered numbers and the joined lists fit an eighth of the workspace."""
     sent = row_bytes(top_k, dtype, columns=columns)
     per_row = shard.ranks.size * (sent + top_k * CANDIDATE_BYTES) + UNION_BYTES * top_k
     return workspace.share(1, 8).count(per_row)
@@ -67,26 +67,26 @@ def token_stats(
     workspace: Workspace,
     dtype: torch.dtype,
 ) -> TokenStats:
-    """The columns of `TokenStats` over the whole vocabulary, but `jsd`, whose terms need the normalisers first
+    """The columns of `TokenStats` over the whole vocabulary, but not `jsd`: its terms need the normalisers first
     (streamed/summed.py).
     """
     out: dict[str, Tensor] = {}
     n, size = len(rows), rows_at_a_time(shard, top_k, dtype, workspace, columns=len(parts.empty))
-    pairs = workspace.share(1, 16).count(UNION_BYTES * top_k)
-    for span in chunks(max(1, n), size):  # no row is a span too: nothing is sent, and columns are made
-        of_rows = rows[span]
-        if shard.width and len(of_rows):
-            part = parts.read(of_rows, min(top_k, shard.width), workspace.less(workspace.share(1, 8).nbytes))
+    list_rows = workspace.share(1, 16).count(UNION_BYTES * top_k)
+    for span in chunks(max(1, n), size):  # no rows are one empty span, so that all columns exist
+        span_rows = rows[span]
+        if shard.width and len(span_rows):
+            part = parts.read(span_rows, min(top_k, shard.width), workspace.less(workspace.share(1, 8).nbytes))
         else:
-            part = _empty(parts.empty, len(of_rows), dtype, rows.device)
-        everyone, student, teacher = _gathered_part(part, shard, top_k, dtype)
-        whole = parts.join(everyone, student, teacher)
+            part = _empty(parts.empty, len(span_rows), dtype, rows.device)
+        gathered, student, teacher = _gathered_part(part, shard, top_k, dtype)
+        whole = parts.join(gathered, student, teacher)
         lse = whole["student_logsumexp"].double(), whole["teacher_logsumexp"].double()
-        for chunk in chunks(max(1, len(of_rows)), pairs):
+        for chunk in chunks(max(1, len(span_rows)), list_rows):
             lists = student.rows(chunk), teacher.rows(chunk)
-            of_lists = support_columns(*lists, lse[0][chunk], lse[1][chunk], columns)
-            for name, column in of_lists.items():
-                whole.setdefault(name, column.new_empty(len(of_rows)))[chunk] = column
+            supports = support_columns(*lists, lse[0][chunk], lse[1][chunk], columns)
+            for name, column in supports.items():
+                whole.setdefault(name, column.new_empty(len(span_rows)))[chunk] = column
         for name, column in whole.items():
             out.setdefault(name, torch.empty(n, dtype=dtype, device=rows.device))[span] = column
     return TokenStats(valid=torch.isfinite(out["teacher_logsumexp"]), **out)
@@ -95,23 +95,26 @@ def token_stats(
 def own_stats(
     read: Callable[[], OwnStats], shard: Shard, rows: Tensor, *, top_k: int, workspace: Workspace, dtype: torch.dtype
 ) -> OwnStats:
-    """One model's statistics over the whole vocabulary; `read` gives those of this rank's part, with whole-vocabulary ids."""
+    """One model's statistics over the whole vocabulary. `read`: computes this rank's part, with ids of the whole vocabulary."""
     if not len(rows):
-        none = torch.empty(0, dtype=dtype, device=rows.device)
-        return OwnStats(none, none, rows.new_empty(0, top_k), none.view(0, 1).expand(0, top_k))
+        empty_column = torch.empty(0, dtype=dtype, device=rows.device)
+        empty_logits = empty_column.view(0, 1).expand(0, top_k)
+        return OwnStats(empty_column, empty_column, rows.new_empty(0, top_k), empty_logits)
     if shard.width:
-        mine = read()
+        own_part = read()
     else:
         empty = _empty({"logsumexp": -math.inf, "entropy": 0.0}, len(rows), dtype, rows.device)
-        mine = OwnStats(empty.columns["logsumexp"], empty.columns["entropy"], *empty.student[:2])
-    found = []
+        own_part = OwnStats(empty.columns["logsumexp"], empty.columns["entropy"], *empty.student[:2])
+    spans = []
     for span in chunks(len(rows), rows_at_a_time(shard, top_k, dtype, workspace, columns=2)):
-        ids, own = _padded(mine.ids[span].int(), top_k, LAST_ID), _padded(mine.logits[span].to(dtype), top_k, -math.inf)
-        everyone = _gathered(shard, [mine.logsumexp[span].double(), mine.entropy[span].double(), ids, own])
-        lse, mass = masses(everyone[0].squeeze(2))
-        best = _list(everyone[2], everyone[3], everyone[3]).best(top_k)
-        found.append(OwnStats(lse, joint_entropy(mass, everyone[1].squeeze(2)), best.ids, best.own))
-    joined = OwnStats(*(torch.cat(column) for column in zip(*found, strict=True)))
+        columns = own_part.logsumexp[span].double(), own_part.entropy[span].double()
+        ids = _padded(own_part.ids[span].int(), top_k, LAST_ID)
+        own = _padded(own_part.logits[span].to(dtype), top_k, -math.inf)
+        all_lse, all_entropy, all_ids, all_own = _gathered(shard, [*columns, ids, own])
+        lse, mass = masses(all_lse.squeeze(2))
+        best = _list(all_ids, all_own, all_own).best(top_k)
+        spans.append(OwnStats(lse, joint_entropy(mass, all_entropy.squeeze(2)), best.ids, best.own))
+    joined = OwnStats(*(torch.cat(column) for column in zip(*spans, strict=True)))
     return joined._replace(logsumexp=joined.logsumexp.to(dtype), entropy=joined.entropy.to(dtype))
 
 
@@ -124,18 +127,18 @@ def _gathered_part(part: Part, shard: Shard, top_k: int, dtype: torch.dtype) -> 
     for best in (part.student, part.teacher):
         sent += [_padded(best.ids.int(), top_k, LAST_ID)]
         sent += [_padded(logits.to(dtype), top_k, -math.inf) for logits in (best.own, best.other)]
-    everyone = _gathered(shard, sent)
-    columns = {name: column.squeeze(2) for name, column in zip(part.columns, everyone, strict=False)}
-    lists = everyone[len(part.columns) :]
+    gathered = _gathered(shard, sent)
+    columns = {name: column.squeeze(2) for name, column in zip(part.columns, gathered, strict=False)}
+    lists = gathered[len(part.columns) :]
     return columns, _list(*lists[:3]).best(top_k), _list(*lists[3:]).best(top_k)
 
 
 def _gathered(shard: Shard, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """(ranks, n, k) of each (n,) or (n, k) tensor, all sent at once."""
+    """(ranks, n, k) of each (n,) or (n, k) tensor, by one all-gather."""
     tensors = [x.unsqueeze(1) if x.dim() == 1 else x for x in tensors]
     words = [x.contiguous().view(torch.int32) for x in tensors]
-    everyone = shard.ranks.gather(torch.cat(words, 1)).split([x.shape[1] for x in words], 2)
-    return [x.contiguous().view(like.dtype) for x, like in zip(everyone, tensors, strict=True)]
+    gathered = shard.ranks.gather(torch.cat(words, 1)).split([x.shape[1] for x in words], 2)
+    return [x.contiguous().view(like.dtype) for x, like in zip(gathered, tensors, strict=True)]
 
 
 def _padded(x: Tensor, k: int, value: float) -> Tensor:
@@ -143,26 +146,26 @@ def _padded(x: Tensor, k: int, value: float) -> Tensor:
 
 
 def _list(ids: Tensor, own: Tensor, other: Tensor) -> TopK:
-    """Everyone's lists in one, (n, ranks K)."""
+    """All ranks' lists as one list, (n, ranks K)."""
     return TopK(*(x.transpose(0, 1).flatten(1) for x in (ids.long(), own, other)))
 
 
 def _empty(columns: Mapping[str, float], n: int, dtype: torch.dtype, device: torch.device) -> Part:
-    """A part without an id in it."""
-    none = TopK(*(torch.empty((n, 0), dtype=x, device=device) for x in (torch.long, dtype, dtype)))
+    """A part without an id."""
+    empty_list = TopK(*(torch.empty((n, 0), dtype=x, device=device) for x in (torch.long, dtype, dtype)))
     filled = {name: torch.full((n,), value, dtype=torch.float64, device=device) for name, value in columns.items()}
-    return Part(filled, none, none)
+    return Part(filled, empty_list, empty_list)
 
 
 # --- masses ----------------------------------------------------------------------------------------------------------
 
 
 def masses(lse: Tensor) -> tuple[Tensor, Tensor]:
-    """(n,) log-sum-exp of the parts' (ranks, n), and each part's share of the mass."""
+    """(n,) log-sum-exp of the whole, and (ranks, n) masses of the parts, from the parts' (ranks, n) log-sum-exps."""
     whole = torch.logsumexp(lse, 0)
     return whole, torch.where(lse == -math.inf, 0, torch.exp(lse - whole))
 
 
-def joint_entropy(mass: Tensor, of_parts: Tensor) -> Tensor:
-    """(n,) sum_r P_r (H_r - log P_r), of the (ranks, n) masses and entropies of the parts."""
-    return torch.where(mass == 0, 0, mass * (of_parts - mass.log())).sum(0).clamp_min(0)
+def joint_entropy(mass: Tensor, entropy: Tensor) -> Tensor:
+    """(n,) sum_r P_r (H_r - log P_r), from the parts' (ranks, n) masses and entropies."""
+    return torch.where(mass == 0, 0, mass * (entropy - mass.log())).sum(0).clamp_min(0)

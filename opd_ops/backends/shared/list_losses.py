@@ -1,9 +1,10 @@
-"""The loss of a divergence on a short list of ids, and the two gradients that the logits' gradient is made of.
+"""The loss of a divergence on a short list of ids, and the two gradients from which a backend makes the logits' gradient.
 
-  ids        the teacher's top-K, or the sampled token; LAST_ID where missing
-  Terms      l,  dl/dx_k at the ids,  dl/drest,  of divergences/base.py's `OnSupport`, by autograd on (M, K) tensors in fp64
+  ids        the teacher's top-K, or the sampled token; LAST_ID where the list has no entry
+  off_list   log sum e^{x_v} over the ids v that are not on the list
+  Terms      l,  dl/dx_k at the ids,  dl/d off_list
 
-Nothing here is of size V.
+`OnSupport` (divergences/base.py) defines l; autograd differentiates it on (M, K) tensors in fp64. Nothing here has size V.
 Not here: both models on the lists (streamed/list_losses.py, triton/kernel_loss.py), the losses (divergences/support.py).
 """
 
@@ -19,29 +20,29 @@ from opd_ops.divergences import OnSupport, Support
 
 
 class Terms(NamedTuple):
-    """What a divergence on a list gives the selected positions."""
+    """Loss and gradients of a divergence on a list, at the selected positions."""
 
     losses: Tensor  # (M,) fp64
     ids: Tensor  # (M, K)
-    x: Tensor  # (M, K) student logits there
-    dx: Tensor  # (M, K) compute dtype
-    rest: Tensor | None  # (M,) fp64; None: the loss does not read it
-    drest: Tensor | None  # (M,) compute dtype
+    x: Tensor  # (M, K) student logits at the ids
+    dx: Tensor  # (M, K) dl/dx, compute dtype
+    off_list: Tensor | None  # (M,) fp64, the student's log-sum-exp off the ids; None: the loss does not read it
+    d_off_list: Tensor | None  # (M,) dl/d off_list, compute dtype
 
 
-def evaluate(part: OnSupport, at: Support, ids: Tensor, dtype: torch.dtype) -> Terms:
-    """Losses and gradients, row by row."""
-    with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in: these are small copies
-        at = Support(*(column.detach().double().clone() for column in at))
-        x, beside = at.student.requires_grad_(), at.student_rest.requires_grad_()
-        losses = part.loss(at)
-        dx, drest = torch.autograd.grad(losses.sum(), (x, beside), allow_unused=True)
+def evaluate(divergence: OnSupport, support: Support, ids: Tensor, dtype: torch.dtype) -> Terms:
+    """Losses and gradients, row by row, from both models on the list (`support`)."""
+    with torch.inference_mode(False), torch.enable_grad():  # the caller may be in any mode; these are small copies
+        support = Support(*(column.detach().double().clone() for column in support))
+        x, off_list = support.student.requires_grad_(), support.student_rest.requires_grad_()
+        losses = divergence.loss(support)
+        dx, d_off_list = torch.autograd.grad(losses.sum(), (x, off_list), allow_unused=True)
     losses = losses.detach()
-    # Where there is no loss there is no gradient, and where p = 0 neither: the formulas there are 0 * inf.
-    nothing = losses == math.inf
-    x, beside = x.detach(), beside.detach()
+    # An infinite loss and an entry with p = 0 have no gradient: the formulas there are 0 * inf.
+    no_gradient = losses == math.inf
+    x, off_list = x.detach(), off_list.detach()
     dx = torch.zeros_like(x) if dx is None else dx
-    dx = dx.masked_fill(nothing.unsqueeze(1) | (x == -math.inf), 0).to(dtype)
-    if not part.reads_rest or drest is None:
+    dx = dx.masked_fill(no_gradient.unsqueeze(1) | (x == -math.inf), 0).to(dtype)
+    if not divergence.reads_rest or d_off_list is None:
         return Terms(losses, ids, x.to(dtype), dx, None, None)
-    return Terms(losses, ids, x.to(dtype), dx, beside, drest.masked_fill(nothing, 0).to(dtype))
+    return Terms(losses, ids, x.to(dtype), dx, off_list, d_off_list.masked_fill(no_gradient, 0).to(dtype))

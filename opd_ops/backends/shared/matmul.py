@@ -1,11 +1,11 @@
-"""Matrix products of heads: operands in their own 16 bits where the result can be kept in fp32, else converted.
+"""Matrix products of heads: operands in their own 16 bits where the result can be fp32, else converted.
 
   head_product   x @ w.T + bias    logits of some rows
-  fp32_product   a @ b             of operands of any one dtype
-  long_product   a @ b             whose sums are over the vocabulary
+  fp32_product   a @ b             operands of any one dtype, fp32 result
+  long_product   a @ b             sums over the vocabulary
 
-The vendor's matmul accumulates in fp32 either way; CUDA can also return that sum unrounded. Elsewhere (ROCm, XPU, a CPU) the
-operands are widened first, a slice of the weight at a time.
+The vendor's matmul accumulates in fp32; CUDA can also return that sum unrounded. Elsewhere (ROCm, XPU, a CPU) the operands are
+widened first, a slice of the weight at a time.
 Not here: which rows and when (tiles.py, streamed/loss.py, triton/heads_loss.py).
 """
 
@@ -18,7 +18,7 @@ from opd_ops.backends.shared.chunks import chunks
 
 
 def operand_dtype(x: Tensor, out: Tensor) -> torch.dtype:
-    """In which dtype `head_product` multiplies `x` where it writes `out`: its own, or that of `out`."""
+    """The dtype in which `head_product` multiplies `x` to write `out`: the dtype of `x` or of `out`."""
     return x.dtype if out.dtype == x.dtype or (out.dtype == torch.float32 and _returns_fp32(x)) else out.dtype
 
 
@@ -47,7 +47,7 @@ def fp32_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def long_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of a long inner dimension, which the vendor may split into parts: in fp32 where it would join them in 16 bits."""
+    """a @ b with a long inner dimension; fp32 if possible, because the vendor may split the sum and join parts in 16 bits."""
     return torch.mm(a, b, out_dtype=torch.float32) if _returns_fp32(a) else torch.mm(a, b)
 
 

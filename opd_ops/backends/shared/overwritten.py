@@ -1,11 +1,12 @@
-"""Tensors of inference mode, which a backward reads again: overwritten in between, they would give a wrong gradient in silence.
+"""A check that tensors of inference mode were not overwritten between the forward and the backward, which reads them again.
 
   digest = sum_i sum_j (i + 1) (j + 1) bits[i, j]  mod 2^64,   i: rows that are read, j: columns evenly spaced
 
-Autograd sees by a version counter that a saved tensor was overwritten. A tensor of inference mode has none. So the forward
-keeps a digest of a sample of what the backward will read: SAMPLED columns or more of every row of logits or hidden states,
-as many rows and columns of a weight. That sees a buffer that is filled again, not one entry that is changed. The whole would
-take as long as the loss does; a copy would keep M V numbers. It is a sum of integers: the same on every device, in any order.
+Autograd knows by a version counter that a saved tensor was overwritten. A tensor of inference mode has no counter: its wrong
+gradient would go unseen. So the forward computes a digest of a sample: SAMPLED or more columns of every row of logits or hidden
+states, and as many rows and columns of a weight. The digest sees a buffer that is filled again, not one changed entry. A digest
+of all numbers would take as long as the loss; a copy would keep M V numbers. A sum of integers is equal on every device, in any
+order.
 Not here: which tensors are of inference mode (inputs/sources.py), the version counter of all others (autograd).
 """
 
@@ -21,18 +22,18 @@ from opd_ops.backends.shared.chunks import chunks
 from opd_ops.inputs.sources import Source, take_rows
 from opd_ops.inputs.workspace import Workspace
 
-SAMPLED = 256  # columns of 2^18: 1 sector in 64 of the row is fetched; up to 511 columns all are
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+SAMPLED = 256  # columns; of a row of 2^18, 1 sector in 64 is fetched; of a row of up to 511, all columns
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size in bytes
 DIGEST_BYTES = 32  # per number of the sample: copied, widened to 64 bits and multiplied
 NAMES = "student", "teacher"
 
 
 def unchanged(connected: Tensor, rows: Tensor, *sources: Source, workspace: Workspace) -> Tensor:
-    """The same losses; their backward first compares what it will read of the sources with what the forward read.
+    """The same losses. Their backward first compares the sources with their digests of the forward.
 
-    `sources`: (student,) or (student, teacher), as the losses' own backward reads them again at the rows. Only tensors of
-    inference mode are compared. One that was overwritten is an error on a CPU. Elsewhere looking would wait for the device:
-    there it makes every gradient NaN.
+    `sources`: (student,) or (student, teacher), whichever the losses' own backward reads again at the rows. Only tensors of
+    inference mode are compared. An overwritten tensor raises on a CPU. On other devices it makes every gradient NaN, because
+    raising would have to wait for the device.
     """
     before = digests(sources, rows, workspace) if connected.requires_grad else None
     if before is None:
@@ -45,14 +46,14 @@ def unchanged(connected: Tensor, rows: Tensor, *sources: Source, workspace: Work
 
 @torch.no_grad()
 def digests(sources: tuple[Source, ...], rows: Tensor, workspace: Workspace) -> Tensor | None:
-    """(tensors of inference mode,) int64; None if there are none."""
-    of_all = [_digest(tensor, places, workspace) for _, tensor, places in _read(sources, rows)]
-    return torch.stack(of_all) if of_all else None
+    """One int64 digest per tensor of inference mode; None if there are none."""
+    digest_list = [_digest(tensor, places, workspace) for _, tensor, places in _read(sources, rows)]
+    return torch.stack(digest_list) if digest_list else None
 
 
 @torch.no_grad()
 def verified(before: Tensor, sources: tuple[Source, ...], rows: Tensor, workspace: Workspace) -> Tensor:
-    """1, 0-dim fp32, where the digests are still the same, else NaN; on a CPU that is an error."""
+    """0-dim fp32: 1 if the digests are still the same, else NaN; on a CPU, changed digests raise."""
     now = digests(sources, rows, workspace)
     assert now is not None
     if now.device.type == "cpu" and not torch.equal(now, before):
@@ -68,7 +69,7 @@ def verified(before: Tensor, sources: tuple[Source, ...], rows: Tensor, workspac
 
 
 def factor(now: Tensor, before: Tensor) -> Tensor:
-    """What gradients are multiplied by, without a look from the host."""
+    """Factor of the gradients, 1 or NaN, without a host synchronisation."""
     return torch.where((now == before).all(), 1.0, torch.nan)
 
 
@@ -90,37 +91,37 @@ class _Unchanged(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         before, rows, *tensors = ctx.saved_tensors
-        sources, left = [], tensors
+        sources, remaining = [], tensors
         for source in ctx.sources:
             n = len(source.tensors)
-            sources.append(source.with_tensors(left[:n]))
-            left = left[n:]
+            sources.append(source.with_tensors(remaining[:n]))
+            remaining = remaining[n:]
         multiplier = verified(before, tuple(sources), rows, ctx.workspace)
         return gradient * multiplier.to(gradient.dtype), *(None,) * (4 + len(tensors))
 
 
 def _read(sources: tuple[Source, ...], rows: Tensor) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """Name of each tensor of inference mode, what is read of it, and at which rows; None: at all."""
+    """Each tensor of inference mode: its name, the part that the backward reads, and the rows of it (None: all)."""
     for name, source in zip(NAMES, sources, strict=False):
-        yield from _read_of(name, source, rows)
+        yield from _read_source(name, source, rows)
 
 
-def _read_of(name: str, source: Source, rows: Tensor) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+def _read_source(name: str, source: Source, rows: Tensor) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     vocab, is_head = source.transform.vocab_size, source.transform.is_head
-    own = {
+    tensors = {
         ".hidden" if is_head else "": (source.leading if is_head else source.leading[..., :vocab], rows),
         ".weight": (None if source.weight is None else source.weight[:vocab], None),
         ".bias": (None if source.bias is None else source.bias[:vocab].unsqueeze(0), None),
     }
-    for (part, (tensor, places)), uncounted in zip(own.items(), source.uncounted, strict=True):
+    for (part, (tensor, places)), uncounted in zip(tensors.items(), source.uncounted, strict=True):
         if uncounted and tensor is not None:
             yield name + part, tensor, places
     if source.reference is not None:
-        yield from _read_of("Extrapolated.reference", source.reference, rows)
+        yield from _read_source("Extrapolated.reference", source.reference, rows)
 
 
 def _digest(tensor: Tensor, rows: Tensor | None, workspace: Workspace) -> Tensor:
-    """0-dim int64, of these rows of (..., width); None: of a sample of the rows of (n, width)."""
+    """0-dim int64 digest of the rows of (..., width); rows None: of a sample of the rows of (n, width)."""
     block = tensor[..., :: max(1, tensor.shape[-1] // SAMPLED)]
     if rows is None:
         block = block[:: max(1, len(block) // SAMPLED)]
@@ -128,6 +129,6 @@ def _digest(tensor: Tensor, rows: Tensor | None, workspace: Workspace) -> Tensor
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     columns = torch.arange(1, block.shape[-1] + 1, device=tensor.device)
     for part in chunks(len(rows), workspace.count(DIGEST_BYTES * max(1, len(columns)))):
-        of_rows = (take_rows(block, rows[part]).view(INTEGERS[tensor.element_size()]) * columns).sum(1)
-        total += (of_rows * torch.arange(part.start + 1, part.stop + 1, device=tensor.device)).sum()
+        row_sums = (take_rows(block, rows[part]).view(INTEGERS[tensor.element_size()]) * columns).sum(1)
+        total += (row_sums * torch.arange(part.start + 1, part.stop + 1, device=tensor.device)).sum()
     return total

@@ -3,7 +3,7 @@
   C = sum_S q;  overlap = sum_{S∩T} q;  D = KL(q|U || p|U), U = S ∪ T, both renormalised on U    [nats]
   Sources: arXiv 2605.26844 eqs. 9, 10, 17.
 
-Not here: how the supports are found (top_k.py), full-vocabulary statistics (streamed/running.py).
+Not here: the top-K lists (top_k.py), full-vocabulary statistics (streamed/running.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def support_columns(student: TopK, teacher: TopK, s_lse: Tensor, t_lse: Tensor, 
     t_in_s, place = matches(teacher.ids, student.ids)
     q_at_s = torch.exp(t_at_s - t_lse.unsqueeze(1))
 
-    # U as a list of 2K: S, then T without what S already has.
+    # U as a list of 2K entries: S, then T with the entries of S masked.
     p_logits = torch.cat((s_at_s, s_at_t.masked_fill(t_in_s, -math.inf)), 1)
     q_logits = torch.cat((t_at_s, t_at_t.masked_fill(t_in_s, -math.inf)), 1)
     out = {
@@ -47,9 +47,9 @@ def support_columns(student: TopK, teacher: TopK, s_lse: Tensor, t_lse: Tensor, 
 
 
 def matches(ids: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, K) whether each of the (n, K) ids is in its row of the (n, K') others, and its first place there, else any.
+    """Whether each of the (n, K) ids is in its row of the (n, K') list `among`, and its first place there (else any place).
 
-    By a sorted copy: a table of all pairs takes K K' numbers a row.
+    `among` is sorted, because a table of all pairs takes K K' numbers a row.
     """
     ascending, order = torch.sort(among, dim=1, stable=True)  # stable: the first of equal ids
     place = torch.searchsorted(ascending, ids.contiguous()).clamp_max(among.shape[1] - 1)

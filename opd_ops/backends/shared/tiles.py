@@ -1,10 +1,10 @@
-"""The given positions of one model, read as tiles of logits: some of the rows, some columns of the vocabulary.
+"""One model's logits at given positions, read as tiles: some of the rows, some columns of the vocabulary.
 
-  stored   what kernels read: logits before scale, soft-cap and temperature, which are in `transform`
-  logits   finished, with merged ids (inputs/sources.py says what a source stands for)
+  stored   the kernels' input: logits before scale, soft-cap and temperature, which are in `transform`
+  logits   finished, with merged ids (inputs/sources.py defines a source's logits)
 
-Logits are copied, or computed by a matmul (matmul.py). Those of an extrapolated teacher are mixed from two models.
-Not here: a few ids of a row (logits_at.py), sizes of tiles (grids.py), what is made of them (streamed/, triton/).
+A tile is a copy of logits, or a matmul (matmul.py). The logits of an extrapolated teacher are mixed from two models.
+Not here: a few ids of a row (logits_at.py), sizes of tiles (grids.py), the work on a tile (streamed/, triton/).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from opd_ops.inputs.sources import Source, Transform, finish_logits, mix_logits,
 class TileReader:
     """Reads tiles of one model at the given positions.
 
-    `dtype`: of the tiles. `cast_columns`: how many columns of a weight to convert at a time, where the matmul needs that.
-    `in_float8`: positions are ranked by an 8-bit matmul.
+    `dtype`: of the tiles. `cast_columns`: how many columns of a weight to convert at a time, where the matmul needs another
+    dtype. `in_float8`: `ranked` uses an 8-bit matmul.
     """
 
     def __init__(self, source: Source, rows: Tensor, dtype: torch.dtype, cast_columns: int, *, in_float8: bool = False) -> None:
@@ -38,15 +38,15 @@ class TileReader:
 
     @property
     def transform(self) -> Transform:
-        """What stored logits still have to go through; mixed ones are finished but for the temperature."""
+        """The transform from stored to finished logits; mixed logits lack only the temperature."""
         own = self.source.transform
         return own if self.reference is None else Transform(True, own.vocab_size, own.temperature)
 
     def hidden(self, group: slice, dtype: torch.dtype | None = None) -> Tensor:
-        """(n, D) hidden states of some of the rows, kept until others are asked for; `dtype`: None: their own."""
+        """(n, D) hidden states of some of the rows, kept until the next other group. `dtype`: None: their own."""
         dtype = dtype or self.source.leading.dtype
         if self._hidden is None or self._hidden[:2] != (group, dtype):
-            self._hidden = None  # two groups' at once would exceed the workspace
+            self._hidden = None  # freed first: two groups at once would exceed the workspace
             self._hidden = group, dtype, take_rows(self.source.leading, self.rows[group]).to(dtype)
         return self._hidden[2]
 
@@ -54,14 +54,14 @@ class TileReader:
         """Stored logits of some of the rows, in `out`, (n, B)."""
         self._read(group, columns, out)
         if self.reference is not None:
-            other = self.reference._read(group, columns, torch.empty_like(out))
-            for x, reader in ((out, self), (other, self.reference)):
+            reference = self.reference._read(group, columns, torch.empty_like(out))
+            for x, reader in ((out, self), (reference, self.reference)):
                 finish_logits(x, replace(reader.source.transform, temperature=1.0), reader.source.stored_dtype)
-            mix_logits(out, other, self.source.transform.lam)
+            mix_logits(out, reference, self.source.transform.lam)
         return out
 
     def ranked(self, group: slice, out: Tensor) -> Tensor:
-        """(n, V) stored logits by which positions are ranked, in `out` of `aligned_buffer`."""
+        """(n, V) stored logits that rank positions, in `out` from `aligned_buffer`."""
         vocab = self.source.transform.vocab_size
         if not self.in_float8:
             return self.stored(group, slice(0, vocab), out[:, :vocab])
@@ -74,8 +74,8 @@ class TileReader:
         """(n, B) logits of some of the rows, in the flat `buffer`, row by row or column by column."""
         n, width = group.stop - group.start, columns.stop - columns.start
         out = buffer[: n * width].view(width, n).T if by_column else buffer[: n * width].view(n, width)
-        masks = None if self.reference is not None else self.source.stored_dtype
-        finish_logits(self.stored(group, columns, out), self.transform, masks)
+        stored_dtype = None if self.reference is not None else self.source.stored_dtype
+        finish_logits(self.stored(group, columns, out), self.transform, stored_dtype)
         for i, place in self.merged_in(columns):
             if i:
                 out[:, place].fill_(-torch.inf)
@@ -84,6 +84,7 @@ class TileReader:
         return out
 
     def _read(self, group: slice, columns: slice, out: Tensor) -> Tensor:
+        """(n, B) logits of this source alone, before its transform."""
         leading, weight, bias = self.source.leading, self.source.weight, self.source.bias
         if weight is None:
             return out.copy_(take_rows(leading[..., columns], self.rows[group]))
@@ -93,17 +94,17 @@ class TileReader:
         )
 
     def merged_in(self, columns: slice) -> list[tuple[int, int]]:
-        """Which merged ids (their number in the list) are in the block, and at which of its columns."""
+        """For each merged id in the block: its index in `merged`, and its column in the block."""
         merged = self.source.transform.merged
         return [(i, v - columns.start) for i, v in enumerate(merged) if columns.start <= v < columns.stop]
 
     def merged(self, group: slice) -> tuple[Tensor, Tensor]:
-        """(n, 1) logit of the merged ids and (n, E) of each, kept until other rows are asked for."""
+        """(n, 1) logit of the merged ids and (n, E) logits before merging, kept until the next other group."""
         if self._merged is None or self._merged[0] != group:
             self._merged = (group, *merged_logits(self.source, self.rows[group], self.dtype))
         return self._merged[1:]
 
 
 def aligned_buffer(rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(rows, V or a little more), so that every row is aligned."""
+    """(rows, V or a little more): the padding aligns every row."""
     return torch.empty((rows, padded(vocab_size)), dtype=dtype, device=device)

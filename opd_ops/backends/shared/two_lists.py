@@ -1,12 +1,12 @@
-"""Statistics of positions where a model's whole row is not read: each model's top-K list is either known or swept for.
+"""Statistics of positions where a model's whole row is not read: each model's top-K list is either sent or swept for.
 
-  student   known from the rollout (inputs/rollout.py), or one sweep of its head
-  teacher   known from a server (inputs/teacher_lists.py), or one sweep of its head
-  both      logits on the other's list: K dot products a position and model, K / V of a unit
-  C, D and the overlap follow from the two lists (supports.py); KLs over the vocabulary do not: those columns are NaN.
-  Of a server's teacher q is taken as 0 off its list: C is then its lower bound, the overlap (arXiv 2605.26844 eq. 17).
+  student   its list comes with the rollout (inputs/rollout.py), or from one sweep of its head
+  teacher   its list comes from a server (inputs/teacher_lists.py), or from one sweep of its head
+  both      logits on the other model's list: K dot products per position and model, K / V of a sweep
+  The two lists give C, D and the overlap (supports.py), but not KLs over the vocabulary: these columns are NaN.
+  A server's teacher has q = 0 off its list here: C is then its lower bound, the overlap (arXiv 2605.26844 eq. 17).
 
-Not here: what is known (inputs/rollout.py, inputs/teacher_lists.py), one model's sweep (each backend's `own_stats`).
+Not here: the sent lists (inputs/rollout.py, inputs/teacher_lists.py), one model's sweep (each backend's `own_stats`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import OwnStats, TokenStats
 
-OWN_LIST_BYTES = 32  # per row and K: ids and logits of both models
+OWN_LIST_BYTES = 32  # per row and K: ids, and both models' logits
 SUPPORT_COLUMNS = ("support_mass", "student_support_mass", "overlap_mass", "union_kl")
 
 
@@ -37,23 +37,23 @@ def token_stats(
     student: Source,
     teacher: Source | TeacherLists,
     rows: Tensor,
-    known: StudentStats | None,
+    rollout: StudentStats | None,
     *,
     top_k: int,
     columns: frozenset[str],
     workspace: Workspace,
     score_dtype: torch.dtype | None,
 ) -> TokenStats:
-    """The columns at the rows, (n,) each; those that cannot be known are NaN."""
+    """The columns at the rows, (n,) each; NaN in columns that two lists do not give. `rollout`: the student's sent lists."""
     sides = student.detach(), teacher.top(top_k) if isinstance(teacher, TeacherLists) else teacher.detach()
-    longest = top_k if known is None else max(top_k, known.ids.shape[-1])  # which are put in order whole
+    longest = top_k if rollout is None else max(top_k, rollout.ids.shape[-1])  # a sent list is sorted whole
     size = workspace.share(1, 4).count(OWN_LIST_BYTES * longest)
     spans = [
-        _of_rows(
+        _span_stats(
             backend,
             *sides,
             rows[span],
-            known,
+            rollout,
             top_k=top_k,
             columns=columns,
             workspace=workspace,
@@ -64,12 +64,12 @@ def token_stats(
     return TokenStats(**{name: torch.cat([span[name] for span in spans]) for name, x in spans[0].items() if x is not None})
 
 
-def _of_rows(
+def _span_stats(
     backend: Backend,
     student: Source,
     teacher: Source | TeacherLists,
     rows: Tensor,
-    known: StudentStats | None,
+    rollout: StudentStats | None,
     *,
     top_k: int,
     columns: frozenset[str],
@@ -79,19 +79,19 @@ def _of_rows(
     dtype = compute_dtype(student, *([teacher] if isinstance(teacher, Source) else []))
 
     def swept(source: Source) -> OwnStats:
-        found = backend.own_stats(source, rows, top_k=top_k, workspace=workspace, score_dtype=score_dtype)
-        return found._replace(logsumexp=found.logsumexp.to(dtype), entropy=found.entropy.to(dtype))
+        stats = backend.own_stats(source, rows, top_k=top_k, workspace=workspace, score_dtype=score_dtype)
+        return stats._replace(logsumexp=stats.logsumexp.to(dtype), entropy=stats.entropy.to(dtype))
 
-    s = swept(student) if known is None else _from_rollout(known, rows, top_k, dtype)
+    s = swept(student) if rollout is None else _from_rollout(rollout, rows, top_k, dtype)
     if isinstance(teacher, Source):
         t = swept(teacher)
         valid = torch.isfinite(t.logsumexp)
     else:
-        listed = teacher.take(rows)
-        t, valid = _from_server(listed), listed.valid
-    unknown = torch.full_like(s.logsumexp, math.nan)
+        lists = teacher.take(rows)
+        t, valid = _from_server(lists), lists.valid
+    nan_column = torch.full_like(s.logsumexp, math.nan)
     if isinstance(teacher, TeacherLists) and teacher.is_sampled:
-        out = dict.fromkeys(SUPPORT_COLUMNS, unknown)
+        out = dict.fromkeys(SUPPORT_COLUMNS, nan_column)
         out["student_support_mass"] = torch.exp(s.logits - s.logsumexp.unsqueeze(1)).sum(1).to(dtype)
     else:
         out = _supports(student, teacher, rows, s, t, columns, workspace, dtype)
@@ -99,8 +99,8 @@ def _of_rows(
         valid=valid,
         student_entropy=s.entropy,
         teacher_entropy=t.entropy,
-        reverse_kl=unknown,
-        forward_kl=unknown,
+        reverse_kl=nan_column,
+        forward_kl=nan_column,
         student_logsumexp=s.logsumexp,
         teacher_logsumexp=t.logsumexp,
         logsumexp_gap=s.logsumexp - t.logsumexp,
@@ -108,15 +108,15 @@ def _of_rows(
     )
 
 
-def _from_rollout(known: StudentStats, rows: Tensor, top_k: int, dtype: torch.dtype) -> OwnStats:
-    lse, entropy = (column.flatten()[rows].to(dtype) for column in (known.logsumexp, known.entropy))
-    ids, log_p = take_rows(known.ids, rows).long(), take_rows(known.logprobs, rows).to(dtype)
+def _from_rollout(rollout: StudentStats, rows: Tensor, top_k: int, dtype: torch.dtype) -> OwnStats:
+    lse, entropy = (column.flatten()[rows].to(dtype) for column in (rollout.logsumexp, rollout.entropy))
+    ids, log_p = take_rows(rollout.ids, rows).long(), take_rows(rollout.logprobs, rows).to(dtype)
     best = TopK(ids, log_p, log_p).best(top_k)
     return OwnStats(lse, entropy, best.ids, best.own + lse.unsqueeze(1))
 
 
 def _from_server(teacher: TeacherLists) -> OwnStats:
-    """Log-probabilities are logits whose log-sum-exp is 0; the entropy takes what is not listed."""
+    """Log-probabilities are logits with a log-sum-exp of 0. The entropy is NaN: it needs the ids off the list."""
     zero = teacher.logprobs.new_zeros(len(teacher.ids))
     return OwnStats(zero, zero + math.nan, teacher.ids, teacher.logprobs)
 
@@ -131,6 +131,7 @@ def _supports(
     workspace: Workspace,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
+    """The support columns, (n,) each, from both lists and each model's logits on the other's list."""
     k = max(s.ids.shape[1], t.ids.shape[1])
     per_row = UNION_BYTES * k + gathered_bytes(student, k)
     if isinstance(teacher, Source):
@@ -146,7 +147,7 @@ def _supports(
             t_at_s = torch.where(s_in_t, t_at_t.gather(1, place), -math.inf)
         s_at_t = logits_at(student, rows[part], t_ids, dtype, workspace)
         lists = TopK(s_ids, s_at_s, t_at_s), TopK(t_ids, t_at_t, s_at_t)
-        of_part = support_columns(*lists, s.logsumexp[part].double(), t.logsumexp[part].double(), columns)
-        for name, column in of_part.items():
+        values = support_columns(*lists, s.logsumexp[part].double(), t.logsumexp[part].double(), columns)
+        for name, column in values.items():
             out.setdefault(name, column.new_empty(len(rows), dtype=dtype))[part] = column
     return out

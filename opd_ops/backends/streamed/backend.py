@@ -1,10 +1,10 @@
 """The streamed backend, `backend="torch"`: exact statistics and gradients on any device in bounded memory.
 
   score:    tiles of rows x blocks of the vocabulary, one sweep of both heads          2 head-matmul units
-  loss:     the selected rows alone                                                    2 rho to 4 rho
-  (one unit = 2 N V D FLOP; statistics and gradients are those of selection/stats.py and divergences/)
+  loss:     the selected rows alone, M = rho N                                         2 rho to 4 rho
+  (one unit = 2 N V D FLOP; selection/stats.py and divergences/ define the statistics and losses)
 
-Nothing of size V is kept beyond a block. Where ranks share out the vocabulary, each sweeps its part.
+Memory of size V is one block at a time. Where ranks share out the vocabulary, each rank sweeps its part.
 Not here: the score pass (score.py), one model alone (one_model.py), the loss (loss.py).
 """
 

@@ -1,4 +1,4 @@
-"""Both models on a divergence's list of ids and off it, by sweeps of one model at a time, and the loss there.
+"""Both models on a divergence's list of ids and off it, from one sweep of each model, and the loss on them.
 
 Not here: the loss and its gradient on a list (shared/list_losses.py), the logits' gradient (loss.py).
 """
@@ -22,7 +22,7 @@ from opd_ops.inputs.workspace import Workspace
 
 @torch.no_grad()
 def support_terms(
-    part: OnSupport,
+    divergence: OnSupport,
     student: Source,
     teacher: Source | TeacherLists,
     rows: Tensor,
@@ -30,42 +30,46 @@ def support_terms(
     *,
     workspace: Workspace,
 ) -> Terms:
-    """The terms of the rows; `tokens` (M,) are what the student sampled there, if the divergence is on them."""
+    """The terms of the rows. `tokens`: (M,), the student's sampled tokens, if the divergence reads them."""
     student = student.detach()
     dtype = compute_dtype(student, *([teacher] if isinstance(teacher, Source) else []))
     if isinstance(teacher, TeacherLists):
-        ids, log_q, log_tail = _listed(part, teacher.take(rows))
+        ids, log_q, log_tail = _listed(divergence, teacher.take(rows))
         entropy = torch.full_like(log_tail, math.nan)
     else:
-        ids, log_q, log_tail, entropy = _swept(part, teacher.detach(), rows, tokens, workspace)
+        ids, log_q, log_tail, entropy = _swept(divergence, teacher.detach(), rows, tokens, workspace)
     x = logits_at(student, rows, ids, dtype, workspace)
-    beside = off_list_logsumexp(student, rows, ids, workspace=workspace) if part.reads_rest else x.new_zeros(len(rows))
-    return evaluate(part, Support(x.double(), beside, log_q, log_tail, entropy), ids, dtype)
+    off_list = x.new_zeros(len(rows))
+    if divergence.reads_rest:
+        off_list = off_list_logsumexp(student, rows, ids, workspace=workspace)
+    return evaluate(divergence, Support(x.double(), off_list, log_q, log_tail, entropy), ids, dtype)
 
 
-def _listed(part: OnSupport, teacher: TeacherLists) -> tuple[Tensor, Tensor, Tensor]:
-    found = teacher.top(part.length)
-    log_q = found.logprobs.double()
-    return found.ids, log_q, tail(log_q)
+def _listed(divergence: OnSupport, teacher: TeacherLists) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, log q there, and log of the teacher's mass off the ids, from the lists that the teacher sent."""
+    best = teacher.top(divergence.length)
+    log_q = best.logprobs.double()
+    return best.ids, log_q, tail(log_q)
 
 
 def _swept(
-    part: OnSupport,
+    divergence: OnSupport,
     teacher: Source,
     rows: Tensor,
     tokens: Tensor | None,
     workspace: Workspace,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same from the teacher's logits, and the teacher's entropy."""
     dtype = compute_dtype(teacher)
-    own = own_stats(teacher, rows, top_k=part.length, workspace=workspace, score_dtype=torch.float32)
-    lse, ids, logits = own.logsumexp.double(), own.ids, own.logits.double()
-    if part.of_tokens:
+    stats = own_stats(teacher, rows, top_k=divergence.length, workspace=workspace, score_dtype=torch.float32)
+    lse, ids, logits = stats.logsumexp.double(), stats.ids, stats.logits.double()
+    if divergence.of_tokens:
         assert tokens is not None
         ids = tokens.long().unsqueeze(1)
         logits = logits_at(teacher, rows, ids, dtype, workspace).double()
     else:
         ids = ids.masked_fill(logits == -math.inf, LAST_ID)  # an entry that the teacher masks is not on its list
     log_tail = torch.zeros_like(lse)
-    if part.reads_teacher_rest:
+    if divergence.reads_teacher_rest:
         log_tail = off_list_logsumexp(teacher, rows, ids, workspace=workspace) - lse
-    return ids, logits - lse.unsqueeze(1), log_tail, own.entropy.double()
+    return ids, logits - lse.unsqueeze(1), log_tail, stats.entropy.double()

@@ -1,15 +1,16 @@
-"""The loss of the streamed backend: the selected rows once more, block by block of the vocabulary, and the gradients they give.
+"""The loss of the streamed backend: it reads the selected rows a second time, block by block of the vocabulary.
 
-  forward:  reverse and forward KL: the score pass's own column, no matmul; other divergences sweep the selected rows for what
-            they sum: both models once (`Summed`, 2 rho), or one at a time (`OnSupport`, rho each; docs/features.md)
+  forward:  reverse and forward KL are columns of the score pass: no matmul. Other divergences sweep the selected rows:
+            `Summed` both models in one sweep (2 rho), `OnSupport` one model at a time (rho each; docs/features.md)
   backward: the rows' logits again (2 rho; rho where the gradient does not read the teacher), then dH and dW (2 rho)
+  (rho: the share of rows that is selected; costs are in head-matmul units, streamed/backend.py)
 
-With the normalisers known, the backward is one sweep: every block is finished alone, dW is written once, in one fp32
-accumulation over all rows. Nothing is computed in the forward that the backward scales: retain_graph recomputes.
-A divergence on a list alone (`local_support`) has a gradient at few columns: only those are multiplied.
-Where ranks share out the vocabulary, each makes the gradient of its part; those of the hidden states are added up over the
-ranks, one all-reduce of (M, D) numbers.
-Not here: lists (shared/list_losses.py), sums over the vocabulary (summed.py), the score pass (backend.py), the size of blocks
+The normalisers are known, so the backward is one sweep: each block is finished before the next, and dW is written once, from
+one fp32 sum over all rows. The backward rescales no gradient of the forward: with retain_graph it computes them again.
+The gradient of a divergence on a list alone (`local_support`) is zero in most columns: only the others are multiplied.
+Where ranks share out the vocabulary, each rank computes the gradient of its part. The hidden states' gradients of all ranks
+are added up by one all-reduce of (M, D) numbers.
+Not here: lists (shared/list_losses.py), sums over the vocabulary (summed.py), the score pass (score.py), the size of blocks
 (shared/grids.py).
 """
 
@@ -44,24 +45,24 @@ from opd_ops.selection.stats import TokenStats
 
 
 class _Constants(NamedTuple):
-    """What the gradient needs of each selected row, (M, ...); None: of a part that the divergence does not have."""
+    """The numbers of each selected row that the gradient reads, (M, ...); None: the divergence has no such part."""
 
     rows: Tensor
-    mean_slope: Tensor | None  # for a divergence over the whole row, with the reference
+    mean_slope: Tensor | None  # this and the reference: for a divergence over the whole row
     reference_student: Tensor | None
     reference_teacher: Tensor | None
     reference_log_p: Tensor | None
     reference_log_ratio: Tensor | None
     top_log_ratio: Tensor | None
-    ids: Tensor | None  # for one on a list
+    ids: Tensor | None  # this and the next three: for a divergence on a list, as in `Terms`
     dx: Tensor | None
-    rest: Tensor | None
-    drest: Tensor | None
+    off_list: Tensor | None
+    d_off_list: Tensor | None
 
     @property
     def is_list_alone(self) -> bool:
-        """Whether the gradient is zero off the lists; `ids` and `dx` are then those of the raw logits."""
-        return self.mean_slope is None and self.drest is None
+        """Whether the gradient is zero off the lists; `ids` and `dx` then belong to the raw logits."""
+        return self.mean_slope is None and self.d_off_list is None
 
     @property
     def reference(self) -> Reference:
@@ -69,6 +70,7 @@ class _Constants(NamedTuple):
         return Reference(*columns)  # type: ignore[arg-type]
 
     def group(self, name: str, group: slice) -> Tensor:
+        """(n, 1) or (n, K): one field at some of the rows."""
         column: Tensor = getattr(self, name)[group]
         return column.unsqueeze(1) if column.dim() == 1 else column
 
@@ -78,122 +80,123 @@ N_CONSTANTS = len(_Constants._fields)
 
 @dataclass(frozen=True)
 class _Plan(GradientPlan):
-    """The sources are without their tensors, which follow the constants of the rows."""
+    """Saved tensors: the constants of the rows, the student's tensors, the teacher's. The sources here are without tensors."""
 
     student: Source
     teacher: Source | None  # None: the gradient does not read it
     whole: WholeRow | None
     workspace: Workspace
-    dtype: torch.dtype  # computed in
+    dtype: torch.dtype  # of the gradient's computation
 
     def gradients(self, saved: Sequence[Tensor], dlosses: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
         split = N_CONSTANTS + len(self.student.tensors)
-        of, student = _Constants(*saved[:N_CONSTANTS]), self.student.with_tensors(saved[N_CONSTANTS:split])
+        constants = _Constants(*saved[:N_CONSTANTS])
+        student = self.student.with_tensors(saved[N_CONSTANTS:split])
         teacher = None if self.teacher is None else self.teacher.with_tensors(saved[split:])
         needs = needs[N_CONSTANTS:split]
-        made: list[Tensor | None]
-        if of.is_list_alone:
-            everyone = slice(0, len(of.rows))
-            ids, dx = of.group("ids", everyone), of.group("dx", everyone) * dlosses.unsqueeze(1)
+        gradients: list[Tensor | None]
+        if constants.is_list_alone:
+            all_rows = slice(0, len(constants.rows))
+            ids, dx = constants.group("ids", all_rows), constants.group("dx", all_rows) * dlosses.unsqueeze(1)
             dx = dx.masked_fill_((dlosses == 0).unsqueeze(1), 0)
-            made = listed_gradients(student, of.rows, ids, dx, needs, self.workspace)
+            gradients = listed_gradients(student, constants.rows, ids, dx, needs, self.workspace)
         else:
-            selected = _Selected(student, teacher, of, dlosses, self)
-            made = selected.head_gradients(needs) if student.transform.is_head else [selected.logit_gradient()]
-        return [None] * N_CONSTANTS + made
+            selected = _Selected(student, teacher, constants, dlosses, self)
+            gradients = selected.head_gradients(needs) if student.transform.is_head else [selected.logit_gradient()]
+        return [None] * N_CONSTANTS + gradients
 
 
 class _Selected:
-    """The selected rows of one backward: the logits again, block by block, and the gradients they give."""
+    """The selected rows of one backward: their logits, computed again block by block, and the gradients from them."""
 
-    def __init__(self, student: Source, teacher: Source | None, of: _Constants, dlosses: Tensor, plan: _Plan) -> None:
-        beside = student if teacher is None else teacher
-        self.of, self.whole, self.dtype = of, plan.whole, plan.dtype
-        has_both = plan.whole is not None and of.ids is not None
-        self.grid = gradient_grid(student, beside, len(of.rows), workspace=plan.workspace, two_parts=has_both)
-        self.student = TileReader(student, of.rows, self.dtype, self.grid.columns)
-        self.teacher = None if teacher is None else TileReader(teacher, of.rows, self.dtype, self.grid.columns)
-        self.by_column = student.transform.is_head and beside.transform.is_head
+    def __init__(self, student: Source, teacher: Source | None, constants: _Constants, dlosses: Tensor, plan: _Plan) -> None:
+        rows, second = constants.rows, student if teacher is None else teacher
+        self.constants, self.whole, self.dtype = constants, plan.whole, plan.dtype
+        has_both = plan.whole is not None and constants.ids is not None
+        self.grid = gradient_grid(student, second, len(rows), workspace=plan.workspace, two_parts=has_both)
+        self.student = TileReader(student, rows, self.dtype, self.grid.columns)
+        self.teacher = None if teacher is None else TileReader(teacher, rows, self.dtype, self.grid.columns)
+        self.by_column = student.transform.is_head and second.transform.is_head
         self.dlosses = dlosses.unsqueeze(1)
         size = self.grid.rows * self.grid.columns
-        self.buffers = [pages.empty((size,), self.dtype, of.rows.device) for _ in range(1 if teacher is None else 2)]
+        self.buffers = [pages.empty((size,), self.dtype, rows.device) for _ in range(1 if teacher is None else 2)]
 
     def blocks(self) -> Iterator[slice]:
         return chunks(self.student.source.transform.vocab_size, self.grid.columns)
 
     def groups(self) -> Iterator[slice]:
-        return chunks(len(self.of.rows), self.grid.rows)
+        return chunks(len(self.constants.rows), self.grid.rows)
 
     def dlogits(self, group: slice, block: slice) -> Tensor:
         """(n, B) gradient of the weighted losses with respect to the student's raw logits, before scale and soft-cap."""
-        # Few rows: a matmul whose result has them as its columns is up to 1.6 x as fast (benchmarks/LOG.md).
+        # `by_column`: a matmul that writes few rows as columns of its result is up to 1.6 x as fast (benchmarks/LOG.md).
         s = self.student.logits(group, block, self.buffers[0], by_column=self.by_column)
         u = None if self.teacher is None else self.teacher.logits(group, block, self.buffers[1], by_column=self.by_column)
-        nothing = (s == -math.inf).logical_or_(self.dlosses[group] == 0)
+        no_gradient = (s == -math.inf).logical_or_(self.dlosses[group] == 0)
         slope = logit_slope(s, self.student.source.transform)
-        # p = 0 gives 0, and so does a weight of 0, by a fill: the formula there is 0 * inf.
         first_id = self.student.source.transform.first_id + block.start
-        grad = self._of_logits(s, u, group, first_id).mul_(self.dlosses[group]).mul_(slope).masked_fill_(nothing, 0.0)
+        grad = self._d_finished(s, u, group, first_id).mul_(self.dlosses[group]).mul_(slope)
+        grad.masked_fill_(no_gradient, 0.0)  # where p = 0 or the weight is 0: the formula there is 0 * inf
         for i, place in self.student.merged_in(block):
-            grad[:, place] = self._of_merged(group)[:, i]
+            grad[:, place] = self._d_merged(group)[:, i]
         return grad
 
-    def _of_logits(self, s: Tensor, u: Tensor | None, group: slice, first_id: int) -> Tensor:
-        """(n, B) d losses / d logits of a block whose first column has the id `first_id`; s and u are overwritten."""
+    def _d_finished(self, s: Tensor, u: Tensor | None, group: slice, first_id: int) -> Tensor:
+        """(n, B) d losses / d finished logits of a block that begins at the id `first_id`; overwrites s and u."""
         total = None
-        if self.of.ids is not None:
-            total = self._of_list(s.clone() if self.whole is not None else s, group, first_id)
+        if self.constants.ids is not None:
+            total = self._d_list(s.clone() if self.whole is not None else s, group, first_id)
         if self.whole is not None:
             assert u is not None
-            reference = self.of.reference.rows(group)
+            reference = self.constants.reference.rows(group)
             reference_slope = self.whole.slope(reference.log_p, reference.top_log_ratio)
             log_p, log_ratio = reference.log_probabilities(s, u)
-            of_row = self.whole.dlogits(log_p, log_ratio, reference_slope, self.of.group("mean_slope", group))
-            total = of_row if total is None else total.add_(of_row)
+            whole_gradient = self.whole.dlogits(log_p, log_ratio, reference_slope, self.constants.group("mean_slope", group))
+            total = whole_gradient if total is None else total.add_(whole_gradient)
         assert total is not None
         return total
 
-    def _of_list(self, s: Tensor, group: slice, first_id: int) -> Tensor:
-        """dx at the ids, and drest times the softmax of the rest off them; in place of s."""
-        ids, dx = self.of.group("ids", group), self.of.group("dx", group)
-        reference = self.of.group("rest", group).to(self.dtype)
-        off = without_ids(s, ids, first_id).sub_(reference.masked_fill(reference == -math.inf, 0))
-        off.exp_().mul_(self.of.group("drest", group))
+    def _d_list(self, s: Tensor, group: slice, first_id: int) -> Tensor:
+        """(n, B) d_off_list times the softmax off the ids, plus dx at the ids; overwrites s."""
+        ids, dx = self.constants.group("ids", group), self.constants.group("dx", group)
+        off_list = self.constants.group("off_list", group).to(self.dtype)
+        softmax = without_ids(s, ids, first_id).sub_(off_list.masked_fill(off_list == -math.inf, 0)).exp_()
+        softmax.mul_(self.constants.group("d_off_list", group))
         places, inside = places_in(ids, first_id, s.shape[1])
         return s.scatter_add_(1, places, dx.masked_fill(~inside, 0))
 
-    def _of_merged(self, group: slice) -> Tensor:
-        """(n, E) gradient of the raw logits that were merged: each has its share of the one's."""
-        s, each = self.student.merged(group)
+    def _d_merged(self, group: slice) -> Tensor:
+        """(n, E) gradient of the raw logits that were merged: each has its share of the merged logit's gradient."""
+        s, parts = self.student.merged(group)
         u = None if self.teacher is None else self.teacher.merged(group)[0].clone()
         first = self.student.source.transform.merged[0]
-        nothing = (s == -math.inf) | (self.dlosses[group] == 0)
-        of_one = self._of_logits(s.clone(), u, group, first).mul_(self.dlosses[group]).masked_fill_(nothing, 0)
-        share = torch.exp(each - s.masked_fill(s == -math.inf, 0))
-        return of_one * share * logit_slope(each, self.student.source.transform)
+        no_gradient = (s == -math.inf) | (self.dlosses[group] == 0)
+        dmerged = self._d_finished(s.clone(), u, group, first).mul_(self.dlosses[group]).masked_fill_(no_gradient, 0)
+        share = torch.exp(parts - s.masked_fill(s == -math.inf, 0))
+        return dmerged * share * logit_slope(parts, self.student.source.transform)
 
     def logit_gradient(self) -> Tensor:
-        """Gradient of dense logits: the selected rows filled in, all others exactly zero."""
+        """Gradient of dense logits: exactly zero outside the selected rows."""
         logits = self.student.source.leading
-        dense = torch.zeros_like(logits)  # of the same strides, else autograd would copy it to a leaf of other strides
+        dense = torch.zeros_like(logits)  # the same strides, else autograd copies the gradient to a leaf's strides
         for block in self.blocks():
             for group in self.groups():
                 put_rows(dense[..., block], self.student.rows[group], self.dlogits(group, block))
         return dense
 
     def head_gradients(self, needs: Sequence[bool]) -> list[Tensor | None]:
-        """Gradients of hidden, weight and bias, each only if needed, in the parameters' dtypes."""
-        source, rows, shard = self.student.source, self.of.rows, self.student.source.transform.shard
+        """Gradients of hidden, weight and bias, in the dtypes of these; None if not needed."""
+        source, rows, shard = self.student.source, self.constants.rows, self.student.source.transform.shard
         weight = source.weight
         assert weight is not None
         dleading = torch.zeros_like(source.leading) if needs[0] else None
         sums, places = dleading, rows
         if dleading is not None and (dleading.dtype != self.dtype or shard is not None):
-            # 16 bits would round after every block; and other ranks' sums are of these rows alone.
+            # 16 bits would round after every block, and the all-reduce sends these rows alone.
             sums = torch.zeros((len(rows), source.leading.shape[-1]), dtype=self.dtype, device=rows.device)
             places = torch.arange(len(rows), device=rows.device)
         dweight = pages.empty(weight.shape, weight.dtype, weight.device, keep=True) if needs[1] else None
-        if dweight is not None:  # each block is written whole; entries beyond the common vocabulary, or with no row, are not
+        if dweight is not None:  # the blocks below write all other entries
             dweight[source.transform.vocab_size if len(rows) else 0 :].zero_()
         dbias = torch.zeros(len(weight), dtype=self.dtype, device=rows.device) if any(needs[2:]) else None
         for block in self.blocks():
@@ -220,14 +223,14 @@ class _Selected:
         return [dleading, dweight, None if dbias is None else dbias.to(source.bias.dtype)]
 
 
-# Below this many rows the vendor's matmul splits a long sum badly: 51 rows run 1.4 x as fast with a share of it a thread.
+# Below this many rows the vendor's matmul splits a long sum badly: 51 rows run 1.4 x as fast split by threads.
 FEW_ROWS = 128
 
 
 def _add_product(total: Tensor, dlogits: Tensor, w: Tensor) -> Tensor:
-    """total + dlogits @ w, in place: (n, D) of (n, B) and (B, D)."""
+    """Add dlogits @ w to `total`, in place; (n, D), (n, B), (B, D)."""
     shares = torch.get_num_threads() if w.device.type == "cpu" else 1
-    fits = shares * w.shape[1] <= len(w)  # the shares' products take no more than a block of logits: the workspace has room
+    fits = shares * w.shape[1] <= len(w)  # the products take no more than a block of logits, for which there is room
     laid_out = len(w) % shares == 0 and dlogits.T.is_contiguous() and w.is_contiguous()
     if shares > 1 and len(total) <= FEW_ROWS and fits and laid_out:
         return total.add_(torch.bmm(dlogits.T.view(shares, -1, len(total)).mT, w.view(shares, -1, w.shape[1])).sum(0))
@@ -246,13 +249,13 @@ def selected_loss(
     workspace: Workspace,
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted sum of the divergence over the selected positions, connected to the student's tensors, and its (M,) terms.
+    """The weighted sum of the losses over the selected positions, connected to the student's tensors, and the (M,) losses.
 
-    `stats` are the selected positions' own, as `token_stats` computed them from the same tensors.
+    `stats`: of the selected positions, computed by `token_stats` from the same tensors.
     """
     assert not inplace
     whole, support = divergence.whole, divergence.support
-    of = _Constants(rows, *(None,) * (N_CONSTANTS - 1))
+    constants = _Constants(rows, *(None,) * (N_CONSTANTS - 1))
     losses: Tensor | None = None
     if whole is not None:
         assert isinstance(teacher, Source)
@@ -263,39 +266,40 @@ def selected_loss(
             assert whole.column is not None
             assert stats.reverse_kl_excess is not None
             sums = Sums(getattr(stats, whole.column), stats.reverse_kl_excess)
-            reference = reference._replace(top_log_ratio=reference.log_ratio)  # where these differ, a KL is infinite
+            reference = reference._replace(top_log_ratio=reference.log_ratio)  # the two differ only where a KL is infinite
         losses = sums.losses
-        of = _Constants(rows, sums.mean_slope, *reference, *(None,) * 4)
+        constants = _Constants(rows, sums.mean_slope, *reference, *(None,) * 4)
     if support is not None:
         terms = support_terms(support, student, teacher, rows, tokens, workspace=workspace)
-        of_list = terms.losses.to(terms.dx.dtype)
-        losses = of_list if losses is None else losses + of_list
-        if terms.drest is None:
-            nothing = torch.zeros_like(of_list)
-            alone = whole is None
-            terms = terms._replace(rest=nothing, drest=nothing) if not alone else _of_raw_logits(student.detach(), rows, terms)
-        of = of._replace(ids=terms.ids, dx=terms.dx, rest=terms.rest, drest=terms.drest)
+        list_losses = terms.losses.to(terms.dx.dtype)
+        losses = list_losses if losses is None else losses + list_losses
+        if terms.d_off_list is None and whole is None:
+            terms = _raw_terms(student.detach(), rows, terms)
+        elif terms.d_off_list is None:
+            zeros = torch.zeros_like(list_losses)
+            terms = terms._replace(off_list=zeros, d_off_list=zeros)
+        constants = constants._replace(ids=terms.ids, dx=terms.dx, off_list=terms.off_list, d_off_list=terms.d_off_list)
     assert losses is not None
-    beside = teacher.detach() if isinstance(teacher, Source) and whole is not None else None
-    plan = _Plan(student.emptied(), None if beside is None else beside.emptied(), whole, workspace, losses.dtype)
-    tensors = (*of, *student.tensors, *(() if beside is None else beside.tensors))
+    read_teacher = teacher.detach() if isinstance(teacher, Source) and whole is not None else None
+    plan = _Plan(student.emptied(), None if read_teacher is None else read_teacher.emptied(), whole, workspace, losses.dtype)
+    tensors = (*constants, *student.tensors, *(() if read_teacher is None else read_teacher.tensors))
     total = connected(plan, losses, *tensors)
-    read_again = (student,) if beside is None else (student, beside)
+    read_again = (student,) if read_teacher is None else (student, read_teacher)
     total = unchanged(total, rows, *read_again, workspace=workspace)
     return weighted_sum(total, without_infinite(losses, weights)), losses
 
 
-def _of_raw_logits(student: Source, rows: Tensor, terms: Terms) -> Terms:
-    """The same with ids and gradient of the raw logits, before scale, soft-cap and merging."""
+def _raw_terms(student: Source, rows: Tensor, terms: Terms) -> Terms:
+    """The terms with `ids` and `dx` of the raw logits: before scale, soft-cap and merging."""
     transform, ids = student.transform, terms.ids
     dx = (terms.dx * logit_slope(terms.x, transform)).masked_fill(terms.x == -math.inf, 0)
     if transform.merged:
         first = transform.merged[0]
-        of_one = terms.dx.masked_fill(ids != first, 0).sum(1, keepdim=True)
-        s, each = merged_logits(student, rows, dx.dtype)
-        share = torch.exp(each - s.masked_fill(s == -math.inf, 0)) * logit_slope(each, transform)
+        dmerged = terms.dx.masked_fill(ids != first, 0).sum(1, keepdim=True)
+        s, parts = merged_logits(student, rows, dx.dtype)
+        share = torch.exp(parts - s.masked_fill(s == -math.inf, 0)) * logit_slope(parts, transform)
         ids = torch.cat(
             (ids.masked_fill(ids == first, LAST_ID), *(torch.full_like(ids[:, :1], x) for x in transform.merged)), 1
         )
-        dx = torch.cat((dx, of_one * share), 1)
+        dx = torch.cat((dx, dmerged * share), 1)
     return terms._replace(ids=ids, dx=dx)

@@ -2,7 +2,7 @@
 
   log sum e^x,  H = log sum e^x - E[x],  top-K                                                                  [nats]
 
-Ids are those of the whole vocabulary, of which a rank may sweep a part: the parts are then joined (shared/joined.py).
+Ids count over the whole vocabulary. If ranks share it out, each sweeps its part, and the parts are joined (shared/joined.py).
 Not here: both models in one sweep (score.py), one model off a list of ids (off_list.py).
 """
 
@@ -36,25 +36,25 @@ def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace: Workspace,
 
 
 def _own_part(source: Source, rows: Tensor, top_k: int, workspace: Workspace) -> OwnStats:
-    """Of what this process holds of the vocabulary."""
+    """Statistics of this process's part of the vocabulary."""
     dtype, first_id = compute_dtype(source), source.transform.first_id
     grid = score_grid(source, source, len(rows), top_k=top_k, whole_rows=False, workspace=workspace)
     buffer = pages.empty((grid.rows * grid.columns,), dtype, rows.device)
     scratch = torch.empty(3 * grid.chunk * grid.columns, dtype=dtype, device=rows.device)
-    found = []
+    tiles = []
     with torch.autocast(rows.device.type, enabled=False):
         for part in chunks(len(rows), grid.rows):
-            side = TileReader(source.detach(), rows[part], dtype, grid.cast_columns)
-            everyone, sums = slice(0, len(side.rows)), RunningSums(len(side.rows), rows.device)
+            reader = TileReader(source.detach(), rows[part], dtype, grid.cast_columns)
+            all_rows, sums = slice(0, len(reader.rows)), RunningSums(len(reader.rows), rows.device)
             best: TopK | None = None
             for block in chunks(source.transform.vocab_size, grid.columns):
-                u = side.logits(everyone, block, buffer)
+                u = reader.logits(all_rows, block, buffer)
                 best = extended(best, u, u, top_k, first_id + block.start, grid.candidates)
-                sums.add(block_sums(u, u, best, best, first_id + block.start, scratch))  # as both models, at the price of two
+                sums.add(block_sums(u, u, best, best, first_id + block.start, scratch))  # the model is passed twice
             assert best is not None
             columns = statistics(sums.total, best)
-            found.append(OwnStats(columns["teacher_logsumexp"], columns["teacher_entropy"], best.ids, best.own))
-    if not found:
-        none = torch.empty(0, dtype=dtype, device=rows.device)
-        return OwnStats(none, none, rows.new_empty(0, top_k), none.view(0, 1).expand(0, top_k))
-    return OwnStats(*(torch.cat(column) for column in zip(*found, strict=True)))
+            tiles.append(OwnStats(columns["teacher_logsumexp"], columns["teacher_entropy"], best.ids, best.own))
+    if not tiles:
+        empty = torch.empty(0, dtype=dtype, device=rows.device)
+        return OwnStats(empty, empty, rows.new_empty(0, top_k), empty.view(0, 1).expand(0, top_k))
+    return OwnStats(*(torch.cat(column) for column in zip(*tiles, strict=True)))

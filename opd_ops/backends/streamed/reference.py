@@ -2,8 +2,8 @@
 
   log p_v = (s_v - s_a) + log p_a,   log p_v - log q_v = (s_v - s_a) - (u_v - u_a) + (log p_a - log q_a)
 
-A log-sum-exp rounded to fp32 would lose what small divergences and rows with p_a near 1 are made of.
-Not here: how the score pass finds these columns (running.py), what divergences make of the two (divergences/).
+A log-sum-exp rounded to fp32 would lose the digits of small divergences and of rows with p_a near 1.
+Not here: the computation of these columns in the score pass (running.py), the divergences (divergences/).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from opd_ops.selection.stats import TokenStats
 
 
 class Reference(NamedTuple):
-    """Of (M,) rows, the columns of `TokenStats` that gradients read."""
+    """The columns of `TokenStats` that gradients read, (M,) each."""
 
     student: Tensor  # s_a
     teacher: Tensor  # u_a, or another logit of the teacher where it masks a
     log_p: Tensor  # log p_a
-    log_ratio: Tensor  # log p_a - log q_a, or what it would be with that other logit
-    top_log_ratio: Tensor  # log p_a - log q_a as it is: +inf where the teacher masks a
+    log_ratio: Tensor  # log p_a - log q_a, with that other logit in place of a masked u_a
+    top_log_ratio: Tensor  # log p_a - log q_a: +inf where the teacher masks a
 
     @staticmethod
     def of(stats: TokenStats) -> Reference:
@@ -37,11 +37,11 @@ class Reference(NamedTuple):
         return Reference(*columns)  # type: ignore[arg-type]
 
     def rows(self, group: slice) -> Reference:
-        """(n, 1) of some of the rows."""
+        """The reference of some of the rows, (n, 1) each."""
         return Reference(*(column[group].unsqueeze(1) for column in self))
 
     def log_probabilities(self, s: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """log p and log p - log q of a block of (n, B) logits, in the place of s and u; this is of (n, 1)."""
+        """log p and log p - log q of a block of (n, B) logits; overwrites s and u. The columns here are (n, 1)."""
         s.sub_(self.student)
         log_ratio = u.sub_(self.teacher).neg_().add_(s).add_(self.log_ratio)
         return s.add_(self.log_p), log_ratio

@@ -6,13 +6,14 @@
     KL(p||q) = r_a + E_p[g],   KL(q||p) = -r_a - E_q[g]                                        (algebra of TokenStats)
 
 Numerics
-  Both maxima are subtracted before the models are, so that models that differ by a constant lose nothing.
-  The top entry adds exactly 1 to Z and exactly 0 to the other sums: it is left out of the sums, and a row with p_a near 1
+  Each model's maximum is subtracted before the models are subtracted: models that differ by a constant lose no digit.
+  The top entry adds exactly 1 to Z and exactly 0 to the other sums. It is left out of the sums, so that a row with p_a near 1
   keeps the digits of 1 - p_a. Blocks are joined in fp64.
-  A masked entry (-inf) is left out of the sums. Where the other model does not mask it, the divergence is infinite if that
-  model's probability there is above 0 in fp64: the largest such logit of each model is kept, and compared at the end.
+  A masked entry (-inf) is left out of the sums. Where one model masks an entry and the other does not, the divergence is
+  infinite if the other's probability there is above 0 in fp64. So the largest such logit of each model is kept, and compared
+  at the end.
 
-Not here: the top-K lists (shared/top_k.py), tiles and matmuls (backend.py).
+Not here: the top-K lists (shared/top_k.py), tiles (shared/tiles.py, score.py).
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from opd_ops.divergences.equations import LOG_ZERO
 
 
 class ModelSums(NamedTuple):
-    """One model's sums over some columns but for its top entry, (n,) each, with e = e^{x - maximum}."""
+    """One model's sums over some columns without its top entry, (n,) each, with e = e^{x - maximum}."""
 
     maximum: Tensor  # the largest logit so far
     z: Tensor  # sum e
     x: Tensor  # sum e (x - maximum)
     gap: Tensor  # sum e g
-    alone: Tensor  # the largest logit where the other model masks, -inf if it masks none
+    alone: Tensor  # the largest logit among the entries that only the other model masks; -inf if there are none
 
 
 class BlockSums(NamedTuple):
@@ -50,8 +51,8 @@ def block_sums(s: Tensor, u: Tensor, s_best: TopK, t_best: TopK, first_id: int, 
     """Sums of one block.
 
     Args:
-        s, u: (n, B) logits, the first of id `first_id`.
-        s_best, t_best: lists of each model's best ids of this and all earlier blocks; the first entry is read.
+        s, u: (n, B) logits; the block begins at the id `first_id`.
+        s_best, t_best: Each model's list of best ids in this and all earlier blocks; only the first entry is read.
         scratch: (3 C,), C >= B: C // B rows are summed at a time.
     """
     n, width = s.shape
@@ -64,9 +65,9 @@ def block_sums(s: Tensor, u: Tensor, s_best: TopK, t_best: TopK, first_id: int, 
     sums, alone = s.new_empty(6, n), s.new_full((2, n), -math.inf)
     step = min(n, scratch.numel() // (3 * width))
     work = scratch[: 3 * step * width].view(3, step, width).unbind()
-    # All views are made here: made chunk by chunk, they cost as much as a pass over the logits.
+    # All views are created here, because creating them chunk by chunk costs as much as a pass over the logits.
     chunks = [_Chunk(*views) for views in zip(*(x.split(step) for x in (s, u, *references, *tops, *sums, *alone)), strict=True)]
-    # On a CPU one look at the outcome spares the masks; on a device it would synchronise, so there masks are the rule.
+    # On a CPU, masks are used only where a sum is not finite. On a device this test would synchronise: masks are always used.
     on_cpu = s.device.type == "cpu"
     holds_top = [not on_cpu or bool(x.any()) for x in inside]
     masked_chunks = chunks
@@ -86,7 +87,7 @@ def block_sums(s: Tensor, u: Tensor, s_best: TopK, t_best: TopK, first_id: int, 
 
 
 class _Chunk(NamedTuple):
-    """Some rows of a block, and views of where their sums go."""
+    """Some rows of a block, and views into which their sums are written."""
 
     s: Tensor  # (c, B)
     u: Tensor
@@ -107,7 +108,7 @@ class _Chunk(NamedTuple):
     t_alone: Tensor
 
     def sum(self, work: Sequence[Tensor], holds_top: Sequence[bool], *, masked: bool) -> None:
-        """Compute the sums; `masked` leaves out -inf logits. `work`: three buffers of (c or more, B)."""
+        """Compute the sums. `masked`: leave out -inf logits. `work`: three buffers of (c or more, B)."""
         gap, shifted, weight = work if len(self.s) == len(work[0]) else (buffer[: len(self.s)] for buffer in work)
         torch.sub(self.s, self.s_reference, out=gap)
         gap.sub_(torch.sub(self.u, self.u_reference, out=shifted))
@@ -118,7 +119,7 @@ class _Chunk(NamedTuple):
             torch.amax(self.u.masked_fill(~s_masked, -math.inf), 1, out=self.t_alone)
             gap.masked_fill_(s_masked | t_masked, 0.0)
         s_sums, t_sums = (self.s_z, self.s_x, self.s_gap), (self.t_z, self.t_x, self.t_gap)
-        for logits, reference, is_masked, has_top, top, bound, (z, x, of_gap) in (
+        for logits, reference, is_masked, has_top, top, bound, (z, x, gap_sum) in (
             (self.s, self.s_reference, s_masked, holds_top[0], self.s_top, self.s_bound, s_sums),
             (self.u, self.t_reference, t_masked, holds_top[1], self.t_top, self.t_bound, t_sums),
         ):
@@ -126,19 +127,19 @@ class _Chunk(NamedTuple):
             if is_masked is not None:
                 shifted.masked_fill_(is_masked, 0.0)  # 0 * -inf would be NaN
             torch.sum(shifted.mul_(weight), 1, out=x)
-            torch.sum(torch.mul(weight, gap, out=shifted), 1, out=of_gap)
+            torch.sum(torch.mul(weight, gap, out=shifted), 1, out=gap_sum)
             if has_top:
                 weight.scatter_reduce_(1, top, bound, "amin")
             torch.sum(weight, 1, out=z)
 
 
 def _teacher_reference(student: TopK, teacher: TopK) -> Tensor:
-    """(n,) u_a; where the teacher masks the student's top id, its own largest logit: any finite number will do."""
+    """(n,) u_a; where the teacher masks a, its own largest logit (any finite number will do)."""
     return torch.where(student.other[:, 0] == -math.inf, _finite(teacher.own[:, 0]), student.other[:, 0])
 
 
 def _finite(maximum: Tensor) -> Tensor:
-    """A maximum that may be subtracted: 0 where all logits so far are -inf, whose every e^{x-m} is then 0 and not NaN."""
+    """The maximum, but 0 where all logits so far are -inf: e^{x - maximum} is then 0, not NaN."""
     return torch.where(maximum == -math.inf, 0.0, maximum)
 
 
@@ -151,7 +152,7 @@ class RunningSums:
         self.total = BlockSums(ModelSums(low, zero, zero, zero, low), ModelSums(low, zero, zero, zero, low), zero)
 
     def add(self, block: BlockSums) -> None:
-        """Join the sums of one more block, whose maxima and centre are those of all blocks so far."""
+        """Join the sums of one more block. The block's maxima and centre are those of all blocks so far."""
         before, shift = self.total, self.total.centre - block.centre
         student, teacher = (
             _plus(_moved(a, b.maximum.double(), a.maximum == b.maximum, shift), b)
@@ -165,16 +166,16 @@ EMPTY_SUMS = {
     for model in ("student", "teacher")
     for field in ModelSums._fields
 } | {"centre": 0.0}
-"""The sums of no column, by the names under which ranks send them."""
+"""The sums over no column, by the names under which ranks send them."""
 
 
 def named_sums(sums: BlockSums) -> dict[str, Tensor]:
-    """The sums as columns of the names of `EMPTY_SUMS`."""
+    """The sums as columns with the names of `EMPTY_SUMS`."""
     return dict(zip(EMPTY_SUMS, (*sums.student, *sums.teacher, sums.centre), strict=True))
 
 
 def joined_sums(parts: dict[str, Tensor], student: TopK, teacher: TopK) -> dict[str, Tensor]:
-    """`statistics` of the whole vocabulary from the (ranks, n) sums of its parts, as if they were blocks."""
+    """`statistics` of the whole vocabulary, from the (ranks, n) sums of its parts, joined like blocks."""
     columns = [parts[name] for name in EMPTY_SUMS]
     width, u_reference = len(ModelSums._fields), _teacher_reference(student, teacher).double()
     centre = _finite(student.own[:, 0]).double() - u_reference
@@ -188,7 +189,7 @@ def joined_sums(parts: dict[str, Tensor], student: TopK, teacher: TopK) -> dict[
 
 
 def statistics(sums: BlockSums, student: TopK) -> dict[str, Tensor]:
-    """The full-vocabulary columns of `TokenStats`, (n,) fp64, and those that gradients read."""
+    """The full-vocabulary columns of `TokenStats`, (n,) fp64, with the columns that gradients read."""
     s, t, centre = sums
     s_total, t_total = _total(s), _total(t)
     s_log_z, t_log_z = (torch.where(x.maximum == -math.inf, -math.inf, x.z.log1p()) for x in (s, t))
@@ -221,7 +222,7 @@ def _is_infinite(model: ModelSums, lse: Tensor, kl: Tensor) -> Tensor:
 
 
 def row_jsd(s: Tensor, u: Tensor) -> Tensor:
-    """(n,) Jensen-Shannon divergence of whole (n, V) rows: a second look at them, with the normalisers known.
+    """(n,) Jensen-Shannon divergence of whole (n, V) rows; it reads the rows a second time, with their normalisers.
 
     With r = log p - log q:  1/2 sum p (log 2 - softplus(-r)) + 1/2 sum q (log 2 - softplus(r)).
     """
@@ -235,14 +236,14 @@ def row_jsd(s: Tensor, u: Tensor) -> Tensor:
 
 
 def _total(model: ModelSums) -> Tensor:
-    """Z relative to the maximum: 1 for the top entry and the others; 0 where all logits so far are -inf."""
+    """Z relative to the maximum: 1 for the top entry, plus z; 0 where all logits so far are -inf."""
     return torch.where(model.maximum == -math.inf, 0.0, 1 + model.z)
 
 
 def _moved(model: ModelSums, maximum: Tensor, keeps_top: Tensor, shift: Tensor) -> ModelSums:
-    """Sums relative to another maximum, and to a centre that is lower by `shift`.
+    """The sums relative to `maximum`, and to a centre that is lower by `shift`.
 
-    Where `keeps_top` is False, the top entry so far is one of the others now.
+    `keeps_top`: False where the top entry so far is no longer the top entry.
     """
     total, change = _total(model), _finite(model.maximum) - _finite(maximum)
     factor = torch.exp(model.maximum - _finite(maximum))
@@ -256,5 +257,5 @@ def _moved(model: ModelSums, maximum: Tensor, keeps_top: Tensor, shift: Tensor) 
 
 
 def _plus(a: ModelSums, b: ModelSums) -> ModelSums:
-    """Of sums relative to one maximum and one centre."""
+    """The sums a + b, both relative to the same maximum and centre."""
     return ModelSums(b.maximum.double(), a.z + b.z, a.x + b.x, a.gap + b.gap, torch.maximum(a.alone, b.alone.double()))

@@ -1,13 +1,12 @@
 """The score pass of the streamed backend: exact statistics in bounded memory, on any device.
 
-  score:    tiles of rows x blocks of the vocabulary, one sweep of both heads          2 head-matmul units
-  loss:     the selected rows alone (loss.py)
-  (one unit = 2 N V D FLOP; statistics and gradients are those of selection/stats.py and divergences/)
+  tiles of rows x blocks of the vocabulary, one sweep of both heads: 2 head-matmul units
+  (one unit = 2 N V D FLOP; selection/stats.py defines the statistics)
 
-Nothing of size V is kept beyond a block. Where ranks share out the vocabulary, each sweeps its part.
+Memory of size V is one block at a time. Where ranks share out the vocabulary, each rank sweeps its part.
 Not here: reading logits (shared/tiles.py), one model alone (one_model.py), sums of a block (running.py), top-K
-(shared/top_k.py, shared/supports.py), parts of a vocabulary joined (shared/joined.py), the size of tiles and blocks
-(shared/grids.py).
+(shared/top_k.py, shared/supports.py), the join of all parts of a vocabulary (shared/joined.py), the size of tiles and blocks
+(shared/grids.py), the loss (loss.py).
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def token_stats(
     workspace: Workspace,
     score_dtype: torch.dtype | None,
 ) -> TokenStats:
-    """All statistics of the given positions, (n,) each, from one sweep of both heads; always in the compute dtype."""
+    """All statistics of the given positions, (n,) each, from one sweep of both heads, always in the compute dtype."""
     dtype, shard = compute_dtype(student, teacher), student.transform.shard
     if shard is not None:
         parts = Parts(partial(_part, student, teacher), EMPTY_SUMS, joined_sums)
@@ -61,14 +60,14 @@ def token_stats(
         return with_jsd(stats, student, teacher, rows, workspace) if "jsd" in columns else stats
     out = {name: torch.zeros(len(rows), dtype=dtype, device=rows.device) for name in _computed(columns)}
     for part, grid, sums, jsd, s_list, t_list in _sweep(student, teacher, rows, top_k, "jsd" in columns, workspace):
-        found = jsd | statistics(sums, s_list)
-        s_lse, t_lse = found["student_logsumexp"], found["teacher_logsumexp"]
-        for name, column in found.items():
+        whole_row = jsd | statistics(sums, s_list)
+        s_lse, t_lse = whole_row["student_logsumexp"], whole_row["teacher_logsumexp"]
+        for name, column in whole_row.items():
             out[name][part] = column
-        for some in chunks(len(s_lse), grid.list_rows):
-            of_lists = support_columns(s_list.rows(some), t_list.rows(some), s_lse[some], t_lse[some], columns)
-            for name, column in of_lists.items():
-                out[name][part][some] = column
+        for group in chunks(len(s_lse), grid.list_rows):
+            supports = support_columns(s_list.rows(group), t_list.rows(group), s_lse[group], t_lse[group], columns)
+            for name, column in supports.items():
+                out[name][part][group] = column
     return TokenStats(valid=torch.isfinite(out["teacher_logsumexp"]), **out)
 
 
@@ -83,16 +82,16 @@ def _part(student: Source, teacher: Source, rows: Tensor, top_k: int, workspace:
         columns.append(named_sums(sums))
         lists.append((s_list, t_list))
     joined = {name: torch.cat([tile[name] for tile in columns]) for name in EMPTY_SUMS}
-    of_student, of_teacher = (
+    student_list, teacher_list = (
         TopK(*(torch.cat(column) for column in zip(*side, strict=True))) for side in zip(*lists, strict=True)
     )
-    return Part(joined, of_student, of_teacher)
+    return Part(joined, student_list, teacher_list)
 
 
 def _sweep(
     student: Source, teacher: Source, rows: Tensor, top_k: int, with_jsd: bool, workspace: Workspace
 ) -> Iterator[tuple[slice, ScoreGrid, BlockSums, dict[str, Tensor], TopK, TopK]]:
-    """Tile by tile: which rows it is, their sums over the vocabulary, (n,) fp64, "jsd" if asked for, and both models' lists."""
+    """Per tile: its rows, its grid, their (n,) fp64 sums over the vocabulary, "jsd" if `with_jsd`, and both models' lists."""
     dtype = compute_dtype(student, teacher)
     grid = score_grid(student, teacher, len(rows), top_k=top_k, whole_rows=with_jsd, workspace=workspace)
     buffers = [pages.empty((grid.rows * grid.columns,), dtype, rows.device) for _ in range(2)]
@@ -112,7 +111,7 @@ def _tile(
     buffers: list[Tensor],
     scratch: Tensor,
 ) -> tuple[BlockSums, dict[str, Tensor], TopK, TopK]:
-    """Sums, "jsd" and lists of one tile of rows, from one sweep over the vocabulary."""
+    """Sums, "jsd" and both lists of one tile of rows, from one sweep over the vocabulary."""
     rows, first_id = slice(0, len(student.rows)), student.source.transform.first_id
     sums = RunningSums(rows.stop, student.rows.device)
     s_list: TopK | None = None

@@ -1,10 +1,10 @@
-"""A divergence that is a sum over the vocabulary, of rows whose normalisers are known: its value and its mean slope.
+"""A divergence that is a sum over the vocabulary: its value and its mean slope, from rows with known normalisers.
 
   l = sum_v f(p_v, q_v),   mean slope = sum_v p_v (f'(p_v, q_v) - f'_a),  a the student's top id    (divergences/base.py)
 
-One sweep of both models, block by block. Ranks that share out the vocabulary add up their parts: one all-reduce of 24 bytes
-a row.
-Not here: reverse and forward KL, which the score pass knows (backend.py), the gradient (loss.py).
+One sweep of both models, block by block. Ranks that share out the vocabulary add up the sums of their parts: one all-reduce of
+24 bytes a row.
+Not here: reverse and forward KL, which are columns of the score pass (score.py), the gradient (loss.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from opd_ops.selection.stats import TokenStats
 
 
 class Sums(NamedTuple):
-    """A divergence over whole rows, and the number that its gradient needs of each."""
+    """Values of a divergence over whole rows, and the mean slopes that its gradient reads."""
 
     losses: Tensor  # (M,)
     mean_slope: Tensor  # (M,)
@@ -35,7 +35,7 @@ class Sums(NamedTuple):
 
 @torch.no_grad()
 def summed(whole: Summed, student: Source, teacher: Source, rows: Tensor, reference: Reference, workspace: Workspace) -> Sums:
-    """Of the rows, whose reference is given."""
+    """Values and mean slopes at the rows. `reference`: the normalisers of these rows."""
     dtype = compute_dtype(student, teacher)
     grid = gradient_grid(student, teacher, len(rows), workspace=workspace, two_parts=True)
     sides = [TileReader(source.detach(), rows, dtype, grid.columns) for source in (student, teacher)]
@@ -45,24 +45,24 @@ def summed(whole: Summed, student: Source, teacher: Source, rows: Tensor, refere
         for block in chunks(student.transform.vocab_size, grid.columns):
             for group in chunks(len(rows), grid.rows):
                 s, u = (side.logits(group, block, buffer) for side, buffer in zip(sides, buffers, strict=True))
-                of_rows = reference.rows(group)
+                group_reference = reference.rows(group)
                 no_p, no_q = s == -math.inf, u == -math.inf
-                log_q = (u - of_rows.teacher).add_(of_rows.log_p - of_rows.log_ratio)
-                log_p, log_ratio = of_rows.log_probabilities(s, u)
+                log_q = (u - group_reference.teacher).add_(group_reference.log_p - group_reference.log_ratio)
+                log_p, log_ratio = group_reference.log_probabilities(s, u)
                 log_ratio.masked_fill_(no_p & no_q, 0)
                 sums[0, group] += whole.term(log_p, log_q, log_ratio).sum(1)
-                slope = whole.slope(log_p, log_ratio).sub_(whole.slope(of_rows.log_p, of_rows.top_log_ratio))
+                slope = whole.slope(log_p, log_ratio).sub_(whole.slope(group_reference.log_p, group_reference.top_log_ratio))
                 p = log_p.exp_()
                 sums[1, group] += slope.mul_(p).masked_fill_(no_p, 0).sum(1)
                 sums[2, group] += p.sum(1)
     if student.transform.shard is not None:
         student.transform.shard.ranks.sum(sums)
-    # sum p is 1 but for the rounding of the normaliser: divided by it, the gradient of every row sums to 0.
+    # sum p differs from 1 by the normaliser's rounding. The mean slope is divided by it: each row's gradient then sums to 0.
     return Sums(sums[0].clamp_min(0).to(dtype), (sums[1] / sums[2]).to(dtype))
 
 
 def with_jsd(stats: TokenStats, student: Source, teacher: Source, rows: Tensor, workspace: Workspace) -> TokenStats:
-    """The rows' columns and their Jensen-Shannon divergence, whose terms need the normalisers of the whole vocabulary."""
-    half: Summed = JSD(0.5)
-    found = summed(half, student, teacher, rows, Reference.of(stats), workspace)
-    return stats._replace(jsd=found.losses)
+    """`stats` with the column "jsd", whose terms need the normalisers of the whole vocabulary."""
+    divergence: Summed = JSD(0.5)
+    sums = summed(divergence, student, teacher, rows, Reference.of(stats), workspace)
+    return stats._replace(jsd=sums.losses)

@@ -2,14 +2,14 @@
 
   score + support kernels  -> the columns of TokenStats; both models' logits are read once
   gradient kernel          -> d loss / d logits on the selected rows, every other row zero
-  (statistics and gradients are those of selection/stats.py and divergences/)
+  (selection/stats.py and divergences/ define the statistics and losses)
 
-Whether a call is traced by torch.compile, and so goes through operators of torch, is decided here alone.
-By torch's own operations on the same device (backends/streamed/) instead of kernels: divergences without a kernel
-(`kernel_loss.refusal`; the log says so), and where ranks share out the vocabulary all but reverse and forward KL.
+This file alone decides whether torch.compile traces a call, which then goes through operators of torch (operators.py).
+Some losses run by torch's own operations on the same device (backends/streamed/): divergences without a kernel
+(`kernel_loss.refusal`; the log says so), and, where ranks share out the vocabulary, all but reverse and forward KL.
 
 Not here: dense logits (dense.py, dense_loss.py), heads (heads.py, heads_loss.py), ranks that share out the vocabulary
-(shards.py), the same launches as operators for torch.compile (operators.py).
+(shards.py).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Triton(Backend):
         workspace: Workspace,
         score_dtype: torch.dtype | None,
     ) -> TokenStats:
-        with torch.no_grad():  # no decorator: torch.compile cannot trace a decorated method
+        with torch.no_grad():  # not a decorator: torch.compile cannot trace a decorated method
             if student.transform.shard is not None:
                 return shards.token_stats(
                     student,
@@ -123,7 +123,7 @@ class Triton(Backend):
             reason = "ranks share out the vocabulary"
         if reason is not None:
             _log.debug("backend 'triton': the loss %r by backend 'torch' (%s)", divergence.name, reason)
-            if divergence.whole is not None and isinstance(teacher, Source):  # to more digits than a score in 16 bits has
+            if divergence.whole is not None and isinstance(teacher, Source):  # `stats` may come from 16-bit logits
                 stats = STREAMED.token_stats(
                     student,
                     teacher,
@@ -169,7 +169,7 @@ TRITON = Triton()
 
 
 def _refusal(student: Source, teacher: Source | TeacherLists, needs: Needs) -> str | None:
-    """Why this backend cannot run the call and what to do instead, or None."""
+    """Why this backend cannot run the call, and what to do instead; None if it can."""
     sides = [("student", student)] + ([("teacher", teacher)] if isinstance(teacher, Source) else [])
     for name, source in sides:
         for tensor in source.tensors[:2]:
@@ -189,7 +189,7 @@ def _refusal(student: Source, teacher: Source | TeacherLists, needs: Needs) -> s
     if is_computed(*(source for _, source in sides)):
         return None
     layouts = []
-    if not student.transform.vocab_size:  # a rank without a part of the vocabulary reads nothing
+    if not student.transform.vocab_size:  # a rank without a part of the vocabulary reads no logits
         return None
     for name, source in sides:
         layout = Layout.of(source.leading)

@@ -1,14 +1,13 @@
 """Launches on dense logits: their statistics, and the gradient of reverse and forward KL with respect to them.
 
-Logits are read where they lie, in any leading layout (layout.py).
-With `inplace` the gradient is written over the student's logits: no second tensor of their size.
-Not here: losses in autograd (dense_loss.py), heads (heads.py), what launches share (launches.py), the kernels (opd_kernels).
+Kernels read the logits in place, in any leading layout (layout.py).
+With `inplace` the gradient overwrites the student's logits: no second tensor of their size.
+Not here: losses in autograd (dense_loss.py), heads (heads.py), helpers of launches (launches.py), kernels (opd_kernels).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from opd_kernels.argmax import argmax_fwd
@@ -45,15 +44,16 @@ def launch_columns(
 ) -> Tensor:
     """(columns, n) statistics of the given positions, in the order of `column_names`.
 
-    `keep` is given what the kernels found of consecutive rows.
+    `keep`: called with the kernels' outputs for each group of consecutive rows.
     """
-    layout, tables = tables_of(student, teacher)
+    layout, student_table = table_of(student)
+    tables = student_table, table_of(teacher)[1]
     places = layout.rows(rows)
     share = workspace.share(1, 2) if columns else workspace  # the other half is the optional columns' scratch
     out = torch.empty((len(column_names(columns)), len(rows)), dtype=torch.float32, device=rows.device)
     with on_device(rows.device):
         for part in chunks(len(rows), share.count(score_bytes(vocab_size, top_k))):
-            found = write_columns(
+            outputs = write_columns(
                 out[:, part],
                 tables,
                 places[part],
@@ -63,18 +63,15 @@ def launch_columns(
                 workspace=share,
             )
             if keep is not None:
-                keep(found)
+                keep(outputs)
     return out
 
 
-def tables_of(student: Tensor, teacher: Tensor | None) -> tuple[Layout, tuple[Tensor, Any]]:
-    layout = Layout.of(student)
+def table_of(logits: Tensor) -> tuple[Layout, Tensor]:
+    """The layout of dense logits, and the table that kernels read."""
+    layout = Layout.of(logits)
     assert layout is not None
-    if teacher is None:
-        return layout, (layout.table(student.detach()), None)
-    other = Layout.of(teacher)
-    assert other is not None
-    return layout, (layout.table(student.detach()), other.table(teacher.detach()))
+    return layout, layout.table(logits.detach())
 
 
 def launch_gradient(
@@ -90,11 +87,12 @@ def launch_gradient(
     inplace: bool = False,
     columns: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of the losses weighted, of the student's shape: a new tensor, or the student itself.
+    """The gradient of the weighted losses, of the student's shape: a new tensor, or the student's own.
 
-    `columns`: score.py's of the rows, (12, M), where these are not those of the logits alone.
+    `columns`: (12, M), score.py's columns of the rows over the whole vocabulary, if the logits are a part of it.
     """
-    layout, tables = tables_of(student, teacher)
+    layout, student_table = table_of(student)
+    tables = student_table, table_of(teacher)[1]
     out, gradient = (tables[0], student.detach()) if inplace else layout.zeros(student)
     places, weights = layout.rows(rows), weights.contiguous()
     options = launch_options(*_dense(vocab_size, temperature))
@@ -102,14 +100,14 @@ def launch_gradient(
         for part in chunks(len(places), workspace.count(score_bytes(vocab_size))):
             if columns is None:
                 score = score_fwd(*tables, places[part], **options)
-                of_part, top = score.columns, argmax_fwd(tables[0], places[part], score, vocab_size=vocab_size)
-            else:  # of a part of a shared vocabulary, whose other entries are not here
-                of_part, top = columns[:, part].contiguous(), None
-            GRADIENTS[type(DIVERGENCES[kind])](*tables, places[part], weights[part], of_part, top=top, out=out, **options)
+                part_columns, top = score.columns, argmax_fwd(tables[0], places[part], score, vocab_size=vocab_size)
+            else:  # no `top`: a rank does not have the logits of the other parts
+                part_columns, top = columns[:, part].contiguous(), None
+            GRADIENTS[type(DIVERGENCES[kind])](*tables, places[part], weights[part], part_columns, top=top, out=out, **options)
     if inplace:
-        # By index: a mask would have all rows read and written. A stable sort finds the others without a synchronisation.
+        # By index, because a mask would read and write all rows. A stable sort finds the other rows without a synchronisation.
         selected = torch.zeros(layout.shape.numel(), dtype=torch.bool, device=rows.device).index_fill(0, rows, True)
         others = selected.to(torch.uint8).argsort(stable=True)[: len(selected) - len(rows)]
-        # Also tells autograd of the write: whoever else saved these logits for a backward to come gets an error.
+        # This write also tells autograd of the overwritten logits: another node that saved them raises in its backward.
         tables[0].index_fill_(0, layout.rows(others), 0.0)
     return gradient

@@ -1,12 +1,11 @@
 """Losses of dense logits in autograd, connected to the student's logits.
 
-  a divergence that is a column of the statistics   its gradient kernel runs in the backward, from the inputs alone
-  any other that has kernels                        is computed in the forward, with the few numbers a row that its gradient
-                                                    needs (kernel_loss.py), and these are saved
+  reverse and forward KL   columns of the statistics; the gradient kernel runs in the backward and reads only the inputs
+  other divergences        computed in the forward; `KernelConstants` (kernel_loss.py), a few numbers a row, are saved
 
-Nothing of size V is saved. The backward scores the M selected rows again (M / N of the score pass) for the normalisers that
-the gradient needs to more digits than TokenStats keeps; so it depends on nothing but its inputs, and a forward without a
-backward pays nothing for it.
+Nothing of size V is saved. The backward of a KL scores the M selected rows again (M / N of the score pass): its gradient needs
+the normalisers to more digits than TokenStats keeps. So this backward reads its inputs alone, and a forward without a backward
+pays nothing for it.
 Not here: the launches (dense.py), heads (heads_loss.py).
 """
 
@@ -21,8 +20,8 @@ from opd_ops.backends.shared.chunks import chunks
 from opd_ops.backends.shared.gradient_in_backward import GradientPlan, connected
 from opd_ops.backends.shared.grids import score_bytes
 from opd_ops.backends.shared.overwritten import unchanged
-from opd_ops.backends.triton.dense import launch_gradient, tables_of
-from opd_ops.backends.triton.kernel_loss import Found, KernelLoss
+from opd_ops.backends.triton.dense import launch_gradient, table_of
+from opd_ops.backends.triton.kernel_loss import KernelConstants, KernelLoss
 from opd_ops.backends.triton.launches import on_device
 from opd_ops.divergences import Divergence, WholeRow, weighted_sum, without_infinite
 from opd_ops.inputs.sources import Source, Transform
@@ -31,18 +30,20 @@ from opd_ops.inputs.workspace import Workspace
 
 
 class _ColumnGradient(GradientPlan):
-    """Of reverse or forward KL, from the logits alone."""
+    """The gradient of reverse or forward KL, from the logits alone."""
 
     def __init__(self, divergence: WholeRow, transform: Transform, workspace: Workspace, *, inplace: bool) -> None:
         self.divergence, self.transform, self.workspace, self.inplace = divergence, transform, workspace, inplace
         self.is_spent = False
 
-    def gradients(self, saved: Sequence[Tensor], dlosses: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+    def check(self) -> None:
         if self.is_spent:
             raise RuntimeError(
                 "inplace_backward: the backward ran a second time, but the first one overwrote the student's logits with "
                 "their gradient; pass inplace_backward=False to use retain_graph=True"
             )
+
+    def gradients(self, saved: Sequence[Tensor], dlosses: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
         student, teacher, rows = saved
         self.is_spent = self.inplace
         vocab, temperature = self.transform.vocab_size, self.transform.temperature
@@ -63,24 +64,25 @@ def column_loss(
     *,
     inplace: bool,
 ) -> Tensor:
-    """The (M,) losses of reverse or forward KL, which the score pass knows, connected to the student's logits."""
+    """The (M,) `losses` of reverse or forward KL, as the score pass computed them, connected to the student's logits."""
     plan = _ColumnGradient(divergence, student.transform, workspace, inplace=inplace)
     total = connected(plan, losses, student.leading, teacher.leading.detach(), rows)
     return unchanged(total, rows, student, teacher, workspace=workspace)
 
 
 class _ComputedGradient(GradientPlan):
-    """Of any other divergence, from the logits and the constants of each row that the forward found."""
+    """The gradient of any other divergence, from the logits and the `KernelConstants` of the forward."""
 
     def __init__(self, loss: KernelLoss) -> None:
         self.loss = loss
 
     def gradients(self, saved: Sequence[Tensor], dlosses: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
         student, teacher, rows, *constants = saved
-        layout, tables = tables_of(student, teacher)
+        layout, student_table = table_of(student)
+        tables = student_table, None if teacher is None else table_of(teacher)[1]
         out, gradient = layout.zeros(student)
         with on_device(out.device):
-            self.loss.gradient(*tables, layout.rows(rows), dlosses.contiguous(), Found(*constants), out=out)
+            self.loss.gradient(*tables, layout.rows(rows), dlosses.contiguous(), KernelConstants(*constants), out=out)
         return [gradient]
 
 
@@ -94,25 +96,26 @@ def computed_loss(
     tokens: Tensor | None,
     workspace: Workspace,
 ) -> tuple[Tensor, Tensor]:
-    """Of dense logits, for divergences whose value is no column of the statistics."""
-    beside = teacher.leading.detach() if isinstance(teacher, Source) else None
+    """The weighted sum and the (M,) losses of a divergence that is no column of the statistics, on dense logits."""
+    teacher_logits = teacher.leading.detach() if isinstance(teacher, Source) else None
     listed = None if isinstance(teacher, Source) else teacher.take(rows)
     loss = KernelLoss(divergence, student.transform, teacher.transform if isinstance(teacher, Source) else None)
-    layout, tables = tables_of(student.leading, beside)
+    layout, student_table = table_of(student.leading)
+    tables = student_table, None if teacher_logits is None else table_of(teacher_logits)[1]
     places = layout.rows(rows)
-    losses, found = [], []
+    losses, constants = [], []
     per_row = score_bytes(student.transform.vocab_size) + loss.list_bytes
     with torch.no_grad(), on_device(rows.device):
         for part in chunks(len(rows), workspace.count(per_row)) if len(rows) else [slice(0, 0)]:
-            of_part = None if listed is None else listed.take(part)
-            of_tokens = None if tokens is None else tokens[part]
-            first = loss.first(*tables, places[part], tokens=of_tokens, listed=of_part)
-            losses.append(first[0])
-            found.append(first[1])
-    joined, kept = torch.cat(losses), Found.joined(found)
+            part_lists = None if listed is None else listed.take(part)
+            part_tokens = None if tokens is None else tokens[part]
+            part_losses, part_constants = loss.first(*tables, places[part], tokens=part_tokens, listed=part_lists)
+            losses.append(part_losses)
+            constants.append(part_constants)
+    all_losses, saved = torch.cat(losses), KernelConstants.joined(constants)
     if divergence.whole is None:  # the gradient does not read the teacher
-        beside, kept = None, kept._replace(columns=None)
-    total = connected(_ComputedGradient(loss), joined, student.leading, beside, rows, *kept)
-    read_again = (student, teacher) if beside is not None and isinstance(teacher, Source) else (student,)
+        teacher_logits, saved = None, saved._replace(columns=None)
+    total = connected(_ComputedGradient(loss), all_losses, student.leading, teacher_logits, rows, *saved)
+    read_again = (student, teacher) if teacher_logits is not None and isinstance(teacher, Source) else (student,)
     total = unchanged(total, rows, *read_again, workspace=workspace)
-    return weighted_sum(total, without_infinite(joined, weights)), joined
+    return weighted_sum(total, without_infinite(all_losses, weights)), all_losses

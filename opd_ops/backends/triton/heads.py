@@ -1,12 +1,12 @@
-"""The Triton backend where a model is a LinearHead: statistics from tiles of logits, bounded by the vendor's matmul.
+"""Statistics of the Triton backend where a model is a LinearHead: from tiles of logits, bounded by the vendor's matmul.
 
-  tiles of rows x whole vocabulary: matmul into a reused buffer, score and support kernels on it                2 units
-  (one unit = 2 N V D FLOP; statistics are those of selection/stats.py)
+  tile = some rows x the whole vocabulary: a matmul into a reused buffer, then score and support kernels on it    2 units
+  (one unit = 2 N V D FLOP; selection/stats.py defines the statistics)
 
-A 16-bit head's score tile holds 16-bit logits, which rank positions; what is trained on is made again (heads_loss.py).
+A 16-bit head's score tile holds 16-bit logits: they rank positions. The loss computes its logits again in fp32 (heads_loss.py).
 Deterministic. No host synchronisation, no copy from the host.
 
-Not here: the kernels (opd_kernels), a tile's logits (shared/tiles.py), dense logits on both sides (backend.py), fp32 heads on
+Not here: the kernels (opd_kernels), a tile's logits (shared/tiles.py), dense logits on both sides (dense.py), fp32 heads on
 any device (streamed/backend.py).
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from opd_kernels.score import Score, score_fwd
@@ -30,13 +29,13 @@ from opd_ops.inputs.sources import Source
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import OwnStats
 
-# Two half-size tiles on two streams, so that the statistics of one hide behind the matmul of the next. Off until a GPU has
-# shown that it is faster: benchmarks/gpu/heads.py times both.
+# Two half-size tiles on two streams: the statistics of one run during the matmul of the next. Off until a GPU has shown that
+# this is faster: benchmarks/gpu/heads.py times both.
 OVERLAP = False
 
 
 class _Lanes:
-    """Where the tiles of a score pass run: in order on the current stream, or in turn on two that start and end with it."""
+    """The streams of a score pass: the current stream, or two streams in turn, which start and end with the current one."""
 
     def __init__(self, device: torch.device) -> None:
         self.streams = [torch.cuda.Stream(device) for _ in range(2)] if OVERLAP and device.type == "cuda" else []
@@ -50,7 +49,7 @@ class _Lanes:
         for stream in self.streams:
             torch.cuda.current_stream(stream.device).wait_stream(stream)
 
-    def turn(self, i: int) -> AbstractContextManager[Any]:
+    def turn(self, i: int) -> AbstractContextManager[object]:
         return torch.cuda.stream(self.streams[i % 2]) if self.streams else nullcontext()
 
 
@@ -74,8 +73,8 @@ def launch_columns(
     """(columns, n) statistics of the given positions, in the order of `column_names`.
 
     Args:
-        score_dtype: Of a head while it ranks; None: its own.
-        keep: Is given what the kernels found of consecutive rows.
+        score_dtype: Dtype of a head's logits; None: the head's own.
+        keep: Called with the kernels' outputs for each group of consecutive rows.
     """
     lanes, vocab = _Lanes(rows.device), student.transform.vocab_size
     sides = [_ranking_reader(source, rows, workspace, score_dtype) for source in (student, teacher)]
@@ -98,9 +97,9 @@ def launch_columns(
             with lanes.turn(i):
                 s, u = (side.ranked(group, tile[:n]) for side, tile in zip(sides, tiles, strict=True))
                 half = workspace.share(1, 2)
-                found = write_columns(out[:, group], (s, u), None, transforms, columns=columns, top_k=top_k, workspace=half)
+                outputs = write_columns(out[:, group], (s, u), None, transforms, columns=columns, top_k=top_k, workspace=half)
                 if keep is not None:
-                    keep(found)
+                    keep(outputs)
     return out
 
 
@@ -117,10 +116,10 @@ def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace: Workspace,
         buffer = aligned_buffer(size, vocab, side.dtype, rows.device)
         for group in chunks(n, size):
             u = side.ranked(group, buffer[: group.stop - group.start])
-            # Given as both models: the second load of a line finds it in the cache.
+            # The model is passed twice: the second load of each line hits the cache.
             score = score_fwd(u, u, None, **options)
             lists = support_fwd(u, u, None, score, top_k=top_k, **options)
-            of_group = OwnStats(score.teacher_logsumexp, score.teacher_entropy, lists.t_ids, lists.logits[:, 3])
-            for column, values in zip(out, of_group, strict=True):
+            group_stats = OwnStats(score.teacher_logsumexp, score.teacher_entropy, lists.t_ids, lists.logits[:, 3])
+            for column, values in zip(out, group_stats, strict=True):
                 column[group] = values
     return out

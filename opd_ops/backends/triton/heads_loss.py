@@ -1,20 +1,19 @@
-"""The loss of the Triton backend where a model is a LinearHead: the selected rows' logits once more, in fp32, a group at a
-time.
+"""The loss of the Triton backend where a model is a LinearHead: the selected rows' logits in fp32, one group of rows at a time.
 
   logits 2 rho, losses and their gradient by kernels on the tile, then dH and dW 2 rho
-  (one unit = 2 N V D FLOP; losses and gradients are those of divergences/)
+  (one unit = 2 N V D FLOP, rho = M / N; divergences/ defines the losses)
 
-Both come from fp32 logits, whatever the head's dtype: 16 bits would put several per cent of error into the gradient.
-The gradient is computed in the forward, next to the loss, because both need these logits: a backward that recomputed them
-would pay 2 rho more. Rows are weighted by at most 1 and the sum is scaled in the backward, so that fp16 gradients keep their
-digits. A second backward computes them again.
-Memory: groups of rows. The 16-bit logit gradients of all groups are kept for one weight gradient, rounded once, if they fit
-5/8 of the workspace; if not, the weight gradient takes a second look at the logits (2 rho), by blocks of the vocabulary.
+Losses and gradients come from fp32 logits, whatever the head's dtype: 16 bits would put an error of several per cent into the
+gradient. The forward computes the gradient next to the loss, because both read these logits: a backward that recomputed them
+would pay 2 rho more. The forward weights rows by at most 1 and the backward scales the result, so that fp16 gradients keep
+their digits. A second backward computes the gradients again.
+Memory: if they fit 5/8 of the workspace, the 16-bit logit gradients of all groups are kept for one weight gradient, rounded
+once. If not, the weight gradient computes the logits a second time (2 rho), by blocks of the vocabulary.
 Deterministic: no atomics, sums in a fixed order. No host synchronisation, no copy from the host.
-Where ranks share out the vocabulary, the rows' normalisers and losses are given (shards.py), the logits are those of
-this rank's part, and the hidden states' gradient is added up over the ranks in fp32.
+Where ranks share out the vocabulary, shards.py passes the rows' normalisers and losses, the logits are those of this rank's
+part, and the hidden states' gradients of all ranks are added up in fp32.
 
-Not here: statistics (heads.py), what kernels do on a tile (kernel_loss.py), heads on any device (streamed/loss.py).
+Not here: statistics (heads.py), the kernels' work on a tile (kernel_loss.py), heads on any device (streamed/loss.py).
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from opd_ops.backends.shared.grids import BlockGrid, SelectedGrid, is_narrow, we
 from opd_ops.backends.shared.matmul import fp32_product, long_product
 from opd_ops.backends.shared.overwritten import digests, verified
 from opd_ops.backends.shared.tiles import TileReader, aligned_buffer
-from opd_ops.backends.triton.kernel_loss import Found, KernelLoss
+from opd_ops.backends.triton.kernel_loss import KernelConstants, KernelLoss
 from opd_ops.backends.triton.launches import on_device
 from opd_ops.divergences import Divergence, weighted_sum, without_infinite
 from opd_ops.inputs.sources import Source, put_rows
@@ -41,19 +40,19 @@ from opd_ops.inputs.workspace import Workspace
 
 
 class _Plan(NamedTuple):
-    """What the loss needs beside tensors."""
+    """All that forward and backward read besides tensors. Tensors: the student's, the teacher's, columns, tokens."""
 
-    student: Source  # without its tensors, as the teacher
-    teacher: Source | None  # None: lists, the tensors after those of the student
+    student: Source  # without its tensors
+    teacher: Source | None  # without its tensors; None: the teacher's tensors are lists
     divergence: Divergence
-    has_tokens: bool  # which are the last of the tensors
-    has_columns: bool  # of score.py, (12, M), before them
+    has_tokens: bool
+    has_columns: bool  # (12, M) of score.py
     workspace: Workspace
     differentiable: bool
     before: Tensor | None  # digests of the tensors of inference mode (overwritten.py)
 
     def verified(self, rows: Tensor, tensors: Sequence[Tensor]) -> Tensor | float:
-        """What the gradients of one more `run` are multiplied by: NaN where an input was overwritten unseen."""
+        """Factor of the gradients of one more `run`: 1, or NaN if an input was overwritten unseen by autograd."""
         if self.before is None:
             return 1.0
         split = len(self.student.tensors)
@@ -65,17 +64,21 @@ class _Plan(NamedTuple):
     def run(
         self, rows: Tensor, weights: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """`launch_loss` of these tensors."""
         split = len(self.student.tensors)
-        student, rest = self.student.with_tensors(tensors[:split]), tensors[split:]
-        tokens, rest = (rest[-1], rest[:-1]) if self.has_tokens else (None, rest)
-        columns, rest = (rest[-1], rest[:-1]) if self.has_columns else (None, rest)
-        teacher = TeacherLists(rest[0], rest[1], is_sampled=False) if self.teacher is None else self.teacher.with_tensors(rest)
-        budget = self.workspace
-        return launch_loss(student, teacher, rows, weights, self.divergence, tokens, budget, needs, columns)
+        student, others = self.student.with_tensors(tensors[:split]), tensors[split:]
+        tokens, others = (others[-1], others[:-1]) if self.has_tokens else (None, others)
+        columns, others = (others[-1], others[:-1]) if self.has_columns else (None, others)
+        teacher: Source | TeacherLists
+        if self.teacher is None:
+            teacher = TeacherLists(others[0], others[1], is_sampled=False)
+        else:
+            teacher = self.teacher.with_tensors(others)
+        return launch_loss(student, teacher, rows, weights, self.divergence, tokens, self.workspace, needs, columns)
 
 
 class _SelectedLoss(torch.autograd.Function):
-    """sum of weights l and the (M,) losses l, with the gradient of the sum computed beside it."""
+    """sum of weights l, and the (M,) losses l; the forward also computes the gradient of the sum."""
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, rows: Tensor, weights: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +95,7 @@ class _SelectedLoss(torch.autograd.Function):
         rows, weights, *tensors = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
         factor = scale_back(dtotal, weights)
-        if gradients is None:  # handed out, and perhaps overwritten, by an earlier backward
+        if gradients is None:  # an earlier backward returned them, and they may be overwritten
             factor = factor * ctx.plan.verified(rows, tensors)
             gradients = ctx.plan.run(rows, weights, tensors, ctx.needs)[2]
         for gradient in gradients:
@@ -104,14 +107,14 @@ class _SelectedLoss(torch.autograd.Function):
 def _scale(weights: Tensor) -> Tensor:
     """The power of two above the largest magnitude of the weights, 0-dim; 1 where there is none.
 
-    A power of two, so that scaling a gradient back rounds nothing unless the loss is scaled by something else.
+    A power of two, because scaling a gradient back by it adds no rounding.
     """
     largest = torch.cat((weights.abs(), weights.new_zeros(1))).amax()
     return torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent), 1.0)
 
 
 def scale_back(dtotal: Tensor, weights: Tensor) -> Tensor:
-    """What the gradients of `launch_loss` are multiplied by; one dimension, or it would be rounded to 16 bits first."""
+    """(1,) factor of the gradients of `launch_loss`. Not 0-dim: torch would round a 0-dim factor to 16 bits first."""
     return (dtotal * _scale(weights)).view(1)
 
 
@@ -128,9 +131,9 @@ def launch_loss(
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """sum of weights l, l itself, (M,), and the gradients of that sum, to be scaled by `scale_back`, where needed.
 
-    `columns`: score.py's of the rows over the whole vocabulary, of which these sources hold a part.
-    `teacher`: or its lists of the rows. An infinite divergence that the score pass could not see (16 bits, or the student's row
-    unread) is left out.
+    `columns`: score.py's columns of the rows over the whole vocabulary; these sources then hold a part of it.
+    `teacher`: if lists, of these rows. The sum leaves out an infinite loss that the score pass could not see (its logits had 16
+    bits, or it did not read the student's row).
     """
     teacher = teacher.detach() if isinstance(teacher, Source) else teacher
     selected = _SelectedRows(student.detach(), teacher, rows, weights, divergence, tokens, workspace, columns)
@@ -139,7 +142,7 @@ def launch_loss(
 
 
 class _SelectedRows:
-    """The selected rows' fp32 logits, a group at a time, and what follows from them."""
+    """The selected rows' fp32 logits, a group at a time, and the losses and gradients from them."""
 
     def __init__(
         self,
@@ -155,14 +158,14 @@ class _SelectedRows:
         self.student, self.rows, self.tokens, self.columns = student, rows, tokens, columns
         self.sources = (student, teacher) if isinstance(teacher, Source) else (student,)
         self.listed = None if isinstance(teacher, Source) else teacher
-        self.unit = (weights / _scale(weights)).float().clone()
+        self.row_weights = (weights / _scale(weights)).float().clone()
         self.workspace, self.vocab = workspace, student.transform.vocab_size
         self.sides = [TileReader(x, rows, torch.float32, weight_casts(x, workspace)) for x in self.sources]
         transforms = [side.transform for side in self.sides]
         self.loss = KernelLoss(divergence, transforms[0], transforms[1] if len(transforms) > 1 else None)
 
     def run(self, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
-        """(M,) losses, and the gradients of their sum, weighted by at most 1, for those student tensors that need one."""
+        """(M,) losses, and the gradients of their sum with weights of at most 1; None for a tensor without need."""
         with on_device(self.rows.device), torch.autocast(self.rows.device.type, enabled=False):
             return self._run(needs)
 
@@ -183,27 +186,28 @@ class _SelectedRows:
             tiles = [x.stored(group, vocab, b[:n]) for x, b in zip(self.sides, buffers, strict=True)]
             s, u = tiles[0], tiles[1] if len(tiles) > 1 else None
             if self.columns is None:
-                losses[group], found = self.loss.first(s, u, None, tokens=self._tokens(group), listed=self._lists(group))
+                losses[group], constants = self.loss.first(s, u, None, tokens=self._tokens(group), listed=self._lists(group))
             else:
-                found = Found(self.columns[:, group].contiguous(), *(None,) * 7)
-            # Left out of the sum (launch_loss), so of its gradient.
-            self.unit[group] = self.unit[group].masked_fill(losses[group] == torch.inf, 0)
+                constants = KernelConstants(self.columns[:, group].contiguous(), *(None,) * 7)
+            # `launch_loss` leaves an infinite loss out of the sum; here its gradient is left out.
+            self.row_weights[group] = self.row_weights[group].masked_fill(losses[group] == torch.inf, 0)
             if any(needs):
-                over = s if self.loss.overwrites_student else tiles[-1]
-                d = over if narrowed is None else narrowed[group] if grid.keep else narrowed[:n]
-                self.loss.gradient(s, u, None, self.unit[group], found, out=d)
+                overwritten = s if self.loss.overwrites_student else tiles[-1]
+                dlogits = overwritten if narrowed is None else narrowed[group] if grid.keep else narrowed[:n]
+                self.loss.gradient(s, u, None, self.row_weights[group], constants, out=dlogits)
                 if grid.second_look:
-                    top = found.top
-                    parts.append(found if top is None else found._replace(at_top=d.gather(1, top.long().unsqueeze(1))))
-                out.add(self.student, self.rows, group, d)
+                    if constants.top is not None:
+                        constants = constants._replace(at_top=dlogits.gather(1, constants.top.long().unsqueeze(1)))
+                    parts.append(constants)
+                out.add(self.student, self.rows, group, dlogits)
                 if out.weight is not None and narrowed is None:
-                    out.add_weight(d, self._weighted_hidden(group), first=group.start == 0)
+                    out.add_weight(dlogits, self._weighted_hidden(group), first=group.start == 0)
         if self.vocab and grid.keep and m and narrowed is not None:
-            del buffers, tiles, s, u, over
+            del buffers, tiles, s, u, overwritten
             out.add_weight(narrowed, self._weighted_hidden(slice(0, m)), first=True)
         elif self.vocab and grid.second_look and m:
-            del buffers, narrowed, tiles, s, u, d, over
-            self._second_look(Found.joined(parts), out)
+            del buffers, narrowed, tiles, s, u, dlogits, overwritten
+            self._second_look(KernelConstants.joined(parts), out)
         out.add_up(self.student, self.rows)
         return losses, out.in_order(self.student)
 
@@ -218,15 +222,15 @@ class _SelectedRows:
         )
 
     def _weighted_hidden(self, group: slice) -> Tensor:
-        """The student's hidden rows; 0 where the weight is 0, because their product with a gradient of 0 may be NaN."""
-        return self.sides[0].hidden(group).masked_fill((self.unit[group] == 0).unsqueeze(1), 0)
+        """(n, D) hidden rows of the student; 0 where the weight is 0: the product with a gradient of 0 may be NaN."""
+        return self.sides[0].hidden(group).masked_fill((self.row_weights[group] == 0).unsqueeze(1), 0)
 
-    def _second_look(self, found: Found, out: _Gradients) -> None:
-        """The weight gradient by blocks of the vocabulary, each rounded once; what the whole row gives is known."""
+    def _second_look(self, constants: KernelConstants, out: _Gradients) -> None:
+        """The weight gradient by blocks of the vocabulary, each rounded once; `constants` are of the whole rows."""
         m, device, dtype = len(self.rows), self.rows.device, self.student.leading.dtype
         size, width = BlockGrid.of(*self.sources, n=m, workspace=self.workspace)
         assert out.weight is not None
-        flat = [torch.empty(size * width, dtype=torch.float32, device=device) for _ in self.sides]
+        buffers = [torch.empty(size * width, dtype=torch.float32, device=device) for _ in self.sides]
         narrowed = torch.empty(size * width, dtype=dtype, device=device)
         for start in range(0, self.vocab, width):
             block = slice(start, min(start + width, self.vocab))
@@ -234,25 +238,27 @@ class _SelectedRows:
             for first in range(0, m, size):
                 group = slice(first, min(first + size, m))
                 places = slice(0, group.stop - first), slice(0, block.stop - start)
-                tiles = [x.view(size, width)[places] for x in flat]
+                tiles = [x.view(size, width)[places] for x in buffers]
                 for side, tile in zip(self.sides, tiles, strict=True):
                     side.stored(group, block, tile)
-                u, d = tiles[1] if len(tiles) > 1 else None, narrowed.view(size, width)[places]
-                of_block = {"first_id": start, "vocab_size": block.stop - start}
-                self.loss.gradient(tiles[0], u, None, self.unit[group], found.rows(group), out=d, **of_block)
-                product = fp32_product(d.T, self._weighted_hidden(group))
+                u, dlogits = tiles[1] if len(tiles) > 1 else None, narrowed.view(size, width)[places]
+                block_options = {"first_id": start, "vocab_size": block.stop - start}
+                self.loss.gradient(
+                    tiles[0], u, None, self.row_weights[group], constants.rows(group), out=dlogits, **block_options
+                )
+                product = fp32_product(dlogits.T, self._weighted_hidden(group))
                 total = product if total is None else total.add_(product)
             assert total is not None
             out.weight[block] = total.to(dtype)
 
 
 class _Gradients(NamedTuple):
-    """The gradients being made, of the student's shapes and dtypes; None: not needed."""
+    """The gradients of the student's tensors while they are summed, in their shapes and dtypes; None: not needed."""
 
     leading: Tensor | None
     weight: Tensor | None
     bias: Tensor | None  # fp32 until it is complete
-    hidden: Tensor | None  # (M, D) fp32, of the rows' hidden states, where ranks have parts of it
+    hidden: Tensor | None  # (M, D) fp32, of the rows' hidden states, where ranks share out the vocabulary
     vocab: int
 
     @staticmethod
@@ -270,7 +276,7 @@ class _Gradients(NamedTuple):
         return _Gradients(torch.zeros_like(student.leading) if needs[0] else None, dweight, dbias, hidden, vocab)
 
     def add(self, student: Source, rows: Tensor, group: slice, dlogits: Tensor) -> None:
-        """What a group of rows gives beside the weight's gradient; no position comes twice."""
+        """Add a group of rows to all gradients but the weight's; no position comes twice."""
         if self.leading is not None:
             if student.weight is None:
                 put_rows(self.leading[..., : self.vocab], rows[group], dlogits)
@@ -282,7 +288,7 @@ class _Gradients(NamedTuple):
             self.bias[: self.vocab] += dlogits.sum(0, dtype=torch.float32)
 
     def add_up(self, student: Source, rows: Tensor) -> None:
-        """The hidden states' gradient of all parts of the vocabulary."""
+        """Add up the hidden states' gradient over the ranks."""
         if self.hidden is not None and self.leading is not None and student.transform.shard is not None:
             put_rows(self.leading, rows, student.transform.shard.ranks.sum(self.hidden))
 
@@ -314,14 +320,14 @@ def selected_loss(
 
     `columns`: as in `launch_loss`.
     """
-    differentiable = torch.is_grad_enabled()  # within forward it never is
-    beside: tuple[Tensor, ...]
+    differentiable = torch.is_grad_enabled()  # read here: within an autograd function's forward it is False
+    teacher_tensors: tuple[Tensor, ...]
     inputs: tuple[Source, ...] = (student,)
     if isinstance(teacher, Source):
-        beside, template, inputs = teacher.detach().tensors, teacher.emptied(), (student, teacher)
+        teacher_tensors, template, inputs = teacher.detach().tensors, teacher.emptied(), (student, teacher)
     else:
-        of_rows = teacher.take(rows)
-        beside, template = (of_rows.ids, of_rows.logprobs), None
+        lists = teacher.take(rows)
+        teacher_tensors, template = (lists.ids, lists.logprobs), None
     has_tokens = tokens is not None and template is not None
     needed = differentiable and any(tensor.requires_grad for tensor in student.tensors)
     plan = _Plan(
@@ -334,6 +340,7 @@ def selected_loss(
         differentiable,
         digests(inputs, rows, workspace) if needed else None,
     )
-    tensors = (*student.tensors, *beside, *(() if columns is None else (columns,)), *((tokens,) if has_tokens else ()))
+    optional = (*(() if columns is None else (columns,)), *((tokens,) if has_tokens else ()))
+    tensors = (*student.tensors, *teacher_tensors, *optional)
     total, losses = _SelectedLoss.apply(plan, rows, weights, *tensors)
     return total, losses

@@ -1,11 +1,12 @@
-"""A divergence by kernels: losses of some rows of two tables, what their gradient needs of each row, and the gradient itself.
+"""A divergence by kernels on two tables of stored logits: the losses of some rows, and the gradient of these losses.
 
-  first     score.py's columns; jsd.py's sums; the list, both models on it and off it (support.py, rest.py)
-  gradient  reverse_kl.py, forward_kl.py or jsd.py, then rest.py on top, for what a list adds
-  (losses and gradients are those of divergences/; those on a list are differentiated on (M, K) tensors, shared/list_losses.py)
+  first     score.py's columns; jsd.py's sums; both models on the list and off it (support.py, rest.py)
+  gradient  reverse_kl.py, forward_kl.py or jsd.py; then rest.py adds the gradient of the part on a list
+  (divergences/ defines the losses; shared/list_losses.py differentiates a part on a list)
 
-The rows may be cut into blocks of the vocabulary in the gradient: all that it needs of the whole row is in `Found`.
-Not here: which rows, tiles and memory (backend.py, heads_loss.py), divergences without a kernel (streamed/loss.py).
+`first` returns the losses and `KernelConstants`: all numbers of a whole row that the gradient reads. So the gradient may be
+computed block by block of the vocabulary.
+Not here: which rows, tiles and memory (dense_loss.py, heads_loss.py), divergences without a kernel (streamed/loss.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from opd_kernels.argmax import argmax_fwd
@@ -46,52 +47,53 @@ def refusal(divergence: Divergence) -> str | None:
     return None
 
 
-BY_ROW = frozenset(
-    {"top", "at_top", "ids", "values", "coef"}
-)  # of `Found`: the others are columns, one entry a row along the last dimension
+# Fields of `KernelConstants` whose first dimension is the row; in the others the row is the last dimension.
+BY_ROW = frozenset({"top", "at_top", "ids", "dx", "d_off_list"})
 
 
 def logsumexp(model: Transform, ref: Tensor, log2z: Tensor) -> Tensor:
-    """fp64, of a kernel's normalisers, with the digits that one fp32 number would lose."""
+    """(M,) fp64 log-sum-exp from a kernel's two normalisers, with the digits that one fp32 number would lose."""
     return ref.double().mul_(multiplier(model)).add_(log2z.double()).mul_(math.log(2))
 
 
 def multiplier(model: Transform) -> float:
-    """What kernels multiply stored logits by, after a soft-cap, to have them in bits."""
-    found: float = transform(model.scale, model.softcap, model.temperature).k
-    return found
+    """k: kernels multiply stored logits by it, after a soft-cap, and so have logits in bits."""
+    k: float = transform(model.scale, model.softcap, model.temperature).k
+    return k
 
 
-class Found(NamedTuple):
-    """What the gradient needs of each row; None: of a part that the divergence does not have."""
+class KernelConstants(NamedTuple):
+    """The numbers of each row that the gradient reads; None: the divergence has no such part."""
 
     columns: Tensor | None  # (12, M) of score.py
     sums: Tensor | None  # (2, M) of jsd.py
     top: Tensor | None  # (M,) int32, the student's most likely id; None: the rows are a part of a shared vocabulary
-    at_top: Tensor | None  # (M, 1) the gradient there, once whole rows of it were made
+    at_top: Tensor | None  # (M, 1) the gradient at `top`, known once whole rows of it were computed
     ids: Tensor | None  # (M, K) int32, ascending
-    values: Tensor | None  # (M, K) d loss / d logit at the ids
-    rest: Tensor | None  # (2, M) of rest.py
-    coef: Tensor | None  # (M,) d loss / d rest
+    dx: Tensor | None  # (M, K) d loss / d logit at the ids
+    off_list: Tensor | None  # (2, M) of rest.py: the student's log-sum-exp off the ids
+    d_off_list: Tensor | None  # (M,) d loss / d that log-sum-exp
 
-    def rows(self, part: slice) -> Found:
-        """Those of some of the rows."""
-        cut = {name: None if x is None else x[part] if name in BY_ROW else x[:, part].contiguous() for name, x in self.named()}
-        return Found(**cut)
+    def rows(self, group: slice) -> KernelConstants:
+        """The constants of some of the rows."""
+        taken = {
+            name: None if x is None else x[group] if name in BY_ROW else x[:, group].contiguous() for name, x in self.named()
+        }
+        return KernelConstants(**taken)
 
     def named(self) -> list[tuple[str, Tensor | None]]:
         return list(zip(self._fields, self, strict=True))
 
     @staticmethod
-    def joined(parts: list[Found]) -> Found:
-        """Those of all rows, from those of consecutive ones."""
-        columns = zip(Found._fields, zip(*parts, strict=True), strict=True)
-        return Found(*(None if x[0] is None else torch.cat(x, 0 if name in BY_ROW else 1) for name, x in columns))
+    def joined(parts: list[KernelConstants]) -> KernelConstants:
+        """The constants of all rows, from the constants of consecutive groups of rows."""
+        columns = zip(KernelConstants._fields, zip(*parts, strict=True), strict=True)
+        return KernelConstants(*(None if x[0] is None else torch.cat(x, 0 if name in BY_ROW else 1) for name, x in columns))
 
 
 @dataclass(frozen=True)
 class KernelLoss:
-    """A divergence between two models whose stored logits have these transforms; no teacher: it sends lists."""
+    """A divergence between two models; the transforms turn stored logits into logits. teacher None: the teacher sends lists."""
 
     divergence: Divergence
     student: Transform
@@ -99,31 +101,33 @@ class KernelLoss:
 
     @property
     def list_bytes(self) -> int:
-        """Scratch per row for the list."""
+        """Scratch bytes per row for the list."""
         return 0 if self.divergence.support is None else LIST_BYTES * self.divergence.support.length
 
     @property
-    def _options(self) -> dict[str, Any]:
+    def _options(self) -> dict[str, float | int | None]:
         return launch_options(self.student, self.teacher or self.student)
 
-    def _of_one(self, model: Transform, **changed: int) -> dict[str, Any]:
-        found = {
+    def _model_options(self, model: Transform, **changed: int) -> dict[str, float | int | None]:
+        """The keywords that launchers of one model take."""
+        options = {
             "vocab_size": model.vocab_size,
             "temperature": model.temperature,
             "scale": model.scale,
             "softcap": model.softcap,
         }
-        return {**found, **changed}
+        return {**options, **changed}
 
     def first(
         self, s: Tensor, t: Tensor | None, rows: Tensor | None, *, tokens: Tensor | None, listed: TeacherLists | None
-    ) -> tuple[Tensor, Found]:
-        """(M,) losses and what their gradient needs, of tables of stored logits.
+    ) -> tuple[Tensor, KernelConstants]:
+        """(M,) losses and the constants of their gradient, from tables of stored logits.
 
         Args:
-            s, t: (N, V) of student and teacher; t None for a teacher that sends lists.
+            s, t: (N, V) stored logits of student and teacher; t None: the teacher sends lists.
             rows: (M,) rows of the tables; None: all.
-            tokens, listed: what the student sampled at the rows, and the teacher's lists of them, if the divergence asks.
+            tokens: (M,) the student's sampled tokens, if the divergence reads them.
+            listed: The teacher's lists at the rows, if it sends lists.
         """
         score, columns, sums, top = None, None, None, None
         losses = torch.zeros(len(s) if rows is None else len(rows), dtype=torch.float32, device=s.device)
@@ -141,56 +145,61 @@ class KernelLoss:
         elif whole is not None:
             assert whole.column is not None
             losses = losses + getattr(score, whole.column)
-        found = Found(columns, sums, top, None, None, None, None, None)
+        constants = KernelConstants(columns, sums, top, None, None, None, None, None)
         if self.divergence.support is not None:
-            of_list, found = self._listed(self.divergence.support, s, t, rows, score, tokens, listed, found)
-            losses = losses + of_list.float()
-        return losses, found
+            list_losses, constants = self._listed(self.divergence.support, s, t, rows, score, tokens, listed, constants)
+            losses = losses + list_losses.float()
+        return losses, constants
 
     def _listed(
         self,
-        part: OnSupport,
+        divergence: OnSupport,
         s: Tensor,
         t: Tensor | None,
         rows: Tensor | None,
         score: Score | None,
         tokens: Tensor | None,
         listed: TeacherLists | None,
-        found: Found,
-    ) -> tuple[Tensor, Found]:
+        constants: KernelConstants,
+    ) -> tuple[Tensor, KernelConstants]:
+        """(M,) fp64 losses of the part on a list, and the constants with this part's fields set."""
         log_tail = entropy = losses = torch.zeros(len(s) if rows is None else len(rows), dtype=torch.float64, device=s.device)
         if listed is not None:
-            ids, log_q = listed.top(part.length).ids, listed.top(part.length).logprobs.double()
+            ids, log_q = listed.top(divergence.length).ids, listed.top(divergence.length).logprobs.double()
             x, log_tail = self._at(self.student, s, rows, ids), tail(log_q)
         else:
             assert t is not None
             assert score is not None
             assert self.teacher is not None
             lse = logsumexp(self.teacher, score.t_ref, score.t_log2z)
-            if part.of_tokens:
+            if divergence.of_tokens:
                 assert tokens is not None
                 ids = tokens.unsqueeze(1)
                 x, u = self._at(self.student, s, rows, ids), self._at(self.teacher, t, rows, ids)
             else:
-                lists = support_fwd(s, t, rows, score, top_k=part.length, **self._options)
+                lists = support_fwd(s, t, rows, score, top_k=divergence.length, **self._options)
                 ids, (x, u) = lists.t_ids.long(), lists.logits[:, 2:].unbind(1)
-                absent = u == -math.inf  # an entry that the teacher masks is not on its list
-                ids, x = ids.masked_fill(absent, LAST_ID), x.masked_fill(absent, -math.inf)
+                masked = u == -math.inf  # an entry that the teacher masks is not on its list
+                ids, x = ids.masked_fill(masked, LAST_ID), x.masked_fill(masked, -math.inf)
             log_q, entropy = u.double() - lse.unsqueeze(1), score.teacher_entropy.double()
         ascending, order = torch.sort(ids, dim=1)
-        # A missing entry of a list that kernels read is past every vocabulary.
-        inside = ascending.masked_fill((ascending < 0) | (ascending >= self.student.vocab_size), LAST_ID).sort(1).values.int()
-        if part.reads_teacher_rest and t is not None and self.teacher is not None:
-            of_teacher = rest_fwd(t, rows, inside, **self._of_one(self.teacher))
-            log_tail = logsumexp(self.teacher, *of_teacher) - lse
-        if part.reads_rest:
-            rest = rest_fwd(s, rows, inside, **self._of_one(self.student))
-            beside = logsumexp(self.student, *rest)
+        # Kernels read a missing entry as an id past every vocabulary, at the end of the list.
+        missing = (ascending < 0) | (ascending >= self.student.vocab_size)
+        kernel_ids = ascending.masked_fill(missing, LAST_ID).sort(1).values.int()
+        if divergence.reads_teacher_rest and t is not None and self.teacher is not None:
+            teacher_off_list = rest_fwd(t, rows, kernel_ids, **self._model_options(self.teacher))
+            log_tail = logsumexp(self.teacher, *teacher_off_list) - lse
+        if divergence.reads_rest:
+            off_list = rest_fwd(s, rows, kernel_ids, **self._model_options(self.student))
+            off_list_lse = logsumexp(self.student, *off_list)
         else:
-            rest, beside = torch.zeros((2, len(ids)), dtype=torch.float32, device=s.device), losses
-        terms = evaluate(part, Support(x.double(), beside, log_q, log_tail, entropy), ids, torch.float32)
-        coef = torch.zeros(len(ids), dtype=torch.float32, device=s.device) if terms.drest is None else terms.drest
-        return terms.losses, found._replace(ids=inside, values=terms.dx.gather(1, order), rest=rest, coef=coef)
+            off_list, off_list_lse = torch.zeros((2, len(ids)), dtype=torch.float32, device=s.device), losses
+        terms = evaluate(divergence, Support(x.double(), off_list_lse, log_q, log_tail, entropy), ids, torch.float32)
+        d_off_list = terms.d_off_list
+        if d_off_list is None:
+            d_off_list = torch.zeros(len(ids), dtype=torch.float32, device=s.device)
+        dx = terms.dx.gather(1, order)
+        return terms.losses, constants._replace(ids=kernel_ids, dx=dx, off_list=off_list, d_off_list=d_off_list)
 
     def _at(self, model: Transform, table: Tensor, rows: Tensor | None, ids: Tensor) -> Tensor:
         """(M, K) finished logits at the ids, -inf where missing."""
@@ -201,7 +210,7 @@ class KernelLoss:
 
     @property
     def overwrites_student(self) -> bool:
-        """Whether the gradient may be written over the student's logits: with two parts the second still reads them."""
+        """Whether the gradient may overwrite the student's logits: of two parts, the second still reads them."""
         return self.divergence.whole is None or self.divergence.support is None
 
     def gradient(
@@ -210,42 +219,42 @@ class KernelLoss:
         t: Tensor | None,
         rows: Tensor | None,
         weights: Tensor,
-        found: Found,
+        constants: KernelConstants,
         *,
         out: Tensor,
         first_id: int = 0,
         vocab_size: int | None = None,
     ) -> None:
-        """Write the gradient of the losses weighted into `out` at the rows.
+        """Write the gradient of the weighted losses into `out` at the rows.
 
-        `first_id`, `vocab_size`: of a block of the vocabulary, if the tables are one.
+        `first_id`, `vocab_size`: first id and width of the block, if the tables are a block of the vocabulary.
         """
         whole, width = self.divergence.whole, vocab_size or self.student.vocab_size
         if whole is not None:
             assert t is not None
-            top = found.top if width == self.student.vocab_size else None
+            top = constants.top if width == self.student.vocab_size else None
             options = {**self._options, "vocab_size": width, "top": top, "out": out}
             if isinstance(whole, JSD):
-                jsd_grad(s, t, rows, weights, found.columns, found.sums, beta=float(whole.beta), **options)
+                jsd_grad(s, t, rows, weights, constants.columns, constants.sums, beta=float(whole.beta), **options)
             else:
-                GRADIENTS[type(whole)](s, t, rows, weights, found.columns, **options)
-        if found.ids is not None:
-            assert found.values is not None
-            assert found.coef is not None
+                GRADIENTS[type(whole)](s, t, rows, weights, constants.columns, **options)
+        if constants.ids is not None:
+            assert constants.dx is not None
+            assert constants.d_off_list is not None
             rest_grad(
                 s,
                 rows,
-                found.ids,
-                (found.values * weights.unsqueeze(1)).masked_fill_((weights == 0).unsqueeze(1), 0),
-                (found.coef * weights).masked_fill_(weights == 0, 0),
-                found.rest,
+                constants.ids,
+                (constants.dx * weights.unsqueeze(1)).masked_fill_((weights == 0).unsqueeze(1), 0),
+                (constants.d_off_list * weights).masked_fill_(weights == 0, 0),
+                constants.off_list,
                 out=out,
                 add=whole is not None,
                 first_id=first_id,
-                **self._of_one(self.student, vocab_size=width),
+                **self._model_options(self.student, vocab_size=width),
             )
-        if found.top is not None and found.at_top is not None:  # a block cannot sum the others
-            place = found.top.long().unsqueeze(1) - first_id
+        if constants.top is not None and constants.at_top is not None:  # in a block, the sum over all other ids is unknown
+            place = constants.top.long().unsqueeze(1) - first_id
             inside = (place >= 0) & (place < width)
             place = place.clamp(0, width - 1)
-            out.scatter_(1, place, torch.where(inside, found.at_top, out.gather(1, place)))
+            out.scatter_(1, place, torch.where(inside, constants.at_top, out.gather(1, place)))

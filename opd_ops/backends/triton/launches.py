@@ -1,15 +1,14 @@
-"""What every launch of the kernels from here shares: options, scratch per row, the columns of TokenStats from two tables.
+"""Shared by all launches of kernels: their options, their scratch per row, and the columns of TokenStats from two tables.
 
-  A table is (N, V) stored logits of one model, unit stride along V; what a stored number stands for is in the options.
+  A table is (N, V) stored logits of one model, unit stride along V; the options say how stored logits become logits.
 
-Launches are cut into parts of rows so that scratch fits `workspace`.
-Not here: dense logits as tables (backend.py, layout.py), tiles of a head's logits (heads.py), kernels (opd_kernels).
+Launches are cut into groups of rows, so that scratch fits `workspace`.
+Not here: dense logits as tables (dense.py, layout.py), tiles of a head's logits (heads.py), kernels (opd_kernels).
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from opd_kernels.score import Score, score_fwd
@@ -28,7 +27,7 @@ from opd_ops.selection.stats import SWEPT_COLUMNS
 JSD_BUFFERS = 10  # fp32 rows of V alive at once in row_jsd
 
 
-def launch_options(student: Transform, teacher: Transform) -> dict[str, Any]:
+def launch_options(student: Transform, teacher: Transform) -> dict[str, float | int | None]:
     """The keywords that every launcher takes."""
     return {
         "vocab_size": student.vocab_size,
@@ -40,18 +39,18 @@ def launch_options(student: Transform, teacher: Transform) -> dict[str, Any]:
     }
 
 
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Launches go to the current device, which need not be that of the tensors."""
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes the tensors' device the current one: launches go to the current device."""
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
 def column_names(columns: frozenset[str]) -> tuple[str, ...]:
-    """The columns of TokenStats that are computed, in order; `columns` are the optional ones wanted."""
+    """The computed columns of TokenStats, in order. `columns`: the optional columns to compute."""
     return (*SWEPT_COLUMNS, *SUPPORT_COLUMNS, *sorted(columns))
 
 
 def parse_columns(optional: str) -> frozenset[str]:
-    """The optional columns as operators of torch take them: "a,b"."""
+    """The set of optional columns from the string "a,b", in which operators of torch take it."""
     return frozenset(filter(None, optional.split(",")))
 
 
@@ -67,16 +66,16 @@ def write_columns(
 ) -> tuple[Score, Support]:
     """Fill `out`, (columns, n) in the order of `column_names`, with the statistics of the tables' rows (None: all, in order).
 
-    Returns: what the kernels found.
-    `workspace` bounds the scratch of the optional columns, which comes on top of `score_bytes` a row.
+    Returns: the kernels' outputs.
+    `workspace` bounds the scratch of the optional columns; the launch itself takes `score_bytes` a row besides.
     """
     options = launch_options(*transforms)
     score = score_fwd(*tables, rows, **options)
     lists = support_fwd(*tables, rows, score, top_k=top_k, **options)
-    of_lists = _of_lists(lists, score, columns - {"jsd"}, workspace)
+    optional = _list_columns(lists, score, columns - {"jsd"}, workspace)
     for name, column in zip(column_names(columns), out, strict=True):
-        if name in of_lists:
-            column.copy_(of_lists[name])
+        if name in optional:
+            column.copy_(optional[name])
         elif name == "jsd":
             column.copy_(_jsd(tables, rows, transforms, workspace))
         else:
@@ -85,31 +84,31 @@ def write_columns(
 
 
 def top_k_lists(lists: Support, first_id: int = 0) -> tuple[TopK, TopK]:
-    """Student's and teacher's, of kernels that count ids from `first_id`."""
+    """Student's and teacher's list; the kernels counted ids from `first_id`."""
     s_at_s, t_at_s, s_at_t, t_at_t = lists.logits.unbind(1)
-    of_student = TopK(lists.s_ids.long() + first_id, s_at_s, t_at_s)
-    return of_student, TopK(lists.t_ids.long() + first_id, t_at_t, s_at_t)
+    student = TopK(lists.s_ids.long() + first_id, s_at_s, t_at_s)
+    return student, TopK(lists.t_ids.long() + first_id, t_at_t, s_at_t)
 
 
-def _of_lists(lists: Support, score: Score, columns: frozenset[str], workspace: Workspace) -> dict[str, Tensor]:
-    """Optional columns from the kernels' lists; some rows at a time."""
+def _list_columns(lists: Support, score: Score, columns: frozenset[str], workspace: Workspace) -> dict[str, Tensor]:
+    """Optional columns from the kernels' lists, a group of rows at a time."""
     n, _, k = lists.ids.shape
     out = {name: torch.empty(n, dtype=torch.float32, device=lists.ids.device) for name in columns}
     if not columns:
         return out
-    found = top_k_lists(lists)
+    student, teacher = top_k_lists(lists)
     lse = score.student_logsumexp.double(), score.teacher_logsumexp.double()
     for part in chunks(n, workspace.count(UNION_BYTES * k)):
-        of_part = support_columns(found[0].rows(part), found[1].rows(part), lse[0][part], lse[1][part], columns)
+        values = support_columns(student.rows(part), teacher.rows(part), lse[0][part], lse[1][part], columns)
         for name in columns:
-            out[name][part] = of_part[name]
+            out[name][part] = values[name]
     return out
 
 
 def _jsd(
     tables: tuple[Tensor, Tensor], rows: Tensor | None, transforms: tuple[Transform, Transform], workspace: Workspace
 ) -> Tensor:
-    """In torch, on some whole rows at a time: only a sampling selector asks for it."""
+    """(n,) by torch, on a group of whole rows at a time: no kernel, because only a sampling selector asks for it."""
     vocab = transforms[0].vocab_size
     n = len(tables[0]) if rows is None else len(rows)
     out = torch.empty(n, dtype=torch.float32, device=tables[0].device)

@@ -1,9 +1,9 @@
-"""Dense logits of any leading dimensions as the table the kernels read: row r starts r * stride elements after the first.
+"""Dense logits of any leading dimensions as a table that kernels read: row r starts r * stride elements after row 0.
 
   position (i, j, ...) -> row  i a + j b + ...,  with a, b, ... the leading strides over their greatest common divisor
-  So logits[:, :-1] of contiguous logits, or a transpose, is read where it lies: nothing of size N V is ever copied.
 
-Not here: the kernels (opd_kernels), which side may be a table at all (backend.py's refusal).
+So kernels read logits[:, :-1] of contiguous logits, or a transpose, in place: nothing of size N V is copied.
+Not here: the kernels (opd_kernels), the check that logits have a layout (backend.py: `_refusal`).
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ALIGNED = 16  # a row stride for a table of one row; whole 128-bit loads in every dtype
+ALIGNED = 16  # elements, row stride of a table of one row: whole 128-bit loads in every dtype
 
 
 class Layout(NamedTuple):
     """Where the positions of (..., V) logits are in their table."""
 
     shape: torch.Size  # the leading dimensions
-    steps: tuple[int, ...]  # rows from one index to the next, per leading dimension; 0 where there is only one
-    n_rows: int  # of the table, with those that are no position
+    steps: tuple[int, ...]  # rows from one index to the next, per leading dimension; 0 in a dimension of size 1
+    n_rows: int  # of the table, including rows that are no position
     stride: int  # elements from row to row
 
     @staticmethod
     def of(logits: Tensor) -> Layout | None:
-        """None if the vocabulary is not contiguous or two rows share memory."""
+        """The layout of the logits; None if the vocabulary is not contiguous or two rows share memory."""
         shape, vocab = logits.shape[:-1], logits.shape[-1]
         if vocab > 1 and logits.stride(-1) != 1:
             return None
@@ -52,7 +52,7 @@ class Layout(NamedTuple):
         return logits.as_strided((self.n_rows, logits.shape[-1]), (self.stride, 1))
 
     def rows(self, positions: Tensor) -> Tensor:
-        """The table's rows of flattened positions; the very same where every row is a position, in order."""
+        """The table's rows of flattened positions; `positions` itself where row i is position i."""
         if self._in_order():
             return positions
         rows = torch.zeros_like(positions)
@@ -72,7 +72,7 @@ class Layout(NamedTuple):
     def zeros(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """A new zero table for gradients, (n_rows, V) contiguous, and its view of the shape of the logits.
 
-        It keeps the gaps of the logits' own table: those of a slice, whose whole autograd would allocate anyway.
+        It has the same rows between positions as the logits' table: for a slice, autograd would allocate these rows anyway.
         """
         width = logits.shape[-1]
         table = torch.zeros((self.n_rows, width), dtype=logits.dtype, device=logits.device)

@@ -1,12 +1,12 @@
-"""The Triton backend's two steps as operators of torch, for torch.compile, which cannot look into them.
+"""The Triton backend's two steps as operators of torch: torch.compile cannot trace a launch, but can call an operator.
 
   opd_ops::token_columns        logits -> statistics of the given rows
   opd_ops::divergence_gradient  logits, weights -> d (weighted sum of the losses) / d the student's logits
-  opd_ops::selected_losses      the losses, whose backward is divergence_gradient
-  opd_ops::head_columns, opd_ops::head_loss    the same where a model is a head; head_loss makes the gradients itself
+  opd_ops::selected_losses      the losses; their backward is divergence_gradient
+  opd_ops::head_columns, opd_ops::head_loss    the same where a model is a head; head_loss also computes the gradients
 
-Eager calls go to the launches themselves: an operator's boundary costs some 60 microseconds a call.
-Not here: the launches (dense.py, heads.py, heads_loss.py), what is compiled around them (loss.py).
+Eager calls launch without an operator: its boundary costs some 60 microseconds a call.
+Not here: the launches (dense.py, heads.py, heads_loss.py), the code compiled around them (opd_ops/loss.py).
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def token_columns(
     vocab_size: int,
     temperature: float,
 ) -> Tensor:
-    """(columns, n) statistics of the rows, in the order of `column_names`; `optional` ones are named "a,b"."""
+    """(columns, n) statistics of the rows, in the order of `column_names`. `optional`: names of optional columns, "a,b"."""
     workspace = Workspace(workspace_bytes)
     return dense.launch_columns(student, teacher, rows, top_k, parse_columns(optional), workspace, vocab_size, temperature)
 
 
 @token_columns.register_fake
-def _(student: Tensor, teacher: Tensor, rows: Tensor, top_k: int, optional: str, *_: Any) -> Tensor:
+def _(student: Tensor, teacher: Tensor, rows: Tensor, top_k: int, optional: str, *_: object) -> Tensor:
     names = column_names(parse_columns(optional))
     return torch.empty((len(names), rows.shape[0]), dtype=torch.float32, device=rows.device)
 
@@ -64,7 +64,7 @@ def divergence_gradient(
 
 
 @divergence_gradient.register_fake
-def _(student: Tensor, *_: Any) -> Tensor:
+def _(student: Tensor, *_: object) -> Tensor:
     layout = Layout.of(student)
     assert layout is not None
     return layout.zeros(student)[1]
@@ -81,12 +81,12 @@ def selected_losses(
     vocab_size: int,
     temperature: float,
 ) -> Tensor:
-    """The losses as they are, connected to the student's logits."""
+    """The unchanged losses, connected to the student's logits."""
     return losses.clone()
 
 
 @selected_losses.register_fake
-def _(student: Tensor, teacher: Tensor, rows: Tensor, losses: Tensor, *_: Any) -> Tensor:
+def _(student: Tensor, teacher: Tensor, rows: Tensor, losses: Tensor, *_: object) -> Tensor:
     return torch.empty_like(losses)
 
 
@@ -102,9 +102,11 @@ def _backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
 selected_losses.register_autograd(_backward, setup_context=_setup_context)
 
 
-def head_arguments(student: Source, teacher: Source, workspace: Workspace, *more: float) -> tuple[Any, ...]:
-    """Both sources as an operator takes them: six tensors or None, and numbers: the workspace, of their transforms (no
-    soft-cap: 0), and `more`."""
+def head_arguments(student: Source, teacher: Source, workspace: Workspace, *more: float) -> tuple[object, ...]:
+    """Both sources as arguments of an operator: six tensors (or None), and a list of numbers.
+
+    The numbers: bytes of the workspace, the numbers of both transforms (no soft-cap: 0), then `more`.
+    """
     settings = [float(workspace.nbytes), float(student.transform.vocab_size), student.transform.temperature]
     for source in (student, teacher):
         settings += [source.transform.scale, source.transform.softcap or 0.0]
@@ -112,7 +114,7 @@ def head_arguments(student: Source, teacher: Source, workspace: Workspace, *more
 
 
 def _sources(tensors: Sequence[Tensor | None], settings: Sequence[float]) -> tuple[Source, Source]:
-    """The sources of `head_arguments`."""
+    """The two sources from the tensors and numbers of `head_arguments`."""
     vocab, temperature, *transforms = settings[1:7]
     sources = []
     for i in range(2):
@@ -136,15 +138,25 @@ def head_columns(
     optional: str,
     score_dtype: torch.dtype | None,
 ) -> Tensor:
-    """(columns, n) statistics of the rows; the last of the settings is the top-K's K."""
+    """(columns, n) statistics of the rows; the last of the settings is K of the top-K."""
     sources = _sources((s_leading, s_weight, s_bias, t_leading, t_weight, t_bias), settings)
     columns = parse_columns(optional)
     return heads.launch_columns(*sources, rows, int(settings[7]), columns, Workspace(int(settings[0])), score_dtype)
 
 
 @head_columns.register_fake
-def _(*arguments: Any) -> Tensor:
-    rows, optional = arguments[7], arguments[8]
+def _(
+    s_leading: Tensor,
+    s_weight: Tensor | None,
+    s_bias: Tensor | None,
+    t_leading: Tensor,
+    t_weight: Tensor | None,
+    t_bias: Tensor | None,
+    settings: Sequence[float],
+    rows: Tensor,
+    optional: str,
+    score_dtype: torch.dtype | None,
+) -> Tensor:
     names = column_names(parse_columns(optional))
     return torch.empty((len(names), rows.shape[0]), dtype=torch.float32, device=rows.device)
 
@@ -166,26 +178,39 @@ def head_loss(
     weights: Tensor,
     kind: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The weighted sum, the losses, and the gradients of hidden states, weight and bias, without entries if not needed; the
-    last of the settings say which are."""
+    """The weighted sum, the losses, and the gradients of hidden states, weight and bias; a gradient not needed is empty.
+
+    The last of the settings are 1 for each gradient needed, else 0.
+    """
     student, teacher = _sources((s_leading, s_weight, s_bias, t_leading, t_weight, t_bias), settings)
     divergence = DIVERGENCES[kind]
     total, losses, gradients = heads_loss.launch_loss(
         student, teacher, rows, weights, divergence, None, Workspace(int(settings[0])), _needs(settings)
     )
-    made = [s_leading.new_empty(0) if gradient is None else gradient for gradient in (*gradients, None, None)[:3]]
-    return total, losses, made[0], made[1], made[2]
+    outputs = [s_leading.new_empty(0) if gradient is None else gradient for gradient in (*gradients, None, None)[:3]]
+    return total, losses, outputs[0], outputs[1], outputs[2]
 
 
 @head_loss.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    weights, needs = arguments[8], (*_needs(arguments[6]), False, False)
+def _(
+    s_leading: Tensor,
+    s_weight: Tensor | None,
+    s_bias: Tensor | None,
+    t_leading: Tensor,
+    t_weight: Tensor | None,
+    t_bias: Tensor | None,
+    settings: Sequence[float],
+    rows: Tensor,
+    weights: Tensor,
+    kind: str,
+) -> tuple[Tensor, ...]:
+    needs, tensors = (*_needs(settings), False, False), (s_leading, s_weight, s_bias)
     formats = torch.preserve_format, torch.contiguous_format, torch.contiguous_format
-    made = [
-        torch.empty_like(tensor, memory_format=layout) if need else arguments[0].new_empty(0)
-        for tensor, need, layout in zip(arguments[:3], needs, formats, strict=False)
+    gradients = [
+        torch.empty_like(tensor, memory_format=layout) if need and tensor is not None else s_leading.new_empty(0)
+        for tensor, need, layout in zip(tensors, needs, formats, strict=False)
     ]
-    return weights.new_empty(()), weights.new_empty(weights.shape), *made
+    return weights.new_empty(()), weights.new_empty(weights.shape), *gradients
 
 
 def _setup_head_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -206,7 +231,7 @@ head_loss.register_autograd(_head_backward, setup_context=_setup_head_context)
 def head_losses(
     student: Source, teacher: Source | TeacherLists, rows: Tensor, weights: Tensor, divergence: Divergence, workspace: Workspace
 ) -> tuple[Tensor, Tensor]:
-    """`heads_loss.selected_loss` by the operator."""
+    """`heads_loss.selected_loss`, through the operator."""
     assert isinstance(teacher, Source)
     assert divergence.whole is not None
     needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in student.tensors]

@@ -1,17 +1,17 @@
-"""The Triton backend where ranks share out the vocabulary: kernels on each rank's part, with the normalisers of the whole.
+"""The Triton backend where ranks share out the vocabulary: kernels on each rank's part, with the whole's normalisers.
 
   P_r, Q_r: the mass of student and teacher in the part of rank r;  p_r, q_r: their softmaxes within it;
-  g_r = log Z_s,r - log Z_t,r: the part's gap;  g: that of the whole vocabulary;  d_r = log P_r / Q_r = g_r - g
+  g_r = log Z_s,r - log Z_t,r: the part's gap;  g: the whole vocabulary's gap;  d_r = log P_r / Q_r = g_r - g
   KL(p||q) = sum_r P_r KL(p_r||q_r) + KL(P||Q),     KL(P||Q) = sum_r P_r (d_r + e^{-d_r} - 1)      (the chain rule)
 
-No term of the KL is negative, and each is of second order in what rounding does to d_r: nothing large is subtracted.
-The loss of reverse and forward KL: the selected rows' normalisers joined to more digits, then the gradient kernels with them in
-the place of the part's own. These kernels read a reference of each row, the log-normaliser relative to it, and the gap. Any
-reference near the log-sum-exp will do: it is the log-sum-exp itself as a stored logit, rounded to fp32.
+No term of the KL is negative, and an error of d_r enters each term in second order: nothing large is subtracted.
+The loss of reverse and forward KL: the ranks join the selected rows' normalisers to more digits. The gradient kernels then read
+these in place of the part's normalisers: a reference of each row, the log-normaliser relative to it, and the gap. Any reference
+near the log-sum-exp will do; here it is the log-sum-exp as a stored logit, rounded to fp32.
 A rank cannot sum the gradient over the other ranks' ids: with reverse KL, rows with p near 1 on one id lose digits there
 (docs/features.md).
-Not here: the gather (shared/joined.py), other losses, which are backend "torch"'s on the same device (backend.py), kernels'
-launches (dense.py, heads.py, heads_loss.py).
+Not here: the all-gather (shared/joined.py), other losses, which backend "torch" computes on the same device (backend.py),
+kernels' launches (dense.py, heads.py, heads_loss.py).
 """
 
 from __future__ import annotations
@@ -66,20 +66,20 @@ def token_stats(
 def _part(
     student: Source, teacher: Source, score_dtype: torch.dtype | None, rows: Tensor, top_k: int, workspace: Workspace
 ) -> Part:
-    """What this rank's part of the vocabulary says of the rows."""
-    found: list[tuple[Score, Support]] = []
+    """This rank's columns and lists of the rows, from its part of the vocabulary."""
+    launches: list[tuple[Score, Support]] = []
     if is_computed(student, teacher):
-        none: frozenset[str] = frozenset()
-        heads.launch_columns(student, teacher, rows, top_k, none, workspace, score_dtype, keep=found.append)
+        no_optional: frozenset[str] = frozenset()
+        heads.launch_columns(student, teacher, rows, top_k, no_optional, workspace, score_dtype, keep=launches.append)
     else:
         stored = student.leading, teacher.leading
         width, temperature = student.transform.vocab_size, student.transform.temperature
-        dense.launch_columns(*stored, rows, top_k, frozenset(), workspace, width, temperature, keep=found.append)
-    columns = {name: torch.cat([getattr(score, name) for score, _ in found]) for name in SWEPT_COLUMNS}
-    for name, source, of in (("student_logsumexp", student, "s"), ("teacher_logsumexp", teacher, "t")):
-        normalisers = (torch.cat([getattr(score, f"{of}_{part}") for score, _ in found]) for part in ("ref", "log2z"))
+        dense.launch_columns(*stored, rows, top_k, frozenset(), workspace, width, temperature, keep=launches.append)
+    columns = {name: torch.cat([getattr(score, name) for score, _ in launches]) for name in SWEPT_COLUMNS}
+    for name, source, prefix in (("student_logsumexp", student, "s"), ("teacher_logsumexp", teacher, "t")):
+        normalisers = (torch.cat([getattr(score, f"{prefix}_{part}") for score, _ in launches]) for part in ("ref", "log2z"))
         columns[name] = logsumexp(_stored(source), *normalisers)
-    lists = Support(torch.cat([x.ids for _, x in found]), torch.cat([x.logits for _, x in found]), found[0][1].columns)
+    lists = Support(torch.cat([x.ids for _, x in launches]), torch.cat([x.logits for _, x in launches]), launches[0][1].columns)
     return Part(columns, *top_k_lists(lists, student.transform.first_id))
 
 
@@ -89,8 +89,8 @@ def own_stats(
     """One model's statistics at the rows over the whole vocabulary."""
 
     def read() -> OwnStats:
-        mine = heads.own_stats(source, rows, top_k=min(top_k, shard.width), workspace=workspace, score_dtype=score_dtype)
-        return mine._replace(ids=mine.ids + shard.first)
+        stats = heads.own_stats(source, rows, top_k=min(top_k, shard.width), workspace=workspace, score_dtype=score_dtype)
+        return stats._replace(ids=stats.ids + shard.first)
 
     return shards.own_stats(read, shard, rows, top_k=top_k, workspace=workspace, dtype=torch.float32)
 
@@ -104,11 +104,11 @@ def selected_loss(
     divergence: Divergence,
     workspace: Workspace,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted sum of reverse or forward KL over the positions, connected to this rank's part, and its (M,) terms."""
+    """The weighted sum of reverse or forward KL over the positions, connected to this rank's part, and the (M,) losses."""
     assert divergence.whole is not None
-    with torch.no_grad():  # to more digits than `stats`, which may be of 16-bit logits
-        score: dict[str, Any] = {"top_k": 1, "columns": frozenset(), "workspace": workspace}
-        exact = token_stats(student, teacher, shard, rows, score_dtype=torch.float32, dtype=torch.float64, **score)
+    with torch.no_grad():  # again, because the score pass may have read 16-bit logits
+        options: dict[str, Any] = {"top_k": 1, "columns": frozenset(), "workspace": workspace}
+        exact = token_stats(student, teacher, shard, rows, score_dtype=torch.float32, dtype=torch.float64, **options)
     columns = _columns(student, teacher, exact)
     if is_computed(student, teacher):
         return heads_loss.selected_loss(student, teacher, rows, weights, divergence, None, workspace, columns)
@@ -122,25 +122,25 @@ def selected_loss(
 def _columns(student: Source, teacher: Source, exact: TokenStats) -> Tensor:
     """(12, M) fp32, the columns of score.py over the whole vocabulary, from fp64 statistics."""
     bits = 1 / math.log(2)
-    found = {name: getattr(exact, name) for name in SWEPT_COLUMNS}
-    scaled = []
-    for of, source, lse in (("s", student, exact.student_logsumexp), ("t", teacher, exact.teacher_logsumexp)):
+    columns = {name: getattr(exact, name) for name in SWEPT_COLUMNS}
+    references = []
+    for prefix, source, lse in (("s", student, exact.student_logsumexp), ("t", teacher, exact.teacher_logsumexp)):
         k = multiplier(_stored(source))
         reference = (lse * bits / k).float()
-        found[f"{of}_ref"], found[f"{of}_log2z"] = reference, lse * bits - k * reference.double()
-        scaled.append(k * reference.double())
-    # The gap in bits, less what the references account for.
-    found["log2z_gap"] = exact.logsumexp_gap * bits - (scaled[0] - scaled[1])
-    return torch.stack([found[name].float() for name in COLUMNS])
+        columns[f"{prefix}_ref"], columns[f"{prefix}_log2z"] = reference, lse * bits - k * reference.double()
+        references.append(k * reference.double())
+    # The gap in bits, less the difference of the references.
+    columns["log2z_gap"] = exact.logsumexp_gap * bits - (references[0] - references[1])
+    return torch.stack([columns[name].float() for name in COLUMNS])
 
 
 def _stored(source: Source) -> Transform:
-    """What the logits that kernels read still have to go through."""
+    """The transform from the logits that kernels read to finished logits."""
     return TileReader(source, torch.empty(0, dtype=torch.long), torch.float32, 1).transform
 
 
 class _PartGradient(GradientPlan):
-    """Of dense logits, from this rank's part of them and the columns of the whole vocabulary."""
+    """The gradient of dense logits, from this rank's part of them and the columns of the whole vocabulary."""
 
     def __init__(self, divergence: WholeRow, transform: Transform, workspace: Workspace) -> None:
         self.divergence, self.transform, self.workspace = divergence, transform, workspace
@@ -158,7 +158,7 @@ class _PartGradient(GradientPlan):
 
 
 def joined_columns(parts: dict[str, Tensor], student: TopK, teacher: TopK) -> dict[str, Tensor]:
-    """The (n,) columns of the whole vocabulary from the (ranks, n) fp64 ones of its parts, and those that a JSD reads."""
+    """The (n,) columns of the whole vocabulary, and the columns that a JSD reads, from the parts' (ranks, n) fp64 columns."""
     s, t, gaps = parts["student_logsumexp"], parts["teacher_logsumexp"], parts["logsumexp_gap"]
     (s_lse, p), (t_lse, q) = masses(s), masses(t)
     in_s, in_t = s != -math.inf, t != -math.inf  # a NaN is in
@@ -166,12 +166,12 @@ def joined_columns(parts: dict[str, Tensor], student: TopK, teacher: TopK) -> di
     gap = _gap(s_lse, t_lse, p, q, gaps, s, t, shared)
     d = torch.where(shared, gaps - gap, 0)
     near = d.abs() < 1  # elsewhere e^d may overflow, and P e^{-d} is Q itself
-    of_p = torch.where(near, p * (torch.expm1(-d) + d), q - p + p * d)
-    of_q = torch.where(near, q * (torch.expm1(d) - d), p - q - q * d)
-    # In a part that one model alone has, P_r e^{-d_r} - P_r is what is left: the other's mass.
-    reverse = torch.where(shared, _times(p, parts["reverse_kl"]) + of_p, q)
-    forward = torch.where(shared, _times(q, parts["forward_kl"]) + of_q, p)
-    # A part whose mass is 0 in fp64 makes nothing infinite.
+    p_term = torch.where(near, p * (torch.expm1(-d) + d), q - p + p * d)
+    q_term = torch.where(near, q * (torch.expm1(d) - d), p - q - q * d)
+    # In a part that one model masks whole, the term is the other model's mass: the limit of P_r e^{-d_r} - P_r is Q_r.
+    reverse = torch.where(shared, _times(p, parts["reverse_kl"]) + p_term, q)
+    forward = torch.where(shared, _times(q, parts["forward_kl"]) + q_term, p)
+    # A part with a mass of 0 in fp64 makes no KL infinite.
     p_without_q = ((p > 0) & ((t == -math.inf) | (parts["reverse_kl"] == math.inf))).any(0)
     q_without_p = ((q > 0) & ((s == -math.inf) | (parts["forward_kl"] == math.inf))).any(0)
     reverse_kl, forward_kl = reverse.sum(0).clamp_min(0), forward.sum(0).clamp_min(0)
@@ -188,7 +188,7 @@ def joined_columns(parts: dict[str, Tensor], student: TopK, teacher: TopK) -> di
 
 
 def _reference(s_lse: Tensor, gap: Tensor, student: TopK, teacher: TopK) -> dict[str, Tensor]:
-    """The columns that a JSD reads of whole rows: enough for its value, not for a gradient of saturated rows."""
+    """The columns that a JSD over whole rows reads: exact enough for its value, not for a gradient of saturated rows."""
     s, u, u_top = (x[:, 0].double() for x in (student.own, student.other, teacher.own))
     is_masked = u == -math.inf
     s, u = s.masked_fill(s == -math.inf, 0), torch.where(is_masked, u_top.masked_fill(u_top == -math.inf, 0), u)
@@ -203,15 +203,15 @@ def _reference(s_lse: Tensor, gap: Tensor, student: TopK, teacher: TopK) -> dict
 
 
 def _times(mass: Tensor, x: Tensor) -> Tensor:
-    """mass * x, where no mass is 0 whatever x is; an infinite x is kept as a flag by the caller."""
+    """mass * x; 0 where the mass is 0 or x is +inf. The caller marks rows with an infinite x."""
     return torch.where((mass == 0) | (x == math.inf), 0, mass * x)
 
 
 def _gap(s_lse: Tensor, t_lse: Tensor, p: Tensor, q: Tensor, gaps: Tensor, s: Tensor, t: Tensor, shared: Tensor) -> Tensor:
-    """log Z_s - log Z_t = c + log(1 + sum_r Q_r (e^{g_r - c} - 1)), c the gap of the part where most of p is.
+    """log Z_s - log Z_t = c + log(1 + sum_r Q_r (e^{g_r - c} - 1)), c the gap of the part with most of p.
 
-    Which keeps the digits that the parts' gaps have where the models nearly agree; where they do not, or where a part has only
-    one of them, the plain difference has enough.
+    Where the models nearly agree, this keeps the digits of the parts' gaps. Where they do not agree, or where a model masks a
+    whole part, the plain difference has digits enough.
     """
     place = torch.where(shared, p, -1.0).argmax(0, keepdim=True)
     c = gaps.gather(0, place)

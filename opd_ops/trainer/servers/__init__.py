@@ -1,1 +1,1 @@
-"""What speaks HTTP: a teacher and a sampler behind a server."""
+"""Clients that use HTTP: a teacher and a sampler on a server."""

@@ -1,10 +1,10 @@
-"""Requests to an OpenAI-compatible server: JSON over HTTP, several at once, again after failures that pass.
+"""Requests to an OpenAI-compatible server: JSON over HTTP, several at once, with retries after temporary failures.
 
-  A failure passes if the server was out of reach or too slow, or answered 429 or 5xx: the next try follows after 0.5 s, then
-  after twice the wait before. What else it refuses is the request's own fault, and is raised at once.
+  A failure is temporary if the server cannot be reached, is too slow, or answers 429 or 5xx. The next try comes after 0.5 s,
+  and each later wait is twice as long. Any other failure is an error of the request, and is raised at once.
 
-The standard library alone, so that a teacher's client needs nothing to be installed; HTTP(S)_PROXY and NO_PROXY count.
-Not here: what is asked, and how the answer is read (teacher.py, rollouts.py).
+Only the standard library is used, so the client needs no other package. HTTP(S)_PROXY and NO_PROXY have their usual effect.
+Not here: the content of requests and answers (teacher.py, rollouts.py).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TypedDict, cast
 
 FIRST_WAIT = 0.5  # seconds
-SHOWN = 300  # characters of an answer that was not understood
+SHOWN = 300  # characters of an invalid answer in an error
 
-# Of every request: a server fills what is left out from the model's generation_config.json, which often cuts the distribution.
+# Sent in every request: missing fields come from the model's generation_config.json, which often cuts the distribution.
 WHOLE_DISTRIBUTION = {
     "temperature": 1.0,
     "top_p": 1.0,
@@ -33,12 +33,24 @@ WHOLE_DISTRIBUTION = {
 }
 
 
+class ModelEntry(TypedDict):
+    """A model in the answer of /v1/models."""
+
+    id: str
+
+
+class ModelList(TypedDict):
+    """The answer of /v1/models."""
+
+    data: list[ModelEntry]
+
+
 class ServerError(RuntimeError):
-    """A server that cannot be reached, refuses, or answers something else than was asked; the message names its address."""
+    """A server that cannot be reached, refuses a request, or sends an invalid answer; the message has its address."""
 
 
-class _PassingError(ServerError):
-    """Worth another try."""
+class _TemporaryError(ServerError):
+    """An error after which the request is sent again."""
 
 
 class ServerClient:
@@ -46,10 +58,10 @@ class ServerClient:
 
     Args:
         url: As "http://teacher:8000".
-        timeout: Seconds that the server may be silent, > 0.
-        retries: Further tries after a failure that passes, >= 0.
-        concurrency: Requests under way at once, >= 1; the server batches them.
-        api_key: Sent as a bearer token, where the server wants one (`vllm serve --api-key`).
+        timeout: Longest time without data from the server, in seconds, > 0.
+        retries: Number of further tries after a temporary failure, >= 0.
+        concurrency: Number of requests at the same time, >= 1; the server batches them.
+        api_key: Sent as a bearer token, if the server needs one (`vllm serve --api-key`).
     Raises: ValueError: an argument out of range.
     """
 
@@ -65,35 +77,36 @@ class ServerClient:
         self.timeout, self.retries, self.concurrency, self.api_key = timeout, retries, concurrency, api_key
 
     def models(self) -> list[str]:
-        """Names that the server answers to, adapters included."""
-        answer = self._parsed("/v1/models", self._send("/v1/models", None, self.retries))
+        """Names of the models that the server has, including adapters."""
+        # An answer of another form raises below.
+        answer = cast("ModelList", self._parsed("/v1/models", self._send("/v1/models", None, self.retries)))
         try:
             return [str(entry["id"]) for entry in answer["data"]]
         except (KeyError, TypeError) as error:
             raise ServerError(f"{self.url}/v1/models: answered {_shown(answer)}, expected a list of models") from error
 
     def choose(self, model: str | None) -> str:
-        """`model` if it is served, and without one the only one that is."""
-        found = self.models()
-        if model is None and len(found) == 1:
-            return found[0]
-        if model in found:
+        """`model`, if the server has it; for None, the server's only model."""
+        models = self.models()
+        if model is None and len(models) == 1:
+            return models[0]
+        if model in models:
             return str(model)
         raise ServerError(
-            f"{self.url}: serves {', '.join(map(repr, found))}, asked for {model!r}; pass model= as one of these "
+            f"{self.url}: serves {', '.join(map(repr, models))}, asked for {model!r}; pass model= as one of these "
             "(opd-train: teacher_model, rollout_model)"
         )
 
-    def complete(self, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The only choice of each completion, in the order of the requests; the first error ends them all."""
+    def complete(self, bodies: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
+        """The only choice of each completion, in the order of the requests. The first error is raised."""
         with ThreadPoolExecutor(self.concurrency) as pool:
             return list(pool.map(self._complete, bodies))
 
-    def command(self, path: str, body: dict[str, Any]) -> None:
-        """Sent once: a command that was carried out before its answer got lost would be refused the second time."""
+    def command(self, path: str, body: Mapping[str, object]) -> None:
+        """Send a command, without retries: if only its answer was lost, the server would refuse the command a second time."""
         self._send(path, body, 0)
 
-    def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _complete(self, body: Mapping[str, object]) -> dict[str, object]:
         path = "/v1/completions"
         answer = self._parsed(path, self._send(path, body, self.retries))
         choices = answer.get("choices") if isinstance(answer, dict) else None
@@ -101,16 +114,16 @@ class ServerClient:
             raise ServerError(f"{self.url}{path}: answered {_shown(answer)}, expected one choice")
         return choices[0]
 
-    def _send(self, path: str, body: dict[str, Any] | None, retries: int, wait: float = FIRST_WAIT) -> bytes:
+    def _send(self, path: str, body: Mapping[str, object] | None, retries: int, wait: float = FIRST_WAIT) -> bytes:
         try:
-            return self._once(path, body)
-        except _PassingError:
+            return self._send_once(path, body)
+        except _TemporaryError:
             if not retries:
                 raise
         time.sleep(wait)
         return self._send(path, body, retries - 1, 2 * wait)
 
-    def _once(self, path: str, body: dict[str, Any] | None) -> bytes:
+    def _send_once(self, path: str, body: Mapping[str, object] | None) -> bytes:
         headers = {"Content-Type": "application/json"}
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
@@ -121,35 +134,36 @@ class ServerClient:
                 content: bytes = reply.read()
                 return content
         except urllib.error.HTTPError as error:
-            kind = _PassingError if error.code >= 500 or error.code == 429 else ServerError
+            kind = _TemporaryError if error.code >= 500 or error.code == 429 else ServerError
             raise kind(f"{self.url}{path}: answered {error.code}: {_reason(error)}") from error
         except (OSError, http.client.HTTPException) as error:
-            # urllib wraps what happens before the request is sent; what comes later arrives as it is.
+            # urllib wraps an error before the request is sent in a URLError; later errors are not wrapped.
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
-                said = (
+                problem = (
                     f"no answer within {self.timeout:g} s ({reason}); is the server up, and the address right? A long batch "
                     "needs a longer timeout or fewer requests at once (concurrency)"
                 )
             elif isinstance(error, urllib.error.URLError):
-                said = f"cannot be reached ({reason}); is the server up, and the address right?"
+                problem = f"cannot be reached ({reason}); is the server up, and the address right?"
             else:
-                said = (
+                problem = (
                     f"the connection broke before the answer was whole ({type(error).__name__}: {error}); see the server's log"
                 )
-            raise _PassingError(f"{self.url}{path}: {said}") from error
+            raise _TemporaryError(f"{self.url}{path}: {problem}") from error
 
-    def _parsed(self, path: str, content: bytes) -> Any:
+    def _parsed(self, path: str, content: bytes) -> object:
         try:
-            return json.loads(content)
+            answer: object = json.loads(content)
         except ValueError as error:
             raise ServerError(
                 f"{self.url}{path}: answered {_shown(content)}, expected JSON; is this the API's address?"
             ) from error
+        return answer
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
-    """OpenAI's error message, or what came instead."""
+    """The message of OpenAI's error format, or the raw content of the answer."""
     content = error.read()
     try:
         return str(json.loads(content)["error"]["message"])

@@ -1,23 +1,22 @@
-"""Answers sampled by a vLLM server that holds the student's current weights as a LoRA adapter.
+"""Answers sampled by a vLLM server that has the student's current weights as a LoRA adapter.
 
-  POST /v1/completions with "return_token_ids": true (vLLM 0.10.2 and newer): the answer's token ids, the end token included,
-  so that nothing is tokenized twice.
-  POST /v1/load_lora_adapter after every optimizer step: the server must have been started with --enable-lora and
-  VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and must see the adapter's folder.
+  POST /v1/completions with "return_token_ids": true (vLLM 0.10.2 and newer): the answer's token ids, including the end token,
+  so that no text is tokenized a second time.
+  POST /v1/load_lora_adapter after every optimizer step: the server must be started with --enable-lora and
+  VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and must be able to read the adapter's folder.
 
-Every version of the adapter gets a name of its own, and the one before is unloaded: loaded in place under its old name, it
-could be served with attention caches of the weights before (vLLM issue 42125), and is read again at every step (33791).
+Every version of the adapter gets a new name, and the previous version is unloaded. If it were loaded under the old name, vLLM
+could use attention caches of the previous weights (vLLM issue 42125), and would read it again at every step (33791).
 
-Tested against a server that records what is asked, since vLLM needs a GPU (tests/trainer/test_served.py): not yet with vLLM
-itself. Not here: HTTP (client.py), sampling on this machine, the teacher (teacher.py).
+Tested with a server that records the requests, since vLLM needs a GPU (tests/trainer/test_served.py); not yet tested with vLLM
+itself. Not here: HTTP (client.py), sampling on this machine (opd_ops/trainer/rollouts.py), the teacher (teacher.py).
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from opd_ops.trainer.servers.client import WHOLE_DISTRIBUTION, ServerClient, ServerError
 
@@ -29,8 +28,8 @@ class ServedRollouts:
 
     Args:
         url: The server's address, with or without `/v1`.
-        end_ids: Tokens that end an answer, as the student's generation_config.eos_token_id; at least one.
-        model: The name the server has for the student's base model; None: the only one it serves.
+        end_ids: Ids of the tokens that end an answer, like the student's generation_config.eos_token_id; at least one.
+        model: The server's name for the student's base model; None: its only model.
         timeout, retries, concurrency, api_key: As in `ServerClient`.
     Raises: ValueError: an argument out of range.
     """
@@ -51,16 +50,16 @@ class ServedRollouts:
         self.client = ServerClient(url, timeout=timeout, retries=retries, concurrency=concurrency, api_key=api_key)
         self.end_ids, self.model = sorted(end_ids), model
         self.adapter: str | None = None
-        # Names are new in every run: the server may still hold those of the last one.
+        # Names are new in every run: the server may still have the adapters of an earlier run.
         self._run, self._n_updates, self._is_known = f"opd-{uuid.uuid4().hex[:8]}", 0, False
 
     def update(self, adapter_folder: str | Path) -> None:
-        """Sample from this adapter from now on; returns when the server has read it.
+        """Use this adapter for sampling from now on. Returns when the server has read it.
 
-        Args: adapter_folder: What PEFT's `save_pretrained` wrote, at a path that the server sees too.
+        Args: adapter_folder: A folder written by PEFT's `save_pretrained`, at a path that the server can read too.
         Raises:
-            ValueError: no adapter there; full fine-tuning cannot be served.
-            ServerError: the server refuses it.
+            ValueError: no adapter is there; a fully fine-tuned model cannot be served.
+            ServerError: the server refuses the adapter.
         """
         folder = Path(adapter_folder).resolve()
         if not (folder / ADAPTER).is_file():
@@ -69,10 +68,10 @@ class ServedRollouts:
                 "student cannot be sent to a server over this API, and its old ones would not be on-policy: train a LoRA "
                 "adapter, or sample on this machine"
             )
-        # Unloaded first: a server with room for one adapter drops the old one by itself, and then reports that it has none.
+        # Unload first: a server with room for one adapter would drop the old one itself, and then fail to unload it.
         if self.adapter is not None:
-            gone, self.adapter = self.adapter, None
-            self.client.command("/v1/unload_lora_adapter", {"lora_name": gone})
+            previous, self.adapter = self.adapter, None
+            self.client.command("/v1/unload_lora_adapter", {"lora_name": previous})
         self._n_updates += 1
         name = f"{self._run}-{self._n_updates}"
         try:
@@ -96,14 +95,14 @@ class ServedRollouts:
         """One answer to each prompt, as token ids up to and including the end token.
 
         Args:
-            prompts: Token ids; none empty. One prompt may come several times: each row has a generator of its own.
-            max_new_tokens: At most so many, >= 1.
-            temperature: >= 0; 0 is greedy. At 1 with `top_p` 1 the whole distribution, as on-policy training needs.
+            prompts: Token ids; none empty. A prompt may be repeated: each row has its own seed.
+            max_new_tokens: Greatest length of an answer, >= 1.
+            temperature: >= 0; 0 is greedy. On-policy training needs the whole distribution: 1, with `top_p` 1.
             top_p: In (0, 1].
-            seed: Row i is drawn with seed + i; None: the server's own generator. Another one every step.
+            seed: Row i is drawn with seed + i; None: with the server's own generator. Pass another seed in every step.
         Raises:
             ValueError: a number out of range.
-            ServerError: the server fails, or answers without token ids or with an end that was not asked for.
+            ServerError: the server fails, answers without token ids, or ends an answer in another way than requested.
         """
         if not max_new_tokens >= 1:
             raise ValueError(f"max_new_tokens: got {max_new_tokens!r}, expected an integer of at least 1")
@@ -115,7 +114,7 @@ class ServedRollouts:
             raise ServerError(f"{self.client.url}: the student's last adapter was not loaded; call update() with one that is")
         if not self._is_known:
             self.model, self._is_known = self.client.choose(self.model), True
-        body: dict[str, Any] = {
+        body: dict[str, object] = {
             "model": self.adapter or self.model,
             **WHOLE_DISTRIBUTION,
             "temperature": temperature,
@@ -124,12 +123,12 @@ class ServedRollouts:
         body |= {"max_tokens": max_new_tokens, "n": 1, "stop_token_ids": self.end_ids, "return_token_ids": True}
         seeds = [{} if seed is None else {"seed": (seed + i) % 2**63} for i in range(len(prompts))]
         bodies = [
-            {**body, **of_row, "prompt": [int(token) for token in prompt]}
-            for prompt, of_row in zip(prompts, seeds, strict=True)
+            {**body, **row_seed, "prompt": [int(token) for token in prompt]}
+            for prompt, row_seed in zip(prompts, seeds, strict=True)
         ]
         return [self._tokens(choice, max_new_tokens) for choice in self.client.complete(bodies)]
 
-    def _tokens(self, choice: dict[str, Any], most: int) -> list[int]:
+    def _tokens(self, choice: Mapping[str, object], most: int) -> list[int]:
         where, tokens, reason = f"{self.client.url}/v1/completions", choice.get("token_ids"), choice.get("finish_reason")
         if not isinstance(tokens, list) or not all(isinstance(token, int) for token in tokens):
             raise ServerError(f"{where}: answered without token_ids; serve the student with vLLM 0.10.2 or newer")

@@ -1,18 +1,18 @@
-"""A teacher behind an OpenAI-compatible server: the log-probabilities of its top K at every token of the student's answers.
+"""A teacher on an OpenAI-compatible server: its top-K log-probabilities at every token of the student's answers.
 
-  vLLM's extension of POST /v1/completions: with "prompt_logprobs": K the answer's choice has, for every token of the prompt
-  but the first, {token id: {"logprob": log q, ...}}: the K likeliest, and the prompt's own token where it is not among them
-  (vllm/entrypoints/openai/completion/protocol.py). -9999 stands for -inf there (opd_ops/inputs/teacher_lists.py).
+  vLLM's extension of POST /v1/completions: with "prompt_logprobs": K the answer has, for every token of the prompt but the
+  first, {token id: {"logprob": log q, ...}}: the K likeliest tokens, and the prompt's own token if it is not one of them
+  (vllm/entrypoints/openai/completion/protocol.py). There -9999 means -inf (opd_ops/inputs/teacher_lists.py).
 
-Log-probabilities are at temperature 1, whatever the server samples at: the loss refuses another one (opd_ops/inputs/pair.py).
-SGLang's own format is another one. Not here: HTTP (client.py), a server to try it with (examples/serve_teacher.py).
+Log-probabilities are at temperature 1, whatever the sampling temperature: the loss refuses others (opd_ops/inputs/pair.py).
+SGLang's own format is different, and not supported.
+Not here: HTTP (client.py), a server to try it with (examples/serve_teacher.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -26,11 +26,11 @@ SERVE = "serve the teacher with vLLM: vllm serve MODEL --max-logprobs {k}"
 class ServedTeacher:
     """`ServedTeacher("http://teacher:8000").score(contexts, answers)` is a teacher that `selective_opd_loss` takes.
 
-    The contexts are the teacher's own: an instruction that the student never sees, or another chat template, goes there.
+    The contexts are the teacher's own: they may have an instruction that the student never sees, or another chat template.
 
     Args:
         url: The server's address, with or without `/v1`.
-        model: The name it serves the teacher under; None: the only one it serves.
+        model: The server's name for the teacher; None: its only model.
         top_k: K, >= 1. vLLM allows 20 unless it was started with --max-logprobs.
         timeout, retries, concurrency, api_key: As in `ServerClient`.
     Raises: ValueError: an argument out of range.
@@ -47,17 +47,18 @@ class ServedTeacher:
         concurrency: int = 16,
         api_key: str | None = None,
     ) -> None:
-        top_k = plain(top_k)
-        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-            raise ValueError(f"top_k: got {top_k!r}, expected an integer of at least 1")
+        entries = plain(top_k)
+        if isinstance(entries, bool) or not isinstance(entries, int) or entries < 1:
+            raise ValueError(f"top_k: got {entries!r}, expected an integer of at least 1")
         self.client = ServerClient(url, timeout=timeout, retries=retries, concurrency=concurrency, api_key=api_key)
-        self.model, self.top_k = model, top_k
+        self.model, self.top_k = model, entries
         self._is_known = False
 
     def check(self) -> None:
-        """Asks the server for its models and for two tokens' log-probabilities, before anything depends on them.
+        """Ask the server for its models and for the log-probabilities of one token, before a run begins.
 
-        Raises: ServerError: it cannot be reached, has no such model, or sends no log-probabilities; says what to do.
+        Raises: ServerError: the server cannot be reached, does not have the model, or sends no log-probabilities; says what to
+            do.
         """
         self.model = self.client.choose(self.model)
         self._is_known = True
@@ -69,16 +70,16 @@ class ServedTeacher:
             )
 
     def score(self, contexts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> TopKLogprobs:
-        """The teacher's log-probabilities where it has read `contexts[b]` and `answers[b][:i]`.
+        """The teacher's log-probabilities after it has read `contexts[b]` and `answers[b][:i]`.
 
         Args:
             contexts: B lists of token ids, none of them empty.
             answers: B lists of token ids, of any lengths.
-        Returns: (B, L, K + 1) ids and fp32 log-probabilities in nats on the CPU, L the longest answer. Row i predicts answer
-            token i, which is listed too; -1 and -inf where nothing is.
+        Returns: (B, L, K + 1) ids and fp32 log-probabilities in nats on the CPU; L: length of the longest answer. Row i
+            predicts answer token i, and lists that token too. Empty places have id -1 and log-probability -inf.
         Raises:
-            ValueError: no context to an answer.
-            ServerError: as `check`, or an answer that does not fit the request.
+            ValueError: an answer without a context.
+            ServerError: as `check`, or the server's answer does not fit the request.
         """
         if len(contexts) != len(answers):
             raise ValueError(f"answers: got {len(answers)}, expected one for each of the {len(contexts)} contexts")
@@ -103,20 +104,20 @@ class ServedTeacher:
             logprobs[i, :n] = torch.tensor([[logprob for _, logprob in row] for row in rows])
         return TopKLogprobs(ids, logprobs)
 
-    def _rows(self, choice: dict[str, Any], prompt: list[int], n_context: int) -> list[list[tuple[int, float]]]:
-        """K + 1 pairs for each token of the answer."""
-        where, found = f"{self.client.url}/v1/completions", choice.get("prompt_logprobs")
-        if not isinstance(found, list):
+    def _rows(self, choice: Mapping[str, object], prompt: list[int], n_context: int) -> list[list[tuple[int, float]]]:
+        """K + 1 pairs (id, log-probability) for each token of the answer."""
+        where, entries = f"{self.client.url}/v1/completions", choice.get("prompt_logprobs")
+        if not isinstance(entries, list):
             raise ServerError(f"{where}: answered without prompt_logprobs; {SERVE.format(k=self.top_k)}")
-        if len(found) != len(prompt):
-            raise ServerError(f"{where}: answered {len(found)} prompt_logprobs for {len(prompt)} tokens, expected one each")
+        if len(entries) != len(prompt):
+            raise ServerError(f"{where}: answered {len(entries)} prompt_logprobs for {len(prompt)} tokens, expected one each")
         rows = []
         for position in range(n_context, len(prompt)):
             try:
-                pairs = [(int(token), float(entry["logprob"])) for token, entry in found[position].items()]
+                pairs = [(int(token), float(entry["logprob"])) for token, entry in entries[position].items()]
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise ServerError(
-                    f"{where}: prompt_logprobs[{position}] is {str(found[position])[:200]}, expected "
+                    f"{where}: prompt_logprobs[{position}] is {str(entries[position])[:200]}, expected "
                     '{token id: {"logprob": number}}'
                 ) from error
             listed = dict(pairs)
