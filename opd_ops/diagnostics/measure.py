@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from opd_ops.inputs.chunks import chunks
 from opd_ops.scoring import score_positions
 from opd_ops.selection.selectors import everything
 from opd_ops.selection.stats import TokenStats
@@ -49,9 +50,9 @@ def sample_answers(
     student: Reader, prompts: Sequence[Prompt], *, max_new_tokens: int, batch_size: int, seed: int
 ) -> Iterable[Rollouts]:
     """Batches of answers, drawn at temperature 1 from the whole distribution, as in on-policy training."""
-    for first in range(0, len(prompts), batch_size):
-        batch, batch_seed = prompts[first : first + batch_size], seed_of(seed, "answers", first)
-        yield sample(student.model, student.tokenizer, batch, max_new_tokens=max_new_tokens, seed=batch_seed)
+    for batch in chunks(len(prompts), batch_size):
+        batch_seed = seed_of(seed, "answers", batch.start)
+        yield sample(student.model, student.tokenizer, prompts[batch], max_new_tokens=max_new_tokens, seed=batch_seed)
 
 
 @torch.no_grad()

@@ -40,6 +40,7 @@ from opd_ops.backends.shared import joined as shards
 from opd_ops.backends.streamed.running import EMPTY_SUMS
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.divergences import Divergence, Extrapolated, OnSupport, Summed, is_column, resolve_divergence
+from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.positions import Positions
 from opd_ops.inputs.sources import Shard
 from opd_ops.inputs.workspace import Workspace
@@ -286,8 +287,8 @@ class _Call:
             return
         rows = shards.rows_at_a_time(self.shard, top_k, dtype, Workspace(self.settings.workspace_bytes), columns=columns)
         per_row = shards.row_bytes(top_k, dtype, columns=columns, models=models)
-        for start in range(0, n, rows):
-            yield from self._vocabulary(purpose, "all_gather", min(rows, n - start) * per_row)
+        for part in chunks(n, rows):
+            yield from self._vocabulary(purpose, "all_gather", (part.stop - part.start) * per_row)
 
     def _loss(self) -> Iterator[Collective]:
         """The loss of the selected rows: backends/triton/shards.py for the KLs, else backends/streamed/loss.py."""

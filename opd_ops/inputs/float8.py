@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opd_ops.inputs.chunks import chunks
+
 DTYPE = torch.float8_e4m3fn
 LARGEST = torch.finfo(DTYPE).max
 ALIGNED = 64  # the matmul takes whole tiles of this many rows; the last rows are zero
@@ -40,8 +42,7 @@ class Float8Rows(NamedTuple):
         """Quantise (n, D) floating point, row by row. Zero rows fill n up to a multiple of 64."""
         values = torch.zeros(Float8Rows.shape_of(x), dtype=DTYPE, device=x.device)
         scales = torch.ones((len(values), 1), device=x.device)
-        for start in range(0, len(x), ROWS_AT_A_TIME):  # no fp32 copy of the whole matrix
-            group = slice(start, min(start + ROWS_AT_A_TIME, len(x)))
+        for group in chunks(len(x), ROWS_AT_A_TIME):  # no fp32 copy of the whole matrix
             rows = x[group].float()
             scale = rows.abs().amax(1, keepdim=True) / LARGEST
             scale = torch.where(scale > 0, scale, 1.0)

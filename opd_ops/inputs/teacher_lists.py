@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from opd_ops.arguments import check_layout, check_positive, may_look, take_plain
+from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import take_rows
 from opd_ops.inputs.workspace import Workspace
 
@@ -142,8 +143,7 @@ class TeacherLists(NamedTuple):
         size = max(1, n) if workspace is None else workspace.count(SORTED_BYTES * width)
         ids = torch.empty((n, length), dtype=torch.long, device=device)
         logprobs = torch.empty((n, length), dtype=dtype, device=device)
-        for start in range(0, n, size):
-            group = slice(start, min(start + size, n))
+        for group in chunks(n, size):
             rows = torch.arange(group.start, group.stop, device=device)
             group_ids, group_logprobs = (take_rows(x, rows) for x in columns)
             ordered = TeacherLists._in_order(group_ids, group_logprobs, vocab_size, dtype, merged)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
+from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.linear_head import LinearHead
 from opd_ops.loss import SelectiveOPDLoss
 from opd_ops.settings import Settings
@@ -55,8 +56,8 @@ def sample_contexts(
 ) -> Rollouts:
     """The contexts; `options` are those of `sample`."""
     parts = [
-        sample(student, tokenizer, prompts[i : i + batch_size], seed=seed_of(seed, "held out", i), **options)
-        for i in range(0, len(prompts), batch_size)
+        sample(student, tokenizer, prompts[batch], seed=seed_of(seed, "held out", batch.start), **options)
+        for batch in chunks(len(prompts), batch_size)
     ]
     length = max(part.tokens.shape[1] for part in parts)
     padded = [(part, (0, length - part.tokens.shape[1])) for part in parts]
@@ -77,8 +78,8 @@ def greedy_completions(
     """Sample greedy answers, and compare each with the expected answer."""
     options["temperature"] = 0.0
     completions = []
-    for i in range(0, len(prompts), batch_size):
-        rollouts = sample(student, tokenizer, prompts[i : i + batch_size], **options)
+    for batch in chunks(len(prompts), batch_size):
+        rollouts = sample(student, tokenizer, prompts[batch], **options)
         completions += completions_of(rollouts, tokenizer, pattern)
     return completions
 
@@ -103,8 +104,7 @@ def held_out_metrics(
     totals, n_valid = dict.fromkeys(("loss", *COLUMNS), 0.0), 0.0
     names: Sequence[str] = ()
     loss_fn = SelectiveOPDLoss(settings.every_token)
-    for first in range(0, len(contexts.tokens), batch_size):
-        rows = slice(first, first + batch_size)
+    for rows in chunks(len(contexts.tokens), batch_size):
         part = Rollouts(contexts.prompts[rows], contexts.tokens[rows], contexts.mask[rows])
         head = head_over(model, tokenizer, part, unwrapped=unwrapped)
         source = teacher(part)

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opd_ops.backends.shared.chunks import chunks
 from opd_ops.backends.shared.grids import CANDIDATE_BYTES, UNION_BYTES
 from opd_ops.backends.shared.supports import support_columns
 from opd_ops.backends.shared.top_k import TopK
+from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Shard
 from opd_ops.inputs.teacher_lists import LAST_ID
 from opd_ops.inputs.workspace import Workspace

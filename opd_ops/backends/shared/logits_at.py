@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from opd_ops.backends.shared.chunks import chunks
+from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Source, coordinates, finish_logits, mix_logits, take_rows
 from opd_ops.inputs.workspace import Workspace
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opd_ops.backends.shared.chunks import chunks
+from opd_ops.inputs.chunks import chunks
 
 
 def operand_dtype(x: Tensor, out: Tensor) -> torch.dtype:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_ops.backends.shared.chunks import chunks
+from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Source, take_rows
 from opd_ops.inputs.workspace import Workspace
 

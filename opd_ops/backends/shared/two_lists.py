@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from opd_ops.backends.interface import Backend
-from opd_ops.backends.shared.chunks import chunks
 from opd_ops.backends.shared.grids import UNION_BYTES
 from opd_ops.backends.shared.logits_at import gathered_bytes, logits_at
 from opd_ops.backends.shared.supports import matches, support_columns
 from opd_ops.backends.shared.top_k import TopK
+from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.rollout import StudentStats
 from opd_ops.inputs.sources import Source, compute_dtype, take_rows
 from opd_ops.inputs.teacher_lists import TeacherLists

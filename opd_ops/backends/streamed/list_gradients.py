@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from opd_ops.backends.shared.chunks import chunks
+from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Source, compute_dtype, coordinates, put_rows, take_rows
 from opd_ops.inputs.workspace import Workspace
 

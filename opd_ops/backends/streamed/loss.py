@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from opd_ops.backends.shared import pages
-from opd_ops.backends.shared.chunks import chunks
 from opd_ops.backends.shared.gradient_in_backward import GradientPlan, connected
 from opd_ops.backends.shared.grids import gradient_grid
 from opd_ops.backends.shared.list_losses import Terms
@@ -38,6 +37,7 @@ from opd_ops.backends.streamed.off_list import places_in, without_ids
 from opd_ops.backends.streamed.reference import Reference
 from opd_ops.backends.streamed.summed import Sums, summed
 from opd_ops.divergences import Divergence, Summed, WholeRow, weighted_sum, without_infinite
+from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Source, logit_slope, put_rows, take_rows
 from opd_ops.inputs.teacher_lists import LAST_ID, TeacherLists
 from opd_ops.inputs.workspace import Workspace

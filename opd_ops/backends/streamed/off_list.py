@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from opd_ops.backends.shared import pages
-from opd_ops.backends.shared.chunks import chunks
 from opd_ops.backends.shared.grids import gradient_grid
 from opd_ops.backends.shared.tiles import TileReader
+from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Source, compute_dtype
 from opd_ops.inputs.workspace import Workspace
 

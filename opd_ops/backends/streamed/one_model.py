@@ -15,11 +15,11 @@ from torch import Tensor
 
 from opd_ops.backends.shared import joined as shards
 from opd_ops.backends.shared import pages
-from opd_ops.backends.shared.chunks import chunks
 from opd_ops.backends.shared.grids import score_grid
 from opd_ops.backends.shared.tiles import TileReader
 from opd_ops.backends.shared.top_k import TopK, extended
 from opd_ops.backends.streamed.running import RunningSums, block_sums, statistics
+from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Source, compute_dtype
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import OwnStats

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from opd_ops.backends.shared import joined as shards
 from opd_ops.backends.shared import pages
-from opd_ops.backends.shared.chunks import chunks
 from opd_ops.backends.shared.grids import ScoreGrid, score_grid
 from opd_ops.backends.shared.joined import Part, Parts
 from opd_ops.backends.shared.supports import support_columns
@@ -36,6 +35,7 @@ from opd_ops.backends.streamed.running import (
     statistics,
 )
 from opd_ops.backends.streamed.summed import with_jsd
+from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Source, compute_dtype
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import OPTIONAL_COLUMNS, TokenStats

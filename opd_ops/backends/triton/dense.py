@@ -15,12 +15,12 @@ from opd_kernels.score import Score, score_fwd
 from opd_kernels.support import Support
 from torch import Tensor
 
-from opd_ops.backends.shared.chunks import chunks
 from opd_ops.backends.shared.grids import score_bytes
 from opd_ops.backends.triton.kernel_loss import GRADIENTS
 from opd_ops.backends.triton.launches import column_names, launch_options, on_device, write_columns
 from opd_ops.backends.triton.layout import Layout
 from opd_ops.divergences import DIVERGENCES
+from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Transform
 from opd_ops.inputs.workspace import Workspace
 

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from opd_ops.backends.shared.chunks import chunks
 from opd_ops.backends.shared.gradient_in_backward import GradientPlan, connected
 from opd_ops.backends.shared.grids import score_bytes
 from opd_ops.backends.shared.overwritten import unchanged
@@ -24,6 +23,7 @@ from opd_ops.backends.triton.dense import launch_gradient, table_of
 from opd_ops.backends.triton.kernel_loss import KernelConstants, KernelLoss
 from opd_ops.backends.triton.launches import on_device
 from opd_ops.divergences import Divergence, WholeRow, weighted_sum, without_infinite
+from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Source, Transform
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.inputs.workspace import Workspace

@@ -20,11 +20,11 @@ from opd_kernels.score import Score, score_fwd
 from opd_kernels.support import Support, support_fwd
 from torch import Tensor
 
-from opd_ops.backends.shared.chunks import chunks
 from opd_ops.backends.shared.grids import score_rows, tile_dtype, weight_casts
 from opd_ops.backends.shared.tiles import TileReader, aligned_buffer
 from opd_ops.backends.triton.launches import column_names, launch_options, on_device, write_columns
 from opd_ops.inputs import float8
+from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import OwnStats

@@ -25,7 +25,6 @@ import torch
 from opd_kernels.score import COLUMNS
 from torch import Tensor
 
-from opd_ops.backends.shared.chunks import chunks
 from opd_ops.backends.shared.first_order import first_order
 from opd_ops.backends.shared.grids import BlockGrid, SelectedGrid, is_narrow, weight_casts
 from opd_ops.backends.shared.matmul import fp32_product, long_product
@@ -34,6 +33,7 @@ from opd_ops.backends.shared.tiles import TileReader, aligned_buffer
 from opd_ops.backends.triton.kernel_loss import KernelConstants, KernelLoss
 from opd_ops.backends.triton.launches import on_device
 from opd_ops.divergences import Divergence, weighted_sum, without_infinite
+from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Source, put_rows
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.inputs.workspace import Workspace
@@ -232,17 +232,15 @@ class _SelectedRows:
         assert out.weight is not None
         buffers = [torch.empty(size * width, dtype=torch.float32, device=device) for _ in self.sides]
         narrowed = torch.empty(size * width, dtype=dtype, device=device)
-        for start in range(0, self.vocab, width):
-            block = slice(start, min(start + width, self.vocab))
+        for block in chunks(self.vocab, width):
             total = None
-            for first in range(0, m, size):
-                group = slice(first, min(first + size, m))
-                places = slice(0, group.stop - first), slice(0, block.stop - start)
+            for group in chunks(m, size):
+                places = slice(0, group.stop - group.start), slice(0, block.stop - block.start)
                 tiles = [x.view(size, width)[places] for x in buffers]
                 for side, tile in zip(self.sides, tiles, strict=True):
                     side.stored(group, block, tile)
                 u, dlogits = tiles[1] if len(tiles) > 1 else None, narrowed.view(size, width)[places]
-                block_options = {"first_id": start, "vocab_size": block.stop - start}
+                block_options = {"first_id": block.start, "vocab_size": block.stop - block.start}
                 self.loss.gradient(
                     tiles[0], u, None, self.row_weights[group], constants.rows(group), out=dlogits, **block_options
                 )

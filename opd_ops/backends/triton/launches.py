@@ -15,11 +15,11 @@ from opd_kernels.score import Score, score_fwd
 from opd_kernels.support import SUPPORT_COLUMNS, Support, support_fwd
 from torch import Tensor
 
-from opd_ops.backends.shared.chunks import chunks
 from opd_ops.backends.shared.grids import UNION_BYTES
 from opd_ops.backends.shared.supports import support_columns
 from opd_ops.backends.shared.top_k import TopK
 from opd_ops.backends.streamed.running import row_jsd
+from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Transform, finish_logits
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import SWEPT_COLUMNS

@@ -1,6 +1,6 @@
 """Ranges cut into consecutive chunks: of rows, or of columns of the vocabulary.
 
-Not here: how large a chunk may be (grids.py).
+Not here: how large a chunk may be (backends/shared/grids.py).
 """
 
 from __future__ import annotations
