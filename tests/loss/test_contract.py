@@ -27,7 +27,7 @@ from opd_ops.call import choose
 from tests.support import kernels
 from tests.support.cases import leaf, logit_pair
 from tests.support.hard_rows import MASKS, V, assert_gradients, drawn_rows, kl, wanted
-from tests.support.tolerances import assert_within
+from tests.support.tolerances import assert_within, relative_error
 
 K = 16
 BACKENDS = ["eager", "torch", "triton"]
@@ -141,3 +141,15 @@ def test_a_vocabulary_of_one_id_has_nothing_to_learn(backend):
     out.loss.backward()
     assert abs(out.loss) < 5e-7  # it was 1.9e-6
     assert x.grad.abs().max() < 5e-7
+
+
+@pytest.mark.parametrize("name", ["local_support", "tail_aware", "forward_kl_topk"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_constant_changes_no_loss_on_a_list(backend, name):
+    s, u = logit_pair(4, 211)
+    # Multiples of 2^-10: the constant rounds no logit, so that the same numbers are wanted.
+    s, u = (torch.round(x * 1024) / 1024 for x in (s, u))
+    want, gradient = one_call(s, u, name, "eager")
+    got, gradient_with_constant = one_call(s, u + 1000, name, backend)
+    assert got.loss.item() == pytest.approx(want.loss.item(), rel=1e-5)
+    assert relative_error(gradient_with_constant, gradient) < 1e-5

@@ -24,7 +24,7 @@ from opd_ops.backends.shared.top_k import TopK
 from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.rollout import StudentStats
 from opd_ops.inputs.sources import Source, compute_dtype, take_rows
-from opd_ops.inputs.teacher_lists import TeacherLists
+from opd_ops.inputs.teacher_lists import LAST_ID, TeacherLists, is_missing
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import OwnStats, TokenStats
 
@@ -111,6 +111,8 @@ def _span_stats(
 def _from_rollout(rollout: StudentStats, rows: Tensor, top_k: int, dtype: torch.dtype) -> OwnStats:
     lse, entropy = (column.flatten()[rows].to(dtype) for column in (rollout.logsumexp, rollout.entropy))
     ids, log_p = take_rows(rollout.ids, rows).long(), take_rows(rollout.logprobs, rows).to(dtype)
+    missing = is_missing(log_p)
+    ids, log_p = ids.masked_fill(missing, LAST_ID), log_p.masked_fill(missing, -math.inf)
     best = TopK(ids, log_p, log_p).best(top_k)
     return OwnStats(lse, entropy, best.ids, best.own + lse.unsqueeze(1))
 

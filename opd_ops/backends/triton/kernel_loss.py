@@ -178,7 +178,8 @@ class KernelLoss:
                 x, u = self._at(self.student, s, rows, ids), self._at(self.teacher, t, rows, ids)
             else:
                 lists = support_fwd(s, t, rows, score, top_k=divergence.length, **self._options)
-                ids, (x, u) = lists.t_ids.long(), lists.logits[:, 2:].unbind(1)
+                ids = lists.t_ids.long()  # the kernel rounds a logit of 1,000 to fewer digits than a log-probability needs
+                x, u = self._at(self.student, s, rows, ids), self._at(self.teacher, t, rows, ids)
                 masked = u == -math.inf  # an entry that the teacher masks is not on its list
                 ids, x = ids.masked_fill(masked, LAST_ID), x.masked_fill(masked, -math.inf)
             log_q, entropy = u.double() - lse.unsqueeze(1), score.teacher_entropy.double()
