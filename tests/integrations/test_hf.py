@@ -298,13 +298,11 @@ def test_a_sharded_head_is_gathered_for_both_adapters():
             tensor = distribute_tensor(getattr(head, name).detach().clone(), mesh, [Shard(0)])
             setattr(sharded, name, torch.nn.Parameter(tensor))
         gathered = LinearHead.from_module(hidden, sharded)
-        given = {"x_lm_head_weight": sharded.weight, "x_lm_head_bias": sharded.bias}
-        given |= {"x_logit_scale": 1.0, "x_final_logit_softcapping": None}
-        of_trl = trl._head({**given, "x_hidden_states": hidden}, "x")
+        of_trl = trl._head(hidden, sharded.weight, sharded.bias, 1.0, None)
         for found in (gathered, of_trl):
             assert torch.equal(found.weight, head.weight)
             assert torch.equal(found.bias, head.bias)
-        in_bf16 = trl._head({**given, "x_hidden_states": hidden.bfloat16()}, "x")
+        in_bf16 = trl._head(hidden.bfloat16(), sharded.weight, sharded.bias, 1.0, None)
         assert in_bf16.weight.dtype == in_bf16.bias.dtype == torch.bfloat16
         assert torch.equal(in_bf16.bias, head.bias.bfloat16())
         (of_trl.weight.sum() + gathered.weight.sum()).backward()
