@@ -26,7 +26,7 @@ from benchmarks.cpu import methods
 from benchmarks.cpu.heads import Heads, Sizes, build_heads
 from benchmarks.gpu.timing import LATE, Bench, first_line
 from opd_ops import Float8Rows, LinearHead, StudentStats, selective_opd_loss
-from opd_ops.backends.shared.matmul import head_product
+from opd_ops.backends.shared.matmul import head_product, operand_dtype
 from opd_ops.backends.triton import heads as triton_heads
 
 FRACTION = 0.05
@@ -100,7 +100,8 @@ def floor(case: Case) -> None:
     del tile
     for hidden, weight in sides:
         logits = torch.empty((m, vocab), device=hidden.device)
-        head_product(hidden[:m], weight, None, logits, cast_columns=2**12)
+        operands = hidden[:m].to(operand_dtype(hidden, logits))
+        head_product(operands, weight, None, logits, cast_columns=2**12)
     dlogits = logits.to(hidden.dtype)
     heads.student_hidden.grad = torch.zeros_like(heads.student_hidden)
     torch.mm(dlogits, heads.student_weight, out=heads.student_hidden.grad[:m])
