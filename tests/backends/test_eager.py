@@ -126,4 +126,4 @@ def test_gradcheck(divergence):
             x, teacher, fraction=0.5, selector="prefix", divergence=divergence, top_k=3, backend="eager"
         ).loss
 
-    assert torch.autograd.gradcheck(loss, (leaf(student),))
+    assert torch.autograd.gradcheck(loss, (leaf(student),), fast_mode=True)
