@@ -7,7 +7,7 @@
   equal scores: the smaller place in the response, across responses; then the earlier response
 
 `case(seed)` draws what it is compared on: responses of unequal length with masked positions inside, repeated rows for ties.
-Not here: the library (selection/test_selectors.py, selection/test_budget.py, selection/test_budget_over_ranks.py compare it).
+Not here: the library (selection/test_selectors.py, selection/test_budget.py, loss/test_loss_over_ranks.py compare it).
 """
 
 from __future__ import annotations
