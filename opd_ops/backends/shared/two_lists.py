@@ -140,7 +140,7 @@ def _supports(
         per_row += gathered_bytes(teacher, k)
     size = workspace.count(per_row)
     out: dict[str, Tensor] = {}
-    for part in chunks(len(rows), size) if len(rows) else [slice(0, 0)]:
+    for part in chunks(max(1, len(rows)), size):
         s_ids, t_ids, s_at_s, t_at_t = s.ids[part], t.ids[part], s.logits[part], t.logits[part]
         if isinstance(teacher, Source):
             t_at_s = logits_at(teacher, rows[part], s_ids, dtype, workspace)

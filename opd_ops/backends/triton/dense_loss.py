@@ -30,7 +30,7 @@ from opd_ops.inputs.workspace import Workspace
 
 
 class _ColumnGradient(GradientPlan):
-    """The gradient of reverse or forward KL, from the logits alone."""
+    """The gradient of reverse or forward KL, from the logits; the columns of score.py follow them if the logits are a part."""
 
     def __init__(self, divergence: WholeRow, transform: Transform, workspace: Workspace, *, inplace: bool) -> None:
         self.divergence, self.transform, self.workspace, self.inplace = divergence, transform, workspace, inplace
@@ -44,14 +44,13 @@ class _ColumnGradient(GradientPlan):
             )
 
     def gradients(self, saved: Sequence[Tensor], dlosses: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
-        student, teacher, rows = saved
+        student, teacher, rows, *columns = saved
+        if not student.shape[-1]:  # a rank without a part of the vocabulary
+            return [torch.zeros_like(student)]
         self.is_spent = self.inplace
-        vocab, temperature = self.transform.vocab_size, self.transform.temperature
-        return [
-            launch_gradient(
-                student, teacher, rows, dlosses, self.divergence.name, self.workspace, vocab, temperature, inplace=self.inplace
-            )
-        ]
+        settings = self.divergence.name, self.workspace, self.transform.vocab_size, self.transform.temperature
+        whole = columns[0] if columns else None
+        return [launch_gradient(student, teacher, rows, dlosses, *settings, inplace=self.inplace, columns=whole)]
 
 
 def column_loss(
@@ -62,11 +61,16 @@ def column_loss(
     divergence: WholeRow,
     workspace: Workspace,
     *,
-    inplace: bool,
+    inplace: bool = False,
+    columns: Tensor | None = None,
 ) -> Tensor:
-    """The (M,) `losses` of reverse or forward KL, as the score pass computed them, connected to the student's logits."""
+    """The (M,) `losses` of reverse or forward KL, as the score pass computed them, connected to the student's logits.
+
+    `columns`: (12, M), score.py's columns of the rows over the whole vocabulary, if the logits are a part of it.
+    """
     plan = _ColumnGradient(divergence, student.transform, workspace, inplace=inplace)
-    total = connected(plan, losses, student.leading, teacher.leading.detach(), rows)
+    whole = () if columns is None else (columns,)
+    total = connected(plan, losses, student.leading, teacher.leading.detach(), rows, *whole)
     return unchanged(total, rows, student, teacher, workspace=workspace)
 
 
@@ -106,7 +110,7 @@ def computed_loss(
     losses, constants = [], []
     per_row = score_bytes(student.transform.vocab_size) + loss.list_bytes
     with torch.no_grad(), on_device(rows.device):
-        for part in chunks(len(rows), workspace.count(per_row)) if len(rows) else [slice(0, 0)]:
+        for part in chunks(max(1, len(rows)), workspace.count(per_row)):
             part_lists = None if listed is None else listed.take(part)
             part_tokens = None if tokens is None else tokens[part]
             part_losses, part_constants = loss.first(*tables, places[part], tokens=part_tokens, listed=part_lists)

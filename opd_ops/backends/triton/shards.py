@@ -11,15 +11,13 @@ near the log-sum-exp will do; here it is the log-sum-exp as a stored logit, roun
 A rank cannot sum the gradient over the other ranks' ids: with reverse KL, rows with p near 1 on one id lose digits there
 (docs/features.md).
 Not here: the all-gather (shared/joined.py), other losses, which backend "torch" computes on the same device (backend.py),
-kernels' launches (dense.py, heads.py, heads_loss.py).
+kernels' launches (dense.py, heads.py), gradients in autograd (dense_loss.py, heads_loss.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from opd_kernels.score import COLUMNS, Score
@@ -28,16 +26,14 @@ from torch import Tensor
 
 from opd_ops.backends.interface import is_computed
 from opd_ops.backends.shared import joined as shards
-from opd_ops.backends.shared.gradient_in_backward import GradientPlan, connected
 from opd_ops.backends.shared.joined import Part, Parts, joint_entropy, masses
-from opd_ops.backends.shared.overwritten import unchanged
 from opd_ops.backends.shared.tiles import TileReader
 from opd_ops.backends.shared.top_k import TopK
 from opd_ops.backends.streamed.summed import with_jsd
-from opd_ops.backends.triton import dense, heads, heads_loss
+from opd_ops.backends.triton import dense, dense_loss, heads, heads_loss
 from opd_ops.backends.triton.kernel_loss import logsumexp, multiplier
 from opd_ops.backends.triton.launches import top_k_lists
-from opd_ops.divergences import Divergence, WholeRow, weighted_sum, without_infinite
+from opd_ops.divergences import Divergence, weighted_sum, without_infinite
 from opd_ops.inputs.sources import Shard, Source, Transform
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import SWEPT_COLUMNS, OwnStats, TokenStats
@@ -107,15 +103,22 @@ def selected_loss(
     """The weighted sum of reverse or forward KL over the positions, connected to this rank's part, and the (M,) losses."""
     assert divergence.whole is not None
     with torch.no_grad():  # again, because the score pass may have read 16-bit logits
-        options: dict[str, Any] = {"top_k": 1, "columns": frozenset(), "workspace": workspace}
-        exact = token_stats(student, teacher, shard, rows, score_dtype=torch.float32, dtype=torch.float64, **options)
+        exact = token_stats(
+            student,
+            teacher,
+            shard,
+            rows,
+            top_k=1,
+            columns=frozenset(),
+            workspace=workspace,
+            score_dtype=torch.float32,
+            dtype=torch.float64,
+        )
     columns = _columns(student, teacher, exact)
     if is_computed(student, teacher):
         return heads_loss.selected_loss(student, teacher, rows, weights, divergence, None, workspace, columns)
     losses = columns[COLUMNS.index(divergence.whole.name)]
-    plan = _PartGradient(divergence.whole, student.transform, workspace)
-    total = connected(plan, losses, student.leading, teacher.leading.detach(), rows, columns)
-    total = unchanged(total, rows, student, teacher, workspace=workspace)
+    total = dense_loss.column_loss(student, teacher, rows, losses, divergence.whole, workspace, columns=columns)
     return weighted_sum(total, without_infinite(losses, weights)), losses
 
 
@@ -137,21 +140,6 @@ def _columns(student: Source, teacher: Source, exact: TokenStats) -> Tensor:
 def _stored(source: Source) -> Transform:
     """The transform from the logits that kernels read to finished logits."""
     return TileReader(source, torch.empty(0, dtype=torch.long), torch.float32, 1).transform
-
-
-class _PartGradient(GradientPlan):
-    """The gradient of dense logits, from this rank's part of them and the columns of the whole vocabulary."""
-
-    def __init__(self, divergence: WholeRow, transform: Transform, workspace: Workspace) -> None:
-        self.divergence, self.transform, self.workspace = divergence, transform, workspace
-
-    def gradients(self, saved: Sequence[Tensor], dlosses: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
-        student, teacher, rows, columns = saved
-        if not student.shape[-1]:
-            return [torch.zeros_like(student)]
-        vocab, temperature = self.transform.vocab_size, self.transform.temperature
-        options = self.divergence.name, self.workspace, vocab, temperature
-        return [dense.launch_gradient(student, teacher, rows, dlosses, *options, columns=columns)]
 
 
 # --- parts to the whole ----------------------------------------------------------------------------------------------
