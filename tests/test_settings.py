@@ -152,3 +152,10 @@ def test_functions_refuse_settings_that_they_do_not_have():
         score_positions(student, teacher, fraction=0.5)
     with pytest.raises(TypeError, match="settings: got 'inplace_backward'"):
         selective_opd_token_losses(student, teacher, inplace_backward=True)
+
+
+def test_ids_may_be_a_tensor():
+    settings = Settings(special_ids=torch.tensor([7, 3]), eos_ids=torch.tensor([2], dtype=torch.int32))
+    assert (settings.special_ids, settings.eos_ids) == ((7, 3), (2,))
+    with pytest.raises(TypeError, match=r"special_ids: got 1\.5, expected an integer"):
+        Settings(special_ids=torch.tensor([1.5]))

@@ -1,4 +1,4 @@
-"""The divergences on the Triton backend, interpreted: by kernels where they have one, on dense logits and on tiles of heads.
+"""The divergences on the Triton backend: by kernels where they have one, on dense logits and on tiles of heads.
 
   Compared: with the equations on fp64 rows (support/divergence_oracle.py). Counted: matmul units, 2 + 4 rho for all, because a
   tile holds the selected rows' logits while everything is made of it.

@@ -1,4 +1,4 @@
-"""The GPU benchmark as far as a CPU shows it: every line runs interpreted, and nothing is written that looks measured.
+"""The GPU benchmark as far as a CPU shows it: every line runs, and nothing is written that looks measured.
 
   What a failure, a late part and a clock that waits for launches do to a run, with failures and a clock of the test's own.
   Run: make test ARGS=tests/benchmarks/test_gpu.py

@@ -1,10 +1,9 @@
 """`estimate_communication` against what real calls send: kind, bytes, group and order of every collective, forward and
-backward,
-on 1, 2 and 4 ranks over gloo; and what `estimate` says of a rank's part of a vocabulary.
+backward, on 1, 2 and 4 ranks over gloo; and what `estimate` says of a rank's part of a vocabulary.
 
   Run: make test ARGS=tests/estimates/test_communication.py
 
-The interpreter takes a third of a second for a row, so kernels get three rows.
+Each process runs the kernels on the CPU, so they get three rows.
 Not here: whether what is sent is right (inputs/test_vocabulary.py, selection/test_budget_over_ranks.py).
 """
 

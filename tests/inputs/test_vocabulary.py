@@ -1,8 +1,7 @@
 """Vocabularies that ranks share out, over gloo: every statistic, selection and gradient against one process that has it all,
-for
-every backend, divergence and teacher; uneven and empty parts.
+for every backend, divergence and teacher; uneven and empty parts.
 
-The interpreter takes a third of a second for a row, so kernels get few of them, and each part is scored once.
+Each of four processes runs the kernels on the CPU, so they get few rows, and each part is scored once.
 Command: make test ARGS=tests/inputs/test_vocabulary.py
 Not here: DTensors, both kinds of groups at once, what is refused and sent (backends/test_joined.py); selection over the
 positions of several ranks (selection/test_budget_over_ranks.py).
@@ -240,7 +239,7 @@ def _probabilities_that_underflow():
     parts = (cut(x, (2, 2, 1, 1), dist.get_rank()) for x in (s, u))
     options = {"fraction": 1.0, "selector": "entropy", "top_k": 2, "backend": "torch"}
     got = selective_opd_loss(*parts, process_group=dist.group.WORLD, **options)
-    assert want.stats.reverse_kl.isfinite()
+    assert 1 < want.stats.reverse_kl < 2
     torch.testing.assert_close(got.stats.reverse_kl, want.stats.reverse_kl)
 
 

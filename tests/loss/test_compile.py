@@ -1,6 +1,6 @@
 """torch.compile(fullgraph=True) of the loss on the Triton backend, and its operators by torch's own checks.
 
-  Compared: bitwise with the same call in eager mode. Traced by dynamo and aot autograd, kernels interpreted: that inductor
+  Compared: bitwise with the same call in eager mode. Traced by dynamo and aot autograd, on a CPU: whether inductor
   can generate code around the operators on a GPU is not shown here. CUDA-graph capture as far as a CPU shows it: the call
   runs no operator that asks the host.
   Run: make test ARGS=tests/loss/test_compile.py

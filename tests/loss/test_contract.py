@@ -39,7 +39,7 @@ DIVERGENCES = {
 }
 
 
-def hard_rows(backend, dtype, **options):
+def rows_for(backend, dtype, **options):
     """300 rows; 40 where Triton interprets its kernels, which takes a third of a second for each."""
     few = slice(40) if backend == "triton" and kernels.IS_INTERPRETED else slice(None)
     return [x[few] for x in drawn_rows(dtype, **options)]
@@ -57,7 +57,7 @@ def one_call(s, u, divergence, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_row_keeps_the_contract(backend, dtype, name):
-    s, u = hard_rows(backend, dtype)
+    s, u = rows_for(backend, dtype)
     out, gradient = one_call(s, u, DIVERGENCES[name], backend)
     losses, want, (log_p, log_q) = wanted(s, u, name)
     trained = losses.isfinite()
@@ -78,7 +78,7 @@ def test_every_row_keeps_the_contract(backend, dtype, name):
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_row_of_heads_keeps_the_contract(backend, name):
-    s, u = hard_rows(backend, torch.float32, masks=MASKS[:1])  # a head without a bias masks nothing
+    s, u = rows_for(backend, torch.float32, masks=MASKS[:1])  # a head without a bias masks nothing
     weight = torch.eye(V)  # the logits are the hidden states, to the bit
     student = LinearHead(leaf(s), weight)
     out = selective_opd_loss(
@@ -139,7 +139,7 @@ def test_a_vocabulary_of_one_id_has_nothing_to_learn(backend):
     x = torch.tensor([[61.7], [3.3]], requires_grad=True)
     out = selective_opd_loss(x, torch.tensor([[1.1], [1000.0]]), fraction=1.0, top_k=1, backend=backend)
     out.loss.backward()
-    assert abs(out.loss) < 5e-7  # it was 1.9e-6
+    assert abs(out.loss) < 5e-7
     assert x.grad.abs().max() < 5e-7
 
 
@@ -147,7 +147,7 @@ def test_a_vocabulary_of_one_id_has_nothing_to_learn(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_constant_changes_no_loss_on_a_list(backend, name):
     s, u = logit_pair(4, 211)
-    # Multiples of 2^-10: the constant rounds no logit, so that the same numbers are wanted.
+    # Multiples of 2^-10: the constant rounds no logit, so the result must be the same.
     s, u = (torch.round(x * 1024) / 1024 for x in (s, u))
     want, gradient = one_call(s, u, name, "eager")
     got, gradient_with_constant = one_call(s, u + 1000, name, backend)

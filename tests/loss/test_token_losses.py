@@ -23,7 +23,7 @@ TOKENS = torch.randint(0, VOCAB, SHAPE, generator=generator(5))
 BACKENDS = ["eager", "torch", "triton"]
 OF_LOGITS = ["reverse_kl", "forward_kl", "jsd", "total_variation", "tail_aware", "local_support", "entropy_aware", "sampled"]
 ON_ANY_DEVICE = [(backend, divergence) for backend in ("eager", "torch") for divergence in OF_LOGITS]
-INTERPRETED = [("triton", "reverse_kl"), ("triton", "jsd"), ("triton", "sampled")]
+BY_KERNELS = [("triton", "reverse_kl"), ("triton", "jsd"), ("triton", "sampled")]
 OPTIONS = {"mask": MASK, "fraction": 0.5, "tokens": TOKENS}
 FEW = {"mask": MASK * torch.tensor([0, 1, 0, 1, 0]), "fraction": 0.5, "tokens": TOKENS}  # interpreted kernels are slow
 
@@ -70,7 +70,7 @@ def compare_dense(student, teacher, c, bound=1e-5, **options):
     return out
 
 
-@pytest.mark.parametrize(("backend", "divergence"), ON_ANY_DEVICE + INTERPRETED)
+@pytest.mark.parametrize(("backend", "divergence"), ON_ANY_DEVICE + BY_KERNELS)
 def test_losses_of_logits_and_their_gradients_match_eager_fp64(backend, divergence):
     options = {"divergence": divergence, "temperature": 0.8} | of(backend)
     out = compare_dense(*dense_pair(), coefficients(), **options)

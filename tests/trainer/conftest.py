@@ -1,6 +1,6 @@
 """Every test with accelerate's state as a fresh process has it: precision and processes are settled once a process otherwise.
 
-Not here: the interpreter of the kernels (tests/conftest.py).
+Not here: how kernels run (support/kernels.py).
 """
 
 import pytest
