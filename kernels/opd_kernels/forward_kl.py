@@ -50,9 +50,10 @@ def _forward_kl_block(
 
 @triton.jit(do_not_specialize=["M"])
 def _forward_kl_grad_kernel(
-    s_ptr, t_ptr, rows_ptr, weights_ptr, score_ptr, top_ptr, out_ptr, stride_sn, stride_tn, stride_on, M, V, W,
+    s_ptr, t_ptr, rows_ptr, weights_ptr, score_ptr, top_ptr, elsewhere_ptr, out_ptr, stride_sn, stride_tn, stride_on, M, V, W,
     k_s, pre_s, cap_s, k_t, pre_t, cap_t,
-    HAS_ROWS: tl.constexpr, HAS_TOP: tl.constexpr, UNIT_S: tl.constexpr, UNIT_T: tl.constexpr, UNIT_O: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_TOP: tl.constexpr, HAS_ELSEWHERE: tl.constexpr,
+    UNIT_S: tl.constexpr, UNIT_T: tl.constexpr, UNIT_O: tl.constexpr,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     k_s = tl.cast(k_s, tl.float32)
@@ -86,7 +87,10 @@ def _forward_kl_grad_kernel(
         tl.store(out_row + (v + lane), tl.zeros((BLOCK_V,), out_row.dtype.element_ty), mask=v + lane < W)
     if HAS_TOP:
         coef = tl.where(weight == 0.0, 0.0, coef)
-        _store_top(out_row, top, -tl.sum(total, 0), coef, norm[0], pre_s, cap_s, CAP_S)
+        others = tl.sum(total, 0)
+        if HAS_ELSEWHERE:
+            others += tl.load(elsewhere_ptr + pid_m)
+        _store_top(out_row, top, -others, coef, norm[0], pre_s, cap_s, CAP_S)
 
 
 def forward_kl_grad(
@@ -97,6 +101,7 @@ def forward_kl_grad(
     columns: Tensor,  # (12, M) fp32, Score.columns of these rows
     *,
     top: Tensor | None,  # (M,) int32, argmax_fwd of these rows; None: student, teacher and out are a block of the vocabulary
+    elsewhere: Tensor | None = None,  # (M,) fp32, the sum over ids that are not in these tables; None: they hold all ids
     out: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary; may be student
     vocab_size: int,
     temperature: float,
@@ -107,6 +112,6 @@ def forward_kl_grad(
 ) -> None:
     """Write the gradient into whole rows of `out`, at `rows`."""
     launch_grad(
-        _forward_kl_grad_kernel, student, teacher, rows, weights, columns, top, out, vocab_size,
+        _forward_kl_grad_kernel, student, teacher, rows, weights, columns, top, elsewhere, out, vocab_size,
         transform(s_scale, s_softcap, temperature), transform(t_scale, t_softcap, temperature),
     )  # fmt: skip

@@ -10,7 +10,9 @@ Shapes: N tokens, M selected rows, V vocabulary
   rows        (M,)      in   row numbers in [0, N), each at most once; None: rows 0 .. M-1
   weights     (M,)      in   fp32; 0 writes zeros, even if the row holds NaN
   columns     (12, M)   in   score.py's columns of these rows
-  top         (M,)      in   int32, argmax.py; None: s, t and out are a block of the vocabulary
+  top         (M,)      in   int32, argmax.py, -1: not in these tables; None: s, t and out are a block of the vocabulary
+  elsewhere   (M,)      in   fp32, sum of d kl / d logit over the ids of a shared vocabulary that are not in these tables;
+                             None: there are none
   out         (N, W)    out  at rows; W >= V, columns V .. W-1 become 0. May be s itself: a program
                              loads a block of its row before it stores that block, and no other row.
 
@@ -60,9 +62,10 @@ def _reverse_kl_block(
 
 @triton.jit(do_not_specialize=["M"])
 def _reverse_kl_grad_kernel(
-    s_ptr, t_ptr, rows_ptr, weights_ptr, score_ptr, top_ptr, out_ptr, stride_sn, stride_tn, stride_on, M, V, W,
+    s_ptr, t_ptr, rows_ptr, weights_ptr, score_ptr, top_ptr, elsewhere_ptr, out_ptr, stride_sn, stride_tn, stride_on, M, V, W,
     k_s, pre_s, cap_s, k_t, pre_t, cap_t,
-    HAS_ROWS: tl.constexpr, HAS_TOP: tl.constexpr, UNIT_S: tl.constexpr, UNIT_T: tl.constexpr, UNIT_O: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_TOP: tl.constexpr, HAS_ELSEWHERE: tl.constexpr,
+    UNIT_S: tl.constexpr, UNIT_T: tl.constexpr, UNIT_O: tl.constexpr,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     k_s = tl.cast(k_s, tl.float32)
@@ -97,7 +100,10 @@ def _reverse_kl_grad_kernel(
         tl.store(out_row + (v + lane), tl.zeros((BLOCK_V,), out_row.dtype.element_ty), mask=v + lane < W)
     if HAS_TOP:
         coef = tl.where((weight == 0.0) | (kl == float("inf")), 0.0, coef)
-        _store_top(out_row, top, -tl.sum(total, 0), coef, norm[0], pre_s, cap_s, CAP_S)
+        others = tl.sum(total, 0)
+        if HAS_ELSEWHERE:
+            others += tl.load(elsewhere_ptr + pid_m)
+        _store_top(out_row, top, -others, coef, norm[0], pre_s, cap_s, CAP_S)
 
 
 def reverse_kl_grad(
@@ -108,6 +114,7 @@ def reverse_kl_grad(
     columns: Tensor,  # (12, M) fp32, Score.columns of these rows
     *,
     top: Tensor | None,  # (M,) int32, argmax_fwd of these rows; None: student, teacher and out are a block of the vocabulary
+    elsewhere: Tensor | None = None,  # (M,) fp32, the sum over ids that are not in these tables; None: they hold all ids
     out: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary; may be student
     vocab_size: int,
     temperature: float,
@@ -118,12 +125,12 @@ def reverse_kl_grad(
 ) -> None:
     """Write the gradient into whole rows of `out`, at `rows`."""
     launch_grad(
-        _reverse_kl_grad_kernel, student, teacher, rows, weights, columns, top, out, vocab_size,
+        _reverse_kl_grad_kernel, student, teacher, rows, weights, columns, top, elsewhere, out, vocab_size,
         transform(s_scale, s_softcap, temperature), transform(t_scale, t_softcap, temperature),
     )  # fmt: skip
 
 
-def launch_grad(kernel, student, teacher, rows, weights, columns, top, out, vocab_size, s, t) -> None:
+def launch_grad(kernel, student, teacher, rows, weights, columns, top, elsewhere, out, vocab_size, s, t) -> None:
     """Check and launch the gradient kernel of reverse or forward KL."""
     M = weights.shape[0]
     assert out.stride(1) == student.stride(1) == teacher.stride(1) == 1, "unit stride along the vocabulary"
@@ -135,9 +142,11 @@ def launch_grad(kernel, student, teacher, rows, weights, columns, top, out, voca
     tile = launch_table.grad()
     (stride_s, unit_s), (stride_t, unit_t), (stride_o, unit_o) = (row_step(x) for x in (student, teacher, out))
     kernel[(M,)](
-        student, teacher, rows, weights, columns, top, out, stride_s, stride_t, stride_o, M, vocab_size, out.shape[1],
+        student, teacher, rows, weights, columns, top, elsewhere, out, stride_s, stride_t, stride_o, M, vocab_size,
+        out.shape[1],
         s.k, s.pre, s.cap, t.k, t.pre, t.cap,
-        HAS_ROWS=rows is not None, HAS_TOP=top is not None, UNIT_S=unit_s, UNIT_T=unit_t, UNIT_O=unit_o,
+        HAS_ROWS=rows is not None, HAS_TOP=top is not None, HAS_ELSEWHERE=elsewhere is not None,
+        UNIT_S=unit_s, UNIT_T=unit_t, UNIT_O=unit_o,
         CAP_S=s.has_cap, CAP_T=t.has_cap, SAME_K=s.k == t.k,
         **tile.constants, num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from opd_ops import (
     Extrapolated,
+    LinearHead,
     SampledLogprobs,
     TopKLogprobs,
     TotalVariation,
@@ -213,21 +214,27 @@ def _not_finite(backend):
     assert selective_opd_loss(*parts, process_group=dist.group.WORLD, **options).loss.isnan()
 
 
-def _hard_rows(name):
-    """Every row keeps the contract, as on one process."""
-    s, u = drawn_rows(torch.float32)
+def _hard_rows(name, kind, backend, n):
+    """Every row keeps the contract, as on one process. "heads": the student's logits are its hidden states, times 1."""
+    s, u = (x[:n] for x in drawn_rows(torch.float32, masks=hard_rows.MASKS[: 1 if kind == "heads" else None]))
     rank, widths = dist.get_rank(), (90, 40, 0, hard_rows.V - 130)
     mine = cut(s, widths, rank).clone().requires_grad_()
-    options = {"selector": "entropy", "fraction": 1.0, "top_k": 6, "backend": "torch", "divergence": name}
-    out = selective_opd_loss(mine, cut(u, widths, rank), process_group=dist.group.WORLD, **options)
+    student = mine
+    if kind == "heads":
+        mine = s.clone().requires_grad_()
+        student = LinearHead(mine, cut(torch.eye(hard_rows.V), widths, rank).T.contiguous())
+    options = {"selector": "entropy", "fraction": 1.0, "top_k": 6, "backend": backend, "divergence": name}
+    out = selective_opd_loss(student, cut(u, widths, rank), process_group=dist.group.WORLD, **options)
     out.loss.backward()
     losses, want, (log_p, log_q) = hard_rows.wanted(s, u, name)
     assert torch.equal(out.selected, losses.isfinite())
     for column, expected in (("reverse_kl", kl(log_p, log_q)), ("forward_kl", kl(log_q, log_p))):
         assert_within(getattr(out.stats, column), expected, absolute=1e-6, relative=1e-4, name=column)
-    parts = torch.nn.functional.pad(mine.grad, (0, max(widths) - widths[rank]))
-    everyone = Ranks.world().gather(parts.contiguous())
-    gradient = torch.cat([part[:, :width] for part, width in zip(everyone, widths, strict=True)], 1)
+    gradient = mine.grad
+    if kind == "logits":
+        parts = torch.nn.functional.pad(mine.grad, (0, max(widths) - widths[rank]))
+        everyone = Ranks.world().gather(parts.contiguous())
+        gradient = torch.cat([part[:, :width] for part, width in zip(everyone, widths, strict=True)], 1)
     got = gradient.double() * int(losses.isfinite().sum())
     assert_gradients(got, want, losses, divergence=name, dtype=torch.float32)
 
@@ -377,7 +384,13 @@ def test_ties_go_to_the_lower_id_of_the_whole_vocabulary(ranks, backend):
 
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd"])
 def test_every_row_keeps_the_contract(ranks, name):
-    ranks.run(_hard_rows, name)
+    ranks.run(_hard_rows, name, "logits", "torch", hard_rows.N)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl"])
+@pytest.mark.parametrize("kind", ["logits", "heads"])
+def test_every_row_keeps_the_contract_by_kernels(ranks, name, kind):
+    ranks.run(_hard_rows, name, kind, "triton", hard_rows.N)
 
 
 def test_a_part_whose_mass_underflows_makes_nothing_infinite(ranks):

@@ -164,6 +164,8 @@ def row_bytes(source: Source, score_dtype: torch.dtype | None = None) -> int:
 
 def weight_casts(source: Source, workspace: Workspace) -> int:
     """Columns of a weight to convert to fp32 at a time, where the matmul needs fp32."""
+    if not source.transform.is_head:  # no weight to convert; of dense logits the last size may be 0 on a rank
+        return 1
     return workspace.share(1, 16).count(4 * source.leading.shape[-1])
 
 

@@ -16,7 +16,7 @@ from opd_kernels.support import Support
 from torch import Tensor
 
 from opd_ops.backends.shared.grids import score_bytes
-from opd_ops.backends.triton.kernel_loss import GRADIENTS
+from opd_ops.backends.triton.kernel_loss import GRADIENTS, KernelConstants
 from opd_ops.backends.triton.launches import column_names, launch_options, on_device, write_columns
 from opd_ops.backends.triton.layout import Layout
 from opd_ops.divergences import DIVERGENCES
@@ -85,11 +85,11 @@ def launch_gradient(
     temperature: float,
     *,
     inplace: bool = False,
-    columns: Tensor | None = None,
+    constants: KernelConstants | None = None,
 ) -> Tensor:
     """The gradient of the weighted losses, of the student's shape: a new tensor, or the student's own.
 
-    `columns`: (12, M), score.py's columns of the rows over the whole vocabulary, if the logits are a part of it.
+    `constants`: of the rows over the whole vocabulary, if the logits are a part of it.
     """
     layout, student_table = table_of(student)
     tables = student_table, table_of(teacher)[1]
@@ -98,12 +98,14 @@ def launch_gradient(
     options = launch_options(*_dense(vocab_size, temperature))
     with on_device(out.device):
         for part in chunks(len(places), workspace.count(score_bytes(vocab_size))):
-            if columns is None:
+            if constants is None:
                 score = score_fwd(*tables, places[part], **options)
-                part_columns, top = score.columns, argmax_fwd(tables[0], places[part], score, vocab_size=vocab_size)
-            else:  # no `top`: a rank does not have the logits of the other parts
-                part_columns, top = columns[:, part].contiguous(), None
-            GRADIENTS[type(DIVERGENCES[kind])](*tables, places[part], weights[part], part_columns, top=top, out=out, **options)
+                top = argmax_fwd(tables[0], places[part], score, vocab_size=vocab_size)
+                columns, _, top, elsewhere, *_ = KernelConstants.of_row(score.columns, top)
+            else:
+                columns, _, top, elsewhere, *_ = constants.rows(part)
+            more = {"top": top, "elsewhere": elsewhere, "out": out, **options}
+            GRADIENTS[type(DIVERGENCES[kind])](*tables, places[part], weights[part], columns, **more)
     if inplace:
         # By index, because a mask would read and write all rows. A stable sort finds the other rows without a synchronisation.
         selected = torch.zeros(layout.shape.numel(), dtype=torch.bool, device=rows.device).index_fill(0, rows, True)

@@ -30,7 +30,7 @@ from opd_ops.inputs.workspace import Workspace
 
 
 class _ColumnGradient(GradientPlan):
-    """The gradient of reverse or forward KL, from the logits; the columns of score.py follow them if the logits are a part."""
+    """The gradient of reverse or forward KL, from the logits; `KernelConstants` follow them if the logits are a part."""
 
     def __init__(self, divergence: WholeRow, transform: Transform, workspace: Workspace, *, inplace: bool) -> None:
         self.divergence, self.transform, self.workspace, self.inplace = divergence, transform, workspace, inplace
@@ -44,13 +44,13 @@ class _ColumnGradient(GradientPlan):
             )
 
     def gradients(self, saved: Sequence[Tensor], dlosses: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
-        student, teacher, rows, *columns = saved
+        student, teacher, rows, *fields = saved
         if not student.shape[-1]:  # a rank without a part of the vocabulary
             return [torch.zeros_like(student)]
         self.is_spent = self.inplace
         settings = self.divergence.name, self.workspace, self.transform.vocab_size, self.transform.temperature
-        whole = columns[0] if columns else None
-        return [launch_gradient(student, teacher, rows, dlosses, *settings, inplace=self.inplace, columns=whole)]
+        constants = KernelConstants(*fields) if fields else None
+        return [launch_gradient(student, teacher, rows, dlosses, *settings, inplace=self.inplace, constants=constants)]
 
 
 def column_loss(
@@ -62,15 +62,14 @@ def column_loss(
     workspace: Workspace,
     *,
     inplace: bool = False,
-    columns: Tensor | None = None,
+    constants: KernelConstants | None = None,
 ) -> Tensor:
     """The (M,) `losses` of reverse or forward KL, as the score pass computed them, connected to the student's logits.
 
-    `columns`: (12, M), score.py's columns of the rows over the whole vocabulary, if the logits are a part of it.
+    `constants`: of the rows over the whole vocabulary, if the logits are a part of it.
     """
     plan = _ColumnGradient(divergence, student.transform, workspace, inplace=inplace)
-    whole = () if columns is None else (columns,)
-    total = connected(plan, losses, student.leading, teacher.leading.detach(), rows, *whole)
+    total = connected(plan, losses, student.leading, teacher.leading.detach(), rows, *(constants or ()))
     return unchanged(total, rows, student, teacher, workspace=workspace)
 
 

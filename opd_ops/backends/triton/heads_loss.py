@@ -40,13 +40,13 @@ from opd_ops.inputs.workspace import Workspace
 
 
 class _Plan(NamedTuple):
-    """All that forward and backward read besides tensors. Tensors: the student's, the teacher's, columns, tokens."""
+    """All that forward and backward read besides tensors. Tensors: the student's, the teacher's, constants, tokens."""
 
     student: Source  # without its tensors
     teacher: Source | None  # without its tensors; None: the teacher's tensors are lists
     divergence: Divergence
     has_tokens: bool
-    has_columns: bool  # (12, M) of score.py
+    n_constants: int  # fields of `KernelConstants` if these sources are a part of the vocabulary, else 0
     workspace: Workspace
     differentiable: bool
     before: Tensor | None  # digests of the tensors of inference mode (overwritten.py)
@@ -68,13 +68,15 @@ class _Plan(NamedTuple):
         split = len(self.student.tensors)
         student, others = self.student.with_tensors(tensors[:split]), tensors[split:]
         tokens, others = (others[-1], others[:-1]) if self.has_tokens else (None, others)
-        columns, others = (others[-1], others[:-1]) if self.has_columns else (None, others)
+        split = len(others) - self.n_constants
+        others, fields = others[:split], others[split:]
+        constants = KernelConstants(*fields) if fields else None
         teacher: Source | TeacherLists
         if self.teacher is None:
             teacher = TeacherLists(others[0], others[1], is_sampled=False)
         else:
             teacher = self.teacher.with_tensors(others)
-        return launch_loss(student, teacher, rows, weights, self.divergence, tokens, self.workspace, needs, columns)
+        return launch_loss(student, teacher, rows, weights, self.divergence, tokens, self.workspace, needs, constants)
 
 
 class _SelectedLoss(torch.autograd.Function):
@@ -127,16 +129,16 @@ def launch_loss(
     tokens: Tensor | None,
     workspace: Workspace,
     needs: Sequence[bool],
-    columns: Tensor | None = None,
+    constants: KernelConstants | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """sum of weights l, l itself, (M,), and the gradients of that sum, to be scaled by `scale_back`, where needed.
 
-    `columns`: score.py's columns of the rows over the whole vocabulary; these sources then hold a part of it.
+    `constants`: of the rows over the whole vocabulary; these sources then hold a part of it.
     `teacher`: if lists, of these rows. The sum leaves out an infinite loss that the score pass could not see (its logits had 16
     bits, or it did not read the student's row).
     """
     teacher = teacher.detach() if isinstance(teacher, Source) else teacher
-    selected = _SelectedRows(student.detach(), teacher, rows, weights, divergence, tokens, workspace, columns)
+    selected = _SelectedRows(student.detach(), teacher, rows, weights, divergence, tokens, workspace, constants)
     losses, gradients = selected.run(needs)
     return weighted_sum(losses, without_infinite(losses, weights)), losses, gradients
 
@@ -153,9 +155,9 @@ class _SelectedRows:
         divergence: Divergence,
         tokens: Tensor | None,
         workspace: Workspace,
-        columns: Tensor | None,
+        constants: KernelConstants | None,
     ) -> None:
-        self.student, self.rows, self.tokens, self.columns = student, rows, tokens, columns
+        self.student, self.rows, self.tokens, self.constants = student, rows, tokens, constants
         self.sources = (student, teacher) if isinstance(teacher, Source) else (student,)
         self.listed = None if isinstance(teacher, Source) else teacher
         self.row_weights = (weights / _scale(weights)).float().clone()
@@ -178,17 +180,17 @@ class _SelectedRows:
             narrowed = aligned_buffer(m if grid.keep else grid.rows, self.vocab, self.student.leading.dtype, device)[:, vocab]
         out = _Gradients.of(self.student, needs, m)
         losses = torch.empty(m, dtype=torch.float32, device=device)
-        if self.columns is not None:
-            losses.copy_(self.columns[COLUMNS.index(str(self.loss.divergence.column))])
+        if self.constants is not None and self.constants.columns is not None:
+            losses.copy_(self.constants.columns[COLUMNS.index(str(self.loss.divergence.column))])
         parts = []
         for group in chunks(m, grid.rows) if self.vocab else ():
             n = group.stop - group.start
             tiles = [x.stored(group, vocab, b[:n]) for x, b in zip(self.sides, buffers, strict=True)]
             s, u = tiles[0], tiles[1] if len(tiles) > 1 else None
-            if self.columns is None:
+            if self.constants is None:
                 losses[group], constants = self.loss.first(s, u, None, tokens=self._tokens(group), listed=self._lists(group))
             else:
-                constants = KernelConstants(self.columns[:, group].contiguous(), *(None,) * 7)
+                constants = self.constants.rows(group)
             # `launch_loss` leaves an infinite loss out of the sum; here its gradient is left out.
             self.row_weights[group] = self.row_weights[group].masked_fill(losses[group] == torch.inf, 0)
             if any(needs):
@@ -197,7 +199,7 @@ class _SelectedRows:
                 self.loss.gradient(s, u, None, self.row_weights[group], constants, out=dlogits)
                 if grid.second_look:
                     if constants.top is not None:
-                        constants = constants._replace(at_top=dlogits.gather(1, constants.top.long().unsqueeze(1)))
+                        constants = constants._replace(at_top=dlogits.gather(1, constants.top.clamp_min(0).long().unsqueeze(1)))
                     parts.append(constants)
                 out.add(self.student, self.rows, group, dlogits)
                 if out.weight is not None and narrowed is None:
@@ -312,11 +314,11 @@ def selected_loss(
     divergence: Divergence,
     tokens: Tensor | None,
     workspace: Workspace,
-    columns: Tensor | None = None,
+    constants: KernelConstants | None = None,
 ) -> tuple[Tensor, Tensor]:
     """sum of weights l over the selected positions, connected to the student's tensors, and l, (M,).
 
-    `columns`: as in `launch_loss`.
+    `constants`: as in `launch_loss`.
     """
     differentiable = torch.is_grad_enabled()  # read here: within an autograd function's forward it is False
     teacher_tensors: tuple[Tensor, ...]
@@ -333,12 +335,12 @@ def selected_loss(
         template,
         divergence,
         has_tokens,
-        columns is not None,
+        len(constants or ()),
         workspace,
         differentiable,
         digests(inputs, rows, workspace) if needed else None,
     )
-    optional = (*(() if columns is None else (columns,)), *((tokens,) if has_tokens else ()))
+    optional = (*(constants or ()), *((tokens,) if has_tokens else ()))
     tensors = (*student.tensors, *teacher_tensors, *optional)
     total, losses = _SelectedLoss.apply(plan, rows, weights, *tensors)
     return total, losses

@@ -48,7 +48,7 @@ def refusal(divergence: Divergence) -> str | None:
 
 
 # Fields of `KernelConstants` whose first dimension is the row; in the others the row is the last dimension.
-BY_ROW = frozenset({"top", "at_top", "ids", "dx", "d_off_list"})
+BY_ROW = frozenset({"top", "elsewhere", "at_top", "ids", "dx", "d_off_list"})
 
 
 def logsumexp(model: Transform, ref: Tensor, log2z: Tensor) -> Tensor:
@@ -67,12 +67,20 @@ class KernelConstants(NamedTuple):
 
     columns: Tensor | None  # (12, M) of score.py
     sums: Tensor | None  # (2, M) of jsd.py
-    top: Tensor | None  # (M,) int32, the student's most likely id; None: the rows are a part of a shared vocabulary
+    top: Tensor | None  # (M,) int32, the student's most likely id; -1: in another rank's part of the vocabulary
+    elsewhere: Tensor | None  # (M,) sum of d loss / d logit over the other ranks' ids; None: there are none
     at_top: Tensor | None  # (M, 1) the gradient at `top`, known once whole rows of it were computed
     ids: Tensor | None  # (M, K) int32, ascending
     dx: Tensor | None  # (M, K) d loss / d logit at the ids
     off_list: Tensor | None  # (2, M) of rest.py: the student's log-sum-exp off the ids
     d_off_list: Tensor | None  # (M,) d loss / d that log-sum-exp
+
+    @staticmethod
+    def of_row(
+        columns: Tensor | None, top: Tensor | None, *, sums: Tensor | None = None, elsewhere: Tensor | None = None
+    ) -> KernelConstants:
+        """The constants of a divergence over the whole row."""
+        return KernelConstants(columns, sums, top, elsewhere, None, None, None, None, None)
 
     def rows(self, group: slice) -> KernelConstants:
         """The constants of some of the rows."""
@@ -145,7 +153,7 @@ class KernelLoss:
         elif whole is not None:
             assert whole.column is not None
             losses = losses + getattr(score, whole.column)
-        constants = KernelConstants(columns, sums, top, None, None, None, None, None)
+        constants = KernelConstants.of_row(columns, top, sums=sums)
         if self.divergence.support is not None:
             list_losses, constants = self._listed(self.divergence.support, s, t, rows, score, tokens, listed, constants)
             losses = losses + list_losses.float()
@@ -238,7 +246,7 @@ class KernelLoss:
             if isinstance(whole, JSD):
                 jsd_grad(s, t, rows, weights, constants.columns, constants.sums, beta=float(whole.beta), **options)
             else:
-                GRADIENTS[type(whole)](s, t, rows, weights, constants.columns, **options)
+                GRADIENTS[type(whole)](s, t, rows, weights, constants.columns, elsewhere=constants.elsewhere, **options)
         if constants.ids is not None:
             assert constants.dx is not None
             assert constants.d_off_list is not None

@@ -6,10 +6,11 @@
 
 No term of the KL is negative, and an error of d_r enters each term in second order: nothing large is subtracted.
 The loss of reverse and forward KL: the ranks join the selected rows' normalisers to more digits. The gradient kernels then read
-these in place of the part's normalisers: a reference of each row, the log-normaliser relative to it, and the gap. Any reference
-near the log-sum-exp will do; here it is the log-sum-exp as a stored logit, rounded to fp32.
-A rank cannot sum the gradient over the other ranks' ids: with reverse KL, rows with p near 1 on one id lose digits there
-(docs/features.md).
+these in place of the part's normalisers: a reference of each row, the log-normaliser relative to it, and the gap. The student's
+reference is its largest logit, the teacher's its log-sum-exp, both as stored logits and rounded to fp32.
+The gradient of a row's most likely id a is minus the sum of the others (reverse_kl.py). The rank that has a sums over its own
+ids; the sum over the other ranks' ids follows from their statistics:
+  reverse KL  sum_r P_r (KL(p_r||q_r) + d_r - KL(p||q)),   forward KL  sum_r P_r - Q_r                   (r: all other parts)
 Not here: the all-gather (shared/joined.py), other losses, which backend "torch" computes on the same device (backend.py),
 kernels' launches (dense.py, heads.py), gradients in autograd (dense_loss.py, heads_loss.py).
 """
@@ -31,9 +32,9 @@ from opd_ops.backends.shared.tiles import TileReader
 from opd_ops.backends.shared.top_k import TopK
 from opd_ops.backends.streamed.summed import with_jsd
 from opd_ops.backends.triton import dense, dense_loss, heads, heads_loss
-from opd_ops.backends.triton.kernel_loss import logsumexp, multiplier
+from opd_ops.backends.triton.kernel_loss import KernelConstants, logsumexp, multiplier
 from opd_ops.backends.triton.launches import top_k_lists
-from opd_ops.divergences import Divergence, weighted_sum, without_infinite
+from opd_ops.divergences import Divergence, ReverseKL, WholeRow, weighted_sum, without_infinite
 from opd_ops.inputs.sources import Shard, Source, Transform
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import SWEPT_COLUMNS, OwnStats, TokenStats
@@ -51,11 +52,10 @@ def token_stats(
     columns: frozenset[str],
     workspace: Workspace,
     score_dtype: torch.dtype | None,
-    dtype: torch.dtype = torch.float32,
 ) -> TokenStats:
     """All statistics of the given positions over the whole vocabulary, (n,) each."""
     parts = Parts(partial(_part, student.detach(), teacher.detach(), score_dtype), EMPTY_COLUMNS, joined_columns)
-    stats = shards.token_stats(parts, shard, rows, top_k=top_k, columns=columns, workspace=workspace, dtype=dtype)
+    stats = shards.token_stats(parts, shard, rows, top_k=top_k, columns=columns, workspace=workspace, dtype=torch.float32)
     return with_jsd(stats, student, teacher, rows, workspace) if "jsd" in columns else stats
 
 
@@ -72,9 +72,13 @@ def _part(
         width, temperature = student.transform.vocab_size, student.transform.temperature
         dense.launch_columns(*stored, rows, top_k, frozenset(), workspace, width, temperature, keep=launches.append)
     columns = {name: torch.cat([getattr(score, name) for score, _ in launches]) for name in SWEPT_COLUMNS}
-    for name, source, prefix in (("student_logsumexp", student, "s"), ("teacher_logsumexp", teacher, "t")):
-        normalisers = (torch.cat([getattr(score, f"{prefix}_{part}") for score, _ in launches]) for part in ("ref", "log2z"))
-        columns[name] = logsumexp(_stored(source), *normalisers)
+    names = ("s_ref", "s_log2z", "t_ref", "t_log2z", "log2z_gap")
+    s_ref, s_log2z, t_ref, t_log2z, log2z_gap = (torch.cat([getattr(score, x) for score, _ in launches]) for x in names)
+    models = _stored(student), _stored(teacher)
+    columns["student_logsumexp"] = logsumexp(models[0], s_ref, s_log2z)
+    columns["teacher_logsumexp"] = logsumexp(models[1], t_ref, t_log2z)
+    # In fp32 the gap of models that differ by a constant of 1,000 would have an error of 3e-5.
+    columns["logsumexp_gap"] = logsumexp(models[0], s_ref, log2z_gap) - logsumexp(models[1], t_ref, torch.zeros_like(t_ref))
     lists = Support(torch.cat([x.ids for _, x in launches]), torch.cat([x.logits for _, x in launches]), launches[0][1].columns)
     return Part(columns, *top_k_lists(lists, student.transform.first_id))
 
@@ -102,24 +106,35 @@ def selected_loss(
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of reverse or forward KL over the positions, connected to this rank's part, and the (M,) losses."""
     assert divergence.whole is not None
-    with torch.no_grad():  # again, because the score pass may have read 16-bit logits
-        exact = token_stats(
-            student,
-            teacher,
-            shard,
-            rows,
-            top_k=1,
-            columns=frozenset(),
-            workspace=workspace,
-            score_dtype=torch.float32,
-            dtype=torch.float64,
-        )
-    columns = _columns(student, teacher, exact)
+    with torch.no_grad():
+        constants = _constants(student, teacher, shard, rows, divergence.whole, workspace)
     if is_computed(student, teacher):
-        return heads_loss.selected_loss(student, teacher, rows, weights, divergence, None, workspace, columns)
-    losses = columns[COLUMNS.index(divergence.whole.name)]
-    total = dense_loss.column_loss(student, teacher, rows, losses, divergence.whole, workspace, columns=columns)
+        return heads_loss.selected_loss(student, teacher, rows, weights, divergence, None, workspace, constants)
+    assert constants.columns is not None
+    losses = constants.columns[COLUMNS.index(divergence.whole.name)]
+    total = dense_loss.column_loss(student, teacher, rows, losses, divergence.whole, workspace, constants=constants)
     return weighted_sum(total, without_infinite(losses, weights)), losses
+
+
+def _constants(
+    student: Source, teacher: Source, shard: Shard, rows: Tensor, divergence: WholeRow, workspace: Workspace
+) -> KernelConstants:
+    """The numbers of the whole vocabulary that the gradient of this rank's part reads."""
+    tops, elsewhere = [], []
+
+    def join(parts: dict[str, Tensor], s_list: TopK, t_list: TopK) -> dict[str, Tensor]:
+        columns = joined_columns(parts, s_list, t_list)
+        top = s_list.ids[:, 0] - shard.first
+        tops.append(torch.where((top >= 0) & (top < shard.width), top, -1).int())
+        terms = _part_gradients(parts, columns, divergence)
+        terms[shard.ranks.rank] = 0  # not subtracted from the sum: it would cancel
+        elsewhere.append(terms.sum(0).float())
+        return columns
+
+    # Statistics again, because the score pass may have read 16-bit logits.
+    parts = Parts(partial(_part, student.detach(), teacher.detach(), torch.float32), EMPTY_COLUMNS, join)
+    exact = shards.token_stats(parts, shard, rows, top_k=1, columns=frozenset(), workspace=workspace, dtype=torch.float64)
+    return KernelConstants.of_row(_columns(student, teacher, exact), torch.cat(tops), elsewhere=torch.cat(elsewhere))
 
 
 def _columns(student: Source, teacher: Source, exact: TokenStats) -> Tensor:
@@ -127,9 +142,14 @@ def _columns(student: Source, teacher: Source, exact: TokenStats) -> Tensor:
     bits = 1 / math.log(2)
     columns = {name: getattr(exact, name) for name in SWEPT_COLUMNS}
     references = []
-    for prefix, source, lse in (("s", student, exact.student_logsumexp), ("t", teacher, exact.teacher_logsumexp)):
+    assert exact.reference_student is not None
+    sides = (
+        ("s", student, exact.student_logsumexp, exact.reference_student),
+        ("t", teacher, exact.teacher_logsumexp, exact.teacher_logsumexp),
+    )
+    for prefix, source, lse, near in sides:
         k = multiplier(_stored(source))
-        reference = (lse * bits / k).float()
+        reference = (near * bits / k).float()
         columns[f"{prefix}_ref"], columns[f"{prefix}_log2z"] = reference, lse * bits - k * reference.double()
         references.append(k * reference.double())
     # The gap in bits, less the difference of the references.
@@ -173,6 +193,15 @@ def joined_columns(parts: dict[str, Tensor], student: TopK, teacher: TopK) -> di
         "logsumexp_gap": gap,
         **_reference(s_lse, gap, student, teacher),
     }
+
+
+def _part_gradients(parts: dict[str, Tensor], whole: dict[str, Tensor], divergence: WholeRow) -> Tensor:
+    """(ranks, n) sums over each part of the gradient of reverse or forward KL with respect to the finished logits."""
+    p, q = (masses(parts[f"{model}_logsumexp"])[1] for model in ("student", "teacher"))
+    d = parts["logsumexp_gap"] - whole["logsumexp_gap"]
+    if isinstance(divergence, ReverseKL):
+        return _times(p, parts["reverse_kl"] + d - whole["reverse_kl"])
+    return torch.where(d.abs() < 1, -p * torch.expm1(-d), p - q)
 
 
 def _reference(s_lse: Tensor, gap: Tensor, student: TopK, teacher: TopK) -> dict[str, Tensor]:
