@@ -57,19 +57,6 @@ def logits(source: Source, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return x if transform.shard is None else _Unsharded.apply(x, transform.shard)
 
 
-def relative_to_top(x: Tensor) -> Tensor:
-    """(n, V) logits minus the row's largest logit, which becomes the constant 0.
-
-    No loss depends on a constant added to a row. The largest logit's gradient becomes minus the sum of the others'
-    gradients, and so keeps its digits where p is near 1.
-    """
-    top = x.argmax(1, keepdim=True)
-    largest = x.gather(1, top)
-    is_masked = largest == -math.inf
-    zero = torch.where(is_masked, -math.inf, largest.detach() * 0)  # NaN stays NaN
-    return (x - largest.masked_fill(is_masked, 0)).scatter(1, top, zero)
-
-
 class _SharedHidden(torch.autograd.Function):
     """Hidden states, which every rank has whole; their gradient is the sum over all parts of the vocabulary."""
 
@@ -212,7 +199,7 @@ def selected_loss(
     """The weighted sum of the losses over the positions, connected to the student by autograd itself, and the (M,) losses."""
     assert not inplace
     dtype = compute_dtype(student, *([teacher] if isinstance(teacher, Source) else []))
-    s = relative_to_top(logits(student, rows, dtype))
+    s = equations.relative_to_top(logits(student, rows, dtype))
     u = logits(teacher.detach(), rows, dtype) if isinstance(teacher, Source) else None
     losses = torch.zeros(len(rows), dtype=dtype, device=rows.device)
     if divergence.whole is not None:

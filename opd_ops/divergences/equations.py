@@ -1,4 +1,4 @@
-"""Entropy, KL and log-sum-exp of whole rows: short torch that is exact at p = 0, forward and backward.
+"""Entropy, KL and log-sum-exp of whole rows: short torch that is exact at p = 0 and p near 1, forward and backward.
 
   H(p) = -sum p log p;  KL(a || b) = sum a (log a - log b);  0 log 0 = 0                                        [nats]
   In every dtype a counts as 0 where e^{log a} is 0 in fp64: there b = 0 does not make the KL infinite.
@@ -45,6 +45,19 @@ def logsumexp(x: Tensor) -> Tensor:
     """log sum e^x over the last dimension, which becomes size 1; -inf with gradient 0 where all x are -inf."""
     all_masked = (x == -math.inf).all(-1, keepdim=True)
     return torch.logsumexp(torch.where(all_masked, 0, x), -1, keepdim=True).masked_fill(all_masked, -math.inf)
+
+
+def relative_to_top(x: Tensor) -> Tensor:
+    """(n, V) logits minus the row's largest logit, which becomes the constant 0.
+
+    No loss depends on a constant added to a row. The largest logit's gradient becomes minus the sum of the others'
+    gradients, and so keeps its digits where p is near 1.
+    """
+    top = x.argmax(1, keepdim=True)
+    largest = x.gather(1, top)
+    is_masked = largest == -math.inf
+    zero = torch.where(is_masked, -math.inf, largest.detach() * 0)  # NaN stays NaN
+    return (x - largest.masked_fill(is_masked, 0)).scatter(1, top, zero)
 
 
 def topk_entropy(logits: Tensor) -> Tensor:

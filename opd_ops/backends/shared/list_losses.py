@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from opd_ops.divergences import OnSupport, Support
+from opd_ops.divergences.equations import relative_to_top
 
 
 class Terms(NamedTuple):
@@ -35,6 +36,11 @@ def evaluate(divergence: OnSupport, support: Support, ids: Tensor, dtype: torch.
     with torch.inference_mode(False), torch.enable_grad():  # the caller may be in any mode; these are small copies
         support = Support(*(column.detach().double().clone() for column in support))
         x, off_list = support.student.requires_grad_(), support.student_rest.requires_grad_()
+        if divergence.reads_rest:
+            relative = relative_to_top(torch.cat((x, off_list.unsqueeze(1)), 1))
+            support = support._replace(student=relative[:, :-1], student_rest=relative[:, -1])
+        else:
+            support = support._replace(student=relative_to_top(x))
         losses = divergence.loss(support)
         dx, d_off_list = torch.autograd.grad(losses.sum(), (x, off_list), allow_unused=True)
     losses = losses.detach()
