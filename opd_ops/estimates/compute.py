@@ -19,6 +19,7 @@ import torch
 
 from opd_ops.arguments import check_integer
 from opd_ops.backends.shared.grids import BlockGrid, SelectedGrid, gradient_grid, padded, score_grid, score_rows, tile_dtype
+from opd_ops.divergences import Summed, resolve_divergence
 from opd_ops.inputs import float8
 from opd_ops.inputs.sources import Source, Transform
 from opd_ops.inputs.workspace import Workspace
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 POSITION_BYTES = 480  # statistics, masks, sort keys and fp64 temporaries: some 60 numbers per position
-ROW_BYTES, WEIGHT_BYTES = 8, 1  # saved per selected row: its number; on "torch" also a bool, whether its weight is 0, and
-SAVED_COLUMNS = 6  # columns: the weight, the mean slope and four of `Reference`
+ROW_BYTES = ID_BYTES = 8  # saved per selected row: its number, and on "torch" the ids of a divergence on a list
+WEIGHT_BYTES = 1  # on "torch": whether the row's weight is 0
+KL_COLUMNS, SUMMED_COLUMNS = 5, 6  # on "torch", for a divergence over whole rows: the mean slope and those of `Reference`
 SAVED_SCALAR_BYTES = 64  # saved for the mean: sums and denominators
 
 
@@ -61,14 +63,15 @@ def estimate(
 ) -> Estimate:
     """The cost of `selective_opd_loss` with a `LinearHead` on both sides and reverse or forward KL, and of its backward.
 
-    Other divergences take the same units on backend "triton"; docs/features.md has their units on "torch".
+    `saved_bytes` is right for every divergence. The rest is right for other divergences on backend "triton"; docs/features.md
+    has their units on "torch".
 
     Args:
         N: Valid positions; with "teachability-released" all positions of the responses.
         V: Entries of the common vocabulary.
         Ds, Dt: Hidden sizes of student and teacher.
         settings: Settings of the call, or `options`, settings by name. Only these are read: fraction, workspace_bytes, top_k,
-            score_dtype, and backend: "triton" (also for "auto") or "torch".
+            score_dtype, divergence, and backend: "triton" (also for "auto") or "torch".
         dtype: Dtype of hidden states and weights.
         trainable_head: Whether the student's weight requires a gradient. The hidden states require one.
         student_stats: Whether the student's statistics come from the rollout.
@@ -144,8 +147,17 @@ class _Call:
 
     @property
     def saved_row_bytes(self) -> int:
-        computed = 8 if self.dtype == torch.float64 else 4
-        return ROW_BYTES if self.backend == "triton" else ROW_BYTES + WEIGHT_BYTES + SAVED_COLUMNS * computed
+        if self.backend == "triton":  # gradients are computed in the forward
+            return ROW_BYTES
+        number, divergence = max(4, self.dtype.itemsize), resolve_divergence(self.settings.divergence)
+        whole, support = divergence.whole, divergence.support
+        saved = ROW_BYTES + WEIGHT_BYTES + number  # the weight
+        if whole is not None:
+            saved += number * (SUMMED_COLUMNS if isinstance(whole, Summed) else KL_COLUMNS)
+        if support is not None:
+            saved += support.length * (ID_BYTES + number)
+            saved += ID_BYTES + number if support.reads_rest else 0  # the log-sum-exp off the list, fp64, and its derivative
+        return saved
 
     def sources(self, n: int) -> tuple[Source, Source]:
         transform = Transform(True, self.V, 1.0)
