@@ -144,7 +144,12 @@ def test_render_isolates_every_text_from_outside():
     others = [elements for elements, _ in outside if elements not in tokens]
     assert len(others) == 9  # title, two questions, a setting, an answer, both with their names, outcome, models
     assert all(elements[-1][0] == "bdi" for elements in others)
-    assert "h1,h2,h3,dt{overflow-wrap:anywhere}" in page
+    for rule in (
+        "h1,h2,h3,dt{overflow-wrap:anywhere}",
+        "section>table :is(td,th){overflow-wrap:anywhere;",
+        "overflow-wrap:break-word}",
+    ):
+        assert rule in page
     hovers = _Page(page).hovers
     assert all(hover.startswith(f"token \u2068{text!r}\u2069\n") for hover in hovers)
     for control in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067":

@@ -1,6 +1,5 @@
 """Checkpoints whose files are damaged, one kind of file after the other: the run continues from the newest intact one and is
-the
-undamaged run bit for bit; what a run without `resume` leaves alone; prompts that were edited.
+the undamaged run bit for bit; what a run without `resume` leaves alone; prompts that were edited.
 
 Command: make test ARGS=tests/trainer/test_checkpoints.py
 Not here: which checkpoints are good after a blow-up (test_blow_up.py), sharded ones (test_processes.py).
@@ -154,6 +153,21 @@ def test_a_copy_beside_the_checkpoints_is_none_of_them(finished, folder):
     newest = complete(checkpoints)[-1]
     shutil.copytree(newest, checkpoints / f"{newest.name}-copy")
     assert [path.name for path in complete(checkpoints)] == [path.name for path in complete(finished / "checkpoints")]
+
+
+def test_a_run_json_that_cannot_be_written_makes_no_checkpoint(folder, monkeypatch):
+    flush = os.fsync
+
+    def fail(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("run.json.partial"):
+            raise OSError("the disk is full")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="full"):
+        trainer(folder, steps=4, resume=True, **OPTIONS).train()
+    assert (folder / "checkpoints" / "step-000004" / "model.safetensors").exists()
+    assert [path.name for path in complete(folder / "checkpoints")] == ["step-000001", "step-000002", "step-000003"]
 
 
 def test_write_whole_leaves_the_old_text_where_it_fails(tmp_path, monkeypatch):
