@@ -9,7 +9,7 @@ Not here: text (program.py), what is computed (operations.py), where it is kept 
 
 from __future__ import annotations
 
-from functools import reduce
+from functools import cache, reduce
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from tests.support.ptx.program import Address, Instruction, Program, Vector
 
 BATCH = 8192  # threads that run together
 WARP = 32
+DTYPES = {name: np.dtype(kind) for name, kind in TYPES.items()}
 REGISTERS = {1: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}  # by bits
 
 
@@ -50,6 +51,7 @@ class Threads:
         with np.errstate(all="ignore"):
             while (now := int(self.block.min())) < end:
                 active = self.block == now
+                self.is_whole = bool(active.all())
                 self.block[active] = now + 1
                 executed += int(active.reshape(-1, WARP).any(1).sum()) * len(self.program.blocks[now])
                 for instruction in self.program.blocks[now]:
@@ -57,22 +59,29 @@ class Threads:
         return executed
 
     def _execute(self, instruction: Instruction, active):
-        if instruction.guard is not None:
-            guard = self.read(instruction.guard, "pred")
-            active = active & (~guard if instruction.negated else guard)
-        getattr(self, "_" + instruction.opcode[0], self._compute)(instruction, active)
+        execute = getattr(self, "_" + instruction.opcode[0], self._compute)
+        if instruction.guard is None:
+            execute(instruction, active)
+            return
+        guard, is_whole = self.read(instruction.guard, "pred"), self.is_whole
+        active = active & (~guard if instruction.negated else guard)
+        self.is_whole = bool(active.all())
+        execute(instruction, active)
+        self.is_whole = is_whole
 
     # Operands
 
     def _register_type(self, register: str) -> np.dtype:
-        return np.dtype(REGISTERS[self.program.widths[register.rstrip("0123456789")]])
+        known = self.program.register_types
+        if register not in known:
+            known[register] = np.dtype(REGISTERS[self.program.widths[register.rstrip("0123456789")]])
+        return known[register]
 
     def read(self, operand, kind: str):
         """As an array of the type, one element a thread, or as a scalar of it."""
-        dtype = np.dtype(TYPES[kind])
+        dtype = DTYPES[kind]
         if isinstance(operand, int):
-            bits = operand & (1 << 8 * dtype.itemsize) - 1
-            return np.array(bits, f"u{dtype.itemsize}").view(dtype)[()] if dtype.kind != "b" else np.bool_(operand)
+            return _constant(operand, dtype)
         if isinstance(operand, Vector):  # the first is the lowest
             part = f"b{8 * dtype.itemsize // len(operand)}"
             return np.stack([self.each(x, part) for x in operand], -1).reshape(-1).view(dtype)
@@ -105,7 +114,7 @@ class Threads:
             value = value.view(dtype)
         if not value.ndim:
             value = np.full(self.n, value)
-        self.registers[register] = value if active.all() else np.where(active, value, self.read(register, _bits(dtype)))
+        self.registers[register] = value if self.is_whole else np.where(active, value, self.read(register, _bits(dtype)))
 
     def addresses(self, address: Address):
         base, offset = address
@@ -128,17 +137,9 @@ class Threads:
         self.write(target, result, active)
 
     def _values(self, name: str, kind: str, operands: list) -> list:
-        """Operands as `compute` takes them: read as the instruction's type, but for these."""
-        kinds = [kind] * len(operands)
-        if name == "selp":
-            kinds[2] = "pred"
-        elif name in ("shl", "shr"):
-            kinds[1] = "u32"
-        elif name == "mad.wide":
-            kinds[2] = kind[0] + "64"
-        constants = {"bfe": 2, "prmt": 1}.get(name, 0)  # at the end: fields and bytes are picked by constants
-        read = len(operands) - constants
-        return [self.read(x, k) for x, k in zip(operands[:read], kinds, strict=False)] + operands[read:]
+        """Operands as `compute` takes them."""
+        kinds = _kinds(name, kind, len(operands))
+        return [self.read(x, k) for x, k in zip(operands, kinds, strict=False)] + operands[len(kinds) :]
 
     def _setp(self, instruction: Instruction, active):
         assert len(instruction.opcode) == 3, f"a comparison that flushes, or joins another: {instruction.text}"
@@ -253,10 +254,32 @@ class Threads:
         self.block[active] = len(self.program.blocks)
 
 
+@cache
+def _constant(operand: int, dtype: np.dtype) -> np.generic:
+    bits = operand & (1 << 8 * dtype.itemsize) - 1
+    return np.array(bits, f"u{dtype.itemsize}").view(dtype)[()] if dtype.kind != "b" else np.bool_(operand)
+
+
+@cache
+def _kinds(name: str, kind: str, count: int) -> list[str]:
+    """The types as which `compute` takes operands that are read: the instruction's own, but for these."""
+    kinds = [kind] * count
+    if name == "selp":
+        kinds[2] = "pred"
+    elif name in ("shl", "shr"):
+        kinds[1] = "u32"
+    elif name == "mad.wide":
+        kinds[2] = kind[0] + "64"
+    constants = {"bfe": 2, "prmt": 1}.get(name, 0)  # at the end: fields and bytes are picked by constants
+    return kinds[: count - constants]
+
+
+@cache
 def _bits(dtype: np.dtype) -> str:
     return "pred" if dtype.kind == "b" else f"b{8 * dtype.itemsize}"
 
 
+@cache
 def _split(opcode: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
     """The name by which OPERATIONS knows an opcode; and its other parts, how it rounds and, at the end, its types."""
     name = tuple(x for x in opcode if x not in TYPES and x not in ("rn", "ftz", "full", "approx"))

@@ -31,7 +31,8 @@ error_sign = 0  # of every approximate instruction: -1, 1, or 0: by the bits of 
 
 def flush(x):
     """Subnormal fp32 to zero of the same sign."""
-    return np.where(np.abs(x) < SMALLEST, np.copysign(np.float32(0), x), x)
+    small = np.abs(x) < SMALLEST
+    return np.where(small, np.copysign(np.float32(0), x), x) if small.any() else x
 
 
 def approximate(exact, ulps: int):

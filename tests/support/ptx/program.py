@@ -40,6 +40,7 @@ class Program(NamedTuple):
     widths: dict[str, int]  # bits of a register by its prefix: {"%r": 32}
     blocks: list[list[Instruction]]
     labels: dict[str, int]  # label -> block
+    register_types: dict[str, object]  # of each register that was used, once it was
 
 
 def parse(ptx: str) -> Program:
@@ -71,6 +72,7 @@ def parse(ptx: str) -> Program:
         widths=widths,
         blocks=blocks,
         labels=labels,
+        register_types={},
     )
 
 
