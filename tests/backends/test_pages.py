@@ -20,9 +20,13 @@ CPU = torch.device("cpu")
 on_large_pages = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux alone has large pages on request")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_cycle_holds_memory():
+    gc.collect()  # once: in a process that holds all of transformers it takes half a second
+
+
 @pytest.fixture(autouse=True)
-def _nothing_waits():
-    gc.collect()
+def _no_memory_waits():
     pages.release()
     yield
     pages.release()

@@ -27,6 +27,7 @@ from opd_ops.call import choose
 from tests.support.cases import logit_pair
 from tests.support.tolerances import relative_error
 
+pytestmark = pytest.mark.full
 CPU = torch.device("cpu")
 
 
@@ -34,7 +35,6 @@ def dry(**changed):
     return gpu_timing.Bench(**{"device": CPU, "dtype": torch.bfloat16, "rounds": 1, "dry": True} | changed)
 
 
-@pytest.mark.full
 def test_a_dry_run_runs_every_part_and_says_that_it_is_no_measurement(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results")
     assert gpu.main(["--dry-run", "--out", str(tmp_path / "out")]) == 0

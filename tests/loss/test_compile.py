@@ -45,7 +45,7 @@ def head_operator(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.full), torch.bfloat16])
-@pytest.mark.parametrize("name", ["head_columns", "head_loss"])
+@pytest.mark.parametrize("name", [pytest.param("head_columns", marks=pytest.mark.full), "head_loss"])
 def test_operators_on_heads_pass_opcheck(name, dtype):
     found = torch.library.opcheck(*head_operator(name, dtype))
     assert set(found.values()) == {"SUCCESS"}
@@ -112,7 +112,7 @@ def test_a_captured_call_never_asks_the_host(inputs, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("workspace_bytes", [2**10, 2**29])
+@pytest.mark.parametrize("workspace_bytes", [pytest.param(2**10, marks=pytest.mark.full), 2**29])
 def test_rows_that_fill_up_a_captured_call_may_hold_nan(workspace_bytes, dtype, monkeypatch):
     heads = head_pair((4,), 131, dtype=dtype)
     heads[1].hidden[0] = math.nan  # the teacher's: not valid, and the first to fill up
@@ -226,6 +226,7 @@ def test_most_selected_is_the_budget_of_all(fraction):
         assert most_selected(n, fraction) == budget(torch.tensor(n), fraction)
 
 
+@pytest.mark.full
 def test_vocabularies_that_differ_compile_and_are_warned_of_while_tracing():
     student, teacher = (head.hidden @ head.weight.T for head in head_pair((6,), 131))
 

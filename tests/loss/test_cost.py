@@ -64,7 +64,7 @@ def test_optional_statistics_cost_no_further_sweep():
     assert units == pytest.approx(2 + 4 * FRACTION, rel=1e-12)
 
 
-@pytest.mark.parametrize("n", [100, 300, 900])
+@pytest.mark.parametrize("n", [100, 600])
 @pytest.mark.parametrize("workspace_bytes", [2**20, 2**21])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_head_peak_is_workspace_plus_gradients_plus_order_n(n, workspace_bytes, dtype):
@@ -83,7 +83,7 @@ def test_head_peak_is_workspace_plus_gradients_plus_order_n(n, workspace_bytes, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_head_peak_keeps_to_the_workspace_when_every_row_is_selected(dtype):
-    n, dim, workspace_bytes = 3000, 256, 2**20
+    n, dim, workspace_bytes = 1000, 256, 2**20
     student, teacher = head_pair((n,), 400, student_dim=dim, teacher_dim=dim, dtype=dtype)
     student = leaf_head(student)
     with LiveBytes() as meter:
@@ -97,7 +97,7 @@ def test_head_peak_keeps_to_the_workspace_when_every_row_is_selected(dtype):
 @pytest.mark.parametrize("case", ["plateau", "rising"])
 @pytest.mark.parametrize("top_k", [16, 128])
 def test_logits_that_do_not_pay_to_prune_cost_no_more_memory(case, top_k):
-    n, vocab, workspace_bytes = 256, 20_000, 2**24
+    n, vocab, workspace_bytes = 128, 20_000, 2**23
     student, teacher = logit_pair(n, vocab)
     if case == "plateau":
         student[:, : 128 * top_k] = teacher[:, : 128 * top_k] = 30.0
@@ -151,7 +151,7 @@ def test_nothing_of_the_workspace_outlives_the_forward():
 
 @pytest.mark.parametrize("length", [16, 256])
 def test_long_lists_of_a_teacher_take_the_workspace_and_themselves_in_order(length):
-    n, vocab, width, workspace_bytes = 800, 512, 256, 2**18
+    n, vocab, width, workspace_bytes = 400, 512, 256, 2**18
     student, teacher = logit_pair(n, vocab)
     logprobs, ids = teacher.log_softmax(-1).topk(width)
     lists = TopKLogprobs(ids, logprobs)

@@ -34,6 +34,7 @@ from opd_ops.selection.selectors import SELECTORS
 from tests.support.cases import generator, leaf, logit_pair
 from tests.support.tolerances import relative_error
 
+pytestmark = pytest.mark.full
 K = 6
 WHOLE = [
     ReverseKL(),

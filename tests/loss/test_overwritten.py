@@ -167,14 +167,14 @@ def test_an_overwritten_tensor_makes_gradients_nan_where_looking_would_wait():
 
 @pytest.mark.parametrize("side", ["logits", "heads"])
 def test_a_teacher_of_inference_mode_costs_no_memory(side):
-    student, teacher = logit_pair(200, 701) if side == "logits" else head_pair((200,), 701, bias=True)
+    student, teacher = logit_pair(60, 701) if side == "logits" else head_pair((60,), 701, bias=True)
     found = []
     for given in (teacher, in_inference_mode(teacher)):
         mine = leaf(student) if side == "logits" else leaf_head(student)
         tensors = [x for y in (mine, given) for x in ([y] if side == "logits" else [y.hidden, y.weight, y.bias])]
         with LiveBytes() as meter:
             with saved_bytes(tensors) as saved:
-                loss = selective_opd_loss(mine, given, workspace_bytes=2**18, backend="torch").loss
+                loss = selective_opd_loss(mine, given, workspace_bytes=2**17, backend="torch").loss
             loss.backward()
         found.append((saved["bytes"], meter.peak))
     # The meter takes the teacher for new when autograd is given it by another name.

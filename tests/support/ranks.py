@@ -29,7 +29,8 @@ class Processes:
 
     def _start(self):
         self.folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # imports once, not in each process
+        context.set_forkserver_preload(["tests.support.preloaded"])
         store = str(Path(self.folder.name) / "store")
         self.pipes, self.processes = [], []
         for rank in range(SIZE):

@@ -52,6 +52,7 @@ def _start(folder, output):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | threads)
 
 
+@pytest.mark.full
 def test_sigterm_saves_and_resume_continues_bit_for_bit(tmp_path, capsys):
     _write(tmp_path)
     cli.main(_flags(tmp_path, tmp_path / "whole"))

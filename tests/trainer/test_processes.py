@@ -66,9 +66,10 @@ def _logs(folder):
     return [[json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two")]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("kind", "environment", "cuts"),
-    [("MULTI_CPU Parameter", {}, [3]), pytest.param("FSDP DTensor", FSDP2, [2, 3], marks=pytest.mark.full)],
+    [("MULTI_CPU Parameter", {}, [3]), ("FSDP DTensor", FSDP2, [2, 3])],
 )
 def test_two_processes_are_one_with_twice_the_micro_batches(kind, environment, cuts, tmp_path):
     trainer(tmp_path / "one", steps=3, gradient_accumulation_steps=4).train()
