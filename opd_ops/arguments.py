@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,11 +19,21 @@ from torch import Tensor
 LARGEST_INTEGER = 2**63 - 1  # torch takes no larger one
 LARGEST_ID = 2**31 - 2  # torch cuts a larger id to 32 bits when it compares it with 32-bit tokens: 2^40 would be token 0
 LONGEST_SHOWN = 60
+Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def is_traced() -> bool:
     """Whether torch.compile traces the call. Traced code must not read a value, log or warn."""
     return torch.compiler.is_compiling()
+
+
+def traced_as_constant(function: Function) -> Function:
+    """A decorator: torch.compile calls the function while it traces, and takes the result for a constant.
+
+    The same as torch.compiler.assume_constant_result, which loads torch._dynamo: a second at every import of this package.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def may_look(tensor: Tensor) -> bool:

@@ -13,7 +13,7 @@ from importlib import import_module
 
 import torch
 
-from opd_ops.arguments import is_traced
+from opd_ops.arguments import is_traced, traced_as_constant
 from opd_ops.backends.eager import EAGER
 from opd_ops.backends.interface import Backend, Needs
 from opd_ops.backends.streamed.backend import STREAMED
@@ -86,7 +86,7 @@ def _any_rank_refuses(reason: str | None, student: Source) -> str | None:
 
 
 # A property of the machine, so torch.compile may evaluate it once, while tracing.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@traced_as_constant
 def _without_triton(device: str) -> str | None:
     """Why no Triton kernel can run on the device; None if one can."""
     try:

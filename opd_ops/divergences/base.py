@@ -100,9 +100,9 @@ class Support(NamedTuple):
 class OnSupport(Divergence):
     """A divergence on a short list of ids: the teacher's top-K, or the token that the student sampled.
 
-    `loss` is differentiable torch on (M, K) tensors in fp64. A constant added to `student` and `student_rest` must not change it:
-    backends subtract the largest logit. Every backend differentiates it and carries the gradients of the
-    listed logits and of `student_rest` on to the student's logits.
+    `loss` is differentiable torch on (M, K) tensors in fp64. A constant added to `student` and `student_rest` must not change
+    it: backends subtract the largest logit. Every backend differentiates it and carries the gradients of the listed logits and
+    of `student_rest` on to the student's logits.
     """
 
     of_tokens: ClassVar[bool] = False  # the list is the sampled token, not the teacher's top-K

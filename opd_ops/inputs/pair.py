@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opd_ops.arguments import check_layout, warn_user
+from opd_ops.arguments import check_layout, traced_as_constant, warn_user
 from opd_ops.divergences import DIVERGENCES, Divergence, Extrapolated
 from opd_ops.inputs.linear_head import LinearHead
 from opd_ops.inputs.sources import Source
@@ -171,7 +170,7 @@ def _check_vocabulary(student: int, teacher: int, vocab_size: int | None) -> int
 
 
 # torch.compile runs this while it traces, once per graph: a graph cannot warn.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@traced_as_constant
 def _warn_once(student: int, teacher: int) -> None:
     if (student, teacher) in _warned_of:
         return

@@ -23,6 +23,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from opd_ops.arguments import traced_as_constant
 from opd_ops.distributed.order_statistics import order_statistics
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.inputs.sequences import check_same_sequences
@@ -52,7 +53,7 @@ def _ratio(fraction: float) -> tuple[int, int]:
     return numerator_and_denominator
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@traced_as_constant
 def _nearest_ratio(fraction: float) -> tuple[int, int]:
     return Fraction(fraction).limit_denominator(1_000_000).as_integer_ratio()
 

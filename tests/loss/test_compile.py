@@ -9,6 +9,8 @@ Not here: the values themselves (tests/backends/test_triton.py).
 """
 
 import math
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -16,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd_ops import LinearHead, StudentStats, selective_opd_loss
+from opd_ops.arguments import traced_as_constant
 from opd_ops.backends.triton import operators as triton_ops
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.workspace import Workspace
@@ -218,6 +221,20 @@ def test_inplace_backward_is_rejected_while_tracing():
 
     with pytest.raises(Exception, match="inplace_backward"):
         compiled(call)(leaf(student), teacher)
+
+
+def test_a_constant_of_the_trace_is_marked_as_torch_marks_it():
+    def ours(): ...
+
+    def torchs(): ...
+
+    assert vars(traced_as_constant(ours)) == vars(torch.compiler.assume_constant_result(torchs)) != {}
+
+
+@pytest.mark.full
+def test_the_package_loads_no_compiler():
+    code = "import sys, torch, opd_ops; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.1, 0.3, 1.0])
