@@ -26,7 +26,7 @@ CASES = [
     {"student_stats": True, "backend": "torch"},
     {"score_dtype": "float8"},
     {"score_dtype": "float8", "student_stats": True},
-    {"score_dtype": "float32", "fraction": 1.0, "workspace_bytes": 7_000},
+    pytest.param({"score_dtype": "float32", "fraction": 1.0, "workspace_bytes": 7_000}, marks=pytest.mark.full),
 ]
 
 

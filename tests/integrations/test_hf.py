@@ -257,6 +257,7 @@ def of_ranks():
     assert loss > 0
 
 
+@pytest.mark.full
 def test_evaluation_on_ranks_is_each_rank_s_own(ranks):
     ranks.run(of_ranks)
 

@@ -9,17 +9,20 @@ Not here: text (program.py), what is computed (operations.py), where it is kept 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, reduce
+from typing import NamedTuple
 
 import numpy as np
 
 from tests.support.ptx.memory import LOCAL, Buffers, Scratch
-from tests.support.ptx.operations import OPERATIONS, TYPES, compare, compute, convert
+from tests.support.ptx.operations import OPERATIONS, TYPES, compare, convert, operation
 from tests.support.ptx.program import Address, Instruction, Program, Vector
 
 BATCH = 8192  # threads that run together
 WARP = 32
 DTYPES = {name: np.dtype(kind) for name, kind in TYPES.items()}
+REDUCTIONS = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or}  # of integers
 REGISTERS = {1: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}  # by bits
 
 
@@ -41,7 +44,9 @@ class Threads:
         self.n = len(ids) * program.threads
         thread = np.arange(self.n, dtype=np.uint32)
         self.lane = (thread % WARP).astype(np.int64)
-        self.block = np.zeros(self.n, np.int64)  # where each goes on; after the last it has ended
+        self.everyone = np.ones(self.n, np.bool_)
+        self.next = 0  # the block where all go on; after the last they have ended. None: see `block`
+        self.block = np.zeros(self.n, np.int64)  # where each goes on, if they are apart
         self.registers = {"%tid.x": thread % np.uint32(program.threads), "%ctaid.x": np.repeat(ids, program.threads)}
         self.shared = Scratch(thread // program.threads, shared_bytes)
         self.local = Scratch(thread, program.local_bytes)
@@ -49,14 +54,29 @@ class Threads:
     def run(self) -> int:
         executed, end = 0, len(self.program.blocks)
         with np.errstate(all="ignore"):
-            while (now := int(self.block.min())) < end:
-                active = self.block == now
+            while (now := int(self.block.min()) if self.next is None else self.next) < end:
+                active, warps = self.everyone, self.n // WARP
+                if self.next is None:
+                    active = self.block == now
+                    warps = int(active.reshape(-1, WARP).any(1).sum())
                 self.is_whole = bool(active.all())
-                self.block[active] = now + 1
-                executed += int(active.reshape(-1, WARP).any(1).sum()) * len(self.program.blocks[now])
+                self._go(now + 1, active)
+                executed += warps * len(self.program.blocks[now])
                 for instruction in self.program.blocks[now]:
                     self._execute(instruction, active)
         return executed
+
+    def _go(self, block: int, active):
+        """Active threads go on at the block."""
+        if self.is_whole:
+            self.next = block
+        elif active.any():
+            if self.next is not None:
+                self.block.fill(self.next)
+                self.next = None
+            self.block[active] = block
+            if (self.block == block).all():
+                self.next = block
 
     def _execute(self, instruction: Instruction, active):
         execute = getattr(self, "_" + instruction.opcode[0], self._compute)
@@ -124,22 +144,38 @@ class Threads:
     # What computes
 
     def _compute(self, instruction: Instruction, active):
+        plan = self.program.plans.get(id(instruction))
+        if plan is None:
+            plan = self.program.plans[id(instruction)] = self._plan(instruction)
+        if plan.function is not None:
+            values = []
+            for operand, kind, dtype, constant in plan.operands:
+                value = self.registers.get(operand) if constant is None else constant
+                values.append(self.read(operand, kind) if value is None or value.dtype is not dtype else value)
+            self.write(plan.target, plan.function(*values, *plan.constants), active)
+            return
         name, types = _split(instruction.opcode)
         target, *operands = instruction.operands
         if types[-1] == "f32x2":  # the operation on either half
             halves = [self.each(x, "b64").view(np.float32) for x in operands]
-            result = compute(name, (*types[:-1], "f32"), *halves).view(np.uint64)
-        elif name in ("add", "sub", "fma") and types[-1] in ("bf16", "f16") and "f32" in types:  # in fp32, as the last is
+            result = operation(name, (*types[:-1], "f32"))(*halves).view(np.uint64)
+        else:  # in fp32, as the last operand is
             values = [convert(("f32", types[-1]), self.read(x, types[-1])) for x in operands[:-1]]
-            result = compute(name, ("f32",), *values, self.read(operands[-1], "f32"))
-        else:
-            result = compute(name, types, *self._values(name, types[-1], operands))
+            result = operation(name, ("f32",))(*values, self.read(operands[-1], "f32"))
         self.write(target, result, active)
 
-    def _values(self, name: str, kind: str, operands: list) -> list:
-        """Operands as `compute` takes them."""
-        kinds = _kinds(name, kind, len(operands))
-        return [self.read(x, k) for x, k in zip(operands, kinds, strict=False)] + operands[len(kinds) :]
+    def _plan(self, instruction: Instruction) -> Plan:
+        name, types = _split(instruction.opcode)
+        target, *operands = instruction.operands
+        is_widened = name in ("add", "sub", "fma") and types[-1] in ("bf16", "f16") and "f32" in types
+        if types[-1] == "f32x2" or is_widened:
+            return Plan(None, target, [], [])
+        kinds = _kinds(name, types[-1], len(operands))
+        read = [
+            (operand, kind, DTYPES[kind], _constant(operand, DTYPES[kind]) if isinstance(operand, int) else None)
+            for operand, kind in zip(operands, kinds, strict=False)
+        ]
+        return Plan(operation(name, types), target, read, operands[len(kinds) :])
 
     def _setp(self, instruction: Instruction, active):
         assert len(instruction.opcode) == 3, f"a comparison that flushes, or joins another: {instruction.text}"
@@ -235,7 +271,9 @@ class Threads:
         target, source, _ = instruction.operands
         self._all_or_none(instruction, active, WARP)
         values = self.each(source, types[-1]).reshape(-1, WARP)
-        self.write(target, np.repeat(reduce(lambda a, b: compute(name, types, a, b), values.T), WARP), active)
+        combine = REDUCTIONS.get(name) if types[-1] in ("s32", "u32", "b32") else None
+        result = reduce(operation(name, types), values.T) if combine is None else combine.reduce(values, axis=1)
+        self.write(target, np.repeat(result.astype(values.dtype), WARP), active)
 
     def _bar(self, instruction: Instruction, active):
         self._all_or_none(instruction, active, WARP if instruction.opcode[1] == "warp" else self.program.threads)
@@ -248,10 +286,10 @@ class Threads:
     # Branches
 
     def _bra(self, instruction: Instruction, active):
-        self.block[active] = self.program.labels[instruction.operands[0]]
+        self._go(self.program.labels[instruction.operands[0]], active)
 
     def _ret(self, instruction: Instruction, active):
-        self.block[active] = len(self.program.blocks)
+        self._go(len(self.program.blocks), active)
 
 
 @cache
@@ -260,9 +298,18 @@ def _constant(operand: int, dtype: np.dtype) -> np.generic:
     return np.array(bits, f"u{dtype.itemsize}").view(dtype)[()] if dtype.kind != "b" else np.bool_(operand)
 
 
+class Plan(NamedTuple):
+    """How an instruction that only computes is executed; function None: by halves, or widened to fp32."""
+
+    function: Callable[..., np.ndarray] | None
+    target: str
+    operands: list[tuple[object, str, np.dtype, np.generic | None]]  # each with its type, and its value if it is a number
+    constants: list[object]  # as they stand, after the operands
+
+
 @cache
 def _kinds(name: str, kind: str, count: int) -> list[str]:
-    """The types as which `compute` takes operands that are read: the instruction's own, but for these."""
+    """The types of the operands that are read: the instruction's own, but for these."""
     kinds = [kind] * count
     if name == "selp":
         kinds[2] = "pred"

@@ -11,7 +11,7 @@ Not here: memory, branches, and what threads exchange (machine.py).
 
 from __future__ import annotations
 
-from functools import reduce
+from functools import cache, partial, reduce
 
 import numpy as np
 
@@ -157,16 +157,17 @@ def of_all(function):
     return lambda types, *operands: reduce(function, operands)
 
 
-def compute(name, types, *values):
-    """The operation of that name, on values read as arrays of the last type."""
-    kind = types[-1]
+@cache
+def operation(name, types):
+    """The operation of that name: a function of values read as arrays of the last type."""
+    kind, function = types[-1], OPERATIONS[name]
     if kind == "bf16" and name in ("min", "max", "min.NaN", "max.NaN"):
-        return float_to_bf16(OPERATIONS[name](types, *map(bf16_to_float, values)))
+        return lambda *values: float_to_bf16(function(types, *map(bf16_to_float, values)))
     if kind in ("f64", "f16", "bf16", "f16x2", "bf16x2") and name not in ("cvt", "selp"):
         raise NotImplementedError(f"{name} of {kind}")
     if "ftz" in types and name != "cvt":
-        return flush(OPERATIONS[name](types, *map(flush, values)))
-    return OPERATIONS[name](types, *values)
+        return lambda *values: flush(function(types, *map(flush, values)))
+    return partial(function, types)
 
 
 def wide(a, types):

@@ -40,7 +40,8 @@ class Program(NamedTuple):
     widths: dict[str, int]  # bits of a register by its prefix: {"%r": 32}
     blocks: list[list[Instruction]]
     labels: dict[str, int]  # label -> block
-    register_types: dict[str, object]  # of each register that was used, once it was
+    register_types: dict[str, object]  # machine.py: of each register that was used
+    plans: dict[int, object]  # machine.py: how an instruction that was executed is
 
 
 def parse(ptx: str) -> Program:
@@ -73,6 +74,7 @@ def parse(ptx: str) -> Program:
         blocks=blocks,
         labels=labels,
         register_types={},
+        plans={},
     )
 
 
