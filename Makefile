@@ -26,8 +26,11 @@ PARALLEL := --numprocesses 2 --dist loadfile
 TESTED := $(VENV)/.test $(VENV)/.train $(VENV)/.parity
 PYTEST := $(BIN)/python -m pytest
 
+# Suites against peers, all marked `full`: each process that collects them imports the peers for ten seconds.
+PEERS := tests/parity tests/integrations/test_verl.py
+
 test: $(TESTED)
-	$(PYTEST) $(or $(ARGS),$(PARALLEL) -m "not full")
+	$(PYTEST) $(or $(ARGS),$(PARALLEL) -m "not full" $(PEERS:%=--ignore=%))
 
 # All of `test`, then what takes long, then the kernels once more: interpreted, and compiled by the oldest triton they support.
 test-all: test test-full test-interpreted test-triton36

@@ -177,7 +177,7 @@ def test_one_end_of_turn_has_nothing_to_merge_with():
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "tail_aware", "local_support"])
 def test_eos_ids_keep_to_the_workspace(divergence):
-    n, vocab, workspace_bytes = 128, 8192, 2**20
+    n, vocab, workspace_bytes = 64, 8192, 2**20
     student, teacher = (leaf(x) for x in logit_pair(n, vocab))
     with LiveBytes() as meter:
         out = selective_opd_loss(

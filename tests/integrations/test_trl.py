@@ -76,7 +76,7 @@ def logs(trainer, names=LOGGED):
     return torch.tensor(rows, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.full), 2])
 @pytest.mark.parametrize("lora", [False, True])
 def test_fraction_one_reproduces_trl(tmp_path, accumulation, lora):
     want = logs(train(tmp_path, accumulation=accumulation, lora=lora))
@@ -95,7 +95,7 @@ def test_the_trainer_s_beta_and_temperature_are_kept(tmp_path, beta):
     torch.testing.assert_close(got, want, rtol=2e-4, atol=0)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_a_quarter_of_the_tokens_does_not_shrink_the_step(tmp_path, accumulation):
     found = []
     options = {"steps": 4, "accumulation": accumulation, "learning_rate": 0.0}  # the same models and rollouts in every run

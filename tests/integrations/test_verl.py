@@ -27,6 +27,8 @@ from opd_ops.integrations.verl import AGGREGATIONS, MODE, patch_verl
 from tests.support.cases import leaf, logit_pair
 from tests.support.tolerances import assert_gradient
 
+pytestmark = pytest.mark.full  # importing the peer takes seconds in each process
+
 VOCAB, K, PROMPT, RESPONSE = 131, 16, 4, 10
 PROMPTS, RESPONSES = [2, 4, 1], [10, 6, 8]  # lengths
 N = sum(PROMPTS) + sum(RESPONSES)

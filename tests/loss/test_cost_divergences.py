@@ -93,7 +93,7 @@ def test_units_of_a_mixed_teacher_count_both_heads():
     assert got == pytest.approx(3 + 5 * FRACTION, rel=1e-12)
 
 
-@pytest.mark.parametrize("workspace_bytes", [2**20, 2**22])
+@pytest.mark.parametrize("workspace_bytes", [pytest.param(2**20, marks=pytest.mark.full), 2**22])
 @pytest.mark.parametrize("divergence", sorted(DIVERGENCES))
 def test_head_peak_is_workspace_plus_gradients_plus_order_n(divergence, workspace_bytes):
     n, fraction = 160, 0.3

@@ -149,7 +149,7 @@ def released(seeds, scope):
     return len(seeds)
 
 
-@pytest.mark.parametrize("scope", ["global", "sequence"])
+@pytest.mark.parametrize("scope", [pytest.param("global", marks=pytest.mark.full), "sequence"])
 def test_teachability_released_over_ranks_selects_what_the_released_code_does(ranks, scope):
     assert ranks.run(released, range(3), scope) == [3] * SIZE
 

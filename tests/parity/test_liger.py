@@ -28,6 +28,8 @@ from tests.parity.formulas import jsd, logits_of, variation
 from tests.support.cases import generator, gradients, head_pair, leaf, leaf_head, logit_pair, to_double
 from tests.support.tolerances import assert_gradient, relative_error, small_kl_bound
 
+pytestmark = pytest.mark.full  # importing the peer takes seconds in each process
+
 BACKENDS = ["torch", "eager"]
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
 PEER = 1e-5  # Liger's fp32 gradients: 2e-6 measured on these inputs

@@ -30,6 +30,8 @@ from tests.parity.formulas import entropy, jsd, logits_of
 from tests.support.cases import generator, gradients, head_pair, leaf, leaf_head, logit_pair, to_double
 from tests.support.tolerances import assert_gradient, relative_error
 
+pytestmark = pytest.mark.full  # importing the peer takes seconds in each process
+
 BACKENDS = ["torch", "eager"]
 PEER = 1e-5  # torchtune's fp32 gradients: 3e-7 measured on these inputs
 LOSSES = {"reverse": (ReverseKLLoss, ReverseKL(), 1.0), "forward": (ForwardKLLoss, ForwardKL(), 0.0)}

@@ -43,6 +43,8 @@ from tests.parity.formulas import entropy, jsd, kl, local_support, logits_of, ta
 from tests.support.cases import generator, gradients, head_pair, leaf, leaf_head, logit_pair, to_double
 from tests.support.tolerances import assert_gradient, relative_error, small_kl_bound
 
+pytestmark = pytest.mark.full  # importing the peer takes seconds in each process
+
 BACKENDS = ["torch", "eager"]
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
 PEER = 1e-5  # TRL's fused gradients: 2e-6 measured on these inputs

@@ -31,6 +31,8 @@ from tests.parity.formulas import jsd, kl, logits_of, top_k_forward
 from tests.support.cases import generator, gradients, head_pair, leaf, leaf_head, logit_pair, to_double
 from tests.support.tolerances import assert_gradient, relative_error
 
+pytestmark = pytest.mark.full  # importing the peer takes seconds in each process
+
 BACKENDS = ["torch", "eager"]
 PEER = 1e-5  # verl's fp32 gradients: 4e-7 measured on these inputs
 K = 16
