@@ -39,14 +39,25 @@ def test_a_layout_finds_every_position(name):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_zeros_gives_a_gradient_of_the_same_positions(name):
+def test_empty_gives_a_gradient_of_the_same_positions(name):
     logits = LAYOUTS[name](BASE)
     layout = Layout.of(logits)
-    table, gradient = layout.zeros(logits)
+    table, gradient = layout.empty(logits)
     positions = torch.arange(logits.shape[:-1].numel())
     table[layout.rows(positions)] = logits.reshape(-1, logits.shape[-1])
     assert torch.equal(gradient, logits)
     assert gradient.is_contiguous() == (name not in ("shifted", "later half", "every second", "transposed", "four dimensions"))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_kept_rows_are_those_given_and_with_gaps_those_of_no_position(name):
+    logits = LAYOUTS[name](BASE)
+    layout, n = Layout.of(logits), logits.shape[:-1].numel()
+    positions = layout.rows(torch.arange(n))
+    rows = positions[n // 2 :: 2]
+    assert layout.kept(rows, gaps=False).nonzero().flatten().tolist() == sorted(rows.tolist())
+    others = set(range(layout.n_rows)) - set(positions.tolist())
+    assert set(layout.kept(rows, gaps=True).nonzero().flatten().tolist()) == others | set(rows.tolist())
 
 
 def test_rows_of_logits_in_order_are_the_positions_themselves():

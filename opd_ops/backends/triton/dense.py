@@ -13,6 +13,7 @@ import torch
 from opd_kernels.argmax import argmax_fwd
 from opd_kernels.score import Score, score_fwd
 from opd_kernels.support import Support
+from opd_kernels.zero_rows import zero_rows
 from torch import Tensor
 
 from opd_ops.backends.shared.grids import score_bytes
@@ -93,7 +94,7 @@ def launch_gradient(
     """
     layout, student_table = table_of(student)
     tables = student_table, table_of(teacher)[1]
-    out, gradient = (tables[0], student.detach()) if inplace else layout.zeros(student)
+    out, gradient = (tables[0], student.detach()) if inplace else layout.empty(student)
     places, weights = layout.rows(rows), weights.contiguous()
     options = launch_options(*_dense(vocab_size, temperature))
     with on_device(out.device):
@@ -106,10 +107,7 @@ def launch_gradient(
                 columns, _, top, elsewhere, *_ = constants.rows(part)
             more = {"top": top, "elsewhere": elsewhere, "out": out, **options}
             GRADIENTS[type(DIVERGENCES[kind])](*tables, places[part], weights[part], columns, **more)
-    if inplace:
-        # By index, because a mask would read and write all rows. A stable sort finds the other rows without a synchronisation.
-        selected = torch.zeros(layout.shape.numel(), dtype=torch.bool, device=rows.device).index_fill(0, rows, True)
-        others = selected.to(torch.uint8).argsort(stable=True)[: len(selected) - len(rows)]
-        # This write also tells autograd of the overwritten logits: another node that saved them raises in its backward.
-        tables[0].index_fill_(0, layout.rows(others), 0.0)
+        zero_rows(out, layout.kept(places, gaps=inplace))  # rows between positions may hold other numbers of the user
+    if inplace:  # autograd did not see the kernels write: another node that saved the logits then raises in its backward
+        torch.autograd.graph.increment_version(gradient)
     return gradient

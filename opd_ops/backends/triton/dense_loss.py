@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from opd_kernels.zero_rows import zero_rows
 from torch import Tensor
 
 from opd_ops.backends.shared.gradient_in_backward import GradientPlan, connected
@@ -83,9 +84,11 @@ class _ComputedGradient(GradientPlan):
         student, teacher, rows, *constants = saved
         layout, student_table = table_of(student)
         tables = student_table, None if teacher is None else table_of(teacher)[1]
-        out, gradient = layout.zeros(student)
+        out, gradient = layout.empty(student)
+        places = layout.rows(rows)
         with on_device(out.device):
-            self.loss.gradient(*tables, layout.rows(rows), dlosses.contiguous(), KernelConstants(*constants), out=out)
+            self.loss.gradient(*tables, places, dlosses.contiguous(), KernelConstants(*constants), out=out)
+            zero_rows(out, layout.kept(places, gaps=False))
         return [gradient]
 
 

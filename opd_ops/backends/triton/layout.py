@@ -61,6 +61,14 @@ class Layout(NamedTuple):
             positions = positions // size
         return rows
 
+    def kept(self, rows: Tensor, *, gaps: bool) -> Tensor:
+        """(n_rows,) uint8, 1 in the given rows of the table; `gaps`: also in rows that are no position."""
+        keep = torch.zeros(self.n_rows, dtype=torch.uint8, device=rows.device)
+        if gaps and not self._in_order():
+            positions = self.rows(torch.arange(self.shape.numel(), device=rows.device))
+            keep.fill_(1).index_fill_(0, positions, 0)
+        return keep.index_fill_(0, rows, 1)
+
     def _in_order(self) -> bool:
         expected = 1
         for size, step in zip(reversed(self.shape), reversed(self.steps), strict=True):
@@ -69,11 +77,11 @@ class Layout(NamedTuple):
             expected *= size
         return True
 
-    def zeros(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """A new zero table for gradients, (n_rows, V) contiguous, and its view of the shape of the logits.
+    def empty(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """A new table for gradients, (n_rows, V) contiguous and uninitialised, and its view of the shape of the logits.
 
         It has the same rows between positions as the logits' table: for a slice, autograd would allocate these rows anyway.
         """
         width = logits.shape[-1]
-        table = torch.zeros((self.n_rows, width), dtype=logits.dtype, device=logits.device)
+        table = torch.empty((self.n_rows, width), dtype=logits.dtype, device=logits.device)
         return table, table.as_strided(logits.shape, (*(max(1, step) * width for step in self.steps), 1))
