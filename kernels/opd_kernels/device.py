@@ -10,8 +10,8 @@ A stored logit x stands for the logit  softcap * tanh(scale * x / softcap) / T, 
 tanh turns a stored -inf into the logit -softcap / T. Logits have the order of stored logits in both cases.
 Python floats may arrive as fp64 (torch.compile before 2.15), hence the casts.
 
-Not here: kernels and launchers (score.py, support.py, argmax.py, reverse_kl.py, forward_kl.py, jsd.py, rest.py); block
-sizes (launch_table.py).
+Not here: kernels and launchers (score.py, support.py, argmax.py, reverse_kl.py, forward_kl.py, jsd.py, rest.py,
+zero_rows.py); block sizes (launch_table.py).
 """
 
 import math
@@ -172,31 +172,28 @@ def _log2_probs(s, t, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm,
 
 
 @triton.jit
-def _tokens(s, t, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm,
-            CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr):  # fmt: skip
-    # p, q, the gap log p - log q in nats, and dz/dx of the student, per id of a block
-    log2_p, log2_q, gap, slope = _log2_probs(s, t, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm, CAP_S, CAP_T, SAME_K)
-    return tl.exp2(log2_p), tl.exp2(log2_q), gap * LN_2, slope
-
-
-@triton.jit
-def _difference(p, q, gap):
-    # p - q = -p expm1(-gap). Where |gap| < 1/2, a polynomial with an error of 2^-22 gives expm1: close models
-    # lose no digits. Elsewhere the subtraction is as exact. Also right where p or q is 0.
-    x = -gap
-    series = tl.fma(x, 1.9841270e-4, tl.full(x.shape, 1.3888889e-3, tl.float32))
-    series = tl.fma(series, x, tl.full(x.shape, 8.3333333e-3, tl.float32))
-    series = tl.fma(series, x, tl.full(x.shape, 4.1666667e-2, tl.float32))
-    series = tl.fma(series, x, tl.full(x.shape, 0.16666667, tl.float32))
-    series = tl.fma(series, x, tl.full(x.shape, 0.5, tl.float32))
-    series = tl.fma(series, x, tl.full(x.shape, 1.0, tl.float32))
-    return tl.where((tl.abs(gap) < 0.5) & (p > 0.0), -p * (x * series), p - q)
-
-
-@triton.jit
 def _likely_top(top_ptr, norm):
     # The row's top id if p > 1/2 there, else -1: in a flat row the sum of the others has more rounding than one entry.
     return tl.where(norm[1] < 1.0, tl.load(top_ptr), -1)
+
+
+@triton.jit
+def _block_of(top, n_full, BLOCK_V: tl.constexpr):
+    # the full block that holds the id; n_full if none does, or if top is -1
+    return tl.where(top < 0, n_full, tl.minimum(top // BLOCK_V, n_full))
+
+
+@triton.jit
+def _store_zeros(out_row, W, BLOCK_V: tl.constexpr):
+    _store_padding(out_row, 0, W, BLOCK_V)
+
+
+@triton.jit
+def _store_padding(out_row, V, W, BLOCK_V: tl.constexpr):
+    # zeros in the columns V .. W-1
+    lane = tl.arange(0, BLOCK_V)
+    for v in range(V, W, BLOCK_V):
+        tl.store(out_row + (v + lane), tl.zeros((BLOCK_V,), out_row.dtype.element_ty), mask=v + lane < W)
 
 
 @triton.jit

@@ -35,29 +35,44 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch_table
-from .device import LN_2, _likely_top, _load_normalisers, _store_top, _tokens, row_step, transform
+from .device import (
+    LN_2,
+    _block_of,
+    _likely_top,
+    _load_normalisers,
+    _log2_probs,
+    _store_padding,
+    _store_top,
+    _store_zeros,
+    row_step,
+    transform,
+)
 
 
 @triton.jit
 def _reverse_kl_block(
-    s_row, t_row, out_row, offs, V, top, kl, coef, weight, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, MASKED: tl.constexpr,
+    s_row, t_row, out_row, offs, V, top, coef, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, MASKED: tl.constexpr, HAS_TOP: tl.constexpr,
 ):  # fmt: skip
+    # Writes the gradient of a block; returns p (g - kl) in bits, 0 at `top`. `norm` makes _log2_probs' gap g - kl.
     if MASKED:
         s = tl.load(s_row + offs, mask=offs < V, other=float("-inf"))
         t = tl.load(t_row + offs, mask=offs < V, other=float("-inf"))
     else:
         s = tl.load(s_row + offs)
         t = tl.load(t_row + offs)
-    p, _, gap, slope = _tokens(s, t, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm, CAP_S, CAP_T, SAME_K)
-    dlogit = tl.where(p == 0.0, 0.0, p * (gap - kl))
-    grad = tl.where((weight == 0.0) | (kl == float("inf")), 0.0, dlogit * (coef * slope))
+    log2_p, _, gap, slope = _log2_probs(s, t, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm, CAP_S, CAP_T, SAME_K)
+    p = tl.exp2(log2_p)
+    dlogit = tl.where(p == 0.0, 0.0, p * gap)
+    grad = (dlogit * (coef * slope)).to(out_row.dtype.element_ty)
     if MASKED:
-        tl.store(out_row + offs, grad.to(out_row.dtype.element_ty), mask=offs < V)
+        tl.store(out_row + offs, grad, mask=offs < V)
         dlogit = tl.where(offs < V, dlogit, 0.0)
     else:
-        tl.store(out_row + offs, grad.to(out_row.dtype.element_ty))
-    return tl.where(offs == top, 0.0, dlogit)
+        tl.store(out_row + offs, grad)
+    if HAS_TOP:
+        dlogit = tl.where(offs == top, 0.0, dlogit)
+    return dlogit
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -79,31 +94,46 @@ def _reverse_kl_grad_kernel(
     out_row = out_ptr + row * stride_on * UNIT_O
     weight = tl.load(weights_ptr + pid_m)
     kl = tl.load(score_ptr + 5 * M + pid_m)
-    norm = _load_normalisers(score_ptr, M, pid_m)
-    coef = weight * (k_s * LN_2)
-    top = -1
-    if HAS_TOP:
-        top = _likely_top(top_ptr + pid_m, norm)
-
-    lane = tl.arange(0, BLOCK_V)
-    n_full = V // BLOCK_V
-    total = _reverse_kl_block(
-        s_row, t_row, out_row, n_full * BLOCK_V + lane, V, top, kl, coef, weight, pre_s, cap_s, k_s, pre_t, cap_t, k_t,
-        norm, CAP_S, CAP_T, SAME_K, True,
-    )  # fmt: skip
-    for b in range(n_full):
-        total += _reverse_kl_block(
-            s_row, t_row, out_row, b * BLOCK_V + lane, V, top, kl, coef, weight, pre_s, cap_s, k_s, pre_t, cap_t, k_t,
-            norm, CAP_S, CAP_T, SAME_K, False,
+    if (weight == 0.0) | (kl == float("inf")):
+        _store_zeros(out_row, W, BLOCK_V)
+    else:
+        norm = _load_normalisers(score_ptr, M, pid_m)
+        # The gap's constant takes kl along: one rounding for both.
+        moved = (norm[0], norm[1], norm[2], norm[3], norm[4] + kl * 1.4426950408889634)
+        coef = weight * (k_s * LN_2) * LN_2
+        lane = tl.arange(0, BLOCK_V)
+        n_full = V // BLOCK_V
+        n_left = n_full
+        top = -1
+        if HAS_TOP:
+            top = _likely_top(top_ptr + pid_m, norm)
+            top_block = _block_of(top, n_full, BLOCK_V)
+            n_left -= (top_block < n_full).to(tl.int32)
+        total = _reverse_kl_block(
+            s_row, t_row, out_row, n_full * BLOCK_V + lane, V, top, coef, pre_s, cap_s, k_s, pre_t, cap_t, k_t,
+            moved, CAP_S, CAP_T, SAME_K, True, HAS_TOP,
         )  # fmt: skip
-    for v in range(V, W, BLOCK_V):
-        tl.store(out_row + (v + lane), tl.zeros((BLOCK_V,), out_row.dtype.element_ty), mask=v + lane < W)
-    if HAS_TOP:
-        coef = tl.where((weight == 0.0) | (kl == float("inf")), 0.0, coef)
-        others = tl.sum(total, 0)
-        if HAS_ELSEWHERE:
-            others += tl.load(elsewhere_ptr + pid_m)
-        _store_top(out_row, top, -others, coef, norm[0], pre_s, cap_s, CAP_S)
+        # The block of the top id comes before the loop, which then compares no id with it.
+        if HAS_TOP:  # noqa: SIM102 without a top there is no `top_block`
+            if top_block < n_full:
+                total += _reverse_kl_block(
+                    s_row, t_row, out_row, top_block * BLOCK_V + lane, V, top, coef, pre_s, cap_s, k_s, pre_t, cap_t, k_t,
+                    moved, CAP_S, CAP_T, SAME_K, False, True,
+                )  # fmt: skip
+        for i in range(n_left):
+            b = i
+            if HAS_TOP:
+                b += (i >= top_block).to(tl.int32)
+            total += _reverse_kl_block(
+                s_row, t_row, out_row, b * BLOCK_V + lane, V, top, coef, pre_s, cap_s, k_s, pre_t, cap_t, k_t,
+                moved, CAP_S, CAP_T, SAME_K, False, False,
+            )  # fmt: skip
+        _store_padding(out_row, V, W, BLOCK_V)
+        if HAS_TOP:
+            others = tl.sum(total, 0)
+            if HAS_ELSEWHERE:
+                others += tl.load(elsewhere_ptr + pid_m) * 1.4426950408889634
+            _store_top(out_row, top, -others, coef, norm[0], pre_s, cap_s, CAP_S)
 
 
 def reverse_kl_grad(
