@@ -33,6 +33,7 @@ from opd_kernels.forward_kl import forward_kl_grad
 from opd_kernels.jsd import jsd_fwd, jsd_grad
 from opd_kernels.rest import rest_fwd, rest_grad
 from opd_kernels.reverse_kl import reverse_kl_grad
+from opd_kernels.scale import scale
 from opd_kernels.score import COLUMNS, score_fwd
 from opd_kernels.support import support_fwd
 from opd_kernels.zero_rows import zero_rows
@@ -115,6 +116,7 @@ def configurations():
                 yield record(f"{dtype} softcap", grad, s, t, *chosen, top=top, out=s, **CAPPED)[:2]
         with Recorder() as launches:
             zero_rows(s, torch.empty(8192, dtype=torch.uint8, device="meta"))
+            scale(s, columns[0, :1])
         yield f"{dtype} rows", launches
         sums = torch.empty((2, 409), device="meta")
         ids = torch.empty((409, 32), dtype=torch.int32, device="meta")

@@ -11,7 +11,7 @@ tanh turns a stored -inf into the logit -softcap / T. Logits have the order of s
 Python floats may arrive as fp64 (torch.compile before 2.15), hence the casts.
 
 Not here: kernels and launchers (score.py, support.py, argmax.py, reverse_kl.py, forward_kl.py, jsd.py, rest.py,
-zero_rows.py); block sizes (launch_table.py).
+zero_rows.py, scale.py); block sizes (launch_table.py).
 """
 
 import math

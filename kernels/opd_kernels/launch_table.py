@@ -110,6 +110,11 @@ def zero_rows() -> Tile:
     return Tile({"WORDS": 2048}, num_warps=128 // _warp_size())
 
 
+def scale() -> Tile:
+    """128 threads with four 128-bit loads of 16 bits each, all in flight."""
+    return Tile({"BLOCK": 4096}, num_warps=128 // _warp_size())
+
+
 def rest(dtype: torch.dtype) -> Tile:
     """128 threads, each takes 32 logits an iteration, as in `score`: 8.9 instructions a logit and 53 registers."""
     vec = 4 if dtype == torch.float32 else 8

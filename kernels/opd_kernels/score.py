@@ -256,7 +256,7 @@ def _alone(
 
 
 @triton.jit
-def _write_columns(out_ptr, n, total, k_s, k_t):
+def _write_columns(out_ptr, stride, total, k_s, k_t):
     top_s, top_t, sum_s, sum_t, x_s, x_t, gap_s, gap_t, alone_s, alone_t = total
     ref_s = top_s * k_s
     ref_t = top_t * k_t
@@ -277,25 +277,25 @@ def _write_columns(out_ptr, n, total, k_s, k_t):
     ent_s = tl.maximum(log_zs - (x_s / sum_s) * LN_2, 0.0, propagate_nan=tl.PropagateNan.ALL)
     ent_t = tl.maximum(log_zt - (x_t / sum_t) * LN_2, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(out_ptr, ref_s * LN_2 + log_zs)
-    tl.store(out_ptr + n, ref_t * LN_2 + log_zt)
-    tl.store(out_ptr + 2 * n, (ref_s - ref_t) * LN_2 + dz)
-    tl.store(out_ptr + 3 * n, ent_s)
-    tl.store(out_ptr + 4 * n, ent_t)
-    tl.store(out_ptr + 5 * n, reverse)
-    tl.store(out_ptr + 6 * n, forward)
+    tl.store(out_ptr + stride, ref_t * LN_2 + log_zt)
+    tl.store(out_ptr + 2 * stride, (ref_s - ref_t) * LN_2 + dz)
+    tl.store(out_ptr + 3 * stride, ent_s)
+    tl.store(out_ptr + 4 * stride, ent_t)
+    tl.store(out_ptr + 5 * stride, reverse)
+    tl.store(out_ptr + 6 * stride, forward)
     # The sums are relative to k top rounded to fp32, but a later kernel subtracts top itself: log2z is corrected.
     rest_s = tl.fma(top_s, k_s, -ref_s)
     rest_t = tl.fma(top_t, k_t, -ref_t)
-    tl.store(out_ptr + 7 * n, top_s)
-    tl.store(out_ptr + 8 * n, log_zs * 1.4426950408889634 - rest_s)
-    tl.store(out_ptr + 9 * n, top_t)
-    tl.store(out_ptr + 10 * n, log_zt * 1.4426950408889634 - rest_t)
-    tl.store(out_ptr + 11 * n, dz * 1.4426950408889634 - (rest_s - rest_t))
+    tl.store(out_ptr + 7 * stride, top_s)
+    tl.store(out_ptr + 8 * stride, log_zs * 1.4426950408889634 - rest_s)
+    tl.store(out_ptr + 9 * stride, top_t)
+    tl.store(out_ptr + 10 * stride, log_zt * 1.4426950408889634 - rest_t)
+    tl.store(out_ptr + 11 * stride, dz * 1.4426950408889634 - (rest_s - rest_t))
 
 
-@triton.jit(do_not_specialize=["n", "parts"])
+@triton.jit(do_not_specialize=["stride_out", "parts"])
 def _score_fwd_kernel(
-    s_ptr, t_ptr, rows_ptr, out_ptr, gmax_ptr, stride_sn, stride_tn, n, parts, V,
+    s_ptr, t_ptr, rows_ptr, out_ptr, gmax_ptr, stride_sn, stride_tn, stride_out, parts, V,
     k_s, pre_s, cap_s, k_t, pre_t, cap_t,
     HAS_ROWS: tl.constexpr, SPLIT: tl.constexpr, UNIT_S: tl.constexpr, UNIT_T: tl.constexpr,
     CAP_S: tl.constexpr, CAP_T: tl.constexpr,
@@ -349,11 +349,11 @@ def _score_fwd_kernel(
         for i in tl.static_range(10):
             tl.store(out_ptr + pid * 10 + i, total[i])
     else:
-        _write_columns(out_ptr + pid_n, n, total, k_s, k_t)
+        _write_columns(out_ptr + pid_n, stride_out, total, k_s, k_t)
 
 
-@triton.jit(do_not_specialize=["n", "parts"])
-def _merge_fwd_kernel(part_ptr, out_ptr, n, parts, k_s, k_t, PARTS: tl.constexpr):
+@triton.jit(do_not_specialize=["stride_out", "parts"])
+def _merge_fwd_kernel(part_ptr, out_ptr, stride_out, parts, k_s, k_t, PARTS: tl.constexpr):
     k_s = tl.cast(k_s, tl.float32)
     k_t = tl.cast(k_t, tl.float32)
     pid_n = tl.program_id(0).to(tl.int64)
@@ -362,7 +362,7 @@ def _merge_fwd_kernel(part_ptr, out_ptr, n, parts, k_s, k_t, PARTS: tl.constexpr
     state = ()
     for i in tl.static_range(10):
         state = state + (tl.load(ptr + i, mask=lane < parts, other=FLOOR if i < 2 else float("-inf") if i > 7 else 0.0),)
-    _write_columns(out_ptr + pid_n, n, _join_lanes(state, k_s, k_t), k_s, k_t)
+    _write_columns(out_ptr + pid_n, stride_out, _join_lanes(state, k_s, k_t), k_s, k_t)
 
 
 def score_fwd(
@@ -370,6 +370,7 @@ def score_fwd(
     teacher: Tensor,  # (N, >= vocab_size)
     rows: Tensor | None,  # (n,) int32 or int64; None: all rows
     *,
+    out: Tensor | None = None,  # (12, n) fp32, unit stride along n; None: a new tensor
     vocab_size: int,
     temperature: float,
     s_scale: float,
@@ -382,7 +383,9 @@ def score_fwd(
     n = student.shape[0] if rows is None else rows.shape[0]
     stride_g = triton.cdiv(vocab_size, GROUP * ALIGN.value) * ALIGN.value
     same = student.dtype == teacher.dtype
-    columns = torch.empty((len(COLUMNS), n), dtype=torch.float32, device=student.device)
+    columns = torch.empty((len(COLUMNS), n), dtype=torch.float32, device=student.device) if out is None else out
+    assert columns.shape == (len(COLUMNS), n)
+    assert n <= 1 or columns.stride(1) == 1, "unit stride along the rows"
     group_max = torch.empty((n, 2, stride_g), dtype=student.dtype if same else torch.float32, device=student.device)
     if n == 0:
         return Score(columns, group_max)
@@ -391,19 +394,19 @@ def score_fwd(
     aligned = rows_are_aligned(student, teacher)
     tile = launch_table.score(student.dtype, teacher.dtype, aligned=aligned, capped=s.has_cap or t.has_cap)
     parts = launch_table.score_parts(n, vocab_size, tile, student.device)
-    out = columns
+    written = columns
     if parts > 1:
-        out = torch.empty((n, parts, N_PARTIALS), dtype=torch.float32, device=student.device)
+        written = torch.empty((n, parts, N_PARTIALS), dtype=torch.float32, device=student.device)
     (stride_s, unit_s), (stride_t, unit_t) = row_step(student), row_step(teacher)
     _score_fwd_kernel[(n * parts,)](
-        student, teacher, rows, out, group_max, stride_s, stride_t, n, parts, vocab_size,
+        student, teacher, rows, written, group_max, stride_s, stride_t, columns.stride(0), parts, vocab_size,
         s.k, s.pre, s.cap, t.k, t.pre, t.cap,
         HAS_ROWS=rows is not None, SPLIT=parts > 1, UNIT_S=unit_s, UNIT_T=unit_t, CAP_S=s.has_cap, CAP_T=t.has_cap,
         **tile.constants, num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
     if parts > 1:
         _merge_fwd_kernel[(n,)](
-            out, columns, n, parts, s.k, t.k,
+            written, columns, columns.stride(0), parts, s.k, t.k,
             PARTS=triton.next_power_of_2(parts), num_warps=1, enable_fp_fusion=False,
         )  # fmt: skip
     return Score(columns, group_max)

@@ -187,10 +187,10 @@ def _union_kl(s_at_s, t_at_s, s_at_t, t_at_t, keep_s, keep_t, k_s, k_t):
     return tl.where((lost > 0) & (kl == kl), float("inf"), kl)
 
 
-@triton.jit(do_not_specialize=["n", "K", "KG"])
+@triton.jit(do_not_specialize=["stride_c", "K", "KG"])
 def _support_stats_fwd_kernel(
     s_ptr, t_ptr, rows_ptr, groups_ptr, found_ptr, score_ptr, ids_ptr, logits_ptr, out_ptr,
-    stride_sn, stride_tn, n, K, KG,
+    stride_sn, stride_tn, stride_c, K, KG,
     k_s, pre_s, cap_s, k_t, pre_t, cap_t,
     HAS_ROWS: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, GROUP: tl.constexpr, KP: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -229,19 +229,19 @@ def _support_stats_fwd_kernel(
     tl.store(logits_row + 2 * K + t_place, s_at_t * k_s * LN_2, mask=mask_k)
     tl.store(logits_row + 3 * K + t_place, t_at_t * k_t * LN_2, mask=mask_k)
 
-    s_ref = tl.load(score_ptr + 7 * n + pid)
-    s_log2z = tl.load(score_ptr + 8 * n + pid)
-    t_ref = tl.load(score_ptr + 9 * n + pid)
-    t_log2z = tl.load(score_ptr + 10 * n + pid)
+    s_ref = tl.load(score_ptr + 7 * stride_c + pid)
+    s_log2z = tl.load(score_ptr + 8 * stride_c + pid)
+    t_ref = tl.load(score_ptr + 9 * stride_c + pid)
+    t_log2z = tl.load(score_ptr + 10 * stride_c + pid)
     q_s = tl.where(mask_k, tl.exp2(_log2_prob(t_at_s, k_t, t_ref, t_log2z)), 0.0)
     p_s = tl.where(mask_k, tl.exp2(_log2_prob(s_at_s, k_s, s_ref, s_log2z)), 0.0)
     tl.store(out_ptr + pid, tl.sum(q_s, 0))
-    tl.store(out_ptr + n + pid, tl.sum(p_s, 0))
-    tl.store(out_ptr + 2 * n + pid, tl.sum(tl.where(s_in_t > 0, q_s, 0.0), 0))
+    tl.store(out_ptr + stride_c + pid, tl.sum(p_s, 0))
+    tl.store(out_ptr + 2 * stride_c + pid, tl.sum(tl.where(s_in_t > 0, q_s, 0.0), 0))
     kl = _union_kl(s_at_s, t_at_s, s_at_t, t_at_t, mask_k, mask_k & (t_in_s == 0), k_s, k_t)
     # a NaN that is on no list still makes the normalisers NaN
     known = (s_log2z == s_log2z) & (t_log2z == t_log2z)
-    tl.store(out_ptr + 3 * n + pid, tl.where(known, kl, float("nan")))
+    tl.store(out_ptr + 3 * stride_c + pid, tl.where(known, kl, float("nan")))
 
 
 def support_fwd(
@@ -250,6 +250,7 @@ def support_fwd(
     rows: Tensor | None,  # (n,), the rows given to score_fwd
     score: Score,
     *,
+    out: Tensor | None = None,  # (4, n) fp32, of the strides of score.columns; None: a new tensor
     top_k: int,
     vocab_size: int,
     temperature: float,
@@ -265,7 +266,9 @@ def support_fwd(
     new = {"device": student.device}
     ids = torch.empty((n, 2, top_k), dtype=torch.int32, **new)
     logits = torch.empty((n, 4, top_k), dtype=torch.float32, **new)
-    columns = torch.empty((len(SUPPORT_COLUMNS), n), dtype=torch.float32, **new)
+    columns = torch.empty((len(SUPPORT_COLUMNS), n), dtype=torch.float32, **new) if out is None else out
+    assert columns.shape == (len(SUPPORT_COLUMNS), n)
+    assert columns.stride() == score.columns.stride(), "the strides of the score's columns"
     if n == 0:
         return Support(ids, logits, columns)
     n_picked = min(top_k, n_groups)
@@ -288,7 +291,7 @@ def support_fwd(
     t = transform(t_scale, t_softcap, temperature)
     _support_stats_fwd_kernel[(n,)](
         student, teacher, rows, groups, places, score.columns, ids, logits, columns,
-        student.stride(0), teacher.stride(0), n, top_k, n_picked, s.k, s.pre, s.cap, t.k, t.pre, t.cap,
+        student.stride(0), teacher.stride(0), score.columns.stride(0), top_k, n_picked, s.k, s.pre, s.cap, t.k, t.pre, t.cap,
         HAS_ROWS=rows is not None, CAP_S=s.has_cap, CAP_T=t.has_cap, GROUP=GROUP, KP=triton.next_power_of_2(top_k),
         CHUNK=min(16, triton.next_power_of_2(top_k)),
         num_warps=tile.stats_warps, enable_fp_fusion=False,

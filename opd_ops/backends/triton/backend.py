@@ -92,7 +92,10 @@ class Triton(Backend):
                     table = operators.token_columns(*tensors, top_k, optional, workspace.nbytes, vocab, temperature)
                 else:
                     table = dense.launch_columns(*tensors, top_k, columns, workspace, vocab, temperature)
-            out = dict(zip(column_names(columns), table.unbind(0), strict=True))
+            named = zip(column_names(columns), table.unbind(0), strict=True)
+            out = {
+                name: column for name, column in named if name in TokenStats._fields
+            }  # the others are for the gradients' kernels
             return TokenStats(valid=torch.isfinite(out["teacher_logsumexp"]), **out)
 
     def own_stats(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from opd_kernels.score import Score, score_fwd
+from opd_kernels.score import COLUMNS, Score, score_fwd
 from opd_kernels.support import SUPPORT_COLUMNS, Support, support_fwd
 from torch import Tensor
 
@@ -22,7 +22,6 @@ from opd_ops.backends.streamed.running import row_jsd
 from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Transform, finish_logits
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.stats import SWEPT_COLUMNS
 
 JSD_BUFFERS = 10  # fp32 rows of V alive at once in row_jsd
 
@@ -45,8 +44,8 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 
 def column_names(columns: frozenset[str]) -> tuple[str, ...]:
-    """The computed columns of TokenStats, in order. `columns`: the optional columns to compute."""
-    return (*SWEPT_COLUMNS, *SUPPORT_COLUMNS, *sorted(columns))
+    """The columns that launches compute, in order. `columns`: the optional columns to compute."""
+    return (*COLUMNS, *SUPPORT_COLUMNS, *sorted(columns))
 
 
 def parse_columns(optional: str) -> frozenset[str]:
@@ -70,16 +69,12 @@ def write_columns(
     `workspace` bounds the scratch of the optional columns; the launch itself takes `score_bytes` a row besides.
     """
     options = launch_options(*transforms)
-    score = score_fwd(*tables, rows, **options)
-    lists = support_fwd(*tables, rows, score, top_k=top_k, **options)
+    of_score, of_support, others = out.split((len(COLUMNS), len(SUPPORT_COLUMNS), len(columns)))
+    score = score_fwd(*tables, rows, out=of_score, **options)
+    lists = support_fwd(*tables, rows, score, out=of_support, top_k=top_k, **options)
     optional = _list_columns(lists, score, columns - {"jsd"}, workspace)
-    for name, column in zip(column_names(columns), out, strict=True):
-        if name in optional:
-            column.copy_(optional[name])
-        elif name == "jsd":
-            column.copy_(_jsd(tables, rows, transforms, workspace))
-        else:
-            column.copy_(getattr(score if name in SWEPT_COLUMNS else lists, name))
+    for name, column in zip(sorted(columns), others, strict=True):
+        column.copy_(_jsd(tables, rows, transforms, workspace) if name == "jsd" else optional[name])
     return score, lists
 
 
