@@ -1,8 +1,7 @@
 """LinearHeads on the Triton backend, kernels interpreted or compiled: values and gradients, what they cost, what they hold.
 
-  Compared: columns of TokenStats and relative norms of gradients with the fp64 oracle, by support/tolerances.py; matmul FLOPs
-  with
-  2 + 4 rho units; live bytes with the workspace. Few rows: one takes up to 0.2 s interpreted.
+  Compared: columns of TokenStats and relative norms of gradients with the fp64 oracle, by support/tolerances.py. Counted:
+  matmul FLOPs against 2 + 4 rho units, live bytes against the workspace. Few rows: one takes up to 0.2 s interpreted.
   Run: make test ARGS=tests/backends/test_triton_heads.py
 
 Not here: 8 bits (inputs/test_float8.py), statistics from the rollout (inputs/test_rollout.py), a GPU (benchmarks/gpu/run.py).
@@ -15,6 +14,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from opd_ops import LinearHead, score_positions, selective_opd_loss
+from opd_ops.backends.shared import grids
+from opd_ops.inputs.sources import Source
+from opd_ops.inputs.workspace import Workspace
 from tests.support.cases import gradients, head_pair, leaf, leaf_head, to_double
 from tests.support.meters import LiveBytes
 from tests.support.tolerances import HEAD_ABSOLUTE, assert_gradient, assert_stats, relative_error
@@ -220,6 +222,23 @@ def test_more_selected_rows_than_the_workspace_keeps_cost_a_second_look():
     student, teacher = heads(10, torch.bfloat16)
     found = units(leaf_head(student), teacher, 10, fraction=0.5, workspace_bytes=2**11)
     assert found == pytest.approx(2 + 6 * 0.5, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_kept_for_a_span_of_rows_cost_no_second_look(dtype, monkeypatch):
+    """Tiles of a few rows, so that ten rows are three spans: what 16,384 positions are in the default workspace."""
+    monkeypatch.setattr(grids, "TILE_ROWS", (8, 4, 2))
+    student, teacher = head_pair((10,), 131, bias=True, dtype=dtype)
+    kept = grids.SelectedGrid.of(
+        *(Source.of(x) for x in (student, teacher)), n=10, needs=(True, True, True), workspace=Workspace(2**14)
+    ).kept
+    assert 0 < kept < 10
+    found, whole, exact = leaf_head(student), leaf_head(student), leaf_head(student, torch.float64)
+    units_of_spans = units(found, teacher, 10, fraction=1.0, workspace_bytes=2**14)
+    assert units_of_spans == units(whole, teacher, 10, fraction=1.0)
+    run(exact, to_double(teacher), fraction=1.0, backend="eager")
+    for got, at_once, want in zip(gradients(found), gradients(whole), gradients(exact), strict=True):
+        assert relative_error(got, want) <= 2 * relative_error(at_once, want) + 1e-6
 
 
 def test_masked_rows_cost_nothing():

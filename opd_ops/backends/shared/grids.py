@@ -7,8 +7,7 @@
   "torch", backward  1/2 to blocks of logits, 1/4 to hidden states and their gradient, 1/8 to cast weights
   "triton", score    15/16 to logits, hidden rows and kernel scratch of a tile (7/16 if optional columns need scratch), 1/16 to
                      casts
-  "triton", loss     the same for both models' fp32 logits and 16-bit gradients; the gradients of all rows are kept if they fit
-                     5/8 of it
+  "triton", loss     the same for both models' fp32 logits and 16-bit gradients; at most 5/8 of it to gradients that are kept
 
 Needs no Triton.
 Not here: how a workspace is divided (inputs/workspace.py), the work on a tile (streamed/, triton/).
@@ -133,7 +132,9 @@ def _cast_columns(student: Source, teacher: Source, workspace: Workspace, size: 
 # 8-bit weight is padded to as many rows, because its product fills the padding too.
 ALIGNED = float8.ALIGNED
 MIN_BLOCK = 16  # columns, however small the workspace
-MATMUL_ROWS = 128  # rows of the vendor's own tile: a multiple of it fills every tile
+# Rows of a tile, the largest that fits: 128 is the matmul's own tile, 256 its wider one. The kernels run one program a row, and
+# Hopper (132 multiprocessors of four programs) 528 at a time: 512 rows fill such a wave, 640 would take two.
+TILE_ROWS = (512, 256, 128)
 GROUP = 128  # logits per group maximum, as in opd_kernels/score.py
 KERNEL_LIST_BYTES = 40  # per row and K: both lists' ids, logits and places
 KERNEL_ROW_BYTES = 3072  # per row: columns, and the sums of a row split into 64 parts
@@ -175,9 +176,10 @@ def copies(*sources: Source) -> int:
 
 
 def _whole_tiles(n: int, bytes_per_row: int, workspace: Workspace) -> int:
-    """How many of n rows to take at a time: a multiple of the matmul's tile if larger than one tile."""
+    """How many of n rows to take at a time: all, or a multiple of the largest of `TILE_ROWS` that fits."""
     size = max(1, min(n, workspace.count(bytes_per_row)))
-    return size - size % MATMUL_ROWS if MATMUL_ROWS < size < n else size
+    step = next((step for step in TILE_ROWS if step <= size), 1)
+    return size if size == n else size - size % step
 
 
 def score_rows(
@@ -205,7 +207,7 @@ class SelectedGrid(NamedTuple):
     """How a loss goes through the selected rows."""
 
     rows: int  # at a time
-    keep: bool  # whether the 16-bit logit gradients of all rows are kept, for one weight gradient
+    kept: int  # rows whose 16-bit logit gradients are kept, for one product of them all with the hidden states; 0: none
     second_look: bool  # whether the weight gradient recomputes the logits, by blocks of the vocabulary
 
     @staticmethod
@@ -217,11 +219,17 @@ class SelectedGrid(NamedTuple):
         narrow_bytes = leading.element_size() * padded(vocab) if narrow else 0
         per_row = 4 * copies(*sources) * padded(vocab) + score_bytes(vocab) + sum(map(row_bytes, sources)) + list_bytes
         budget = workspace.share(15, 16)
-        weight_needed = narrow and needs[1]
-        kept_bytes = m * (narrow_bytes + 2 * leading.element_size() * leading.shape[-1])  # with hidden rows
-        if weight_needed and kept_bytes <= 5 * budget.nbytes // 8:
-            return SelectedGrid(_whole_tiles(m, per_row, budget.less(kept_bytes)), True, False)
-        return SelectedGrid(_whole_tiles(m, per_row + narrow_bytes, budget), False, weight_needed)
+        weight_needed, wide = narrow and needs[1], TILE_ROWS[1]
+        if weight_needed:
+            # With two copies of the hidden row and its gradient in fp32.
+            kept_row = narrow_bytes + (2 * leading.element_size() + 4) * leading.shape[-1]
+            kept = min(m, budget.share(5, 8).count(kept_row))
+            if kept > wide:  # fewer, if groups would be narrow otherwise
+                kept = min(kept, max(wide, budget.less(wide * per_row).nbytes // kept_row))
+            kept = kept if kept == m else kept - kept % wide
+            if kept >= min(m, wide):
+                return SelectedGrid(_whole_tiles(kept, per_row, budget.less(kept * kept_row)), kept, False)
+        return SelectedGrid(_whole_tiles(m, per_row + narrow_bytes, budget), 0, weight_needed)
 
 
 class BlockGrid(NamedTuple):

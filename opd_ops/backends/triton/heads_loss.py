@@ -5,10 +5,11 @@
 
 Losses and gradients come from fp32 logits, whatever the head's dtype: 16 bits would put an error of several per cent into the
 gradient. The forward computes the gradient next to the loss, because both read these logits: a backward that recomputed them
-would pay 2 rho more. The forward weights rows by at most 1 and the backward scales the result, so that fp16 gradients keep
-their digits. A second backward computes the gradients again.
-Memory: if they fit 5/8 of the workspace, the 16-bit logit gradients of all groups are kept for one weight gradient, rounded
-once. If not, the weight gradient computes the logits a second time (2 rho), by blocks of the vocabulary.
+would pay 2 rho more. With fp16 heads the forward weights rows by at most 1 and the backward scales the result, so that the
+gradients keep their digits. A second backward computes the gradients again.
+Memory: the 16-bit logit gradients of several groups are kept, for one product with the hidden states and one with the weight.
+If all rows' fit, the weight's gradient is rounded once; if those of 256 rows or more fit, once for each such span of rows. If
+not, it computes the logits a second time (2 rho), by blocks of the vocabulary, each rounded once.
 Deterministic: no atomics, sums in a fixed order. No host synchronisation, no copy from the host.
 Where ranks share out the vocabulary, shards.py passes the rows' normalisers and losses, the logits are those of this rank's
 part, and the hidden states' gradients of all ranks are added up in fp32.
@@ -18,10 +19,11 @@ Not here: statistics (heads.py), the kernels' work on a tile (kernel_loss.py), h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from opd_kernels.scale import scale
 from opd_kernels.score import COLUMNS
 from torch import Tensor
 
@@ -96,28 +98,30 @@ class _SelectedLoss(torch.autograd.Function):
     def backward(ctx: Any, dtotal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         rows, weights, *tensors = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
-        factor = scale_back(dtotal, weights)
+        factor = scale_back(dtotal, weights, tensors[0].dtype)
         if gradients is None:  # an earlier backward returned them, and they may be overwritten
             factor = factor * ctx.plan.verified(rows, tensors)
             gradients = ctx.plan.run(rows, weights, tensors, ctx.needs)[2]
         for gradient in gradients:
             if gradient is not None:
-                torch.mul(gradient, factor, out=gradient)
+                scale(gradient, factor)
         return (None,) * 3 + tuple(gradients) + (None,) * (len(tensors) - len(gradients))
 
 
-def _scale(weights: Tensor) -> Tensor:
-    """The power of two above the largest magnitude of the weights, 0-dim; 1 where there is none.
+def _scale(weights: Tensor, dtype: torch.dtype) -> Tensor | float:
+    """With fp16, the power of two above the largest magnitude of the weights, 0-dim; 1 where there is none. Else 1.
 
-    A power of two, because scaling a gradient back by it adds no rounding.
+    A power of two, because scaling a gradient back by it adds no rounding. Other dtypes hold numbers as small as the weights.
     """
+    if dtype != torch.float16:
+        return 1.0
     largest = torch.cat((weights.abs(), weights.new_zeros(1))).amax()
     return torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent), 1.0)
 
 
-def scale_back(dtotal: Tensor, weights: Tensor) -> Tensor:
+def scale_back(dtotal: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
     """(1,) factor of the gradients of `launch_loss`. Not 0-dim: torch would round a 0-dim factor to 16 bits first."""
-    return (dtotal * _scale(weights)).view(1)
+    return (dtotal * _scale(weights, dtype)).view(1)
 
 
 def launch_loss(
@@ -160,14 +164,14 @@ class _SelectedRows:
         self.student, self.rows, self.tokens, self.constants = student, rows, tokens, constants
         self.sources = (student, teacher) if isinstance(teacher, Source) else (student,)
         self.listed = None if isinstance(teacher, Source) else teacher
-        self.row_weights = (weights / _scale(weights)).float().clone()
+        self.row_weights = (weights / _scale(weights, student.leading.dtype)).float().clone()
         self.workspace, self.vocab = workspace, student.transform.vocab_size
         self.sides = [TileReader(x, rows, torch.float32, weight_casts(x, workspace)) for x in self.sources]
         transforms = [side.transform for side in self.sides]
         self.loss = KernelLoss(divergence, transforms[0], transforms[1] if len(transforms) > 1 else None)
 
     def run(self, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
-        """(M,) losses, and the gradients of their sum with weights of at most 1; None for a tensor without need."""
+        """(M,) losses, and the gradients of their weighted sum before `scale_back`; None for a tensor without need."""
         with on_device(self.rows.device), torch.autocast(self.rows.device.type, enabled=False):
             return self._run(needs)
 
@@ -177,14 +181,14 @@ class _SelectedRows:
         buffers = [aligned_buffer(grid.rows, self.vocab, torch.float32, device)[:, vocab] for _ in self.sides]
         narrowed = None
         if is_narrow(self.student, needs):
-            narrowed = aligned_buffer(m if grid.keep else grid.rows, self.vocab, self.student.leading.dtype, device)[:, vocab]
+            narrowed = aligned_buffer(grid.kept or grid.rows, self.vocab, self.student.leading.dtype, device)[:, vocab]
         out = _Gradients.of(self.student, needs, m)
         losses = torch.empty(m, dtype=torch.float32, device=device)
         if self.constants is not None and self.constants.columns is not None:
             losses.copy_(self.constants.columns[COLUMNS.index(str(self.loss.divergence.column))])
         parts = []
-        for group in chunks(m, grid.rows) if self.vocab else ():
-            n = group.stop - group.start
+        for group, span in _groups(m, grid) if self.vocab else ():
+            n, in_span = group.stop - group.start, slice(group.start - span.start, group.stop - span.start)
             tiles = [x.stored(group, vocab, b[:n]) for x, b in zip(self.sides, buffers, strict=True)]
             s, u = tiles[0], tiles[1] if len(tiles) > 1 else None
             if self.constants is None:
@@ -195,19 +199,18 @@ class _SelectedRows:
             self.row_weights[group] = self.row_weights[group].masked_fill(losses[group] == torch.inf, 0)
             if any(needs):
                 overwritten = s if self.loss.overwrites_student else tiles[-1]
-                dlogits = overwritten if narrowed is None else narrowed[group] if grid.keep else narrowed[:n]
+                dlogits = overwritten if narrowed is None else narrowed[in_span]
                 self.loss.gradient(s, u, None, self.row_weights[group], constants, out=dlogits)
                 if grid.second_look:
                     if constants.top is not None:
                         constants = constants._replace(at_top=dlogits.gather(1, constants.top.clamp_min(0).long().unsqueeze(1)))
                     parts.append(constants)
-                out.add(self.student, self.rows, group, dlogits)
-                if out.weight is not None and narrowed is None:
-                    out.add_weight(dlogits, self._weighted_hidden(group), first=group.start == 0)
-        if self.vocab and grid.keep and m and narrowed is not None:
-            del buffers, tiles, s, u, overwritten
-            out.add_weight(narrowed, self._weighted_hidden(slice(0, m)), first=True)
-        elif self.vocab and grid.second_look and m:
+                if group.stop == span.stop:
+                    dlogits = dlogits if narrowed is None else narrowed[: span.stop - span.start]
+                    out.add(self.student, self.rows, span, dlogits)
+                    if out.weight is not None and not grid.second_look:
+                        out.add_weight(dlogits, self._weighted_hidden(span), first=span.start == 0)
+        if self.vocab and grid.second_look and m:
             del buffers, narrowed, tiles, s, u, dlogits, overwritten
             self._second_look(KernelConstants.joined(parts), out)
         out.add_up(self.student, self.rows)
@@ -252,6 +255,13 @@ class _SelectedRows:
             out.weight[block] = total.to(dtype)
 
 
+def _groups(m: int, grid: SelectedGrid) -> Iterator[tuple[slice, slice]]:
+    """Groups of rows, each with the span of rows whose gradients are multiplied at once."""
+    for span in chunks(m, grid.kept or grid.rows):
+        for group in chunks(span.stop - span.start, grid.rows):
+            yield slice(span.start + group.start, span.start + group.stop), span
+
+
 class _Gradients(NamedTuple):
     """The gradients of the student's tensors while they are summed, in their shapes and dtypes; None: not needed."""
 
@@ -276,7 +286,7 @@ class _Gradients(NamedTuple):
         return _Gradients(torch.zeros_like(student.leading) if needs[0] else None, dweight, dbias, hidden, vocab)
 
     def add(self, student: Source, rows: Tensor, group: slice, dlogits: Tensor) -> None:
-        """Add a group of rows to all gradients but the weight's; no position comes twice."""
+        """Add some of the rows to all gradients but the weight's; no position comes twice."""
         if self.leading is not None:
             if student.weight is None:
                 put_rows(self.leading[..., : self.vocab], rows[group], dlogits)

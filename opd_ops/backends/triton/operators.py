@@ -220,7 +220,7 @@ def _setup_head_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 def _head_backward(ctx: Any, dtotal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     weights, *gradients = ctx.saved_tensors
-    factor = heads_loss.scale_back(dtotal, weights)
+    factor = heads_loss.scale_back(dtotal, weights, gradients[0].dtype)
     pairs = zip(gradients, ctx.needs, strict=False)
     return (*((gradient * factor).to(gradient.dtype) if need else None for gradient, need in pairs), *(None,) * 7)
 
