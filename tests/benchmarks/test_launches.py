@@ -1,0 +1,38 @@
+"""The trace of launches as a gate: so many launches a call, tiles that fill waves, groups that fill the matmul's tiles.
+
+Run: make test ARGS=tests/benchmarks/test_launches.py
+"""
+
+import json
+
+import pytest
+
+from benchmarks.static import launches
+from tests.support import kernels
+
+pytestmark = pytest.mark.skipif(kernels.IS_INTERPRETED, reason="an interpreted launch cannot be recorded")
+
+
+@pytest.mark.parametrize(("n", "most"), [(1024, 55), (16_384, 375)])
+def test_a_call_launches_no_more_than_its_budget(n, most):
+    row = launches.of_call(n)
+    assert row["score"]["launches"] + row["loss"]["launches"] <= most
+    tiles = [rows for rows, _, columns in row["score"]["matmuls"] if columns == launches.V]
+    assert sum(tiles) == 2 * n
+    assert all(rows % 256 == 0 for rows in tiles[:-2])
+    groups = [rows for rows, _, columns in row["loss"]["matmuls"] if columns == launches.V]
+    assert sum(groups) == 2 * row["selected"]
+    assert all(rows >= 256 for rows in groups[:-2])
+
+
+def test_rows_that_are_kept_spare_the_second_look_up_to_65536():
+    products = [x for x in launches.of_call(65_536)["loss"]["matmuls"] if x[2] != launches.V]
+    spans = -(-3277 // 512)
+    assert len(products) == 2 * spans  # of the hidden states and of the weight, for each span of kept rows
+
+
+def test_the_command_writes_what_it_prints(tmp_path, capsys):
+    assert launches.main(["--json", str(tmp_path / "rows.json"), "--n", "600"]) == 0
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    total = row["score"]["launches"] + row["loss"]["launches"]
+    assert f"{600:>7} {total:>9}" in capsys.readouterr().out
