@@ -19,6 +19,8 @@ from benchmarks.cpu.heads import Sizes, build_heads
 from benchmarks.cpu.memory import PeakMemory, has_high_water_mark
 from opd_ops import LinearHead, score_positions
 
+pytestmark = pytest.mark.full
+
 TINY = ["--n", "40", "--vocab", "1009", "--student-dim", "32", "--teacher-dim", "48", "--threads", "1"]
 MIB = 2**20
 
@@ -31,7 +33,6 @@ def compared(tmp_path_factory):
     return folder, json.loads((folder / "compare.json").read_text())
 
 
-@pytest.mark.full
 def test_compare_writes_three_files(compared):
     folder, result = compared
     assert sorted(path.name for path in folder.iterdir()) == ["compare.json", "compare.md", "compare.png"]
@@ -41,7 +42,6 @@ def test_compare_writes_three_files(compared):
     assert result["command"] in table
 
 
-@pytest.mark.full
 def test_compare_records_gate_rounds_and_units(compared):
     result = compared[1]
     assert {name: entry["status"] for name, entry in result["methods"].items()} == dict.fromkeys(
@@ -58,14 +58,12 @@ def test_compare_records_gate_rounds_and_units(compared):
     assert [at["status"] for at in result["against_n"]] == ["ok"]
 
 
-@pytest.mark.full
 def test_compare_measures_the_same_loss_in_every_method(compared):
     entries = compared[1]["methods"]
     losses = [run["loss"] for name in ("eager", "ours") for run in entries[name]["rounds"]]
     assert losses == pytest.approx([losses[0]] * 2, rel=1e-5)
 
 
-@pytest.mark.full
 def test_compare_keeps_a_row_for_a_peer_that_is_not_installed(tmp_path, monkeypatch):
     # A module in the way of the peer, so that this holds where the peer is installed as well.
     (tmp_path / "trl.py").write_text("raise ModuleNotFoundError(\"No module named 'trl'\", name='trl')\n")

@@ -12,6 +12,8 @@ import pytest
 from benchmarks.cpu import divergences
 from opd_ops.divergences import DIVERGENCES
 
+pytestmark = pytest.mark.full
+
 
 def test_it_writes_a_row_for_every_divergence(tmp_path):
     arguments = ["--n", "20", "--vocab", "640", "--dims", "16,16", "--rounds", "2", "--threads", "1", "--out", str(tmp_path)]

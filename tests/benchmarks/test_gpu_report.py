@@ -12,6 +12,8 @@ import pytest
 from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu import run as gpu
 
+pytestmark = pytest.mark.full
+
 ABOUT = {
     "commit": "abc",
     "device": "NVIDIA H200",
@@ -24,7 +26,6 @@ ABOUT = {
 SCORE = {"n": 2048, "vocab": 32000, "median_ms": 0.1, "gb_per_s": 4000.0, "copy_gb_per_s": 4200.0, "share": 0.95}
 
 
-@pytest.mark.full
 def test_parts_run_one_by_one_are_in_one_file(tmp_path):
     for part in ("score", "loss"):
         assert gpu.main(["--dry-run", "--parts", part, "--out", str(tmp_path)]) == 0
