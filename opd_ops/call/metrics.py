@@ -27,6 +27,7 @@ def loss_metrics(
     stats: TokenStats,
     unmasked: Tensor | None,
     infinite: Tensor,
+    counts: tuple[Tensor, Tensor],
     *,
     is_bound: bool,
 ) -> Metrics:
@@ -35,32 +36,29 @@ def loss_metrics(
     Args:
         unmasked: Positions that the caller left valid; None: all. A NaN of the teacher makes such a position not valid.
         infinite: Positions with an infinite divergence.
+        counts: The numbers of selected and of valid positions.
         is_bound: Whether the support mass is only its lower bound, known from two lists.
     """
-    n_valid, n_selected = stats.valid.sum(), selected.sum()
-    n_unmasked = torch.full_like(n_valid, selected.numel()) if unmasked is None else unmasked.sum()
+    n_selected, n_valid = counts
+    n_unmasked = selected.numel() if unmasked is None else unmasked.sum()
     mass = "support_mass_lower_bound" if is_bound else "support_mass"
-    sums = {
-        "kl_selected": (stats.reverse_kl, selected, n_selected),
-        "kl_all": (stats.reverse_kl, stats.valid, n_valid),
-        "entropy_selected": (stats.student_entropy, selected, n_selected),
-        "entropy": (stats.student_entropy, stats.valid, n_valid),
-        "teacher_entropy": (stats.teacher_entropy, stats.valid, n_valid),
-        f"{mass}_selected": (stats.support_mass, selected, n_selected),
-        mass: (stats.support_mass, stats.valid, n_valid),
-    }
+    columns = torch.stack((stats.reverse_kl, stats.student_entropy, stats.support_mass, stats.teacher_entropy)).flatten(1)
     metrics = {"loss": loss.detach(), "loss_sum": loss_sum.detach()}
-    for name, (column, among, count) in sums.items():
-        total = torch.where(among, column, 0).sum()
-        metrics[name] = total / count.clamp_min(1)
-        metrics[f"{name}_sum"] = total
-    lowest = torch.where(selected, scores, torch.inf).flatten()
+    for names, among, count in (
+        (("kl_selected", "entropy_selected", f"{mass}_selected"), selected, n_selected),
+        (("kl_all", "entropy", mass, "teacher_entropy"), stats.valid, n_valid),
+    ):
+        totals = columns[: len(names)].masked_fill(~among.flatten(), 0).sum(1)
+        for name, mean, total in zip(names, (totals / count.clamp_min(1)).unbind(), totals.unbind(), strict=True):
+            metrics |= {name: mean, f"{name}_sum": total}
+    lowest = torch.where(selected, scores, torch.inf)
     return metrics | {
         "n_valid": n_valid,
         "n_selected": n_selected,
         "n_infinite": infinite.sum(),  # divergence +inf: of all valid positions if known there, else of the selected ones
         "n_teacher_nonfinite": n_unmasked - n_valid,
-        "score_threshold": torch.cat((lowest, lowest.new_full((1,), torch.inf))).amin(),  # +inf if nothing is selected
+        # +inf if no position is selected
+        "score_threshold": lowest.amin() if lowest.numel() else lowest.new_full((), torch.inf),
     }
 
 

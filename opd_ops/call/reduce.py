@@ -56,8 +56,9 @@ def mean_loss(chosen: Chosen, num_items_in_batch: Tensor | float | None) -> Sele
     kind, weights = call.settings.denominator, call.batch.weights
     if call.ranks is None:  # if one rank of several raised, the others would wait for it
         _check_some_items(num_items_in_batch, chosen.selected)
-    total = denominator(chosen.selected, chosen.stats.valid, num_items_in_batch, kind)
-    factors = _ratio(torch.ones_like(total), total).to(chosen.scores.dtype).expand(len(rows))
+    n_valid = chosen.stats.valid.sum()
+    total = denominator(chosen.selected.sum(), n_valid, num_items_in_batch, kind)
+    factors = _ratio(1.0, total).to(chosen.scores.dtype).expand(len(rows))
     factors = factors if chosen.trained is None else torch.where(chosen.trained, factors, 0)
     row_weights = None if weights is None else weights.detach().flatten()[rows].to(factors.dtype)
     tokens = sampled_tokens(chosen)
@@ -66,32 +67,33 @@ def mean_loss(chosen: Chosen, num_items_in_batch: Tensor | float | None) -> Sele
     settled = settle(chosen, losses, tokens)
     chosen, trained = settled.chosen, settled.trained
     # The correction is 1 if no infinite loss was dropped. Counts of ranks are added up only here, where they are final.
-    final_total = denominator(chosen.selected, chosen.stats.valid, num_items_in_batch, kind, call.ranks)
+    counts = chosen.selected.sum(), n_valid
+    final_total = denominator(*counts, num_items_in_batch, kind, call.ranks)
     correction = _ratio(total, final_total)
     loss = weighted * correction.to(weighted.dtype) * nan_if_nonfinite(chosen, weighted.dtype)
     loss_sum = torch.where(trained, losses if row_weights is None else losses * row_weights, 0).sum()
-    metrics = _metrics(settled, loss, loss_sum)
+    metrics = _metrics(settled, loss, loss_sum, counts)
     return SelectiveOPDOutput(loss, chosen.selected, chosen.scores, chosen.stats, metrics)
 
 
 def denominator(
-    selected: Tensor, valid: Tensor, num_items: Tensor | float | None, kind: str, ranks: Ranks | None = None
+    n_selected: Tensor, n_valid: Tensor, num_items: Tensor | float | None, kind: str, ranks: Ranks | None = None
 ) -> Tensor:
-    """The divisor of the sum over the selected positions, 0-dim fp64; 1 if nothing is selected."""
-    n_selected, n_valid = selected.sum(), valid.sum()
+    """The divisor of the sum over the selected positions, 0-dim fp64; 1 if no position is selected."""
     if ranks is not None:
         n_selected, n_valid = ranks.sum(torch.stack((n_selected, n_valid))).unbind()
     n_selected, n_valid = n_selected.double(), n_valid.double()
-    share = n_selected / n_valid.clamp_min(1) if kind == "selected" else torch.ones_like(n_valid)
     total = n_valid
     if isinstance(num_items, Tensor):
-        total = num_items.to(device=valid.device, dtype=torch.float64)
+        total = num_items.to(device=n_valid.device, dtype=torch.float64)
     elif num_items is not None:  # filled on the device: with a copy the CPU would wait for the device
-        total = torch.full((), num_items, dtype=torch.float64, device=valid.device)
-    return torch.where(n_selected > 0, total * share, 1.0)
+        total = torch.full((), num_items, dtype=torch.float64, device=n_valid.device)
+    if kind == "selected":
+        total = total * (n_selected / n_valid.clamp_min(1))
+    return torch.where(n_selected > 0, total, 1.0)
 
 
-def _ratio(number: Tensor, total: Tensor) -> Tensor:
+def _ratio(number: Tensor | float, total: Tensor) -> Tensor:
     """number / total; 0 for a total of 0. A host counts 0 in a step without a valid token."""
     return torch.where(total == 0, 0.0, number / total)
 
@@ -115,7 +117,7 @@ def nan_if_nonfinite(chosen: Chosen, dtype: torch.dtype) -> Tensor:
     return torch.where(blown_up.any(), torch.nan, 1.0).to(dtype)
 
 
-def _metrics(settled: Settled, loss: Tensor, loss_sum: Tensor) -> Metrics:
+def _metrics(settled: Settled, loss: Tensor, loss_sum: Tensor, counts: tuple[Tensor, Tensor]) -> Metrics:
     chosen = settled.chosen
     metrics = loss_metrics(
         loss,
@@ -125,6 +127,7 @@ def _metrics(settled: Settled, loss: Tensor, loss_sum: Tensor) -> Metrics:
         chosen.stats,
         chosen.call.unmasked,
         settled.infinite,
+        counts,
         is_bound=isinstance(chosen.call.teacher, TeacherLists),
     )
     return metrics if settled.log_ratios is None else metrics | sampled_metrics(settled.log_ratios, settled.trained)
@@ -147,7 +150,8 @@ def token_losses(chosen: Chosen) -> TokenLosses:
     placed = torch.zeros_like(chosen.scores.flatten(), dtype=connected.dtype).index_put((rows,), connected).view(call.shape)
     placed = placed * nan_if_nonfinite(chosen, placed.dtype)
     loss_sum = connected.detach().sum()
-    metrics = _metrics(settled, loss_sum / trained.sum().clamp_min(1), loss_sum)
+    counts = chosen.selected.sum(), chosen.stats.valid.sum()
+    metrics = _metrics(settled, loss_sum / trained.sum().clamp_min(1), loss_sum, counts)
     return TokenLosses(placed, chosen.selected, chosen.scores, chosen.stats, metrics)
 
 

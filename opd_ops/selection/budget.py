@@ -89,9 +89,9 @@ def select(
         threshold: Select scores of at least this, without a budget.
     """
     keys = _keys(scores, valid)
-    ids = torch.zeros_like(valid, dtype=torch.long) if ids is None else ids
     if threshold is None:
-        selected = _best(keys, budget(_count(valid, ids), fraction), ids, places)
+        n_valid = valid.sum().view(1) if ids is None else _count(valid, ids)
+        selected = _best(keys, budget(n_valid, fraction), ids, places)
     else:
         selected = _at_least(keys, threshold)
     if keep_one_in is not None:
@@ -193,16 +193,20 @@ def _count(flags: Tensor, ids: Tensor, n: int | None = None) -> Tensor:
     return torch.zeros(n, dtype=torch.long, device=flags.device).index_add(0, ids, flags.long())
 
 
-def _best(keys: Tensor, n: Tensor, ids: Tensor, places: Tensor | None) -> Tensor:
-    """(N,) bool: the n[i] largest keys of each sequence i, no -inf. Among ties: smaller place, then earlier position."""
+def _best(keys: Tensor, n: Tensor, ids: Tensor | None, places: Tensor | None) -> Tensor:
+    """(N,) bool: the n[i] largest keys of each sequence i, no -inf. Among ties: smaller place, then earlier position.
+
+    `ids`: None: all keys are one sequence, and n is (1,).
+    """
     if places is None:
         order = torch.sort(keys, descending=True, stable=True).indices
     else:
         order = torch.sort(places, stable=True).indices
         order = order[torch.sort(keys[order], descending=True, stable=True).indices]
-    order = order[torch.sort(ids[order], stable=True).indices]  # by sequence, key, place, position
-    size = _count(torch.ones_like(ids, dtype=torch.bool), ids)
-    start = size.cumsum(0) - size
-    index = torch.arange(len(ids), device=ids.device) - start[ids]  # in the sequence: ids do not decrease
-    selected = torch.zeros_like(keys, dtype=torch.bool).index_copy(0, order, index < n[ids])
+    index, wanted = torch.arange(len(keys), device=keys.device), n
+    if ids is not None:
+        order = order[torch.sort(ids[order], stable=True).indices]  # by sequence, key, place, position
+        size = _count(torch.ones_like(ids, dtype=torch.bool), ids)
+        index, wanted = index - (size.cumsum(0) - size)[ids], n[ids]  # the index in the sequence: ids do not decrease
+    selected = torch.zeros_like(keys, dtype=torch.bool).index_copy(0, order, index < wanted)
     return selected & (keys > -math.inf)

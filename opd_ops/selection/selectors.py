@@ -70,45 +70,56 @@ def over_ranks(ranks: Ranks) -> Iterator[None]:
 
 
 def _quantiles(z: Tensor, among: Tensor, levels: tuple[float, ...], dtype: torch.dtype) -> list[Tensor]:
-    """Linearly interpolated quantiles of z[among], each 0-dim; +inf if `among` is empty. `dtype`: z before it became fp64."""
+    """Linearly interpolated quantiles of z[among], one for each level; +inf if `among` is empty.
+
+    Args:
+        z: fp64; its first dimension holds columns with quantiles of their own.
+        among: Of the shape of z.
+        dtype: Of z before it became fp64.
+    Returns: Quantiles that broadcast with z, (columns, 1, ...).
+    """
     ranks = None if is_traced() else _ranks.get()  # dynamo cannot trace a ContextVar
-    if ranks is None:
-        return [_quantile(z, among, level) for level in levels]
+    columns, flags = z.flatten(1), among.flatten(1)
+    if ranks is not None:
+        found = [_quantiles_over_ranks(x, flag, levels, dtype, ranks) for x, flag in zip(columns, flags, strict=True)]
+        quantiles = torch.stack(found)
+    elif columns.shape[1]:
+        places = _places(flags.sum(1), levels)
+        ordered = torch.where(flags, columns, math.inf).sort(1).values
+        low, high = (ordered.gather(1, end.long()) for end in (places.floor(), places.ceil()))
+        quantiles = _between(low, high, places)
+    else:
+        quantiles = columns.new_full((len(columns), len(levels)), math.inf)
+    return [x.view(-1, *(1,) * (z.dim() - 1)) for x in quantiles.unbind(1)]
+
+
+def _quantiles_over_ranks(z: Tensor, among: Tensor, levels: tuple[float, ...], dtype: torch.dtype, ranks: Ranks) -> Tensor:
+    """(levels,) quantiles of one column, from the values of all ranks."""
 
     def ends(n: Tensor) -> Tensor:  # (1,) -> (1, 2 levels): the two places around each quantile
-        return torch.stack([x for level in levels for x in _ends(level, n)], -1)
+        places = _places(n, levels)
+        return torch.cat((places.floor(), places.ceil()), 1).long()
 
     key_dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float64
-    statistics = order_statistics(z.flatten().to(key_dtype), among.flatten(), ends, 2 * len(levels), ranks)
-    bounds = statistics.values.double().view(-1, 2, 1)
-    return [_between(low, high, level, statistics.total) for (low, high), level in zip(bounds, levels, strict=True)]
+    statistics = order_statistics(z.to(key_dtype), among, ends, 2 * len(levels), ranks)
+    low, high = statistics.values.double().chunk(2, 1)
+    return _between(low, high, _places(statistics.total, levels)).squeeze(0)
 
 
-def _ends(level: float, n: Tensor) -> tuple[Tensor, Tensor]:
-    """The two places around the quantile, in the ascending order of n values."""
-    place = level * (n - 1).clamp_min(0).double()
-    return place.floor().long(), place.ceil().long()
+def _places(n: Tensor, levels: tuple[float, ...]) -> Tensor:
+    """(columns, levels) places of the quantiles in the ascending order of the (columns,) n values, fp64."""
+    last = (n - 1).clamp_min(0).double()
+    return torch.stack([level * last for level in levels], 1)
 
 
-def _between(low: Tensor, high: Tensor, level: float, n: Tensor) -> Tensor:
-    """The quantile, 0-dim, interpolated between the (1,) values at the places of `_ends`."""
-    place = level * (n - 1).clamp_min(0).double()
-    return torch.where(low == high, low, torch.lerp(low, high, place - place.floor())).squeeze(0)
-
-
-def _quantile(z: Tensor, among: Tensor, level: float) -> Tensor:
-    """The linearly interpolated quantile of z[among], 0-dim; +inf if `among` is empty."""
-    ordered = torch.where(among, z, math.inf).flatten().sort().values
-    if not len(ordered):
-        return z.new_full((), math.inf)
-    n = among.sum().view(1)
-    low, high = (ordered.gather(0, place) for place in _ends(level, n))
-    return _between(low, high, level, n)
+def _between(low: Tensor, high: Tensor, places: Tensor) -> Tensor:
+    """The quantiles, interpolated between the values at the integers around their places."""
+    return torch.where(low == high, low, torch.lerp(low, high, places - places.floor()))
 
 
 def _fitted(z: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """z in fp64, and the positions that a normaliser is fitted on: the finite valid ones."""
-    z = z.double()
+    """z in fp64, with columns on its first dimension, and the positions of the fit: the finite valid ones."""
+    z = (z if z.dim() > valid.dim() else z.unsqueeze(0)).double()
     return z, valid & torch.isfinite(z)
 
 
@@ -118,33 +129,38 @@ def _rounding(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def quantile_norm(z: Tensor, valid: Tensor, *, epsilon: float = EPSILON) -> Tensor:
-    """TA eq. 11: clip((z - Q.05) / (Q.95 - Q.05 + epsilon), 0, 1); a constant z gives 0."""
-    dtype = z.dtype
+    """TA eq. 11: clip((z - Q.05) / (Q.95 - Q.05 + epsilon), 0, 1); a constant z gives 0.
+
+    `z`: Of the shape of `valid`, or several such columns on a first dimension, each with quantiles of its own.
+    """
+    dtype, shape = z.dtype, z.shape
     z, fitted = _fitted(z, valid)
     low, high = _quantiles(z, fitted, (0.05, 0.95), dtype)
-    rounding = _rounding(low, high, dtype)
-    constant = (high - low <= rounding) & ((z - low).abs() <= rounding)
-    return _infinite_is_one(z, torch.where(constant, 0.0, (z - low) / (high - low + epsilon)))
+    rounding, height, width = _rounding(low, high, dtype), z - low, high - low
+    constant = (width <= rounding) & (height.abs() <= rounding)
+    scaled: Tensor = torch.where(constant, 0.0, height / (width + epsilon))
+    return _infinite_is_one(z, scaled).view(shape)
 
 
 def released_norm(z: Tensor, among: Tensor) -> Tensor:
     """The normaliser of TA's released code: no epsilon; 0 if the range is below 1e-12; non-finite values count as 0."""
     dtype = z.dtype
     z = torch.where(torch.isfinite(z), z, 0).double()
-    low, high = _quantiles(z, among, (0.05, 0.95), dtype)
+    low, high = (x.view(()) for x in _quantiles(z.unsqueeze(0), among.unsqueeze(0), (0.05, 0.95), dtype))
     flat = ~(high - low >= RELEASED_RANGE)  # True too if `among` is empty: the difference is NaN
     return torch.where(flat, 0.0, (z - low) / torch.where(flat, 1.0, high - low)).clamp(0, 1)
 
 
 def minmax_norm(z: Tensor, valid: Tensor, *, clip: float | None = None) -> Tensor:
     """TIP section 6: (z - min) / (max - min) after z <- min(z, its `clip` quantile); a constant z gives 0."""
-    dtype = z.dtype
+    dtype, shape = z.dtype, z.shape
     z, fitted = _fitted(z, valid)
     low, high, *limit = _quantiles(z, fitted, (0.0, 1.0) if clip is None else (0.0, 1.0, clip), dtype)
     if limit:
         z, low, high = (torch.minimum(x, limit[0]) for x in (z, low, high))
     flat = (high <= low) | (high - low <= _rounding(low, high, dtype))
-    return _infinite_is_one(z, torch.where(flat, 0.0, (z - low) / torch.where(flat, 1.0, high - low)))
+    scaled: Tensor = torch.where(flat, 0.0, (z - low) / torch.where(flat, 1.0, high - low))
+    return _infinite_is_one(z, scaled).view(shape)
 
 
 def _infinite_is_one(z: Tensor, scaled: Tensor) -> Tensor:
@@ -160,17 +176,21 @@ def _soft_or(a: Tensor, b: Tensor) -> Tensor:
 
 def teachability(stats: TokenStats) -> Tensor:
     """Norm(D) Norm(C): the teacher disagrees, on ids that the student already considers (TA eq. 12)."""
-    return quantile_norm(stats.union_kl, stats.valid) * quantile_norm(stats.support_mass, stats.valid)
+    d, c = quantile_norm(torch.stack((stats.union_kl, stats.support_mass)), stats.valid).unbind()
+    return d * c
 
 
 def teachability_entropy(stats: TokenStats) -> Tensor:
     """Soft-or of Norm(H) and teachability (TA eq. 16)."""
-    return _soft_or(quantile_norm(stats.student_entropy, stats.valid), teachability(stats))
+    columns = torch.stack((stats.student_entropy, stats.union_kl, stats.support_mass))
+    h, d, c = quantile_norm(columns, stats.valid).unbind()
+    return _soft_or(h, d * c)
 
 
 def incompatibility(stats: TokenStats) -> Tensor:
     """Norm(D) (1 - Norm(C)): disagreement outside the student's support, TA's control (eq. 5)."""
-    return quantile_norm(stats.union_kl, stats.valid) * (1 - quantile_norm(stats.support_mass, stats.valid))
+    d, c = quantile_norm(torch.stack((stats.union_kl, stats.support_mass)), stats.valid).unbind()
+    return d * (1 - c)
 
 
 def compatibility(stats: TokenStats) -> Tensor:

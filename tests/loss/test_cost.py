@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from opd_ops import LinearHead, StudentStats, TailAware, TopKLogprobs, score_positions, selective_opd_loss
 from tests.support.cases import head_pair, leaf, leaf_head, logit_pair
-from tests.support.meters import LiveBytes, saved_bytes
+from tests.support.meters import LiveBytes, Operators, saved_bytes
 
 VOCAB, DIM = 1501, 32
 FRACTION = 0.05
@@ -27,6 +27,18 @@ def count_units(student, teacher, n, **options):
     with FlopCounterMode(display=False) as counter:
         selective_opd_loss(student, teacher, workspace_bytes=2**20, **options).loss.backward()
     return counter.get_total_flops() / (2 * n * VOCAB * DIM)
+
+
+@pytest.mark.parametrize(("backend", "others"), [("triton", 0), ("torch", 415)])
+@pytest.mark.parametrize(
+    ("selector", "most"), [("teachability", 210), ("teachability+entropy", 213), ("entropy", 160), ("tip", 264)]
+)
+def test_a_call_runs_no_more_operators_than_counted(selector, most, backend, others):
+    """Host time of a small call is some microseconds an operator. Views and allocations are not counted."""
+    student, teacher = logit_pair(64, 512)
+    with Operators() as counter:
+        selective_opd_loss(leaf(student), teacher, selector=selector, backend=backend).loss.backward()
+    assert sum(counter.names.values()) <= most + others, counter.names
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.25, 1.0])
