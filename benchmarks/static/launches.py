@@ -4,8 +4,8 @@
   loss    both heads of the selected positions, in groups: logits, losses, gradients; and the backward's scaling
 
 The backend's own functions run on tensors without storage, as they would on CUDA, with the kernels' launches recorded. Views
-and allocations are not counted. Normalisers, scores, selection and metrics are not part of it: they read a few numbers a
-position.
+and allocations are not counted. The selectors' scores, the selection and the metrics are not part of it:
+they read a few numbers a position.
 
 Command: python -m benchmarks.static.launches --json FILE [--n 1024 4096 16384 65536]
 
@@ -99,7 +99,7 @@ def of_call(n: int, *, fraction: float = 0.05, workspace_bytes: int = 2**29, dty
     def loss() -> None:
         needs = [True, True]
         *_, gradients = heads_loss.launch_loss(student, teacher, selected, weights, ReverseKL(), None, workspace, needs)
-        factor = heads_loss.scale_back(dtotal, weights, dtype)
+        factor = heads_loss.scale_back(dtotal, weights, is_fp16=dtype == torch.float16)
         for gradient in gradients:
             if gradient is not None:
                 heads_loss.scale(gradient, factor)

@@ -9,7 +9,7 @@ Shapes, grid, traffic: as in reverse_kl.py.
 
 Numerics
   p - q = -p expm1(-g). Where |g| < 1/46, two terms of the series give expm1 to 8e-5 of itself at most, and to 2e-6 at a
-  tenth of that; close models lose no digits. Elsewhere p - q itself is exact to 3e-5 or better.
+  tenth of that; close models lose no digits. Elsewhere p - q itself is exact to 8e-5 or better.
   Where both models put nearly all mass on one id, p - q there is the difference of two numbers near 1. sum p = sum q:
   minus the sum of the others is the same number and loses no digit.
   p = 0 has a gradient of -q: finite, though kl is then +inf.

@@ -1,4 +1,5 @@
-"""Score: all full-vocabulary statistics of a position, in one sweep over its two rows of logits.
+"""Score: all full-vocabulary statistics of a position, in one sweep over its two rows of logits (a second one only where one
+model alone masks ids).
 
   p = softmax(s), q = softmax(t);  s, t the logits after scale, soft-cap and temperature
   lse_s = log sum e^s       H(p) = lse_s - E_p[s]        KL(p||q) = E_p[s - t] - (lse_s - lse_t)
@@ -6,7 +7,7 @@
   Source: arXiv:2605.26844 eqs. 9-16 and arXiv:2604.14084 eq. 3 use these; natural logarithms, nats.
   Also the largest stored logit of every group of GROUP = 128 consecutive logits, for support.py.
 
-Shapes: n rows, V vocabulary, NG = ceil(V / 128) groups
+Shapes: N rows in the tables, n of them scored, V vocabulary, NG = ceil(V / 128) groups
   s, t        (N, V)      in   stored logits, fp32/bf16/fp16, unit stride along V, any row stride
   rows        (n,)        in   row numbers in [0, N), any order; None: rows 0 .. N-1
   columns     (12, n)     out  fp32, the order of COLUMNS

@@ -211,12 +211,13 @@ class _Call:
             return _Pass(flops, moved + -(-m // grid.rows) * (both_heads + student_head))
         needs, workspace = (True, self.trainable_head), self.workspace
         selected_grid = SelectedGrid.of(student, teacher, n=m, needs=needs, workspace=workspace)
-        spans = -(-m // (selected_grid.kept or selected_grid.rows))
-        moved += -(-m // selected_grid.rows) * both_heads + spans * student_head
+        rows, kept = selected_grid.rows, selected_grid.kept or selected_grid.rows
+        spans, groups = -(-m // kept), m // kept * -(-kept // rows) + -(-(m % kept) // rows)
+        moved += groups * both_heads + spans * student_head
         if selected_grid.kept:  # the weight's gradient is read and written again for each further span
             moved += 2 * (spans - 1) * student_head
         if selected_grid.second_look:
             flops += 2 * n_logits * both_sizes
-            groups = -(-m // BlockGrid.of(student, teacher, n=m, workspace=workspace).rows)
-            moved += groups * both_heads + 2 * 4 * n_logits * 2 + 2 * itemsize * n_logits
+            block_groups = -(-m // BlockGrid.of(student, teacher, n=m, workspace=workspace).rows)
+            moved += block_groups * both_heads + 2 * 4 * n_logits * 2 + 2 * itemsize * n_logits
         return _Pass(flops, moved)

@@ -241,6 +241,26 @@ def test_gradients_kept_for_a_span_of_rows_cost_no_second_look(dtype, monkeypatc
         assert relative_error(got, want) <= 2 * relative_error(at_once, want) + 1e-6
 
 
+def test_more_spans_than_eight_cost_a_second_look(monkeypatch):
+    monkeypatch.setattr(grids, "TILE_ROWS", (8, 4, 2))
+    student, teacher = heads(34, torch.bfloat16)
+    options = {"fraction": 1.0, "workspace_bytes": 2**13}
+    assert units(leaf_head(student), teacher, 34, **options) == pytest.approx(2 + 6, rel=1e-12)
+    monkeypatch.setattr(grids, "MOST_SPANS", 9)
+    assert units(leaf_head(student), teacher, 34, **options) == pytest.approx(2 + 4, rel=1e-12)
+
+
+def test_a_bias_in_fp16_keeps_its_digits_under_small_weights():
+    student, teacher = head_pair((10,), 131, bias=True, dtype=torch.bfloat16)
+    student = LinearHead(student.hidden, student.weight, student.bias.half())
+    found, exact = leaf_head(student), leaf_head(student, torch.float64)
+    for head, options in ((found, {}), (exact, {"backend": "eager"})):
+        side = teacher if head is found else to_double(teacher)
+        options |= {"fraction": 1.0, "weights": torch.full((10,), 1e-7)}
+        (selective_opd_loss(head, side, **{"backend": "triton"} | options).loss * 1e7).backward()
+    assert relative_error(found.bias.grad, exact.bias.grad) < 2**-7
+
+
 def test_masked_rows_cost_nothing():
     student, teacher = heads(10)
     found = units(leaf_head(student), teacher, 10, fraction=0.2, mask=torch.arange(10) % 2)

@@ -1,4 +1,4 @@
-"""Backwards without a derivative of their own: to differentiate their gradients is an error.
+"""Backward passes whose gradients cannot be differentiated again: a second derivative is an error.
 
   torch's `once_differentiable` raises only if the incoming gradient requires a gradient. A loss gets a plain 1, so a penalty on
   the loss's gradient would silently have no gradient. Here every gradient computed under `create_graph=True` raises when it is

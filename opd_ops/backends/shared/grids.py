@@ -135,6 +135,7 @@ MIN_BLOCK = 16  # columns, however small the workspace
 # Rows of a tile, the largest that fits: 128 is the matmul's own tile, 256 its wider one. The kernels run one program a row, and
 # Hopper (132 multiprocessors of four programs) 528 at a time: 512 rows fill such a wave, 640 would take two.
 TILE_ROWS = (512, 256, 128)
+MOST_SPANS = 8  # of rows whose gradients are kept: each further one rounds the 16-bit weight gradient once more
 GROUP = 128  # logits per group maximum, as in opd_kernels/score.py
 KERNEL_LIST_BYTES = 40  # per row and K: both lists' ids, logits and places
 KERNEL_ROW_BYTES = 3072  # per row: columns, and the sums of a row split into 64 parts
@@ -158,7 +159,7 @@ def tile_dtype(source: Source, score_dtype: torch.dtype | None) -> torch.dtype:
 
 
 def row_bytes(source: Source, score_dtype: torch.dtype | None = None) -> int:
-    """Scratch per row beyond its logits: the hidden row, its copy in fp32 or in 8 bits, and the same of a reference."""
+    """Scratch per row beyond its logits: the hidden row, its copy in fp32 or in 8 bits; both also of a reference."""
     own = source.leading.shape[-1] * (source.leading.element_size() + (12 if score_dtype == float8.DTYPE else 4))
     return own if source.reference is None else own + row_bytes(source.reference)
 
@@ -221,13 +222,14 @@ class SelectedGrid(NamedTuple):
         budget = workspace.share(15, 16)
         weight_needed, wide = narrow and needs[1], TILE_ROWS[1]
         if weight_needed:
-            # With two copies of the hidden row and its gradient in fp32.
+            # With two copies of the hidden row and its gradient in fp32; over ranks that gradient may need the row in fp32.
             kept_row = narrow_bytes + (2 * leading.element_size() + 4) * leading.shape[-1]
+            kept_row += 0 if student.transform.shard is None else 4 * padded(vocab)
             kept = min(m, budget.share(5, 8).count(kept_row))
             if kept > wide:  # fewer, if groups would be narrow otherwise
                 kept = min(kept, max(wide, budget.less(wide * per_row).nbytes // kept_row))
             kept = kept if kept == m else kept - kept % wide
-            if kept >= min(m, wide):
+            if min(m, wide) <= kept and m <= MOST_SPANS * kept:
                 return SelectedGrid(_whole_tiles(kept, per_row, budget.less(kept * kept_row)), kept, False)
         return SelectedGrid(_whole_tiles(m, per_row + narrow_bytes, budget), 0, weight_needed)
 

@@ -1,15 +1,16 @@
 """The loss of the Triton backend where a model is a LinearHead: the selected rows' logits in fp32, one group of rows at a time.
 
-  logits 2 rho, losses and their gradient by kernels on the tile, then dH and dW 2 rho
+  logits 2 rho units, losses and the logits' gradient by kernels, then the gradients of hidden states and head weight 2 rho
   (one unit = 2 N V D FLOP, rho = M / N; divergences/ defines the losses)
 
 Losses and gradients come from fp32 logits, whatever the head's dtype: 16 bits would put an error of several per cent into the
 gradient. The forward computes the gradient next to the loss, because both read these logits: a backward that recomputed them
 would pay 2 rho more. With fp16 heads the forward weights rows by at most 1 and the backward scales the result, so that the
 gradients keep their digits. A second backward computes the gradients again.
-Memory: the 16-bit logit gradients of several groups are kept, for one product with the hidden states and one with the weight.
-If all rows' fit, the weight's gradient is rounded once; if those of 256 rows or more fit, once for each such span of rows. If
-not, it computes the logits a second time (2 rho), by blocks of the vocabulary, each rounded once.
+Memory: the 16-bit logit gradients of a span of rows are kept, for one product with the hidden states and one with the head
+weight. The head weight's gradient is rounded once for each span: once if all rows fit, at most eight times. With spans of
+fewer than 256 rows, or more than eight spans, the forward computes the logits a second time (2 rho), by blocks of the
+vocabulary, and rounds that gradient once.
 Deterministic: no atomics, sums in a fixed order. No host synchronisation, no copy from the host.
 Where ranks share out the vocabulary, shards.py passes the rows' normalisers and losses, the logits are those of this rank's
 part, and the hidden states' gradients of all ranks are added up in fp32.
@@ -98,30 +99,37 @@ class _SelectedLoss(torch.autograd.Function):
     def backward(ctx: Any, dtotal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         rows, weights, *tensors = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
-        factor = scale_back(dtotal, weights, tensors[0].dtype)
+        student = ctx.plan.student.with_tensors(tensors[: len(ctx.plan.student.tensors)])
+        factor = scale_back(dtotal, weights, is_fp16=has_fp16(student.leading, student.bias))
         if gradients is None:  # an earlier backward returned them, and they may be overwritten
             factor = factor * ctx.plan.verified(rows, tensors)
             gradients = ctx.plan.run(rows, weights, tensors, ctx.needs)[2]
         for gradient in gradients:
             if gradient is not None:
-                scale(gradient, factor)
+                with on_device(gradient.device):
+                    scale(gradient, factor)
         return (None,) * 3 + tuple(gradients) + (None,) * (len(tensors) - len(gradients))
 
 
-def _scale(weights: Tensor, dtype: torch.dtype) -> Tensor | float:
+def has_fp16(leading: Tensor, bias: Tensor | None) -> bool:
+    """Whether a gradient is fp16, which holds no numbers as small as the weights of many rows."""
+    return torch.float16 in (leading.dtype, leading.dtype if bias is None else bias.dtype)
+
+
+def _scale(weights: Tensor, *, is_fp16: bool) -> Tensor | float:
     """With fp16, the power of two above the largest magnitude of the weights, 0-dim; 1 where there is none. Else 1.
 
-    A power of two, because scaling a gradient back by it adds no rounding. Other dtypes hold numbers as small as the weights.
+    A power of two, because scaling a gradient back by it adds no rounding.
     """
-    if dtype != torch.float16:
+    if not is_fp16:
         return 1.0
     largest = torch.cat((weights.abs(), weights.new_zeros(1))).amax()
     return torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent), 1.0)
 
 
-def scale_back(dtotal: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+def scale_back(dtotal: Tensor, weights: Tensor, *, is_fp16: bool) -> Tensor:
     """(1,) factor of the gradients of `launch_loss`. Not 0-dim: torch would round a 0-dim factor to 16 bits first."""
-    return (dtotal * _scale(weights, dtype)).view(1)
+    return (dtotal * _scale(weights, is_fp16=is_fp16)).view(1)
 
 
 def launch_loss(
@@ -164,7 +172,7 @@ class _SelectedRows:
         self.student, self.rows, self.tokens, self.constants = student, rows, tokens, constants
         self.sources = (student, teacher) if isinstance(teacher, Source) else (student,)
         self.listed = None if isinstance(teacher, Source) else teacher
-        self.row_weights = (weights / _scale(weights, student.leading.dtype)).float().clone()
+        self.row_weights = (weights / _scale(weights, is_fp16=has_fp16(student.leading, student.bias))).float().clone()
         self.workspace, self.vocab = workspace, student.transform.vocab_size
         self.sides = [TileReader(x, rows, torch.float32, weight_casts(x, workspace)) for x in self.sources]
         transforms = [side.transform for side in self.sides]

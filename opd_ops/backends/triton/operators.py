@@ -216,11 +216,12 @@ def _(
 def _setup_head_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(inputs[8], *output[2:])
     ctx.needs = (*_needs(inputs[6]), False, False)
+    ctx.is_fp16 = heads_loss.has_fp16(inputs[0], inputs[2])
 
 
 def _head_backward(ctx: Any, dtotal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     weights, *gradients = ctx.saved_tensors
-    factor = heads_loss.scale_back(dtotal, weights, gradients[0].dtype)
+    factor = heads_loss.scale_back(dtotal, weights, is_fp16=ctx.is_fp16)
     pairs = zip(gradients, ctx.needs, strict=False)
     return (*((gradient * factor).to(gradient.dtype) if need else None for gradient, need in pairs), *(None,) * 7)
 

@@ -1,6 +1,7 @@
 """The Triton backend where ranks share out the vocabulary: kernels on each rank's part, with the whole's normalisers.
 
   P_r, Q_r: the mass of student and teacher in the part of rank r;  p_r, q_r: their softmaxes within it;
+  Z_s,r, Z_t,r: their sums of e^logit over it;
   g_r = log Z_s,r - log Z_t,r: the part's gap;  g: the whole vocabulary's gap;  d_r = log P_r / Q_r = g_r - g
   KL(p||q) = sum_r P_r KL(p_r||q_r) + KL(P||Q),     KL(P||Q) = sum_r P_r (d_r + e^{-d_r} - 1)      (the chain rule)
 
