@@ -69,22 +69,27 @@ def selective_opd_loss(
     With p = softmax(student / temperature), q likewise for the teacher, and M the ceil(fraction * n_valid) valid positions of
     highest score (arXiv 2605.26844, eqs. 6, 12, 13):
         loss = 1/|M| sum_{t in M} sum_v p[t,v] (log p[t,v] - log q[t,v])          [nats]
-    Gradients of positions outside M are exactly zero. Scores carry no gradient, and the teacher receives none. Row i predicts
-    target i: the caller has shifted the targets.
+    Gradients of positions outside M are exactly zero. Scores carry no gradient, and the teacher receives none.
+
+    Shapes: (...) is the positions' shape, usually (B, T), N their number, V the vocabulary's size. Position i predicts the next
+    token: `mask`, `weights`, `tokens` and `shift_labels` belong to that token. A position is valid if its mask and weight are
+    not 0, its label is not `ignore_index`, and the teacher's row is finite.
 
     Args:
         student: (..., V) logits, or a `LinearHead`, whose logits are never materialised whole.
         teacher: The same, or `TopKLogprobs` or `SampledLogprobs` from a server.
         mask: (...) non-zero on the tokens that the student wrote; None: all.
-        weights: (...) a factor per position's loss. A position of weight 0 is not valid.
-        labels, shift_labels: (...) targets, unshifted or already shifted; `shift_labels` win. `ignore_index` is not valid.
-        tokens: (...) the token that each position predicts, for "sampled" and `special_ids`; None: taken from the labels.
-        cu_seqlens: (n_sequences + 1,) boundaries of packed sequences in the flattened positions.
+        weights: (...) a factor per position's loss.
+        labels, shift_labels: (...) int64 targets. The loss shifts `labels`; `shift_labels` are shifted already, and win.
+        tokens: (...) integers, the predicted tokens, for "sampled" and `special_ids`; None: taken from the labels.
+        cu_seqlens: (n_sequences + 1,) int32 or int64 boundaries of packed sequences in the flattened positions.
         student_stats: `StudentStats` from the rollout: scoring then runs only the teacher's head.
-        num_items_in_batch: The host trainer's count of valid tokens over all micro-batches (and ranks).
+        num_items_in_batch: Valid tokens of the whole step, over micro-batches and ranks. It divides the loss in the place of
+            this call's count.
         {settings}
     Returns: `SelectiveOPDOutput`: `loss`, 0-dim; `selected`, `scores`, `stats` of the mask's shape; `metrics`.
-    Raises: ValueError, TypeError: before any work, with the argument, the value that came, the value that was expected.
+    Raises: ValueError, TypeError: a wrong argument, before any work, with the value that came and the value that was expected.
+        ValueError: logits that are not finite (`check_finite`), a `num_items_in_batch` of 0, after scoring.
     Non-finite logits, denominators, ranks, torch.compile: docs/features.md.
     Example: a student equal to its teacher has nothing to learn.
         >>> logits = torch.randn(6, 32)

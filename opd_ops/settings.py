@@ -79,20 +79,25 @@ class LossOptions(TokenLossOptions, total=False):
 class Settings:
     """The choices of a user for a run. `replace(settings, fraction=0.1)` makes a changed copy.
 
+    Args:
+        {settings}
     Raises: TypeError: an unknown name, with the nearest known name. ValueError, TypeError: a wrong value, or two values that
         exclude each other.
     """
 
     selector: str | Selector = _setting(
         "teachability",
-        "The rule that scores positions: a name of selection/selectors.py, or a callable TokenStats -> scores.",
+        "The rule that scores positions: a name of selection/selectors.py, or a callable that takes `TokenStats` and returns "
+        "scores, (...). The highest are selected.",
     )
     fraction: float = _setting(0.05, "Share of the valid positions to train on, in (0, 1]; 1.0: plain distillation.")
     threshold: Tensor | float | None = _setting(
         None, "Instead of a share: train on all valid positions that score this or more."
     )
     scope: str = _setting(
-        "batch", "One budget for the 'batch', for each 'sequence', or 'global': one for all ranks of selection_group."
+        "batch",
+        "The positions that share a budget, the number to select: the 'batch', each 'sequence' (a row of the last "
+        "dimension, or a span of cu_seqlens), or 'global', all ranks of selection_group.",
     )
     selection_group: dist.ProcessGroup | None = _setting(
         None, "Ranks that select together: under 'global' (None: all), or under 'sequence' if they hold parts of sequences."
@@ -101,10 +106,14 @@ class Settings:
         "reverse_kl", "Loss on the selected positions: a name, or an instance with parameters, like JSD(beta=0.3)."
     )
     denominator: str = _setting("selected", "Divide the sum of losses by the number of 'selected' or of all 'valid' positions.")
-    top_k: int = _setting(16, "K of the top-K supports that statistics are made of, at most V.")
+    top_k: int = _setting(
+        16, "K, at most V. A model's K likeliest ids are its support, which disagreement and support mass read."
+    )
     temperature: float = _setting(1.0, "Divides both models' logits, > 0; the loss is not scaled back by its square.")
     ignore_index: int = _setting(-100, "Label of positions that are not valid.")
-    special_ids: Sequence[int] = _setting((), "Ids whose first occurrence in each sequence is not valid.")
+    special_ids: Sequence[int] = _setting(
+        (), "Of each of these ids, the first valid position in each sequence becomes not valid."
+    )
     eos_ids: Sequence[int] = _setting((), "Ids of one meaning, like two ends of a turn: their probabilities are added up.")
     vocab_size: int | None = _setting(None, "Number of entries that both models are cut to; None: the smaller vocabulary.")
     process_group: dist.ProcessGroup | None = _setting(None, "Ranks that share out the vocabulary; DTensors bring their own.")
@@ -308,7 +317,7 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def documented(function: Function) -> Function:
-    """Decorator: replaces `{settings}` in a docstring by the sentences of the settings that the function takes."""
+    """Decorator: replaces `{settings}` in a docstring by the sentences of the settings that the function or class takes."""
     taken = [name for name in HELP if name in inspect.signature(function).parameters]
     lines = [
         line
@@ -318,3 +327,6 @@ def documented(function: Function) -> Function:
     assert function.__doc__ is not None
     function.__doc__ = function.__doc__.replace("        {settings}", "\n".join(lines))
     return function
+
+
+documented(Settings)

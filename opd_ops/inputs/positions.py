@@ -68,9 +68,9 @@ def positions(
     shape: torch.Size,
     device: torch.device,
     *,
-    ignore_index: int = -100,
-    special_ids: Sequence[int] = (),
-    vocab_size: int | None = None,
+    ignore_index: int,
+    special_ids: Sequence[int],
+    vocab_size: int | None,
 ) -> Positions:
     """Check each tensor against the positions' shape. `shift_labels` win over `labels`, `tokens` win over both.
 

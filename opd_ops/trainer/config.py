@@ -76,7 +76,7 @@ class OPDConfig:
     eval_size: int = _option(16, "Held-out prompts; 0: no evaluation.")
     # rollouts
     max_new_tokens: int = _option(256, "Longest answer, in tokens.")
-    temperature: float = _option(1.0, "Of sampling; the loss is at temperature 1.")
+    temperature: float = _option(1.0, "Temperature of sampling; the loss is at temperature 1.")
     top_p: float = _option(1.0, "Nucleus of sampling; below 1 the answers are no longer drawn from the whole distribution.")
     rollout_url: str | None = _option(None, "vLLM server that samples the answers instead of `generate`; needs LoRA.")
     rollout_model: str | None = _option(None, "Name that server has for the student's base; none: the only model it serves.")
@@ -96,10 +96,12 @@ class OPDConfig:
     steps: int = _option(100, "Updates of the student.")
     batch_size: int = _option(8, "Prompts in a micro-batch of one process.")
     gradient_accumulation_steps: int = _option(1, "Micro-batches of one process in a step.")
-    learning_rate: float = _option(1e-6, "Of AdamW.")
-    lr_scheduler: Literal["constant", "linear", "cosine"] = _option("constant", "How it changes after the warm-up.")
-    warmup_steps: int = _option(0, "Steps in which it rises from 0.")
-    weight_decay: float = _option(0.0, "Of AdamW.")
+    learning_rate: float = _option(1e-6, "Learning rate of AdamW.")
+    lr_scheduler: Literal["constant", "linear", "cosine"] = _option(
+        "constant", "How the learning rate changes after the warm-up."
+    )
+    warmup_steps: int = _option(0, "Steps in which the learning rate rises from 0.")
+    weight_decay: float = _option(0.0, "Learning rate of AdamW.")
     max_grad_norm: float = _option(1.0, "Larger gradients are scaled down to this norm; 0: never.")
     seed: int = _option(0, "Of the order of prompts, sampling, dropout, selectors that draw.")
     # evaluation, logs, checkpoints

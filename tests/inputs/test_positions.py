@@ -13,10 +13,15 @@ import torch
 from opd_ops import LinearHead, SampledLogprobs, StudentStats, TopKLogprobs, score_positions, selective_opd_loss
 from opd_ops.divergences import DIVERGENCES
 from opd_ops.inputs.batch import Batch
-from opd_ops.inputs.positions import positions
+from opd_ops.inputs.positions import positions as checked_positions
 from tests.support.cases import generator, gradients, head_pair, leaf, leaf_head, logit_pair
 from tests.support.meters import LiveBytes
 from tests.support.tolerances import assert_gradient, assert_stats, assert_within
+
+
+def positions(batch, shape, device, **options):
+    return checked_positions(batch, shape, device, **{"ignore_index": -100, "special_ids": (), "vocab_size": None} | options)
+
 
 CPU = torch.device("cpu")
 EOS = (5, 90, 33)

@@ -1,9 +1,9 @@
 """Tensors of inference mode that are overwritten between the forward and the backward: never a wrong gradient in silence.
 
   Compared: an error, or the gradient of a call whose tensors nobody touched, bit for bit; live and saved bytes.
-  Run: make test ARGS=tests/test_overwritten.py
+  Run: make test ARGS=tests/loss/test_overwritten.py
 
-Not here: teachers of inference mode that stay as they are (tests/test_gradients.py), version counters (autograd's own).
+Not here: teachers of inference mode that stay as they are (test_gradients.py), version counters (autograd's own).
 """
 
 import pytest

@@ -211,9 +211,11 @@ def _fields(holder: ast.AST) -> Iterator[tuple[str, ast.expr | None]]:
 
 
 def _field_default(value: ast.expr | None) -> ast.expr | None:
-    """Of `field(default=x)`, x."""
+    """Of `field(default=x)` or `_setting(x, help)`, x."""
     if isinstance(value, ast.Call) and ast.unparse(value.func).split(".")[-1] == "field":
         return next((x.value for x in value.keywords if x.arg == "default"), None)
+    if isinstance(value, ast.Call) and ast.unparse(value.func) == "_setting":
+        return value.args[0]
     return value
 
 

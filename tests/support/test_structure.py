@@ -1,8 +1,10 @@
-# The figures of the source's structure: none is worse than its limit, and each counts what its name says.
-#
-#   Run: make test ARGS=tests/support/test_structure.py
-#
-# Not here: the figures themselves (`python -m tests.support.structure`).
+"""The figures of the source's structure: none is worse than its limit, and each counts what its name says.
+
+  Run: make test ARGS=tests/support/test_structure.py
+
+Not here: the figures themselves (`python -m tests.support.structure`).
+"""
+
 import json
 
 import pytest
