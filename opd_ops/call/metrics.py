@@ -42,7 +42,7 @@ def loss_metrics(
     n_selected, n_valid = counts
     n_unmasked = selected.numel() if unmasked is None else unmasked.sum()
     mass = "support_mass_lower_bound" if is_bound else "support_mass"
-    columns = torch.stack((stats.reverse_kl, stats.student_entropy, stats.support_mass, stats.teacher_entropy)).flatten(1)
+    columns = torch.stack((stats.reverse_kl, stats.student_entropy, stats.support_mass, stats.teacher_entropy)).view(4, -1)
     metrics = {"loss": loss.detach(), "loss_sum": loss_sum.detach()}
     for names, among, count in (
         (("kl_selected", "entropy_selected", f"{mass}_selected"), selected, n_selected),

@@ -79,7 +79,7 @@ def _quantiles(z: Tensor, among: Tensor, levels: tuple[float, ...], dtype: torch
     Returns: Quantiles that broadcast with z, (columns, 1, ...).
     """
     ranks = None if is_traced() else _ranks.get()  # dynamo cannot trace a ContextVar
-    columns, flags = z.flatten(1), among.flatten(1)
+    columns, flags = z.reshape(len(z), -1), among.reshape(len(z), -1)
     if ranks is not None:
         found = [_quantiles_over_ranks(x, flag, levels, dtype, ranks) for x, flag in zip(columns, flags, strict=True)]
         quantiles = torch.stack(found)
