@@ -23,8 +23,8 @@ from unittest.mock import patch
 import torch
 from opd_kernels import launch_table, score
 from opd_kernels.device import row_step
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.static.operators import Operators
 from benchmarks.static.roofline import Recorder
 from opd_ops.backends.shared import matmul
 from opd_ops.backends.triton import heads, heads_loss
@@ -35,28 +35,20 @@ from opd_ops.selection.budget import most_selected
 
 V, STUDENT_DIM, TEACHER_DIM, TOP_K, MULTIPROCESSORS = 151_936, 2048, 4096, 16, 132
 MATMULS = {"mm", "addmm", "bmm", "_scaled_mm"}
-FREE = {  # operators that launch nothing
-    "empty", "empty_like", "empty_strided", "new_empty", "view", "_unsafe_view", "as_strided", "slice", "select", "t",
-    "transpose", "unsqueeze", "squeeze", "expand", "detach", "alias", "split", "unbind", "permute", "lift_fresh",
-    "split_with_sizes",
-}  # fmt: skip
 
 
-class Trace(TorchDispatchMode):
-    """Operators by name, and the matmuls' (rows, inner, columns)."""
+class Trace(Operators):
+    """Operators that are no matmuls in `names`, and the matmuls' (rows, inner, columns)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.operators: Counter[str] = Counter()
         self.matmuls: list[tuple[int, int, int]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.split("::")[1].rstrip("_")
-        if name in MATMULS:
-            a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
-            self.matmuls.append((a.shape[-2], a.shape[-1], b.shape[-1]))
-        elif name not in FREE:
-            self.operators[name] += 1
+        if func._schema.name.split("::")[1] not in MATMULS:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
+        self.matmuls.append((a.shape[-2], a.shape[-1], b.shape[-1]))
         return func(*args, **(kwargs or {}))
 
 
@@ -74,10 +66,10 @@ def traced(run) -> dict:
         run()
     kernels = Counter(launch[0].__name__.strip("_").removesuffix("_kernel") for launch in launches)
     return {
-        "launches": sum(kernels.values()) + sum(trace.operators.values()) + len(trace.matmuls),
+        "launches": sum(kernels.values()) + sum(trace.names.values()) + len(trace.matmuls),
         "kernels": dict(kernels),
         "matmuls": trace.matmuls,
-        "others": dict(trace.operators),
+        "others": dict(trace.names),
     }
 
 

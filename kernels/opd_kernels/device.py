@@ -184,15 +184,10 @@ def _block_of(top, n_full, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def _store_zeros(out_row, W, BLOCK_V: tl.constexpr):
-    _store_padding(out_row, 0, W, BLOCK_V)
-
-
-@triton.jit
-def _store_padding(out_row, V, W, BLOCK_V: tl.constexpr):
-    # zeros in the columns V .. W-1
+def _store_zeros(out_row, first, W, BLOCK_V: tl.constexpr):
+    # zeros in the columns first .. W-1
     lane = tl.arange(0, BLOCK_V)
-    for v in range(V, W, BLOCK_V):
+    for v in range(first, W, BLOCK_V):
         tl.store(out_row + (v + lane), tl.zeros((BLOCK_V,), out_row.dtype.element_ty), mask=v + lane < W)
 
 

@@ -28,7 +28,6 @@ from .device import (
     _likely_top,
     _load_normalisers,
     _log2_probs,
-    _store_padding,
     _store_top,
     _store_zeros,
     transform,
@@ -85,7 +84,7 @@ def _forward_kl_grad_kernel(
     out_row = out_ptr + row * stride_on * UNIT_O
     weight = tl.load(weights_ptr + pid_m)
     if weight == 0.0:
-        _store_zeros(out_row, W, BLOCK_V)
+        _store_zeros(out_row, 0, W, BLOCK_V)
     else:
         norm = _load_normalisers(score_ptr, M, pid_m)
         coef = weight * (k_s * LN_2)
@@ -116,7 +115,7 @@ def _forward_kl_grad_kernel(
                 s_row, t_row, out_row, b * BLOCK_V + lane, V, top, coef, pre_s, cap_s, k_s, pre_t, cap_t, k_t,
                 norm, CAP_S, CAP_T, SAME_K, False, False,
             )  # fmt: skip
-        _store_padding(out_row, V, W, BLOCK_V)
+        _store_zeros(out_row, V, W, BLOCK_V)
         if HAS_TOP:
             others = tl.sum(total, 0)
             if HAS_ELSEWHERE:

@@ -46,7 +46,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch_table
-from .device import LN_2, _likely_top, _load_normalisers, _log2_probs, _store_top, row_step, transform
+from .device import LN_2, _likely_top, _load_normalisers, _log2_probs, _store_top, _store_zeros, row_step, transform
 
 
 @triton.jit
@@ -197,8 +197,7 @@ def _jsd_grad_kernel(
             s_row, t_row, out_row, b * BLOCK_V + lane, V, top, a, coef, weight, pre_s, cap_s, k_s,
             pre_t, cap_t, k_t, norm, CAP_S, CAP_T, SAME_K, False,
         )  # fmt: skip
-    for v in range(V, W, BLOCK_V):
-        tl.store(out_row + (v + lane), tl.zeros((BLOCK_V,), out_row.dtype.element_ty), mask=v + lane < W)
+    _store_zeros(out_row, V, W, BLOCK_V)
     if HAS_TOP:
         _store_top(out_row, top, -tl.sum(total, 0), tl.where(weight == 0.0, 0.0, coef), norm[0], pre_s, cap_s, CAP_S)
 

@@ -111,7 +111,7 @@ def zero_rows() -> Tile:
 
 
 def scale() -> Tile:
-    """128 threads with four 128-bit loads of 16 bits each, all in flight."""
+    """128 threads; each has four 128-bit loads of 16-bit numbers in flight."""
     return Tile({"BLOCK": 4096}, num_warps=128 // _warp_size())
 
 

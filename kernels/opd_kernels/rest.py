@@ -42,7 +42,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch_table
-from .device import FLOOR, LN_2, _log2_prob, _log_ratio, _transform, _transform_slope, row_step, transform
+from .device import FLOOR, LN_2, _log2_prob, _log_ratio, _store_zeros, _transform, _transform_slope, row_step, transform
 
 NO_ID = tl.constexpr(2**31 - 1)
 
@@ -203,9 +203,7 @@ def _rest_grad_kernel(
             ADD, CAP, False, BLOCK_V,
         )  # fmt: skip
     if not ADD:
-        lane = tl.arange(0, BLOCK_V)
-        for v in range(V, W, BLOCK_V):
-            tl.store(out_row + (v + lane), tl.zeros((BLOCK_V,), out_row.dtype.element_ty), mask=v + lane < W)
+        _store_zeros(out_row, V, W, BLOCK_V)
 
 
 def rest_fwd(

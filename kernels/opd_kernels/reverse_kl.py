@@ -41,7 +41,6 @@ from .device import (
     _likely_top,
     _load_normalisers,
     _log2_probs,
-    _store_padding,
     _store_top,
     _store_zeros,
     row_step,
@@ -95,7 +94,7 @@ def _reverse_kl_grad_kernel(
     weight = tl.load(weights_ptr + pid_m)
     kl = tl.load(score_ptr + 5 * M + pid_m)
     if (weight == 0.0) | (kl == float("inf")):
-        _store_zeros(out_row, W, BLOCK_V)
+        _store_zeros(out_row, 0, W, BLOCK_V)
     else:
         norm = _load_normalisers(score_ptr, M, pid_m)
         # The gap's constant takes kl along: one rounding for both.
@@ -128,7 +127,7 @@ def _reverse_kl_grad_kernel(
                 s_row, t_row, out_row, b * BLOCK_V + lane, V, top, coef, pre_s, cap_s, k_s, pre_t, cap_t, k_t,
                 moved, CAP_S, CAP_T, SAME_K, False, False,
             )  # fmt: skip
-        _store_padding(out_row, V, W, BLOCK_V)
+        _store_zeros(out_row, V, W, BLOCK_V)
         if HAS_TOP:
             others = tl.sum(total, 0)
             if HAS_ELSEWHERE:

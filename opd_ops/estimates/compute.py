@@ -63,8 +63,8 @@ def estimate(
 ) -> Estimate:
     """The cost of `selective_opd_loss` with a `LinearHead` on both sides and reverse or forward KL, and of its backward.
 
-    `saved_bytes` is right for every divergence. The rest is right for other divergences on backend "triton"; docs/features.md
-    has their units on "torch".
+    `saved_bytes` reads the divergence. The other figures are also those of other divergences on backend "triton";
+    docs/features.md has their units on "torch".
 
     Args:
         N: Valid positions; with "teachability-released" all positions of the responses.

@@ -81,8 +81,8 @@ def _quantiles(z: Tensor, among: Tensor, levels: tuple[float, ...], dtype: torch
     ranks = None if is_traced() else _ranks.get()  # dynamo cannot trace a ContextVar
     columns, flags = z.reshape(len(z), -1), among.reshape(len(z), -1)
     if ranks is not None:
-        found = [_quantiles_over_ranks(x, flag, levels, dtype, ranks) for x, flag in zip(columns, flags, strict=True)]
-        quantiles = torch.stack(found)
+        pairs = zip(columns, flags, strict=True)
+        quantiles = torch.stack([_quantiles_over_ranks(x, flag, levels, dtype, ranks) for x, flag in pairs])
     elif columns.shape[1]:
         places = _places(flags.sum(1), levels)
         ordered = torch.where(flags, columns, math.inf).sort(1).values

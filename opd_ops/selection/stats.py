@@ -17,14 +17,14 @@ from torch import Tensor
 
 BACKEND_COLUMNS = frozenset({"jsd", "released_kl", "topk_entropy"})  # optional columns that a backend computes
 OPTIONAL_COLUMNS = BACKEND_COLUMNS | {"response_place"}
-SWEPT_COLUMNS = (  # columns from one sweep of both models over the vocabulary, in the order of opd_kernels/score.py
-    "student_logsumexp",
-    "teacher_logsumexp",
-    "logsumexp_gap",
+SWEPT_COLUMNS = (  # columns from one sweep of both models over the vocabulary
     "student_entropy",
     "teacher_entropy",
     "reverse_kl",
     "forward_kl",
+    "student_logsumexp",
+    "teacher_logsumexp",
+    "logsumexp_gap",
 )
 
 REFERENCE_COLUMNS = (

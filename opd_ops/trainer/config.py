@@ -57,7 +57,9 @@ class OPDConfig:
         None, "OpenAI-compatible server that answers prompt_logprobs: the teacher instead of a model."
     )
     teacher_model: str | None = _option(None, "Name that server has for the teacher; none: the only model it serves.")
-    teacher_api_key_env: str | None = _option(None, "Environment variable that holds the key of that server, if it wants one.")
+    teacher_api_key_env: str | None = _option(
+        None, "Environment variable that holds the key of the server of `teacher_url`, if any."
+    )
     teacher_top_k: int = _option(16, "Log-probabilities that are asked of that server for each token.")
     dtype: Literal["auto", "float32", "bfloat16"] = _option("float32", "Of the student's weights; 'auto': as stored.")
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option("auto", "Of the teacher's weights.")
@@ -80,7 +82,9 @@ class OPDConfig:
     top_p: float = _option(1.0, "Nucleus of sampling; below 1 the answers are no longer drawn from the whole distribution.")
     rollout_url: str | None = _option(None, "vLLM server that samples the answers instead of `generate`; needs LoRA.")
     rollout_model: str | None = _option(None, "Name that server has for the student's base; none: the only model it serves.")
-    rollout_api_key_env: str | None = _option(None, "Environment variable that holds the key of that server, if it wants one.")
+    rollout_api_key_env: str | None = _option(
+        None, "Environment variable that holds the key of the server of `rollout_url`, if any."
+    )
     # loss
     selector: str = _option(str(DEFAULTS.selector), HELP["selector"])
     fraction: float = _option(DEFAULTS.fraction, HELP["fraction"])
@@ -101,9 +105,9 @@ class OPDConfig:
         "constant", "How the learning rate changes after the warm-up."
     )
     warmup_steps: int = _option(0, "Steps in which the learning rate rises from 0.")
-    weight_decay: float = _option(0.0, "Learning rate of AdamW.")
+    weight_decay: float = _option(0.0, "Weight decay of AdamW.")
     max_grad_norm: float = _option(1.0, "Larger gradients are scaled down to this norm; 0: never.")
-    seed: int = _option(0, "Of the order of prompts, sampling, dropout, selectors that draw.")
+    seed: int = _option(0, "Seed of the prompts' order, of sampling, of dropout and of selectors that draw.")
     # evaluation, logs, checkpoints
     eval_every: int = _option(20, "Steps between evaluations; one before the first and after the last step too.")
     answer_pattern: str = _option(

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.static.operators import Operators
 from opd_ops import LinearHead, StudentStats, TailAware, TopKLogprobs, score_positions, selective_opd_loss
 from tests.support.cases import head_pair, leaf, leaf_head, logit_pair
-from tests.support.meters import LiveBytes, Operators, saved_bytes
+from tests.support.meters import LiveBytes, saved_bytes
 
 VOCAB, DIM = 1501, 32
 FRACTION = 0.05

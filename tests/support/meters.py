@@ -1,15 +1,14 @@
-"""Meters for what a call costs, without a clock: live bytes, the largest tensor made, bytes saved for backward, operators.
+"""Meters for what a call costs, without a clock: live bytes of tensors, the largest tensor made, bytes saved for backward.
 
   Live bytes count every storage that an operator returns, from its making to its last reference, on any device; inputs of
   the call are not counted, its results are.
 
-Not here: FLOPs (torch.utils.flop_counter), resident memory of a process (benchmarks/).
+Not here: FLOPs (torch.utils.flop_counter), operators (benchmarks/static/operators.py), resident memory (benchmarks/).
 """
 
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -47,27 +46,6 @@ class LiveBytes(TorchDispatchMode):
     def _forget(self, key: int, n: int) -> None:
         self.live -= n
         self._seen.pop(key, None)
-
-
-FREE = {  # operators that compute nothing: views and allocations
-    "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand", "lift_fresh",
-    "new_empty", "permute", "reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind",
-    "unsqueeze", "view",
-}  # fmt: skip
-
-
-class Operators(TorchDispatchMode):
-    """Counts operators by name, forward and backward, without those of `FREE`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.split("::")[1].rstrip("_")
-        if name not in FREE:
-            self.names[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -26,6 +26,12 @@ def needed(tmp_path):
     return [f"--prompts={path}", "--student=somewhere"]
 
 
+def test_every_option_has_a_sentence_of_its_own():
+    sentences = {x.name: x.metadata["help"] for x in dataclasses.fields(OPDConfig)}
+    assert all(len(sentence.split()) > 2 for sentence in sentences.values())
+    assert len(set(sentences.values())) == len(sentences)
+
+
 def test_flags_win_over_the_file(needed, tmp_path):
     path = tmp_path / "run.yaml"
     lines = ["fraction: 0.1", "learning_rate: 2e-5", "teacher_system: '- a pirate'", "gradient_checkpointing: true"]

@@ -93,9 +93,8 @@ class Triton(Backend):
                 else:
                     table = dense.launch_columns(*tensors, top_k, columns, workspace, vocab, temperature)
             named = zip(column_names(columns), table.unbind(0), strict=True)
-            out = {
-                name: column for name, column in named if name in TokenStats._fields
-            }  # the others are for the gradients' kernels
+            # The score kernel also writes normalisers, which are no statistics.
+            out = {name: column for name, column in named if name in TokenStats._fields}
             return TokenStats(valid=torch.isfinite(out["teacher_logsumexp"]), **out)
 
     def own_stats(

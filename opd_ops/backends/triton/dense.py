@@ -102,11 +102,19 @@ def launch_gradient(
             if constants is None:
                 score = score_fwd(*tables, places[part], **options)
                 top = argmax_fwd(tables[0], places[part], score, vocab_size=vocab_size)
-                columns, _, top, elsewhere, *_ = KernelConstants.of_row(score.columns, top)
+                part_constants = KernelConstants.of_row(score.columns, top)
             else:
-                columns, _, top, elsewhere, *_ = constants.rows(part)
-            more = {"top": top, "elsewhere": elsewhere, "out": out, **options}
-            GRADIENTS[type(DIVERGENCES[kind])](*tables, places[part], weights[part], columns, **more)
+                part_constants = constants.rows(part)
+            GRADIENTS[type(DIVERGENCES[kind])](
+                *tables,
+                places[part],
+                weights[part],
+                part_constants.columns,
+                top=part_constants.top,
+                elsewhere=part_constants.elsewhere,
+                out=out,
+                **options,
+            )
         zero_rows(out, layout.kept(places, gaps=inplace))  # rows between positions may hold other numbers of the user
     if inplace:  # autograd did not see the kernels write: another node that saved the logits then raises in its backward
         torch.autograd.graph.increment_version(gradient)
