@@ -7,30 +7,26 @@ Not here: the settings (settings.py), the stages of a call (call/), scoring and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from opd_ops.call.choose import Chosen, choose, shortlist
 from opd_ops.call.prepare import Call, check_num_items, check_transforms, prepare
 from opd_ops.call.reduce import SelectiveOPDOutput, TokenLosses, mean_loss, token_losses
 from opd_ops.call.score import score, score_again
-from opd_ops.divergences import Divergence
 from opd_ops.inputs.batch import Batch
 from opd_ops.inputs.linear_head import LinearHead
 from opd_ops.inputs.rollout import StudentStats
 from opd_ops.inputs.teacher_lists import SparseTeacher
-from opd_ops.selection.selectors import Selector
-from opd_ops.settings import DEFAULTS, LossOptions, Settings, TokenLossOptions, documented
+from opd_ops.settings import LossOptions, Settings, TokenLossOptions, documented
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-@documented
+@documented(LossOptions)
 def selective_opd_loss(
     student: Tensor | LinearHead,
     teacher: Tensor | LinearHead | SparseTeacher,
@@ -43,26 +39,7 @@ def selective_opd_loss(
     cu_seqlens: Tensor | None = None,
     student_stats: StudentStats | None = None,
     num_items_in_batch: Tensor | float | None = None,
-    selector: str | Selector = DEFAULTS.selector,
-    fraction: float = DEFAULTS.fraction,
-    threshold: Tensor | float | None = DEFAULTS.threshold,
-    scope: str = DEFAULTS.scope,
-    selection_group: dist.ProcessGroup | None = DEFAULTS.selection_group,
-    divergence: str | Divergence = DEFAULTS.divergence,
-    denominator: str = DEFAULTS.denominator,
-    top_k: int = DEFAULTS.top_k,
-    temperature: float = DEFAULTS.temperature,
-    ignore_index: int = DEFAULTS.ignore_index,
-    special_ids: Sequence[int] = DEFAULTS.special_ids,
-    eos_ids: Sequence[int] = DEFAULTS.eos_ids,
-    vocab_size: int | None = DEFAULTS.vocab_size,
-    process_group: dist.ProcessGroup | None = DEFAULTS.process_group,
-    generator: torch.Generator | None = DEFAULTS.generator,
-    backend: str = DEFAULTS.backend,
-    workspace_bytes: int = DEFAULTS.workspace_bytes,
-    score_dtype: str | None = DEFAULTS.score_dtype,
-    inplace_backward: bool = DEFAULTS.inplace_backward,
-    check_finite: bool = DEFAULTS.check_finite,
+    **options: Unpack[LossOptions],
 ) -> SelectiveOPDOutput:
     """Reverse KL from student to teacher, or another divergence, on the best-scored share of the student's tokens.
 
@@ -96,30 +73,8 @@ def selective_opd_loss(
         >>> selective_opd_loss(logits, logits).loss
         tensor(0.)
     """
-    settings = Settings(
-        selector=selector,
-        fraction=fraction,
-        threshold=threshold,
-        scope=scope,
-        selection_group=selection_group,
-        divergence=divergence,
-        denominator=denominator,
-        top_k=top_k,
-        temperature=temperature,
-        ignore_index=ignore_index,
-        special_ids=special_ids,
-        eos_ids=eos_ids,
-        vocab_size=vocab_size,
-        process_group=process_group,
-        generator=generator,
-        backend=backend,
-        workspace_bytes=workspace_bytes,
-        score_dtype=score_dtype,
-        inplace_backward=inplace_backward,
-        check_finite=check_finite,
-    )
     batch = Batch(mask, weights, labels, shift_labels, tokens, cu_seqlens, student_stats, num_items_in_batch)
-    return _loss(student, teacher, batch, settings)
+    return _loss(student, teacher, batch, Settings.of(options))
 
 
 class SelectiveOPDLoss(nn.Module):
@@ -157,6 +112,7 @@ class SelectiveOPDLoss(nn.Module):
         return _loss(student, teacher, batch, self.settings)
 
 
+@documented(TokenLossOptions)
 def selective_opd_token_losses(
     student: Tensor | LinearHead,
     teacher: Tensor | LinearHead | SparseTeacher,
@@ -168,6 +124,7 @@ def selective_opd_token_losses(
     tokens: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     student_stats: StudentStats | None = None,
+    settings: Settings | None = None,
     **options: Unpack[TokenLossOptions],
 ) -> TokenLosses:
     """The losses of `selective_opd_loss` per position, for a host trainer that weights and reduces them itself.
@@ -178,7 +135,8 @@ def selective_opd_token_losses(
     |M| / n_valid: multiply by n_valid / |M| (`metrics` has both counts). Ranks of a `selection_group` share only the selection:
     nothing is divided here.
 
-    Args: as of `selective_opd_loss`; `options` are its settings without `denominator` and `inplace_backward`.
+    Args: as of `selective_opd_loss`, without `denominator` and `inplace_backward`. `settings`: a `Settings` instead of settings by
+        name.
     Returns: `TokenLosses`: `losses` of the mask's shape, fp32 (fp64 if any input is), connected to the student's tensors even
         when nothing is selected; `selected`, `scores`, `stats`, `metrics` as of `selective_opd_loss`.
     Raises: as `selective_opd_loss`. A second derivative is an error, and so are torch.func's transforms.
@@ -193,7 +151,7 @@ def selective_opd_token_losses(
         >>> out.losses.sum() / out.selected.sum() == selective_opd_loss(student, teacher, fraction=0.5).loss
         tensor(True)
     """
-    settings = Settings.of(options, of=TokenLossOptions)
+    settings = Settings.given_or_named(settings, options, of=TokenLossOptions)
     check_transforms(settings.backend, has_vmap=False, has_gradient=False)
     batch = Batch(mask, weights, labels, shift_labels, tokens, cu_seqlens, student_stats)
     call = prepare(student, teacher, batch, settings, selects=True)

@@ -25,6 +25,7 @@ from opd_ops.arguments import check_ids, check_integer, check_layout, check_posi
 from opd_ops.backends.resolve import check_backend
 from opd_ops.divergences import Divergence, resolve_divergence
 from opd_ops.inputs import float8
+from opd_ops.inputs.batch import Batch
 from opd_ops.inputs.pair import check_list_divergence
 from opd_ops.selection.selectors import Selector, check_known, check_ranks_twice, check_whole_sequences, named_selector
 
@@ -187,23 +188,33 @@ class Settings:
             of: The TypedDict of the allowed names.
         Raises: TypeError: an unknown name, with the nearest known name, or a `given` name. As `Settings` otherwise.
         """
-        names = [name for name in of.__required_keys__ | of.__optional_keys__ if name not in given]  # type: ignore[attr-defined]
+        names = [name for name in _names(of) if name not in given]
         for name in options:
             if name in given:
-                raise TypeError(f"{name}: got it among the settings of the loss, but the host passes its own; leave it out")
+                raise TypeError(_passed_by_host(name))
             if name not in names:
                 raise TypeError(_unknown(name, names))
         return cls(**cast("LossOptions", options))
 
     @classmethod
-    def given_or_named(cls, settings: Settings | None, options: Mapping[str, object]) -> Settings:
-        """`settings`, or settings from `options`; passing both is an error."""
+    def given_or_named(
+        cls, settings: Settings | None, options: Mapping[str, object], *, given: Sequence[str] = (), of: type = LossOptions
+    ) -> Settings:
+        """`settings`, or settings from `options`; passing both is an error. Other arguments as of `of`.
+
+        Raises: TypeError: also for `settings` with a value, other than the default, that the function does not take.
+        """
         if settings is None:
-            return cls.of(options)
+            return cls.of(options, given=given, of=of)
         if not isinstance(settings, Settings):
             raise TypeError(f"settings: got {type(settings).__name__}, expected Settings; pass settings by name otherwise")
         if options:
             raise TypeError(f"settings: got them and {', '.join(options)}; expected replace(settings, ...)")
+        not_taken = [x for x in fields(cls) if x.name in given or x.name not in _names(of)]
+        for name in [x.name for x in not_taken if getattr(settings, x.name) != x.default]:
+            if name in given:
+                raise TypeError(_passed_by_host(name))
+            raise TypeError(f"{name}: got {shown(getattr(settings, name))} in settings, which this function does not read")
         return settings
 
     def for_host(self, *, passes_tokens: bool, teacher: str | None = None) -> Settings:
@@ -237,8 +248,18 @@ class Settings:
         return self.score_dtype == "float8"
 
 
+def _names(options: type) -> list[str]:
+    """The names of a TypedDict of settings, in the order of `Settings`."""
+    keys = options.__required_keys__ | options.__optional_keys__  # type: ignore[attr-defined]
+    return [setting.name for setting in fields(Settings) if setting.name in keys]
+
+
+def _passed_by_host(name: str) -> str:
+    return f"{name}: got it among the settings of the loss, but the host passes its own; leave it out"
+
+
 def _unknown(name: str, names: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(name, names, n=1)
+    nearest = difflib.get_close_matches(name, [*names, *Batch._fields], n=1)
     instead = f"; did you mean {nearest[0]!r}?" if nearest else f", expected some of: {', '.join(sorted(names))}"
     return f"settings: got {name!r}, which no setting is called{instead}"
 
@@ -316,17 +337,29 @@ HELP = {x.name: str(x.metadata["help"]) for x in fields(Settings)}
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
-def documented(function: Function) -> Function:
-    """Decorator: replaces `{settings}` in a docstring by the sentences of the settings that the function or class takes."""
-    taken = [name for name in HELP if name in inspect.signature(function).parameters]
-    lines = [
-        line
-        for name in taken or HELP
-        for line in textwrap.wrap(f"{name}: {HELP[name]}", 116, initial_indent=" " * 8, subsequent_indent=" " * 12)
-    ]
-    assert function.__doc__ is not None
-    function.__doc__ = function.__doc__.replace("        {settings}", "\n".join(lines))
-    return function
+def documented(options: type) -> Callable[[Function], Function]:
+    """A decorator: help() shows the settings of a TypedDict by name, with defaults, and their sentences for `{settings}`.
+
+    A function takes these settings as `**options`.
+    """
+    names = _names(options)
+
+    def document(function: Function) -> Function:
+        lines = [
+            line
+            for name in names
+            for line in textwrap.wrap(f"{name}: {HELP[name]}", 116, initial_indent=" " * 8, subsequent_indent=" " * 12)
+        ]
+        assert function.__doc__ is not None
+        function.__doc__ = function.__doc__.replace("        {settings}", "\n".join(lines))
+        signature = inspect.signature(function)
+        own = [x for x in signature.parameters.values() if x.kind != inspect.Parameter.VAR_KEYWORD]
+        named = inspect.signature(Settings).parameters
+        if len(own) < len(signature.parameters):
+            function.__signature__ = signature.replace(parameters=[*own, *(named[name] for name in names)])  # type: ignore[attr-defined]
+        return function
+
+    return document
 
 
-documented(Settings)
+documented(LossOptions)(Settings)

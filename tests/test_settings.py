@@ -152,6 +152,10 @@ def test_functions_refuse_settings_that_they_do_not_have():
         score_positions(student, teacher, fraction=0.5)
     with pytest.raises(TypeError, match="settings: got 'inplace_backward'"):
         selective_opd_token_losses(student, teacher, inplace_backward=True)
+    with pytest.raises(TypeError, match="inplace_backward: got True in settings, which this function does not read"):
+        selective_opd_token_losses(student, teacher, settings=Settings(inplace_backward=True))
+    with pytest.raises(TypeError, match="settings: got 'masc', which no setting is called; did you mean 'mask'"):
+        selective_opd_loss(student, teacher, masc=torch.ones(6))
 
 
 def test_ids_may_be_a_tensor():

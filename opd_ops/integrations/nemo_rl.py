@@ -49,8 +49,9 @@ class SelectiveDistillationLossFn:
     its own.
 
     Args:
-        options: `Settings` by name: fraction (1.0 is NeMo-RL's loss), selector, scope, top_k, ... `divergence`: "local_support"
-            (the default here) or "forward_kl_topk", on all K entries that the teacher sent.
+        settings, options: A `Settings`, or settings by name: fraction (1.0 is NeMo-RL's loss), selector, scope, top_k, ...
+            `divergence`: "local_support" (the default of settings by name) or "forward_kl_topk", on all K entries that the
+            teacher sent.
     Raises: as `Settings`. ValueError: another divergence; in training, data or logits of another form.
     Example:
         >>> *policies, loss_fn, logger, checkpointer, state, master_config = setup(config, tokenizer, data, val_data)
@@ -60,15 +61,18 @@ class SelectiveDistillationLossFn:
     loss_type = LossType.TOKEN_LEVEL
     input_type = LossInputType.LOGIT
 
-    def __init__(self, **options: Unpack[LossOptions]) -> None:
-        divergence = options.setdefault("divergence", "local_support")
+    def __init__(self, settings: Settings | None = None, **options: Unpack[LossOptions]) -> None:
+        if settings is None:
+            options.setdefault("divergence", "local_support")
+        settings = Settings.given_or_named(settings, options, given=PASSED_BY_HOST)
+        divergence = settings.divergence
         if not isinstance(divergence, str) or divergence not in DIVERGENCES:
             raise ValueError(
                 f"divergence: got {divergence!r}, expected one of: {', '.join(DIVERGENCES)}: NeMo-RL's top-K logits come "
                 "without their normaliser"
             )
         self.divergence = divergence
-        self.settings = Settings.of(options, given=PASSED_BY_HOST).for_host(passes_tokens=False, teacher="TopKLogprobs")
+        self.settings = settings.for_host(passes_tokens=False, teacher="TopKLogprobs")
 
     def __call__(
         self,

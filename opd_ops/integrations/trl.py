@@ -29,7 +29,7 @@ except ImportError as error:
     raise ImportError(f"trl: {error}; opd_ops.integrations.trl fits trl 1.16, install 'trl==1.16.*'") from error
 
 from opd_ops.call.metrics import as_floats
-from opd_ops.divergences import JSD, Divergence, resolve_divergence
+from opd_ops.divergences import JSD
 from opd_ops.inputs.linear_head import LinearHead
 from opd_ops.inputs.unshard import is_dtensor, unshard
 from opd_ops.loss import SelectiveOPDLoss
@@ -65,11 +65,11 @@ Metrics = dict[str, Tensor]
 class _Swap(AbstractContextManager["_Swap"]):
     """Replaces TRL's hook at once, until `undo()` or the end of the `with` block."""
 
-    def __init__(self, settings: Settings, divergence: Divergence | None, on_metrics: Callable[[Metrics], None] | None) -> None:
+    def __init__(self, settings: Settings, takes_beta: bool, on_metrics: Callable[[Metrics], None] | None) -> None:
         self._replaced, self._is_undone = getattr(distillation_trainer, HOOK, None), False
         _check_hook(self._replaced)
         signature = inspect.signature(self._replaced)  # type: ignore[arg-type]
-        self._own = partial(_Hook(settings, divergence, on_metrics, signature))
+        self._own = partial(_Hook(settings, takes_beta, on_metrics, signature))
         self._own.__signature__ = signature  # type: ignore[attr-defined]
         self._own.swap = self  # type: ignore[attr-defined]
         setattr(distillation_trainer, HOOK, self._own)
@@ -106,22 +106,25 @@ class patch_trl(_Swap):
     Evaluation, which runs without grad mode, takes all valid tokens.
 
     Args:
+        settings, options: A `Settings`, or settings by name: fraction (1.0 is TRL's loss), selector, scope, top_k, ... Settings
+            by name without `divergence` take the JSD of the trainer's `beta`. The temperature is the trainer's.
         on_metrics: Called with the loss's `metrics` (0-dim tensors) after each micro-batch.
-        options: `Settings` by name: fraction (1.0 is TRL's loss), selector, scope, top_k, ...; `divergence` is used instead of
-            the JSD of the trainer's `beta`. The temperature is the trainer's.
     Raises: RuntimeError: this TRL has another hook; the message names the versions that fit. As `Settings`.
     Example:
         >>> with patch_trl(fraction=0.1, selector="teachability"):
         ...     DistillationTrainer(student, teacher, args=config, train_dataset=prompts).train()
     """
 
-    def __init__(self, *, on_metrics: Callable[[Metrics], None] | None = None, **options: Unpack[LossOptions]) -> None:
-        settings = Settings.of(options, given=PASSED_BY_HOST).for_host(passes_tokens=False)
-        super().__init__(settings, _named_divergence(options.get("divergence")), on_metrics)
-
-
-def _named_divergence(divergence: str | Divergence | None) -> Divergence | None:
-    return None if divergence is None else resolve_divergence(divergence)
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        on_metrics: Callable[[Metrics], None] | None = None,
+        **options: Unpack[LossOptions],
+    ) -> None:
+        takes_beta = settings is None and "divergence" not in options
+        settings = Settings.given_or_named(settings, options, given=PASSED_BY_HOST).for_host(passes_tokens=False)
+        super().__init__(settings, takes_beta, on_metrics)
 
 
 def _check_hook(hook: object) -> None:
@@ -139,7 +142,7 @@ class _Hook:
     """The function that replaces TRL's hook, with the same parameters and results."""
 
     settings: Settings
-    divergence: Divergence | None  # None: JSD with the trainer's beta
+    takes_beta: bool  # the divergence is the JSD of the trainer's beta, not that of the settings
     on_metrics: Callable[[Metrics], None] | None
     signature: inspect.Signature
 
@@ -149,7 +152,7 @@ class _Hook:
         bound.apply_defaults()
         arguments = bound.arguments
         settings = self.settings if torch.is_grad_enabled() else self.settings.every_token
-        divergence = JSD(arguments["beta"]) if self.divergence is None else self.divergence
+        divergence = JSD(arguments["beta"]) if self.takes_beta else settings.divergence
         loss_fn = SelectiveOPDLoss(replace(settings, divergence=divergence, temperature=arguments["temperature"]))
         student, teacher = (_head(*(arguments[f"{model}_{name}"] for name in HEAD)) for model in ("student", "teacher"))
         out = loss_fn(student, teacher, mask=arguments["completion_mask"], num_items_in_batch=arguments["num_items_in_batch"])
@@ -215,7 +218,7 @@ class SelectiveDistillationTrainer(DistillationTrainer):
             raise TypeError(f"args: got {type(args).__name__}, expected a SelectiveDistillationConfig")
         args = SelectiveDistillationConfig("selective-distillation") if args is None else args
         self._settings = args.settings
-        self._divergence = _named_divergence(args.divergence)
+        self._takes_beta = args.divergence is None
         super().__init__(*arguments, args=args, **options)
 
     def _compute_loss(
@@ -227,7 +230,7 @@ class SelectiveDistillationTrainer(DistillationTrainer):
             for name, value in as_floats({name: metrics[name] for name in LOGGED if name in metrics}).items():
                 self._metrics[mode][f"opd/{name}"].append(value)
 
-        with _Swap(self._settings, self._divergence, log):
+        with _Swap(self._settings, self._takes_beta, log):
             results: tuple[Tensor, Tensor, Tensor] = super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
             return results
 
@@ -259,6 +262,7 @@ def generalized_jsd_loss(  # type: ignore[misc]  # `temperature` is a parameter 
     temperature: float = 1.0,
     reduction: str = "batchmean",
     num_items_in_batch: Tensor | int | None = None,
+    settings: Settings | None = None,
     **options: Unpack[LossOptions],
 ) -> Tensor:
     """The loss of TRL's GKD and GOLD trainers on the selected tokens.
@@ -273,14 +277,15 @@ def generalized_jsd_loss(  # type: ignore[misc]  # `temperature` is a parameter 
         reduction: "batchmean": the mean over tokens, or without labels their sum divided by B; or "sum". The mean is over the
             selected tokens, and the sum is n_valid times that mean, so that selection does not shrink the step.
         num_items_in_batch: The host's count of valid tokens; with it, `reduction` has no effect.
-        options: As in `patch_trl`.
+        settings, options: As in `patch_trl`.
     Raises: ValueError: another reduction.
     """
     if reduction not in ("batchmean", "sum"):
         raise ValueError(f"reduction: got {reduction!r}, expected 'batchmean' or 'sum'")
     mask = None if labels is None else labels != -100
-    divergence = _named_divergence(options.get("divergence")) or JSD(beta)
-    settings = replace(Settings.of(options, given=PASSED_BY_HOST), divergence=divergence, temperature=temperature)
+    takes_beta = settings is None and "divergence" not in options
+    settings = Settings.given_or_named(settings, options, given=PASSED_BY_HOST)
+    settings = replace(settings, divergence=JSD(beta) if takes_beta else settings.divergence, temperature=temperature)
     loss_fn = SelectiveOPDLoss(settings if torch.is_grad_enabled() else settings.every_token)
     out = loss_fn(student_logits, teacher_logits, mask=mask, num_items_in_batch=num_items_in_batch)
     if num_items_in_batch is not None or (reduction == "batchmean" and labels is not None):

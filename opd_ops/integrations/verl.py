@@ -19,7 +19,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -71,23 +71,25 @@ class patch_verl(AbstractContextManager["patch_verl"]):
     `log_prob_min_clamp` with divergence "forward_kl_topk"; with other divergences it is an error.
 
     Args:
-        options: `Settings` by name: fraction (1.0 is verl's loss), selector, scope, top_k, ... The temperature is verl's.
-            `divergence`: "forward_kl_topk" (the default here), "local_support" or "tail_aware" on the teacher's whole list, or
-            an instance.
+        settings, options: A `Settings`, or settings by name: fraction (1.0 is verl's loss), selector, scope, top_k, ... The
+            temperature is verl's. `divergence`: "forward_kl_topk" (the default of settings by name), "local_support" or
+            "tail_aware" on the teacher's whole list, or an instance.
     Raises: RuntimeError: this verl has other hooks (the message names the version that fits), or is patched already. As
         `Settings`. ValueError, in training: a setting of verl that this loss does not support; says what to set.
     Example:
         >>> patch_verl(fraction=0.1, selector="teachability")  # in my_opd.py; VERL_USE_EXTERNAL_MODULES=my_opd
     """
 
-    def __init__(self, **options: Unpack[TokenLossOptions]) -> None:
+    def __init__(self, settings: Settings | None = None, **options: Unpack[TokenLossOptions]) -> None:
         _check_hooks()
-        divergence = options.setdefault("divergence", "forward_kl_topk")
+        if settings is None:
+            options.setdefault("divergence", "forward_kl_topk")
+        settings = Settings.given_or_named(settings, options, given=PASSED_BY_HOST, of=TokenLossOptions)
+        divergence = settings.divergence
         if isinstance(divergence, str) and divergence not in LIST_DIVERGENCES:
             names = ", ".join(LIST_DIVERGENCES)
             raise ValueError(f"divergence: got {divergence!r}, expected one of: {names}: the teacher sends lists")
-        Settings.of(options, given=PASSED_BY_HOST, of=TokenLossOptions).for_host(passes_tokens=False, teacher="TopKLogprobs")
-        self.options = options
+        self.settings = settings.for_host(passes_tokens=False, teacher="TopKLogprobs")
         self._originals, self._is_undone = {name: getattr(hooks, name) for name in PARAMETERS}, False
         self._replacements = {"compute_topk_loss": self._compute_topk_loss(), "distillation_loss": self._distillation_loss()}
         hooks.register_distillation_loss(hooks.DistillationLossSettings(names=[MODE], use_topk=True))(_response_losses)
@@ -128,12 +130,12 @@ class patch_verl(AbstractContextManager["patch_verl"]):
             student_logits: Tensor,
             data_format: str,
         ) -> dict[str, Tensor]:
-            settings = distillation_config.distillation_loss
-            if settings.loss_mode != MODE:
+            loss_config = distillation_config.distillation_loss
+            if loss_config.loss_mode != MODE:
                 columns: dict[str, Tensor] = original(config, distillation_config, data, student_logits, data_format)
                 return columns
-            _check_settings(config, settings, data, student_logits)
-            return _packed_losses(settings, data, student_logits, self.options)
+            _check_config(config, loss_config, data, student_logits)
+            return _packed_losses(loss_config, data, student_logits, self.settings)
 
         return compute_topk_loss
 
@@ -169,7 +171,7 @@ def _check_hooks() -> None:
         raise RuntimeError(f"verl: the loss mode {MODE!r} is registered already; undo() the earlier patch first")
 
 
-def _check_settings(config: ActorConfig, settings: DistillationLossConfig, data: MicroBatch, student_logits: Tensor) -> None:
+def _check_config(config: ActorConfig, loss_config: DistillationLossConfig, data: MicroBatch, student_logits: Tensor) -> None:
     if config.strategy not in STRATEGIES:
         raise ValueError(
             f"strategy: got {config.strategy!r}, expected one of: {', '.join(STRATEGIES)}; logits that are sharded over the "
@@ -185,7 +187,7 @@ def _check_settings(config: ActorConfig, settings: DistillationLossConfig, data:
             f"loss_agg_mode: got {config.loss_agg_mode!r}, expected one of: {', '.join(AGGREGATIONS)}; a mean over each "
             "sequence's tokens weighs them by what is not selected"
         )
-    if settings.use_policy_gradient:
+    if loss_config.use_policy_gradient:
         raise ValueError(
             "use_policy_gradient: got True, expected False: the loss of the selected tokens is backpropagated, not a reward"
         )
@@ -197,32 +199,29 @@ def _check_settings(config: ActorConfig, settings: DistillationLossConfig, data:
 
 
 def _packed_losses(
-    settings: DistillationLossConfig, data: MicroBatch, student_logits: Tensor, options: TokenLossOptions
+    loss_config: DistillationLossConfig, data: MicroBatch, student_logits: Tensor, settings: Settings
 ) -> dict[str, Tensor]:
     """verl's contract: columns of shape (1, n); only `distillation_losses` has a gradient to the logits."""
     teacher = TopKLogprobs(data["teacher_ids"].values().unsqueeze(0), data["teacher_logprobs"].values().unsqueeze(0))
-    divergence = _divergence(options["divergence"], settings.log_prob_min_clamp, teacher.ids.shape[-1])
-    options = {**options, "divergence": divergence}
+    divergence = _divergence(settings.divergence, loss_config.log_prob_min_clamp, teacher.ids.shape[-1])
+    settings = replace(settings, divergence=divergence)
     mask, cu_seqlens = _packed_mask(data), data["input_ids"].offsets()  # type: ignore[attr-defined]  # nested
     if tensordict_utils.get_non_tensor_data(data, "distillation_only", False):
-        out = selective_opd_token_losses(student_logits, teacher, mask=mask, cu_seqlens=cu_seqlens, **options)
+        out = selective_opd_token_losses(student_logits, teacher, mask=mask, cu_seqlens=cu_seqlens, settings=settings)
     else:
-        out = _losses_of_copied_rows(student_logits, teacher, mask, cu_seqlens, options)
+        out = _losses_of_copied_rows(student_logits, teacher, mask, cu_seqlens, settings)
     columns = {"selected": out.selected, "student_entropy": out.stats.student_entropy, "support_mass": out.stats.support_mass}
     return {"distillation_losses": out.losses, **{name: columns[name].to(out.losses.dtype) for name in COLUMNS}}
 
 
 def _losses_of_copied_rows(
-    student_logits: Tensor, teacher: TopKLogprobs, mask: Tensor, cu_seqlens: Tensor, options: TokenLossOptions
+    student_logits: Tensor, teacher: TopKLogprobs, mask: Tensor, cu_seqlens: Tensor, settings: Settings
 ) -> TokenLosses:
     """The token losses, from a copy of the selected rows: the backward works after the logits are overwritten."""
-    out = selective_opd_token_losses(student_logits.detach(), teacher, mask=mask, cu_seqlens=cu_seqlens, **options)
+    out = selective_opd_token_losses(student_logits.detach(), teacher, mask=mask, cu_seqlens=cu_seqlens, settings=settings)
     rows = out.selected.nonzero(as_tuple=True)
-    all_rows: TokenLossOptions = {"selector": "all", "fraction": 1.0, "top_k": 1, "divergence": options["divergence"]}
-    settings = Settings.of(options, of=TokenLossOptions)
-    all_rows |= {"backend": settings.backend, "workspace_bytes": settings.workspace_bytes, "vocab_size": settings.vocab_size}
     lists = TopKLogprobs(teacher.ids[rows], teacher.logprobs[rows])
-    copied = selective_opd_token_losses(student_logits[rows], lists, **all_rows)
+    copied = selective_opd_token_losses(student_logits[rows], lists, settings=replace(settings.every_token, top_k=1))
     has_nan = out.losses.isnan().any()  # at any valid position, selected or not
     losses = torch.zeros_like(out.losses).index_put(rows, copied.losses) * torch.where(has_nan, torch.nan, 1.0)
     return out._replace(losses=losses)

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from opd_ops import Settings
 from tests.support.cases import leaf, logit_pair
 from tests.support.ranks import SIZE
 from tests.support.tolerances import assert_gradient
@@ -135,6 +136,16 @@ def test_a_share_of_equal_losses_does_not_shrink_the_step(make):
     few, every = (backward(make(fraction=x, selector="prefix"), student, data) for x in (0.25, 1.0))
     assert few[0].item() == pytest.approx(every[0].item(), rel=1e-5)
     assert_gradient(few[1].sum((0, 1)), every[1].sum((0, 1)), 1e-5)
+
+
+def test_settings_may_be_an_object(make):
+    student, data = batch()
+    options = {"fraction": 0.25, "divergence": "forward_kl_topk", "selector": "entropy"}
+    by_name, as_object = (backward(x, student, data) for x in (make(**options), make(Settings(**options))))
+    assert as_object[0] == by_name[0]
+    assert torch.equal(as_object[1], by_name[1])
+    with pytest.raises(ValueError, match="divergence: got 'reverse_kl', expected one of: local_support, forward_kl_topk"):
+        make(Settings())
 
 
 def test_an_unknown_normaliser_of_the_teacher_changes_nothing(make):

@@ -16,6 +16,7 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDTrainer
 from trl.trainer import distillation_trainer
 
+from opd_ops import Settings
 from opd_ops.integrations import trl
 from opd_ops.integrations.trl import (
     SelectiveDistillationConfig,
@@ -158,6 +159,15 @@ def test_bad_options_are_refused_before_anything_is_patched(options, error, mess
     assert distillation_trainer._chunked_divergence_loss is HOOK
 
 
+def test_settings_as_an_object_are_refused_alike():
+    with pytest.raises(TypeError, match="temperature: got it among the settings of the loss, but the host passes its own"):
+        patch_trl(Settings(temperature=0.8))
+    with pytest.raises(ValueError, match="tokens: got None"):
+        patch_trl(Settings(divergence="sampled"))
+    with pytest.raises(TypeError, match="settings: got them and fraction"):
+        patch_trl(Settings(), fraction=0.5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -272,6 +282,13 @@ def test_generalized_jsd_loss_of_a_share_does_not_shrink():
         assert 0.5 < share / whole < 2
     with pytest.raises(ValueError, match="reduction: got 'mean', expected 'batchmean' or 'sum'"):
         generalized_jsd_loss(s, u, labels, reduction="mean")
+
+
+def test_settings_as_an_object_bring_their_divergence():
+    s, u = (x.view(2, 10, 97) for x in logit_pair(20, 97, scale=3.0))
+    named = generalized_jsd_loss(s, u, beta=0.3, fraction=0.25, divergence="reverse_kl")
+    assert generalized_jsd_loss(s, u, beta=0.3, settings=Settings(fraction=0.25)) == named
+    assert generalized_jsd_loss(s, u, beta=0.3, fraction=0.25) != named
 
 
 def test_gkd_takes_it_as_its_loss(monkeypatch):

@@ -22,7 +22,7 @@ from verl.utils import tensordict_utils
 from verl.workers.config import ActorConfig, DistillationConfig, DistillationLossConfig
 from verl.workers.utils.padding import left_right_2_no_padding
 
-from opd_ops import JSD, LocalSupport, TailAware, TopKForwardKL, TopKLogprobs, selective_opd_loss
+from opd_ops import JSD, LocalSupport, Settings, TailAware, TopKForwardKL, TopKLogprobs, selective_opd_loss
 from opd_ops.integrations.verl import AGGREGATIONS, MODE, patch_verl
 from tests.support.cases import leaf, logit_pair
 from tests.support.tolerances import assert_gradient
@@ -298,6 +298,19 @@ def test_undo_refuses_below_somebody_else_s_replacement(name, monkeypatch):
 def test_bad_options_are_refused_before_anything_is_patched(options, error, message):
     with pytest.raises(error, match=message):
         patch_verl(**options)
+    assert MODE not in hooks.DISTILLATION_LOSS_REGISTRY
+
+
+def test_settings_may_be_an_object():
+    student, teacher = pair()
+    options, runs = {"fraction": 0.25, "divergence": "local_support", "selector": "entropy"}, []
+    for patch in (lambda: patch_verl(**options), lambda: patch_verl(Settings(**options))):
+        with patch():
+            runs.append(run(student, teacher, settings())[:2])
+    assert runs[0][0] == runs[1][0]
+    assert torch.equal(runs[0][1], runs[1][1])
+    with pytest.raises(TypeError, match="denominator: got 'valid' in settings, which this function does not read"):
+        patch_verl(Settings(divergence="local_support", denominator="valid"))
     assert MODE not in hooks.DISTILLATION_LOSS_REGISTRY
 
 
