@@ -27,6 +27,11 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling()
 
 
+def is_in_graph(device: torch.device) -> bool:
+    """Whether torch.compile traces the call or a CUDA graph captures it."""
+    return is_traced() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
 def traced_as_constant(function: Function) -> Function:
     """A decorator: torch.compile calls the function while it traces, and takes the result for a constant.
 

@@ -135,8 +135,7 @@ def selective_opd_token_losses(
     |M| / n_valid: multiply by n_valid / |M| (`metrics` has both counts). Ranks of a `selection_group` share only the selection:
     nothing is divided here.
 
-    Args: as of `selective_opd_loss`, without `denominator` and `inplace_backward`. `settings`: a `Settings` instead of settings by
-        name.
+    Args: as of `selective_opd_loss`, without `denominator` and `inplace_backward`. `settings`: a `Settings`, instead of names.
     Returns: `TokenLosses`: `losses` of the mask's shape, fp32 (fp64 if any input is), connected to the student's tensors even
         when nothing is selected; `selected`, `scores`, `stats`, `metrics` as of `selective_opd_loss`.
     Raises: as `selective_opd_loss`. A second derivative is an error, and so are torch.func's transforms.

@@ -188,7 +188,7 @@ class Settings:
             of: The TypedDict of the allowed names.
         Raises: TypeError: an unknown name, with the nearest known name, or a `given` name. As `Settings` otherwise.
         """
-        names = [name for name in _names(of) if name not in given]
+        names = [name for name in NAMES[of] if name not in given]
         for name in options:
             if name in given:
                 raise TypeError(_passed_by_host(name))
@@ -210,7 +210,7 @@ class Settings:
             raise TypeError(f"settings: got {type(settings).__name__}, expected Settings; pass settings by name otherwise")
         if options:
             raise TypeError(f"settings: got them and {', '.join(options)}; expected replace(settings, ...)")
-        not_taken = [x for x in fields(cls) if x.name in given or x.name not in _names(of)]
+        not_taken = [x for x in fields(cls) if x.name in given or x.name not in NAMES[of]]
         for name in [x.name for x in not_taken if getattr(settings, x.name) != x.default]:
             if name in given:
                 raise TypeError(_passed_by_host(name))
@@ -246,12 +246,6 @@ class Settings:
     def in_float8(self) -> bool:
         """Whether a first ranking in 8 bits comes before the exact scores."""
         return self.score_dtype == "float8"
-
-
-def _names(options: type) -> list[str]:
-    """The names of a TypedDict of settings, in the order of `Settings`."""
-    keys = options.__required_keys__ | options.__optional_keys__  # type: ignore[attr-defined]
-    return [setting.name for setting in fields(Settings) if setting.name in keys]
 
 
 def _passed_by_host(name: str) -> str:
@@ -334,6 +328,10 @@ def _check_ignore_index(value: object) -> int:
 
 DEFAULTS = Settings()
 HELP = {x.name: str(x.metadata["help"]) for x in fields(Settings)}
+NAMES: dict[type, list[str]] = {  # of each TypedDict, in the order of `Settings`
+    options: [name for name in HELP if name in options.__optional_keys__]
+    for options in (ScoringOptions, TokenLossOptions, LossOptions)
+}
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
@@ -342,7 +340,7 @@ def documented(options: type) -> Callable[[Function], Function]:
 
     A function takes these settings as `**options`.
     """
-    names = _names(options)
+    names = NAMES[options]
 
     def document(function: Function) -> Function:
         lines = [

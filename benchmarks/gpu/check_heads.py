@@ -19,7 +19,7 @@ from benchmarks.gpu.check import CannotRunError, attempt
 from benchmarks.gpu.timing import Bench
 from opd_ops import Float8Rows, LinearHead, StudentStats, score_positions, selective_opd_loss
 from opd_ops.backends.triton import heads as triton_heads
-from opd_ops.call import choose
+from opd_ops.call import prepare
 from opd_ops.inputs import float8
 from tests.support.cases import gradients, head_pair, leaf_head, to_double
 from tests.support.tolerances import HEAD_ABSOLUTE, assert_gradient, assert_stats, assert_within, relative_error
@@ -122,12 +122,12 @@ def _run(step: Callable[[], torch.Tensor], student: LinearHead) -> list[torch.Te
 @contextmanager
 def as_in_a_graph() -> Iterator[None]:
     """The library takes the operations that it captures: its list of rows has another length there."""
-    kept = choose.is_in_graph
-    choose.is_in_graph = lambda device: True
+    kept = prepare.is_in_graph
+    prepare.is_in_graph = lambda device: True
     try:
         yield
     finally:
-        choose.is_in_graph = kept
+        prepare.is_in_graph = kept
 
 
 def cuda_graph(bench: Bench) -> None:

@@ -27,6 +27,7 @@ class Needs(NamedTuple):
     top_k: int
     inplace: bool = False
     float8: bool = False
+    traced: bool = False  # by torch.compile
 
 
 class Backend(ABC):

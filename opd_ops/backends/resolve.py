@@ -13,7 +13,7 @@ from importlib import import_module
 
 import torch
 
-from opd_ops.arguments import is_traced, traced_as_constant
+from opd_ops.arguments import traced_as_constant
 from opd_ops.backends.eager import EAGER
 from opd_ops.backends.interface import Backend, Needs
 from opd_ops.backends.streamed.backend import STREAMED
@@ -43,7 +43,7 @@ def resolve_backend(name: str, student: Source, teacher: Source | TeacherLists, 
     if name == "triton" or (name == "auto" and device in DEVICES):
         reason = _without_triton(device)
         if reason is None:
-            triton = _triton()
+            triton = _triton(needs.traced)
             reason = triton.refusal(student, teacher, needs)
         reason = _any_rank_refuses(reason, student)
         if reason is None:
@@ -65,15 +65,17 @@ def resolve_backend(name: str, student: Source, teacher: Source | TeacherLists, 
         if reason is not None:
             reason = reason if backend.name == "triton" else choice_reason
             raise ValueError(f"score_dtype: got 'float8', which needs backend='triton' on Hopper or newer, but {reason}")
-    if not is_traced():  # a traced call cannot log
+    if not needs.traced:  # a traced call cannot log
         _log.debug("backend %r: using %r (%s)", name, backend.name, choice_reason)
     return backend
 
 
-def _triton() -> Backend:
-    from opd_ops.backends.triton.backend import TRITON  # here, because importing opd_ops must not need triton
+def _triton(is_traced: bool) -> Backend:
+    # Here, because importing opd_ops must not need triton.
+    from opd_ops.backends.triton.backend import TRITON
+    from opd_ops.backends.triton.traced import TRACED_TRITON
 
-    return TRITON
+    return TRACED_TRITON if is_traced else TRITON
 
 
 def _any_rank_refuses(reason: str | None, student: Source) -> str | None:

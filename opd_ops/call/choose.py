@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd_ops.arguments import is_traced, warn_user
+from opd_ops.arguments import warn_user
 from opd_ops.call.prepare import Call
 from opd_ops.call.score import Scored, check_scores, is_finite, whole_stats_of
 from opd_ops.distributed.ranks import Ranks
@@ -45,7 +45,7 @@ def choose(scored: Scored) -> Chosen:
     call = scored.call
     selected, stats = _selected(scored, call.settings.fraction), scored.stats
     rows, trained = _rows_of(selected, call)
-    if not is_in_graph(selected.device):  # the CPU has just waited for the device, to list the rows
+    if not call.in_graph:  # the CPU has just waited for the device, to list the rows
         warn_of_infinite(scored.infinite, stats.valid, "valid", call.divergence.name)
     if (
         call.student_stats is not None
@@ -146,18 +146,13 @@ def _rows_of(selected: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
     """
     flat = selected.flatten()
     is_fixed = call.unmasked is None and call.scope == "batch" and call.backend.drops_weightless_rows
-    if call.settings.threshold is not None or not is_fixed or not is_in_graph(flat.device):
+    if call.settings.threshold is not None or not is_fixed or not call.in_graph:
         return flat.nonzero().squeeze(1), None
     n_rows = most_selected(len(flat), call.settings.fraction)
     if getattr(call.selector, "keep_one_per_sequence", False):  # these positions come on top of the budget
         n_rows += call.positions.n_sequences
     rows = torch.sort(flat.to(torch.uint8), descending=True, stable=True).indices[:n_rows]
     return rows, flat[rows]
-
-
-def is_in_graph(device: torch.device) -> bool:
-    """Whether torch.compile traces the call or a CUDA graph captures it."""
-    return is_traced() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 _warned_of: set[str] = set()  # Python forgets which warnings it has shown when code catches warnings

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opd_ops.arguments import is_traced, may_look, real, shown
+from opd_ops.arguments import is_in_graph, is_traced, may_look, real, shown
 from opd_ops.backends.interface import Backend, Needs
 from opd_ops.backends.resolve import resolve_backend
 from opd_ops.distributed.ranks import Ranks
@@ -45,6 +45,7 @@ class Call:
     backend: Backend
     scope: str  # as the settings' scope; "batch" instead of "global" if this process selects alone
     ranks: Ranks | None  # the processes that select together; None: this process selects alone
+    in_graph: bool  # torch.compile traces the call, or a CUDA graph captures it: values cannot be read
 
     @property
     def shape(self) -> torch.Size:
@@ -105,7 +106,7 @@ def prepare(
         special_ids=settings.special_ids,
         vocab_size=vocab if divergence.reads_tokens else None,
     )
-    needs = Needs(divergence, settings.top_k, inplace=settings.inplace_backward, float8=settings.in_float8)
+    needs = Needs(divergence, settings.top_k, inplace=settings.inplace_backward, float8=settings.in_float8, traced=is_traced())
     backend = resolve_backend(settings.backend, student_source, teacher_source, needs)
     selector = bound_selector(named_selector(settings.selector), settings.generator, checked_positions.sequences)
     holds_parts = selects and settings.scope == "sequence" and ranks is not None
@@ -133,7 +134,19 @@ def prepare(
         check_lists(teacher, teacher_source.logprobs, checked_positions.valid)
         check_known(selector, type(teacher).__name__)
     scope = settings.scope if selects and not (settings.scope == "global" and ranks is None) else "batch"
-    call = Call(student_source, teacher_source, checked_positions, batch, settings, selector, divergence, backend, scope, ranks)
+    call = Call(
+        student=student_source,
+        teacher=teacher_source,
+        positions=checked_positions,
+        batch=batch,
+        settings=settings,
+        selector=selector,
+        divergence=divergence,
+        backend=backend,
+        scope=scope,
+        ranks=ranks,
+        in_graph=is_in_graph(device),
+    )
     if selects:
         _check_loss(call)
     return call

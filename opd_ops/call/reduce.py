@@ -11,14 +11,13 @@ Not here: which positions are selected (choose.py), the losses themselves (losse
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from opd_ops.arguments import is_traced
-from opd_ops.backends.shared.first_order import first_order
+from opd_ops.backends.shared.gradient_in_backward import GradientPlan, connected
 from opd_ops.backends.shared.overwritten import unchanged
 from opd_ops.call.choose import Chosen
 from opd_ops.call.losses import Settled, sampled_tokens, selected_losses, settle
@@ -54,7 +53,7 @@ def mean_loss(chosen: Chosen, num_items_in_batch: Tensor | float | None) -> Sele
     """The sum of the selected positions' losses, divided by the denominator that the settings name."""
     call, rows = chosen.call, chosen.rows
     kind, weights = call.settings.denominator, call.batch.weights
-    if call.ranks is None:  # if one rank of several raised, the others would wait for it
+    if call.ranks is None and not call.in_graph:  # if one rank of several raised, the others would wait for it
         _check_some_items(num_items_in_batch, chosen.selected)
     n_valid = chosen.stats.valid.sum()
     total = denominator(chosen.selected.sum(), n_valid, num_items_in_batch, kind)
@@ -100,7 +99,7 @@ def _ratio(number: Tensor | float, total: Tensor) -> Tensor:
 
 def _check_some_items(value: Tensor | float | None, selected: Tensor) -> None:
     """Refuse a count of 0 if positions are selected. A count on a device is not read: there the loss is 0."""
-    if value is None or is_traced():
+    if value is None:
         return
     number = scalar_of("num_items_in_batch", value) if isinstance(value, Tensor) else value
     if number == 0 and bool(selected.any()):
@@ -142,40 +141,36 @@ def token_losses(chosen: Chosen) -> TokenLosses:
         settled = settle(chosen, losses, tokens)
     chosen, trained = settled.chosen, settled.trained
     teachers = tuple(t.detach() for t in call.teacher.tensors) if isinstance(call.teacher, Source) else ()
-    connected: Tensor = _TokenLosses.apply(chosen, tokens, losses, trained, *call.student.tensors, *teachers)
+    plan = _TokenLossPlan(_with_tensors(chosen, None), len(call.student.tensors))
+    losses = connected(plan, torch.where(trained, losses, 0), *call.student.tensors, *teachers, tokens, trained)
     read_again = (call.student, call.teacher) if isinstance(call.teacher, Source) else (call.student,)
-    connected = unchanged(connected, rows, *read_again, workspace=call.workspace)
+    losses = unchanged(losses, rows, *read_again, workspace=call.workspace)
     if weights is not None:
-        connected = connected * weights.detach().flatten()[rows].to(connected.dtype)
-    placed = torch.zeros_like(chosen.scores.flatten(), dtype=connected.dtype).index_put((rows,), connected).view(call.shape)
+        losses = losses * weights.detach().flatten()[rows].to(losses.dtype)
+    placed = torch.zeros_like(chosen.scores.flatten(), dtype=losses.dtype).index_put((rows,), losses).view(call.shape)
     placed = placed * nan_if_nonfinite(chosen, placed.dtype)
-    loss_sum = connected.detach().sum()
+    loss_sum = losses.detach().sum()
     counts = chosen.selected.sum(), chosen.stats.valid.sum()
     metrics = _metrics(settled, loss_sum / trained.sum().clamp_min(1), loss_sum, counts)
     return TokenLosses(placed, chosen.selected, chosen.scores, chosen.stats, metrics)
 
 
-class _TokenLosses(torch.autograd.Function):
-    """(M,) losses. The backward takes a backend's gradient of their weighted sum; the incoming gradient is the weights."""
+@dataclass(frozen=True)
+class _TokenLossPlan(GradientPlan):
+    """The backward takes a backend's gradient of the weighted sum of the losses; the incoming gradient is the weights."""
 
-    @staticmethod
-    def forward(ctx: Any, chosen: Chosen, tokens: Tensor | None, losses: Tensor, trained: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.chosen, ctx.n_student = _with_tensors(chosen, None), len(chosen.call.student.tensors)
-        ctx.save_for_backward(tokens, trained, *tensors)
-        return torch.where(trained, losses, 0)
+    chosen: Chosen  # with empty tensors in both sources
+    n_student: int  # tensors of the student; the teacher's, the tokens and `trained` follow
 
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, trained, *tensors = ctx.saved_tensors
-        needs = ctx.needs_input_grad[4 : 4 + ctx.n_student]
-        student_tensors = [t.detach().requires_grad_(need) for t, need in zip(tensors[: ctx.n_student], needs, strict=True)]
-        chosen = _with_tensors(ctx.chosen, (*student_tensors, *tensors[ctx.n_student :]))
+    def gradients(self, saved: Sequence[Tensor], dlosses: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+        student, teacher, (tokens, trained) = saved[: self.n_student], saved[self.n_student : -2], saved[-2:]
+        needed = needs[: self.n_student]
+        student = [tensor.detach().requires_grad_(need) for tensor, need in zip(student, needed, strict=True)]
+        chosen = _with_tensors(self.chosen, (*student, *teacher))
         with torch.enable_grad():
             weighted, _ = selected_losses(chosen, torch.where(trained, dlosses, 0), tokens)
-            computed = iter(torch.autograd.grad(weighted, [t for t in student_tensors if t.requires_grad]))
-        gradients: list[Tensor | None] = [next(computed) if need else None for need in needs]
-        return (None,) * 4 + tuple(gradients) + (None,) * len(tensors[ctx.n_student :])
+            computed = iter(torch.autograd.grad(weighted, [tensor for tensor in student if tensor.requires_grad]))
+        return [next(computed) if need else None for need in needed]
 
 
 def _with_tensors(chosen: Chosen, tensors: Sequence[Tensor] | None) -> Chosen:

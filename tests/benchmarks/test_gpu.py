@@ -23,7 +23,7 @@ from benchmarks.gpu import methods as gpu_methods
 from benchmarks.gpu import run as gpu
 from benchmarks.gpu import sweep as gpu_sweep
 from benchmarks.gpu import timing as gpu_timing
-from opd_ops.call import choose
+from opd_ops.call import prepare
 from tests.support.cases import logit_pair
 from tests.support.tolerances import relative_error
 
@@ -268,8 +268,8 @@ def test_a_heads_row_without_a_floor_has_a_dash():
 
 def test_the_warm_up_of_a_graph_takes_the_operations_that_are_captured():
     with gpu_check_heads.as_in_a_graph():
-        assert choose.is_in_graph(CPU)
-    assert not choose.is_in_graph(CPU)
+        assert prepare.is_in_graph(CPU)
+    assert not prepare.is_in_graph(CPU)
 
 
 def test_the_parts_share_out_the_time_in_order():

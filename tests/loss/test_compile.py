@@ -103,7 +103,7 @@ def test_a_captured_call_never_asks_the_host(inputs, monkeypatch):
     monkeypatch.setattr("opd_ops.call.prepare.check_student_stats", lambda *_, **__: None)  # which looks at ids, on a CPU alone
     runs = []
     for capturing in (False, True):
-        monkeypatch.setattr("opd_ops.call.choose.is_in_graph", lambda device, capturing=capturing: capturing)
+        monkeypatch.setattr("opd_ops.call.prepare.is_in_graph", lambda device, capturing=capturing: capturing)
         student, teacher = leaf_head(heads[0]), heads[1]
         sides = (student, teacher) if "logits" not in inputs else [head.hidden @ head.weight.T for head in (student, teacher)]
         with _NoSynchronisation() if capturing else nullcontext():
@@ -122,7 +122,7 @@ def test_rows_that_fill_up_a_captured_call_may_hold_nan(workspace_bytes, dtype, 
     heads[1].hidden[0] = math.nan  # the teacher's: not valid, and the first to fill up
     runs = []
     for capturing in (False, True):
-        monkeypatch.setattr("opd_ops.call.choose.is_in_graph", lambda device, capturing=capturing: capturing)
+        monkeypatch.setattr("opd_ops.call.prepare.is_in_graph", lambda device, capturing=capturing: capturing)
         student = leaf_head(heads[0])
         out = selective_opd_loss(student, heads[1], fraction=1.0, backend="triton", workspace_bytes=workspace_bytes)
         out.loss.backward()
@@ -137,7 +137,7 @@ def test_a_captured_call_trains_on_what_is_kept_on_top_of_the_budget(monkeypatch
     options = {"fraction": 0.1, "backend": "triton", "selector": "teachability-released"}
     runs = []
     for capturing in (False, True):
-        monkeypatch.setattr("opd_ops.call.choose.is_in_graph", lambda device, capturing=capturing: capturing)
+        monkeypatch.setattr("opd_ops.call.prepare.is_in_graph", lambda device, capturing=capturing: capturing)
         student = leaf_head(heads[0])
         with _NoSynchronisation() if capturing else nullcontext():
             out = selective_opd_loss(student, heads[1], **options)

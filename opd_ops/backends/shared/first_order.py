@@ -4,7 +4,7 @@
   the loss's gradient would silently have no gradient. Here every gradient computed under `create_graph=True` raises when it is
   differentiated.
 
-Not here: the backwards (shared/gradient_in_backward.py, triton/heads_loss.py, call/reduce.py); a second derivative, which
+Not here: the backwards (shared/gradient_in_backward.py, triton/heads_loss.py); a second derivative, which
 backend "eager" has.
 """
 
@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from opd_ops.arguments import is_traced
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -42,7 +40,7 @@ def first_order(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
     def once(ctx: Any, *incoming: Tensor) -> Gradients:
         with torch.no_grad():
             gradients = backward(ctx, *incoming)
-        if is_traced() or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return gradients
         anchor = torch.zeros((), requires_grad=True)
         refusing = iter(_Refusing.apply(anchor, *(gradient for gradient in gradients if gradient is not None)))

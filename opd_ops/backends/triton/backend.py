@@ -4,12 +4,11 @@
   gradient kernel          -> d loss / d logits on the selected rows, every other row zero
   (selection/stats.py and divergences/ define the statistics and losses)
 
-This file alone decides whether torch.compile traces a call, which then goes through operators of torch (operators.py).
 Some losses run by torch's own operations on the same device (backends/streamed/): divergences without a kernel
 (`kernel_loss.refusal`; the log says so), and, where ranks share out the vocabulary, all but reverse and forward KL.
 
 Not here: dense logits (dense.py, dense_loss.py), heads (heads.py, heads_loss.py), ranks that share out the vocabulary
-(shards.py).
+(shards.py), calls that torch.compile traces (traced.py).
 """
 
 from __future__ import annotations
@@ -19,10 +18,9 @@ import logging
 import torch
 from torch import Tensor
 
-from opd_ops.arguments import is_traced
 from opd_ops.backends.interface import Backend, Needs, is_computed
 from opd_ops.backends.streamed.backend import STREAMED
-from opd_ops.backends.triton import dense, dense_loss, heads, heads_loss, kernel_loss, operators, shards
+from opd_ops.backends.triton import dense, dense_loss, heads, heads_loss, kernel_loss, shards
 from opd_ops.backends.triton.launches import column_names
 from opd_ops.backends.triton.layout import Layout
 from opd_ops.divergences import Divergence, is_column, weighted_sum
@@ -78,24 +76,28 @@ class Triton(Backend):
                     workspace=workspace,
                     score_dtype=score_dtype,
                 )
-            optional = ",".join(sorted(columns))
-            if is_computed(student, teacher) and is_traced():
-                arguments = operators.head_arguments(student, teacher, workspace, top_k)
-                table: Tensor = operators.head_columns(*arguments, rows, optional, score_dtype)
-            elif is_computed(student, teacher):
-                sources = student.detach(), teacher.detach()
-                table = heads.launch_columns(*sources, rows, top_k, columns, workspace, score_dtype)
-            else:
-                vocab, temperature = student.transform.vocab_size, student.transform.temperature
-                tensors = student.leading.detach(), teacher.leading.detach(), rows
-                if is_traced():
-                    table = operators.token_columns(*tensors, top_k, optional, workspace.nbytes, vocab, temperature)
-                else:
-                    table = dense.launch_columns(*tensors, top_k, columns, workspace, vocab, temperature)
+            table = self._columns(student, teacher, rows, top_k, columns, workspace, score_dtype)
             named = zip(column_names(columns), table.unbind(0), strict=True)
             # The score kernel also writes normalisers, which are no statistics.
             out = {name: column for name, column in named if name in TokenStats._fields}
             return TokenStats(valid=torch.isfinite(out["teacher_logsumexp"]), **out)
+
+    def _columns(
+        self,
+        student: Source,
+        teacher: Source,
+        rows: Tensor,
+        top_k: int,
+        columns: frozenset[str],
+        workspace: Workspace,
+        score_dtype: torch.dtype | None,
+    ) -> Tensor:
+        """(columns, n) statistics of the rows, in the order of `column_names`."""
+        if is_computed(student, teacher):
+            return heads.launch_columns(student.detach(), teacher.detach(), rows, top_k, columns, workspace, score_dtype)
+        vocab, temperature = student.transform.vocab_size, student.transform.temperature
+        logits = student.leading.detach(), teacher.leading.detach()
+        return dense.launch_columns(*logits, rows, top_k, columns, workspace, vocab, temperature)
 
     def own_stats(
         self, source: Source, rows: Tensor, *, top_k: int, workspace: Workspace, score_dtype: torch.dtype | None
@@ -147,8 +149,32 @@ class Triton(Backend):
                 inplace=False,
             )
         assert not inplace or self.overwrites_logits(student, teacher, divergence)
-        if is_computed(student, teacher) and is_traced():
-            return operators.head_losses(student, teacher, rows, weights, divergence, workspace)
+        return self._kernel_loss(
+            student,
+            teacher,
+            rows,
+            weights,
+            stats,
+            divergence=divergence,
+            tokens=tokens,
+            workspace=workspace,
+            inplace=inplace,
+        )
+
+    def _kernel_loss(
+        self,
+        student: Source,
+        teacher: Source | TeacherLists,
+        rows: Tensor,
+        weights: Tensor,
+        stats: TokenStats,
+        *,
+        divergence: Divergence,
+        tokens: Tensor | None,
+        workspace: Workspace,
+        inplace: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """`selected_loss` by kernels, on one device."""
         if is_computed(student, teacher):
             return heads_loss.selected_loss(student, teacher, rows, weights, divergence, tokens, workspace)
         if not (isinstance(teacher, Source) and is_column(divergence)):
@@ -158,13 +184,8 @@ class Triton(Backend):
         whole = divergence.whole
         assert whole is not None
         losses = getattr(stats, whole.name)
-        if is_traced():
-            transform, logits = student.transform, (student.leading, teacher.leading.detach())
-            settings = whole.name, workspace.nbytes, transform.vocab_size, transform.temperature
-            total: Tensor = operators.selected_losses(*logits, rows, losses, *settings)
-        else:
-            total = dense_loss.column_loss(student, teacher, rows, losses, whole, workspace, inplace=inplace)
-        return weighted_sum(total, weights), losses
+        connected = dense_loss.column_loss(student, teacher, rows, losses, whole, workspace, inplace=inplace)
+        return weighted_sum(connected, weights), losses
 
 
 TRITON = Triton()
@@ -184,8 +205,6 @@ def _refusal(student: Source, teacher: Source | TeacherLists, needs: Needs) -> s
             )
         if source.transform.merged:
             return f"{name} has merged ids (eos_ids), which kernels do not read; use 'torch'"
-    if is_traced() and not (is_column(needs.divergence) and isinstance(teacher, Source)):
-        return f"divergence is {needs.divergence.name!r}, which torch.compile cannot trace here; call it outside of the graph"
     if needs.top_k > MAX_TOP_K:
         return f"top_k is {needs.top_k}, expected at most {MAX_TOP_K}; use 'torch'"
     if is_computed(*(source for _, source in sides)):

@@ -5,8 +5,7 @@
   opd_ops::selected_losses      the losses; their backward is divergence_gradient
   opd_ops::head_columns, opd_ops::head_loss    the same where a model is a head; head_loss also computes the gradients
 
-Eager calls launch without an operator: its boundary costs some 60 microseconds a call.
-Not here: the launches (dense.py, heads.py, heads_loss.py), the code compiled around them (opd_ops/loss.py).
+Not here: the backend that calls them (traced.py), the launches (dense.py, heads.py, heads_loss.py).
 """
 
 from __future__ import annotations

@@ -1,0 +1,76 @@
+"""The Triton backend under torch.compile, which cannot trace a launch: the same steps as operators of torch (operators.py).
+
+`call/prepare.py` decides whether a call is traced; resolve.py then takes this backend instead of `TRITON`.
+Not here: eager calls, which launch without an operator (backend.py): its boundary costs some 60 microseconds a call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from opd_ops.backends.interface import Needs, is_computed
+from opd_ops.backends.triton import operators
+from opd_ops.backends.triton.backend import Triton
+from opd_ops.divergences import Divergence, is_column, weighted_sum
+from opd_ops.inputs.sources import Source
+from opd_ops.inputs.teacher_lists import TeacherLists
+from opd_ops.inputs.workspace import Workspace
+from opd_ops.selection.stats import TokenStats
+
+
+class TracedTriton(Triton):
+    """`Triton` by operators: statistics, and the losses that are a column of the statistics."""
+
+    def refusal(self, student: Source, teacher: Source | TeacherLists, needs: Needs) -> str | None:
+        if not (is_column(needs.divergence) and isinstance(teacher, Source)):
+            name = needs.divergence.name
+            return f"divergence is {name!r}, which torch.compile cannot trace here; call it outside of the graph"
+        return super().refusal(student, teacher, needs)
+
+    def _columns(
+        self,
+        student: Source,
+        teacher: Source,
+        rows: Tensor,
+        top_k: int,
+        columns: frozenset[str],
+        workspace: Workspace,
+        score_dtype: torch.dtype | None,
+    ) -> Tensor:
+        optional = ",".join(sorted(columns))
+        table: Tensor
+        if is_computed(student, teacher):
+            arguments = operators.head_arguments(student, teacher, workspace, top_k)
+            table = operators.head_columns(*arguments, rows, optional, score_dtype)
+        else:
+            vocab, temperature = student.transform.vocab_size, student.transform.temperature
+            logits = student.leading.detach(), teacher.leading.detach()
+            table = operators.token_columns(*logits, rows, top_k, optional, workspace.nbytes, vocab, temperature)
+        return table
+
+    def _kernel_loss(
+        self,
+        student: Source,
+        teacher: Source | TeacherLists,
+        rows: Tensor,
+        weights: Tensor,
+        stats: TokenStats,
+        *,
+        divergence: Divergence,
+        tokens: Tensor | None,
+        workspace: Workspace,
+        inplace: bool,
+    ) -> tuple[Tensor, Tensor]:
+        assert not inplace  # prepare.py refuses it
+        if is_computed(student, teacher):
+            return operators.head_losses(student, teacher, rows, weights, divergence, workspace)
+        assert isinstance(teacher, Source)
+        assert divergence.whole is not None
+        losses, transform = getattr(stats, divergence.whole.name), student.transform
+        options = divergence.whole.name, workspace.nbytes, transform.vocab_size, transform.temperature
+        connected: Tensor = operators.selected_losses(student.leading, teacher.leading.detach(), rows, losses, *options)
+        return weighted_sum(connected, weights), losses
+
+
+TRACED_TRITON = TracedTriton()
