@@ -1,10 +1,10 @@
 """Block sizes and warps other than those of the launch table, timed: what would be faster is printed, never applied.
 
   score: R * QUAD = GROUP / VEC chunks of a group, per thread and across threads; GROUPS groups a block
-  gradients, jsd, rest's gradient: BLOCK_V and warps;  rest: LANES threads of R * VEC logits;  support: warps of its three
-  kernels, one changed at a time.
+  gradients, jsd: BLOCK_V and warps;  off_list: LANES threads of R * VEC logits;  support: warps of its three kernels,
+  one changed at a time.
   Timed: one launch, kernel time (timing.py's `queued`), at V = 151,936, of the score also 50,257; score and support
-  (K = 16) of 8192 rows, the others of 409 (rest: lists of 32). The sums that jsd's and rest's gradients read are made before.
+  (K = 16) of 8192 rows, the others of 409 (off_list: lists of 32). The sums that gradients read are made before.
 
 Not here: the table and its reasons (kernels/opd_kernels/launch_table.py).
 """
@@ -22,7 +22,7 @@ from opd_kernels.argmax import argmax_fwd
 from opd_kernels.forward_kl import forward_kl_grad
 from opd_kernels.jsd import jsd_fwd, jsd_grad
 from opd_kernels.launch_table import SupportTile, Tile
-from opd_kernels.rest import rest_fwd, rest_grad
+from opd_kernels.off_list import off_list_fwd, off_list_grad
 from opd_kernels.reverse_kl import reverse_kl_grad
 from opd_kernels.score import GROUP, score_fwd
 from opd_kernels.support import support_fwd
@@ -71,7 +71,7 @@ def grad_tiles() -> Iterator[Tile]:
         yield Tile({"BLOCK_V": block}, num_warps=warps)
 
 
-def rest_tiles(dtype: torch.dtype) -> Iterator[Tile]:
+def off_list_tiles(dtype: torch.dtype) -> Iterator[Tile]:
     vec = 16 // dtype.itemsize
     for lanes, per_lane in product((64, 128, 256), (16, 32, 64)):
         yield Tile({"LANES": lanes, "R": per_lane // vec, "VEC": vec}, num_warps=lanes // 32)
@@ -120,15 +120,15 @@ def sweeps(bench: Bench) -> Iterator[Sweep]:
     yield Sweep("jsd_fwd", "grad", grad, blocks, lambda: jsd_fwd(*chosen, columns, beta=BETA, **pair))
     yield Sweep("jsd_grad", "grad", grad, blocks, lambda: jsd_grad(*chosen, weights, columns, sums, beta=BETA, **write))
     ids = student[rows.long()].float().topk(LISTED).indices.sort().values.int()
-    values, rest = torch.zeros_like(ids, dtype=torch.float32), rest_fwd(student, rows, ids, **own)
+    values, columns = torch.zeros_like(ids, dtype=torch.float32), off_list_fwd(student, rows, ids, **own)
     yield Sweep(
-        "rest_fwd", "rest", launch_table.rest(bench.dtype), list(rest_tiles(bench.dtype)),
-        lambda: rest_fwd(student, rows, ids, **own),
+        "off_list_fwd", "off_list", launch_table.off_list(bench.dtype), list(off_list_tiles(bench.dtype)),
+        lambda: off_list_fwd(student, rows, ids, **own),
     )  # fmt: skip
-    listed = student, rows, ids, values, weights, rest
+    listed = student, rows, ids, values, weights, columns
     yield Sweep(
-        "rest_grad", "rest_grad", launch_table.rest_grad(), blocks,
-        lambda: rest_grad(*listed, out=out, add=False, first_id=0, **own),
+        "off_list_grad", "off_list_grad", launch_table.off_list_grad(), blocks,
+        lambda: off_list_grad(*listed, out=out, add=False, first_id=0, **own),
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@
 
 Counted: the main loop is the strongly connected component of the machine code's control flow that
 has global loads and the most instructions; pairs are the bytes its loads bring, over the bytes of
-a pair. What a loop inside it holds (the listed ids of rest.py, fewer than one a block) counts as run
+a pair. What a loop inside it holds (the listed ids of off_list.py, fewer than one a block) counts as run
 once, its loads for nothing. Registers, stack, shared memory are the assembler's. Configurations are those of the
 launchers themselves: they run on shapes alone (meta tensors) with the launch recorded.
 
@@ -31,7 +31,7 @@ from opd_kernels import launch_table
 from opd_kernels.argmax import argmax_fwd
 from opd_kernels.forward_kl import forward_kl_grad
 from opd_kernels.jsd import jsd_fwd, jsd_grad
-from opd_kernels.rest import rest_fwd, rest_grad
+from opd_kernels.off_list import off_list_fwd, off_list_grad
 from opd_kernels.reverse_kl import reverse_kl_grad
 from opd_kernels.scale import scale
 from opd_kernels.score import COLUMNS, score_fwd
@@ -48,20 +48,20 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # Instructions per pair: budgets of their own for the score and the gradients of the KLs; the others' is memory's, 31 for two
-# streams of 16 bits (jsd_fwd two reads; rest_grad a read and a write), so 31 * 3 / 2 for the three of jsd_grad and
-# 31 / 2 for the one of rest_fwd. Twice the bytes (fp32) would allow twice as many.
+# streams of 16 bits (jsd_fwd two reads; off_list_grad a read and a write), so 31 * 3 / 2 for the three of jsd_grad and
+# 31 / 2 for the one of off_list_fwd. Twice the bytes (fp32) would allow twice as many.
 BUDGET = {
-    "score_fwd": 24, "reverse_kl_grad": 21, "forward_kl_grad": 21, "jsd_fwd": 31, "jsd_grad": 46, "rest_fwd": 15.5,
-    "rest_grad": 31,
+    "score_fwd": 24, "reverse_kl_grad": 21, "forward_kl_grad": 21, "jsd_fwd": 31, "jsd_grad": 46, "off_list_fwd": 15.5,
+    "off_list_grad": 31,
 }  # fmt: skip
 # With soft-cap two tanh a pair set the time, not memory: ceilings a little above what was counted, so that it gets no worse.
 CAPPED_BUDGET = {
-    "score_fwd": 61, "reverse_kl_grad": 61, "forward_kl_grad": 61, "jsd_fwd": 64, "jsd_grad": 76, "rest_fwd": 29,
-    "rest_grad": 41,
+    "score_fwd": 61, "reverse_kl_grad": 61, "forward_kl_grad": 61, "jsd_fwd": 64, "jsd_grad": 76, "off_list_fwd": 29,
+    "off_list_grad": 41,
 }  # fmt: skip
 # Rows that start anywhere: memory's for the score, for the others a little above what was counted.
 ODD_BUDGET = {"score_fwd": 31, "reverse_kl_grad": 26, "forward_kl_grad": 30, "jsd_fwd": 35}
-STREAMING = ("score", "reverse_kl", "forward_kl", "jsd_", "rest_")  # kernels with a main loop over the vocabulary
+STREAMING = ("score", "reverse_kl", "forward_kl", "jsd_", "off_list_")  # kernels with a main loop over the vocabulary
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 PLAIN = {"temperature": 1.0, "s_scale": 1.0, "t_scale": 1.0, "s_softcap": None, "t_softcap": None}
 CAPPED = dict(PLAIN, s_softcap=30.0, t_softcap=50.0)
@@ -125,10 +125,10 @@ def configurations():
         for kind, pair, one in kinds if dtype == "bf16" else kinds[:1]:
             yield record(dtype + (kind or " rows"), jsd_fwd, s, t, rows(409), columns, beta=0.5, **pair)[:2]
             yield record(dtype + (kind or " rows"), jsd_grad, s, t, *chosen, sums, top=top, out=s, beta=0.5, **pair)[:2]
-            yield record(dtype + (kind or " K=32"), rest_fwd, s, rows(409), ids, **one)[:2]
+            yield record(dtype + (kind or " K=32"), off_list_fwd, s, rows(409), ids, **one)[:2]
             one = dict(one, out=t, first_id=0)
-            yield record(dtype + (kind or " K=32"), rest_grad, s, rows(409), *listed, add=False, **one)[:2]
-        yield record(f"{dtype} add", rest_grad, s, rows(409), *listed, add=True, out=t, first_id=0, **ONE_PLAIN)[:2]
+            yield record(dtype + (kind or " K=32"), off_list_grad, s, rows(409), *listed, add=False, **one)[:2]
+        yield record(f"{dtype} add", off_list_grad, s, rows(409), *listed, add=True, out=t, first_id=0, **ONE_PLAIN)[:2]
     s, t = logits("bf16", 8192), logits("bf16", 8192)
     s32, t32 = logits("fp32", 409), logits("fp32", 409)
     yield record("bf16 softcap", score_fwd, s, t, None, **CAPPED)[:2]
@@ -149,7 +149,7 @@ def configurations():
     yield record(f"bf16 V={NARROW}", support_fwd, narrow, other, None, found[2], top_k=16, **of_narrow, **PLAIN)[:2]
     yield record(f"bf16 V={NARROW}", reverse_kl_grad, narrow, other, *chosen, top=top, out=narrow, **of_narrow, **PLAIN)[:2]
     yield record(f"bf16 V={NARROW}", jsd_fwd, narrow, other, rows(409), columns, beta=0.5, **of_narrow, **PLAIN)[:2]
-    yield record(f"bf16 V={NARROW}", rest_fwd, narrow, rows(409), ids, **of_narrow, **ONE_PLAIN)[:2]
+    yield record(f"bf16 V={NARROW}", off_list_fwd, narrow, rows(409), ids, **of_narrow, **ONE_PLAIN)[:2]
     for dtype in ("bf16", "fp32"):
         odd, other, of_odd = logits(dtype, 8192, ODD), logits(dtype, 8192, ODD), {"vocab_size": ODD}
         found = record(f"{dtype} V={ODD}", score_fwd, odd, other, None, **of_odd, **PLAIN)

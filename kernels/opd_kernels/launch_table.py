@@ -115,13 +115,13 @@ def scale() -> Tile:
     return Tile({"BLOCK": 4096}, num_warps=128 // _warp_size())
 
 
-def rest(dtype: torch.dtype) -> Tile:
+def off_list(dtype: torch.dtype) -> Tile:
     """128 threads, each takes 32 logits an iteration, as in `score`: 8.9 instructions a logit and 53 registers."""
     vec = 4 if dtype == torch.float32 else 8
     return Tile({"LANES": 128, "R": 32 // vec, "VEC": vec}, num_warps=128 // _warp_size())
 
 
-def rest_grad() -> Tile:
+def off_list_grad() -> Tile:
     """128 threads with two 128-bit loads in flight: 13.4 instructions a logit and 46 registers.
 
     No larger block: each listed id is compared with every lane of its block.

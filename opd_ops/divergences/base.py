@@ -1,8 +1,8 @@
 """The interface of a divergence: a loss per position, as a sum over the vocabulary, a function of a short list of ids, or both.
 
   WholeRow    l = sum_v f(p_v, q_v)                   dl/ds_v = p_v ((f'_v - f'_a) - sum_w p_w (f'_w - f'_a)),  f' = df/dp
-  OnSupport   l = f(x, rest)                          dl/ds_v = df/dx_k at the list's ids, df/drest e^{s_v - rest} at others
-  s: student logits after temperature; a: the student's most likely id; x: s at the K ids of the list; rest: log-sum-exp of s
+  OnSupport   l = f(x, z)                             dl/ds_v = df/dx_k at the list's ids, df/dz e^{s_v - z} at others
+  s: student logits after temperature; a: the student's most likely id; x: s at the K ids of the list; z: log-sum-exp of s
   at all other ids. No tensor of size V is kept for either.
   The slope f'_v is taken relative to f'_a. So at a, where p may be near 1, only the mean slope is left: nothing cancels.
 
@@ -81,15 +81,15 @@ class Support(NamedTuple):
     """Both models on a list of K ids per position, and at all other ids (off the list). A missing id is -inf in both models."""
 
     student: Tensor  # (M, K) student logits at the ids
-    student_rest: Tensor  # (M,) log sum exp of the student's logits off the list
+    student_off_list: Tensor  # (M,) log sum exp of the student's logits off the list
     teacher: Tensor  # (M, K) log q at the ids, q over the whole vocabulary
-    teacher_rest: Tensor  # (M,) log of the teacher's mass off the list
+    teacher_off_list: Tensor  # (M,) log of the teacher's mass off the list
     teacher_entropy: Tensor  # (M,) H(q)
 
     @property
     def student_logsumexp(self) -> Tensor:
         """(M,) over the whole vocabulary."""
-        return torch.logsumexp(torch.cat((self.student, self.student_rest.unsqueeze(1)), 1), 1)
+        return torch.logsumexp(torch.cat((self.student, self.student_off_list.unsqueeze(1)), 1), 1)
 
     @property
     def log_p(self) -> Tensor:
@@ -100,14 +100,14 @@ class Support(NamedTuple):
 class OnSupport(Divergence):
     """A divergence on a short list of ids: the teacher's top-K, or the token that the student sampled.
 
-    `loss` is differentiable torch on (M, K) tensors in fp64. A constant added to `student` and `student_rest` must not change
-    it: backends subtract the largest logit. Every backend differentiates it and carries the gradients of the listed logits and
-    of `student_rest` on to the student's logits.
+    `loss` is differentiable torch on (M, K) tensors in fp64. A constant added to `student` and `student_off_list` must not
+    change it: backends subtract the largest logit. Every backend differentiates it and carries the gradients of the listed
+    logits and of `student_off_list` on to the student's logits.
     """
 
     of_tokens: ClassVar[bool] = False  # the list is the sampled token, not the teacher's top-K
-    reads_rest: ClassVar[bool] = True  # whether `loss` reads `student_rest`, which takes a sweep of the student's head
-    reads_teacher_rest: ClassVar[bool] = False  # whether `loss` reads `teacher_rest`
+    reads_off_list: ClassVar[bool] = True  # whether `loss` reads `student_off_list`, which takes a sweep of the student's head
+    reads_teacher_off_list: ClassVar[bool] = False  # whether `loss` reads `teacher_off_list`
     reads_entropy: ClassVar[bool] = False  # whether `loss` reads `teacher_entropy`, which a sparse teacher does not have
 
     @property
@@ -121,7 +121,7 @@ class OnSupport(Divergence):
 
     @abstractmethod
     def loss(self, at: Support) -> Tensor:
-        """(M,) losses, differentiable in `at.student` and `at.student_rest`; +inf at positions without a finite loss."""
+        """(M,) losses, differentiable in `at.student` and `at.student_off_list`; +inf at positions without a finite loss."""
 
 
 def weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class LocalSupport(OnSupport):
 
     top_k: int = 32
     name = "local_support"
-    reads_rest: ClassVar[bool] = False
+    reads_off_list: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         take_plain(self, "top_k")
@@ -50,15 +50,15 @@ class TailAware(OnSupport):
 
     top_k: int = 16
     name = "tail_aware"
-    reads_teacher_rest: ClassVar[bool] = True
+    reads_teacher_off_list: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         take_plain(self, "top_k")
         check_integer("TailAware.top_k", self.top_k, least=1)
 
     def loss(self, at: Support) -> Tensor:
-        log_p = torch.log_softmax(torch.cat((at.student, at.student_rest.unsqueeze(1)), 1), 1)
-        return kl(log_p, torch.cat((at.teacher, at.teacher_rest.unsqueeze(1)), 1))
+        log_p = torch.log_softmax(torch.cat((at.student, at.student_off_list.unsqueeze(1)), 1), 1)
+        return kl(log_p, torch.cat((at.teacher, at.teacher_off_list.unsqueeze(1)), 1))
 
 
 @dataclass(frozen=True)

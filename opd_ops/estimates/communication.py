@@ -312,10 +312,10 @@ class _Call:
         yield from self._statistics("loss", self.M, support.length, models=1)
         if support.of_tokens:
             yield from self._vocabulary("loss", "all_reduce", listed)
-        if support.reads_teacher_rest:
+        if support.reads_teacher_off_list:
             yield from self._vocabulary("loss", "all_gather", off_list)
         yield from self._vocabulary("loss", "all_reduce", listed)
-        if support.reads_rest:
+        if support.reads_off_list:
             yield from self._vocabulary("loss", "all_gather", off_list)
 
     def _responses(self) -> list[tuple[str, int]]:

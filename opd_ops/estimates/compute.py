@@ -156,7 +156,9 @@ class _Call:
             saved += number * (SUMMED_COLUMNS if isinstance(whole, Summed) else KL_COLUMNS)
         if support is not None:
             saved += support.length * (ID_BYTES + number)
-            saved += ID_BYTES + number if support.reads_rest else 0  # the log-sum-exp off the list, fp64, and its derivative
+            saved += (
+                ID_BYTES + number if support.reads_off_list else 0
+            )  # the log-sum-exp off the list, fp64, and its derivative
         return saved
 
     def sources(self, n: int) -> tuple[Source, Source]:

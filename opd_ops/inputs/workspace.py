@@ -19,7 +19,7 @@ class Workspace:
         return Workspace(numerator * (self.nbytes // denominator))
 
     def less(self, nbytes: int) -> Workspace:
-        """The rest of the workspace after `nbytes` are used."""
+        """The workspace that is left after `nbytes` are used."""
         return Workspace(self.nbytes - nbytes)
 
     def count(self, bytes_each: int) -> int:

@@ -4,7 +4,7 @@
   tile holds the selected rows' logits while everything is made of it.
   Run: make test ARGS=tests/backends/test_triton_divergences.py
 
-Not here: the kernels alone (tests/kernels/test_jsd.py, kernels/test_rest.py), reverse and forward KL (tests/test_triton*.py).
+Not here: the kernels alone (tests/kernels/), reverse and forward KL (test_triton.py, test_triton_heads.py).
 """
 
 import pytest

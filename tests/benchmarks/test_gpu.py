@@ -62,7 +62,16 @@ def test_a_dry_run_runs_every_part_and_says_that_it_is_no_measurement(tmp_path, 
     assert {"matmul floor", "ours", "ours, fp32 tiles", "ours, 8 bits", "ours, rollout", "eager"} <= measured
     assert heads["matmul floor"]["to_floor"] == heads["ours, fp32 tiles"]["overlap"] == 1.0
     assert all(row["note"] for name, row in heads.items() if name not in measured)
-    swept = {"score_fwd", "support_fwd", "reverse_kl_grad", "forward_kl_grad", "jsd_fwd", "jsd_grad", "rest_fwd", "rest_grad"}
+    swept = {
+        "score_fwd",
+        "support_fwd",
+        "reverse_kl_grad",
+        "forward_kl_grad",
+        "jsd_fwd",
+        "jsd_grad",
+        "off_list_fwd",
+        "off_list_grad",
+    }
     swept.add("score_fwd, V = 131")  # rows that start anywhere
     assert {row["kernel"] for row in found["sweep"]} == swept
     assert sum(row["shipped"] for row in found["sweep"]) == len(swept)

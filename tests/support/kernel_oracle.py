@@ -1,6 +1,6 @@
 """The float64 side of the kernel tests: the specification (opd_ops/backends/eager.py) under the kernels' names.
 
-  COMMON is what every launcher of two models takes, ONE that of one; statistics, support, gradient, jsd and rest are by
+  COMMON is what every launcher of two models takes, ONE that of one; statistics, support, gradient, jsd and off_list are by
   column or by kernel.
 
 Not here: the tests (test_kernel_*.py), their inputs (cases.py), the numbers they are compared by (tolerances.py).
@@ -93,19 +93,19 @@ def listed(ids, V):
     return eager.membership(ids.long().clamp_max(V), V + 1)[:, :V]
 
 
-def rest(z, ids):
+def off_list(z, ids):
     """log sum e^z off ids (n,), from float64 logits (n, V)."""
     return z.masked_fill(listed(ids, z.shape[1]), -torch.inf).logsumexp(-1)
 
 
-def rest_gradient(x, ids, values, coef, **changed):
-    """The gradient with respect to stored logits of sum values logit[ids] + coef rest, by autograd through the transform."""
+def off_list_gradient(x, ids, values, coef, **changed):
+    """The gradient with respect to stored logits of sum values logit[ids] + coef off_list, by autograd."""
     common = {**ONE, **changed}
     x = x.double().requires_grad_()
     z = traced_logit(x, common["scale"], common["softcap"], common["temperature"])
     inside = ids < x.shape[1]
     at_ids = z.gather(1, torch.where(inside, ids, 0).long())
-    total = (torch.where(inside, values.double(), 0.0) * at_ids).sum() + (coef.double() * rest(z, ids)).sum()
+    total = (torch.where(inside, values.double(), 0.0) * at_ids).sum() + (coef.double() * off_list(z, ids)).sum()
     return torch.autograd.grad(total, x)[0]
 
 

@@ -35,10 +35,10 @@ def evaluate(divergence: OnSupport, support: Support, ids: Tensor, dtype: torch.
     """Losses and gradients, row by row, from both models on the list (`support`)."""
     with torch.inference_mode(False), torch.enable_grad():  # the caller may be in any mode; these are small copies
         support = Support(*(column.detach().double().clone() for column in support))
-        x, off_list = support.student.requires_grad_(), support.student_rest.requires_grad_()
-        if divergence.reads_rest:
+        x, off_list = support.student.requires_grad_(), support.student_off_list.requires_grad_()
+        if divergence.reads_off_list:
             relative = relative_to_top(torch.cat((x, off_list.unsqueeze(1)), 1))
-            support = support._replace(student=relative[:, :-1], student_rest=relative[:, -1])
+            support = support._replace(student=relative[:, :-1], student_off_list=relative[:, -1])
         else:
             support = support._replace(student=relative_to_top(x))
         losses = divergence.loss(support)
@@ -49,6 +49,6 @@ def evaluate(divergence: OnSupport, support: Support, ids: Tensor, dtype: torch.
     x, off_list = x.detach(), off_list.detach()
     dx = torch.zeros_like(x) if dx is None else dx
     dx = dx.masked_fill(no_gradient.unsqueeze(1) | (x == -math.inf), 0).to(dtype)
-    if not divergence.reads_rest or d_off_list is None:
+    if not divergence.reads_off_list or d_off_list is None:
         return Terms(losses, ids, x.to(dtype), dx, None, None)
     return Terms(losses, ids, x.to(dtype), dx, off_list, d_off_list.masked_fill(no_gradient, 0).to(dtype))

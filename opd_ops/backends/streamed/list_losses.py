@@ -40,7 +40,7 @@ def support_terms(
         ids, log_q, log_tail, entropy = _swept(divergence, teacher.detach(), rows, tokens, workspace)
     x = logits_at(student, rows, ids, dtype, workspace)
     off_list = x.new_zeros(len(rows))
-    if divergence.reads_rest:
+    if divergence.reads_off_list:
         off_list = off_list_logsumexp(student, rows, ids, workspace=workspace)
     return evaluate(divergence, Support(x.double(), off_list, log_q, log_tail, entropy), ids, dtype)
 
@@ -70,6 +70,6 @@ def _swept(
     else:
         ids = ids.masked_fill(logits == -math.inf, LAST_ID)  # an entry that the teacher masks is not on its list
     log_tail = torch.zeros_like(lse)
-    if divergence.reads_teacher_rest:
+    if divergence.reads_teacher_off_list:
         log_tail = off_list_logsumexp(teacher, rows, ids, workspace=workspace) - lse
     return ids, logits - lse.unsqueeze(1), log_tail, stats.entropy.double()

@@ -1,7 +1,7 @@
 """A divergence by kernels on two tables of stored logits: the losses of some rows, and the gradient of these losses.
 
-  first     score.py's columns; jsd.py's sums; both models on the list and off it (support.py, rest.py)
-  gradient  reverse_kl.py, forward_kl.py or jsd.py; then rest.py adds the gradient of the part on a list
+  first     score.py's columns; jsd.py's sums; both models on the list and off it (support.py, off_list.py)
+  gradient  reverse_kl.py, forward_kl.py or jsd.py; then off_list.py adds the gradient of the part on a list
   (divergences/ defines the losses; shared/list_losses.py differentiates a part on a list)
 
 `first` returns the losses and `KernelConstants`: all numbers of a whole row that the gradient reads. So the gradient may be
@@ -21,7 +21,7 @@ from opd_kernels.argmax import argmax_fwd
 from opd_kernels.device import transform
 from opd_kernels.forward_kl import forward_kl_grad
 from opd_kernels.jsd import jsd_fwd, jsd_grad
-from opd_kernels.rest import rest_fwd, rest_grad
+from opd_kernels.off_list import off_list_fwd, off_list_grad
 from opd_kernels.reverse_kl import reverse_kl_grad
 from opd_kernels.score import Score, score_fwd
 from opd_kernels.support import support_fwd
@@ -72,7 +72,7 @@ class KernelConstants(NamedTuple):
     at_top: Tensor | None  # (M, 1) the gradient at `top`, known once whole rows of it were computed
     ids: Tensor | None  # (M, K) int32, ascending
     dx: Tensor | None  # (M, K) d loss / d logit at the ids
-    off_list: Tensor | None  # (2, M) of rest.py: the student's log-sum-exp off the ids
+    off_list: Tensor | None  # (2, M) of off_list.py: the student's log-sum-exp off the ids
     d_off_list: Tensor | None  # (M,) d loss / d that log-sum-exp
 
     @staticmethod
@@ -195,11 +195,11 @@ class KernelLoss:
         # Kernels read a missing entry as an id past every vocabulary, at the end of the list.
         missing = (ascending < 0) | (ascending >= self.student.vocab_size)
         kernel_ids = ascending.masked_fill(missing, LAST_ID).sort(1).values.int()
-        if divergence.reads_teacher_rest and t is not None and self.teacher is not None:
-            teacher_off_list = rest_fwd(t, rows, kernel_ids, **self._model_options(self.teacher))
+        if divergence.reads_teacher_off_list and t is not None and self.teacher is not None:
+            teacher_off_list = off_list_fwd(t, rows, kernel_ids, **self._model_options(self.teacher))
             log_tail = logsumexp(self.teacher, *teacher_off_list) - lse
-        if divergence.reads_rest:
-            off_list = rest_fwd(s, rows, kernel_ids, **self._model_options(self.student))
+        if divergence.reads_off_list:
+            off_list = off_list_fwd(s, rows, kernel_ids, **self._model_options(self.student))
             off_list_lse = logsumexp(self.student, *off_list)
         else:
             off_list, off_list_lse = torch.zeros((2, len(ids)), dtype=torch.float32, device=s.device), losses
@@ -250,7 +250,7 @@ class KernelLoss:
         if constants.ids is not None:
             assert constants.dx is not None
             assert constants.d_off_list is not None
-            rest_grad(
+            off_list_grad(
                 s,
                 rows,
                 constants.ids,

@@ -1,8 +1,8 @@
-"""Rest: one model's log-sum-exp of a row off a short list of ids, and the gradient of a loss that reads it.
+"""One model's log-sum-exp of a row off a short list of ids, and the gradient of a loss that reads it.
 
-  rest = log sum_{v off ids} e^logit[v]                                         [nats]
-  For a loss f(logits at ids, rest): values = df/dlogits at ids, coef = df/drest, and
-  d loss / d logit[v] = values[k] at v = ids[k],  coef e^(logit[v] - rest) off ids
+  lse_off = log sum_{v off ids} e^logit[v]                                         [nats]
+  For a loss f(logits at ids, lse_off): values = df/dlogits at ids, coef = df/drest, and
+  d loss / d logit[v] = values[k] at v = ids[k],  coef e^(logit[v] - lse_off) off ids
   out[rows[i], v] (= or +=) d loss / d logit[v] dlogit/dx,  x the stored logit
   arXiv:2605.26844, eq. 9 renormalises on the list (support.py); here the ids off it are one more outcome.
 
@@ -12,7 +12,7 @@ Shapes: N tokens, M selected rows, V vocabulary, K <= 128
   ids         (M, K)    in   int32, ascending, each at most once, padded at the end with 2^31 - 1
   values      (M, K)    in   fp32, in the order of ids
   coef        (M,)      in   fp32; 0 makes every entry off ids 0, even if the row holds NaN
-  columns     (2, M)    fp32 ref, log2z: rest = ln 2 (k ref + log2z), k of device.py
+  columns     (2, M)    fp32 ref, log2z: lse_off = ln 2 (k ref + log2z), k of device.py
   out         (N, W)    out  at rows; W >= V. With add=False columns V .. W-1 become 0, and out may be x itself:
                              a program loads a block of its row before it stores that block, and no other row.
                              With add=True columns V .. W-1 stay unchanged.
@@ -25,16 +25,16 @@ Ids: a program walks its row in blocks, with a cursor in the ids. While the curs
   lane is masked (sum) or replaced (gradient): K times a row, not K times a logit.
 
 Not here: which ids (support.py), values and coef (opd_ops/backends/triton/kernel_loss.py), block sizes (launch_table.py).
-Specification: the equations above, by autograd (tests/support/kernel_oracle.py). Tests: tests/kernels/test_rest.py.
+Specification: the equations above, by autograd (tests/support/kernel_oracle.py). Tests: tests/kernels/test_off_list.py.
 """
 
 # Numerics
 #   Lane: the logits that one thread reads. Each lane has its own maximum and sum; lanes are joined once, after
 #   the loop, as in score.py. The maximum of a lane with only -inf or listed ids is FLOOR. There are two columns
-#   because k ref + log2z, rounded, would lose the digits of log2z where the rest is of size 300.
+#   because k ref + log2z, rounded, would lose the digits of log2z where lse_off is of size 300.
 #   If no id is off the list, or all logits off it are -inf: log2z = -inf, ref is finite, and the gradient off ids
-#   is 0. NaN (or +inf) off ids gives NaN. NaN at an id does not enter the rest.
-#   The gradient does not normalise its softmax: coef e^(logit - rest) <= coef.
+#   is 0. NaN (or +inf) off ids gives NaN. NaN at an id does not enter lse_off.
+#   The gradient does not normalise its softmax: coef e^(logit - lse_off) <= coef.
 
 import torch
 import triton
@@ -62,7 +62,7 @@ def _from(ids_row, first, K, KP: tl.constexpr):
 
 
 @triton.jit
-def _rest_fwd_block(
+def _off_list_fwd_block(
     state, cursor, x_row, ids_row, first, V, K, k, pre, cap,
     CAP: tl.constexpr, MASKED: tl.constexpr, LANES: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +100,7 @@ def _rest_fwd_block(
 
 
 @triton.jit(do_not_specialize=["M", "K"])
-def _rest_fwd_kernel(
+def _off_list_fwd_kernel(
     x_ptr, rows_ptr, ids_ptr, columns_ptr, stride_xn, M, V, K, k, pre, cap,
     HAS_ROWS: tl.constexpr, UNIT_X: tl.constexpr, CAP: tl.constexpr, KP: tl.constexpr,
     LANES: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr,
@@ -116,14 +116,14 @@ def _rest_fwd_kernel(
 
     n_full = V // BLOCK
     # The masked end of the row comes first: the running values then have the layout of the loop.
-    state, _ = _rest_fwd_block(
+    state, _ = _off_list_fwd_block(
         (tl.full((LANES,), FLOOR, tl.float32), tl.zeros((LANES,), tl.float32)),
         _from(ids_row, n_full * BLOCK, K, KP), x_row, ids_row, n_full * BLOCK, V, K, k, pre, cap,
         CAP, True, LANES, R, VEC,
     )  # fmt: skip
     cursor = _next(ids_row, tl.full((), 0, tl.int32), K)
     for b in range(n_full):
-        state, cursor = _rest_fwd_block(
+        state, cursor = _off_list_fwd_block(
             state, cursor, x_row, ids_row, b * BLOCK, V, K, k, pre, cap, CAP, False, LANES, R, VEC
         )  # fmt: skip
     lane_top, lane_sum = state
@@ -137,7 +137,7 @@ def _rest_fwd_kernel(
 
 
 @triton.jit
-def _rest_grad_block(
+def _off_list_grad_block(
     cursor, x_row, out_row, ids_row, values_row, first, V, first_id, K, ref, log2z, coef, pre, cap, k,
     ADD: tl.constexpr, CAP: tl.constexpr, MASKED: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -170,7 +170,7 @@ def _rest_grad_block(
 
 
 @triton.jit(do_not_specialize=["M", "K", "first_id"])
-def _rest_grad_kernel(
+def _off_list_grad_kernel(
     x_ptr, rows_ptr, ids_ptr, values_ptr, coef_ptr, columns_ptr, out_ptr, stride_xn, stride_on, M, V, W, K, first_id,
     k, pre, cap,
     HAS_ROWS: tl.constexpr, UNIT_X: tl.constexpr, UNIT_O: tl.constexpr,
@@ -192,13 +192,13 @@ def _rest_grad_kernel(
 
     n_full = V // BLOCK_V
     last = n_full * BLOCK_V
-    _rest_grad_block(
+    _off_list_grad_block(
         _from(ids_row, first_id + last, K, KP), x_row, out_row, ids_row, values_row, last, V, first_id, K,
         ref, log2z, coef, pre, cap, k, ADD, CAP, True, BLOCK_V,
     )  # fmt: skip
     cursor = _from(ids_row, first_id, K, KP)
     for b in range(n_full):
-        cursor = _rest_grad_block(
+        cursor = _off_list_grad_block(
             cursor, x_row, out_row, ids_row, values_row, b * BLOCK_V, V, first_id, K, ref, log2z, coef, pre, cap, k,
             ADD, CAP, False, BLOCK_V,
         )  # fmt: skip
@@ -206,7 +206,7 @@ def _rest_grad_kernel(
         _store_zeros(out_row, V, W, BLOCK_V)
 
 
-def rest_fwd(
+def off_list_fwd(
     logits: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary
     rows: Tensor | None,  # (M,) int32 or int64; None: all rows
     ids: Tensor,  # (M, K) int32, ascending, padded with 2^31 - 1
@@ -216,7 +216,7 @@ def rest_fwd(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """(2, M) fp32: ref and log2z, from which rest = ln 2 (k ref + log2z), k = device.transform(..).k."""
+    """(2, M) fp32: ref and log2z, from which lse_off = ln 2 (k ref + log2z), k = device.transform(..).k."""
     M, K = ids.shape
     assert logits.stride(1) == 1, "unit stride along the vocabulary"
     assert 1 <= K <= 128
@@ -226,9 +226,9 @@ def rest_fwd(
     if M == 0:
         return columns
     model = transform(scale, softcap, temperature)
-    tile = launch_table.rest(logits.dtype)
+    tile = launch_table.off_list(logits.dtype)
     stride_x, unit_x = row_step(logits)
-    _rest_fwd_kernel[(M,)](
+    _off_list_fwd_kernel[(M,)](
         logits, rows, ids, columns, stride_x, M, vocab_size, K, model.k, model.pre, model.cap,
         HAS_ROWS=rows is not None, UNIT_X=unit_x, CAP=model.has_cap, KP=triton.next_power_of_2(K),
         **tile.constants, num_warps=tile.num_warps, enable_fp_fusion=False,
@@ -236,13 +236,13 @@ def rest_fwd(
     return columns
 
 
-def rest_grad(
+def off_list_grad(
     logits: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary; or a block of the vocabulary
     rows: Tensor | None,  # (M,) int32 or int64; None: all rows
-    ids: Tensor,  # (M, K) int32, the same as in rest_fwd
+    ids: Tensor,  # (M, K) int32, the same as in off_list_fwd
     values: Tensor,  # (M, K) fp32, d loss / d logits at ids
-    coef: Tensor,  # (M,) fp32, d loss / d rest
-    columns: Tensor,  # (2, M) fp32, from rest_fwd over the whole vocabulary
+    coef: Tensor,  # (M,) fp32, d loss / d lse_off
+    columns: Tensor,  # (2, M) fp32, from off_list_fwd over the whole vocabulary
     *,
     out: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary; may be logits, if add is false
     add: bool,
@@ -265,9 +265,9 @@ def rest_grad(
     if M == 0:
         return
     model = transform(scale, softcap, temperature)
-    tile = launch_table.rest_grad()
+    tile = launch_table.off_list_grad()
     (stride_x, unit_x), (stride_o, unit_o) = row_step(logits), row_step(out)
-    _rest_grad_kernel[(M,)](
+    _off_list_grad_kernel[(M,)](
         logits, rows, ids, values, coef, columns, out, stride_x, stride_o, M, vocab_size, out.shape[1],
         K, first_id, model.k, model.pre, model.cap,
         HAS_ROWS=rows is not None, UNIT_X=unit_x, UNIT_O=unit_o, ADD=add, CAP=model.has_cap, KP=triton.next_power_of_2(K),

@@ -1,10 +1,10 @@
-"""The kernels of a row's rest off a list of ids, interpreted or compiled, against float64 (support/kernel_oracle.py): its
-equation, and autograd of it through scale and soft-cap.
+"""The kernels of a row's log-sum-exp off a list of ids, interpreted or compiled, against float64
+(support/kernel_oracle.py): its equation, and autograd of it through scale and soft-cap.
 
-  Bounds: rest 2e-6, of any size, 2e-5 under a soft-cap; ||g - g64|| / ||g64|| <= 1e-4, of all of the row and of what is
+  Bounds: lse 2e-6, of any size, 2e-5 under a soft-cap; ||g - g64|| / ||g64|| <= 1e-4, of all of the row and of what is
   off the list alone, or the rounding of the stored type.
 
-Run: make test ARGS=tests/kernels/test_rest.py
+Run: make test ARGS=tests/kernels/test_off_list.py
 Not here: which ids (test_support.py).
 """
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from opd_kernels import launch_table
 from opd_kernels.device import transform
-from opd_kernels.rest import rest_fwd, rest_grad
+from opd_kernels.off_list import off_list_fwd, off_list_grad
 
 from tests.support import kernel_oracle as oracle
 from tests.support.cases import generator, logit_pair
@@ -33,7 +33,7 @@ def lists(n, V, K, seed=0, filler=0):
     return ids, torch.randn(n, K, generator=g)
 
 
-def exact_rest(columns, **changed):
+def exact_off_list(columns, **changed):
     common = {**ONE, **changed}
     k = transform(common["scale"], common["softcap"], common["temperature"]).k
     return math.log(2) * (k * columns[0].double() + columns[1].double())
@@ -41,18 +41,18 @@ def exact_rest(columns, **changed):
 
 def run(x, ids, values, coef, rows=None, V=None, out=None, add=False, **changed):
     common = {**ONE, **changed, "vocab_size": V or x.shape[1]}
-    columns = rest_fwd(x, rows, ids, **common)
+    columns = off_list_fwd(x, rows, ids, **common)
     out = torch.full(x.shape, float("nan"), dtype=x.dtype) if out is None else out
-    rest_grad(x, rows, ids, values, coef, columns, out=out, add=add, first_id=0, **common)
+    off_list_grad(x, rows, ids, values, coef, columns, out=out, add=add, first_id=0, **common)
     return out, columns
 
 
-def assert_rest(out, columns, x, ids, values, coef, tolerance=1e-4, **changed):
+def assert_off_list(out, columns, x, ids, values, coef, tolerance=1e-4, **changed):
     common = {**ONE, **changed}
-    want = oracle.rest_gradient(x, ids, values, coef, **changed)
-    rest = oracle.rest(oracle.logit(x, common["scale"], common["softcap"], common["temperature"]), ids)
+    want = oracle.off_list_gradient(x, ids, values, coef, **changed)
+    lse = oracle.off_list(oracle.logit(x, common["scale"], common["softcap"], common["temperature"]), ids)
     absolute = 2e-6 if common["softcap"] is None else 2e-5  # tanh is good to 2^-22 of the cap
-    assert_within(exact_rest(columns, **changed), rest, absolute=absolute, relative=0, name="rest")
+    assert_within(exact_off_list(columns, **changed), lse, absolute=absolute, relative=0, name="lse")
     error = (out.double() - want).norm(dim=1)
     assert (error <= tolerance * want.norm(dim=1)).all(), error / want.norm(dim=1)
     is_listed = oracle.listed(ids, x.shape[1])
@@ -62,9 +62,9 @@ def assert_rest(out, columns, x, ids, values, coef, tolerance=1e-4, **changed):
 
 
 def test_the_tests_know_the_blocks():
-    tile = launch_table.rest(torch.float32).constants
+    tile = launch_table.off_list(torch.float32).constants
     assert tile["LANES"] * tile["R"] * tile["VEC"] == FWD_BLOCK
-    assert launch_table.rest_grad().constants["BLOCK_V"] == GRAD_BLOCK
+    assert launch_table.off_list_grad().constants["BLOCK_V"] == GRAD_BLOCK
 
 
 @pytest.mark.parametrize(("V", "K"), [(9003, 32), (9003, 1), (9003, 128), (4096, 32), (2048, 7), (131, 100), (5, 3)])
@@ -72,16 +72,16 @@ def test_rest_matches_oracle_fp64(V, K):
     x, _ = logit_pair(2, V, seed=V)
     ids, values = lists(2, V, K)
     coef = torch.tensor([0.5, -2.0])
-    assert_rest(*run(x, ids, values, coef), x, ids, values, coef)
+    assert_off_list(*run(x, ids, values, coef), x, ids, values, coef)
 
 
 @pytest.mark.parametrize("scale", [0.1, 4, 60])
 def test_rest_of_a_row_whose_mass_is_listed(scale):
     x, _ = logit_pair(2, 5003, scale=scale, seed=1)
-    x += 240  # k ref + log2z, rounded, would lose the rest's last five digits
+    x += 240  # k ref + log2z, rounded, would lose its last five digits
     ids = x.topk(32).indices.sort().values.to(torch.int32)
     values, coef = torch.zeros(2, 32), torch.ones(2)
-    assert_rest(*run(x, ids, values, coef), x, ids, values, coef)
+    assert_off_list(*run(x, ids, values, coef), x, ids, values, coef)
 
 
 @pytest.mark.parametrize(
@@ -96,11 +96,11 @@ def test_rest_of_a_row_whose_mass_is_listed(scale):
 def test_rest_ids_at_borders(ids):
     x, _ = logit_pair(2, 9003, seed=3)
     ids = torch.tensor([ids] * 2, dtype=torch.int32)
-    x[oracle.listed(ids, 9003)] += 15  # one that is missed shows in the rest
+    x[oracle.listed(ids, 9003)] += 15  # one that is missed shows in the log-sum-exp
     values = torch.randn(ids.shape, generator=generator(4))
     coef = torch.tensor([1.0, 2.0])
     out, columns = run(x, ids, values, coef)
-    assert_rest(out, columns, x, ids, values, coef)
+    assert_off_list(out, columns, x, ids, values, coef)
     for i, v in zip(*torch.nonzero(ids != NO_ID, as_tuple=True), strict=True):
         torch.testing.assert_close(out[i, ids[i, v]], values[i, v], rtol=1e-6, atol=0)
 
@@ -113,14 +113,14 @@ def test_rest_follows_the_transform(changed):
     x, _ = logit_pair(2, 5001, scale=8, seed=5)
     ids, values = lists(2, 5001, 32, filler=3)
     coef = torch.tensor([1.0, 3.0])
-    assert_rest(*run(x, ids, values, coef, **changed), x, ids, values, coef, **changed)
+    assert_off_list(*run(x, ids, values, coef, **changed), x, ids, values, coef, **changed)
 
 
 def test_rest_soft_cap_makes_no_logits_beyond_the_vocabulary():
     x, _ = logit_pair(2, 131)  # a low cap, so that -cap would have a share
     ids, values = lists(2, 131, 5)
     coef = torch.ones(2)
-    assert_rest(*run(x, ids, values, coef, softcap=1.0), x, ids, values, coef, softcap=1.0)
+    assert_off_list(*run(x, ids, values, coef, softcap=1.0), x, ids, values, coef, softcap=1.0)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
@@ -130,17 +130,17 @@ def test_rest_grad_rounds_once_to_the_stored_type(dtype, tolerance):
     coef = torch.ones(2) * 100
     out, columns = run(x, ids, values, coef)
     assert out.dtype == dtype
-    assert_rest(out, columns, x, ids, values, coef, tolerance=tolerance)
+    assert_off_list(out, columns, x, ids, values, coef, tolerance=tolerance)
 
 
 def test_assert_rest_rejects_a_zero_gradient():
     x, _ = logit_pair(1, 300)
     ids, values = lists(1, 300, 5)
     out, columns = run(x, ids, values, torch.ones(1))
-    assert_rest(out, columns, x, ids, values, torch.ones(1))
+    assert_off_list(out, columns, x, ids, values, torch.ones(1))
     for wrong in (torch.zeros_like(x), out.scatter(1, ids.long(), 0.0), torch.zeros_like(x).scatter(1, ids.long(), values)):
         with pytest.raises(AssertionError):
-            assert_rest(wrong, columns, x, ids, values, torch.ones(1))
+            assert_off_list(wrong, columns, x, ids, values, torch.ones(1))
 
 
 def test_rest_of_nothing():
@@ -172,10 +172,10 @@ def test_rest_ignores_masked_entries():
     off = ~oracle.listed(ids, 9003)
     assert (out[(x == -INF) & off] == 0).all()
     torch.testing.assert_close(out.gather(1, ids.long()), values, rtol=1e-6, atol=0)
-    want = oracle.rest_gradient(x, ids, torch.zeros_like(values), coef)
+    want = oracle.off_list_gradient(x, ids, torch.zeros_like(values), coef)
     assert ((torch.where(off, out, 0.0) - want).norm(dim=1) <= 1e-4 * want.norm(dim=1)).all()
-    z = oracle.rest(x.double(), ids)
-    assert_within(exact_rest(columns), z, absolute=2e-6, relative=0, name="rest")
+    z = oracle.off_list(x.double(), ids)
+    assert_within(exact_off_list(columns), z, absolute=2e-6, relative=0, name="lse")
 
 
 def test_rest_never_hides_a_nan_off_the_list():
@@ -219,7 +219,7 @@ def test_rest_grad_writes_whole_rows_and_no_others():
     out, columns = run(x, ids, values, coef, rows=rows, V=5000)
     assert out[[0, 2, 4]].isnan().all()
     assert (out[[3, 1], 5000:] == 0).all()
-    assert_rest(out[[3, 1], :5000], columns, x[[3, 1], :5000], ids, values, coef)
+    assert_off_list(out[[3, 1], :5000], columns, x[[3, 1], :5000], ids, values, coef)
 
 
 def test_rest_grad_in_place_equals_out_of_place():
@@ -252,12 +252,12 @@ def test_rest_grad_of_blocks_of_the_vocabulary_equals_that_of_the_whole(add):
     ids[:, 0], ids[:, 1] = 3000, 3001
     ids = ids.sort(1).values
     coef = torch.tensor([1.0, -0.5])
-    columns = rest_fwd(x, None, ids, **ONE, vocab_size=9003)
+    columns = off_list_fwd(x, None, ids, **ONE, vocab_size=9003)
     whole, parts = before.clone(), before.clone()
     args = ids, values, coef, columns
-    rest_grad(x, None, *args, out=whole, add=add, first_id=0, **ONE, vocab_size=9003)
+    off_list_grad(x, None, *args, out=whole, add=add, first_id=0, **ONE, vocab_size=9003)
     for a, b in ((0, 3001), (3001, 3001 + 2048), (5049, 5052), (5052, 9003)):
-        rest_grad(x[:, a:b], None, *args, out=parts[:, a:b], add=add, first_id=a, **ONE, vocab_size=b - a)
+        off_list_grad(x[:, a:b], None, *args, out=parts[:, a:b], add=add, first_id=a, **ONE, vocab_size=b - a)
     assert torch.equal(whole, parts)
 
 
@@ -267,4 +267,4 @@ def test_rest_offsets_pass_two_to_the_31(tmp_path):
     ids, values = lists(2, 300, 8)
     kept = x[rows].clone()
     out, columns = run(x, ids, values, coef, rows=rows, out=x)
-    assert_rest(out[rows], columns, kept, ids, values, coef, tolerance=5e-4)
+    assert_off_list(out[rows], columns, kept, ids, values, coef, tolerance=5e-4)
