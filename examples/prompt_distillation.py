@@ -18,7 +18,7 @@ make demo RANKS=2: data parallel on two processes over gloo. Each answers its ha
   draws), the sampled answers are not: a batch is drawn from one stream of numbers, and each rank has a batch and a stream.
 
 Not here: sampling and alignment (opd_ops/trainer/rollouts.py), questions (prompts.py), weights (smollm2.py), flags
-(settings.py), what ranks send (processes.py), what is shown (run_report.py, opd_ops/diagnostics/token_heatmap.py).
+(flags.py), what ranks send (processes.py), what is shown (run_report.py, opd_ops/diagnostics/token_heatmap.py).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ import torch
 from rich.console import Console
 
 from examples import processes, run_report, smollm2
+from examples.flags import Flags, parse_flags
 from examples.prompts import HELD_OUT, INSTRUCTION, TRAINING
 from examples.run_report import Record
-from examples.settings import Settings, parse_settings
 from opd_ops import LinearHead, SelectiveOPDOutput, score_positions, selective_opd_loss
 from opd_ops.diagnostics import token_heatmap
 from opd_ops.distributed.ranks import Ranks
@@ -73,7 +73,7 @@ def train_step(
     pair: Pair,
     optimizer: torch.optim.Optimizer,
     questions: Sequence[Prompt],
-    settings: Settings,
+    settings: Flags,
     generator: torch.Generator,
     ranks: Ranks,
 ) -> tuple[Rollouts, SelectiveOPDOutput]:
@@ -118,7 +118,7 @@ def question_batches(size: int, generator: torch.Generator) -> Iterator[list[Pro
         queue = queue[size:]
 
 
-def training(pair: Pair, settings: Settings, ranks: Ranks) -> Iterator[Step]:
+def training(pair: Pair, settings: Flags, ranks: Ranks) -> Iterator[Step]:
     """All steps, with this rank's share of their questions; every rank must go through them to the end."""
     generator = torch.Generator().manual_seed(settings.seed)  # the order of the questions, selectors that draw
     # Ranks must agree on the order, however much their selectors draw.
@@ -132,7 +132,7 @@ def training(pair: Pair, settings: Settings, ranks: Ranks) -> Iterator[Step]:
         yield Step(number, rollouts, output, by_rank, time.perf_counter() - start)
 
 
-def run(settings: Settings, pair: Pair, console: Console, ranks: Ranks) -> Record:
+def run(settings: Flags, pair: Pair, console: Console, ranks: Ranks) -> Record:
     """Train the student and show how it changes: what the first rank does, or the only one."""
     tokenizer = pair.tokenizer
     held_out = sample(pair.student, tokenizer, HELD_OUT, max_new_tokens=settings.max_new_tokens)
@@ -162,7 +162,7 @@ def run(settings: Settings, pair: Pair, console: Console, ranks: Ranks) -> Recor
 
 
 def greedy_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, instruction: str | None = None
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Flags, instruction: str | None = None
 ) -> list[str]:
     """To the first held-out questions: what training changed, in words."""
     length = settings.max_new_tokens
@@ -170,16 +170,16 @@ def greedy_answers(
     return rollouts.answers(tokenizer)
 
 
-def page_batch(step: Step, tokenizer: PreTrainedTokenizerBase) -> token_heatmap.Batch:
+def page_batch(step: Step, tokenizer: PreTrainedTokenizerBase) -> token_heatmap.ShownStep:
     """The tokens of one step as text, for the page: those of this rank."""
     when = f"the student after {step.number - 1} updates" if step.number > 1 else "the student before any update"
     others = f", rank 0 of {len(step.by_rank)}" if len(step.by_rank) > 1 else ""
     questions, texts = [prompt.text for prompt in step.rollouts.prompts], step.rollouts.token_texts(tokenizer)
     output = step.output._replace(loss=step.output.loss.detach())
-    return token_heatmap.Batch(f"Step {step.number}: {when}{others}", questions, texts, output)
+    return token_heatmap.ShownStep(f"Step {step.number}: {when}{others}", questions, texts, output)
 
 
-def outcome(settings: Settings, record: Record) -> str:
+def outcome(settings: Flags, record: Record) -> str:
     before, after = record.held_out_kl[0], record.held_out_kl[settings.steps]
     change = f"Held-out KL {before:.3f} -> {after:.3f} nats"
     shares = f" ({record.shares()})" if record.n_ranks > 1 else ""
@@ -187,7 +187,7 @@ def outcome(settings: Settings, record: Record) -> str:
     return f"{change} after {settings.steps} steps on {trained:,} of {sampled:,} sampled tokens{shares}."
 
 
-def write_files(settings: Settings, record: Record) -> None:
+def write_files(settings: Flags, record: Record) -> None:
     """tokens.html and kl.png."""
     facts = {"model": "SmolLM2-135M-Instruct", "instruction, teacher only": INSTRUCTION}
     facts |= {name.replace("_", " "): str(value) for name, value in asdict(settings).items() if name != "out"}
@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> Record | None:
     """
     began, console = time.perf_counter(), Console()
     with processes.joined() as ranks:
-        settings = parse_settings(arguments, n_ranks=ranks.size)
+        settings = parse_flags(arguments, n_ranks=ranks.size)
         try:
             model, tokenizer = smollm2.load_model()
         except (ModuleNotFoundError, FileNotFoundError) as error:

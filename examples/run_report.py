@@ -17,7 +17,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from examples import processes
-from opd_ops.diagnostics.token_heatmap import Batch
+from opd_ops.diagnostics.token_heatmap import ShownStep
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Record:
     metrics: list[dict[str, float]] = field(default_factory=list)  # one per step, of all ranks together
     by_rank: list[list[dict[str, float]]] = field(default_factory=list)  # the same of each rank
     answers: dict[str, list[str]] = field(default_factory=dict)  # who: greedy answers to the first held-out questions
-    pages: list[Batch] = field(default_factory=list)  # the tokens of the first and the last step
+    pages: list[ShownStep] = field(default_factory=list)  # the tokens of the first and the last step
 
     def add(self, by_rank: list[dict[str, float]], seconds: float) -> None:
         self.metrics.append(processes.together(by_rank) | {"seconds": seconds})

@@ -39,7 +39,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Settings:
+class Flags:
     """The values of the flags."""
 
     student: str
@@ -60,7 +60,7 @@ class Settings:
     overwrite: bool
 
 
-def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, list[Prompt]]:
+def parse(arguments: Sequence[str] | None = None) -> tuple[Flags, list[Prompt]]:
     """The flags and the prompts. A bad flag ends the program; the error has its name, its value and the expected values."""
     parser = argparse.ArgumentParser(
         prog="opd-inspect",
@@ -85,7 +85,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, list[Prompt
     add("--dtype", choices=DTYPES, default="auto", help="of all models; auto: each checkpoint's own")
     add("--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page; its numbers go to FILE with .json")
     add("--overwrite", action="store_true", help="replace the page and numbers that FILE already has")
-    settings = Settings(**vars(parser.parse_args(arguments)))
+    settings = Flags(**vars(parser.parse_args(arguments)))
     try:
         for name, value in asdict(settings).items():
             flag = f"argument --{name.replace('_', '-')}"
@@ -129,7 +129,7 @@ def _check_output(paths: Sequence[Path], *, overwrite: bool) -> None:
             path.unlink()
 
 
-def run(settings: Settings, prompts: Sequence[Prompt]) -> tuple[Contexts, Study]:
+def run(settings: Flags, prompts: Sequence[Prompt]) -> tuple[Contexts, Study]:
     """Models, answers, statistics, study. Raises: SystemExit: a model cannot be loaded, or the tokenizers differ."""
     names = {"student": settings.student, "teacher": settings.teacher, "trained": settings.trained}
     tokenizers = {role: _loaded(role, name, load_tokenizer) for role, name in names.items() if name is not None}

@@ -142,21 +142,19 @@ def _distributions(contexts: Contexts) -> str:
 
 
 def _tokens(contexts: Contexts, study: Study) -> str:
-    chosen, gain = study.chosen, None
+    shown, gain = study.shown, None
     if contexts.after_forward_kl is not None:
         gain = torch.where(contexts.measured, contexts.before.forward_kl - contexts.after_forward_kl, 0)
-    share = f"{100 * chosen.fraction:g} %"
-    mark = f"SELECTED by {token_heatmap.isolated_in_text(chosen.selector)}, {share}"
-    answers = token_heatmap.Answers(
-        contexts.prompts, contexts.tokens, chosen.scores, chosen.selected, contexts.stats, mark, gain
-    )
+    share = f"{100 * shown.fraction:g} %"
+    mark = f"SELECTED by {token_heatmap.isolated_in_text(shown.selector)}, {share}"
+    answers = token_heatmap.Answers(contexts.prompts, contexts.tokens, shown.scores, shown.selected, contexts.stats, mark, gain)
     tokens, scale = token_heatmap.heat_map(answers)
     return _section(
         "The tokens",
-        f"The frozen answers: the stronger the shade, the higher a token's score by {token_heatmap.isolated(chosen.selector)}; "
+        f"The frozen answers: the stronger the shade, the higher a token's score by {token_heatmap.isolated(shown.selector)}; "
         f"a heavy outline marks the best {share}, which a loss would train on. Hover over a token, or move to it with the Tab "
         "key, for its numbers.",
-        f'<p class="sum"><span>{int(chosen.selected.sum()):,} of {study.n_positions:,} tokens selected</span>{scale}</p>',
+        f'<p class="sum"><span>{int(shown.selected.sum()):,} of {study.n_positions:,} tokens selected</span>{scale}</p>',
         tokens,
     )
 

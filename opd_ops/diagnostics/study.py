@@ -37,7 +37,7 @@ FRACTIONS = (0.05, 0.03, 0.2)  # the heat maps use the first
 
 
 @dataclass(frozen=True, eq=False)
-class Chosen:
+class ShownSelection:
     """Scores and selection of the first selector at the first fraction, for the heat maps."""
 
     selector: str
@@ -60,10 +60,10 @@ class Study:
     regression: Regression | None
     regression_refused: str | None  # the reason, if these tokens allow no regression
     quadrants: Quadrants
-    chosen: Chosen
+    shown: ShownSelection
 
     def to_json(self) -> dict[str, object]:
-        """The numbers as dictionaries and lists for `json.dump`; NaN becomes None, and tensors of `chosen` are left out."""
+        """The numbers as dictionaries and lists for `json.dump`; NaN becomes None, and tensors of `shown` are left out."""
         return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
 
 
@@ -112,7 +112,7 @@ def study(
         regression=regression,
         regression_refused=refused,
         quadrants=quadrants(contexts, weights=weights),
-        chosen=Chosen(name, fractions[0], scores, selection(contexts, scores, selector, fractions[0])),
+        shown=ShownSelection(name, fractions[0], scores, selection(contexts, scores, selector, fractions[0])),
     )
 
 

@@ -27,7 +27,7 @@ MOST_ROLLOUTS = 8  # shown per batch
 SIGNS = {code: f"⟨U+{code:04X}⟩" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
-class Batch(NamedTuple):
+class ShownStep(NamedTuple):
     """One training step of the page; row b, column i of `output` belongs to token i of completion b."""
 
     title: str
@@ -49,7 +49,7 @@ class Answers(NamedTuple):
 
 
 def render(
-    batches: Sequence[Batch], settings: Mapping[str, str], answers: Sequence[Mapping[str, str]], outcome: str, models: str
+    batches: Sequence[ShownStep], settings: Mapping[str, str], answers: Sequence[Mapping[str, str]], outcome: str, models: str
 ) -> str:
     """The whole page of training steps.
 
@@ -95,7 +95,7 @@ def heat_map(answers: Answers) -> tuple[str, str]:
     return note + rollouts, f'<span class="scale">shade: score {low:.2f} <i class="ramp"></i> {high:.2f}</span>'
 
 
-def _section(batch: Batch) -> str:
+def _section(batch: ShownStep) -> str:
     out = batch.output
     answers = Answers(batch.questions, batch.tokens, out.scores, out.selected, out.stats, "SELECTED: trained on")
     rollouts, scale = heat_map(answers)

@@ -172,7 +172,7 @@ def estimate_communication(
     if dtype == torch.float64 and backend == "triton":
         raise ValueError("dtype: got torch.float64, which backend 'triton' does not take; expected fp32, bf16 or fp16")
     no_position = torch.empty(0, dtype=torch.long)
-    call = _Call(
+    call = _Communication(
         N=N,
         Ds=Ds,
         M=most_selected(N, settings.fraction) if n_selected is None else n_selected,
@@ -219,7 +219,7 @@ class _RecordingRanks(Ranks):
 
 
 @dataclass(frozen=True)
-class _Call:
+class _Communication:
     N: int
     Ds: int | None
     M: int

@@ -93,7 +93,7 @@ def estimate(
     if in_float8 and backend != "triton":
         raise ValueError("score_dtype: got 'float8', which needs backend='triton'")
     score_dtype = None if settings.score_dtype is None else SCORE_DTYPES[settings.score_dtype]
-    call = _Call(N, V, Ds, Dt, dtype, settings, backend, trainable_head, student_stats)
+    call = _Costs(N, V, Ds, Dt, dtype, settings, backend, trainable_head, student_stats)
     M = most_selected(N, fraction)
 
     passes = [call.score(N, score_dtype)]
@@ -126,7 +126,7 @@ class _Pass(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Call:
+class _Costs:
     N: int
     V: int
     Ds: int

@@ -118,7 +118,7 @@ def test_prefix_and_random_are_per_answer_and_seeded(contexts):
     assert found[0].to_json() == found[1].to_json()
     assert found[0].gains[1] != found[2].gains[1]
     assert found[0].gains[2].gain.value == found[2].gains[2].gain.value
-    prefix = study(contexts, ["prefix"], [0.2]).chosen.selected
+    prefix = study(contexts, ["prefix"], [0.2]).shown.selected
     assert bool((prefix[:, :-1] >= prefix[:, 1:]).all())
     assert bool(prefix.any(1).all())
 
@@ -276,12 +276,12 @@ def test_quadrants_share_tokens_kl_and_gain(contexts):
 
 def test_infinite_divergences_are_left_out_and_counted(contexts):
     after = contexts.after_forward_kl.clone()
-    best = study(contexts, ["teachability"], [0.05]).chosen.selected.nonzero()[0].unbind()
+    best = study(contexts, ["teachability"], [0.05]).shown.selected.nonzero()[0].unbind()
     after[best] = math.inf
     found = study(dataclasses.replace(contexts, after_forward_kl=after), ["teachability"], [0.05], resamples=10)
     assert found.n_left_out == 1
     assert found.n_positions == int(contexts.measured.sum()) - 1
-    assert not found.chosen.selected[best]
+    assert not found.shown.selected[best]
     after[: len(after) // 2] = math.inf  # the budget is a share of what is measured
     found = study(dataclasses.replace(contexts, after_forward_kl=after), ["teachability"], [0.05], resamples=10)
     assert found.gains[1].n_selected == math.ceil(0.05 * found.n_positions) < math.ceil(0.05 * int(contexts.measured.sum()))

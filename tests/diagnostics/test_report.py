@@ -112,7 +112,7 @@ def test_page_marks_exactly_the_selected_tokens(contexts, found, page):
     spans = _Page(page).spans
     shown = torch.zeros_like(contexts.measured)
     shown[:MOST_ROLLOUTS] = contexts.measured[:MOST_ROLLOUTS]
-    assert [marked for marked, _ in spans] == found.chosen.selected[shown].tolist()
+    assert [marked for marked, _ in spans] == found.shown.selected[shown].tolist()
     assert all(("SELECTED by \u2068divergence\u2069, 20 %" in hover) == marked for marked, hover in spans)
     gains = (contexts.before.forward_kl - contexts.after_forward_kl)[shown].tolist()
     assert [hover.split("\n")[-1] for _, hover in spans] == [f"gain G: {g:.3f} nats" for g in gains]

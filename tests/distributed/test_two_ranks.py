@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from examples import processes, prompt_distillation, prompts, smollm2
-from examples.settings import Settings, parse_settings
+from examples.flags import Flags, parse_flags
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.trainer.prompts import Prompt
 from opd_ops.trainer.rollouts import Rollouts
@@ -51,7 +51,7 @@ def step(fraction, ranks):
     models = pair()
     parameters = list(models.student.parameters())
     optimizer = torch.optim.SGD(parameters, lr=0.1)
-    settings, mine = Settings(fraction=fraction), processes.share(QUESTIONS, ranks)
+    settings, mine = Flags(fraction=fraction), processes.share(QUESTIONS, ranks)
     with mock.patch.object(prompt_distillation, "sample", answers):
         _, output = prompt_distillation.train_step(models, optimizer, mine, settings, torch.Generator(), ranks)
     flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
@@ -61,7 +61,7 @@ def step(fraction, ranks):
 
 def asked(ranks):
     """The questions of this rank's steps, into a second pass, where the selector draws more on one rank."""
-    settings = Settings(selector="random", steps=3, batch_size=21, max_new_tokens=1)
+    settings = Flags(selector="random", steps=3, batch_size=21, max_new_tokens=1)
     steps = prompt_distillation.training(pair(), settings, ranks)
     return [[prompt.text for prompt in done.rollouts.prompts] for done in steps]
 
@@ -145,9 +145,9 @@ def test_share_keeps_the_order_and_leaves_out_nothing():
 
 def test_fewer_questions_than_processes_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        parse_settings(["--batch-size", "1", "--out", str(tmp_path)], n_ranks=2)
+        parse_flags(["--batch-size", "1", "--out", str(tmp_path)], n_ranks=2)
     assert "argument --batch-size: got 1, expected a question for each of 2 processes" in capsys.readouterr().err
-    assert parse_settings(["--batch-size", "2", "--out", str(tmp_path)], n_ranks=2).batch_size == 2
+    assert parse_flags(["--batch-size", "2", "--out", str(tmp_path)], n_ranks=2).batch_size == 2
 
 
 if __name__ == "__main__":

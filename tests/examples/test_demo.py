@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from examples import plain_loop, prompt_distillation, prompts, smollm2
-from examples.settings import Settings, parse_settings
+from examples.flags import Flags, parse_flags
 from opd_ops import selective_opd_loss
 from opd_ops.diagnostics import token_heatmap
 from opd_ops.distributed.ranks import Ranks
@@ -62,14 +62,14 @@ class _Page(HTMLParser):
             self.texts[-1] += data
 
 
-def _batch(n_rows: int = 2, selector: str = "teachability") -> token_heatmap.Batch:
+def _batch(n_rows: int = 2, selector: str = "teachability") -> token_heatmap.ShownStep:
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, n_rows, len(AWKWARD), 50, generator=generator)
     mask = torch.ones(n_rows, len(AWKWARD))
     mask[-1, 4:] = 0
     output = selective_opd_loss(student, teacher, mask=mask, fraction=0.3, selector=selector)
     tokens = [AWKWARD] * (n_rows - 1) + [AWKWARD[:4]]
-    return token_heatmap.Batch("Step 1", [f"question <{i}>" for i in range(n_rows)], tokens, output)
+    return token_heatmap.ShownStep("Step 1", [f"question <{i}>" for i in range(n_rows)], tokens, output)
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def test_train_step_trains_the_student_alone(loaded):
     model, tokenizer = loaded
     pair = prompt_distillation.Pair(copy.deepcopy(model).requires_grad_(True), model.requires_grad_(False), tokenizer)
     optimizer = torch.optim.SGD(pair.student.parameters(), lr=0.0)
-    settings = Settings(max_new_tokens=6, fraction=0.25)
+    settings = Flags(max_new_tokens=6, fraction=0.25)
     _, output = prompt_distillation.train_step(pair, optimizer, prompts.TRAINING[:2], settings, torch.Generator(), Ranks())
     tied = pair.student.lm_head.weight
     assert tied is pair.student.model.embed_tokens.weight
@@ -265,10 +265,10 @@ def test_main_rejects_bad_flags_before_loading(flags, message, monkeypatch, caps
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_parse_settings_reads_every_flag(tmp_path):
-    wanted = Settings("tip", 0.1, "forward_kl", 3, 4, 5, 1e-4, 7, tmp_path / "new" / "folder")
+def test_parse_flags_reads_every_flag(tmp_path):
+    wanted = Flags("tip", 0.1, "forward_kl", 3, 4, 5, 1e-4, 7, tmp_path / "new" / "folder")
     flags = [part for name, value in dataclasses.asdict(wanted).items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    assert parse_settings(flags) == wanted
+    assert parse_flags(flags) == wanted
     assert wanted.out.is_dir()
 
 

@@ -79,7 +79,7 @@ N_CONSTANTS = len(_Constants._fields)
 
 
 @dataclass(frozen=True)
-class _Plan(GradientPlan):
+class _BlockPlan(GradientPlan):
     """Saved tensors: the constants of the rows, the student's tensors, the teacher's. The sources here are without tensors."""
 
     student: Source
@@ -109,7 +109,9 @@ class _Plan(GradientPlan):
 class _Selected:
     """The selected rows of one backward: their logits, computed again block by block, and the gradients from them."""
 
-    def __init__(self, student: Source, teacher: Source | None, constants: _Constants, dlosses: Tensor, plan: _Plan) -> None:
+    def __init__(
+        self, student: Source, teacher: Source | None, constants: _Constants, dlosses: Tensor, plan: _BlockPlan
+    ) -> None:
         rows, second = constants.rows, student if teacher is None else teacher
         self.constants, self.whole, self.dtype = constants, plan.whole, plan.dtype
         has_both = plan.whole is not None and constants.ids is not None
@@ -281,7 +283,9 @@ def selected_loss(
         constants = constants._replace(ids=terms.ids, dx=terms.dx, off_list=terms.off_list, d_off_list=terms.d_off_list)
     assert losses is not None
     read_teacher = teacher.detach() if isinstance(teacher, Source) and whole is not None else None
-    plan = _Plan(student.emptied(), None if read_teacher is None else read_teacher.emptied(), whole, workspace, losses.dtype)
+    plan = _BlockPlan(
+        student.emptied(), None if read_teacher is None else read_teacher.emptied(), whole, workspace, losses.dtype
+    )
     tensors = (*constants, *student.tensors, *(() if read_teacher is None else read_teacher.tensors))
     total = connected(plan, losses, *tensors)
     read_again = (student,) if read_teacher is None else (student, read_teacher)

@@ -42,7 +42,7 @@ from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.inputs.workspace import Workspace
 
 
-class _Plan(NamedTuple):
+class _TilePlan(NamedTuple):
     """All that forward and backward read besides tensors. Tensors: the student's, the teacher's, constants, tokens."""
 
     student: Source  # without its tensors
@@ -86,7 +86,7 @@ class _SelectedLoss(torch.autograd.Function):
     """sum of weights l, and the (M,) losses l; the forward also computes the gradient of the sum."""
 
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, rows: Tensor, weights: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, plan: _TilePlan, rows: Tensor, weights: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         ctx.plan, ctx.gradients = plan, None
         ctx.save_for_backward(rows, weights, *tensors)
         ctx.needs = [plan.differentiable and need for need in ctx.needs_input_grad[3 : 3 + len(plan.student.tensors)]]
@@ -348,7 +348,7 @@ def selected_loss(
         teacher_tensors, template = (lists.ids, lists.logprobs), None
     has_tokens = tokens is not None and template is not None
     needed = differentiable and any(tensor.requires_grad for tensor in student.tensors)
-    plan = _Plan(
+    plan = _TilePlan(
         student.emptied(),
         template,
         divergence,

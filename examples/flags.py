@@ -19,7 +19,7 @@ from opd_ops.selection.selectors import SELECTORS
 
 
 @dataclass(frozen=True)
-class Settings:
+class Flags:
     """What the command line can change, with its defaults."""
 
     selector: str = "teachability"
@@ -33,8 +33,8 @@ class Settings:
     out: Path = Path("out/demo")
 
 
-def parse_settings(arguments: Sequence[str] | None = None, *, n_ranks: int = 1) -> Settings:
-    """The flags as `Settings`; a bad one ends the program with its name and what was expected.
+def parse_flags(arguments: Sequence[str] | None = None, *, n_ranks: int = 1) -> Flags:
+    """The flags as `Flags`; a bad one ends the program with its name and what was expected.
 
     Args:
         n_ranks: Processes that share out the questions of a step; each needs one.
@@ -54,8 +54,8 @@ def parse_settings(arguments: Sequence[str] | None = None, *, n_ranks: int = 1) 
     add("--learning-rate", type=_rate, metavar="RATE", help="of AdamW, constant")
     add("--seed", type=_integer(0), metavar="N", help="of the order of the questions and of the sampling")
     add("--out", type=Path, metavar="FOLDER", help="where tokens.html and kl.png go")
-    parser.set_defaults(**asdict(Settings()))
-    settings = Settings(**vars(parser.parse_args(arguments)))
+    parser.set_defaults(**asdict(Flags()))
+    settings = Flags(**vars(parser.parse_args(arguments)))
     if settings.batch_size < n_ranks:
         parser.error(f"argument --batch-size: got {settings.batch_size}, expected a question for each of {n_ranks} processes")
     try:
