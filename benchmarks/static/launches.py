@@ -25,7 +25,7 @@ from opd_kernels import launch_table, score
 from opd_kernels.device import row_step
 
 from benchmarks.static.operators import Operators
-from benchmarks.static.roofline import Recorder
+from benchmarks.static.roofline import Recorder, kernel_name
 from opd_ops.backends.shared import matmul
 from opd_ops.backends.triton import heads, heads_loss
 from opd_ops.divergences import ReverseKL
@@ -64,7 +64,7 @@ def traced(run) -> dict:
         launches = stack.enter_context(Recorder())
         trace = stack.enter_context(Trace())
         run()
-    kernels = Counter(launch[0].__name__.strip("_").removesuffix("_kernel") for launch in launches)
+    kernels = Counter(kernel_name(launch) for launch in launches)
     return {
         "launches": sum(kernels.values()) + sum(trace.names.values()) + len(trace.matmuls),
         "kernels": dict(kernels),

@@ -3,25 +3,18 @@
   m = beta q + (1 - beta) p,  0 < beta < 1                                      [nats]
   f[v] = log(p[v] / m[v]);  g[v] = log(q[v] / m[v]);  mean_slope = sum_v p[v] f[v]
   jsd = (1 - beta) mean_slope + beta sum_v q[v] g[v]
-  d jsd / d logit[v] = (1 - beta) p[v] (f[v] - mean_slope);  at a top id with p > 1/2: minus the sum of the others
-  out[rows[i], v] = weights[i] (1 - beta) p[v] (f[v] - mean_slope) dlogit/dx,  x the stored logit
+  d jsd / d logit[v] = (1 - beta) p[v] (f[v] - mean_slope)
   Source: arXiv:2306.13649, beta as there and in TRL; the whole vocabulary.
 
 Shapes: N tokens, M selected rows, V vocabulary
   s, t        (N, V)    in   stored logits, fp32/bf16/fp16, unit stride along V
   rows        (M,)      in   row numbers in [0, N), each at most once; None: rows 0 .. M-1
-  weights     (M,)      in   fp32; 0 writes zeros, even if the row holds NaN
   columns     (12, M)   in   score.py's columns of these rows
-  top         (M,)      in   int32, argmax.py; None: s, t and out are a block of the vocabulary
   sums        (2, M)    fp32 jsd, mean_slope: output of the loss, input of the gradient
-  out         (N, W)    out  at rows; W >= V, columns V .. W-1 become 0. May be s or t itself: a program
-                             loads a block of its row before it stores that block, and no other row.
-  Without `top` the gradient takes no sum over the row: s, t and out may then be a block of the vocabulary,
-  with columns and sums of the whole row.
 
-Grid: (M,). Traffic: 2 V logits read by loss and by gradient, W gradients written.
+Grid: (M,). Traffic: 2 V logits read by the loss.
 
-Not here: which rows (opd_ops/selection/selectors.py), weights (opd_ops/loss.py), normalisers (score.py).
+Not here: the kernel of the gradient and its launch (gradient.py), normalisers (score.py).
 Specification: the equations above, by autograd (tests/support/kernel_oracle.py). Tests: tests/kernels/test_jsd.py.
 """
 
@@ -45,8 +38,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch_table
-from .device import LN_2, _likely_top, _load_normalisers, _log2_probs, _store_top, _store_zeros, row_step, transform
+from . import gradient, launch_table
+from .device import LN_2, _load_normalisers, _log2_probs, row_step, transform
 
 
 @triton.jit
@@ -137,69 +130,17 @@ def _jsd_fwd_kernel(
 
 
 @triton.jit
-def _jsd_grad_block(
-    s_row, t_row, out_row, offs, V, top, a, coef, weight, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    if MASKED:
-        s = tl.load(s_row + offs, mask=offs < V, other=float("-inf"))
-        t = tl.load(t_row + offs, mask=offs < V, other=float("-inf"))
-    else:
-        s = tl.load(s_row + offs)
-        t = tl.load(t_row + offs)
-    log2_p, _, d, slope = _log2_probs(s, t, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm, CAP_S, CAP_T, SAME_K)
-    d = tl.maximum(d, -256.0)  # finite, also for NaN (both logits -inf): its product with p = 0 is 0
-    f = (a - _log2_one_plus(d)) + tl.minimum(d, 0.0)
-    dlogit = tl.exp2(log2_p) * f
-    grad = tl.where(weight == 0.0, 0.0, dlogit * (coef * slope))
-    if MASKED:
-        tl.store(out_row + offs, grad.to(out_row.dtype.element_ty), mask=offs < V)
-        dlogit = tl.where(offs < V, dlogit, 0.0)
-    else:
-        tl.store(out_row + offs, grad.to(out_row.dtype.element_ty))
-    return tl.where(offs == top, 0.0, dlogit)
-
-
-@triton.jit(do_not_specialize=["M"])
-def _jsd_grad_kernel(
-    s_ptr, t_ptr, rows_ptr, weights_ptr, score_ptr, sums_ptr, top_ptr, out_ptr, stride_sn, stride_tn, stride_on, M, V, W, beta,
-    k_s, pre_s, cap_s, k_t, pre_t, cap_t,
-    HAS_ROWS: tl.constexpr, HAS_TOP: tl.constexpr, UNIT_S: tl.constexpr, UNIT_T: tl.constexpr, UNIT_O: tl.constexpr,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    k_s = tl.cast(k_s, tl.float32)
-    k_t = tl.cast(k_t, tl.float32)
-    beta = tl.cast(beta, tl.float32)
-    pid_m = tl.program_id(0).to(tl.int64)
-    row = pid_m
-    if HAS_ROWS:
-        row = tl.load(rows_ptr + pid_m).to(tl.int64)
-    s_row = s_ptr + row * stride_sn * UNIT_S
-    t_row = t_ptr + row * stride_tn * UNIT_T
-    out_row = out_ptr + row * stride_on * UNIT_O
-    weight = tl.load(weights_ptr + pid_m)
-    mean_slope = tl.load(sums_ptr + M + pid_m) * 1.4426950408889634
+def _jsd_constants(score_ptr, sums_ptr, M, pid_m, beta):
     norm, a, _ = _mixture(_load_normalisers(score_ptr, M, pid_m), beta)
-    a -= mean_slope
-    coef = weight * (1.0 - beta) * (k_s * LN_2) * LN_2
-    top = -1
-    if HAS_TOP:
-        top = _likely_top(top_ptr + pid_m, norm)
+    mean_slope = tl.load(sums_ptr + M + pid_m) * 1.4426950408889634
+    return norm, a - mean_slope, 1.4426950408889634, (1.0 - beta) * LN_2, False
 
-    lane = tl.arange(0, BLOCK_V)
-    n_full = V // BLOCK_V
-    total = _jsd_grad_block(
-        s_row, t_row, out_row, n_full * BLOCK_V + lane, V, top, a, coef, weight, pre_s, cap_s, k_s,
-        pre_t, cap_t, k_t, norm, CAP_S, CAP_T, SAME_K, True,
-    )  # fmt: skip
-    for b in range(n_full):
-        total += _jsd_grad_block(
-            s_row, t_row, out_row, b * BLOCK_V + lane, V, top, a, coef, weight, pre_s, cap_s, k_s,
-            pre_t, cap_t, k_t, norm, CAP_S, CAP_T, SAME_K, False,
-        )  # fmt: skip
-    _store_zeros(out_row, V, W, BLOCK_V)
-    if HAS_TOP:
-        _store_top(out_row, top, -tl.sum(total, 0), tl.where(weight == 0.0, 0.0, coef), norm[0], pre_s, cap_s, CAP_S)
+
+@triton.jit
+def _jsd_slope(log2_p, log2_q, gap, shift):
+    # p (f - mean_slope) in bits: the constants make `gap` d
+    d = tl.maximum(gap, -256.0)  # finite, also for NaN (both logits -inf): its product with p = 0 is 0
+    return tl.exp2(log2_p) * ((shift - _log2_one_plus(d)) + tl.minimum(d, 0.0))
 
 
 def jsd_fwd(
@@ -239,42 +180,16 @@ def jsd_fwd(
 
 
 def jsd_grad(
-    student: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary; or a block of the vocabulary
-    teacher: Tensor,  # (N, >= vocab_size)
-    rows: Tensor | None,  # (M,) int32 or int64; None: all rows
-    weights: Tensor,  # (M,) fp32, d total / d each row's loss
-    columns: Tensor,  # (12, M) fp32, Score.columns of these rows, of the whole vocabulary
+    student: Tensor,
+    teacher: Tensor,
+    rows: Tensor | None,
+    weights: Tensor,
+    columns: Tensor,
     sums: Tensor,  # (2, M) fp32, of jsd_fwd with the same beta
     *,
-    top: Tensor | None,  # (M,) int32, argmax_fwd of these rows; None: student, teacher and out are a block of the vocabulary
-    out: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary; may be student or teacher
     beta: float,
-    vocab_size: int,
-    temperature: float,
-    s_scale: float,
-    t_scale: float,
-    s_softcap: float | None,
-    t_softcap: float | None,
+    **arguments,
 ) -> None:
-    """Write the gradient into whole rows of `out`, at `rows`."""
-    M = weights.shape[0]
+    """Write the gradient into whole rows of `out`, at `rows`; other arguments as of gradient.py's `launch`."""
     assert 0 < beta < 1
-    assert out.stride(1) == student.stride(1) == teacher.stride(1) == 1, "unit stride along the vocabulary"
-    assert columns.shape == (12, M)
-    assert sums.shape == (2, M)
-    assert columns.is_contiguous()
-    assert sums.is_contiguous()
-    assert weights.dtype == torch.float32
-    if M == 0:
-        return
-    s = transform(s_scale, s_softcap, temperature)
-    t = transform(t_scale, t_softcap, temperature)
-    tile = launch_table.grad()
-    (stride_s, unit_s), (stride_t, unit_t), (stride_o, unit_o) = (row_step(x) for x in (student, teacher, out))
-    _jsd_grad_kernel[(M,)](
-        student, teacher, rows, weights, columns, sums, top, out, stride_s, stride_t, stride_o, M,
-        vocab_size, out.shape[1], beta, s.k, s.pre, s.cap, t.k, t.pre, t.cap,
-        HAS_ROWS=rows is not None, HAS_TOP=top is not None, UNIT_S=unit_s, UNIT_T=unit_t, UNIT_O=unit_o,
-        CAP_S=s.has_cap, CAP_T=t.has_cap, SAME_K=s.k == t.k,
-        **tile.constants, num_warps=tile.num_warps, enable_fp_fusion=False,
-    )  # fmt: skip
+    gradient.launch(_jsd_constants, _jsd_slope, student, teacher, rows, weights, columns, sums=sums, beta=beta, **arguments)

@@ -1,181 +1,38 @@
-"""Reverse KL on selected rows: its gradient with respect to the stored logits.
+"""Reverse KL on selected rows: the two functions of its gradient.
 
   g[v] = log p[v] - log q[v];  kl = sum_v p[v] g[v]                             [nats]
-  d kl / d logit[v] = p[v] (g[v] - kl);  at a top id with p > 1/2: minus the sum of the others
-  out[rows[i], v] = weights[i] p[v] (g[v] - kl) dlogit/dx,  x the stored logit
+  d kl / d logit[v] = p[v] (g[v] - kl)
   Source: arXiv:2605.26844, eq. 6; the whole vocabulary.
 
-Shapes: N tokens, M selected rows, V vocabulary
-  s, t        (N, V)    in   stored logits, fp32/bf16/fp16, unit stride along V
-  rows        (M,)      in   row numbers in [0, N), each at most once; None: rows 0 .. M-1
-  weights     (M,)      in   fp32; 0 writes zeros, even if the row holds NaN
-  columns     (12, M)   in   score.py's columns of these rows
-  top         (M,)      in   int32, argmax.py, -1: not in these tables; None: s, t and out are a block of the vocabulary
-  elsewhere   (M,)      in   fp32, sum of d kl / d logit over the ids of a shared vocabulary that are not in these tables;
-                             None: there are none
-  out         (N, W)    out  at rows; W >= V, columns V .. W-1 become 0. May be s itself: a program
-                             loads a block of its row before it stores that block, and no other row.
-
-Grid: (M,). Traffic: 2 V logits read, W gradients written.
-
 Numerics
-  Normalisers and kl are known from the score, so nothing is rescaled, and kl enters as a constant.
-  At the top id g - kl is the difference of two numbers that agree where p is near 1. A row's gradient sums to 0:
-  minus the sum of the others is the same number and loses no digit.
-  p = 0 gives a gradient of 0, before any product (0 * inf). A row with kl = +inf has no finite
-  gradient: it gets zeros. NaN logits give NaN, never hidden.
+  kl is known from the score. It enters as a constant, in one rounding with the difference of the normalisers.
+  p = 0 gives a gradient of 0, before any product (0 * inf). A row with kl = +inf has no finite gradient: it gets zeros.
 
-Not here: which rows (opd_ops/selection/selectors.py), weights (opd_ops/loss.py), forward KL (forward_kl.py).
-Specification: autograd of opd_ops/backends/eager.py. Tests: tests/kernels/test_grad.py.
+Not here: shapes, the kernel and its launch (gradient.py), forward KL (forward_kl.py).
 """
 
-import torch
+from functools import partial
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from . import launch_table
-from .device import (
-    LN_2,
-    _block_of,
-    _likely_top,
-    _load_normalisers,
-    _log2_probs,
-    _store_top,
-    _store_zeros,
-    row_step,
-    transform,
-)
+from . import gradient
+from .device import LN_2, _load_normalisers
 
 
 @triton.jit
-def _reverse_kl_block(
-    s_row, t_row, out_row, offs, V, top, coef, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, MASKED: tl.constexpr, HAS_TOP: tl.constexpr,
-):  # fmt: skip
-    # Writes the gradient of a block; returns p (g - kl) in bits, 0 at `top`. `norm` makes _log2_probs' gap g - kl.
-    if MASKED:
-        s = tl.load(s_row + offs, mask=offs < V, other=float("-inf"))
-        t = tl.load(t_row + offs, mask=offs < V, other=float("-inf"))
-    else:
-        s = tl.load(s_row + offs)
-        t = tl.load(t_row + offs)
-    log2_p, _, gap, slope = _log2_probs(s, t, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm, CAP_S, CAP_T, SAME_K)
-    p = tl.exp2(log2_p)
-    dlogit = tl.where(p == 0.0, 0.0, p * gap)
-    grad = (dlogit * (coef * slope)).to(out_row.dtype.element_ty)
-    if MASKED:
-        tl.store(out_row + offs, grad, mask=offs < V)
-        dlogit = tl.where(offs < V, dlogit, 0.0)
-    else:
-        tl.store(out_row + offs, grad)
-    if HAS_TOP:
-        dlogit = tl.where(offs == top, 0.0, dlogit)
-    return dlogit
-
-
-@triton.jit(do_not_specialize=["M"])
-def _reverse_kl_grad_kernel(
-    s_ptr, t_ptr, rows_ptr, weights_ptr, score_ptr, top_ptr, elsewhere_ptr, out_ptr, stride_sn, stride_tn, stride_on, M, V, W,
-    k_s, pre_s, cap_s, k_t, pre_t, cap_t,
-    HAS_ROWS: tl.constexpr, HAS_TOP: tl.constexpr, HAS_ELSEWHERE: tl.constexpr,
-    UNIT_S: tl.constexpr, UNIT_T: tl.constexpr, UNIT_O: tl.constexpr,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    k_s = tl.cast(k_s, tl.float32)
-    k_t = tl.cast(k_t, tl.float32)
-    pid_m = tl.program_id(0).to(tl.int64)
-    row = pid_m
-    if HAS_ROWS:
-        row = tl.load(rows_ptr + pid_m).to(tl.int64)
-    s_row = s_ptr + row * stride_sn * UNIT_S
-    t_row = t_ptr + row * stride_tn * UNIT_T
-    out_row = out_ptr + row * stride_on * UNIT_O
-    weight = tl.load(weights_ptr + pid_m)
+def _reverse_kl_constants(score_ptr, sums_ptr, M, pid_m, beta):
+    s_ref, s_log2z, t_ref, t_log2z, gap_log2z = _load_normalisers(score_ptr, M, pid_m)
     kl = tl.load(score_ptr + 5 * M + pid_m)
-    if (weight == 0.0) | (kl == float("inf")):
-        _store_zeros(out_row, 0, W, BLOCK_V)
-    else:
-        norm = _load_normalisers(score_ptr, M, pid_m)
-        # The gap's constant takes kl along: one rounding for both.
-        moved = (norm[0], norm[1], norm[2], norm[3], norm[4] + kl * 1.4426950408889634)
-        coef = weight * (k_s * LN_2) * LN_2
-        lane = tl.arange(0, BLOCK_V)
-        n_full = V // BLOCK_V
-        n_left = n_full
-        top = -1
-        if HAS_TOP:
-            top = _likely_top(top_ptr + pid_m, norm)
-            top_block = _block_of(top, n_full, BLOCK_V)
-            n_left -= (top_block < n_full).to(tl.int32)
-        total = _reverse_kl_block(
-            s_row, t_row, out_row, n_full * BLOCK_V + lane, V, top, coef, pre_s, cap_s, k_s, pre_t, cap_t, k_t,
-            moved, CAP_S, CAP_T, SAME_K, True, HAS_TOP,
-        )  # fmt: skip
-        # The block of the top id comes before the loop, which then compares no id with it.
-        if HAS_TOP:  # noqa: SIM102 without a top there is no `top_block`
-            if top_block < n_full:
-                total += _reverse_kl_block(
-                    s_row, t_row, out_row, top_block * BLOCK_V + lane, V, top, coef, pre_s, cap_s, k_s, pre_t, cap_t, k_t,
-                    moved, CAP_S, CAP_T, SAME_K, False, True,
-                )  # fmt: skip
-        for i in range(n_left):
-            b = i
-            if HAS_TOP:
-                b += (i >= top_block).to(tl.int32)
-            total += _reverse_kl_block(
-                s_row, t_row, out_row, b * BLOCK_V + lane, V, top, coef, pre_s, cap_s, k_s, pre_t, cap_t, k_t,
-                moved, CAP_S, CAP_T, SAME_K, False, False,
-            )  # fmt: skip
-        _store_zeros(out_row, V, W, BLOCK_V)
-        if HAS_TOP:
-            others = tl.sum(total, 0)
-            if HAS_ELSEWHERE:
-                others += tl.load(elsewhere_ptr + pid_m) * 1.4426950408889634
-            _store_top(out_row, top, -others, coef, norm[0], pre_s, cap_s, CAP_S)
+    norm = (s_ref, s_log2z, t_ref, t_log2z, gap_log2z + kl * 1.4426950408889634)
+    return norm, 0.0, 1.4426950408889634, LN_2, kl == float("inf")
 
 
-def reverse_kl_grad(
-    student: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary
-    teacher: Tensor,  # (N, >= vocab_size)
-    rows: Tensor | None,  # (M,) int32 or int64; None: all rows
-    weights: Tensor,  # (M,) fp32, d total / d each row's loss
-    columns: Tensor,  # (12, M) fp32, Score.columns of these rows
-    *,
-    top: Tensor | None,  # (M,) int32, argmax_fwd of these rows; None: student, teacher and out are a block of the vocabulary
-    elsewhere: Tensor | None = None,  # (M,) fp32, the sum over ids that are not in these tables; None: they hold all ids
-    out: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary; may be student
-    vocab_size: int,
-    temperature: float,
-    s_scale: float,
-    t_scale: float,
-    s_softcap: float | None,
-    t_softcap: float | None,
-) -> None:
-    """Write the gradient into whole rows of `out`, at `rows`."""
-    launch_grad(
-        _reverse_kl_grad_kernel, student, teacher, rows, weights, columns, top, elsewhere, out, vocab_size,
-        transform(s_scale, s_softcap, temperature), transform(t_scale, t_softcap, temperature),
-    )  # fmt: skip
+@triton.jit
+def _reverse_kl_slope(log2_p, log2_q, gap, shift):
+    # p (g - kl) in bits: the constants make `gap` g - kl
+    p = tl.exp2(log2_p)
+    return tl.where(p == 0.0, 0.0, p * gap)
 
 
-def launch_grad(kernel, student, teacher, rows, weights, columns, top, elsewhere, out, vocab_size, s, t) -> None:
-    """Check and launch the gradient kernel of reverse or forward KL."""
-    M = weights.shape[0]
-    assert out.stride(1) == student.stride(1) == teacher.stride(1) == 1, "unit stride along the vocabulary"
-    assert columns.shape == (12, M)
-    assert columns.is_contiguous()
-    assert weights.dtype == torch.float32
-    if M == 0:
-        return
-    tile = launch_table.grad()
-    (stride_s, unit_s), (stride_t, unit_t), (stride_o, unit_o) = (row_step(x) for x in (student, teacher, out))
-    kernel[(M,)](
-        student, teacher, rows, weights, columns, top, elsewhere, out, stride_s, stride_t, stride_o, M, vocab_size,
-        out.shape[1],
-        s.k, s.pre, s.cap, t.k, t.pre, t.cap,
-        HAS_ROWS=rows is not None, HAS_TOP=top is not None, HAS_ELSEWHERE=elsewhere is not None,
-        UNIT_S=unit_s, UNIT_T=unit_t, UNIT_O=unit_o,
-        CAP_S=s.has_cap, CAP_T=t.has_cap, SAME_K=s.k == t.k,
-        **tile.constants, num_warps=tile.num_warps, enable_fp_fusion=False,
-    )  # fmt: skip
+reverse_kl_grad = partial(gradient.launch, _reverse_kl_constants, _reverse_kl_slope)

@@ -10,7 +10,7 @@ Grid: (N,). Traffic: W elements written in each row that is zeroed.
 
 A row begins and ends anywhere. Up to 31 bytes at either end are written element by element. The middle begins at a multiple of
 32 bytes, the size of a sector of memory, and is written as 32-bit words.
-Not here: the gradient in the rows that are kept (reverse_kl.py, forward_kl.py, jsd.py, off_list.py).
+Not here: the gradient in the rows that are kept (gradient.py, off_list.py).
 Tests: tests/kernels/test_zero_rows.py.
 """
 

@@ -1,7 +1,7 @@
 """A divergence by kernels on two tables of stored logits: the losses of some rows, and the gradient of these losses.
 
   first     score.py's columns; jsd.py's sums; both models on the list and off it (support.py, off_list.py)
-  gradient  reverse_kl.py, forward_kl.py or jsd.py; then off_list.py adds the gradient of the part on a list
+  gradient  gradient.py with the functions of the divergence; then off_list.py adds the gradient of the part on a list
   (divergences/ defines the losses; shared/list_losses.py differentiates a part on a list)
 
 `first` returns the losses and `KernelConstants`: all numbers of a whole row that the gradient reads. So the gradient may be

@@ -9,7 +9,7 @@ No term of the KL is negative, and an error of d_r enters each term in second or
 The loss of reverse and forward KL: the ranks join the selected rows' normalisers to more digits. The gradient kernels then read
 these in place of the part's normalisers: a reference of each row, the log-normaliser relative to it, and the gap. The student's
 reference is its largest logit, the teacher's its log-sum-exp, both as stored logits and rounded to fp32.
-The gradient of a row's most likely id a is minus the sum of the others (reverse_kl.py). The rank that has a sums over its own
+The gradient of a row's most likely id a is minus the sum of the others (gradient.py). The rank that has a sums over its own
 ids; the sum over the other ranks' ids follows from their statistics:
   reverse KL  sum_r P_r (KL(p_r||q_r) + d_r - KL(p||q)),   forward KL  sum_r P_r - Q_r                   (r: all other parts)
 Not here: the all-gather (shared/joined.py), other losses, which backend "torch" computes on the same device (backend.py),
