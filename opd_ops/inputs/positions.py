@@ -88,9 +88,9 @@ def positions(
     if targets is not None:
         conditions.append(targets != ignore_index)
     if tokens is not None:
-        tokens = per_position("tokens", tokens, shape, device)
-        if tokens.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"tokens: got dtype {tokens.dtype}, expected int32 or int64")
+        _check_token_dtype("tokens", per_position("tokens", tokens, shape, device))
+    elif targets is not None and vocab_size is not None:
+        _check_token_dtype("labels", targets)
     tokens = targets if tokens is None else tokens
     if vocab_size is not None and tokens is not None:  # a position without a token cannot be trained on
         conditions.append((tokens >= 0) & (tokens < vocab_size))
@@ -150,6 +150,11 @@ def _check_holds(ignore_index: int, name: str, labels: Tensor) -> Tensor:
                 "int64, or another ignore_index"
             )
     return labels
+
+
+def _check_token_dtype(name: str, tokens: Tensor) -> None:
+    if tokens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: got dtype {tokens.dtype}, expected int32 or int64")
 
 
 def _weights(weights: object, shape: torch.Size, device: torch.device) -> Tensor:

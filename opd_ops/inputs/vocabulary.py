@@ -129,8 +129,6 @@ def one_group(process_group: dist.ProcessGroup | None, sides: Sequence[Local]) -
 
     Raises: ValueError: different groups, or a whole student with a teacher or reference that is shared out.
     """
-    if process_group is not None and not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
-        raise TypeError(f"process_group: got {type(process_group).__name__}, expected a torch.distributed.ProcessGroup or None")
     if process_group is not None and sides[0].is_dtensor and sides[0].group is None:
         raise ValueError(
             "process_group: got a group beside a student DTensor that every rank has whole; shard it on the vocabulary, or "

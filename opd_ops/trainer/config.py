@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 SAME = "same"
 PASSED_AS_OBJECT = "passed as an object"
-MOST_TOP_K = 128
 PATHS = ("student", "teacher", "prompts", "eval_prompts", "output_dir")  # options that may be paths
 Scope = Literal["batch", "sequence", "global"]
 Value = TypeVar("Value")
@@ -274,8 +273,6 @@ class OPDConfig:
             raise ValueError(f"report_to: got {missing[0]!r}, whose package is not installed; pip install it, or leave it out")
 
     def _check_loss(self) -> None:
-        if not 0 < self.top_k <= MOST_TOP_K:
-            raise ValueError(f"top_k: got {self.top_k}, expected an integer from 1 to {MOST_TOP_K}")
         self.settings().for_host(passes_tokens=True, teacher=None if self.teacher_url is None else "TopKLogprobs")
 
 

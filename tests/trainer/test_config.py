@@ -67,7 +67,7 @@ def test_every_option_has_a_help_text_and_a_flag(capsys):
         ),
         (["--divergence_args=beta=0.3"], "divergence_args: got 'beta=0.3', expected nothing: reverse_kl has no parameters"),
         (["--divergence=jsd", "--divergence_args=beta=3"], "beta: got 3"),
-        (["--top_k=0"], "top_k: got 0, expected an integer from 1"),
+        (["--top_k=0"], "top_k: got 0, expected at least 1"),
         (["--steps=0"], "steps: got 0, expected an integer of at least 1"),
         (["--learning_rate=nan"], "learning_rate: got nan, expected a finite number"),
         (["--temperature=0"], "temperature: got 0, expected a number > 0"),
