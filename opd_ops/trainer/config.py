@@ -85,6 +85,10 @@ class OPDConfig:
     rollout_api_key_env: str | None = _option(
         None, "Environment variable that holds the key of the server of `rollout_url`, if any."
     )
+    server_retry_seconds: float = _option(
+        120.0,
+        "How long a server's failed requests are sent again before a checkpoint is saved and the run ends.",
+    )
     # loss
     selector: str = _option(str(DEFAULTS.selector), HELP["selector"])
     fraction: float = _option(DEFAULTS.fraction, HELP["fraction"])
@@ -185,7 +189,7 @@ class OPDConfig:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected an integer of at least {low}")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "temperature", "lora_dropout"):
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "temperature", "lora_dropout", "server_retry_seconds"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a finite number of at least 0")
         if not 0 < self.top_p <= 1:

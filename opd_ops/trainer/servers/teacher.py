@@ -18,9 +18,13 @@ import torch
 
 from opd_ops.arguments import plain
 from opd_ops.inputs.teacher_lists import MISSING_LOGPROB, TopKLogprobs
-from opd_ops.trainer.servers.client import WHOLE_DISTRIBUTION, ServerClient, ServerError
+from opd_ops.trainer.servers.client import WHOLE_DISTRIBUTION, ServedModel, ServerClient
+from opd_ops.trainer.servers.retries import RETRY_SECONDS, ServerError
 
 SERVE = "serve the teacher with vLLM: vllm serve MODEL --max-logprobs {k}"
+NORMALISED = "start the server with --logprobs-mode raw_logprobs"
+LARGEST_VOCABULARY = 2**24
+MOST_LOGPROB = 1e-3  # 0, and the error of a sum in 16 bits; as TopKLogprobs
 
 
 class ServedTeacher:
@@ -30,9 +34,9 @@ class ServedTeacher:
 
     Args:
         url: The server's address, with or without `/v1`.
-        model: The server's name for the teacher; None: its only model.
+        model: The server's name for the teacher; None: its only model that is no adapter.
         top_k: K, >= 1. vLLM allows 20 unless it was started with --max-logprobs.
-        timeout, retries, concurrency, api_key: As in `ServerClient`.
+        timeout, retry_seconds, concurrency, api_key: As in `ServerClient`.
     Raises: ValueError: an argument out of range.
     """
 
@@ -43,16 +47,18 @@ class ServedTeacher:
         model: str | None = None,
         top_k: int = 16,
         timeout: float = 120.0,
-        retries: int = 3,
+        retry_seconds: float = RETRY_SECONDS,
         concurrency: int = 16,
         api_key: str | None = None,
     ) -> None:
         entries = plain(top_k)
         if isinstance(entries, bool) or not isinstance(entries, int) or entries < 1:
             raise ValueError(f"top_k: got {entries!r}, expected an integer of at least 1")
-        self.client = ServerClient(url, timeout=timeout, retries=retries, concurrency=concurrency, api_key=api_key)
+        self.client = ServerClient(
+            url, role="teacher", timeout=timeout, retry_seconds=retry_seconds, concurrency=concurrency, api_key=api_key
+        )
         self.model, self.top_k = model, entries
-        self._is_known = False
+        self._chosen: ServedModel | None = None
 
     def check(self) -> None:
         """Ask the server for its models and for the log-probabilities of one token, before a run begins.
@@ -60,14 +66,30 @@ class ServedTeacher:
         Raises: ServerError: the server cannot be reached, does not have the model, or sends no log-probabilities; says what to
             do.
         """
-        self.model = self.client.choose(self.model)
-        self._is_known = True
-        mass = self.score([[0]], [[0]]).logprobs.unique().exp().sum().item()
-        if not 0 < mass <= 1 + 1e-3:
+        self._chosen = None
+        logprobs = self.score([[0]], [[0]]).logprobs
+        mass = logprobs.exp().sum().item()
+        # The K likeliest of V tokens have a mass of K / V at least; fewer are listed only if the others have none.
+        least = int(logprobs.isfinite().sum()) / LARGEST_VOCABULARY
+        if not least < mass <= 1 + 1e-3:
             raise ServerError(
                 f"{self.client.url}: its {self.top_k} log-probabilities of one position hold a mass of {mass:.4g}, expected "
-                "one in (0, 1]; start the server with --logprobs-mode raw_logprobs"
+                f"one in (0, 1]; {NORMALISED}"
             )
+
+    def check_length(self, n_context: int, n_answer: int) -> None:
+        """Check that the server's model can read so many tokens and, as its API asks, write one.
+
+        Raises: ServerError: it cannot.
+        """
+        what = f"context ({n_context}) + answer ({n_answer}) + 1"
+        self.client.check_length(self._served(), n_context + n_answer + 1, what)
+
+    def _served(self) -> ServedModel:
+        if self._chosen is None:
+            self._chosen = self.client.choose(self.model)
+            self.model = self._chosen.name
+        return self._chosen
 
     def score(self, contexts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> TopKLogprobs:
         """The teacher's log-probabilities after it has read `contexts[b]` and `answers[b][:i]`.
@@ -89,10 +111,11 @@ class ServedTeacher:
             raise ValueError(
                 f"contexts: number {empty[0]} is empty, expected a token at least; the first predicts nothing else"
             )
-        if not self._is_known:
-            self.model, self._is_known = self.client.choose(self.model), True
         asked = [i for i, answer in enumerate(answers) if len(answer)]
-        body = {"model": self.model, **WHOLE_DISTRIBUTION, "max_tokens": 1, "prompt_logprobs": self.top_k}
+        served = self._served()
+        for i in asked:
+            self.check_length(len(contexts[i]), len(answers[i]))
+        body = {"model": served.name, **WHOLE_DISTRIBUTION, "max_tokens": 1, "prompt_logprobs": self.top_k}
         choices = self.client.complete([{**body, "prompt": prompts[i]} for i in asked])
 
         shape = len(answers), max(map(len, answers), default=0), self.top_k + 1
@@ -125,6 +148,12 @@ class ServedTeacher:
                 raise ServerError(
                     f"{where}: prompt_logprobs[{position}] lists {len(pairs)} tokens, {sorted(listed)[:8]} …, expected the top "
                     f"{self.top_k} and token {prompt[position]} of the prompt, each with a number"
+                )
+            largest = max(listed.values())
+            if largest > MOST_LOGPROB:
+                raise ServerError(
+                    f"{where}: prompt_logprobs[{position}] has {largest:.4g}, expected log-probabilities, at most 0, not "
+                    f"logits; {NORMALISED}"
                 )
             pairs = [(token, logprob) if logprob > MISSING_LOGPROB else (-1, -math.inf) for token, logprob in pairs]
             rows.append(pairs + [(-1, -math.inf)] * (self.top_k + 1 - len(pairs)))
