@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from opd_ops.trainer.servers.teacher import ServedTeacher
+    from opd_ops.trainer.servers.scoring import TeacherServer
 
 Teacher = Callable[[Rollouts], LinearHead | TopKLogprobs]
 
@@ -61,7 +61,7 @@ class BaseTeacher:
 class ServerTeacher:
     """Top-K log-probabilities from a server."""
 
-    def __init__(self, server: ServedTeacher, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> None:
+    def __init__(self, server: TeacherServer, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> None:
         self.server, self.tokenizer, self.system = server, tokenizer, system
 
     def __call__(self, rollouts: Rollouts) -> TopKLogprobs:
@@ -90,11 +90,13 @@ def check_teacher(config: OPDConfig, tokenizer: PreTrainedTokenizerBase, prompts
         check_tokenizers(tokenizer, load_tokenizer(config.teacher))
 
 
-def _server(config: OPDConfig) -> ServedTeacher:
+def _server(config: OPDConfig) -> TeacherServer:
+    from opd_ops.trainer.servers.sglang import SGLangTeacher
     from opd_ops.trainer.servers.teacher import ServedTeacher
 
     assert config.teacher_url is not None
-    return ServedTeacher(
+    kind = SGLangTeacher if config.teacher_api == "sglang" else ServedTeacher
+    return kind(
         config.teacher_url,
         model=config.teacher_model,
         top_k=config.teacher_top_k,

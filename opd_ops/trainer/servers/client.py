@@ -4,7 +4,7 @@
   the request, and is raised at once. retries.py has the times of the tries.
 
 Only the standard library is used, so the client needs no other package. HTTP(S)_PROXY and NO_PROXY have their usual effect.
-Not here: the content of requests and answers (teacher.py, rollouts.py).
+Not here: the content of requests and answers (teacher.py, sglang.py, rollouts.py).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple
 
 from opd_ops.trainer.servers.retries import Retries, ServerError
 
+COMPLETIONS = "/v1/completions"
 SHOWN = 300  # characters of an invalid answer in an error
 
 # Sent in every request: missing fields come from the model's generation_config.json, which often cuts the distribution.
@@ -114,17 +115,27 @@ class ServerClient:
             )
 
     def complete(self, bodies: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
-        """The only choice of each completion, in the order of the requests.
+        """The only choice of each completion, in the order of the requests. Raises: ServerError: as `post`."""
+        choices = []
+        for answer in self.post(COMPLETIONS, bodies):
+            listed = answer.get("choices") if isinstance(answer, dict) else None
+            if not isinstance(listed, list) or len(listed) != 1 or not isinstance(listed[0], dict):
+                raise ServerError(f"{self.url}{COMPLETIONS}: answered {_shown(answer)}, expected one choice")
+            choices.append(listed[0])
+        return choices
+
+    def post(self, path: str, bodies: Sequence[Mapping[str, object]]) -> list[object]:
+        """The JSON answers, in the order of the requests.
 
         Raises: ServerError: the first request that failed for good. The others are not sent, or not sent again, after that.
         """
         stop, failures = threading.Event(), list[ServerError]()
 
-        def answer(body: Mapping[str, object]) -> dict[str, object]:
+        def answer(body: Mapping[str, object]) -> object:
             if stop.is_set():
-                return {}
+                return None
             try:
-                return self._complete(body, stop)
+                return self._parsed(path, self._send(path, body, stop))
             except ServerError as error:
                 failures.append(error)  # before the failures of requests that give up because of `stop`
                 stop.set()
@@ -152,14 +163,6 @@ class ServerClient:
                 raise
 
         self.retries.call(send, threading.Event())
-
-    def _complete(self, body: Mapping[str, object], stop: threading.Event) -> dict[str, object]:
-        path = "/v1/completions"
-        answer = self._parsed(path, self._send(path, body, stop))
-        choices = answer.get("choices") if isinstance(answer, dict) else None
-        if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-            raise ServerError(f"{self.url}{path}: answered {_shown(answer)}, expected one choice")
-        return choices[0]
 
     def _send(self, path: str, body: Mapping[str, object] | None, stop: threading.Event | None = None) -> bytes:
         return self.retries.call(partial(self._send_once, path, body), stop or threading.Event())
