@@ -341,12 +341,33 @@ class Down:
         return self.server(path, body)
 
 
+def test_a_run_whose_server_has_gone_in_the_last_evaluation_saves_and_finishes(tmp_path):
+    """One step: a request of `check`, four of the first evaluation, four of the step, four of the last evaluation."""
+    options = LISTS | {"server_retry_seconds": 0, "eval_every": 1}
+    down = Down(9)
+    with scripted(down) as (url, _):
+        with pytest.raises(ServerError, match=r"answered 503: gone\. Saved after step 1: pass resume to continue"):
+            trainer(tmp_path, steps=1, teacher_url=url, **options).train()
+        assert [path.name for path in complete(tmp_path / "checkpoints")] == ["step-000001"]
+        down.is_back = True
+        after = trainer(tmp_path, steps=1, teacher_url=url, resume=True, **options).train()
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(row["step"], "loss" in row, "eval_loss" in row) for row in rows] == [
+        (0, False, True),
+        (1, True, False),
+        (1, False, True),
+    ]
+    assert after["loss"] == rows[-1]["eval_loss"]
+    assert (tmp_path / "model" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("at", "done"),
     [
-        pytest.param(3, 0, marks=pytest.mark.full),  # in the first evaluation, of four prompts, after the request of `check`
-        pytest.param(5, 0, marks=pytest.mark.full),  # in the first step
-        pytest.param(10, 1, marks=pytest.mark.full),  # in the second step
+        (3, 0),  # in the first evaluation, of four prompts, after the request of `check`
+        (5, 0),  # in the first step
+        (10, 1),  # in the second step
         (14, 2),  # in the evaluation after it
     ],
 )
