@@ -5,8 +5,8 @@
       input_token_logprobs       [log q, id, text] of the token itself
       input_top_logprobs         with "top_logprobs_num": K, a list of such triples, of the K likeliest tokens
       input_token_ids_logprobs   with "token_ids_logprob": ids, a list of such triples, of these ids
-  There null means -inf, which JSON does not have. One list of ids serves all positions of a request: a request asks for the
-  ids of BLOCK positions together, after a context that the server has in its cache, and each position keeps its own.
+  There null is read as -inf: JSON has neither that nor NaN. One list of ids serves all positions of a request: a request asks
+  for the ids of BLOCK positions together, after a context that the server has in its cache, and each position keeps its own.
 
 Tested with recorded answers of this shape, not with SGLang itself.
 Not here: what all servers share (scoring.py), vLLM (teacher.py).
