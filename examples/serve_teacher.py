@@ -1,7 +1,8 @@
 """A small OpenAI-compatible server for a teacher, on the standard library: GET /v1/models, POST /v1/completions.
 
   Beside plain sampling it answers vLLM's "prompt_logprobs": K, which distillation reads: for every token of the prompt but
-  the first, log q of the K likeliest tokens and of the token itself; and "return_token_ids".
+  the first, log q of the K likeliest tokens and of the token itself, -9999 for -inf; and "return_token_ids". As vLLM does, it
+  cuts an answer where the model's context ends.
 
 You will see: the address, and a line for every request. It serves SmolLM2-135M on a CPU, from about 15 s after the start; one
   request after another, well under a second each: for real work serve the teacher with vLLM.
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 NAME = "SmolLM2-135M-Instruct"
 MAX_LOGPROBS = 20  # vLLM's default too
+LEAST_LOGPROB = -9999.0  # JSON has no -inf
 
 
 class Served(NamedTuple):
@@ -46,7 +48,9 @@ def prompt_logprobs(logits: Tensor, prompt: list[int], k: int) -> list[dict[str,
     rows: list[dict[str, Any] | None] = [None]
     for row, token, best in zip(log_q, prompt[1:], log_q.topk(k).indices.tolist(), strict=True):
         listed = dict.fromkeys([token, *best])  # each once, in this order
-        rows.append({str(i): {"logprob": row[i].item(), "rank": int((row > row[i]).sum()) + 1} for i in listed})
+        rows.append(
+            {str(i): {"logprob": max(row[i].item(), LEAST_LOGPROB), "rank": int((row > row[i]).sum()) + 1} for i in listed}
+        )
     return rows
 
 
@@ -61,7 +65,7 @@ def sample(served: Served, out: Any, body: dict[str, Any], end_ids: set[int]) ->
         logits = out.logits[0, -1].float()
         chosen = logits.argmax() if temperature == 0 else draw((logits / temperature).softmax(-1), top_p, generator)
         tokens.append(int(chosen))
-        if len(tokens) == body.get("max_tokens", 16) or tokens[-1] in end_ids:
+        if len(tokens) == body["max_tokens"] or tokens[-1] in end_ids:
             return tokens
         out = served.model(chosen.view(1, 1), past_key_values=out.past_key_values, use_cache=True)
 
@@ -71,6 +75,11 @@ def draw(p: Tensor, top_p: float, generator: torch.Generator) -> Tensor:
     sorted_p, ids = p.sort(descending=True)
     kept = sorted_p.cumsum(0) - sorted_p < top_p
     return ids[torch.multinomial(sorted_p * kept, 1, generator=generator)]
+
+
+def context_length(served: Served) -> int:
+    """Most tokens of a prompt and its answer."""
+    return int(served.model.config.max_position_embeddings)
 
 
 @torch.no_grad()
@@ -85,10 +94,15 @@ def complete(served: Served, body: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"prompt: expected a text or a list of token ids below {len(vocabulary)}, not empty")
     if k is not None and not 0 <= k <= MAX_LOGPROBS:
         raise ValueError(f"Requested prompt logprobs of {k}, which is greater than max allowed: {MAX_LOGPROBS}")
+    room = context_length(served) - len(tokens)
+    if room < 1:
+        raise ValueError(
+            f"This model's maximum context length is {context_length(served)} tokens, the prompt has {len(tokens)}"
+        )
     ends = served.model.generation_config.eos_token_id
     end_ids = {*(ends if isinstance(ends, list) else [ends]), *body.get("stop_token_ids", [])}
     out = served.model(torch.tensor([tokens]), use_cache=True)
-    answer = sample(served, out, body, end_ids)
+    answer = sample(served, out, body | {"max_tokens": min(body.get("max_tokens", 16), room)}, end_ids)
     choice = {
         "index": 0,
         "text": served.tokenizer.decode(answer, skip_special_tokens=True),
@@ -109,7 +123,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path != "/v1/models":
             return self.reply(404, error=f"no route {self.path}")
-        return self.reply(200, object="list", data=[{"id": self.served.name, "object": "model"}])
+        model = {"id": self.served.name, "object": "model", "parent": None, "max_model_len": context_length(self.served)}
+        return self.reply(200, object="list", data=[model])
 
     def do_POST(self) -> None:
         if self.path != "/v1/completions":

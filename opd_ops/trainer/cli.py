@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from opd_ops.trainer.config import read_config
-from opd_ops.trainer.servers.client import ServerError
+from opd_ops.trainer.servers.retries import ServerError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -53,8 +53,9 @@ class OPDConfig:
         None, "System message that only the teacher reads; a prompt's own teacher_system wins."
     )
     teacher_url: str | None = _option(
-        None, "OpenAI-compatible server that answers prompt_logprobs: the teacher instead of a model."
+        None, "Server that answers log-probabilities of the prompt's tokens: the teacher instead of a model."
     )
+    teacher_api: Literal["vllm", "sglang"] = _option("vllm", "The kind of that server; its requests differ.")
     teacher_model: str | None = _option(None, "Name that server has for the teacher; none: the only model it serves.")
     teacher_api_key_env: str | None = _option(
         None, "Environment variable that holds the key of the server of `teacher_url`, if any."
@@ -83,6 +84,10 @@ class OPDConfig:
     rollout_model: str | None = _option(None, "Name that server has for the student's base; none: the only model it serves.")
     rollout_api_key_env: str | None = _option(
         None, "Environment variable that holds the key of the server of `rollout_url`, if any."
+    )
+    server_retry_seconds: float = _option(
+        120.0,
+        "How long a server's failed requests are sent again before a checkpoint is saved and the run ends.",
     )
     # loss
     selector: str = _option(str(DEFAULTS.selector), HELP["selector"])
@@ -184,7 +189,7 @@ class OPDConfig:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected an integer of at least {low}")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "temperature", "lora_dropout"):
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "temperature", "lora_dropout", "server_retry_seconds"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a finite number of at least 0")
         if not 0 < self.top_p <= 1:
@@ -248,9 +253,12 @@ class OPDConfig:
             )
 
     def _check_servers(self) -> None:
+        if self.teacher_api not in ("vllm", "sglang"):
+            raise ValueError(f"teacher_api: got {self.teacher_api!r}, expected 'vllm' or 'sglang'")
         for role in ("teacher", "rollout"):
-            for name in (f"{role}_model", f"{role}_api_key_env"):
-                if getattr(self, name) is not None and getattr(self, f"{role}_url") is None:
+            for name in (f"{role}_model", f"{role}_api_key_env", *(["teacher_api"] if role == "teacher" else [])):
+                is_set = getattr(self, name) != OPDConfig.__dataclass_fields__[name].default
+                if is_set and getattr(self, f"{role}_url") is None:
                     raise ValueError(f"{name}: got one without {role}_url, the server that it is about; set both or none")
             variable = getattr(self, f"{role}_api_key_env")
             if variable is not None and not os.environ.get(variable):

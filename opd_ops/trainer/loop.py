@@ -16,7 +16,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -46,9 +46,11 @@ from opd_ops.trainer.samplers import (
     rollout_server,
     sampling_options,
 )
+from opd_ops.trainer.server_faults import JointTeacher, save_after_failure
+from opd_ops.trainer.servers.retries import ServerError
 from opd_ops.trainer.stopping import Stopping
 from opd_ops.trainer.student import load_student, make_trainable
-from opd_ops.trainer.teachers import Teacher, check_teacher, make_teacher
+from opd_ops.trainer.teachers import BaseTeacher, LocalTeacher, Teacher, check_teacher, make_teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -124,10 +126,12 @@ class OPDTrainer:
         self.changed = {} if self.start is None else check_resume(self.start, config, digests)
         self.tokenizer = load_tokenizer(config.student) if tokenizer is None else tokenizer
         if teacher is None:
-            check_teacher(config, self.tokenizer)
-        check_rollout_server(config, self.accelerator.num_processes)
+            check_teacher(config, self.tokenizer, [*self.prompts, *self.held_out])
+        check_rollout_server(config, self.accelerator.num_processes, self.tokenizer, self.prompts)
         model = load_student(self.config) if student is None else make_trainable(student, self.config)
-        self.teacher = make_teacher(config, model, self.tokenizer, self.accelerator.device) if teacher is None else teacher
+        teacher = make_teacher(config, model, self.tokenizer, self.accelerator.device) if teacher is None else teacher
+        is_alone = self.accelerator.num_processes == 1 or isinstance(teacher, (LocalTeacher, BaseTeacher))
+        self.teacher = teacher if is_alone else JointTeacher(teacher, self.accelerator)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.model, self.optimizer = self.accelerator.prepare(model.train(), optimizer)
@@ -150,37 +154,54 @@ class OPDTrainer:
             self.sampling["synced_gpus"] = True
         self.sampler = self._make_sampler()
         self.contexts: Rollouts | None = None
+        self.done = 0  # updates
 
     def train(self) -> dict[str, float]:
         """Train to the end, or to SIGTERM. Returns the last held-out numbers, in nats per token.
 
         Raises: SystemExit(143): SIGTERM came; a checkpoint was saved first. FloatingPointError: a loss, a gradient or weights
-            are not finite; the weights are not saved, and the message names the checkpoint to continue from.
+            are not finite; the weights are not saved, and the message names the checkpoint to continue from. ServerError: a
+            server failed for longer than `server_retry_seconds`; a checkpoint was saved.
         """
         settings = {name: value for name, value in dataclasses.asdict(self.config).items() if value is not None}
         self.accelerator.init_trackers(self.config.run_name, config=settings)
-        with Stopping(self.accelerator) as stopping, RunLog(self.folder, self.accelerator, self.config.steps) as log:
-            first = self._begin(log)
-            after = self._evaluate(0, log) if self.start is None else self._logged(first)
-            for step in range(first, self.config.steps):
-                is_due = bool(self.config.save_every) and step > first and step % self.config.save_every == 0
-                log.advance(self._step(step, log, saves=is_due))
-                done = step + 1
-                is_last = done == self.config.steps
-                if is_last or done % self.config.eval_every == 0:
-                    after = self._evaluate(done, log)
-                is_stopped = stopping.is_asked()
-                if is_last or is_stopped:
-                    # After a SIGTERM no next gradient has checked these weights, so older checkpoints are not deleted.
-                    self.checkpoints.save(done, self.contexts, prunes=is_last)
-                if is_stopped and not is_last:
-                    log.say(f"SIGTERM: saved after step {done}; --resume continues")
-                    self.accelerator.end_training()
-                    raise SystemExit(143)
+        with (
+            closing(self.sampler) if isinstance(self.sampler, ServerSampler) else nullcontext(),
+            Stopping(self.accelerator) as stopping,
+            RunLog(self.folder, self.accelerator, self.config.steps) as log,
+        ):
+            self.done = self._begin(log)
+            try:
+                after = self._updates(stopping, log)
+            except ServerError as error:
+                failure = save_after_failure(self.checkpoints, self.done, self.contexts, error)
+                self.accelerator.end_training()
+                raise failure from error
             card = model_card(self.config, self.taught_by, self._logged(0), after)
             save_model(self.folder / MODEL, self.accelerator, self.model, self.tokenizer, card)
             log.say(f"{self.folder}/{MODEL} is the student; {self.folder}/{FILE} has the numbers")
         self.accelerator.end_training()
+        return after
+
+    def _updates(self, stopping: Stopping, log: RunLog) -> dict[str, float]:
+        """All updates that are left. Returns the last held-out numbers."""
+        first = self.done
+        after = self._logged(first) if self._is_evaluated(first) else self._evaluate(first, log)
+        for step in range(first, self.config.steps):
+            is_due = bool(self.config.save_every) and step > first and step % self.config.save_every == 0
+            log.advance(self._step(step, log, saves=is_due))
+            self.done = done = step + 1
+            is_last = done == self.config.steps
+            if is_last or done % self.config.eval_every == 0:
+                after = self._evaluate(done, log)
+            is_stopped = stopping.is_asked()
+            if is_last or is_stopped:
+                # After a SIGTERM no next gradient has checked these weights, so older checkpoints are not deleted.
+                self.checkpoints.save(done, self.contexts, prunes=is_last)
+            if is_stopped and not is_last:
+                log.say(f"SIGTERM: saved after step {done}; --resume continues")
+                self.accelerator.end_training()
+                raise SystemExit(143)
         return after
 
     @property
@@ -244,10 +265,9 @@ class OPDTrainer:
             raise blow_up(self.checkpoints, step + 1, f"step {step + 1}: its update left weights that are not finite")
         speed = numbers["n_valid"] / (time.perf_counter() - began)
         log.add(step + 1, numbers, tokens_per_second=speed)
-        return (
-            f"loss {numbers['loss']:.4f}, KL {numbers.get('kl', math.nan):.4f}, "
-            f"{numbers['n_selected'] / max(1, numbers['n_valid']):.1%} of {numbers['n_valid']:.0f} tokens, {speed:.0f} tokens/s"
-        )
+        kl = f", KL {numbers['kl']:.4f}" if "kl" in numbers else ""  # lists of a server do not determine it
+        share = f"{numbers['n_selected'] / max(1, numbers['n_valid']):.1%} of {numbers['n_valid']:.0f} tokens"
+        return f"loss {numbers['loss']:.4f}{kl}, {share}, {speed:.0f} tokens/s"
 
     def _set_rates(self) -> None:
         """Set learning rate and weight decay from the options: the checkpoint's optimizer state has its own values."""
@@ -330,6 +350,20 @@ class OPDTrainer:
         log.say(f"step {step}: held out " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
         log.show(step, completions[: config.completions])
         return numbers
+
+    def _is_evaluated(self, step: int) -> bool:
+        """Whether a run that begins after `step` updates needs no evaluation first.
+
+        A run whose server failed during an evaluation has a log with this step's loss, and without its evaluation. Only the
+        first process may have the log.
+        """
+        if self.start is None:
+            return False
+        is_due = step == self.config.steps or step % self.config.eval_every == 0
+        path = self.folder / FILE
+        rows = [row for row in read_rows(path) if row["step"] == step and "loss" in row] if path.is_file() else []
+        lacks_it = bool(is_due and self.held_out and rows and not self._logged(step))
+        return not self._sum(torch.tensor(float(lacks_it))).item()
 
     def _logged(self, step: int) -> dict[str, float]:
         """The held-out numbers of that step from the log. Only the first process writes a log, so others may get {}."""

@@ -77,6 +77,18 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversat
     return tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=adds_special)
 
 
+def context_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, system: str | None) -> list[int]:
+    """The token ids of one prompt, without padding, as a server reads it."""
+    ids: list[int] = encode(tokenizer, [prompt.conversation(system)])["input_ids"][0].tolist()
+    return ids
+
+
+def longest_context(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], systems: Sequence[str | None]) -> int:
+    """The number of tokens of the longest prompt, each under its system message."""
+    pairs = zip(prompts, systems, strict=True)
+    return max((len(context_ids(tokenizer, prompt, system)) for prompt, system in pairs), default=0)
+
+
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids of the tokens that end an answer."""
     config = getattr(model, "generation_config", None)

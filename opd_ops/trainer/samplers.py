@@ -16,7 +16,7 @@ import torch
 from opd_ops.trainer.config import OPDConfig
 from opd_ops.trainer.order import prompt_indices, seed_of
 from opd_ops.trainer.prompts import Prompt
-from opd_ops.trainer.rollouts import Rollouts, SamplingOptions, encode, end_tokens, sample
+from opd_ops.trainer.rollouts import Rollouts, SamplingOptions, context_ids, end_tokens, longest_context, sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,19 +34,23 @@ def prompts_by_step(prompts: Sequence[Prompt], config: OPDConfig, n_micro_batche
     return lambda step, number: [prompts[i] for i in prompt_indices(step, number, seed=config.seed, **sizes)]
 
 
-def check_rollout_server(config: OPDConfig, n_processes: int) -> None:
-    """Check that the options' rollout server, if there is one, answers and has the model.
+def check_rollout_server(
+    config: OPDConfig, n_processes: int, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
+) -> None:
+    """Check that the options' rollout server, if there is one, answers, and that its model takes the longest prompt and answer.
 
-    Raises: ValueError: several processes. ServerError: the server cannot be reached, or does not have the model.
+    Raises: ValueError: several processes. ServerError: the server cannot be reached, does not have the model, or the model is
+        too short.
     """
     if config.rollout_url is None:
         return
     if n_processes > 1:
         raise ValueError(f"rollout_url: got {n_processes} processes, expected one, since the adapter is one")
-    from opd_ops.trainer.servers.client import ServerClient
-
-    key = config.api_key("rollout")
-    ServerClient(config.rollout_url, timeout=60, retries=3, concurrency=1, api_key=key).choose(config.rollout_model)
+    client = rollout_server(config, [0]).client  # the tokens that end an answer are those of a model that is not loaded yet
+    chosen = client.choose(config.rollout_model)
+    longest = longest_context(tokenizer, prompts, [None] * len(prompts))
+    what = f"longest prompt ({longest}) + max_new_tokens ({config.max_new_tokens})"
+    client.check_length(chosen, longest + config.max_new_tokens, what)
 
 
 def rollout_server(config: OPDConfig, end_ids: Sequence[int]) -> ServedRollouts:
@@ -54,8 +58,13 @@ def rollout_server(config: OPDConfig, end_ids: Sequence[int]) -> ServedRollouts:
     from opd_ops.trainer.servers.rollouts import ServedRollouts
 
     assert config.rollout_url is not None
-    key = config.api_key("rollout")
-    return ServedRollouts(config.rollout_url, end_ids=end_ids, model=config.rollout_model, api_key=key)
+    return ServedRollouts(
+        config.rollout_url,
+        end_ids=end_ids,
+        model=config.rollout_model,
+        retry_seconds=config.server_retry_seconds,
+        api_key=config.api_key("rollout"),
+    )
 
 
 def sampling_options(config: OPDConfig) -> SamplingOptions:
@@ -101,7 +110,7 @@ class ServerSampler:
             self.server.update(self.folder)
             self.step = step
         prompts = self.prompts_of(step, micro_batch)
-        ids = [encode(self.tokenizer, [prompt.conversation()])["input_ids"][0].tolist() for prompt in prompts]
+        ids = [context_ids(self.tokenizer, prompt, None) for prompt in prompts]
         seed = seed_of(self.config.seed, "sample", step, micro_batch)
         answers = [torch.tensor(row) for row in self.server.sample(ids, seed=seed, **sampling_options(self.config))]
         pad = self.tokenizer.pad_token_id
@@ -109,6 +118,10 @@ class ServerSampler:
         return _without_padding(
             Rollouts.of(prompts, tokens, end_tokens(self.student, self.tokenizer)), [len(row) for row in answers]
         )
+
+    def close(self) -> None:
+        """Unload the last adapters from the server."""
+        self.server.close()
 
 
 def _without_padding(rollouts: Rollouts, lengths: Sequence[int]) -> Rollouts:

@@ -20,13 +20,13 @@ from opd_ops.inputs.teacher_lists import TopKLogprobs
 from opd_ops.trainer.config import SAME, OPDConfig
 from opd_ops.trainer.models import load_model, load_tokenizer
 from opd_ops.trainer.prompts import Prompt
-from opd_ops.trainer.rollouts import Rollouts, encode, head_over
+from opd_ops.trainer.rollouts import Rollouts, context_ids, head_over, longest_context
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from opd_ops.trainer.servers.teacher import ServedTeacher
+    from opd_ops.trainer.servers.scoring import TeacherServer
 
 Teacher = Callable[[Rollouts], LinearHead | TopKLogprobs]
 
@@ -61,12 +61,12 @@ class BaseTeacher:
 class ServerTeacher:
     """Top-K log-probabilities from a server."""
 
-    def __init__(self, server: ServedTeacher, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> None:
+    def __init__(self, server: TeacherServer, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> None:
         self.server, self.tokenizer, self.system = server, tokenizer, system
 
     def __call__(self, rollouts: Rollouts) -> TopKLogprobs:
         pairs = zip(rollouts.prompts, systems(rollouts.prompts, self.system), strict=True)
-        contexts = [encode(self.tokenizer, [prompt.conversation(system)])["input_ids"][0].tolist() for prompt, system in pairs]
+        contexts = [context_ids(self.tokenizer, prompt, system) for prompt, system in pairs]
         rows = zip(rollouts.tokens, rollouts.mask, strict=True)
         lists = self.server.score(contexts, [tokens[mask].tolist() for tokens, mask in rows])
         device, missing = rollouts.tokens.device, rollouts.tokens.shape[1] - lists.ids.shape[1]
@@ -75,23 +75,34 @@ class ServerTeacher:
         return TopKLogprobs(ids.to(device), logprobs.to(device))
 
 
-def check_teacher(config: OPDConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_teacher(config: OPDConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> None:
     """Check the teacher before any model loads.
 
-    Raises: ValueError: the teacher has another vocabulary. ServerError: the server cannot teach.
+    Raises: ValueError: the teacher has another vocabulary. ServerError: the server cannot teach, or its model cannot read the
+        longest prompt and answer.
     """
     if config.teacher_url is not None:
-        _server(config).check()
+        server = _server(config)
+        server.check()
+        longest = longest_context(tokenizer, prompts, systems(prompts, config.teacher_system))
+        server.check_length(longest, config.max_new_tokens)
     elif config.teacher != SAME:
         check_tokenizers(tokenizer, load_tokenizer(config.teacher))
 
 
-def _server(config: OPDConfig) -> ServedTeacher:
+def _server(config: OPDConfig) -> TeacherServer:
+    from opd_ops.trainer.servers.sglang import SGLangTeacher
     from opd_ops.trainer.servers.teacher import ServedTeacher
 
     assert config.teacher_url is not None
-    key = config.api_key("teacher")
-    return ServedTeacher(config.teacher_url, model=config.teacher_model, top_k=config.teacher_top_k, api_key=key)
+    kind = SGLangTeacher if config.teacher_api == "sglang" else ServedTeacher
+    return kind(
+        config.teacher_url,
+        model=config.teacher_model,
+        top_k=config.teacher_top_k,
+        retry_seconds=config.server_retry_seconds,
+        api_key=config.api_key("teacher"),
+    )
 
 
 def make_teacher(

@@ -1,6 +1,6 @@
 """Two processes of the reference trainer, by `accelerate launch --num_processes 2` over gloo, against one with twice the
 micro-batches, number by number: whole models, and models that FSDP2 shards, the second of these cut in two and continued
-from a sharded checkpoint, the newer one being damaged.
+from a sharded checkpoint, the newer one being damaged. A teacher's server that fails in one of the processes.
 
 Command: make test ARGS=tests/trainer/test_processes.py
 Not here: selection over several processes (selection/test_budget_over_ranks.py), shared vocabularies
@@ -17,6 +17,7 @@ import sys
 
 import pytest
 
+from tests.support.servers import StandIn, prompt_logprobs, scripted
 from tests.trainer.runs import trainer
 
 TRAIN = """
@@ -42,18 +43,27 @@ FSDP2 = {
 }
 
 
-def _launch(folder, steps, **environment):
+SERVED = """
+import sys
+from pathlib import Path
+from tests.trainer.runs import trainer
+options = {"taught_by": None, "divergence": "tail_aware", "teacher_top_k": 4, "lora_rank": 2, "server_retry_seconds": 0}
+trainer(Path(sys.argv[1]), steps=int(sys.argv[2]), resume=True, teacher_url=sys.argv[3], **options).train()
+"""
+
+
+def _launch(folder, steps, *arguments, script=TRAIN, fails=False, **environment):
     path = folder / "script.py"
-    path.write_text(TRAIN)
+    path.write_text(script)
     # --multi_gpu is its word for several processes of one machine; without it it starts one on a machine without a GPU.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
     command += ["--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={_free_port()}", str(path)]
     here = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
     environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": here}
-    command += [str(folder / "two"), str(steps)]
+    command += [str(folder / "two"), str(steps), *arguments]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert bool(done.returncode) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def _free_port():
@@ -86,3 +96,23 @@ def test_two_processes_are_one_with_twice_the_micro_batches(kind, environment, c
             assert two[name] == pytest.approx(value, rel=2e-5), (name, one["step"])
     assert any(row.get("n_valid", 0) > 24 for row in _logs(tmp_path)[1])  # more than one process's share
     assert (tmp_path / "two" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.full
+def test_a_server_that_fails_in_one_process_ends_both_with_a_checkpoint(tmp_path):
+    server, asked = StandIn(prompt_logprobs), []
+
+    def answer(path, body):
+        asked.append(body.get("prompt") if "prompt_logprobs" in body else None)
+        n = len([prompt for prompt in asked if prompt])
+        # Each process asks once in `check`, for 4 prompts in the evaluation and for 4 in a step: the failure is in step 2.
+        return (503, {"error": {"message": "no room"}}) if n == 20 else server(path, body)
+
+    with scripted(answer) as (url, _):
+        said = _launch(tmp_path, 3, url, script=SERVED, fails=True, NO_PROXY="127.0.0.1")
+        assert said.count("answered 503: no room. Saved after step 1: pass resume to continue") == 1
+        assert "failed in another process, whose output has its error. Saved after step 1" in said
+        assert [path.name for path in (tmp_path / "two" / "checkpoints").iterdir()] == ["step-000001"]
+        _launch(tmp_path, 3, url, script=SERVED, NO_PROXY="127.0.0.1")
+    rows = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]

@@ -1,12 +1,11 @@
 """A teacher and rollouts behind a server, over real HTTP on this machine: a small server with a tiny model, and one that
-follows
-a script and keeps what it was asked.
+follows a script and keeps what it was asked.
 
   Compared: what the served teacher sends with the model's own log-softmax; the loss and gradient from it with those from
   lists made here; served answers with `generate`; requests with vLLM's format.
   Run: make test ARGS=tests/trainer/test_served.py
 
-Not here: vLLM itself, which needs a GPU; the training with a served teacher (examples/test_demo.py).
+Not here: faults of servers (test_server_faults.py); the training with a served teacher (examples/test_demo.py).
 """
 
 import socket
@@ -18,13 +17,13 @@ import torch
 
 from examples.serve_teacher import MAX_LOGPROBS, Served, Server, draw, running
 from opd_ops import TailAware, TopKLogprobs, selective_opd_loss
-from opd_ops.trainer.servers import client as server_client
-from opd_ops.trainer.servers.client import WHOLE_DISTRIBUTION, ServerError
+from opd_ops.trainer.servers.client import WHOLE_DISTRIBUTION, ServerClient
+from opd_ops.trainer.servers.retries import ServerError
 from opd_ops.trainer.servers.rollouts import ServedRollouts
 from opd_ops.trainer.servers.teacher import ServedTeacher
 from tests.integrations.models import VOCAB, language_model, tokenizer
 from tests.support.cases import generator, leaf
-from tests.support.servers import listed, prompt_logprobs, scripted, serving
+from tests.support.servers import Clock, StandIn, listed, prompt_logprobs, scripted
 
 CONTEXTS, ANSWERS = [[5, 6, 7], [9], [4, 8]], [[10, 11], [12, 13, 14, 15], []]
 END = 1
@@ -44,10 +43,12 @@ def url(model):
 @pytest.fixture(autouse=True)
 def waits(monkeypatch):
     """Seconds waited between tries; none is, in a test."""
-    found = []
-    monkeypatch.setattr(server_client.time, "sleep", found.append)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    return found
+    return Clock(monkeypatch).waits
+
+
+def client_of(address):
+    return ServerClient(address, role="teacher", timeout=5.0, retry_seconds=0, concurrency=1, api_key=None)
 
 
 def log_q(model, context, answer):
@@ -77,7 +78,7 @@ def test_score_is_the_model_s_own_log_softmax(model, url, top_k):
 
 
 def test_score_without_any_answer_asks_for_none():
-    with scripted(serving(prompt_logprobs)) as (address, asked):
+    with scripted(StandIn(prompt_logprobs)) as (address, asked):
         assert ServedTeacher(address, top_k=2).score([[1], [2]], [[], []]).ids.shape == (2, 0, 3)
     assert [path for path, _, _ in asked] == ["/v1/models"]
 
@@ -105,14 +106,14 @@ def test_the_loss_is_that_of_lists_made_here(model, url):
 
 
 def test_what_vllm_sends_for_minus_infinity_is_missing():
-    with scripted(serving(lambda body: {"prompt_logprobs": listed(body["prompt"], -9999.0)})) as (address, _):
+    with scripted(StandIn(lambda body: {"prompt_logprobs": listed(body["prompt"], -9999.0)})) as (address, _):
         found = ServedTeacher(address, top_k=2).score([[3]], [[4]])
     assert found.ids.tolist() == [[[-1, -1, -1]]]
     assert (found.logprobs == -torch.inf).all()
 
 
 def test_a_request_is_what_vllm_reads():
-    with scripted(serving(prompt_logprobs)) as (address, asked):
+    with scripted(StandIn(prompt_logprobs)) as (address, asked):
         ServedTeacher(f"{address}/v1/", top_k=2, api_key="secret").score([[3, 5]], torch.tensor([[4]]))
     assert [(path, key) for path, _, key in asked] == [("/v1/models", "Bearer secret"), ("/v1/completions", "Bearer secret")]
     expected = {"model": "tiny", "prompt": [3, 5, 4], "max_tokens": 1, "prompt_logprobs": 2, **WHOLE_DISTRIBUTION}
@@ -123,19 +124,18 @@ def test_a_request_is_what_vllm_reads():
 
 def test_several_at_once_keep_their_order():
     lock, under_way, most = threading.Lock(), 0, 0
-    pause = threading.Event().wait  # time.sleep is not to be had here
 
     def choice(body):
         nonlocal under_way, most
         with lock:
             under_way += 1
             most = max(most, under_way)
-        pause(0.02 * (8 - body["prompt"][0]))  # the first is answered last
+        time.sleep(0.02 * (8 - body["prompt"][0]))  # the first is answered last
         with lock:
             under_way -= 1
         return {"prompt_logprobs": listed(body["prompt"], -float(body["prompt"][0]))}
 
-    with scripted(serving(choice)) as (address, _):
+    with scripted(StandIn(choice)) as (address, _):
         found = ServedTeacher(address, top_k=1, concurrency=4).score([[i] for i in range(1, 9)], [[20]] * 8)
     assert found.logprobs[:, 0, 0].tolist() == [-float(i) for i in range(1, 9)]
     assert 1 < most <= 4
@@ -143,7 +143,7 @@ def test_several_at_once_keep_their_order():
 
 @pytest.mark.parametrize("code", [503, 500, 429])
 def test_it_tries_again_after_a_failure_that_passes(waits, code):
-    with scripted(serving(prompt_logprobs, fails=[code, code])) as (address, asked):
+    with scripted(StandIn(prompt_logprobs, fails=[code, code])) as (address, asked):
         found = ServedTeacher(address, top_k=1).score([[3]], [[4]])
     assert found.ids[0, 0, 0] == 4
     assert len(asked) == 4
@@ -152,17 +152,17 @@ def test_it_tries_again_after_a_failure_that_passes(waits, code):
 
 def test_it_gives_up_and_says_where(waits):
     with (
-        scripted(serving(prompt_logprobs, fails=[503] * 9)) as (address, asked),
-        pytest.raises(ServerError, match=rf"{address}/v1/completions: answered 503: no room"),
+        scripted(StandIn(prompt_logprobs, fails=[503] * 9)) as (address, asked),
+        pytest.raises(ServerError, match=rf"{address}/v1/completions: answered 503: no room \(tried 4 times in 3 s\)"),
     ):
-        ServedTeacher(address, top_k=1, retries=2).score([[3]], [[4]])
-    assert len(asked) == 4
-    assert len(waits) == 2
+        ServedTeacher(address, top_k=1, retry_seconds=3).score([[3]], [[4]])
+    assert len(asked) == 5
+    assert waits == [0.5, 1.0, 1.5]  # the last try is at the end of the three seconds
 
 
 def test_what_the_request_is_to_blame_for_is_not_tried_again(waits):
     with (
-        scripted(serving(prompt_logprobs, fails=[400])) as (address, asked),
+        scripted(StandIn(prompt_logprobs, fails=[400])) as (address, asked),
         pytest.raises(ServerError, match="answered 400: no room"),
     ):
         ServedTeacher(address, top_k=1).score([[3]], [[4]])
@@ -180,18 +180,20 @@ def test_a_silent_server_is_not_waited_for():
     with scripted(silent) as (address, _):
         start = time.perf_counter()
         with pytest.raises(ServerError, match=rf"{address}/v1/models: no answer within 0.2 s .*timed out.*is the server up"):
-            ServedTeacher(address, timeout=0.2, retries=1).check()
+            ServedTeacher(address, timeout=0.2, retry_seconds=0.5).check()
         assert time.perf_counter() - start < 5
         held.set()
 
 
 def test_an_address_where_nothing_is(waits):
-    with scripted(serving(prompt_logprobs)) as (address, _):
+    with scripted(StandIn(prompt_logprobs)) as (address, _):
         pass
     with pytest.raises(ServerError, match=rf"{address}/v1/models: cannot be reached .*refused.*; is the server up") as caught:
         ServedTeacher(address).check()
     assert "timeout" not in str(caught.value)
-    assert waits == [0.5, 1.0, 2.0]
+    assert waits[:6] == [0.5, 1.0, 2.0, 4.0, 8.0, 10.0]
+    assert sum(waits) == 120
+    assert max(waits) == 10
 
 
 def test_a_server_that_breaks_the_connection(waits):
@@ -207,7 +209,7 @@ def test_a_server_that_breaks_the_connection(waits):
         thread.start()
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(ServerError, match=rf"{address}/v1/models: the connection broke .*; see the server's log"):
-            ServedTeacher(address, retries=1).check()
+            ServedTeacher(address, retry_seconds=0.5).check()
         thread.join()
     assert waits == [0.5]
 
@@ -225,7 +227,7 @@ def test_check_finds_the_only_model(url):
 
 
 def test_check_asks_which_of_several_models():
-    with scripted(serving(prompt_logprobs, models=("a", "b"))) as (address, _):
+    with scripted(StandIn(prompt_logprobs, models=("a", "b"))) as (address, _):
         with pytest.raises(ServerError, match="serves 'a', 'b', asked for None"):
             ServedTeacher(address).check()
         ServedTeacher(address, model="b").check()
@@ -237,7 +239,7 @@ def test_check_refuses_what_is_no_distribution():
         return {"prompt_logprobs": [None, row]}
 
     with (
-        scripted(serving(choice)) as (address, _),
+        scripted(StandIn(choice)) as (address, _),
         pytest.raises(
             ServerError, match=r"hold a mass of 2.6\d+, expected one in \(0, 1\]; start the server with --logprobs-mode"
         ),
@@ -262,7 +264,7 @@ def test_check_refuses_what_is_no_distribution():
     ],
 )
 def test_an_answer_that_does_not_fit_is_refused(choice, message):
-    with scripted(serving(lambda _: choice)) as (address, _), pytest.raises(ServerError, match=message):
+    with scripted(StandIn(lambda _: choice)) as (address, _), pytest.raises(ServerError, match=message):
         ServedTeacher(address, top_k=2).score([[3, 4]], [[5]])
 
 
@@ -285,7 +287,7 @@ def test_more_or_less_than_one_choice_is_refused(content):
         scripted(lambda *_: (200, content)) as (address, _),
         pytest.raises(ServerError, match=r"/v1/completions: answered .*, expected one choice"),
     ):
-        server_client.ServerClient(address, timeout=5.0, retries=0, concurrency=1, api_key=None).complete([{}])
+        client_of(address).complete([{}])
 
 
 @pytest.mark.parametrize(
@@ -294,7 +296,7 @@ def test_more_or_less_than_one_choice_is_refused(content):
         ({"url": "localhost:8000"}, "url: got 'localhost:8000', expected an address as 'http://teacher:8000'"),
         ({"top_k": 0}, "top_k: got 0, expected an integer of at least 1"),
         ({"timeout": 0.0}, "timeout: got 0.0, expected a number of seconds > 0"),
-        ({"retries": -1}, "retries: got -1, expected an integer of at least 0"),
+        ({"retry_seconds": -1}, "retry_seconds: got -1, expected a finite number of seconds >= 0"),
         ({"concurrency": 0}, "concurrency: got 0, expected an integer of at least 1"),
     ],
 )
@@ -343,7 +345,7 @@ def test_draw_takes_the_fewest_tokens_that_hold_top_p():
 
 
 def test_a_sampling_request_is_what_vllm_reads():
-    with scripted(serving(sampled(4, END, reason="stop"))) as (address, asked):
+    with scripted(StandIn(sampled(4, END, reason="stop"))) as (address, asked):
         rollouts = ServedRollouts(address, end_ids={END, 0})
         assert rollouts.sample([[3], [5]], max_new_tokens=9, temperature=0.5, top_p=0.9, seed=11) == [[4, END]] * 2
         rollouts.sample([[3]], max_new_tokens=9)
@@ -366,7 +368,7 @@ def adapter(folder):
 
 
 def test_every_adapter_gets_a_name_of_its_own_and_the_last_is_unloaded(tmp_path):
-    with scripted(serving(sampled(4))) as (address, asked):
+    with scripted(StandIn(sampled(4))) as (address, asked):
         rollouts = ServedRollouts(address, end_ids=[END])
         for _ in range(2):
             rollouts.sample([[3]], max_new_tokens=1)
@@ -376,9 +378,9 @@ def test_every_adapter_gets_a_name_of_its_own_and_the_last_is_unloaded(tmp_path)
         another.update(tmp_path)
     assert [path.removeprefix("/v1/") for path, _, _ in asked] == [
         "models", "completions", "load_lora_adapter", "completions", "unload_lora_adapter", "load_lora_adapter", "completions",
-        "load_lora_adapter",
+        "models", "load_lora_adapter",
     ]  # fmt: skip
-    (_, first, _), (_, gone, _), (_, second, _), (_, third, _) = [asked[i] for i in (2, 4, 5, 7)]
+    (_, first, _), (_, gone, _), (_, second, _), (_, third, _) = [asked[i] for i in (2, 4, 5, 8)]
     assert first == {"lora_name": first["lora_name"], "lora_path": str(tmp_path.resolve())}
     assert gone == {"lora_name": first["lora_name"]}
     assert len({first["lora_name"], second["lora_name"], third["lora_name"], "tiny"}) == 4
@@ -386,13 +388,13 @@ def test_every_adapter_gets_a_name_of_its_own_and_the_last_is_unloaded(tmp_path)
 
 
 def test_an_adapter_that_is_not_loaded_is_not_sampled_around(tmp_path, waits):
-    with scripted(serving(sampled(4), fails=[500])) as (address, asked):
+    with scripted(StandIn(sampled(4), fails=[500])) as (address, asked):
         rollouts = ServedRollouts(address, end_ids=[END])
         with pytest.raises(
             ServerError, match=r"answered 500: no room. Loading adapters needs .*VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
         ):
             rollouts.update(adapter(tmp_path))
-        assert len(asked) == 1  # a command is sent once
+        assert [path for path, _, _ in asked] == ["/v1/models", "/v1/load_lora_adapter"]  # 500 to a command: sent once
         assert not waits
         with pytest.raises(ServerError, match="the student's last adapter was not loaded; call update"):
             rollouts.sample([[3]], max_new_tokens=1)
@@ -414,18 +416,18 @@ def test_full_fine_tuning_is_refused(tmp_path):
         ({"token_ids": ["4"], "finish_reason": "length"}, "answered without token_ids"),
         (
             {"token_ids": [4], "finish_reason": "stop"},
-            r"answered 1 tokens with finish_reason 'stop', the last \[4\]; expected 1 to 2",
+            r"answered 1 tokens with finish_reason 'stop', the last \[4\]; expected 2, cut off by",
         ),
         ({"token_ids": [4], "finish_reason": "abort"}, "with finish_reason 'abort'"),
         ({"token_ids": [], "finish_reason": "stop"}, "answered 0 tokens"),
         (
             {"token_ids": [4, 5, 6], "finish_reason": "length"},
-            r"answered 3 tokens .* cut off by length or ended by one of \[1\]",
+            r"answered 3 tokens .* cut off by length, or at most so many that end with one of \[1\]",
         ),
     ],
 )
 def test_an_answer_without_its_tokens_is_refused(choice, message):
-    with scripted(serving(lambda _: choice)) as (address, _), pytest.raises(ServerError, match=message):
+    with scripted(StandIn(lambda _: choice)) as (address, _), pytest.raises(ServerError, match=message):
         ServedRollouts(address, end_ids=[END]).sample([[3]], max_new_tokens=2)
 
 
@@ -461,13 +463,13 @@ def test_sampling_options_out_of_range_are_refused(options, message):
     ],
 )
 def test_the_small_server_refuses_as_openai_does(url, path, body, message):
-    client = server_client.ServerClient(url, timeout=5.0, retries=0, concurrency=1, api_key=None)
+    client = client_of(url)
     with pytest.raises(ServerError, match=message):
         client.command(path, body)
 
 
 def test_the_small_server_reads_text_too(url):
-    client = server_client.ServerClient(url, timeout=5.0, retries=0, concurrency=1, api_key=None)
+    client = client_of(url)
     body = {"model": "tiny", "max_tokens": 3, "temperature": 0, "return_token_ids": True}
     of_text, of_ids = client.complete([{**body, "prompt": "w5 w6"}, {**body, "prompt": [5, 6]}])
     assert of_text["token_ids"] == of_ids["token_ids"]

@@ -2,7 +2,7 @@
 must come from the adapters as they are at every step.
 
 Command: make test ARGS=tests/trainer/test_servers.py
-Not here: the protocols (tests/trainer/test_served.py); vLLM itself, which needs a GPU.
+Not here: the protocols (tests/trainer/test_served.py), faults of servers (tests/trainer/test_server_faults.py).
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import torch
 from examples.serve_teacher import Served, running
 from opd_ops.trainer import loop
 from opd_ops.trainer.rollouts import encode
-from opd_ops.trainer.servers import client as server_client
-from opd_ops.trainer.servers.client import ServerError
+from opd_ops.trainer.servers.retries import ServerError
 from opd_ops.trainer.servers.rollouts import ServedRollouts
 from opd_ops.trainer.servers.teacher import ServedTeacher
 from opd_ops.trainer.teachers import LocalTeacher, ServerTeacher
 from tests.integrations.models import language_model, tokenizer
-from tests.support.servers import prompt_logprobs, scripted, serving
+from tests.support.servers import Clock, StandIn, prompt_logprobs, scripted
 from tests.trainer.runs import prompts, trainer
 
 
@@ -61,7 +60,7 @@ def test_rollouts_of_a_server_come_from_the_adapters_of_the_step(tmp_path, monke
 
     monkeypatch.setattr(ServedRollouts, "update", update)
     monkeypatch.setattr(ServedRollouts, "sample", sampled)
-    with scripted(serving(None)) as (url, _):
+    with scripted(StandIn(None)) as (url, _):
         run = trainer(tmp_path, steps=3, lora_rank=2, rollout_url=url, fraction=1.0)
         run.train()
     assert len(loaded) == 3  # once a step, for both of its micro-batches
@@ -78,7 +77,7 @@ def test_rollouts_of_a_server_come_from_the_adapters_of_the_step(tmp_path, monke
 def no_model(monkeypatch):
     """Nothing may be made trainable; waits between tries are skipped."""
     monkeypatch.setattr(loop, "make_trainable", lambda *_: pytest.fail("the student was prepared"))
-    monkeypatch.setattr(server_client.time, "sleep", lambda _: None)
+    Clock(monkeypatch)
 
 
 SERVED = {"teacher": {"divergence": "tail_aware", "taught_by": None}, "rollout": {"lora_rank": 2}}
@@ -87,7 +86,7 @@ SERVED = {"teacher": {"divergence": "tail_aware", "taught_by": None}, "rollout":
 @pytest.mark.parametrize("role", ["teacher", "rollout"])
 def test_a_server_is_asked_before_the_student_loads(role, tmp_path, no_model):
     with (
-        scripted(serving(prompt_logprobs, models=("a", "b"))) as (url, _),
+        scripted(StandIn(prompt_logprobs, models=("a", "b"))) as (url, _),
         pytest.raises(ServerError, match=rf"{url}: serves 'a', 'b', asked for 'c'; pass model= .*{role}_model"),
     ):
         trainer(tmp_path, steps=1, **SERVED[role], **{f"{role}_url": url, f"{role}_model": "c"})
@@ -106,7 +105,7 @@ def test_keys_and_names_of_servers_reach_them_and_no_file(tmp_path, monkeypatch)
 
     roles = ("teacher", "rollout")
     options = {f"{role}_api_key_env": f"OPD_{role.upper()}" for role in roles} | {f"{role}_model": role for role in roles}
-    with scripted(serving(choice, models=roles)) as (url, asked):
+    with scripted(StandIn(choice, models=roles)) as (url, asked):
         options |= {"teacher_url": url, "rollout_url": url, "divergence": "tail_aware", "taught_by": None}
         trainer(tmp_path, steps=1, lora_rank=2, teacher_top_k=1, report_to="tensorboard", **options).train()
     completions = [(body, key) for path, body, key in asked if path == "/v1/completions"]

@@ -1,24 +1,28 @@
 """Requests to an OpenAI-compatible server: JSON over HTTP, several at once, with retries after temporary failures.
 
-  A failure is temporary if the server cannot be reached, is too slow, or answers 429 or 5xx. The next try comes after 0.5 s,
-  and each later wait is twice as long. Any other failure is an error of the request, and is raised at once.
+  A failure is temporary if the server cannot be reached, is too slow, or answers 429 or 5xx. Any other failure is an error of
+  the request, and is raised at once. retries.py has the times of the tries.
 
 Only the standard library is used, so the client needs no other package. HTTP(S)_PROXY and NO_PROXY have their usual effect.
-Not here: the content of requests and answers (teacher.py, rollouts.py).
+Not here: the content of requests and answers (teacher.py, sglang.py, rollouts.py).
 """
 
 from __future__ import annotations
 
 import http.client
 import json
-import time
+import math
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypedDict, cast
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
+from typing import Literal, NamedTuple
 
-FIRST_WAIT = 0.5  # seconds
+from opd_ops.trainer.servers.retries import Retries, ServerError
+
+COMPLETIONS = "/v1/completions"
 SHOWN = 300  # characters of an invalid answer in an error
 
 # Sent in every request: missing fields come from the model's generation_config.json, which often cuts the distribution.
@@ -33,24 +37,12 @@ WHOLE_DISTRIBUTION = {
 }
 
 
-class ModelEntry(TypedDict):
-    """A model in the answer of /v1/models."""
+class ServedModel(NamedTuple):
+    """A model in the answer of /v1/models. vLLM lists loaded adapters too, each with the name of its base model as `parent`."""
 
-    id: str
-
-
-class ModelList(TypedDict):
-    """The answer of /v1/models."""
-
-    data: list[ModelEntry]
-
-
-class ServerError(RuntimeError):
-    """A server that cannot be reached, refuses a request, or sends an invalid answer; the message has its address."""
-
-
-class _TemporaryError(ServerError):
-    """An error after which the request is sent again."""
+    name: str
+    parent: str | None = None
+    max_length: int | None = None  # tokens of prompt and answer together; None: the server does not say
 
 
 class ServerClient:
@@ -58,70 +50,122 @@ class ServerClient:
 
     Args:
         url: As "http://teacher:8000".
+        role: The server's part in a run; errors name the options of `opd-train` for it.
         timeout: Longest time without data from the server, in seconds, > 0.
-        retries: Number of further tries after a temporary failure, >= 0.
+        retry_seconds: How long a request is sent again after its first temporary failure, in seconds, >= 0; 0: never.
         concurrency: Number of requests at the same time, >= 1; the server batches them.
         api_key: Sent as a bearer token, if the server needs one (`vllm serve --api-key`).
     Raises: ValueError: an argument out of range.
     """
 
-    def __init__(self, url: str, *, timeout: float, retries: int, concurrency: int, api_key: str | None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        role: Literal["teacher", "rollout"],
+        timeout: float,
+        retry_seconds: float,
+        concurrency: int,
+        api_key: str | None,
+    ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"url: got {url!r}, expected an address as 'http://teacher:8000'")
         if not timeout > 0:
             raise ValueError(f"timeout: got {timeout!r}, expected a number of seconds > 0")
-        for name, value, least in (("retries", retries, 0), ("concurrency", concurrency, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: got {value!r}, expected an integer of at least {least}")
-        self.url = url.rstrip("/").removesuffix("/v1")
-        self.timeout, self.retries, self.concurrency, self.api_key = timeout, retries, concurrency, api_key
+        if not 0 <= retry_seconds < math.inf:
+            raise ValueError(f"retry_seconds: got {retry_seconds!r}, expected a finite number of seconds >= 0")
+        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
+            raise ValueError(f"concurrency: got {concurrency!r}, expected an integer of at least 1")
+        self.url, self.role = url.rstrip("/").removesuffix("/v1"), role
+        self.timeout, self.retries, self.concurrency, self.api_key = timeout, Retries(retry_seconds), concurrency, api_key
 
-    def models(self) -> list[str]:
-        """Names of the models that the server has, including adapters."""
-        # An answer of another form raises below.
-        answer = cast("ModelList", self._parsed("/v1/models", self._send("/v1/models", None, self.retries)))
+    def models(self) -> list[ServedModel]:
+        """The models that the server has, including adapters."""
+        answer = self._parsed("/v1/models", self._send("/v1/models", None))
         try:
-            return [str(entry["id"]) for entry in answer["data"]]
+            return [_model(entry) for entry in answer["data"]]  # type: ignore[index]
         except (KeyError, TypeError) as error:
             raise ServerError(f"{self.url}/v1/models: answered {_shown(answer)}, expected a list of models") from error
 
-    def choose(self, model: str | None) -> str:
-        """`model`, if the server has it; for None, the server's only model."""
+    def choose(self, name: str | None) -> ServedModel:
+        """The model of that name, if the server has it; for None, the server's only model that is no adapter."""
         models = self.models()
-        if model is None and len(models) == 1:
-            return models[0]
-        if model in models:
-            return str(model)
-        raise ServerError(
-            f"{self.url}: serves {', '.join(map(repr, models))}, asked for {model!r}; pass model= as one of these "
-            "(opd-train: teacher_model, rollout_model)"
-        )
+        candidates = [model for model in models if (model.parent is None if name is None else model.name == name)]
+        if len(candidates) != 1:
+            served = ", ".join(repr(model.name) for model in models if name is not None or model.parent is None)
+            raise ServerError(
+                f"{self.url}: serves {served or 'no model'}, asked for {name!r}; pass model= as one of these "
+                f"(opd-train: {self.role}_model)"
+            )
+        # Only base models have a length; an adapter has that of its base.
+        (chosen,) = candidates
+        lengths = [model.max_length for model in models if model.name in (chosen.name, chosen.parent) and model.max_length]
+        return chosen._replace(max_length=min(lengths, default=None))
+
+    def check_length(self, model: ServedModel, n_tokens: int, what: str) -> None:
+        """Check that `n_tokens` of prompt and answer fit the model, if the server says how many do.
+
+        Raises: ServerError: they do not; the message says that `what` has so many tokens.
+        """
+        if model.max_length is not None and n_tokens > model.max_length:
+            raise ServerError(
+                f"{self.url}: {what} = {n_tokens} tokens, expected at most {model.max_length}, the max_model_len of "
+                f"{model.name!r}; serve it with a larger --max-model-len, or pass shorter prompts or answers "
+                "(opd-train: max_new_tokens)"
+            )
 
     def complete(self, bodies: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
-        """The only choice of each completion, in the order of the requests. The first error is raised."""
+        """The only choice of each completion, in the order of the requests. Raises: ServerError: as `post`."""
+        choices = []
+        for answer in self.post(COMPLETIONS, bodies):
+            listed = answer.get("choices") if isinstance(answer, dict) else None
+            if not isinstance(listed, list) or len(listed) != 1 or not isinstance(listed[0], dict):
+                raise ServerError(f"{self.url}{COMPLETIONS}: answered {_shown(answer)}, expected one choice")
+            choices.append(listed[0])
+        return choices
+
+    def post(self, path: str, bodies: Sequence[Mapping[str, object]]) -> list[object]:
+        """The JSON answers, in the order of the requests.
+
+        Raises: ServerError: the first request that failed for good. The others are not sent, or not sent again, after that.
+        """
+        stop, failures = threading.Event(), list[ServerError]()
+
+        def answer(body: Mapping[str, object]) -> object:
+            if stop.is_set():
+                return None
+            try:
+                return self._parsed(path, self._send(path, body, stop))
+            except ServerError as error:
+                failures.append(error)  # before the failures of requests that give up because of `stop`
+                stop.set()
+                raise
+
         with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(self._complete, bodies))
+            futures = [pool.submit(answer, body) for body in bodies]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:  # also when the user interrupts the wait
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+        if failures:
+            raise failures[0]
+        return [future.result() for future in futures]
 
     def command(self, path: str, body: Mapping[str, object]) -> None:
-        """Send a command, without retries: if only its answer was lost, the server would refuse the command a second time."""
-        self._send(path, body, 0)
+        """Send a command. An answer of 500 is not temporary here: vLLM's engine refuses adapters with it."""
 
-    def _complete(self, body: Mapping[str, object]) -> dict[str, object]:
-        path = "/v1/completions"
-        answer = self._parsed(path, self._send(path, body, self.retries))
-        choices = answer.get("choices") if isinstance(answer, dict) else None
-        if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-            raise ServerError(f"{self.url}{path}: answered {_shown(answer)}, expected one choice")
-        return choices[0]
-
-    def _send(self, path: str, body: Mapping[str, object] | None, retries: int, wait: float = FIRST_WAIT) -> bytes:
-        try:
-            return self._send_once(path, body)
-        except _TemporaryError:
-            if not retries:
+        def send() -> bytes:
+            try:
+                return self._send_once(path, body)
+            except ServerError as error:
+                error.is_temporary &= error.code != 500
                 raise
-        time.sleep(wait)
-        return self._send(path, body, retries - 1, 2 * wait)
+
+        self.retries.call(send, threading.Event())
+
+    def _send(self, path: str, body: Mapping[str, object] | None, stop: threading.Event | None = None) -> bytes:
+        return self.retries.call(partial(self._send_once, path, body), stop or threading.Event())
 
     def _send_once(self, path: str, body: Mapping[str, object] | None) -> bytes:
         headers = {"Content-Type": "application/json"}
@@ -134,8 +178,12 @@ class ServerClient:
                 content: bytes = reply.read()
                 return content
         except urllib.error.HTTPError as error:
-            kind = _TemporaryError if error.code >= 500 or error.code == 429 else ServerError
-            raise kind(f"{self.url}{path}: answered {error.code}: {_reason(error)}") from error
+            message = f"{self.url}{path}: answered {error.code}: {_reason(error)}"
+            if error.code in (401, 403):
+                sent = "no key was sent" if self.api_key is None else "the key that was sent is not accepted"
+                message += f"; {sent}, pass api_key= (opd-train: {self.role}_api_key_env, the variable that holds the key)"
+            is_temporary = error.code >= 500 or error.code == 429
+            raise ServerError(message, code=error.code, is_temporary=is_temporary) from error
         except (OSError, http.client.HTTPException) as error:
             # urllib wraps an error before the request is sent in a URLError; later errors are not wrapped.
             reason = getattr(error, "reason", error)
@@ -150,7 +198,7 @@ class ServerClient:
                 problem = (
                     f"the connection broke before the answer was whole ({type(error).__name__}: {error}); see the server's log"
                 )
-            raise _TemporaryError(f"{self.url}{path}: {problem}") from error
+            raise ServerError(f"{self.url}{path}: {problem}", is_temporary=True) from error
 
     def _parsed(self, path: str, content: bytes) -> object:
         try:
@@ -162,9 +210,17 @@ class ServerClient:
         return answer
 
 
+def _model(entry: Mapping[str, object]) -> ServedModel:
+    parent, length = entry.get("parent"), entry.get("max_model_len")
+    return ServedModel(str(entry["id"]), None if parent is None else str(parent), length if isinstance(length, int) else None)
+
+
 def _reason(error: urllib.error.HTTPError) -> str:
     """The message of OpenAI's error format, or the raw content of the answer."""
-    content = error.read()
+    try:
+        content = error.read()
+    except (OSError, http.client.HTTPException):  # the connection broke after the status
+        return str(error.reason)
     try:
         return str(json.loads(content)["error"]["message"])
     except (ValueError, KeyError, TypeError):

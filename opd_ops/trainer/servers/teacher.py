@@ -1,118 +1,58 @@
-"""A teacher on an OpenAI-compatible server: its top-K log-probabilities at every token of the student's answers.
+"""A teacher on a vLLM server: log-probabilities of its own top-K tokens, or of given ids.
 
-  vLLM's extension of POST /v1/completions: with "prompt_logprobs": K the answer has, for every token of the prompt but the
-  first, {token id: {"logprob": log q, ...}}: the K likeliest tokens, and the prompt's own token if it is not one of them
-  (vllm/entrypoints/openai/completion/protocol.py). There -9999 means -inf (opd_ops/inputs/teacher_lists.py).
+  own tokens   vLLM's extension of POST /v1/completions: with "prompt_logprobs": K the answer has, for every token of the prompt
+               but the first, {token id: {"logprob": log q, ...}}: the K likeliest tokens, and the prompt's own token if it is
+               not one of them (vllm/entrypoints/openai/completion/protocol.py). There -9999 means -inf.
+  given ids    POST /inference/v1/generate with "prompt_logprob_token_ids" [rows, K] and "prompt_logprob_start", the number of
+               the context's tokens - 1: the answer has "prompt_token_id_logprobs", an fp32 matrix as base64 of a .npy file,
+               whose row i scores answer token i (vLLM's docs/training/prompt_token_id_logprobs.md, pull request 56984 and
+               later). Needs its V2 model runner. Tested with recorded answers of this shape, not with vLLM itself.
 
-Log-probabilities are at temperature 1, whatever the sampling temperature: the loss refuses others (opd_ops/inputs/pair.py).
-SGLang's own format is different, and not supported.
-Not here: HTTP (client.py), a server to try it with (examples/serve_teacher.py).
+Not here: what all servers share (scoring.py), SGLang (sglang.py), a server to try it with (examples/serve_teacher.py).
 """
 
 from __future__ import annotations
 
-import math
+import base64
+import io
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
-from opd_ops.arguments import plain
-from opd_ops.inputs.teacher_lists import MISSING_LOGPROB, TopKLogprobs
-from opd_ops.trainer.servers.client import WHOLE_DISTRIBUTION, ServerClient, ServerError
+from opd_ops.trainer.servers.client import WHOLE_DISTRIBUTION
+from opd_ops.trainer.servers.retries import ServerError
+from opd_ops.trainer.servers.scoring import Pairs, Question, TeacherServer
 
 SERVE = "serve the teacher with vLLM: vllm serve MODEL --max-logprobs {k}"
+SERVE_IDS = (
+    "scores of given ids need a vLLM that has prompt_logprob_token_ids with one list a position, started with "
+    "VLLM_USE_V2_MODEL_RUNNER=1 and --max-logprobs {k}"
+)
 
 
-class ServedTeacher:
+class ServedTeacher(TeacherServer):
     """`ServedTeacher("http://teacher:8000").score(contexts, answers)` is a teacher that `selective_opd_loss` takes.
 
-    The contexts are the teacher's own: they may have an instruction that the student never sees, or another chat template.
-
-    Args:
-        url: The server's address, with or without `/v1`.
-        model: The server's name for the teacher; None: its only model.
-        top_k: K, >= 1. vLLM allows 20 unless it was started with --max-logprobs.
-        timeout, retries, concurrency, api_key: As in `ServerClient`.
-    Raises: ValueError: an argument out of range.
+    vLLM allows a `top_k` of 20 unless it was started with --max-logprobs. Arguments and methods are those of `TeacherServer`.
     """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        model: str | None = None,
-        top_k: int = 16,
-        timeout: float = 120.0,
-        retries: int = 3,
-        concurrency: int = 16,
-        api_key: str | None = None,
-    ) -> None:
-        entries = plain(top_k)
-        if isinstance(entries, bool) or not isinstance(entries, int) or entries < 1:
-            raise ValueError(f"top_k: got {entries!r}, expected an integer of at least 1")
-        self.client = ServerClient(url, timeout=timeout, retries=retries, concurrency=concurrency, api_key=api_key)
-        self.model, self.top_k = model, entries
-        self._is_known = False
+    not_normalised = "start the server with --logprobs-mode raw_logprobs"
 
-    def check(self) -> None:
-        """Ask the server for its models and for the log-probabilities of one token, before a run begins.
+    def _top(self, model: str, questions: Sequence[Question]) -> list[list[Pairs]]:
+        body = {"model": model, **WHOLE_DISTRIBUTION, "max_tokens": 1, "prompt_logprobs": self.top_k}
+        choices = self.client.complete([{**body, "prompt": question.tokens} for question in questions])
+        return [self._rows(choice, question) for choice, question in zip(choices, questions, strict=True)]
 
-        Raises: ServerError: the server cannot be reached, does not have the model, or sends no log-probabilities; says what to
-            do.
-        """
-        self.model = self.client.choose(self.model)
-        self._is_known = True
-        mass = self.score([[0]], [[0]]).logprobs.unique().exp().sum().item()
-        if not 0 < mass <= 1 + 1e-3:
-            raise ServerError(
-                f"{self.client.url}: its {self.top_k} log-probabilities of one position hold a mass of {mass:.4g}, expected "
-                "one in (0, 1]; start the server with --logprobs-mode raw_logprobs"
-            )
-
-    def score(self, contexts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> TopKLogprobs:
-        """The teacher's log-probabilities after it has read `contexts[b]` and `answers[b][:i]`.
-
-        Args:
-            contexts: B lists of token ids, none of them empty.
-            answers: B lists of token ids, of any lengths.
-        Returns: (B, L, K + 1) ids and fp32 log-probabilities in nats on the CPU; L: length of the longest answer. Row i
-            predicts answer token i, and lists that token too. Empty places have id -1 and log-probability -inf.
-        Raises:
-            ValueError: an answer without a context.
-            ServerError: as `check`, or the server's answer does not fit the request.
-        """
-        if len(contexts) != len(answers):
-            raise ValueError(f"answers: got {len(answers)}, expected one for each of the {len(contexts)} contexts")
-        prompts = [[*map(int, context), *map(int, answer)] for context, answer in zip(contexts, answers, strict=True)]
-        empty = [i for i, context in enumerate(contexts) if not len(context)]
-        if empty:
-            raise ValueError(
-                f"contexts: number {empty[0]} is empty, expected a token at least; the first predicts nothing else"
-            )
-        if not self._is_known:
-            self.model, self._is_known = self.client.choose(self.model), True
-        asked = [i for i, answer in enumerate(answers) if len(answer)]
-        body = {"model": self.model, **WHOLE_DISTRIBUTION, "max_tokens": 1, "prompt_logprobs": self.top_k}
-        choices = self.client.complete([{**body, "prompt": prompts[i]} for i in asked])
-
-        shape = len(answers), max(map(len, answers), default=0), self.top_k + 1
-        ids, logprobs = torch.full(shape, -1), torch.full(shape, -torch.inf)
-        for i, choice in zip(asked, choices, strict=True):
-            rows = self._rows(choice, prompts[i], len(contexts[i]))
-            n = len(rows)
-            ids[i, :n] = torch.tensor([[token for token, _ in row] for row in rows])
-            logprobs[i, :n] = torch.tensor([[logprob for _, logprob in row] for row in rows])
-        return TopKLogprobs(ids, logprobs)
-
-    def _rows(self, choice: Mapping[str, object], prompt: list[int], n_context: int) -> list[list[tuple[int, float]]]:
-        """K + 1 pairs (id, log-probability) for each token of the answer."""
+    def _rows(self, choice: Mapping[str, object], question: Question) -> list[Pairs]:
         where, entries = f"{self.client.url}/v1/completions", choice.get("prompt_logprobs")
+        tokens, n_context = question.tokens, len(question.context)
         if not isinstance(entries, list):
             raise ServerError(f"{where}: answered without prompt_logprobs; {SERVE.format(k=self.top_k)}")
-        if len(entries) != len(prompt):
-            raise ServerError(f"{where}: answered {len(entries)} prompt_logprobs for {len(prompt)} tokens, expected one each")
+        if len(entries) != len(tokens):
+            raise ServerError(f"{where}: answered {len(entries)} prompt_logprobs for {len(tokens)} tokens, expected one each")
         rows = []
-        for position in range(n_context, len(prompt)):
+        for position in range(n_context, len(tokens)):
             try:
                 pairs = [(int(token), float(entry["logprob"])) for token, entry in entries[position].items()]
             except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -120,12 +60,48 @@ class ServedTeacher:
                     f"{where}: prompt_logprobs[{position}] is {str(entries[position])[:200]}, expected "
                     '{token id: {"logprob": number}}'
                 ) from error
-            listed = dict(pairs)
-            if len(pairs) > self.top_k + 1 or prompt[position] not in listed or any(map(math.isnan, listed.values())):
-                raise ServerError(
-                    f"{where}: prompt_logprobs[{position}] lists {len(pairs)} tokens, {sorted(listed)[:8]} …, expected the top "
-                    f"{self.top_k} and token {prompt[position]} of the prompt, each with a number"
-                )
-            pairs = [(token, logprob) if logprob > MISSING_LOGPROB else (-1, -math.inf) for token, logprob in pairs]
-            rows.append(pairs + [(-1, -math.inf)] * (self.top_k + 1 - len(pairs)))
+            self._check_pairs(f"{where}: prompt_logprobs[{position}]", pairs, tokens[position])
+            rows.append(pairs)
         return rows
+
+    def _given(self, model: str, questions: Sequence[Question]) -> list[Tensor]:
+        path, hint = "/inference/v1/generate", SERVE_IDS.format(k=max((len(q.ids[0]) for q in questions), default=1))
+        bodies = []
+        for question in questions:
+            options = {"prompt_logprob_token_ids": question.ids, "prompt_logprob_start": len(question.context) - 1}
+            options |= {**WHOLE_DISTRIBUTION, "max_tokens": 1}
+            bodies.append({"model": model, "token_ids": question.tokens, "sampling_params": options, "stream": False})
+        try:
+            answers = self.client.post(path, bodies)
+        except ServerError as error:
+            if error.code in (400, 404, 405, 422):
+                raise ServerError(f"{error}; {hint}", code=error.code) from error
+            raise
+        return [self._matrix(answer, question, hint) for answer, question in zip(answers, questions, strict=True)]
+
+    def _matrix(self, answer: object, question: Question, hint: str) -> Tensor:
+        import numpy as np
+
+        where = f"{self.client.url}/inference/v1/generate"
+        encoded = answer.get("prompt_token_id_logprobs") if isinstance(answer, dict) else None
+        if not isinstance(encoded, str):
+            raise ServerError(
+                f"{where}: answered without prompt_token_id_logprobs; {hint}. A server that takes the context from its prefix "
+                "cache does not send them either"
+            )
+        try:
+            scores = torch.from_numpy(np.load(io.BytesIO(base64.b64decode(encoded, validate=True)), allow_pickle=False))
+        except (ValueError, EOFError, OSError, TypeError) as error:
+            raise ServerError(
+                f"{where}: its prompt_token_id_logprobs cannot be read ({error}), expected base64 of a .npy array"
+            ) from error
+        expected = len(question.answer), len(question.ids[0])
+        if tuple(scores.shape) != expected or not scores.is_floating_point():
+            raise ServerError(
+                f"{where}: its prompt_token_id_logprobs are {tuple(scores.shape)} {scores.dtype}, expected fp32 {expected}"
+            )
+        scores = scores.float().masked_fill(torch.tensor(question.ids) < 0, -torch.inf)
+        if bool(scores.isnan().any()):
+            raise ServerError(f"{where}: its prompt_token_id_logprobs have a NaN, expected numbers")
+        self._check_logprobs(f"{where}: prompt_token_id_logprobs", scores.flatten().tolist())
+        return scores
