@@ -8,7 +8,7 @@
   rooms              files and folders at the top of opd_ops
   stays, climbs      of `student` on its way from selective_opd_loss to the backends (follow.py)
   parameters         most of a function that is no public door: neither in opd_ops.__all__ nor a method of a class there
-  places             most places that write the default of one setting, a keyword of selective_opd_loss: functions and classes
+  places             most places that write the default of one setting, a field of Settings: functions and classes
                      that have `fraction` or at least three of the settings, and constants DEFAULT_...
   docstring          words of the longest one
   README             lines, words
@@ -34,7 +34,7 @@ from tests.support.follow import Walk, follow
 from tests.support.source_tree import Function, Tree, parameters
 
 ROOT = Path(__file__).parents[2]
-PACKAGE, DOOR = "opd_ops", "selective_opd_loss"
+PACKAGE, DOOR, SETTINGS = "opd_ops", "selective_opd_loss", "Settings"
 LIMITS = {
     "circles between modules": 0,
     "circles between folders": 0,
@@ -165,11 +165,11 @@ def _is_any(node: ast.AST) -> bool:
 
 
 def settings(tree: Tree) -> set[str]:
-    """Keywords of the loss that have a default other than None."""
-    door = tree.definition(PACKAGE, DOOR)
-    assert door is not None
-    assert not isinstance(door, str)
-    return {name for name, default in _defaults(door.node) if not _is_none(default)}
+    """Fields of `Settings` that have a default other than None."""
+    definition = tree.definition(PACKAGE, SETTINGS)
+    assert definition is not None
+    assert not isinstance(definition, str)
+    return {name for name, default in _defaults(definition.node) if not _is_none(default)}
 
 
 def default_places(tree: Tree) -> Measure:

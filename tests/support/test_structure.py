@@ -146,10 +146,15 @@ class Function:
 def test_a_default_is_counted_where_it_is_written_again(package):
     tree = package(
         {
-            "__init__": 'from opd_ops.a import selective_opd_loss\n__all__ = ["selective_opd_loss"]',
+            "__init__": 'from opd_ops.a import Settings\n__all__ = ["Settings"]',
             "a": """
 DEFAULT_BYTES = 2**20
-def selective_opd_loss(student, *, mask=None, fraction: float = 0.05, top_k: int = 16, scope="batch", bytes=DEFAULT_BYTES): ...
+class Settings:
+    threshold: float | None = None
+    fraction: float = _setting(0.05, "A share.")
+    top_k: int = 16
+    scope: str = "batch"
+    bytes: int = DEFAULT_BYTES
 """,
             "b": """
 from opd_ops.a import DEFAULT_BYTES
@@ -163,8 +168,8 @@ class List:
         }
     )
     assert structure.default_places(tree).where == [
-        "2 fraction: opd_ops.a.selective_opd_loss, opd_ops.b.Config",
-        "2 scope: opd_ops.a.selective_opd_loss, opd_ops.b.Config",
+        "2 fraction: opd_ops.a.Settings, opd_ops.b.Config",
+        "2 scope: opd_ops.a.Settings, opd_ops.b.Config",
         "1 bytes: opd_ops.a.DEFAULT_BYTES",
-        "1 top_k: opd_ops.a.selective_opd_loss",
+        "1 top_k: opd_ops.a.Settings",
     ]
