@@ -2,7 +2,7 @@
 
   Run: make test ARGS=tests/test_settings.py
 
-Not here: arguments of a batch (loss/test_errors.py), that each trainer checks its settings at once (integrations/, trainer/).
+Not here: arguments of a batch (call/test_errors.py), that each trainer checks its settings at once (integrations/, trainer/).
 """
 
 import inspect

@@ -4,7 +4,7 @@
   from the rollout; 8-bit scoring; a step replayed from a CUDA graph and one compiled by inductor, against the plain call.
   Bounds: tests/support/tolerances.py; 16-bit gradients 5e-3, the rounding of operands and results.
 
-Not here: the kernels one by one (check.py), the same on a CPU (tests/backends/test_triton_heads.py), timing (heads.py).
+Not here: the kernels one by one (check.py), the same on a CPU (tests/backends/triton/test_heads.py), timing (heads.py).
 """
 
 from __future__ import annotations

@@ -22,6 +22,6 @@ class Workspace:
         """The workspace that is left after `nbytes` are used."""
         return Workspace(self.nbytes - nbytes)
 
-    def count(self, bytes_each: int) -> int:
-        """The number of rows, columns or numbers of `bytes_each` that fit; at least one."""
-        return max(1, self.nbytes // bytes_each)
+    def count(self, bytes_each: int, *, least: int = 1) -> int:
+        """The number of rows, columns or numbers of `bytes_each` that fit; at least `least`."""
+        return max(least, self.nbytes // bytes_each)

@@ -2,7 +2,7 @@
 
   Compared: with calls in which the same was done by hand to mask or logits. Run: make test ARGS=tests/inputs/test_positions.py
 
-Not here: masks and labels (tests/loss/test_loss.py), denominators of micro-batches (tests/loss/test_denominators.py).
+Not here: masks and labels (tests/loss/test_loss.py), denominators of micro-batches (tests/call/test_denominators.py).
 """
 
 import math

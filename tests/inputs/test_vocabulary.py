@@ -3,7 +3,7 @@ for every backend, divergence and teacher; uneven and empty parts.
 
 Each of four processes runs the kernels on the CPU, so they get few rows, and each part is scored once.
 Command: make test ARGS=tests/inputs/test_vocabulary.py
-Not here: DTensors, both kinds of groups at once, what is refused and sent (backends/test_joined.py); selection over the
+Not here: DTensors, both kinds of groups at once, what is refused and sent (backends/shared/test_joined.py); selection over the
 positions of several ranks (selection/test_budget_over_ranks.py).
 """
 

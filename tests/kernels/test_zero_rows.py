@@ -1,7 +1,7 @@
 """Rows that are zeroed: all of each, whatever its width and alignment, and no byte beside them; 16 bytes at a time.
 
 Run: make test ARGS=tests/kernels/test_zero_rows.py
-Not here: which rows (backends/test_layout.py, backends/test_triton.py).
+Not here: which rows (backends/triton/test_layout.py, backends/triton/test_backend.py).
 """
 
 import pytest

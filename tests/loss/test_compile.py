@@ -5,7 +5,7 @@
   runs no operator that asks the host.
   Run: make test ARGS=tests/loss/test_compile.py
 
-Not here: the values themselves (tests/backends/test_triton.py).
+Not here: the values themselves (tests/backends/triton/test_backend.py).
 """
 
 import math

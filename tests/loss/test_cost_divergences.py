@@ -11,7 +11,7 @@
   bytes: as in tests/loss/test_cost.py, and O(K) numbers per selected row. Run: make test
   ARGS=tests/loss/test_cost_divergences.py
 
-Not here: reverse KL alone (tests/loss/test_cost.py), the Triton backend (tests/backends/test_triton_heads.py).
+Not here: reverse KL alone (tests/loss/test_cost.py), the Triton backend (tests/backends/triton/test_heads.py).
 """
 
 import pytest

@@ -3,7 +3,7 @@
   Compared: with the same quantities put together by hand from `score_positions`, `select_positions` and plain torch.
   Run: make test ARGS=tests/loss/test_loss.py
 
-Not here: gradients (tests/loss/test_gradients.py), bad arguments (tests/loss/test_errors.py).
+Not here: gradients (tests/loss/test_gradients.py), bad arguments (tests/call/test_errors.py).
 """
 
 import math

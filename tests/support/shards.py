@@ -1,6 +1,6 @@
 """Two models of which every rank holds a part: inputs of the tests of shared-out vocabularies.
 
-Not here: the ranks (ranks.py), what is compared (inputs/test_vocabulary.py, backends/test_joined.py).
+Not here: the ranks (ranks.py), what is compared (inputs/test_vocabulary.py, backends/shared/test_joined.py).
 """
 
 import math

@@ -63,11 +63,11 @@ def score_grid(student: Source, teacher: Source, n: int, *, top_k: int, whole_ro
     if has_head and not whole_rows:
         rows = max(rows, min(HEAD_ROWS, elements // MIN_COLUMNS))
     hidden_rows = _rows_of_hidden(student, teacher, workspace=hidden_share, size=size)
-    rows = _even(max(n, 1), min(rows, hidden_rows, sixteenth.nbytes // (LIST_BYTES * top_k)))
+    rows = _even(max(n, 1), min(rows, hidden_rows, sixteenth.count(LIST_BYTES * top_k)))
     if has_head and not whole_rows:  # memory that the hidden states leave makes the blocks wider
-        elements += max(0, hidden_share.less(rows * _hidden_width(student, teacher) * size).nbytes) // (copies * size)
+        elements += hidden_share.less(rows * _hidden_width(student, teacher) * size).count(copies * size, least=0)
     columns = vocab if whole_rows else _even(vocab, elements // rows, multiple=PRUNED_GROUP)
-    scratch = sixteenth.nbytes // (3 * size)
+    scratch = sixteenth.count(3 * size)
     if student.leading.device.type == "cpu":
         scratch = min(scratch, CHUNK_ELEMENTS)
     chunk = max(1, min(rows, scratch // columns))
@@ -227,7 +227,7 @@ class SelectedGrid(NamedTuple):
             kept_row += 0 if student.transform.shard is None else 4 * padded(vocab)
             kept = min(m, budget.share(5, 8).count(kept_row))
             if kept > wide:  # fewer, if groups would be narrow otherwise
-                kept = min(kept, max(wide, budget.less(wide * per_row).nbytes // kept_row))
+                kept = min(kept, max(wide, budget.less(wide * per_row).count(kept_row)))
             kept = kept if kept == m else kept - kept % wide
             if min(m, wide) <= kept and m <= MOST_SPANS * kept:
                 return SelectedGrid(_whole_tiles(kept, per_row, budget.less(kept * kept_row)), kept, False)
@@ -245,6 +245,6 @@ class BlockGrid(NamedTuple):
         vocab, dim = sources[0].transform.vocab_size, sources[0].leading.shape[-1]
         rows = _whole_tiles(n, sum(map(row_bytes, sources)) + 4 * dim, workspace.share(1, 4))
         # per column: the models' logits, the 16-bit gradient and its fp32 copy for each row; two products
-        columns = workspace.share(1, 2).nbytes // ((8 + 4 * copies(*sources)) * rows + 8 * dim)
+        columns = workspace.share(1, 2).count((8 + 4 * copies(*sources)) * rows + 8 * dim)
         step = ALIGNED if columns >= ALIGNED else MIN_BLOCK
         return BlockGrid(rows, min(max(MIN_BLOCK, columns - columns % step), padded(vocab)))

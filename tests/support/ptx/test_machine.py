@@ -1,6 +1,6 @@
 """The machine that runs PTX, on programs of a few lines: what instructions compute, and what it refuses to do.
 
-Not here: the kernels (tests/kernels and tests/backends/test_triton*.py run on it).
+Not here: the kernels (tests/kernels and tests/backends/triton run on it).
 """
 
 import numpy as np

@@ -1,8 +1,8 @@
 """The layout of dense logits as a table: which rows its positions are, against plain indexing.
 
-  Run: make test ARGS=tests/backends/test_layout.py
+  Run: make test ARGS=tests/backends/triton/test_layout.py
 
-Not here: the backend that reads through it (tests/backends/test_triton.py).
+Not here: the backend that reads through it (tests/backends/triton/test_backend.py).
 """
 
 import pytest

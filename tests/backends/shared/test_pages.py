@@ -1,5 +1,5 @@
 """Memory on large pages: an ordinary tensor to everyone else, whose memory serves the next call once nobody holds it.
-Run: make test ARGS=tests/backends/test_pages.py
+Run: make test ARGS=tests/backends/shared/test_pages.py
 
 Not here: what it saves (benchmarks/LOG.md).
 """

@@ -1,7 +1,7 @@
 """Bad arguments: each is refused before any work, by name, with what came and what was expected. And what is no bad argument:
 NumPy's numbers and arrays in the place of Python's.
 
-  Run: make test ARGS=tests/loss/test_errors.py
+  Run: make test ARGS=tests/call/test_errors.py
 
 Not here: legal but non-finite logits (tests/loss/test_loss.py).
 """

@@ -1,7 +1,7 @@
 """Top-K lists built block by block against one stable sort of the whole row: ids, order, ties, and both logits.
 
   Both ways to take in a block are forced, and the data that makes the pruned way give up.
-  Run: make test ARGS=tests/backends/test_top_k.py
+  Run: make test ARGS=tests/backends/shared/test_top_k.py
 
 Not here: the support statistics (tests/backends/test_token_stats.py), the kernel's lists (tests/kernels/test_support.py).
 """

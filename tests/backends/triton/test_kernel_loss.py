@@ -2,9 +2,9 @@
 
   Compared: with the equations on fp64 rows (support/divergence_oracle.py). Counted: matmul units, 2 + 4 rho for all, because a
   tile holds the selected rows' logits while everything is made of it.
-  Run: make test ARGS=tests/backends/test_triton_divergences.py
+  Run: make test ARGS=tests/backends/triton/test_kernel_loss.py
 
-Not here: the kernels alone (tests/kernels/), reverse and forward KL (test_triton.py, test_triton_heads.py).
+Not here: the kernels alone (tests/kernels/), reverse and forward KL (test_backend.py, test_heads.py).
 """
 
 import pytest

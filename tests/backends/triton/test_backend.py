@@ -1,9 +1,9 @@
 """The Triton backend, its kernels interpreted or compiled, against the fp64 oracle: statistics, gradients, layouts, refusals.
 
   Compared: columns of TokenStats and relative norms of gradients, by support/tolerances.py. Few rows: one takes 0.2 s
-  interpreted. Run: make test ARGS=tests/backends/test_triton.py
+  interpreted. Run: make test ARGS=tests/backends/triton/test_backend.py
 
-Not here: the kernels one by one (tests/test_kernel_*.py), layouts (tests/backends/test_layout.py), compiled code on a GPU
+Not here: the kernels one by one (tests/kernels/), layouts (test_layout.py), compiled code on a GPU
 (benchmarks/gpu/run.py).
 """
 

@@ -6,7 +6,7 @@
   Not invariant: scope "batch" (one budget per call) and selectors that normalise over the call's positions. For these a host
   scores the whole step first: scores by a callable, the cut by `threshold=`.
 
-Run: make test ARGS=tests/loss/test_denominators.py. Not here: denominators of one call (tests/loss/test_loss.py).
+Run: make test ARGS=tests/call/test_denominators.py. Not here: denominators of one call (tests/loss/test_loss.py).
 """
 
 import itertools

@@ -1,7 +1,7 @@
 """Vocabularies that ranks share out, at their edges: DTensors, groups that share out positions too, what is refused on every
 rank, what is sent.
 
-Command: make test ARGS=tests/backends/test_joined.py
+Command: make test ARGS=tests/backends/shared/test_joined.py
 Not here: statistics, selections and gradients of every divergence (inputs/test_vocabulary.py).
 """
 

@@ -2,7 +2,7 @@
 
   Compared: columns of TokenStats and relative norms of gradients with the fp64 oracle, by support/tolerances.py. Counted:
   matmul FLOPs against 2 + 4 rho units, live bytes against the workspace. Few rows: one takes up to 0.2 s interpreted.
-  Run: make test ARGS=tests/backends/test_triton_heads.py
+  Run: make test ARGS=tests/backends/triton/test_heads.py
 
 Not here: 8 bits (inputs/test_float8.py), statistics from the rollout (inputs/test_rollout.py), a GPU (benchmarks/gpu/run.py).
 """
