@@ -7,6 +7,9 @@
 Not here: the kernels alone (tests/kernels/), reverse and forward KL (test_backend.py, test_heads.py).
 """
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,6 +37,7 @@ from tests.support.tolerances import HEAD_ABSOLUTE, assert_gradient, assert_with
 
 KERNELS = ["jsd-0.1", "local_support-1", "tail_aware", "forward_kl_topk", "sampled", "entropy_aware-2"]
 WITHOUT = ["total_variation"]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("case", KERNELS + WITHOUT)
@@ -213,3 +217,11 @@ def test_torch_compile_rejects_divergences_without_an_operator():
 
     with pytest.raises(Exception, match=r"divergence is .jsd., which torch.compile cannot trace here"):
         torch.compile(loss, fullgraph=True, dynamic=False, backend="eager")(s)
+
+
+def test_the_documentation_says_which_losses_have_kernels():
+    section = (ROOT / "docs" / "features.md").read_text().split("## Losses by kernels\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| `")]
+    stated = {name: place.strip() == "kernels" for names, place in rows for name in re.findall(r"`(\w+)`", names)}
+    assert stated == {name: kernel_loss.refusal(divergence) is None for name, divergence in DIVERGENCES.items()}
+    assert f"more than {kernel_loss.MAX_LIST} ids" in section
