@@ -23,11 +23,18 @@ from torch import Tensor
 
 from opd_ops.arguments import check_ids, check_integer, check_layout, check_positive, may_look, plain, real, shown
 from opd_ops.backends.resolve import check_backend
-from opd_ops.divergences import Divergence, resolve_divergence
+from opd_ops.divergences import DIVERGENCES, Divergence, resolve_divergence
 from opd_ops.inputs import float8
 from opd_ops.inputs.batch import Batch
 from opd_ops.inputs.pair import check_list_divergence
-from opd_ops.selection.selectors import Selector, check_known, check_ranks_twice, check_whole_sequences, named_selector
+from opd_ops.selection.selectors import (
+    SELECTORS,
+    Selector,
+    check_known,
+    check_ranks_twice,
+    check_whole_sequences,
+    named_selector,
+)
 
 SCOPES = ("batch", "sequence", "global")
 DENOMINATORS = ("selected", "valid")
@@ -88,8 +95,8 @@ class Settings:
 
     selector: str | Selector = _setting(
         "teachability",
-        "The rule that scores positions: a name of selection/selectors.py, or a callable that takes `TokenStats` and returns "
-        "scores, (...). The highest are selected.",
+        f"The rule that scores positions; the highest are selected. A name: {', '.join(SELECTORS)}; or a callable that takes "
+        "`TokenStats` and returns scores, (...).",
     )
     fraction: float = _setting(0.05, "Share of the valid positions to train on, in (0, 1]; 1.0: plain distillation.")
     threshold: Tensor | float | None = _setting(
@@ -104,7 +111,8 @@ class Settings:
         None, "Ranks that select together: under 'global' (None: all), or under 'sequence' if they hold parts of sequences."
     )
     divergence: str | Divergence = _setting(
-        "reverse_kl", "Loss on the selected positions: a name, or an instance with parameters, like JSD(beta=0.3)."
+        "reverse_kl",
+        f"Loss on the selected positions. A name: {', '.join(DIVERGENCES)}; or an instance with parameters: JSD(beta=0.3).",
     )
     denominator: str = _setting("selected", "Divide the sum of losses by the number of 'selected' or of all 'valid' positions.")
     top_k: int = _setting(
