@@ -47,7 +47,7 @@ class Backend(ABC):
 
     def float8_refusal(self, student: Source, teacher: Source | TeacherLists) -> str | None:
         """Why this backend cannot rank positions in 8 bits; None if it can."""
-        return "only backend 'triton' does"
+        return "it does not rank in 8 bits"
 
     def scores_selected_rows(self, student: Source, teacher: Source | TeacherLists) -> bool:
         """Whether `selected_loss` computes the rows' statistics itself and does not read `stats`."""

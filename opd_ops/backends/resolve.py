@@ -63,8 +63,10 @@ def resolve_backend(name: str, student: Source, teacher: Source | TeacherLists, 
     if needs.float8:
         reason = backend.float8_refusal(student, teacher)
         if reason is not None:
-            reason = reason if backend.name == "triton" else choice_reason
-            raise ValueError(f"score_dtype: got 'float8', which needs backend='triton' on Hopper or newer, but {reason}")
+            raise ValueError(
+                "score_dtype: got 'float8', which needs backend='triton' on Hopper or newer, but this call uses "
+                f"{backend.name!r} ({choice_reason}): {reason}"
+            )
     if not needs.traced:  # a traced call cannot log
         _log.debug("backend %r: using %r (%s)", name, backend.name, choice_reason)
     return backend
