@@ -20,6 +20,7 @@ from opd_ops.inputs.chunks import chunks
 from opd_ops.scoring import score_positions
 from opd_ops.selection.selectors import everything
 from opd_ops.selection.stats import TokenStats
+from opd_ops.settings import DEFAULTS
 from opd_ops.trainer.order import seed_of
 from opd_ops.trainer.prompts import Prompt
 from opd_ops.trainer.rollouts import Rollouts, head_over, sample
@@ -61,7 +62,7 @@ def compare(
     teacher: Reader,
     frozen: Iterable[Rollouts],
     *,
-    top_k: int = 16,
+    top_k: int = DEFAULTS.top_k,
     teacher_system: str | None = None,
     columns: frozenset[str] = frozenset(),
 ) -> TokenStats:
