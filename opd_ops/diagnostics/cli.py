@@ -80,7 +80,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Flags, list[Prompt]]:
     add("--batch-size", type=_integer(1), default=8, metavar="N", help="answers at a time")
     add("--selectors", type=_selectors, default=list(SELECTED), metavar="A,B", help=f"any of: {', '.join(SELECTORS)}")
     add("--fractions", type=_fractions, default=list(FRACTIONS), metavar="X,Y", help="shares of the tokens, each in (0, 1]")
-    add("--top-k", type=_integer(1), default=DEFAULTS.top_k, metavar="K", help="of the supports behind support mass and union KL")
+    add("--top-k", type=_integer(1), default=DEFAULTS.top_k, metavar="K", help="of the supports of support mass and union KL")
     add("--resamples", type=_integer(1), default=1000, metavar="N", help="of the prompts, for 95 %% intervals")
     add("--seed", type=_integer(0), default=0, metavar="N", help="of the answers, the resamples and selectors that draw")
     add("--dtype", choices=DTYPES, default="auto", help="of all models; auto: each checkpoint's own")
