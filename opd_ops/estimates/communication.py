@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from opd_ops.arguments import check_integer
-from opd_ops.backends.shared import joined as shards
+from opd_ops.backends.shared import joined
 from opd_ops.backends.streamed.running import EMPTY_SUMS
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.divergences import Divergence, Extrapolated, OnSupport, Summed, is_column, resolve_divergence
@@ -285,8 +285,8 @@ class _Communication:
             for _ in range(models):
                 yield from self._vocabulary(purpose, "all_gather", n * self.shard.width * self.dtype.itemsize)
             return
-        rows = shards.rows_at_a_time(self.shard, top_k, dtype, Workspace(self.settings.workspace_bytes), columns=columns)
-        per_row = shards.row_bytes(top_k, dtype, columns=columns, models=models)
+        rows = joined.rows_at_a_time(self.shard, top_k, dtype, Workspace(self.settings.workspace_bytes), columns=columns)
+        per_row = joined.row_bytes(top_k, dtype, columns=columns, models=models)
         for part in chunks(n, rows):
             yield from self._vocabulary(purpose, "all_gather", (part.stop - part.start) * per_row)
 
@@ -367,10 +367,10 @@ class _Communication:
 
 def _joined(collectives: list[Collective]) -> tuple[Collective, ...]:
     """Equal neighbours joined, with their count."""
-    joined: list[Collective] = []
+    counted: list[Collective] = []
     for collective in collectives:
-        if joined and replace(joined[-1], count=1) == collective:
-            joined[-1] = replace(joined[-1], count=joined[-1].count + 1)
+        if counted and replace(counted[-1], count=1) == collective:
+            counted[-1] = replace(counted[-1], count=counted[-1].count + 1)
         else:
-            joined.append(collective)
-    return tuple(joined)
+            counted.append(collective)
+    return tuple(counted)

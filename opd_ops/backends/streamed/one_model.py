@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from opd_ops.backends.shared import joined as shards
+from opd_ops.backends.shared import joined
 from opd_ops.backends.shared import pages
 from opd_ops.backends.shared.grids import score_grid
 from opd_ops.backends.shared.tiles import TileReader
@@ -31,7 +31,7 @@ def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace: Workspace,
     shard = source.transform.shard
     if shard is not None:
         read = partial(_own_part, source, rows, min(top_k, shard.width), workspace)
-        return shards.own_stats(read, shard, rows, top_k=top_k, workspace=workspace, dtype=compute_dtype(source))
+        return joined.own_stats(read, shard, rows, top_k=top_k, workspace=workspace, dtype=compute_dtype(source))
     return _own_part(source, rows, top_k, workspace)
 
 

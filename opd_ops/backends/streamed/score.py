@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from opd_ops.backends.shared import joined as shards
+from opd_ops.backends.shared import joined
 from opd_ops.backends.shared import pages
 from opd_ops.backends.shared.grids import ScoreGrid, score_grid
 from opd_ops.backends.shared.joined import Part, Parts
@@ -56,7 +56,7 @@ def token_stats(
     dtype, shard = compute_dtype(student, teacher), student.transform.shard
     if shard is not None:
         parts = Parts(partial(_part, student, teacher), EMPTY_SUMS, joined_sums)
-        stats = shards.token_stats(parts, shard, rows, top_k=top_k, columns=columns, workspace=workspace, dtype=dtype)
+        stats = joined.token_stats(parts, shard, rows, top_k=top_k, columns=columns, workspace=workspace, dtype=dtype)
         return with_jsd(stats, student, teacher, rows, workspace) if "jsd" in columns else stats
     out = {name: torch.zeros(len(rows), dtype=dtype, device=rows.device) for name in _computed(columns)}
     for part, grid, sums, jsd, s_list, t_list in _sweep(student, teacher, rows, top_k, "jsd" in columns, workspace):
@@ -81,11 +81,11 @@ def _part(student: Source, teacher: Source, rows: Tensor, top_k: int, workspace:
     for _, _, sums, _, s_list, t_list in _sweep(student, teacher, rows, top_k, False, workspace):
         columns.append(named_sums(sums))
         lists.append((s_list, t_list))
-    joined = {name: torch.cat([tile[name] for tile in columns]) for name in EMPTY_SUMS}
+    whole = {name: torch.cat([tile[name] for tile in columns]) for name in EMPTY_SUMS}
     student_list, teacher_list = (
         TopK(*(torch.cat(column) for column in zip(*side, strict=True))) for side in zip(*lists, strict=True)
     )
-    return Part(joined, student_list, teacher_list)
+    return Part(whole, student_list, teacher_list)
 
 
 def _sweep(

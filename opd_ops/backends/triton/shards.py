@@ -27,7 +27,7 @@ from opd_kernels.support import Support
 from torch import Tensor
 
 from opd_ops.backends.interface import is_computed
-from opd_ops.backends.shared import joined as shards
+from opd_ops.backends.shared import joined
 from opd_ops.backends.shared.joined import Part, Parts, joint_entropy, masses
 from opd_ops.backends.shared.tiles import TileReader
 from opd_ops.backends.shared.top_k import TopK
@@ -56,7 +56,7 @@ def token_stats(
 ) -> TokenStats:
     """All statistics of the given positions over the whole vocabulary, (n,) each."""
     parts = Parts(partial(_part, student.detach(), teacher.detach(), score_dtype), EMPTY_COLUMNS, joined_columns)
-    stats = shards.token_stats(parts, shard, rows, top_k=top_k, columns=columns, workspace=workspace, dtype=torch.float32)
+    stats = joined.token_stats(parts, shard, rows, top_k=top_k, columns=columns, workspace=workspace, dtype=torch.float32)
     return with_jsd(stats, student, teacher, rows, workspace) if "jsd" in columns else stats
 
 
@@ -93,7 +93,7 @@ def own_stats(
         stats = heads.own_stats(source, rows, top_k=min(top_k, shard.width), workspace=workspace, score_dtype=score_dtype)
         return stats._replace(ids=stats.ids + shard.first)
 
-    return shards.own_stats(read, shard, rows, top_k=top_k, workspace=workspace, dtype=torch.float32)
+    return joined.own_stats(read, shard, rows, top_k=top_k, workspace=workspace, dtype=torch.float32)
 
 
 def selected_loss(
@@ -134,7 +134,7 @@ def _constants(
 
     # Statistics again, because the score pass may have read 16-bit logits.
     parts = Parts(partial(_part, student.detach(), teacher.detach(), torch.float32), EMPTY_COLUMNS, join)
-    exact = shards.token_stats(parts, shard, rows, top_k=1, columns=frozenset(), workspace=workspace, dtype=torch.float64)
+    exact = joined.token_stats(parts, shard, rows, top_k=1, columns=frozenset(), workspace=workspace, dtype=torch.float64)
     return KernelConstants.of_row(_columns(student, teacher, exact), torch.cat(tops), elsewhere=torch.cat(elsewhere))
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from opd_ops import (
     selective_opd_loss,
 )
-from opd_ops.backends.shared import joined as shards
+from opd_ops.backends.shared import joined
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.inputs.rollout import StudentStats
 from tests.support.cases import generator, leaf, leaf_head
@@ -44,8 +44,8 @@ def _both_ways():
         options = {"divergence": DIVERGENCES[name], "fraction": 0.3, "top_k": 6, "backend": "torch", "selector": selector}
         whole = leaf_side(together[0])
         if scope == "sequence":  # each of the three sequences goes on from row to row
-            joined = [x.view(2, *SHAPE, *x.shape[2:]).transpose(0, 1).flatten(1, 2) for x in (whole.hidden, together[1].hidden)]
-            of_whole = [replace(x, hidden=hidden) for x, hidden in zip((whole, together[1]), joined, strict=True)]
+            flat = [x.view(2, *SHAPE, *x.shape[2:]).transpose(0, 1).flatten(1, 2) for x in (whole.hidden, together[1].hidden)]
+            of_whole = [replace(x, hidden=hidden) for x, hidden in zip((whole, together[1]), flat, strict=True)]
             beside = {"mask": mask.transpose(0, 1).flatten(1), "tokens": tokens.transpose(0, 1).flatten(1)}
         else:
             of_whole, beside = [whole, together[1]], {"mask": mask.flatten(0, 1), "tokens": tokens.flatten(0, 1)}
@@ -223,15 +223,15 @@ def test_what_is_sent_is_what_is_stated(ranks):
 
     for backend in ("torch", "triton"):
         forward, backward, n, m = of("logits", "reverse_kl", backend)
-        score = [("gather", n * shards.row_bytes(6, torch.float32, columns=7 if backend == "triton" else 11))]
-        again = [("gather", m * shards.row_bytes(1, torch.float64, columns=7))] if backend == "triton" else []
+        score = [("gather", n * joined.row_bytes(6, torch.float32, columns=7 if backend == "triton" else 11))]
+        again = [("gather", m * joined.row_bytes(1, torch.float64, columns=7))] if backend == "triton" else []
         assert forward == [("gather", 32), *([("sum", 8)] if backend == "triton" else []), *score, *again]
         assert backward == []
     forward, backward, n, m = of("heads", "forward_kl", "torch")
     assert forward[2:] == []
     assert backward == [("sum", m * 24 * 4)]  # the hidden states' gradient, fp32
     forward, backward, n, m = of("heads", "forward_kl", "triton")
-    gather = ("gather", m * shards.row_bytes(1, torch.float64, columns=7))
+    gather = ("gather", m * joined.row_bytes(1, torch.float64, columns=7))
     assert forward[3:] == [gather, ("sum", m * 24 * 4)]  # made in the forward
     assert backward == []
     forward, backward, n, m = of("logits", "jsd", "torch")
