@@ -13,8 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from opd_ops.backends.shared import joined
-from opd_ops.backends.shared import pages
+from opd_ops.backends.shared import joined, pages
 from opd_ops.backends.shared.grids import score_grid
 from opd_ops.backends.shared.tiles import TileReader
 from opd_ops.backends.shared.top_k import TopK, extended

@@ -17,8 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from opd_ops.backends.shared import joined
-from opd_ops.backends.shared import pages
+from opd_ops.backends.shared import joined, pages
 from opd_ops.backends.shared.grids import ScoreGrid, score_grid
 from opd_ops.backends.shared.joined import Part, Parts
 from opd_ops.backends.shared.supports import support_columns
