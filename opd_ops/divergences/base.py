@@ -126,7 +126,7 @@ class OnSupport(Divergence):
 
 def weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
     """sum w l over positions, 0-dim; a position of weight 0 is left out, also with an infinite loss."""
-    return torch.where(weights == 0, 0, losses * weights).sum()
+    return (losses * weights).masked_fill(weights == 0, 0).sum()
 
 
 def without_infinite(losses: Tensor, weights: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ LEAST_LISTED = -745.0  # log of the smallest fp64 number: below, p is 0 in TA's 
 
 def entropy(log_p: Tensor) -> Tensor:
     """-sum p log p over the last dimension."""
-    return -torch.where(log_p == -math.inf, 0, log_p.exp() * log_p).sum(-1)
+    return -(log_p.exp() * log_p).masked_fill(log_p == -math.inf, 0).sum(-1)
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -34,17 +34,17 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 def log_ratio_sum(log_a: Tensor, log_b: Tensor) -> Tensor:
     """sum a (log a - log b) over the last dimension; a and b need not add up to 1, so the sum may be negative."""
     absent = log_a < LOG_ZERO
-    # where() before the product: a zero weight times an infinite difference would be NaN, forward and backward.
-    difference = torch.where(absent, 0, log_a) - torch.where(absent, 0, log_b)
+    # Zeros before the product: a zero weight times an infinite difference would be NaN, forward and backward.
+    difference = log_a.masked_fill(absent, 0) - log_b.masked_fill(absent, 0)
     # a > 0 wherever the difference is infinite, even if exp underflows in this dtype.
     infinite = difference == math.inf
-    return torch.where(infinite, math.inf, log_a.exp() * torch.where(infinite, 0, difference)).sum(-1)
+    return (log_a.exp() * difference.masked_fill(infinite, 0)).masked_fill(infinite, math.inf).sum(-1)
 
 
 def logsumexp(x: Tensor) -> Tensor:
     """log sum e^x over the last dimension, which becomes size 1; -inf with gradient 0 where all x are -inf."""
     all_masked = (x == -math.inf).all(-1, keepdim=True)
-    return torch.logsumexp(torch.where(all_masked, 0, x), -1, keepdim=True).masked_fill(all_masked, -math.inf)
+    return torch.logsumexp(x.masked_fill(all_masked, 0), -1, keepdim=True).masked_fill(all_masked, -math.inf)
 
 
 def relative_to_top(x: Tensor) -> Tensor:

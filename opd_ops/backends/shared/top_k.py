@@ -57,12 +57,12 @@ def extended(best: TopK | None, own: Tensor, other: Tensor, k: int, first_id: in
         first_id: id of the block's first column.
         candidates: how many logits may be ranked at a time; bounds the scratch memory.
     """
-    newcomers = None
     if own.device.type == "cpu" and (best is None or best.ids.shape[1] == k):
         newcomers = _pruned(own, other, best, k, first_id, candidates)
-    if newcomers is None:
-        newcomers = _ranked(own, other, min(k, own.shape[1]), first_id, candidates)
-    return newcomers.best(k) if best is None else best.merged(newcomers, k)
+        if newcomers is not None:
+            return newcomers.best(k) if best is None else best.merged(newcomers, k)
+    ranked = _ranked(own, other, min(k, own.shape[1]), first_id, candidates)
+    return ranked if best is None else best.merged(ranked, k)
 
 
 def _pruned(own: Tensor, other: Tensor, best: TopK | None, k: int, first_id: int, candidates: int) -> TopK | None:
@@ -125,7 +125,7 @@ def _members_not_below(own: Tensor, first: Tensor, bar: Tensor) -> Tensor:
 
 
 def _ranked(own: Tensor, other: Tensor, k: int, first_id: int, candidates: int) -> TopK:
-    """The k best of a block, (n, k)."""
+    """The k best of a block, (n, k), in order."""
     size = max(1, candidates // ranked_per_row(own.shape[1], k))
     parts = [_ranked_part(x, y, k) for x, y in zip(own.split(size), other.split(size), strict=True)]
     best = TopK(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -133,7 +133,10 @@ def _ranked(own: Tensor, other: Tensor, k: int, first_id: int, candidates: int) 
 
 
 def _ranked_part(own: Tensor, other: Tensor, k: int) -> TopK:
-    """The k best of some rows of a block; ids count from the block's first column."""
+    """The k best of some rows of a block, in order; ids count from the block's first column."""
+    if _group_size(own.shape[1], k) == 1:
+        columns = best_places(own, torch.arange(own.shape[1], device=own.device).expand_as(own), k)
+        return TopK(columns, own.gather(1, columns), other.gather(1, columns))
     columns = _candidates(own, k)
     beyond = columns >= own.shape[1]
     values = own.gather(1, columns.clamp_max(own.shape[1] - 1)).masked_fill_(beyond, -math.inf)
@@ -147,7 +150,7 @@ def _candidates(x: Tensor, k: int) -> Tensor:
     n, width = x.shape
     group = _group_size(width, k)
     grouped = width // group * group
-    maxima = x[:, :grouped].view(n, -1, group).amax(-1) if group > 1 else x[:, :grouped]
+    maxima = x[:, :grouped].view(n, -1, group).amax(-1)
     if grouped < width:
         maxima = torch.cat((maxima, x[:, grouped:].amax(-1, keepdim=True)), 1)
     numbers = torch.arange(maxima.shape[1], device=x.device).expand_as(maxima)

@@ -17,7 +17,7 @@ from opd_ops.backends.shared import joined, pages
 from opd_ops.backends.shared.grids import score_grid
 from opd_ops.backends.shared.tiles import TileReader
 from opd_ops.backends.shared.top_k import TopK, extended
-from opd_ops.backends.streamed.running import RunningSums, block_sums, statistics
+from opd_ops.backends.streamed.running import Sums, block_sums, extended_sums, statistics
 from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Source, compute_dtype
 from opd_ops.inputs.workspace import Workspace
@@ -44,14 +44,17 @@ def _own_part(source: Source, rows: Tensor, top_k: int, workspace: Workspace) ->
     with torch.autocast(rows.device.type, enabled=False):
         for part in chunks(len(rows), grid.rows):
             reader = TileReader(source.detach(), rows[part], dtype, grid.cast_columns)
-            all_rows, sums = slice(0, len(reader.rows)), RunningSums(len(reader.rows), rows.device)
+            all_rows = slice(0, len(reader.rows))
+            sums: Sums | None = None
             best: TopK | None = None
             for block in chunks(source.transform.vocab_size, grid.columns):
                 u = reader.logits(all_rows, block, buffer)
                 best = extended(best, u, u, top_k, first_id + block.start, grid.candidates)
-                sums.add(block_sums(u, u, best, best, first_id + block.start, scratch))  # the model is passed twice
+                # the model is passed twice
+                sums = extended_sums(sums, block_sums(u, u, best, best, first_id + block.start, scratch))
             assert best is not None
-            columns = statistics(sums.total, best)
+            assert sums is not None
+            columns = statistics(sums, best)
             tiles.append(OwnStats(columns["teacher_logsumexp"], columns["teacher_entropy"], best.ids, best.own))
     if not tiles:
         empty = torch.empty(0, dtype=dtype, device=rows.device)

@@ -29,25 +29,18 @@ from opd_ops.backends.shared.top_k import TopK
 from opd_ops.divergences.equations import LOG_ZERO
 
 
-class ModelSums(NamedTuple):
-    """One model's sums over some columns without its top entry, (n,) each, with e = e^{x - maximum}."""
+class Sums(NamedTuple):
+    """Sums over some columns, in fp64, with e = e^{x - maximum}. Columns of (2, n): the student's row, then the teacher's."""
 
-    maximum: Tensor  # the largest logit so far
-    z: Tensor  # sum e
-    x: Tensor  # sum e (x - maximum)
-    gap: Tensor  # sum e g
-    alone: Tensor  # the largest logit among the entries that only the other model masks; -inf if there are none
-
-
-class BlockSums(NamedTuple):
-    """Both models' sums over some columns."""
-
-    student: ModelSums
-    teacher: ModelSums
-    centre: Tensor  # s_a - u_a, fp64
+    maximum: Tensor  # (2, n) the largest logit so far
+    z: Tensor  # (2, n) sum e
+    x: Tensor  # (2, n) sum e (x - maximum)
+    gap: Tensor  # (2, n) sum e g
+    alone: Tensor  # (2, n) the largest logit among the entries that only the other model masks; -inf if there are none
+    centre: Tensor  # (n,) s_a - u_a
 
 
-def block_sums(s: Tensor, u: Tensor, s_best: TopK, t_best: TopK, first_id: int, scratch: Tensor) -> BlockSums:
+def block_sums(s: Tensor, u: Tensor, s_best: TopK, t_best: TopK, first_id: int, scratch: Tensor) -> Sums:
     """Sums of one block.
 
     Args:
@@ -56,34 +49,35 @@ def block_sums(s: Tensor, u: Tensor, s_best: TopK, t_best: TopK, first_id: int, 
         scratch: (3 C,), C >= B: C // B rows are summed at a time.
     """
     n, width = s.shape
-    s_top, t_top = s_best.own[:, 0], t_best.own[:, 0]
-    u_reference = _teacher_reference(s_best, t_best)
-    references = torch.stack((_finite(s_top), _finite(t_top), u_reference)).unsqueeze(2)
-    places = [best.ids[:, :1] - first_id for best in (s_best, t_best)]
-    inside = [(place >= 0) & (place < width) for place in places]
-    tops = [x.clamp(0, width - 1) for x in places] + [torch.where(x, 0.0, math.inf).to(s.dtype) for x in inside]
-    sums, alone = s.new_empty(6, n), s.new_full((2, n), -math.inf)
+    maximum = torch.stack((s_best.own[:, 0], t_best.own[:, 0]))
+    finite = _finite(maximum)
+    u_reference = _teacher_reference(s_best, finite[1])
+    places = torch.stack((s_best.ids[:, :1], t_best.ids[:, :1])) - first_id
+    outside = (places < 0) | (places >= width)
+    # A top entry of this block is set to 0 before the sum of e; the bound +inf changes nothing.
+    bounds = torch.zeros_like(places, dtype=s.dtype).masked_fill_(outside, math.inf)
+    sums, alone = s.new_empty(2, 3, n), s.new_full((2, n), -math.inf)
     step = min(n, scratch.numel() // (3 * width))
     work = scratch[: 3 * step * width].view(3, step, width).unbind()
+    columns = (*finite.unsqueeze(2), u_reference.unsqueeze(1), *places.clamp_(0, width - 1), *bounds)
     # All views are created here, because creating them chunk by chunk costs as much as a pass over the logits.
-    chunks = [_Chunk(*views) for views in zip(*(x.split(step) for x in (s, u, *references, *tops, *sums, *alone)), strict=True)]
+    views = (x.split(step) for x in (s, u, *columns, *sums.view(6, n), *alone))
+    chunks = [_Chunk(*chunk) for chunk in zip(*views, strict=True)]
     # On a CPU, masks are used only where a sum is not finite. On a device this test would synchronise: masks are always used.
     on_cpu = s.device.type == "cpu"
-    holds_top = [not on_cpu or bool(x.any()) for x in inside]
+    holds_top = [not x for x in outside.flatten(1).all(1).tolist()] if on_cpu else [True, True]
     masked_chunks = chunks
     if on_cpu:
         for chunk in chunks:
             chunk.sum(work, holds_top, masked=False)
-        finite = torch.isfinite(sums).all(0)
+        is_finite = torch.isfinite(sums).flatten(0, 1).all(0)
         masked_chunks = []
-        if not bool(finite.all()):
-            masked_chunks = [chunk for chunk, ok in zip(chunks, finite.split(step), strict=True) if not bool(ok.all())]
+        if not bool(is_finite.all()):
+            masked_chunks = [chunk for chunk, ok in zip(chunks, is_finite.split(step), strict=True) if not bool(ok.all())]
     for chunk in masked_chunks:
         chunk.sum(work, holds_top, masked=True)
-    s_sums, t_sums = (
-        ModelSums(top, x[0], x[1], x[2], low) for top, x, low in zip((s_top, t_top), sums.view(2, 3, n), alone, strict=True)
-    )
-    return BlockSums(s_sums, t_sums, _finite(s_top).double() - u_reference.double())
+    z, x, gap = sums.double().unbind(1)
+    return Sums(maximum.double(), z, x, gap, alone.double(), finite[0].double() - u_reference.double())
 
 
 class _Chunk(NamedTuple):
@@ -133,92 +127,81 @@ class _Chunk(NamedTuple):
             torch.sum(weight, 1, out=z)
 
 
-def _teacher_reference(student: TopK, teacher: TopK) -> Tensor:
+def _teacher_reference(student: TopK, teacher_maximum: Tensor) -> Tensor:
     """(n,) u_a; where the teacher masks a, its own largest logit (any finite number will do)."""
-    return torch.where(student.other[:, 0] == -math.inf, _finite(teacher.own[:, 0]), student.other[:, 0])
+    u_a = student.other[:, 0]
+    return torch.where(u_a == -math.inf, teacher_maximum, u_a)
 
 
 def _finite(maximum: Tensor) -> Tensor:
     """The maximum, but 0 where all logits so far are -inf: e^{x - maximum} is then 0, not NaN."""
-    return torch.where(maximum == -math.inf, 0.0, maximum)
+    return maximum.masked_fill(maximum == -math.inf, 0.0)
 
 
-class RunningSums:
-    """The sums of all blocks so far, in fp64, relative to the largest logits so far."""
-
-    def __init__(self, n: int, device: torch.device) -> None:
-        zero = torch.zeros(n, dtype=torch.float64, device=device)
-        low = torch.full_like(zero, -math.inf)
-        self.total = BlockSums(ModelSums(low, zero, zero, zero, low), ModelSums(low, zero, zero, zero, low), zero)
-
-    def add(self, block: BlockSums) -> None:
-        """Join the sums of one more block. The block's maxima and centre are those of all blocks so far."""
-        before, shift = self.total, self.total.centre - block.centre
-        student, teacher = (
-            _plus(_moved(a, b.maximum.double(), a.maximum == b.maximum, shift), b)
-            for a, b in zip(before[:2], block[:2], strict=True)
-        )
-        self.total = BlockSums(student, teacher, block.centre)
+def extended_sums(sums: Sums | None, block: Sums) -> Sums:
+    """The sums with one more block (None: the first), whose maxima and centre are those of all blocks so far."""
+    if sums is None:
+        return block
+    moved = _moved(sums, block.maximum, sums.maximum == block.maximum, sums.centre - block.centre)
+    alone = torch.maximum(sums.alone, block.alone)
+    return Sums(block.maximum, moved.z + block.z, moved.x + block.x, moved.gap + block.gap, alone, block.centre)
 
 
 EMPTY_SUMS = {
     f"{model}_{field}": -math.inf if field in ("maximum", "alone") else 0.0
+    for field in Sums._fields[:-1]
     for model in ("student", "teacher")
-    for field in ModelSums._fields
 } | {"centre": 0.0}
 """The sums over no column, by the names under which ranks send them."""
 
 
-def named_sums(sums: BlockSums) -> dict[str, Tensor]:
-    """The sums as columns with the names of `EMPTY_SUMS`."""
-    return dict(zip(EMPTY_SUMS, (*sums.student, *sums.teacher, sums.centre), strict=True))
+def named_sums(sums: Sums) -> dict[str, Tensor]:
+    """The sums as (n,) columns with the names of `EMPTY_SUMS`."""
+    columns = [column for pair in sums[:-1] for column in pair]
+    return dict(zip(EMPTY_SUMS, (*columns, sums.centre), strict=True))
 
 
 def joined_sums(parts: dict[str, Tensor], student: TopK, teacher: TopK) -> dict[str, Tensor]:
     """`statistics` of the whole vocabulary, from the (ranks, n) sums of its parts, joined like blocks."""
-    columns = [parts[name] for name in EMPTY_SUMS]
-    width, u_reference = len(ModelSums._fields), _teacher_reference(student, teacher).double()
-    centre = _finite(student.own[:, 0]).double() - u_reference
-    models = []
-    for model in (ModelSums(*columns[:width]), ModelSums(*columns[width:-1])):
-        maximum, owner = model.maximum.max(0)
-        keeps_top = torch.zeros_like(model.maximum, dtype=torch.bool).scatter_(0, owner.unsqueeze(0), True)
-        moved = _moved(model, maximum, keeps_top, columns[-1] - centre)
-        models.append(ModelSums(maximum, moved.z.sum(0), moved.x.sum(0), moved.gap.sum(0), moved.alone.amax(0)))
-    return statistics(BlockSums(models[0], models[1], centre), student)
+    stacked = torch.stack([parts[name] for name in EMPTY_SUMS])
+    pairs = stacked[:-1].unflatten(0, (-1, 2)).transpose(1, 2)  # (fields, ranks, 2, n)
+    every = Sums(pairs[0], pairs[1], pairs[2], pairs[3], pairs[4], stacked[-1].unsqueeze(1))
+    best = torch.stack((student.own[:, 0], teacher.own[:, 0])).double()
+    centre = _finite(best[0]) - _teacher_reference(student, _finite(teacher.own[:, 0])).double()
+    maximum, owner = every.maximum.max(0)
+    keeps_top = torch.zeros_like(every.maximum, dtype=torch.bool).scatter_(0, owner.unsqueeze(0), True)
+    moved = _moved(every, maximum, keeps_top, every.centre - centre)
+    sums = Sums(maximum, moved.z.sum(0), moved.x.sum(0), moved.gap.sum(0), moved.alone.amax(0), centre)
+    return statistics(sums, student)
 
 
-def statistics(sums: BlockSums, student: TopK) -> dict[str, Tensor]:
+def statistics(sums: Sums, student: TopK) -> dict[str, Tensor]:
     """The full-vocabulary columns of `TokenStats`, (n,) fp64, with the columns that gradients read."""
-    s, t, centre = sums
-    s_total, t_total = _total(s), _total(t)
-    s_log_z, t_log_z = (torch.where(x.maximum == -math.inf, -math.inf, x.z.log1p()) for x in (s, t))
-    s_lse, t_lse = s.maximum + s_log_z, t.maximum + t_log_z
-    u_reference = _finite(s.maximum) - centre
-    log_ratio = (t.maximum - u_reference) + (t_log_z - s_log_z)  # r_a
-    s_gap = s.gap / s_total
-    reverse_kl = (s_gap + log_ratio).clamp_min(0)
-    forward_kl = (-log_ratio - t.gap / t_total).clamp_min(0)
-    infinite = _is_infinite(s, s_lse, reverse_kl)
+    total, log_z = _total(sums), sums.z.log1p().masked_fill(sums.maximum == -math.inf, -math.inf)
+    lse = sums.maximum + log_z
+    entropy = (log_z - sums.x / total).clamp_min(0)
+    top = _finite(sums.maximum[0])
+    u_reference = top - sums.centre
+    log_ratio = (sums.maximum[1] - u_reference) + (log_z[1] - log_z[0])  # r_a
+    s_gap, t_gap = (sums.gap / total).unbind()
+    divergences = torch.stack((s_gap + log_ratio, -log_ratio - t_gap)).clamp_min(0)  # KL(p||q), KL(q||p)
+    infinite = (sums.alone - lse > LOG_ZERO) & ~divergences.isnan()
+    divergences = divergences.masked_fill(infinite, math.inf)
     return {
-        "student_entropy": (s_log_z - s.x / s_total).clamp_min(0),
-        "teacher_entropy": (t_log_z - t.x / t_total).clamp_min(0),
-        "reverse_kl": reverse_kl.masked_fill(infinite, math.inf),
-        "forward_kl": forward_kl.masked_fill(_is_infinite(t, t_lse, forward_kl), math.inf),
-        "student_logsumexp": s_lse,
-        "teacher_logsumexp": t_lse,
-        "logsumexp_gap": centre - log_ratio,
-        "reference_student": _finite(s.maximum),
+        "student_entropy": entropy[0],
+        "teacher_entropy": entropy[1],
+        "reverse_kl": divergences[0],
+        "forward_kl": divergences[1],
+        "student_logsumexp": lse[0],
+        "teacher_logsumexp": lse[1],
+        "logsumexp_gap": sums.centre - log_ratio,
+        "reference_student": top,
         "reference_teacher": u_reference,
-        "reference_log_p": -s_log_z,
+        "reference_log_p": -log_z[0],
         "reference_log_ratio": log_ratio,
         "top_log_ratio": log_ratio.masked_fill(student.other[:, 0] == -math.inf, math.inf),
-        "reverse_kl_excess": s_gap.masked_fill(infinite, 0),
+        "reverse_kl_excess": s_gap.masked_fill(infinite[0], 0),
     }
-
-
-def _is_infinite(model: ModelSums, lse: Tensor, kl: Tensor) -> Tensor:
-    return (model.alone - lse > LOG_ZERO) & ~kl.isnan()
 
 
 def row_jsd(s: Tensor, u: Tensor) -> Tensor:
@@ -235,27 +218,23 @@ def row_jsd(s: Tensor, u: Tensor) -> Tensor:
     return (p_term.sum(1, dtype=torch.float64) + q_term.sum(1, dtype=torch.float64)).div_(2).clamp_min_(0)
 
 
-def _total(model: ModelSums) -> Tensor:
+def _total(sums: Sums) -> Tensor:
     """Z relative to the maximum: 1 for the top entry, plus z; 0 where all logits so far are -inf."""
-    return torch.where(model.maximum == -math.inf, 0.0, 1 + model.z)
+    return (1 + sums.z).masked_fill(sums.maximum == -math.inf, 0.0)
 
 
-def _moved(model: ModelSums, maximum: Tensor, keeps_top: Tensor, shift: Tensor) -> ModelSums:
+def _moved(sums: Sums, maximum: Tensor, keeps_top: Tensor, shift: Tensor) -> Sums:
     """The sums relative to `maximum`, and to a centre that is lower by `shift`.
 
     `keeps_top`: False where the top entry so far is no longer the top entry.
     """
-    total, change = _total(model), _finite(model.maximum) - _finite(maximum)
-    factor = torch.exp(model.maximum - _finite(maximum))
-    return ModelSums(
+    total, finite = _total(sums), _finite(maximum)
+    factor = torch.exp(sums.maximum - finite)
+    return Sums(
         maximum,
-        factor * torch.where(keeps_top, model.z, total),
-        factor * (model.x + total * change),
-        factor * (model.gap + total * shift),
-        model.alone,
+        factor * torch.where(keeps_top, sums.z, total),
+        factor * (sums.x + total * (_finite(sums.maximum) - finite)),
+        factor * (sums.gap + total * shift),
+        sums.alone,
+        sums.centre,
     )
-
-
-def _plus(a: ModelSums, b: ModelSums) -> ModelSums:
-    """The sums a + b, both relative to the same maximum and centre."""
-    return ModelSums(b.maximum.double(), a.z + b.z, a.x + b.x, a.gap + b.gap, torch.maximum(a.alone, b.alone.double()))

@@ -25,9 +25,9 @@ from opd_ops.backends.shared.tiles import TileReader
 from opd_ops.backends.shared.top_k import TopK, extended
 from opd_ops.backends.streamed.running import (
     EMPTY_SUMS,
-    BlockSums,
-    RunningSums,
+    Sums,
     block_sums,
+    extended_sums,
     joined_sums,
     named_sums,
     row_jsd,
@@ -55,19 +55,19 @@ def token_stats(
     dtype, shard = compute_dtype(student, teacher), student.transform.shard
     if shard is not None:
         parts = Parts(partial(_part, student, teacher), EMPTY_SUMS, joined_sums)
-        stats = joined.token_stats(parts, shard, rows, top_k=top_k, columns=columns, workspace=workspace, dtype=dtype)
-        return with_jsd(stats, student, teacher, rows, workspace) if "jsd" in columns else stats
-    out = {name: torch.zeros(len(rows), dtype=dtype, device=rows.device) for name in _computed(columns)}
+        whole = joined.token_stats(parts, shard, rows, top_k=top_k, columns=columns, workspace=workspace, dtype=dtype)
+        return with_jsd(whole, student, teacher, rows, workspace) if "jsd" in columns else whole
+    names = _computed(columns)
+    out = torch.empty((len(names), len(rows)), dtype=dtype, device=rows.device)
     for part, grid, sums, jsd, s_list, t_list in _sweep(student, teacher, rows, top_k, "jsd" in columns, workspace):
         whole_row = jsd | statistics(sums, s_list)
         s_lse, t_lse = whole_row["student_logsumexp"], whole_row["teacher_logsumexp"]
-        for name, column in whole_row.items():
-            out[name][part] = column
         for group in chunks(len(s_lse), grid.list_rows):
             supports = support_columns(s_list.rows(group), t_list.rows(group), s_lse[group], t_lse[group], columns)
-            for name, column in supports.items():
-                out[name][part][group] = column
-    return TokenStats(valid=torch.isfinite(out["teacher_logsumexp"]), **out)
+            computed = {name: column[group] for name, column in whole_row.items()} | supports
+            out[:, part][:, group] = torch.stack([computed[name] for name in names])
+    stats = dict(zip(names, out.unbind(), strict=True))
+    return TokenStats(valid=torch.isfinite(stats["teacher_logsumexp"]), **stats)
 
 
 def _computed(columns: frozenset[str]) -> list[str]:
@@ -89,7 +89,7 @@ def _part(student: Source, teacher: Source, rows: Tensor, top_k: int, workspace:
 
 def _sweep(
     student: Source, teacher: Source, rows: Tensor, top_k: int, with_jsd: bool, workspace: Workspace
-) -> Iterator[tuple[slice, ScoreGrid, BlockSums, dict[str, Tensor], TopK, TopK]]:
+) -> Iterator[tuple[slice, ScoreGrid, Sums, dict[str, Tensor], TopK, TopK]]:
     """Per tile: its rows, its grid, their (n,) fp64 sums over the vocabulary, "jsd" if `with_jsd`, and both models' lists."""
     dtype = compute_dtype(student, teacher)
     grid = score_grid(student, teacher, len(rows), top_k=top_k, whole_rows=with_jsd, workspace=workspace)
@@ -109,10 +109,10 @@ def _tile(
     with_jsd: bool,
     buffers: list[Tensor],
     scratch: Tensor,
-) -> tuple[BlockSums, dict[str, Tensor], TopK, TopK]:
+) -> tuple[Sums, dict[str, Tensor], TopK, TopK]:
     """Sums, "jsd" and both lists of one tile of rows, from one sweep over the vocabulary."""
     rows, first_id = slice(0, len(student.rows)), student.source.transform.first_id
-    sums = RunningSums(rows.stop, student.rows.device)
+    sums: Sums | None = None
     s_list: TopK | None = None
     t_list: TopK | None = None
     jsd: dict[str, Tensor] = {}
@@ -122,7 +122,8 @@ def _tile(
         t_list = extended(t_list, u, s, top_k, first_id + block.start, grid.candidates)
         if with_jsd:  # the grid has one block, as wide as the vocabulary
             jsd["jsd"] = torch.cat([row_jsd(s[chunk], u[chunk]) for chunk in chunks(rows, grid.chunk)])
-        sums.add(block_sums(s, u, s_list, t_list, first_id + block.start, scratch))
+        sums = extended_sums(sums, block_sums(s, u, s_list, t_list, first_id + block.start, scratch))
+    assert sums is not None
     assert s_list is not None
     assert t_list is not None
-    return sums.total, jsd, s_list, t_list
+    return sums, jsd, s_list, t_list
