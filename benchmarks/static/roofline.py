@@ -238,9 +238,10 @@ def basic_blocks(lines, label, instruction, branch, always):
 
 
 def main_loop(blocks, successors, load):
-    """Instructions of the loop with global loads and the most instructions; [] if there is none."""
+    """Instructions of the loop that loads the most bytes, of equals the one with the most instructions; [] if none loads."""
     loops = [[x for i in sorted(part) for x in blocks[i]] for part in components(successors)]
-    return max((x for x in loops if any(load.search(y) for y in x)), key=len, default=[])
+    loops = [x for x in loops if any(load.search(y) for y in x)]
+    return max(loops, key=lambda x: (sum(load_bytes(y) for y in x if load.search(y)), len(x)), default=[])
 
 
 def inner_loops(blocks, successors, load, loop):

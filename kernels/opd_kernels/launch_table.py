@@ -10,6 +10,7 @@ import functools
 from typing import NamedTuple
 
 import torch
+from triton.runtime.jit import JITFunction
 
 MAX_PARTS = 64
 _warp_size_override: int | None = None
@@ -31,9 +32,20 @@ def _warp_size_of(device: int | None) -> int:
     return 32 if device is None or not torch.version.hip else torch.cuda.get_device_properties(device).warp_size
 
 
+def takes_ptx(kernel: object, device: torch.device) -> bool:
+    """Whether the kernel may contain instructions of PTX: not on AMD's GPUs, and not where Triton interprets it."""
+    compiled = isinstance(kernel, JITFunction)
+    return compiled and torch.version.hip is None and _warp_size() == 32 and device.type in ("cuda", "cpu", "meta")
+
+
 class Tile(NamedTuple):
     constants: dict  # the compile-time block sizes of the kernel
     num_warps: int
+    registers: int | None = None  # the most that the assembler of PTX may give a thread; None: as many as it likes
+
+    def limits(self, takes_ptx: bool) -> dict[str, int]:
+        """The launch option that sets `registers`, which AMD's compiler does not know."""
+        return {"maxnreg": self.registers} if self.registers and takes_ptx else {}
 
 
 class SupportTile(NamedTuple):
@@ -63,7 +75,8 @@ def score(s_dtype: torch.dtype, t_dtype: torch.dtype, *, aligned: bool = True, c
         return Tile({"R": 8, "GROUPS": 8, "QUAD": 16, "VEC": 1}, num_warps=128 // _warp_size())
     vec = 4 if s_dtype == t_dtype == torch.float32 else 8
     pairs = 16 if capped and vec == 4 else 32
-    return Tile({"R": pairs // vec, "GROUPS": pairs, "QUAD": 128 // pairs, "VEC": vec}, num_warps=128 // _warp_size())
+    is_bf16 = s_dtype == t_dtype == torch.bfloat16 and not capped
+    return Tile({"R": pairs // vec, "GROUPS": pairs, "QUAD": 128 // pairs, "VEC": vec}, 128 // _warp_size(), 96 if is_bf16 else None)
 
 
 @functools.cache
