@@ -47,7 +47,7 @@ from torch import Tensor
 from . import launch_table
 from .device import FLOOR, VOID, _is_masked, _transform, row_step, rows_are_aligned, transform
 from .score_careful import _careful_total
-from .score_sums import N_PARTIALS, _join_lanes, _rescale, _write_columns
+from .score_sums import N_PARTIALS, _add_pair, _join_lanes, _rescale, _write_columns
 from .words import _first_minimum, _largest, _last_minimum, _load_logits, _running_minimum, _widen
 
 GROUP = 128  # logits per group maximum
@@ -99,6 +99,8 @@ def _store_group_max(gmax_row, stride_g, group, is_group, lane_s, lane_t, GROUPS
 @triton.jit
 def _sums(zs, zt, first, limit, ref_s, ref_t, k_s, k_t, STEP: tl.constexpr, MASKED: tl.constexpr):
     # the sums of this block's logits in every lane, relative to ref_s and ref_t
+    zero = tl.zeros_like(ref_s)
+    sums = (zero, zero, zero, zero, zero, zero)
     for i in tl.static_range(len(zs)):
         x = tl.fma(zs[i], k_s, -ref_s)
         y = tl.fma(zt[i], k_t, -ref_t)
@@ -106,19 +108,8 @@ def _sums(zs, zt, first, limit, ref_s, ref_t, k_s, k_t, STEP: tl.constexpr, MASK
             inside = first + i * STEP < limit
             x = tl.where(inside, x, VOID)
             y = tl.where(inside, y, VOID)
-        p = tl.exp2(x)
-        q = tl.exp2(y)
-        d = x - y
-        if i == 0:
-            sp, sq, spx, sqy, spd, sqd = p, q, p * x, q * y, p * d, q * d
-        else:
-            sp += p
-            sq += q
-            spx = tl.fma(p, x, spx)
-            sqy = tl.fma(q, y, sqy)
-            spd = tl.fma(p, d, spd)
-            sqd = tl.fma(q, d, sqd)
-    return sp, sq, spx, sqy, spd, sqd
+        sums = _add_pair(sums, x, y)
+    return sums
 
 
 @triton.jit
@@ -260,23 +251,21 @@ def _score_fwd_kernel(
     m = tl.full((LANES,), FLOOR, tl.float32)
     zero = tl.zeros((LANES,), tl.float32)
     state = (m, m, m * k_s, m * k_t, (zero, zero, zero, zero, zero, zero))
-    tail_low_s = zero
-    tail_low_t = zero
+    low_s = zero
+    low_t = zero
     for b in range(b_last * (BLOCK // TAIL), tl.cdiv(last, TAIL)):
-        state, tail_low_s, tail_low_t = _tail_block(
-            state, tail_low_s, tail_low_t, s_row, t_row, gmax_row, stride_g, b, last,
+        state, low_s, low_t = _tail_block(
+            state, low_s, low_t, s_row, t_row, gmax_row, stride_g, b, last,
             k_s, pre_s, cap_s, k_t, pre_t, cap_t, CAP_S, CAP_T, LANES,
         )  # fmt: skip
-    low_s = _first_minimum(LANES, S, VEC, PACKED)
-    low_t = _first_minimum(LANES, T, VEC, PACKED)
+    low_s = _first_minimum(low_s, S, VEC, PACKED)
+    low_t = _first_minimum(low_t, T, VEC, PACKED)
     for b in range(b_first, b_last):
         state, low_s, low_t = _block(
             state, low_s, low_t, s_row, t_row, gmax_row, stride_g, b, last,
             k_s, pre_s, cap_s, k_t, pre_t, cap_t, CAP_S, CAP_T, PACKED, R, GROUPS, QUAD, VEC,
         )  # fmt: skip
-    low_s = tl.minimum(tail_low_s, _last_minimum(low_s, S))
-    low_t = tl.minimum(tail_low_t, _last_minimum(low_t, T))
-    total = _join_lanes(state[0], state[1], state[4], -low_s, -low_t, k_s, k_t)
+    total = _join_lanes(state[0], state[1], state[4], -_last_minimum(low_s, S), -_last_minimum(low_t, T), k_s, k_t)
     if _is_ordinary(total, S, T, CAP_S, CAP_T):
         total = total[0], total[1], total[2], total[3], total[4], total[5], total[6], total[7], float("-inf"), float("-inf")
     else:
@@ -342,7 +331,7 @@ def score_fwd(
         student, teacher, rows, written, group_max, stride_s, stride_t, columns.stride(0), parts, vocab_size,
         s.k, s.pre, s.cap, t.k, t.pre, t.cap,
         HAS_ROWS=rows is not None, SPLIT=parts > 1, UNIT_S=unit_s, UNIT_T=unit_t, CAP_S=s.has_cap, CAP_T=t.has_cap,
-        PACKED=packed, **tile.constants, num_warps=tile.num_warps, enable_fp_fusion=False, **tile.limits(packed),
+        PACKED=packed, **tile.constants, num_warps=tile.num_warps, enable_fp_fusion=False, **tile.limits(),
     )  # fmt: skip
     if parts > 1:
         _merge_fwd_kernel[(n,)](

@@ -24,6 +24,22 @@ N_PARTIALS = tl.constexpr(10)  # running values of a part of a row
 
 
 @triton.jit
+def _add_pair(sums, x, y):
+    # the sums with one more pair of exponents
+    p = tl.exp2(x)
+    q = tl.exp2(y)
+    d = x - y
+    return (
+        sums[0] + p,
+        sums[1] + q,
+        tl.fma(p, x, sums[2]),
+        tl.fma(q, y, sums[3]),
+        tl.fma(p, d, sums[4]),
+        tl.fma(q, d, sums[5]),
+    )
+
+
+@triton.jit
 def _rescale(sums, down_s, down_t, c):
     # sums relative to references higher by -down_s and -down_t, plus c, which are relative to these already
     a_s = tl.exp2(down_s)

@@ -106,12 +106,13 @@ def _largest(x, DTYPE: tl.constexpr, VEC: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _first_minimum(LANES: tl.constexpr, DTYPE: tl.constexpr, VEC: tl.constexpr, PACKED: tl.constexpr):
-    # what `_running_minimum` starts with: 0, in words or fp32
+def _first_minimum(low, DTYPE: tl.constexpr, VEC: tl.constexpr, PACKED: tl.constexpr):
+    # what `_running_minimum` starts with: logits `low` (LANES,) of fp32, or words that hold them twice
     if PACKED and DTYPE != tl.float32 and VEC > 1:
-        return tl.zeros((LANES,), tl.int32)
+        half = low.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
+        return (half << 16) | (half & 0xFFFF)
     else:
-        return tl.zeros((LANES,), tl.float32)
+        return low
 
 
 @triton.jit

@@ -148,8 +148,8 @@ def permute(types, a, b, selector):
 
 
 def count_ones(types, a):
-    assert types == ("b32",), "popc of 64 bits"
-    return np.unpackbits(a.astype("<u4").view(np.uint8).reshape(*a.shape, 4), axis=-1).sum(-1).astype(np.uint32)
+    octets = np.ascontiguousarray(a).view(np.uint8).reshape(*a.shape, a.dtype.itemsize)
+    return np.unpackbits(octets, axis=-1).sum(-1).astype(np.uint32)
 
 
 def of_all(function):

@@ -61,6 +61,7 @@ UNARY = [
     ("prmt.b32 %r3, %r2, 287454020, 0x7043U;", 0xAABBCCDD, 0x11DD44AA),  # 0x11223344 in the upper half
     ("prmt.b32 %r3, %r2, 0, 0x8888U;", 0x000000FF, 0xFFFFFFFF),  # the sign of byte 0
     ("popc.b32 %r3, %r2;", 0xF0F00001, 9),
+    ("mov.b64 %rd6, {%r2, %r2}; popc.b64 %r3, %rd6;", 0xF0F00001, 18),
     ("shl.b32 %r3, %r2, 32;", 5, 0),
     ("shr.u32 %r3, %r2, 31;", 0x80000000, 1),
     ("shr.s32 %r3, %r2, 40;", 0x80000000, 0xFFFFFFFF),
