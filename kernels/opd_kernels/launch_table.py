@@ -118,6 +118,14 @@ def support(top_k: int, n_groups: int) -> SupportTile:
     return SupportTile(*(max(1, int(w * scale)) for w in (groups_warps, topk_warps, stats_warps)))
 
 
+def run(n_picked: int, n_keys: int) -> int:
+    """Keys in a run, so that n_keys / run tops and then n_picked * run keys are searched: near the square root, at most 16."""
+    run = 1
+    while run < 16 and 4 * run * run * n_picked <= n_keys * 2:
+        run *= 2
+    return run
+
+
 def grad() -> Tile:
     """128 threads with two 128-bit loads of each model in flight: two inputs and one output, each read or written once.
 
