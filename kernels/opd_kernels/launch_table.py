@@ -10,30 +10,53 @@ import functools
 from typing import NamedTuple
 
 import torch
+from triton.runtime.jit import JITFunction
 
 MAX_PARTS = 64
-_warp_size_override: int | None = None
+_target_override: tuple[int, int] | None = None
 
 
-def set_warp_size(size: int | None) -> None:
-    """Set the warp size for ahead-of-time compilation for another device; None: the current device's warp size."""
-    global _warp_size_override
-    _warp_size_override = size
+def set_target(warp_size: int, capability: int) -> None:
+    """Compile ahead of time for another device: its lanes a warp, and the major number of its compute capability (0: no
+    NVIDIA GPU).
+    """
+    global _target_override
+    _target_override = warp_size, capability
 
 
 def _warp_size() -> int:
-    return _warp_size_override or _warp_size_of(torch.cuda.current_device() if torch.cuda.is_available() else None)
+    return _target()[0]
+
+
+def _target() -> tuple[int, int]:
+    """Lanes a warp and compute capability, as `set_target` has them."""
+    return _target_override or _target_of(torch.cuda.current_device() if torch.cuda.is_available() else None)
 
 
 @functools.cache
-def _warp_size_of(device: int | None) -> int:
-    """Lanes a warp: 64 on AMD's data-centre GPUs, 32 on all other devices."""
-    return 32 if device is None or not torch.version.hip else torch.cuda.get_device_properties(device).warp_size
+def _target_of(device: int | None) -> tuple[int, int]:
+    """64 lanes on AMD's data-centre GPUs, 32 on all other devices."""
+    if device is None:
+        return 32, 0
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).warp_size, 0
+    return 32, torch.cuda.get_device_capability(device)[0]
+
+
+def takes_ptx(kernel: object, device: torch.device) -> bool:
+    """Whether the kernel may contain instructions of PTX: not on AMD's GPUs, and not where Triton interprets it."""
+    compiled = isinstance(kernel, JITFunction)
+    return compiled and torch.version.hip is None and _warp_size() == 32 and device.type in ("cuda", "cpu", "meta")
 
 
 class Tile(NamedTuple):
     constants: dict  # the compile-time block sizes of the kernel
     num_warps: int
+    registers: int | None = None  # the most a thread may take; None: as the assembler likes
+
+    def limits(self) -> dict[str, int]:
+        """The launch option that sets `registers`, which compilers for other GPUs than NVIDIA's do not know."""
+        return {"maxnreg": self.registers} if self.registers else {}
 
 
 class SupportTile(NamedTuple):
@@ -45,25 +68,23 @@ class SupportTile(NamedTuple):
 def score(s_dtype: torch.dtype, t_dtype: torch.dtype, *, aligned: bool = True, capped: bool = False) -> Tile:
     """128 threads; with aligned rows each takes 32 logits of each model an iteration (soft-capped fp32: 16).
 
-    VEC logits are one 128-bit load. The work once per lane and iteration (rescaling, the fold of VEC sums, two maxima) is
-    spread over R * VEC pairs of logits:
-      32 pairs   22.8 instructions a pair, 128 registers, four programs an SM
-      16 pairs   24.5 instructions a pair, 80 registers
-      64 pairs   21.4 instructions a pair, 168 registers, three programs an SM
+    VEC logits are one 128-bit load. The work once per lane and iteration (rescaling, group maxima) is spread over R * VEC
+    pairs of logits. bf16: 15.9 instructions a pair. ptxas would take 127 registers for it on sm_90, with 96 it spills none:
+    five programs an SM instead of four. On sm_100 it takes 85 by itself, and would spill 8 bytes if it were limited.
     With QUAD = 4, one load of 4 neighbouring threads is 64 bytes, two full sectors, of one group of 128.
-    Soft-capped fp32 takes 16 pairs (57.6 instructions a pair, 79 registers): with 32 (54.4 and 128) ptxas 12.9 spills 8
-    bytes for sm_90.
+    Soft-capped fp32 takes 16 pairs (56.4 instructions a pair, 91 registers): with 32 ptxas 12.9 spills 8 bytes for sm_90.
 
     Unaligned rows (a vocabulary of 50,257) are read one logit at a time for any VEC. With VEC = 8, triton moves the logits
     between threads through shared memory: two barriers, 44.8 instructions, 219 registers. With VEC = 1 they stay in
-    their thread: 28.8 instructions, 48 registers, blocks of 1024. Requested sectors per existing sector, in 16 rows
+    their thread: 26.5 instructions, 48 registers, blocks of 1024. Requested sectors per existing sector, in 16 rows
     of 50,257: 1.9 with QUAD = 16 (an unaligned 32 bytes lie in two sectors), 2.9 with 8 (24.5 instructions), 1.5 with 32 (38).
     """
     if not aligned:
         return Tile({"R": 8, "GROUPS": 8, "QUAD": 16, "VEC": 1}, num_warps=128 // _warp_size())
     vec = 4 if s_dtype == t_dtype == torch.float32 else 8
     pairs = 16 if capped and vec == 4 else 32
-    return Tile({"R": pairs // vec, "GROUPS": pairs, "QUAD": 128 // pairs, "VEC": vec}, num_warps=128 // _warp_size())
+    limited = s_dtype == t_dtype == torch.bfloat16 and not capped and _target()[1] in (8, 9)
+    return Tile({"R": pairs // vec, "GROUPS": pairs, "QUAD": 128 // pairs, "VEC": vec}, 128 // _warp_size(), 96 if limited else None)
 
 
 @functools.cache
@@ -95,6 +116,14 @@ def support(top_k: int, n_groups: int) -> SupportTile:
     topk_warps = 4 if top_k <= 16 else 8 if top_k <= 64 or _warp_size() == 64 else 16
     stats_warps = 1 if top_k <= 32 else 4
     return SupportTile(*(max(1, int(w * scale)) for w in (groups_warps, topk_warps, stats_warps)))
+
+
+def run(n_picked: int, n_keys: int) -> int:
+    """Keys in a run, so that n_keys / run tops and then n_picked * run keys are searched: near the square root, at most 16."""
+    run = 1
+    while run < 16 and 4 * run * run * n_picked <= n_keys * 2:
+        run *= 2
+    return run
 
 
 def grad() -> Tile:

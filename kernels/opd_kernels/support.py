@@ -71,43 +71,91 @@ class Support(NamedTuple):
         raise AttributeError(name)
 
 
+@triton.jit
+def _pick_list(list_ptr, keys, K, low, high, N: tl.constexpr):
+    # Writes the places of the K largest of (A, B) keys, ascending, to list_ptr and reads them back: entries j = 0 .. N - 1,
+    # each in all threads that need it; those from K on are 0.
+    A: tl.constexpr = keys.shape[0]
+    B: tl.constexpr = keys.shape[1]
+    picked, place = _pick(keys, K, low, high)
+    tl.store(list_ptr + place, tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :], mask=picked)
+    tl.debug_barrier()
+    j = tl.arange(0, N)
+    listed = tl.load(list_ptr + j, mask=j < K, other=0)
+    tl.debug_barrier()  # the list is overwritten by the final one
+    return listed
+
+
 @triton.jit(do_not_specialize=["n_groups", "KG"])
 def _support_groups_fwd_kernel(
-    gmax_ptr, groups_ptr, stride, n_groups, KG, NG: tl.constexpr, SETS: tl.constexpr, SHIFT: tl.constexpr
-):
+    gmax_ptr, groups_ptr, stride, n_groups, KG,
+    NG: tl.constexpr, SETS: tl.constexpr, RUN: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    RUNS: tl.constexpr = NG // RUN
+    LOWEST: tl.constexpr = INT_MIN >> SHIFT
     pid = tl.program_id(0).to(tl.int64)
-    g = tl.arange(0, NG)[None, :]
+    gmax_row = gmax_ptr + pid * stride
+    groups_row = groups_ptr + pid * KG
+    g = tl.arange(0, RUNS)[:, None] * RUN + tl.arange(0, RUN)[None, :]
     # 128-bit loads: stride is a multiple of 16; maxima beyond n_groups get the lowest key
-    x = tl.load(gmax_ptr + pid * stride + g, mask=g < stride, other=float("-inf"))
-    keys = tl.where(g < n_groups, _order_key(x, SHIFT), INT_MIN >> SHIFT)
-    # Lower bound: set i is the keys i, i + SETS, ..; there are SETS >= KG sets. The KG-th largest of all keys is at least
+    x = tl.load(gmax_row + g, mask=g < stride, other=float("-inf"))
+    tops = tl.max(tl.where(g < n_groups, _order_key(x, SHIFT), LOWEST), 1)
+    # Lower bound: set i is the tops i, i + SETS, ..; there are SETS >= KG sets. The KG-th largest of all tops is at least
     # the smallest of the sets' maxima (an empty set has the lowest key).
-    tops = tl.max(tl.reshape(keys, (NG // SETS, SETS)), 0)
-    picked, place = _pick(keys, KG, tl.min(tops, 0), tl.max(tops, 0))
-    tl.store(groups_ptr + pid * KG + place, g, mask=picked)
+    sets = tl.max(tl.reshape(tops, (RUNS // SETS, SETS)), 0)
+    high = tl.max(sets, 0)
+    n_runs = tl.minimum(KG, tl.cdiv(n_groups, RUN))
+    runs = _pick_list(groups_row, tl.reshape(tops, (1, RUNS)), n_runs, tl.min(sets, 0), high, SETS)
+    is_run = tl.arange(0, SETS) < n_runs
+    g = runs[:, None] * RUN + tl.arange(0, RUN)[None, :]  # (SETS, RUN), ascending
+    inside = is_run[:, None] & (g < n_groups)
+    x = tl.load(gmax_row + g, mask=inside, other=float("-inf"))
+    keys = tl.where(inside, _order_key(x, SHIFT), LOWEST)
+    # The same bound from the tops of the picked runs, if there are KG of them.
+    least = tl.min(tl.where(is_run, tl.max(keys, 1), INT_MAX), 0)
+    picked, place = _pick(keys, KG, tl.where(n_runs < KG, LOWEST, least), high)
+    tl.store(groups_row + place, g, mask=picked)
 
 
 @triton.jit(do_not_specialize=["K", "KG", "side"])
 def _support_topk_fwd_kernel(
     x_ptr, rows_ptr, groups_ptr, found_ptr, stride_xn, V, K, KG, side,
-    HAS_ROWS: tl.constexpr, UNIT_X: tl.constexpr, GROUP: tl.constexpr, KGP: tl.constexpr, SHIFT: tl.constexpr,
+    HAS_ROWS: tl.constexpr, UNIT_X: tl.constexpr, GROUP: tl.constexpr, KGP: tl.constexpr, KP: tl.constexpr,
+    RUN: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
+    IN_GROUP: tl.constexpr = GROUP // RUN  # runs
+    LOWEST: tl.constexpr = INT_MIN >> SHIFT
     pid = tl.program_id(0).to(tl.int64)
     row = pid
     if HAS_ROWS:
         row = tl.load(rows_ptr + pid).to(tl.int64)
+    x_row = x_ptr + row * stride_xn * UNIT_X
+    groups_row = groups_ptr + (pid * 2 + side) * KG
+    found_row = found_ptr + (pid * 2 + side) * K
     j = tl.arange(0, KGP)
-    group = tl.load(groups_ptr + (pid * 2 + side) * KG + j, mask=j < KG, other=0)
+    group = tl.load(groups_row + j, mask=j < KG, other=0)
     ids = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (KGP, GROUP), ascending
     inside = (j < KG)[:, None] & (ids < V)
-    x = tl.load(x_ptr + row * stride_xn * UNIT_X + ids, mask=inside, other=float("-inf"))
-    keys = tl.where(inside, _order_key(x, SHIFT), INT_MIN >> SHIFT)
-    # The same bound from the maxima of the picked groups, if there are K groups: few keys lie above it.
-    tops = tl.max(keys, 1)
-    least = tl.min(tl.where(j < KG, tops, INT_MAX), 0)
-    least = tl.where(KG < K, INT_MIN >> SHIFT, least)
-    picked, place = _pick(keys, K, least, tl.max(tops, 0))
-    tl.store(found_ptr + (pid * 2 + side) * K + place, j[:, None] * GROUP + tl.arange(0, GROUP)[None, :], mask=picked)
+    x = tl.load(x_row + ids, mask=inside, other=float("-inf"))
+    keys = tl.where(inside, _order_key(x, SHIFT), LOWEST)
+    tops = tl.max(tl.reshape(keys, (KGP, IN_GROUP, RUN)), 2)  # (KGP, IN_GROUP)
+    # The groups' maxima bound the K-th top from below, if there are K groups: few keys lie above it.
+    in_group = tl.max(tops, 1)
+    least = tl.min(tl.where(j < KG, in_group, INT_MAX), 0)
+    least = tl.where(KG < K, LOWEST, least)
+    high = tl.max(in_group, 0)
+    n_runs = tl.minimum(K, KG * IN_GROUP)
+    runs = _pick_list(found_row, tops, n_runs, least, high, KP)
+    is_run = tl.arange(0, KP) < n_runs
+    group = tl.load(groups_row + runs // IN_GROUP, mask=is_run, other=0)
+    place_in = tl.arange(0, RUN)[None, :]
+    ids = (group * GROUP + runs % IN_GROUP * RUN)[:, None] + place_in  # (KP, RUN), ascending
+    inside = is_run[:, None] & (ids < V)
+    x = tl.load(x_row + ids, mask=inside, other=float("-inf"))
+    keys = tl.where(inside, _order_key(x, SHIFT), LOWEST)
+    least = tl.min(tl.where(is_run, tl.max(keys, 1), INT_MAX), 0)
+    picked, place = _pick(keys, K, tl.where(n_runs < K, LOWEST, least), high)
+    tl.store(found_row + place, runs[:, None] * RUN + place_in, mask=picked)
 
 
 @triton.jit
@@ -275,16 +323,18 @@ def support_fwd(
     groups = torch.empty((n, 2, n_picked), dtype=torch.int32, **new)
     places = torch.empty_like(ids)  # among the 128 n_picked candidates
     tile = launch_table.support(top_k, n_groups)
+    n_sets, all_groups = triton.next_power_of_2(n_picked), max(GROUP, triton.next_power_of_2(n_groups))
     _support_groups_fwd_kernel[(2 * n,)](
         score.group_max, groups, stride, n_groups, n_picked,
-        NG=max(GROUP, triton.next_power_of_2(n_groups)), SETS=triton.next_power_of_2(n_picked),
+        NG=all_groups, SETS=n_sets, RUN=min(launch_table.run(n_sets, all_groups), all_groups // n_sets),
         SHIFT=SHIFT[score.group_max.dtype], num_warps=tile.groups_warps, enable_fp_fusion=False,
     )  # fmt: skip
     for side, x in enumerate((student, teacher)):
         stride_x, unit_x = row_step(x)
         _support_topk_fwd_kernel[(n,)](
             x, rows, groups, places, stride_x, vocab_size, top_k, n_picked, side,
-            HAS_ROWS=rows is not None, UNIT_X=unit_x, GROUP=GROUP, KGP=triton.next_power_of_2(n_picked), SHIFT=SHIFT[x.dtype],
+            HAS_ROWS=rows is not None, UNIT_X=unit_x, GROUP=GROUP, KGP=n_sets, KP=triton.next_power_of_2(top_k), RUN=16,
+            SHIFT=SHIFT[x.dtype],
             num_warps=tile.topk_warps, enable_fp_fusion=False,
         )  # fmt: skip
     s = transform(s_scale, s_softcap, temperature)

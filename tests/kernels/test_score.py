@@ -135,6 +135,40 @@ def test_score_fwd_one_sided_inf_gives_infinite_kl(where):
     assert (crossed.forward_kl == INF).all()
 
 
+# Logits of 4,096 ids and more are read as words of two; the last 100 ids here one by one.
+@pytest.mark.parametrize("where", [40, 41, 4150])
+@pytest.mark.parametrize(
+    ("dtype", "mask"),
+    [(torch.bfloat16, -(2.0**120)), (torch.bfloat16, -INF), (torch.float32, -(2.0**121)), (torch.float16, -65504.0)],
+)
+def test_score_fwd_notices_one_masked_logit(dtype, mask, where):
+    s, t = logit_pair(2, 4196, dtype=dtype)
+    t[0, where] = mask
+    s[1, where] = mask
+    score = check(s, t, temperature=8.0)  # at which no multiple of a finite mask overflows
+    assert score.reverse_kl.isinf().tolist() == [True, False]
+    assert score.forward_kl.isinf().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("mask", [-(2.0**119), -60000.0])
+def test_score_fwd_takes_what_is_no_mask_for_a_logit(mask):
+    s, t = logit_pair(1, 4196)
+    s[0, [40, 4150]], t[0, [41, 4150]] = mask, mask
+    check(s, t)
+
+
+@pytest.mark.parametrize("where", [40, 41, 4150])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_score_fwd_notices_one_nan_and_one_infinity(dtype, where):
+    for value in (float("nan"), INF):
+        s, t = logit_pair(2, 4196, dtype=dtype)
+        s[0, where] = value
+        score = score_fwd(s, t, None, vocab_size=4196, **COMMON)
+        for name in ("student_logsumexp", "student_entropy", "reverse_kl", "forward_kl"):
+            assert getattr(score, name).isnan().tolist() == [True, False], name
+        assert score.teacher_entropy.isfinite().all()
+
+
 def test_score_fwd_large_finite_masks_count_as_zero_probability():
     s, t = logit_pair(2, 5000)
     s[:, :4200], t[:, :4200] = -1e9, -1e9
@@ -163,12 +197,14 @@ def groups(score, V):
     return score.group_max[:, :, : -(-V // GROUP)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("V", [5001, 4096, 50])
 def test_score_fwd_stores_the_maximum_of_every_group(dtype, V):
     s, t = logit_pair(2, V, dtype=dtype)
     s[:, 128:256] = -INF
+    s[:, 300:310] = float("nan")  # passed over
     score = score_fwd(s, t, None, vocab_size=V, **COMMON)
+    s[:, 300:310] = -INF
     pad = torch.nn.functional.pad(torch.stack((s, t), 1), (0, -V % GROUP), value=-INF)
     assert torch.equal(groups(score, V), pad.view(2, 2, -1, GROUP).amax(3))
     assert score.group_max.stride(1) % 16 == 0

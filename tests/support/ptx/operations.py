@@ -4,7 +4,7 @@
   Approximate instructions are wrong by as much as their documentation allows (APPROXIMATE), up or down as the bits of the
   result decide, or as `error_sign` says for all.
   Rounding is to nearest even. Subnormals are kept, but with .ftz; NaN is a quiet one, of any payload.
-  What is not here is an error: fp64, arithmetic of packed or 16-bit floats but for the largest and smallest of bf16.
+  What is not here is an error: fp64, arithmetic of packed or 16-bit floats but for the largest and smallest.
 
 Not here: memory, branches, and what threads exchange (machine.py).
 """
@@ -148,13 +148,21 @@ def permute(types, a, b, selector):
 
 
 def count_ones(types, a):
-    assert types == ("b32",), "popc of 64 bits"
-    return np.unpackbits(a.astype("<u4").view(np.uint8).reshape(*a.shape, 4), axis=-1).sum(-1).astype(np.uint32)
+    octets = np.ascontiguousarray(a).view(np.uint8).reshape(*a.shape, a.dtype.itemsize)
+    return np.unpackbits(octets, axis=-1).sum(-1).astype(np.uint32)
 
 
 def of_all(function):
     """Of two operands, or three from sm_100 on."""
     return lambda types, *operands: reduce(function, operands)
+
+
+def packed(name, kind, *words):
+    """The largest or smallest of 16-bit floats, each half of the words by itself."""
+    halves = [np.ascontiguousarray(x).view(np.uint16) for x in words]
+    if kind == "bf16":
+        return float_to_bf16(OPERATIONS[name]((), *map(bf16_to_float, halves))).view(np.uint32)
+    return OPERATIONS[name]((), *(x.view(np.float16) for x in halves)).view(np.uint32)
 
 
 @cache
@@ -163,7 +171,10 @@ def operation(name, types):
     kind, function = types[-1], OPERATIONS[name]
     if kind == "bf16" and name in ("min", "max", "min.NaN", "max.NaN"):
         return lambda *values: float_to_bf16(function(types, *map(bf16_to_float, values)))
-    if kind in ("f64", "f16", "bf16", "f16x2", "bf16x2") and name not in ("cvt", "selp"):
+    if kind in ("f16x2", "bf16x2") and name in ("min", "max"):
+        return lambda *values: packed(name, kind[:-2], *values)
+    is_exact = name in ("cvt", "selp") or (kind == "f16" and name in ("min", "max"))
+    if kind in ("f64", "f16", "bf16", "f16x2", "bf16x2") and not is_exact:
         raise NotImplementedError(f"{name} of {kind}")
     if "ftz" in types and name != "cvt":
         return lambda *values: flush(function(types, *map(flush, values)))

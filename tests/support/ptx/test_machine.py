@@ -61,6 +61,7 @@ UNARY = [
     ("prmt.b32 %r3, %r2, 287454020, 0x7043U;", 0xAABBCCDD, 0x11DD44AA),  # 0x11223344 in the upper half
     ("prmt.b32 %r3, %r2, 0, 0x8888U;", 0x000000FF, 0xFFFFFFFF),  # the sign of byte 0
     ("popc.b32 %r3, %r2;", 0xF0F00001, 9),
+    ("mov.b64 %rd6, {%r2, %r2}; popc.b64 %r3, %rd6;", 0xF0F00001, 18),
     ("shl.b32 %r3, %r2, 32;", 5, 0),
     ("shr.u32 %r3, %r2, 31;", 0x80000000, 1),
     ("shr.s32 %r3, %r2, 40;", 0x80000000, 0xFFFFFFFF),
@@ -90,6 +91,10 @@ UNARY = [
     ("sub.rn.f32 %r3, %r2, 0f00000000;", 2.0**-130, 2.0**-130),
     ("mov.b64 %rd6, {%r2, %r2}; add.rn.f32x2 %rd6, %rd6, %rd6; mov.b64 {_, %r3}, %rd6;", 1.5, 3.0),
     ("mov.b32 {_, %rs1}, %r2; mov.b16 %rs2, 0xBF80U; max.bf16 %rs1, %rs1, %rs2; mov.b32 %r3, {0, %rs1};", -2.0, -1.0),
+    ("max.bf16x2 %r3, %r2, 0xBF803F80;", 0xC0004000, 0xBF804000),  # -2 and 2 against -1 and 1
+    ("min.bf16x2 %r3, %r2, 0xBF803F80;", 0xC0007FC0, 0xC0003F80),  # of a number and NaN: the number
+    ("min.f16x2 %r3, %r2, 0xBC003C00;", 0xC0004000, 0xC0003C00),
+    ("mov.b32 {_, %rs1}, %r2; mov.b16 %rs2, 0xC500U; max.f16 %rs1, %rs1, %rs2; mov.b32 %r3, {0, %rs1};", 0xC0000000, 0xC0000000),
     ("mul.rn.ftz.f32 %r3, %r2, 0f3F000000;", 2.0**-126, 0.0),
     ("mov.b32 {_, %rs1}, %r2; sub.rn.f32.bf16 %r3, %rs1, 0f3F000000;", 2.0, 1.5),
     ("ex2.approx.ftz.f32 %r3, %r2;", 0.0, 1.0),
