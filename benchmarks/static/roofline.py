@@ -29,8 +29,10 @@ import torch
 import triton
 from opd_kernels import launch_table
 from opd_kernels.argmax import argmax_fwd
+from opd_kernels.choose import choose_fwd
 from opd_kernels.forward_kl import forward_kl_grad
 from opd_kernels.jsd import jsd_fwd, jsd_grad
+from opd_kernels.place import place_fwd
 from opd_kernels.rest import rest_fwd, rest_grad
 from opd_kernels.reverse_kl import reverse_kl_grad
 from opd_kernels.scale import scale
@@ -70,6 +72,7 @@ ONE_CAPPED = dict(ONE_PLAIN, softcap=30.0)
 NARROW = 32_008  # a multiple of 8 and not of 16, as vocabularies padded to 8 are
 ODD = 50_257  # rows start anywhere: logits are loaded one by one, which only such configurations may
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+POINTERS = {v: k for k, v in TYPES.items()} | {torch.uint8: "u8", torch.int64: "i64", torch.float64: "fp64"}
 
 
 class Recorder:
@@ -84,8 +87,26 @@ class Recorder:
         JITFunction.run = self.run
 
 
+def selection():
+    """(configuration name, launches) of a selection among n positions, all of them or some of twice as many."""
+    for n in (1024, 4096, 16_384, 65_536):
+        table = torch.empty((16, n), device="meta")
+        rows = torch.empty(n, dtype=torch.int64, device="meta")
+        for selector in ("teachability+entropy", "tip"):
+            with Recorder() as launches:
+                placed = place_fwd(table, rows, 2 * n, selector=selector, loss="reverse_kl")
+            yield f"N={n} {selector}", launches
+        given, options = (placed.scores[:n], *placed[1:3]), {"numerator": 1, "denominator": 20, "n_rows": n // 20 + 1}
+        bounds = torch.empty(9, dtype=torch.int32, device="meta")
+        for name, more in (("", {}), (" rows", {"length": n}), (" bounds", {"bounds": bounds})):
+            with Recorder() as launches:
+                choose_fwd(*(x[:n] for x in given), **options, **more)
+            yield f"N={n}{name}", launches
+
+
 def configurations():
     """(configuration name, launches) of what the library ships."""
+    yield from selection()
     V = 151936
 
     def logits(dtype, n, width=V):
@@ -174,7 +195,7 @@ def compile_launch(launch, target: GPUTarget):
             signature[param.name], constants[param.name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
-            signature[param.name] = "*" + ({v: k for k, v in TYPES.items()} | {torch.uint8: "u8"}).get(value.dtype, "i32")
+            signature[param.name] = "*" + POINTERS.get(value.dtype, "i32")
         else:
             signature[param.name] = "fp32" if isinstance(value, float) else "i32"
         if isinstance(value, torch.Tensor) or (plain and type(value) is int and value % 16 == 0):

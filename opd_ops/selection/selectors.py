@@ -113,8 +113,11 @@ def _places(n: Tensor, levels: tuple[float, ...]) -> Tensor:
 
 
 def _between(low: Tensor, high: Tensor, places: Tensor) -> Tensor:
-    """The quantiles, interpolated between the values at the integers around their places."""
-    return torch.where(low == high, low, torch.lerp(low, high, places - places.floor()))
+    """The quantiles, interpolated between the values at the integers around their places.
+
+    Not by torch.lerp: whether it fuses the product and the sum depends on the device.
+    """
+    return torch.where(low == high, low, low + (places - places.floor()) * (high - low))
 
 
 def _fitted(z: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
