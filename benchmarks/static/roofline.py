@@ -96,7 +96,7 @@ def selection():
             with Recorder() as launches:
                 placed = place_fwd(table, rows, 2 * n, selector=selector, loss="reverse_kl")
             yield f"N={n} {selector}", launches
-        given, options = (placed.scores[:n], *placed[1:3]), {"numerator": 1, "denominator": 20, "n_rows": n // 20 + 1}
+        given, options = (placed.scores, *placed.flags.unbind(0)), {"numerator": 1, "denominator": 20, "n_rows": n // 20}
         bounds = torch.empty(9, dtype=torch.int32, device="meta")
         for name, more in (("", {}), (" rows", {"length": n}), (" bounds", {"bounds": bounds})):
             with Recorder() as launches:

@@ -125,6 +125,12 @@ def selection(n: int) -> Tile:
     return Tile({"BLOCK": block}, num_warps=threads // _warp_size())
 
 
+def totals(n: int) -> Tile:
+    """One program, a number a thread: fifteen sums in each. So many numbers are read at a time."""
+    threads = 256 if n <= 1024 else 1024
+    return Tile({"BLOCK": threads}, num_warps=threads // _warp_size())
+
+
 def place() -> Tile:
     """256 threads, one position each: N = 16,384 gives 64 programs, and eleven columns are in flight at once."""
     return Tile({"BLOCK": 256}, num_warps=256 // _warp_size())

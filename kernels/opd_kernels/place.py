@@ -193,9 +193,16 @@ class Placed(NamedTuple):
     """Of N positions."""
 
     stats: Tensor  # (11, N) fp32, the order of STATS
-    valid: Tensor  # (N,) uint8
-    infinite: Tensor  # (N,) uint8
+    flags: Tensor  # (2, N) uint8: valid, infinite
     scores: Tensor  # (N,) fp32
+
+    @property
+    def valid(self) -> Tensor:
+        return self.flags[0]
+
+    @property
+    def infinite(self) -> Tensor:
+        return self.flags[1]
 
 
 def place_fwd(
@@ -214,13 +221,13 @@ def place_fwd(
     stats = torch.empty((len(STATS), n_positions), dtype=torch.float32, device=table.device)
     flags = torch.empty((2, n_positions), dtype=torch.uint8, device=table.device)
     scores = torch.empty(n_positions, dtype=torch.float32, device=table.device)
-    placed = Placed(stats, *flags.unbind(0), scores)
+    placed = Placed(stats, flags, scores)
     if n_positions == 0:
         return placed
     names = COLUMNS + SUPPORT_COLUMNS
     quantiles = quantiles_fwd(table, [names.index(x) for x in fit.columns], fit.levels) if fit.columns else None
     _place_fwd_kernel[(triton.cdiv(n_positions, tile.constants["BLOCK"]),)](
-        table, rows, quantiles, *placed, n, n_positions, table.stride(0), n.bit_length(),
+        table, rows, quantiles, stats, *flags.unbind(0), scores, n, n_positions, table.stride(0), n.bit_length(),
         SELECTOR=selector, LOSS=-1 if loss is None else STATS.index(loss), HAS_ROWS=rows is not None, **tile.constants,
         num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from opd_ops.arguments import is_traced
+from opd_ops.arguments import is_traced, may_look
+from opd_ops.backends.interface import Placed
 from opd_ops.backends.shared.first_order import first_order
 from opd_ops.backends.shared.overwritten import unchanged
-from opd_ops.call.choose import Chosen
+from opd_ops.call.choose import Chosen, warn_of_infinite_counts
 from opd_ops.call.losses import Settled, sampled_tokens, selected_losses, settle
-from opd_ops.call.metrics import Metrics, loss_metrics, sampled_metrics
+from opd_ops.call.metrics import Metrics, loss_metrics, metrics_of_totals, sampled_metrics
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
@@ -53,6 +54,13 @@ class TokenLosses(NamedTuple):
 def mean_loss(chosen: Chosen, num_items_in_batch: Tensor | float | None) -> SelectiveOPDOutput:
     """The sum of the selected positions' losses, divided by the denominator that the settings name."""
     call, rows = chosen.call, chosen.rows
+    if (
+        chosen.placed is not None
+        and chosen.counts is not None
+        and not isinstance(num_items_in_batch, Tensor)
+        and not call.divergence.reads_tokens
+    ):
+        return _mean_loss_by_kernels(chosen, chosen.placed, chosen.counts, num_items_in_batch)
     kind, weights = call.settings.denominator, call.batch.weights
     if call.ranks is None:  # if one rank of several raised, the others would wait for it
         _check_some_items(num_items_in_batch, chosen.selected)
@@ -74,6 +82,40 @@ def mean_loss(chosen: Chosen, num_items_in_batch: Tensor | float | None) -> Sele
     loss_sum = torch.where(trained, losses if row_weights is None else losses * row_weights, 0).sum()
     metrics = _metrics(settled, loss, loss_sum, counts)
     return SelectiveOPDOutput(loss, chosen.selected, chosen.scores, chosen.stats, metrics)
+
+
+def _mean_loss_by_kernels(
+    chosen: Chosen, placed: Placed, counts: tuple[int, int], num_items: float | None
+) -> SelectiveOPDOutput:
+    """`mean_loss` where kernels made the statistics and the CPU knows the counts: kernels drop infinite losses and sum."""
+    call, rows, (n_selected, n_valid) = chosen.call, chosen.rows, counts
+    kind, weights = call.settings.denominator, call.batch.weights
+    if num_items == 0 and n_selected:
+        _refuse_no_items(n_selected)
+    total = float(n_valid if num_items is None else num_items)
+    if kind == "selected":
+        total *= n_selected / max(n_valid, 1)
+    total = total if n_selected else 1.0
+    factors = placed.scores.new_full((len(rows),), 1.0 / total if total else 0.0)
+    row_weights = None if weights is None else weights.detach().flatten()[rows].to(factors.dtype)
+    factors = factors if row_weights is None else factors * row_weights
+    weighted, losses = selected_losses(chosen, factors, None, inplace=call.settings.inplace_backward)
+    totals = call.backend.totals(
+        placed,
+        chosen.selected,
+        rows,
+        losses,
+        row_weights,
+        call.unmasked,
+        loss=call.divergence.column,
+        by_selected=kind == "selected",
+    )
+    if may_look(rows):
+        is_known = call.divergence.whole is not None and call.divergence.whole.column is not None
+        among = (n_valid, "valid") if is_known else (n_selected, "selected")
+        warn_of_infinite_counts(int(totals["n_infinite"]), *among, call.divergence.name)
+    loss = weighted * totals["scale"].to(weighted.dtype)
+    return SelectiveOPDOutput(loss, chosen.selected, chosen.scores, chosen.stats, metrics_of_totals(loss, totals))
 
 
 def denominator(
@@ -104,10 +146,14 @@ def _check_some_items(value: Tensor | float | None, selected: Tensor) -> None:
         return
     number = scalar_of("num_items_in_batch", value) if isinstance(value, Tensor) else value
     if number == 0 and bool(selected.any()):
-        raise ValueError(
-            f"num_items_in_batch: got 0, but {int(selected.sum())} positions are selected; pass the count of valid tokens, at "
-            "least that many, or a mask without a valid position"
-        )
+        _refuse_no_items(int(selected.sum()))
+
+
+def _refuse_no_items(n_selected: int) -> None:
+    raise ValueError(
+        f"num_items_in_batch: got 0, but {n_selected} positions are selected; pass the count of valid tokens, at "
+        "least that many, or a mask without a valid position"
+    )
 
 
 def nan_if_nonfinite(chosen: Chosen, dtype: torch.dtype) -> Tensor:

@@ -430,6 +430,11 @@ def check_whole_sequences(selector: Selector) -> None:
         )
 
 
+def own_name(selector: Selector) -> str | None:
+    """The selector's name in SELECTORS; None for a user's own, and with other parameters than the named one has."""
+    return next((name for name, candidate in SELECTORS.items() if candidate is selector), None)
+
+
 def _name(selector: Selector) -> str:
     """The selector's name in SELECTORS, also with other parameters; for a user's own selector its class name."""
     for name, candidate in SELECTORS.items():

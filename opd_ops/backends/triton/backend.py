@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from opd_ops.arguments import is_traced
-from opd_ops.backends.interface import Backend, Needs, is_computed
+from opd_ops.backends.interface import Backend, Choice, Needs, Placed, is_computed
 from opd_ops.backends.streamed.backend import STREAMED
-from opd_ops.backends.triton import dense, dense_loss, heads, heads_loss, kernel_loss, operators, shards
+from opd_ops.backends.triton import dense, dense_loss, heads, heads_loss, kernel_loss, operators, selection, shards
 from opd_ops.backends.triton.launches import column_names
 from opd_ops.backends.triton.layout import Layout
 from opd_ops.divergences import Divergence, is_column, weighted_sum
@@ -30,6 +30,7 @@ from opd_ops.inputs import float8
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.inputs.workspace import Workspace
+from opd_ops.selection.budget import as_ratio
 from opd_ops.selection.stats import OwnStats, TokenStats
 
 _log = logging.getLogger("opd_ops")
@@ -78,24 +79,67 @@ class Triton(Backend):
                     workspace=workspace,
                     score_dtype=score_dtype,
                 )
-            optional = ",".join(sorted(columns))
-            if is_computed(student, teacher) and is_traced():
-                arguments = operators.head_arguments(student, teacher, workspace, top_k)
-                table: Tensor = operators.head_columns(*arguments, rows, optional, score_dtype)
-            elif is_computed(student, teacher):
-                sources = student.detach(), teacher.detach()
-                table = heads.launch_columns(*sources, rows, top_k, columns, workspace, score_dtype)
-            else:
-                vocab, temperature = student.transform.vocab_size, student.transform.temperature
-                tensors = student.leading.detach(), teacher.leading.detach(), rows
-                if is_traced():
-                    table = operators.token_columns(*tensors, top_k, optional, workspace.nbytes, vocab, temperature)
-                else:
-                    table = dense.launch_columns(*tensors, top_k, columns, workspace, vocab, temperature)
+            table = _table(student, teacher, rows, top_k, columns, workspace, score_dtype)
             named = zip(column_names(columns), table.unbind(0), strict=True)
             # The score kernel also writes normalisers, which are no statistics.
             out = {name: column for name, column in named if name in TokenStats._fields}
             return TokenStats(valid=torch.isfinite(out["teacher_logsumexp"]), **out)
+
+    def placed_stats(
+        self,
+        student: Source,
+        teacher: Source,
+        rows: Tensor | None,
+        *,
+        top_k: int,
+        workspace: Workspace,
+        score_dtype: torch.dtype | None,
+        selector: str | None,
+        loss: str | None,
+    ) -> Placed | None:
+        if student.transform.shard is not None:
+            return None
+        n = student.shape.numel()
+        with torch.no_grad():
+            every_row = torch.arange(n, device=student.leading.device) if rows is None else rows
+            table = _table(student, teacher, every_row, top_k, frozenset(), workspace, score_dtype)
+            known = selector if selector is not None and self.scores_by_kernels(selector) else "all"
+            arguments = table, rows, n, known, loss
+            outputs = operators.placed_scores(*arguments) if is_traced() else selection.launch_scores(*arguments)
+            return selection.placed(outputs, student.shape)
+
+    def scores_by_kernels(self, selector: str | None) -> bool:
+        return selector in selection.SELECTORS
+
+    def choose(
+        self,
+        scores: Tensor,
+        valid: Tensor,
+        infinite: Tensor,
+        *,
+        fraction: float,
+        n_rows: int,
+        length: int | None,
+        bounds: Tensor | None,
+    ) -> Choice | None:
+        flags = selection.bytes_of(valid), selection.bytes_of(infinite)
+        arguments = scores.reshape(-1), *flags, *as_ratio(fraction), n_rows, length or 0, bounds
+        outputs = operators.chosen_positions(*arguments) if is_traced() else selection.launch_choice(*arguments)
+        return selection.choice(outputs)
+
+    def totals(
+        self,
+        placed: Placed,
+        selected: Tensor,
+        rows: Tensor,
+        losses: Tensor,
+        row_weights: Tensor | None,
+        unmasked: Tensor | None,
+        *,
+        loss: str | None,
+        by_selected: bool,
+    ) -> dict[str, Tensor]:
+        return selection.totals(placed, selected, rows, losses, row_weights, unmasked, loss=loss, by_selected=by_selected)
 
     def own_stats(
         self, source: Source, rows: Tensor, *, top_k: int, workspace: Workspace, score_dtype: torch.dtype | None
@@ -168,6 +212,30 @@ class Triton(Backend):
 
 
 TRITON = Triton()
+
+
+def _table(
+    student: Source,
+    teacher: Source,
+    rows: Tensor,
+    top_k: int,
+    columns: frozenset[str],
+    workspace: Workspace,
+    score_dtype: torch.dtype | None,
+) -> Tensor:
+    """(columns, n) statistics of the rows, in the order of `column_names`."""
+    optional = ",".join(sorted(columns))
+    if is_computed(student, teacher) and is_traced():
+        arguments = operators.head_arguments(student, teacher, workspace, top_k)
+        table: Tensor = operators.head_columns(*arguments, rows, optional, score_dtype)
+        return table
+    if is_computed(student, teacher):
+        return heads.launch_columns(student.detach(), teacher.detach(), rows, top_k, columns, workspace, score_dtype)
+    vocab, temperature = student.transform.vocab_size, student.transform.temperature
+    tensors = student.leading.detach(), teacher.leading.detach(), rows
+    if is_traced():
+        return operators.token_columns(*tensors, top_k, optional, workspace.nbytes, vocab, temperature)  # type: ignore[no-any-return]
+    return dense.launch_columns(*tensors, top_k, columns, workspace, vocab, temperature)
 
 
 def _refusal(student: Source, teacher: Source | TeacherLists, needs: Needs) -> str | None:
