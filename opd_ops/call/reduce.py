@@ -54,12 +54,7 @@ class TokenLosses(NamedTuple):
 def mean_loss(chosen: Chosen, num_items_in_batch: Tensor | float | None) -> SelectiveOPDOutput:
     """The sum of the selected positions' losses, divided by the denominator that the settings name."""
     call, rows = chosen.call, chosen.rows
-    if (
-        chosen.placed is not None
-        and chosen.counts is not None
-        and not isinstance(num_items_in_batch, Tensor)
-        and not call.divergence.reads_tokens
-    ):
+    if chosen.placed is not None and chosen.counts is not None and not call.divergence.reads_tokens:
         return _mean_loss_by_kernels(chosen, chosen.placed, chosen.counts, num_items_in_batch)
     kind, weights = call.settings.denominator, call.batch.weights
     if call.ranks is None:  # if one rank of several raised, the others would wait for it
@@ -85,18 +80,19 @@ def mean_loss(chosen: Chosen, num_items_in_batch: Tensor | float | None) -> Sele
 
 
 def _mean_loss_by_kernels(
-    chosen: Chosen, placed: Placed, counts: tuple[int, int], num_items: float | None
+    chosen: Chosen, placed: Placed, counts: tuple[int, int], num_items: Tensor | float | None
 ) -> SelectiveOPDOutput:
     """`mean_loss` where kernels made the statistics and the CPU knows the counts: kernels drop infinite losses and sum."""
     call, rows, (n_selected, n_valid) = chosen.call, chosen.rows, counts
     kind, weights = call.settings.denominator, call.batch.weights
-    if num_items == 0 and n_selected:
-        _refuse_no_items(n_selected)
-    total = float(n_valid if num_items is None else num_items)
-    if kind == "selected":
-        total *= n_selected / max(n_valid, 1)
-    total = total if n_selected else 1.0
-    factors = placed.scores.new_full((len(rows),), 1.0 / total if total else 0.0)
+    _check_some_items(num_items, chosen.selected)
+    share = n_selected / max(n_valid, 1) if kind == "selected" else 1.0
+    if isinstance(num_items, Tensor):
+        total = num_items.to(device=rows.device, dtype=torch.float64) * share
+        factors = _ratio(1.0, total).to(placed.scores.dtype).expand(len(rows))
+    else:
+        host_total = share * (n_valid if num_items is None else num_items)
+        factors = placed.scores.new_full((len(rows),), 1.0 / host_total if host_total else 0.0)
     row_weights = None if weights is None else weights.detach().flatten()[rows].to(factors.dtype)
     factors = factors if row_weights is None else factors * row_weights
     weighted, losses = selected_losses(chosen, factors, None, inplace=call.settings.inplace_backward)
@@ -146,14 +142,10 @@ def _check_some_items(value: Tensor | float | None, selected: Tensor) -> None:
         return
     number = scalar_of("num_items_in_batch", value) if isinstance(value, Tensor) else value
     if number == 0 and bool(selected.any()):
-        _refuse_no_items(int(selected.sum()))
-
-
-def _refuse_no_items(n_selected: int) -> None:
-    raise ValueError(
-        f"num_items_in_batch: got 0, but {n_selected} positions are selected; pass the count of valid tokens, at "
-        "least that many, or a mask without a valid position"
-    )
+        raise ValueError(
+            f"num_items_in_batch: got 0, but {int(selected.sum())} positions are selected; pass the count of valid tokens, at "
+            "least that many, or a mask without a valid position"
+        )
 
 
 def nan_if_nonfinite(chosen: Chosen, dtype: torch.dtype) -> Tensor:

@@ -20,6 +20,7 @@ from opd_ops.selection.budget import as_ratio, most_selected, select
 from opd_ops.selection.selectors import SELECTORS, is_deterministic
 from opd_ops.selection.stats import TokenStats
 from tests.support.cases import generator
+from tests.support.kernel_oracle import same
 
 INF, NAN = float("inf"), float("nan")
 NAMES = COLUMNS + SUPPORT_COLUMNS
@@ -43,11 +44,6 @@ def drawn_table(seed, n):
 
 def drawn_mask(seed, n):
     return None if seed % 2 else torch.rand(n, generator=generator(seed + 1)) < 0.7
-
-
-def same(a, b):
-    """Equal bits, but for the sign of 0 and the payload of NaN."""
-    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0.0, INF, -INF), b.nan_to_num(0.0, INF, -INF))
 
 
 def torch_path(table, rows, n, selector, loss):
