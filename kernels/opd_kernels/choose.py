@@ -66,7 +66,6 @@ def _choose_fwd_kernel(
         end = tl.minimum(begin + length, N)
     n = (end - begin).to(tl.int32)
     offset = tl.arange(0, BLOCK)
-    n_infinite = 0
     keys = tl.full((BLOCK,), ABSENT, tl.int32)
     if WHOLE:
         keys, valid = _score_keys(scores_ptr, valid_ptr, begin + offset, offset < n)
@@ -96,13 +95,15 @@ def _choose_fwd_kernel(
             n_above += tl.sum(above.to(tl.int32))
     missing = tl.where(wanted > 0, wanted - n_above, 0)  # ties to be selected
     n_earlier = 0  # selected ones before the block
+    infinite = tl.zeros((SCAN,), tl.int32)
     lane = tl.arange(0, SCAN)  # fewer at a time: a scan takes more registers
     for first in range(0, n, SCAN):
         inside = first + lane < n
         score_keys = _score_keys(scores_ptr, valid_ptr, begin + first + lane, inside)[0]
         larger = (score_keys > key) & (wanted > 0)
         tie = (score_keys == key) & (score_keys != ABSENT)
-        counts = tl.cumsum(larger.to(tl.int32) * 65536 + tie.to(tl.int32), 0)  # two counts, 16 bits each
+        packed = larger.to(tl.int32) * 65536 + tie.to(tl.int32)  # two counts, 16 bits each
+        counts = tl.cumsum(packed, 0)
         n_ties = counts & 0xFFFF
         taken = larger | (tie & (n_ties <= missing))
         n_taken = (counts >> 16) + tl.minimum(n_ties, missing)  # up to and with this position
@@ -112,14 +113,15 @@ def _choose_fwd_kernel(
             n_taken += n_earlier
             place = tl.where(taken, n_taken - 1, wanted + (first + lane - n_taken))  # the others behind all taken ones
             tl.store(rows_ptr + place, i, mask=inside & (place < n_rows))
-            infinite = tl.load(infinite_ptr + i, mask=inside, other=0)
-            n_infinite += tl.sum(infinite.to(tl.int32))
-        missing -= tl.sum((taken & tie).to(tl.int32))
-        n_earlier += tl.sum(taken.to(tl.int32))
+            infinite += tl.load(infinite_ptr + i, mask=inside, other=0).to(tl.int32)
+        total = tl.sum(packed)
+        n_new_ties = tl.minimum(total & 0xFFFF, missing)
+        n_earlier += (total >> 16) + n_new_ties
+        missing -= n_new_ties
     if LISTS:
         tl.store(counts_ptr, wanted.to(tl.int64))
         tl.store(counts_ptr + 1, n_valid.to(tl.int64))
-        tl.store(counts_ptr + 2, tl.cast(n_infinite, tl.int64))
+        tl.store(counts_ptr + 2, tl.sum(infinite).to(tl.int64))
 
 
 @triton.jit(do_not_specialize=["N", "n_rows"])

@@ -37,6 +37,11 @@ class Chosen:
     placed: Placed | None = None  # where kernels made `stats`
     counts: tuple[int, int] | None = None  # of selected and valid positions, where the CPU knows them
 
+    @property
+    def is_summed_by_kernels(self) -> bool:
+        """Whether a kernel takes the sums of the mean loss, so that `Backend.totals` may run."""
+        return self.placed is not None and self.counts is not None and not self.call.divergence.reads_tokens
+
 
 def shortlist(scored: Scored) -> Tensor:
     """(...) bool: the best positions of a first ranking in 8 bits, twice the budget. They are scored again."""

@@ -120,7 +120,7 @@ def test_no_items_but_selected_positions_are_refused():
 @pytest.mark.parametrize("options", [{"threshold": 0.5}, {"selector": "teachability-released"}])
 def test_what_kernels_do_not_select_torch_selects(options, monkeypatch):
     """A threshold, and a selector that keeps one position of each sequence."""
-    monkeypatch.setattr(reduce, "_mean_loss_by_kernels", None)
+    monkeypatch.setattr(reduce, "_summed_by_kernels", None)
     student, teacher = logit_pair(20, 130)
     out = selective_opd_loss(leaf(student), teacher, backend="triton", **options)
     want = selective_opd_loss(leaf(student), teacher, backend="torch", **options)
