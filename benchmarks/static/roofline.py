@@ -38,6 +38,7 @@ from opd_kernels.reverse_kl import reverse_kl_grad
 from opd_kernels.scale import scale
 from opd_kernels.score import COLUMNS, score_fwd
 from opd_kernels.support import support_fwd
+from opd_kernels.totals import totals_fwd
 from opd_kernels.zero_rows import zero_rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -89,18 +90,25 @@ class Recorder:
 
 def selection():
     """(configuration name, launches) of a selection among n positions, all of them or some of twice as many."""
-    for n in (1024, 4096, 16_384, 65_536):
+    for n in (1024, 16_384, 65_536):
         table = torch.empty((16, n), device="meta")
         rows = torch.empty(n, dtype=torch.int64, device="meta")
         for selector in ("teachability+entropy", "tip"):
             with Recorder() as launches:
                 placed = place_fwd(table, rows, 2 * n, selector=selector, loss="reverse_kl")
             yield f"N={n} {selector}", launches
-        given, options = (placed.scores, *placed.flags.unbind(0)), {"numerator": 1, "denominator": 20, "n_rows": n // 20}
+        given, options = (
+            tuple(x[:n] for x in (placed.scores, *placed.flags.unbind(0))),
+            {"numerator": 1, "denominator": 20, "n_rows": n // 20},
+        )
         bounds = torch.empty(9, dtype=torch.int32, device="meta")
-        for name, more in (("", {}), (" rows", {"length": n}), (" bounds", {"bounds": bounds})):
+        for name, more in (("", {}), (" bounds", {"bounds": bounds})):
             with Recorder() as launches:
-                choose_fwd(*(x[:n] for x in given), **options, **more)
+                choice = choose_fwd(*given, **options, **more)
+                if not more:
+                    losses, loss = placed.scores[: n // 20], {"loss": "reverse_kl", "by_selected": True}
+                    sides = choice.rows, losses, losses, placed.scores, placed.valid, placed.valid
+                    totals_fwd(*sides, placed.stats, choice.selected, placed.infinite, **loss)
             yield f"N={n}{name}", launches
 
 

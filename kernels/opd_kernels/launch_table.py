@@ -116,12 +116,14 @@ def scale() -> Tile:
 
 
 def selection(n: int) -> Tile:
-    """One program for n positions, 2 to 16 numbers a thread; beyond 16,384 positions so many at a time.
+    """One program for n positions, 2 to 16 numbers a thread; of more than 16,384 positions 8 a thread at a time.
 
     Few numbers a thread: each round of a search waits for one thread's numbers and one barrier. 16 stay in registers
     (1024 threads have 64 each); 32 would leave no room for what a scan of them needs.
     """
     block, threads = (1024, 512) if n <= 1024 else (4096, 1024) if n <= 4096 else (16_384, 1024)
+    if n > block:  # read again by each round: 16 addresses a thread would not stay in registers
+        block = 8192
     return Tile({"BLOCK": block}, num_warps=threads // _warp_size())
 
 

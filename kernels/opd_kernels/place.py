@@ -124,8 +124,8 @@ def _selector_score(column, quantiles_ptr, SELECTOR: tl.constexpr):
     elif SELECTOR == "compatibility":
         score = _quantile_norm(column[MASS], quantiles_ptr, 0)
     elif SELECTOR == "tip":
-        h = _minmax_norm(column[ENTROPY], quantiles_ptr, 0, True)
-        score = _soft_or(h, _minmax_norm(column[REVERSE_KL], quantiles_ptr, 1, False))
+        k = _minmax_norm(column[REVERSE_KL], quantiles_ptr, 1, False)  # first: with the other order sm_80 spills 8 bytes
+        score = _soft_or(_minmax_norm(column[ENTROPY], quantiles_ptr, 0, True), k)
     elif SELECTOR == "overconfident":
         confident = 1.0 - _minmax_norm(column[ENTROPY], quantiles_ptr, 0, True)
         kl = column[FORWARD_KL]  # an infinite KL ranks first, and inf * 0 would be NaN

@@ -1,5 +1,7 @@
 """The third stage of a call: its budget or threshold selects positions, as a mask and as the rows that a backend reads.
 
+A budget of one process is cut by the backend's kernels, if it has them (`Backend.choose`); all else by selection/budget.py.
+
   M = the best-scored of the valid positions;  l_t, t in M, the divergence       arXiv 2605.26844 eqs. 6, 13
 
 Not here: scores (score.py), budgets and ties (selection/budget.py), losses of the selected positions (losses.py).
