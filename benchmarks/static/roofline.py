@@ -29,13 +29,16 @@ import torch
 import triton
 from opd_kernels import launch_table
 from opd_kernels.argmax import argmax_fwd
+from opd_kernels.choose import choose_fwd
 from opd_kernels.forward_kl import forward_kl_grad
 from opd_kernels.jsd import jsd_fwd, jsd_grad
 from opd_kernels.off_list import off_list_fwd, off_list_grad
+from opd_kernels.place import place_fwd
 from opd_kernels.reverse_kl import reverse_kl_grad
 from opd_kernels.scale import scale
 from opd_kernels.score import COLUMNS, score_fwd
 from opd_kernels.support import support_fwd
+from opd_kernels.totals import totals_fwd
 from opd_kernels.zero_rows import zero_rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -73,6 +76,7 @@ ONE_CAPPED = dict(ONE_PLAIN, softcap=30.0)
 NARROW = 32_008  # a multiple of 8 and not of 16, as vocabularies padded to 8 are
 ODD = 50_257  # rows start anywhere: logits are loaded one by one, which only such configurations may
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+POINTERS = {v: k for k, v in TYPES.items()} | {torch.uint8: "u8", torch.int64: "i64", torch.float64: "fp64"}
 
 
 class Recorder:
@@ -87,8 +91,33 @@ class Recorder:
         JITFunction.run = self.run
 
 
+def selection():
+    """(configuration name, launches) of a selection among n positions, all of them or some of twice as many."""
+    for n in (1024, 16_384, 65_536):
+        table = torch.empty((16, n), device="meta")
+        rows = torch.empty(n, dtype=torch.int64, device="meta")
+        for selector in ("teachability+entropy", "tip"):
+            with Recorder() as launches:
+                placed = place_fwd(table, rows, 2 * n, selector=selector, loss="reverse_kl")
+            yield f"N={n} {selector}", launches
+        given, options = (
+            tuple(x[:n] for x in (placed.scores, *placed.flags.unbind(0))),
+            {"numerator": 1, "denominator": 20, "n_rows": n // 20},
+        )
+        bounds = torch.empty(9, dtype=torch.int32, device="meta")
+        for name, more in (("", {}), (" bounds", {"bounds": bounds})):
+            with Recorder() as launches:
+                choice = choose_fwd(*given, **options, **more)
+                if not more:
+                    losses, loss = placed.scores[: n // 20], {"loss": "reverse_kl", "by_selected": True}
+                    sides = choice.rows, losses, losses, placed.scores, placed.valid, placed.valid
+                    totals_fwd(*sides, placed.stats, choice.selected, placed.infinite, **loss)
+            yield f"N={n}{name}", launches
+
+
 def configurations():
     """(configuration name, launches) of what the library ships."""
+    yield from selection()
     V = 151936
 
     def logits(dtype, n, width=V):
@@ -183,7 +212,7 @@ def compile_launch(launch, target: GPUTarget):
             signature[param.name], constants[param.name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
-            signature[param.name] = "*" + ({v: k for k, v in TYPES.items()} | {torch.uint8: "u8"}).get(value.dtype, "i32")
+            signature[param.name] = "*" + POINTERS.get(value.dtype, "i32")
         else:
             signature[param.name] = "fp32" if isinstance(value, float) else "i32"
         if isinstance(value, torch.Tensor) or (plain and type(value) is int and value % 16 == 0):

@@ -144,6 +144,29 @@ def scale() -> Tile:
     return Tile({"BLOCK": 4096}, num_warps=128 // _warp_size())
 
 
+def selection(n: int) -> Tile:
+    """One program for n positions, 2 to 16 numbers a thread; of more than 16,384 positions 8 a thread at a time.
+
+    Few numbers a thread: each round of a search waits for one thread's numbers and one barrier. 16 stay in registers
+    (1024 threads have 64 each); 32 would leave no room for what a scan of them needs.
+    """
+    block, threads = (1024, 512) if n <= 1024 else (4096, 1024) if n <= 4096 else (16_384, 1024)
+    if n > block:  # read again by each round: 16 addresses a thread would not stay in registers
+        block = 8192
+    return Tile({"BLOCK": block}, num_warps=threads // _warp_size())
+
+
+def totals(n: int) -> Tile:
+    """One program, a number a thread: fifteen sums in each. So many numbers are read at a time."""
+    threads = 256 if n <= 1024 else 1024
+    return Tile({"BLOCK": threads}, num_warps=threads // _warp_size())
+
+
+def place() -> Tile:
+    """256 threads, one position each: N = 16,384 gives 64 programs, and eleven columns are in flight at once."""
+    return Tile({"BLOCK": 256}, num_warps=256 // _warp_size())
+
+
 def off_list(dtype: torch.dtype) -> Tile:
     """128 threads, each takes 32 logits an iteration, as in `score`: 8.9 instructions a logit and 53 registers."""
     vec = 4 if dtype == torch.float32 else 8

@@ -30,6 +30,23 @@ class Needs(NamedTuple):
     traced: bool = False  # by torch.compile
 
 
+class Placed(NamedTuple):
+    """Statistics and scores of all positions, from kernels. (...) is the positions' shape, N their number."""
+
+    scores: Tensor  # (...) fp32, -inf where not valid or infinite
+    stats: TokenStats  # columns (...), 0 where not valid
+    infinite: Tensor  # (...) bool: valid positions whose divergence is known to be +inf
+    columns: Tensor  # (columns, N) the memory of the fp32 columns of `stats`
+
+
+class Choice(NamedTuple):
+    """Positions selected by kernels; N positions."""
+
+    selected: Tensor  # (N,) bool
+    rows: Tensor  # (R,) int64: the selected positions in order; with one budget for all, then others in order
+    counts: Tensor  # (3,) int64: selected, valid, infinite positions
+
+
 class Backend(ABC):
     """Computes statistics and losses. `rows` are int64 numbers of flattened positions, `sources` the two models."""
 
@@ -52,6 +69,66 @@ class Backend(ABC):
     def scores_selected_rows(self, student: Source, teacher: Source | TeacherLists) -> bool:
         """Whether `selected_loss` computes the rows' statistics itself and does not read `stats`."""
         return False
+
+    def placed_stats(
+        self,
+        student: Source,
+        teacher: Source,
+        rows: Tensor | None,
+        *,
+        top_k: int,
+        workspace: Workspace,
+        score_dtype: torch.dtype | None,
+        selector: str | None,
+        loss: str | None,
+    ) -> Placed | None:
+        """Statistics of all positions by kernels, and a selector's scores; None: this backend cannot.
+
+        `rows`: ascending positions that have statistics; None: all. `selector`: a name; None, or a name that kernels do not
+        know: scores of 0. `loss`: the column that holds the divergence; None: no column does.
+        """
+        return None
+
+    def scores_by_kernels(self, selector: str | None) -> bool:
+        """Whether `placed_stats` knows the selector."""
+        return False
+
+    def choose(
+        self,
+        scores: Tensor,
+        valid: Tensor,
+        infinite: Tensor,
+        *,
+        fraction: float,
+        n_rows: int,
+        length: int | None,
+        bounds: Tensor | None,
+    ) -> Choice | None:
+        """The budget's cut by kernels, on positions of any shape; None: this backend has no such kernel.
+
+        `n_rows`: the most positions that can be selected. `length`: one budget for each sequence of so many positions.
+        `bounds`: one for each sequence between two bounds.
+        """
+        return None
+
+    def totals(
+        self,
+        placed: Placed,
+        selected: Tensor,
+        rows: Tensor,
+        losses: Tensor,
+        row_weights: Tensor | None,
+        unmasked: Tensor | None,
+        *,
+        loss: str | None,
+        by_selected: bool,
+    ) -> dict[str, Tensor]:
+        """Sums and counts of a call, by name (opd_kernels/totals.py), where `placed_stats` and `choose` ran.
+
+        In place: rows with an infinite loss are no longer `selected` and become `placed.infinite`; the column `loss` takes the
+        losses.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def token_stats(

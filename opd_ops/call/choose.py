@@ -1,5 +1,7 @@
 """The third stage of a call: its budget or threshold selects positions, as a mask and as the rows that a backend reads.
 
+A budget of one process is cut by the backend's kernels, if it has them (`Backend.choose`); all else by selection/budget.py.
+
   M = the best-scored of the valid positions;  l_t, t in M, the divergence       arXiv 2605.26844 eqs. 6, 13
 
 Not here: scores (score.py), budgets and ties (selection/budget.py), losses of the selected positions (losses.py).
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from opd_ops.arguments import warn_user
+from opd_ops.backends.interface import Choice, Placed
 from opd_ops.call.prepare import Call
 from opd_ops.call.score import Scored, check_scores, is_finite, whole_stats_of
 from opd_ops.distributed.ranks import Ranks
@@ -33,6 +36,13 @@ class Chosen:
     selected: Tensor  # (...) bool
     scores: Tensor  # (...)
     stats: TokenStats  # columns (...)
+    placed: Placed | None = None  # where kernels made `stats`
+    counts: tuple[int, int] | None = None  # of selected and valid positions, where the CPU knows them
+
+    @property
+    def is_summed_by_kernels(self) -> bool:
+        """Whether a kernel takes the sums of the mean loss, so that `Backend.totals` may run."""
+        return self.placed is not None and self.counts is not None and not self.call.divergence.reads_tokens
 
 
 def shortlist(scored: Scored) -> Tensor:
@@ -42,18 +52,58 @@ def shortlist(scored: Scored) -> Tensor:
 
 def choose(scored: Scored) -> Chosen:
     """Select positions by the call's budget or threshold."""
-    call = scored.call
-    selected, stats = _selected(scored, call.settings.fraction), scored.stats
-    rows, trained = _rows_of(selected, call)
-    if not call.in_graph:  # the CPU has just waited for the device, to list the rows
-        warn_of_infinite(scored.infinite, stats.valid, "valid", call.divergence.name)
+    call, stats, counts = scored.call, scored.stats, None
+    choice = _chosen_by_kernels(scored)
+    if choice is None:
+        selected = _selected(scored, call.settings.fraction)
+        rows, trained = _rows_of(selected, call)
+        if not call.in_graph:  # the CPU has just waited for the device, to list the rows
+            warn_of_infinite(scored.infinite, stats.valid, "valid", call.divergence.name)
+    else:
+        selected, rows, trained = choice.selected.view(call.shape), choice.rows, None
+        if call.in_graph:
+            trained = choice.selected[rows]
+        else:  # the CPU waits for the device
+            n_selected, n_valid, n_infinite = choice.counts.tolist()
+            rows, counts = rows[:n_selected], (n_selected, n_valid)
+            warn_of_infinite_counts(n_infinite, n_valid, "valid", call.divergence.name)
     if (
         call.student_stats is not None
         and call.divergence.whole is not None
         and not call.backend.scores_selected_rows(call.student, call.teacher)
     ):
         rows, trained, selected, stats = _with_whole_rows(call, rows, trained, selected, stats)
-    return Chosen(call, rows, trained, selected, scored.scores, stats)
+        return Chosen(call, rows, trained, selected, scored.scores, stats)
+    return Chosen(call, rows, trained, selected, scored.scores, stats, scored.placed, counts)
+
+
+def _chosen_by_kernels(scored: Scored) -> Choice | None:
+    """The selected positions, where the backend's kernels can select them: by a budget, on this process alone."""
+    call, selector = scored.call, scored.call.selector
+    by_place = getattr(selector, "ties_by_place", False) and call.scope != "sequence"
+    keeps_one = getattr(selector, "keep_one_per_sequence", False)
+    if call.ranks is not None or call.settings.threshold is not None or keeps_one or by_place:
+        return None
+    if call.in_graph and not _has_fixed_list(call):
+        return None
+    n, length, bounds = call.shape.numel(), None, None
+    n_rows = most_selected(n, call.settings.fraction)
+    if call.scope == "sequence":
+        n_rows, bounds = min(n, n_rows + call.positions.n_sequences), call.batch.cu_seqlens
+        if bounds is None:
+            length = call.shape[-1] if len(call.shape) else 1
+        else:
+            bounds = bounds.to(scored.scores.device)
+    with torch.no_grad():
+        return call.backend.choose(
+            scored.scores,
+            scored.stats.valid,
+            scored.infinite,
+            fraction=call.settings.fraction,
+            n_rows=n_rows,
+            length=length,
+            bounds=bounds,
+        )
 
 
 def _selected(scored: Scored, fraction: float) -> Tensor:
@@ -145,8 +195,7 @@ def _rows_of(selected: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
     selected at most. Other rows fill it up, with weight 0: their losses and gradients are exactly zero.
     """
     flat = selected.flatten()
-    is_fixed = call.unmasked is None and call.scope == "batch" and call.backend.drops_weightless_rows
-    if call.settings.threshold is not None or not is_fixed or not call.in_graph:
+    if call.settings.threshold is not None or not _has_fixed_list(call) or not call.in_graph:
         return flat.nonzero().squeeze(1), None
     n_rows = most_selected(len(flat), call.settings.fraction)
     if getattr(call.selector, "keep_one_per_sequence", False):  # these positions come on top of the budget
@@ -155,15 +204,23 @@ def _rows_of(selected: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
     return rows, flat[rows]
 
 
+def _has_fixed_list(call: Call) -> bool:
+    return call.unmasked is None and call.scope == "batch" and call.backend.drops_weightless_rows
+
+
 _warned_of: set[str] = set()  # Python forgets which warnings it has shown when code catches warnings
 
 
 def warn_of_infinite(infinite: Tensor, among: Tensor, kind: str, divergence: str) -> None:
+    """`warn_of_infinite_counts`, of two tensors of bools."""
+    if divergence not in _warned_of:
+        n_infinite, n_all = torch.stack((infinite.sum(), among.sum())).tolist()
+        warn_of_infinite_counts(n_infinite, n_all, kind, divergence)
+
+
+def warn_of_infinite_counts(n_infinite: int, n_all: int, kind: str, divergence: str) -> None:
     """Warn once per process and divergence: if more than half of the positions are infinite, little or nothing is learned."""
-    if divergence in _warned_of:
-        return
-    n_infinite, n_all = torch.stack((infinite.sum(), among.sum())).tolist()
-    if 2 * n_infinite > n_all:
+    if 2 * n_infinite > n_all and divergence not in _warned_of:
         _warned_of.add(divergence)
         warn_user(
             f"divergence: {divergence!r} is infinite at {n_infinite} of {n_all} {kind} positions, which are not trained on, "

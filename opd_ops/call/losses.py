@@ -29,13 +29,13 @@ class Settled(NamedTuple):
 
 def selected_losses(chosen: Chosen, weights: Tensor, tokens: Tensor | None, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
     """sum weights l, connected to the student's tensors, and the losses l. weights, tokens and l are (M,)."""
-    call = chosen.call
+    call, stats, rows = chosen.call, chosen.stats, chosen.rows
     return call.backend.selected_loss(
         call.student,
         call.teacher,
-        chosen.rows,
+        rows,
         weights,
-        chosen.stats.take(chosen.rows),
+        stats.take(rows) if chosen.placed is None else stats.take_together(rows),
         divergence=call.divergence,
         tokens=tokens,
         workspace=call.workspace,

@@ -62,6 +62,14 @@ def loss_metrics(
     }
 
 
+def metrics_of_totals(loss: Tensor, totals: Mapping[str, Tensor]) -> Metrics:
+    """The metrics of `loss_metrics`, from a backend's totals."""
+    names = {"mass": "support_mass", "mass_selected": "support_mass_selected"}
+    names |= {f"{name}_sum": f"{known}_sum" for name, known in names.items()}
+    named = {names.get(name, name): value for name, value in totals.items() if name != "scale"}
+    return {"loss": loss.detach(), **named}
+
+
 @torch.no_grad()
 def sampled_metrics(log_ratio: Tensor, trained: Tensor) -> Metrics:
     """An estimate of KL(p || q) from tokens drawn from p, at the rows that are `trained`; both arguments are (M,)."""

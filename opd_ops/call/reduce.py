@@ -17,11 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opd_ops.arguments import may_look
 from opd_ops.backends.shared.gradient_in_backward import GradientPlan, connected
 from opd_ops.backends.shared.overwritten import unchanged
-from opd_ops.call.choose import Chosen
+from opd_ops.call.choose import Chosen, warn_of_infinite_counts
 from opd_ops.call.losses import Settled, sampled_tokens, selected_losses, settle
-from opd_ops.call.metrics import Metrics, loss_metrics, sampled_metrics
+from opd_ops.call.metrics import Metrics, loss_metrics, metrics_of_totals, sampled_metrics
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
@@ -55,14 +56,20 @@ def mean_loss(chosen: Chosen, num_items_in_batch: Tensor | float | None) -> Sele
     kind, weights = call.settings.denominator, call.batch.weights
     if call.ranks is None and not call.in_graph:  # if one rank of several raised, the others would wait for it
         _check_some_items(num_items_in_batch, chosen.selected)
-    n_valid = chosen.stats.valid.sum()
-    total = denominator(chosen.selected.sum(), n_valid, num_items_in_batch, kind)
-    factors = _ratio(1.0, total).to(chosen.scores.dtype).expand(len(rows))
+    n_valid = total = None
+    if chosen.is_summed_by_kernels:
+        factors = _known_factors(chosen, num_items_in_batch)
+    else:
+        n_valid = chosen.stats.valid.sum()
+        total = denominator(chosen.selected.sum(), n_valid, num_items_in_batch, kind)
+        factors = _ratio(1.0, total).to(chosen.scores.dtype).expand(len(rows))
     factors = factors if chosen.trained is None else torch.where(chosen.trained, factors, 0)
     row_weights = None if weights is None else weights.detach().flatten()[rows].to(factors.dtype)
     tokens = sampled_tokens(chosen)
     factors = factors if row_weights is None else factors * row_weights
     weighted, losses = selected_losses(chosen, factors, tokens, inplace=call.settings.inplace_backward)
+    if n_valid is None or total is None:
+        return _summed_by_kernels(chosen, weighted, losses, row_weights)
     settled = settle(chosen, losses, tokens)
     chosen, trained = settled.chosen, settled.trained
     # The correction is 1 if no infinite loss was dropped. Counts of ranks are added up only here, where they are final.
@@ -73,6 +80,41 @@ def mean_loss(chosen: Chosen, num_items_in_batch: Tensor | float | None) -> Sele
     loss_sum = torch.where(trained, losses if row_weights is None else losses * row_weights, 0).sum()
     metrics = _metrics(settled, loss, loss_sum, counts)
     return SelectiveOPDOutput(loss, chosen.selected, chosen.scores, chosen.stats, metrics)
+
+
+def _known_factors(chosen: Chosen, num_items: Tensor | float | None) -> Tensor:
+    """(M,) 1 / `denominator`, where the CPU knows the counts."""
+    assert chosen.counts is not None
+    (n_selected, n_valid), n_rows = chosen.counts, len(chosen.rows)
+    share = n_selected / max(n_valid, 1) if chosen.call.settings.denominator == "selected" else 1.0
+    if isinstance(num_items, Tensor):
+        total = num_items.to(device=chosen.rows.device, dtype=torch.float64) * share
+        return _ratio(1.0, total).to(chosen.scores.dtype).expand(n_rows)
+    known_total = share * (n_valid if num_items is None else num_items)
+    return chosen.scores.new_full((n_rows,), 1.0 / known_total if known_total else 0.0)
+
+
+def _summed_by_kernels(chosen: Chosen, weighted: Tensor, losses: Tensor, row_weights: Tensor | None) -> SelectiveOPDOutput:
+    """The output, after kernels have dropped infinite losses, corrected the mean and summed."""
+    call, placed, counts = chosen.call, chosen.placed, chosen.counts
+    assert placed is not None
+    assert counts is not None
+    totals = call.backend.totals(
+        placed,
+        chosen.selected,
+        chosen.rows,
+        losses,
+        row_weights,
+        call.unmasked,
+        loss=call.divergence.column,
+        by_selected=call.settings.denominator == "selected",
+    )
+    if may_look(losses):
+        is_known = call.divergence.whole is not None and call.divergence.whole.column is not None
+        among = (counts[1], "valid") if is_known else (counts[0], "selected")
+        warn_of_infinite_counts(int(totals["n_infinite"]), *among, call.divergence.name)
+    loss = weighted * totals["scale"].to(weighted.dtype)
+    return SelectiveOPDOutput(loss, chosen.selected, chosen.scores, chosen.stats, metrics_of_totals(loss, totals))
 
 
 def denominator(

@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from opd_ops.backends.interface import Placed
 from opd_ops.backends.shared import two_lists
 from opd_ops.call.prepare import Call
 from opd_ops.divergences import Divergence
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
-from opd_ops.selection.selectors import is_deterministic, is_own, over_ranks
+from opd_ops.selection.selectors import is_deterministic, is_own, over_ranks, own_name
 from opd_ops.selection.stats import BACKEND_COLUMNS, TokenStats
 
 
@@ -29,29 +30,60 @@ class Scored:
     call: Call
     scores: Tensor  # (...) -inf where not valid, or where the divergence is known to be infinite
     stats: TokenStats  # columns (...)
+    placed: Placed | None = None  # where kernels made `stats`; its scores are `scores`
 
     @property
     def infinite(self) -> Tensor:
         """(...) bool: valid positions whose divergence is known to be +inf."""
+        if self.placed is not None:
+            return self.placed.infinite
         return self.stats.valid & ~is_finite(self.stats, self.call.divergence)
 
 
 def score(call: Call) -> Scored:
     """Score every valid position, and masked positions of the responses if the selector needs them."""
     with torch.no_grad():  # no decorator: torch.compile cannot trace a function that is passed to it with a decorator
-        # With a mask the CPU waits for the device: the length of the list of rows depends on the mask.
-        every_row = torch.arange(call.shape.numel(), device=call.student.leading.device)
         places = _response_places(call)
         scored_mask = call.unmasked if call.unmasked is None or places is None else places > 0
-        rows = every_row if scored_mask is None else scored_mask.flatten().nonzero().squeeze(1)
-        stats = stats_of(call, rows).spread(None if scored_mask is None else rows, call.shape)
-        if places is not None:
-            valid = stats.valid if call.unmasked is None else stats.valid & call.unmasked
-            stats = stats._replace(valid=valid, response_place=places)
-        scored = _scored(call, stats)
+        # With a mask the CPU waits for the device: the length of the list of rows depends on the mask.
+        rows = None if scored_mask is None else scored_mask.flatten().nonzero().squeeze(1)
+        placed = None if places is not None else _placed(call, rows)
+        if placed is not None:
+            scored = _scored_placed(call, placed)
+        else:
+            every_row = torch.arange(call.shape.numel(), device=call.student.leading.device) if rows is None else rows
+            stats = stats_of(call, every_row).spread(rows, call.shape)
+            if places is not None:
+                valid = stats.valid if call.unmasked is None else stats.valid & call.unmasked
+                stats = stats._replace(valid=valid, response_place=places)
+            scored = _scored(call, stats)
     if call.settings.check_finite and not call.settings.in_float8:
         _check_finite(scored)
     return scored
+
+
+def _placed(call: Call, rows: Tensor | None) -> Placed | None:
+    """Statistics of all positions, and maybe scores, by kernels; None where the backend has none for this call."""
+    is_plain = call.ranks is None and call.student_stats is None and not call.settings.in_float8
+    if not is_plain or not isinstance(call.teacher, Source) or BACKEND_COLUMNS & frozenset(getattr(call.selector, "needs", ())):
+        return None
+    return call.backend.placed_stats(
+        call.student,
+        call.teacher,
+        rows,
+        top_k=call.settings.top_k,
+        workspace=call.workspace,
+        score_dtype=call.score_dtype,
+        selector=own_name(call.selector),
+        loss=None if call.divergence.whole is None else call.divergence.whole.column,
+    )
+
+
+def _scored_placed(call: Call, placed: Placed) -> Scored:
+    if call.backend.scores_by_kernels(own_name(call.selector)):
+        return Scored(call, placed.scores, placed.stats, placed)
+    scored = _scored(call, placed.stats)
+    return replace(scored, placed=placed._replace(scores=scored.scores))
 
 
 def score_again(scored: Scored, shortlist: Tensor) -> Scored:

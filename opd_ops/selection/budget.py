@@ -37,18 +37,18 @@ def budget(n_valid: Tensor, fraction: float) -> Tensor:
     0.1 * 30 is 3.0000000000000004 in floating point. So the fraction becomes a ratio of integers: the nearest ratio with a
     denominator of at most a million, as the user wrote it. The product is then of integers.
     """
-    numerator, denominator = _ratio(fraction)
+    numerator, denominator = as_ratio(fraction)
     n = -((-n_valid * numerator) // denominator)
     return torch.minimum(n.clamp_min(1), n_valid)
 
 
 def most_selected(n: int, fraction: float) -> int:
     """The budget of n valid positions: the largest budget that n positions can have."""
-    numerator, denominator = _ratio(fraction)
+    numerator, denominator = as_ratio(fraction)
     return min(n, max(1, -((-n * numerator) // denominator)))
 
 
-def _ratio(fraction: float) -> tuple[int, int]:
+def as_ratio(fraction: float) -> tuple[int, int]:
     numerator_and_denominator: tuple[int, int] = _nearest_ratio(fraction)
     return numerator_and_denominator
 

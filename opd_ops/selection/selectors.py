@@ -113,8 +113,11 @@ def _places(n: Tensor, levels: tuple[float, ...]) -> Tensor:
 
 
 def _between(low: Tensor, high: Tensor, places: Tensor) -> Tensor:
-    """The quantiles, interpolated between the values at the integers around their places."""
-    return torch.where(low == high, low, torch.lerp(low, high, places - places.floor()))
+    """The quantiles, interpolated between the values at the integers around their places.
+
+    Not by torch.lerp: whether it fuses the product and the sum depends on the device.
+    """
+    return torch.where(low == high, low, low + (places - places.floor()) * (high - low))
 
 
 def _fitted(z: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -425,6 +428,11 @@ def check_whole_sequences(selector: Selector) -> None:
             "selector: got 'prefix', which counts the positions of whole sequences, but with scope 'sequence' and a "
             "selection_group a rank holds parts of them; pass scores of your own by a callable"
         )
+
+
+def own_name(selector: Selector) -> str | None:
+    """The selector's name in SELECTORS; None for a user's own, and with other parameters than the named one has."""
+    return next((name for name, candidate in SELECTORS.items() if candidate is selector), None)
 
 
 def _name(selector: Selector) -> str:

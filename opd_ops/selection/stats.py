@@ -78,6 +78,16 @@ class TokenStats(NamedTuple):
         """The columns at `rows` of the flattened positions."""
         return self._map(lambda column: column.reshape(-1)[rows])
 
+    def take_together(self, rows: Tensor) -> TokenStats:
+        """`take` with fewer operators; the columns of a dtype share their memory, so that keeping one keeps all."""
+        columns = {name: column for name, column in self._asdict().items() if column is not None}
+        taken: dict[str, Tensor] = {}
+        for dtype in dict.fromkeys(column.dtype for column in columns.values()):
+            names = [name for name, column in columns.items() if column.dtype == dtype]
+            values = torch.stack([columns[name].reshape(-1) for name in names]).index_select(1, rows)
+            taken |= dict(zip(names, values.unbind(0), strict=True))
+        return TokenStats(**taken)
+
     def spread(self, rows: Tensor | None, shape: torch.Size) -> TokenStats:
         """Put (n,) columns at `rows` of `shape` (None: at every position, in order); 0 where not valid.
 

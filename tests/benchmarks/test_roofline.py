@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {
     "score_fwd", "merge_fwd", "argmax_fwd", "support_groups_fwd", "support_topk_fwd", "support_stats_fwd",
     "reverse_kl_grad", "forward_kl_grad", "jsd_fwd", "jsd_grad", "off_list_fwd", "off_list_grad", "scale", "zero_rows",
+    "quantiles_fwd", "place_fwd", "choose_fwd", "list_fwd", "totals_fwd",
 }  # fmt: skip
 GOOD = {
     "kernel": "score_fwd", "target": "sm_90", "config": "bf16", "registers": 96, "spill_bytes": 0, "local_ops": 0,
@@ -55,6 +56,7 @@ def test_static_roofline_shipped_kernels_keep_their_limits(rows):
 def test_static_roofline_other_targets_keep_their_limits(tmp_path):
     targets = "sm_80", "sm_100", "gfx942"
     configs = "bf16", "bf16 rows", "bf16 K=128", "bf16 K=32", "bf16 split", "fp32 to bf16"
+    configs += "N=16384", "N=16384 tip", "N=16384 bounds"
     found = compiled(tmp_path, "--targets", *targets, "--configs", *configs)
     assert {row["target"] for row in found} == set(targets)
     for target in targets:

@@ -10,9 +10,11 @@ Not here: seconds and resident memory (benchmarks/cpu/compare.py).
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from triton.runtime.jit import JITFunction
 
 from benchmarks.static.operators import Operators
 from opd_ops import LinearHead, StudentStats, TailAware, TopKLogprobs, score_positions, selective_opd_loss
+from tests.support import kernels
 from tests.support.cases import head_pair, leaf, leaf_head, logit_pair
 from tests.support.meters import LiveBytes, saved_bytes
 
@@ -30,16 +32,39 @@ def count_units(student, teacher, n, **options):
     return counter.get_total_flops() / (2 * n * VOCAB * DIM)
 
 
-@pytest.mark.parametrize(("backend", "others"), [("triton", 0), ("torch", 205)])
-@pytest.mark.parametrize(
-    ("selector", "most"), [("teachability", 210), ("teachability+entropy", 213), ("entropy", 160), ("tip", 264)]
-)
-def test_a_call_runs_no_more_operators_than_counted(selector, most, backend, others):
-    """Host time of a small call is some microseconds an operator. Views and allocations are not counted."""
-    student, teacher = logit_pair(64, 512)
+def count_operators(student, teacher, **options):
+    """Operators of torch, forward and backward. Host time of a small call is some microseconds an operator.
+
+    Views and allocations are not counted.
+    """
     with Operators() as counter:
-        selective_opd_loss(leaf(student), teacher, selector=selector, backend=backend).loss.backward()
-    assert sum(counter.names.values()) <= most + others, counter.names
+        selective_opd_loss(student, teacher, **options).loss.backward()
+    return sum(counter.names.values())
+
+
+@pytest.mark.parametrize(("selector", "most"), [("teachability", 625), ("entropy", 575), ("tip", 679)])
+def test_a_call_of_torch_runs_no_more_operators_than_counted(selector, most):
+    student, teacher = logit_pair(64, 512)
+    assert count_operators(leaf(student), teacher, selector=selector, backend="torch") <= most
+
+
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.full), True])
+@pytest.mark.parametrize(
+    ("selector", "most", "n_launches"), [("teachability", 30, 13), ("tip", 30, 13), ("entropy", 30, 12), ("prefix", 50, 12)]
+)
+def test_a_call_by_kernels_runs_few_operators_and_launches(selector, most, n_launches, masked, monkeypatch):
+    """One tile of dense logits: 9 launches of kernels that read logits, up to 4 of kernels that select and sum."""
+    launches = []
+    monkeypatch.setattr(JITFunction, "run", lambda fn, *a, f=JITFunction.run, **k: launches.append(fn) or f(fn, *a, **k))
+    student, teacher = logit_pair(64, 512)
+    mask = torch.arange(64) % 7 != 0 if masked else None
+    assert count_operators(leaf(student), teacher, selector=selector, backend="triton", mask=mask) <= most
+    assert kernels.IS_INTERPRETED or len(launches) == n_launches
+
+
+def test_heads_by_kernels_run_few_operators():
+    student, teacher = heads(64)
+    assert count_operators(leaf_head(student), teacher, backend="triton") <= 50
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.25, 1.0])

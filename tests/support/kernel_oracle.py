@@ -132,3 +132,9 @@ def assert_statistics(score, s64, t64, gap=0.0):
         absolute = 1e-6 + (gap if name == "logsumexp_gap" else 0.0)
         assert_within(getattr(score, name), want, absolute=absolute, relative=relative, name=name)
     assert not bool((score.reverse_kl < 0).any() or (score.forward_kl < 0).any())
+
+
+def same(a, b):
+    """Equal bits, but for the sign of 0 and the payload of NaN."""
+    a_number, b_number = (x.nan_to_num(0.0, math.inf, -math.inf) for x in (a, b))
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a_number, b_number)

@@ -18,9 +18,9 @@ import logging
 import torch
 from torch import Tensor
 
-from opd_ops.backends.interface import Backend, Needs, is_computed
+from opd_ops.backends.interface import Backend, Choice, Needs, Placed, is_computed
 from opd_ops.backends.streamed.backend import STREAMED
-from opd_ops.backends.triton import dense, dense_loss, heads, heads_loss, kernel_loss, shards
+from opd_ops.backends.triton import dense, dense_loss, heads, heads_loss, kernel_loss, selection, shards
 from opd_ops.backends.triton.launches import column_names
 from opd_ops.backends.triton.layout import Layout
 from opd_ops.divergences import Divergence, is_column, weighted_sum
@@ -28,6 +28,7 @@ from opd_ops.inputs import float8
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.inputs.workspace import Workspace
+from opd_ops.selection.budget import as_ratio
 from opd_ops.selection.stats import OwnStats, TokenStats
 
 _log = logging.getLogger("opd_ops")
@@ -40,6 +41,8 @@ class Triton(Backend):
 
     name = "triton"
     drops_weightless_rows = True
+    _launch_scores = staticmethod(selection.launch_scores)
+    _launch_choice = staticmethod(selection.launch_choice)
 
     def refusal(self, student: Source, teacher: Source | TeacherLists, needs: Needs) -> str | None:
         return _refusal(student, teacher, needs)
@@ -98,6 +101,59 @@ class Triton(Backend):
         vocab, temperature = student.transform.vocab_size, student.transform.temperature
         logits = student.leading.detach(), teacher.leading.detach()
         return dense.launch_columns(*logits, rows, top_k, columns, workspace, vocab, temperature)
+
+    def placed_stats(
+        self,
+        student: Source,
+        teacher: Source,
+        rows: Tensor | None,
+        *,
+        top_k: int,
+        workspace: Workspace,
+        score_dtype: torch.dtype | None,
+        selector: str | None,
+        loss: str | None,
+    ) -> Placed | None:
+        if student.transform.shard is not None:
+            return None
+        n = student.shape.numel()
+        with torch.no_grad():
+            every_row = torch.arange(n, device=student.leading.device) if rows is None else rows
+            table = self._columns(student, teacher, every_row, top_k, frozenset(), workspace, score_dtype)
+            known = selector if selector is not None and self.scores_by_kernels(selector) else "all"
+            return selection.placed(self._launch_scores(table, rows, n, known, loss), student.shape)
+
+    def scores_by_kernels(self, selector: str | None) -> bool:
+        return selector in selection.SELECTORS
+
+    def choose(
+        self,
+        scores: Tensor,
+        valid: Tensor,
+        infinite: Tensor,
+        *,
+        fraction: float,
+        n_rows: int,
+        length: int | None,
+        bounds: Tensor | None,
+    ) -> Choice | None:
+        flags = selection.bytes_of(valid), selection.bytes_of(infinite)
+        ratio = as_ratio(fraction)
+        return selection.choice(self._launch_choice(scores.reshape(-1), *flags, *ratio, n_rows, length or 0, bounds))
+
+    def totals(
+        self,
+        placed: Placed,
+        selected: Tensor,
+        rows: Tensor,
+        losses: Tensor,
+        row_weights: Tensor | None,
+        unmasked: Tensor | None,
+        *,
+        loss: str | None,
+        by_selected: bool,
+    ) -> dict[str, Tensor]:
+        return selection.totals(placed, selected, rows, losses, row_weights, unmasked, loss=loss, by_selected=by_selected)
 
     def own_stats(
         self, source: Source, rows: Tensor, *, top_k: int, workspace: Workspace, score_dtype: torch.dtype | None

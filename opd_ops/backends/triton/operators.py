@@ -3,6 +3,8 @@
   opd_ops::token_columns        logits -> statistics of the given rows
   opd_ops::divergence_gradient  logits, weights -> d (weighted sum of the losses) / d the student's logits
   opd_ops::selected_losses      the losses; their backward is divergence_gradient
+  opd_ops::placed_scores        statistics -> statistics at their positions, flags, scores
+  opd_ops::chosen_positions     scores -> selected positions, their list, counts
   opd_ops::head_columns, opd_ops::head_loss    the same where a model is a head; head_loss also computes the gradients
 
 Not here: the backend that calls them (traced.py), the launches (dense.py, heads.py, heads_loss.py).
@@ -14,9 +16,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from opd_kernels.choose import COUNTS
+from opd_kernels.place import STATS
 from torch import Tensor
 
-from opd_ops.backends.triton import dense, heads, heads_loss
+from opd_ops.backends.triton import dense, heads, heads_loss, selection
 from opd_ops.backends.triton.launches import column_names, parse_columns
 from opd_ops.backends.triton.layout import Layout
 from opd_ops.divergences import DIVERGENCES, Divergence
@@ -45,6 +49,51 @@ def token_columns(
 def _(student: Tensor, teacher: Tensor, rows: Tensor, top_k: int, optional: str, *_: object) -> Tensor:
     names = column_names(parse_columns(optional))
     return torch.empty((len(names), rows.shape[0]), dtype=torch.float32, device=rows.device)
+
+
+@torch.library.custom_op("opd_ops::placed_scores", mutates_args=())
+def placed_scores(table: Tensor, rows: Tensor | None, n: int, selector: str, loss: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`selection.launch_scores`."""
+    columns, flags, scores = selection.launch_scores(table, rows, n, selector, loss)
+    return columns, flags, scores
+
+
+@placed_scores.register_fake
+def _(table: Tensor, rows: Tensor | None, n: int, selector: str, loss: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    flags = torch.empty((2, n), dtype=torch.uint8, device=table.device)
+    return table.new_empty((len(STATS), n)), flags, table.new_empty(n)
+
+
+@torch.library.custom_op("opd_ops::chosen_positions", mutates_args=())
+def chosen_positions(
+    scores: Tensor,
+    valid: Tensor,
+    infinite: Tensor,
+    numerator: int,
+    denominator: int,
+    n_rows: int,
+    length: int,
+    bounds: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`selection.launch_choice`."""
+    outputs = selection.launch_choice(scores, valid, infinite, numerator, denominator, n_rows, length, bounds)
+    selected, rows, counts = outputs
+    return selected, rows, counts
+
+
+@chosen_positions.register_fake
+def _(
+    scores: Tensor,
+    valid: Tensor,
+    infinite: Tensor,
+    numerator: int,
+    denominator: int,
+    n_rows: int,
+    length: int,
+    bounds: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = torch.empty(n_rows, dtype=torch.int64, device=scores.device)
+    return torch.empty_like(valid), rows, rows.new_empty(len(COUNTS))
 
 
 @torch.library.custom_op("opd_ops::divergence_gradient", mutates_args=())

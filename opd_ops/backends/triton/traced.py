@@ -22,6 +22,9 @@ from opd_ops.selection.stats import TokenStats
 class TracedTriton(Triton):
     """`Triton` by operators: statistics, and the losses that are a column of the statistics."""
 
+    _launch_scores = staticmethod(operators.placed_scores)
+    _launch_choice = staticmethod(operators.chosen_positions)
+
     def refusal(self, student: Source, teacher: Source | TeacherLists, needs: Needs) -> str | None:
         if not (is_column(needs.divergence) and isinstance(teacher, Source)):
             name = needs.divergence.name

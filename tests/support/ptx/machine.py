@@ -329,7 +329,7 @@ def _bits(dtype: np.dtype) -> str:
 @cache
 def _split(opcode: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
     """The name by which OPERATIONS knows an opcode; and its other parts, how it rounds and, at the end, its types."""
-    name = tuple(x for x in opcode if x not in TYPES and x not in ("rn", "ftz", "full", "approx"))
+    name = tuple(x for x in opcode if x not in TYPES and x not in ("rn", "rzi", "ftz", "full", "approx"))
     if ".".join(name) not in OPERATIONS:
         raise NotImplementedError(f"an instruction of PTX that operations.py does not have: {'.'.join(opcode)}")
     return ".".join(name), tuple(x for x in opcode if x not in name)

@@ -4,7 +4,7 @@
   Approximate instructions are wrong by as much as their documentation allows (APPROXIMATE), up or down as the bits of the
   result decide, or as `error_sign` says for all.
   Rounding is to nearest even. Subnormals are kept, but with .ftz; NaN is a quiet one, of any payload.
-  What is not here is an error: fp64, arithmetic of packed or 16-bit floats but for the largest and smallest.
+  What is not here is an error: fp64 but for EXACT, arithmetic of packed or 16-bit floats but for the largest and smallest.
 
 Not here: memory, branches, and what threads exchange (machine.py).
 """
@@ -25,6 +25,7 @@ TYPES = {
 }  # fmt: skip
 APPROXIMATE = {"ex2": 2, "div": 2}  # units in the last place
 WIDE = {"s16": np.int32, "u16": np.uint32, "s32": np.int64, "u32": np.uint64}
+EXACT = "add", "sub", "mul", "div", "abs", "neg", "min", "max"  # of fp64: as IEEE 754 has them
 SMALLEST = np.float32(2.0**-126)
 error_sign = 0  # of every approximate instruction: -1, 1, or 0: by the bits of the result
 
@@ -67,7 +68,9 @@ def convert(types, *operands):
     if to == "f16":
         return x.astype(np.float16).view(np.uint16)
     if to[0] in "us" and origin[0] == "f":
-        raise NotImplementedError("cvt of a float to an integer")
+        if "rzi" not in types:
+            raise NotImplementedError("cvt of a float to an integer, but towards zero")
+        return np.trunc(x).astype(TYPES[to])
     return x.astype(TYPES[to])
 
 
@@ -114,6 +117,8 @@ def fma(types, a, b, c):
 def divide(types, a, b):
     if types[-1] == "f32":
         return approximate(a.astype(np.float64) / b, APPROXIMATE["div"])
+    if types[-1] == "f64":
+        return a / b
     quotient = np.abs(a.astype(np.int64)) // np.abs(b.astype(np.int64))  # PTX rounds towards zero
     return (np.sign(a).astype(np.int64) * np.sign(b) * quotient).astype(a.dtype)
 
@@ -173,7 +178,7 @@ def operation(name, types):
         return lambda *values: float_to_bf16(function(types, *map(bf16_to_float, values)))
     if kind in ("f16x2", "bf16x2") and name in ("min", "max"):
         return lambda *values: packed(name, kind[:-2], *values)
-    is_exact = name in ("cvt", "selp") or (kind == "f16" and name in ("min", "max"))
+    is_exact = name in ("cvt", "selp") or (kind == "f16" and name in ("min", "max")) or (kind == "f64" and name in EXACT)
     if kind in ("f64", "f16", "bf16", "f16x2", "bf16x2") and not is_exact:
         raise NotImplementedError(f"{name} of {kind}")
     if "ftz" in types and name != "cvt":
@@ -190,6 +195,7 @@ OPERATIONS = {
     "sub": lambda types, a, b: a - b,
     "mul": lambda types, a, b: a * b,
     "mul.lo": lambda types, a, b: a * b,
+    "mul.hi": lambda types, a, b: (wide(a, types) * wide(b, types) >> 32).astype(a.dtype),
     "mul.wide": lambda types, a, b: wide(a, types) * wide(b, types),
     "mad.lo": lambda types, a, b, c: a * b + c,
     "mad.wide": lambda types, a, b, c: wide(a, types) * wide(b, types) + c.view(WIDE[types[-1]]),

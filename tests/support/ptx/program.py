@@ -95,7 +95,7 @@ def _operand(text: str) -> object:
         return Address(_operand(base), int(offset or 0))
     if "|" in text:
         return Vector(_operand(x) for x in text.split("|"))
-    if number := re.fullmatch(r"0[fF]([0-9A-Fa-f]{8})|(0[xX][0-9A-Fa-f]+)U?|(-?\d+)U?", text):
+    if number := re.fullmatch(r"0[fFdD]([0-9A-Fa-f]{8,16})|(0[xX][0-9A-Fa-f]+)U?|(-?\d+)U?", text):
         bits, hexadecimal, decimal = number.groups()
         return int(bits, 16) if bits else int(hexadecimal, 16) if hexadecimal else int(decimal)
     return text

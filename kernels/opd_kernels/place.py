@@ -1,0 +1,234 @@
+"""Statistics at their positions, with their validity and the score of a selector, in one sweep.
+
+  score = selector(statistics), -inf where not valid or where the divergence is infinite
+  selectors and their equations: opd_ops/selection/selectors.py; everything in fp64 and in its order of operations, so that
+  results equal the selectors' to the bit
+
+Shapes: N positions, n of them have statistics, C columns with quantiles (quantiles.py)
+  table        (>= 11, n)  in   fp32, the order of score.py's COLUMNS and support.py's SUPPORT_COLUMNS
+  rows         (n,)        in   int64, ascending: the position of each column entry; None: position i has entry i
+  quantiles    (C, 2 or 3) in   fp64; None for selectors without a normaliser
+  stats        (11, N)     out  fp32, the order of STATS; 0 where not valid
+  valid        (N,)        out  uint8, 0 or 1
+  infinite     (N,)        out  uint8: valid, and the divergence is +inf
+  scores       (N,)        out  fp32
+
+Grid: (N / BLOCK,). Traffic: 44 bytes read and 50 written a position. With rows, a position searches its entry by bisection.
+
+Not here: quantiles (quantiles.py), the budget's cut (choose.py). Tests: tests/kernels/test_selection.py.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch_table
+from .quantiles import INF, _is_valid, quantiles_fwd
+from .score import COLUMNS
+from .support import SUPPORT_COLUMNS
+
+N_SCORED = 7  # COLUMNS that are statistics; normalisers of later kernels follow
+STATS = COLUMNS[:N_SCORED] + SUPPORT_COLUMNS
+N_STATS = tl.constexpr(len(STATS))
+SKIPPED = tl.constexpr(len(COLUMNS) - N_SCORED)
+SCORED = tl.constexpr(N_SCORED)
+ENTROPY = tl.constexpr(STATS.index("student_entropy"))
+REVERSE_KL = tl.constexpr(STATS.index("reverse_kl"))
+FORWARD_KL = tl.constexpr(STATS.index("forward_kl"))
+MASS = tl.constexpr(STATS.index("support_mass"))
+UNION_KL = tl.constexpr(STATS.index("union_kl"))
+# fp64 numbers: a Python float in an expression of a kernel may become fp32
+EPSILON = tl.constexpr(1e-8)
+ROUNDING = tl.constexpr(8 * 2.0**-23)  # 8 units in the last place of fp32
+LARGEST_FP32 = tl.constexpr(3.4028234663852886e38)
+QUANTILE_LEVELS = (0.05, 0.95)
+MINMAX_LEVELS = (0.0, 1.0, 0.98)
+
+
+class Fit(NamedTuple):
+    """What a selector's normalisers are fitted on."""
+
+    columns: tuple[str, ...] = ()
+    levels: tuple[float, ...] = QUANTILE_LEVELS
+
+
+FITS = {
+    "teachability": Fit(("union_kl", "support_mass")),
+    "teachability+entropy": Fit(("union_kl", "support_mass", "student_entropy")),
+    "incompatibility": Fit(("union_kl", "support_mass")),
+    "compatibility": Fit(("support_mass",)),
+    "tip": Fit(("student_entropy", "reverse_kl"), MINMAX_LEVELS),
+    "overconfident": Fit(("student_entropy",), MINMAX_LEVELS),
+    "entropy": Fit(),
+    "divergence": Fit(),
+    "divergence-reverse-kl": Fit(),
+    "all": Fit(),
+}
+
+
+@triton.jit
+def _clamped(z, scaled):
+    # NaN stays NaN, +inf is 1
+    scaled = tl.where(scaled < 0.0, 0.0, tl.where(scaled > 1.0, 1.0, scaled))
+    return tl.where(z != z, z, tl.where(z == INF, 1.0, scaled))
+
+
+@triton.jit
+def _quantile_norm(x, quantiles_ptr, C: tl.constexpr):
+    z = x.to(tl.float64)
+    low = tl.load(quantiles_ptr + 2 * C)
+    high = tl.load(quantiles_ptr + (2 * C + 1))
+    rounding = tl.full((), ROUNDING, tl.float64) * tl.maximum(tl.abs(low), tl.abs(high))
+    height = z - low
+    width = high - low
+    constant = tl.abs(height) <= tl.where(width <= rounding, rounding, -1.0)
+    scaled = tl.where(constant, 0.0, height / (width + tl.full((), EPSILON, tl.float64)))
+    return _clamped(z, scaled)
+
+
+@triton.jit
+def _minmax_norm(x, quantiles_ptr, C: tl.constexpr, CLIP: tl.constexpr):
+    z = x.to(tl.float64)
+    low = tl.load(quantiles_ptr + 3 * C)
+    high = tl.load(quantiles_ptr + (3 * C + 1))
+    if CLIP:
+        limit = tl.load(quantiles_ptr + (3 * C + 2))
+        z = tl.where(z > limit, limit, z)  # NaN stays
+        low = tl.where(low > limit, limit, low)
+        high = tl.where(high > limit, limit, high)
+    rounding = tl.full((), ROUNDING, tl.float64) * tl.maximum(tl.abs(low), tl.abs(high))
+    flat = (high <= low) | (high - low <= rounding)
+    scaled = tl.where(flat, 0.0, (z - low) / tl.where(flat, 1.0, high - low))
+    return _clamped(z, scaled)
+
+
+@triton.jit
+def _soft_or(a, b):
+    return (a + b) - a * b
+
+
+@triton.jit
+def _selector_score(column, quantiles_ptr, SELECTOR: tl.constexpr):
+    # `column`: the statistics of a block of positions, in the order of STATS
+    if SELECTOR == "entropy":
+        score = column[ENTROPY]
+    elif SELECTOR == "divergence":
+        score = column[UNION_KL]
+    elif SELECTOR == "divergence-reverse-kl":
+        score = column[REVERSE_KL]
+    elif SELECTOR == "all":
+        score = tl.zeros(column[ENTROPY].shape, tl.float32)
+    elif SELECTOR == "compatibility":
+        score = _quantile_norm(column[MASS], quantiles_ptr, 0)
+    elif SELECTOR == "tip":
+        k = _minmax_norm(column[REVERSE_KL], quantiles_ptr, 1, False)  # first: with the other order sm_80 spills 8 bytes
+        score = _soft_or(_minmax_norm(column[ENTROPY], quantiles_ptr, 0, True), k)
+    elif SELECTOR == "overconfident":
+        confident = 1.0 - _minmax_norm(column[ENTROPY], quantiles_ptr, 0, True)
+        kl = column[FORWARD_KL]  # an infinite KL ranks first, and inf * 0 would be NaN
+        score = tl.where(kl == INF, LARGEST_FP32, kl).to(tl.float64) * confident
+    else:
+        d = _quantile_norm(column[UNION_KL], quantiles_ptr, 0)
+        c = _quantile_norm(column[MASS], quantiles_ptr, 1)
+        if SELECTOR == "incompatibility":
+            score = d * (1.0 - c)
+        elif SELECTOR == "teachability":
+            score = d * c
+        else:
+            tl.static_assert(SELECTOR == "teachability+entropy")
+            score = _soft_or(_quantile_norm(column[ENTROPY], quantiles_ptr, 2), d * c)
+    return score.to(tl.float32)
+
+
+@triton.jit
+def _entry_of(rows_ptr, position, n, steps):
+    # the least i with rows[i] >= position, in `steps` halvings of 0 .. n
+    low = tl.zeros(position.shape, tl.int32)
+    high = low + n
+    for _ in range(steps):
+        middle = (low + high) >> 1
+        open_ = low < high
+        less = tl.load(rows_ptr + middle, mask=open_, other=0) < position
+        low = tl.where(open_ & less, middle + 1, low)
+        high = tl.where(open_ & (less == 0), middle, high)
+    return low
+
+
+@triton.jit(do_not_specialize=["n", "N", "stride", "steps"])
+def _place_fwd_kernel(
+    table_ptr, rows_ptr, quantiles_ptr, stats_ptr, valid_ptr, infinite_ptr, scores_ptr, n, N, stride, steps,
+    SELECTOR: tl.constexpr, LOSS: tl.constexpr, HAS_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = position < N
+    i = position
+    present = inside
+    if HAS_ROWS:
+        entry = _entry_of(rows_ptr, position, n, steps)
+        present = inside & (entry < n)
+        present = present & (tl.load(rows_ptr + entry, mask=present, other=-1) == position)
+        i = entry.to(tl.int64)
+    stride = tl.cast(stride, tl.int64)
+    valid = present & _is_valid(table_ptr, stride, i, present)
+    column = ()
+    for c in tl.static_range(N_STATS):
+        row = c if c < SCORED else c + SKIPPED
+        x = tl.load(table_ptr + row * stride + i, mask=valid, other=0.0)
+        tl.store(stats_ptr + c * N.to(tl.int64) + position, x, mask=inside)
+        column = column + (x,)
+    infinite = valid & (inside == 0)
+    if LOSS >= 0:
+        infinite = valid & (column[LOSS] == INF)
+    score = _selector_score(column, quantiles_ptr, SELECTOR)
+    trainable = valid & (infinite == 0)
+    tl.store(scores_ptr + position, tl.where(trainable, score, float("-inf")), mask=inside)
+    tl.store(valid_ptr + position, valid.to(tl.uint8), mask=inside)
+    tl.store(infinite_ptr + position, infinite.to(tl.uint8), mask=inside)
+
+
+class Placed(NamedTuple):
+    """Of N positions."""
+
+    stats: Tensor  # (11, N) fp32, the order of STATS
+    flags: Tensor  # (2, N) uint8: valid, infinite
+    scores: Tensor  # (N,) fp32
+
+    @property
+    def valid(self) -> Tensor:
+        return self.flags[0]
+
+    @property
+    def infinite(self) -> Tensor:
+        return self.flags[1]
+
+
+def place_fwd(
+    table: Tensor,  # (>= 16, n) fp32, unit stride along n
+    rows: Tensor | None,  # (n,) int64, ascending
+    n_positions: int,
+    *,
+    selector: str,  # a name in FITS
+    loss: str | None,  # the column that holds the divergence; None: no column does
+) -> Placed:
+    """The statistics of all positions, and their scores."""
+    n = table.shape[1]
+    assert n <= 1 or table.stride(1) == 1, "unit stride along the rows"
+    assert rows is not None or n == n_positions
+    fit, tile = FITS[selector], launch_table.place()
+    stats = torch.empty((len(STATS), n_positions), dtype=torch.float32, device=table.device)
+    flags = torch.empty((2, n_positions), dtype=torch.uint8, device=table.device)
+    scores = torch.empty(n_positions, dtype=torch.float32, device=table.device)
+    placed = Placed(stats, flags, scores)
+    if n_positions == 0:
+        return placed
+    names = COLUMNS + SUPPORT_COLUMNS
+    quantiles = quantiles_fwd(table, [names.index(x) for x in fit.columns], fit.levels) if fit.columns else None
+    _place_fwd_kernel[(triton.cdiv(n_positions, tile.constants["BLOCK"]),)](
+        table, rows, quantiles, stats, *flags.unbind(0), scores, n, n_positions, table.stride(0), n.bit_length(),
+        SELECTOR=selector, LOSS=-1 if loss is None else STATS.index(loss), HAS_ROWS=rows is not None, **tile.constants,
+        num_warps=tile.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    return placed

@@ -1,0 +1,131 @@
+"""Calls that select and sum by kernels against the same calls by torch's operations on the same statistics.
+
+  Compared: selected positions, scores and statistics to the bit; loss, gradient and metrics to 1e-6.
+  Run: make test ARGS=tests/backends/triton/test_selection.py
+Not here: the kernels (tests/kernels/test_selection.py, test_totals.py), operators and launches (tests/loss/test_cost.py).
+"""
+
+import pytest
+import torch
+
+from opd_ops import selective_opd_loss
+from opd_ops.backends.interface import Backend
+from opd_ops.backends.triton.backend import Triton
+from opd_ops.call import reduce
+from tests.support.cases import generator, gradients, head_pair, leaf, leaf_head, logit_pair
+from tests.support.kernel_oracle import same
+
+INF = float("inf")
+
+
+def hard_logits(shape, vocab):
+    """A pair with positions where one model masks ids, that are equal, and that are not finite."""
+    student, teacher = logit_pair(shape.numel(), vocab)
+    student[3, :5] = -INF  # forward KL is infinite
+    teacher[5, :5] = -INF  # reverse KL is infinite
+    student[7], teacher[9, 0] = teacher[7], float("nan")
+    student[11:17], teacher[11:17] = student[11], teacher[11]
+    return student.view(*shape, vocab), teacher.view(*shape, vocab)
+
+
+def by_both(monkeypatch, call):
+    """The results of a call by kernels and by torch; asserts that the first ran the kernels of sums."""
+    summed = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Triton, "totals", lambda *a, f=Triton.totals, **k: summed.append(1) or f(*a, **k))
+        one = call()
+    assert summed
+    with monkeypatch.context() as patch:
+        patch.setattr(Triton, "placed_stats", Backend.placed_stats)
+        patch.setattr(Triton, "choose", Backend.choose)
+        return one, call()
+
+
+def check(one, other):
+    (out, grads), (want, want_grads) = one, other
+    assert torch.equal(out.selected, want.selected)
+    assert same(out.scores, want.scores)
+    for name, column in want.stats._asdict().items():
+        assert (column is None) == (getattr(out.stats, name) is None)
+        assert column is None or same(getattr(out.stats, name), column), name
+    assert out.metrics.keys() == want.metrics.keys()
+    for name, value in want.metrics.items():
+        assert out.metrics[name].dtype == value.dtype, name
+        torch.testing.assert_close(out.metrics[name], value, rtol=1e-6, atol=0, equal_nan=True, msg=name)
+    torch.testing.assert_close(out.loss, want.loss, rtol=1e-6, atol=0, equal_nan=True)
+    for gradient, expected in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-9)
+
+
+MASK = torch.rand(3, 8, generator=generator(3)) < 0.7
+WEIGHTS = torch.rand(3, 8, generator=generator(4)).mul(3).floor().div(2)
+CASES = {
+    "plain": {},
+    "mask": {"mask": MASK, "selector": "tip"},
+    "sequence": {"scope": "sequence", "selector": "teachability+entropy"},
+    "packed": {"scope": "sequence", "mask": MASK, "cu_seqlens": torch.tensor([0, 0, 7, 13, 24]), "selector": "overconfident"},
+    "weights": {"weights": WEIGHTS, "divergence": "forward_kl", "selector": "divergence"},
+    "denominator": {"denominator": "valid", "num_items_in_batch": 77.0, "divergence": "jsd", "selector": "incompatibility"},
+    "items": {"num_items_in_batch": torch.tensor(17), "mask": MASK},
+    "callable": {"selector": lambda stats: stats.union_kl.mul_(-1), "mask": MASK},
+    "prefix": {"selector": "prefix", "scope": "sequence"},
+    "nothing": {"mask": torch.zeros(3, 8)},
+}
+
+
+QUICK = "plain", "mask", "packed", "callable", "items"
+
+
+@pytest.mark.parametrize("case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.full) for case in CASES])
+def test_a_call_by_kernels_is_the_call_by_torch(case, monkeypatch):
+    student, teacher = hard_logits(torch.Size((3, 8)), 130)
+
+    def call():
+        logits = leaf(student)
+        out = selective_opd_loss(logits, teacher, backend="triton", fraction=0.2, **CASES[case])
+        out.loss.backward()
+        return out, [logits.grad]
+
+    check(*by_both(monkeypatch, call))
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", pytest.param("tail_aware", marks=pytest.mark.full)])
+def test_heads_by_kernels_are_heads_by_torch(divergence, monkeypatch):
+    student, teacher = head_pair((20,), 131)
+
+    def call():
+        head = leaf_head(student)
+        out = selective_opd_loss(head, teacher, backend="triton", fraction=0.2, divergence=divergence)
+        out.loss.backward()
+        return out, gradients(head)
+
+    check(*by_both(monkeypatch, call))
+
+
+def test_a_blown_up_student_makes_the_loss_nan(monkeypatch):
+    student, teacher = logit_pair(20, 130)
+    student[4] = float("nan")
+
+    def call():
+        return selective_opd_loss(leaf(student), teacher, backend="triton"), []
+
+    (out, _), (want, _) = by_both(monkeypatch, call)
+    assert out.loss.isnan()
+    assert want.loss.isnan()
+
+
+def test_no_items_but_selected_positions_are_refused():
+    student, teacher = logit_pair(20, 130)
+    with pytest.raises(ValueError, match="got 0, but 2 positions are selected"):
+        selective_opd_loss(leaf(student), teacher, backend="triton", fraction=0.1, num_items_in_batch=0.0)
+
+
+@pytest.mark.parametrize("options", [{"threshold": 0.5}, {"selector": "teachability-released"}])
+def test_what_kernels_do_not_select_torch_selects(options, monkeypatch):
+    """A threshold, and a selector that keeps one position of each sequence."""
+    monkeypatch.setattr(reduce, "_summed_by_kernels", None)
+    student, teacher = logit_pair(20, 130)
+    out = selective_opd_loss(leaf(student), teacher, backend="triton", **options)
+    want = selective_opd_loss(leaf(student), teacher, backend="torch", **options)
+    assert torch.equal(out.selected, want.selected)
+    assert out.selected.any()
