@@ -174,7 +174,9 @@ def compile_launch(launch, target: GPUTarget):
             signature[param.name], constants[param.name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
-            signature[param.name] = "*" + ({v: k for k, v in TYPES.items()} | {torch.uint8: "u8"}).get(value.dtype, "i32")
+            signature[param.name] = "*" + ({v: k for k, v in TYPES.items()} | {torch.uint8: "u8", torch.long: "i64"}).get(
+                value.dtype, "i32"
+            )
         else:
             signature[param.name] = "fp32" if isinstance(value, float) else "i32"
         if isinstance(value, torch.Tensor) or (plain and type(value) is int and value % 16 == 0):
