@@ -15,6 +15,7 @@ import zipfile
 
 import pytest
 import torch
+from opd_kernels.score import score_fwd
 
 from benchmarks.gpu import check as gpu_check
 from benchmarks.gpu import check_divergences as gpu_check_divergences
@@ -30,7 +31,9 @@ from benchmarks.gpu import sanitize as gpu_sanitize
 from benchmarks.gpu import sweep as gpu_sweep
 from benchmarks.gpu import timing as gpu_timing
 from benchmarks.gpu import warm as gpu_warm
+from benchmarks.static import roofline
 from opd_ops.call import choose
+from tests.support import kernels
 from tests.support.cases import logit_pair
 from tests.support.tolerances import relative_error
 
@@ -327,6 +330,20 @@ def test_warming_up_shares_out_the_launches_of_all_parts(monkeypatch):
     assert compiled == ["a", "d", "b", "c"]
     assert [share["kernels"] for share in shares] == [2, 2]
     assert shares[0]["refused"] == "large: RuntimeError: out of registers"
+
+
+@pytest.mark.skipif(kernels.IS_INTERPRETED, reason="an interpreted kernel is not compiled")
+def test_a_launch_on_shapes_compiles_what_a_launch_on_tensors_takes():
+    common = {"vocab_size": 4112, **gpu_timing.PLAIN}  # as no other test has it
+    with roofline.Recorder() as recorded:
+        shapes = [torch.empty((3, 4112), dtype=torch.bfloat16, device="meta") for _ in range(2)]
+        score_fwd(*shapes, None, **common)
+    for function, arguments, options in recorded:
+        function.run(*arguments, grid=(1,), warmup=True, **options)
+    compiled = [len(function.device_caches[0][0]) for function, _, _ in recorded]
+    score_fwd(*logit_pair(3, 4112, dtype=torch.bfloat16), None, **common)
+    assert [len(function.device_caches[0][0]) for function, _, _ in recorded] == compiled
+    assert all(compiled)
 
 
 def test_warming_up_covers_the_tiles_of_the_sweep_and_every_shipped_kernel():
