@@ -1,5 +1,5 @@
-# How to run everything: `make demo`, `make train`, `make test`, `make lint`, `make bench`, `make roofline`; each creates .venv on
-# its own. `make gpu` runs on the python it is given.
+# How to run everything: `make demo`, `make train`, `make test`, `make lint`, `make bench`, `make roofline`, `make model`; each
+# creates .venv on its own. `make gpu` runs on the python it is given.
 #
 # Not here: versions (constraints.txt), extras that users install (setup.py), groups that only developers install
 # (pyproject.toml), what the commands do (README.md, CONTRIBUTING.md).
@@ -11,7 +11,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 export HF_HUB_OFFLINE := 1
 export PIP_CONSTRAINT := $(abspath constraints.txt)
 
-.PHONY: demo train test test-all test-full test-interpreted test-triton36 lint bench roofline gpu clean
+.PHONY: demo train test test-all test-full test-interpreted test-triton36 lint bench roofline model gpu gpu-wheels clean
 
 # RANKS=2: on two processes over gloo.
 demo: $(VENV)/.demo
@@ -48,6 +48,9 @@ test-triton36: $(TESTED) $(VENV)/.triton36
 roofline: $(VENV)/.test
 	$(BIN)/python -m benchmarks.static.roofline $(ARGS)
 
+model: $(VENV)/.parity $(VENV)/.test
+	$(BIN)/python -m benchmarks.static.model $(ARGS)
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,9 +59,18 @@ lint: $(VENV)/.test
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.cpu.compare $(ARGS)
 
-# On a machine with a GPU: its own python, with its own torch and triton, no network, no virtual environment.
+# On a machine with a GPU: its own python, with its own torch and triton, no network, no virtual environment. The peers that
+# `make gpu-wheels` has put into PEERS_ON_GPU come after what that python has.
+PEERS_ON_GPU := out/gpu-wheels
 gpu:
-	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu.run $(ARGS)
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu.run --wheels $(PEERS_ON_GPU) $(ARGS)
+
+# Where there is a network: wheels without compiled code alone, so that they serve any python and machine.
+WHEELS := trl==1.16.0 liger-kernel==0.8.5 packaging
+gpu-wheels:
+	PIP_CONSTRAINT= $(PYTHON) -m pip --disable-pip-version-check --quiet download --no-deps --only-binary=:all: --platform any \
+		--implementation py --abi none --dest $(PEERS_ON_GPU) $(WHEELS)
+	@ls $(PEERS_ON_GPU)
 
 clean:
 	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache build *.egg-info

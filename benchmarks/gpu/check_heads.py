@@ -30,14 +30,7 @@ Check = Callable[[Bench], None]
 
 def _pair(bench: Bench, dtype: torch.dtype, **options: Any) -> tuple[LinearHead, LinearHead]:
     shape, vocab = ((2, 2), 131) if bench.dry else ((4, 10), 50_257)
-    sides = head_pair(shape, vocab, student_dim=32, teacher_dim=48, dtype=dtype, **options)
-    return _to(sides[0], bench), _to(sides[1], bench)
-
-
-def _to(head: LinearHead, bench: Bench) -> LinearHead:
-    bias = None if head.bias is None else head.bias.to(bench.device)
-    moved = head.hidden.to(bench.device), head.weight.to(bench.device), bias
-    return LinearHead(*moved, scale=head.scale, softcap=head.softcap)
+    return head_pair(shape, vocab, student_dim=32, teacher_dim=48, dtype=dtype, device=bench.device, **options)
 
 
 def statistics(dtype: torch.dtype, **options: Any) -> Check:

@@ -4,7 +4,8 @@
   floor: the matmuls that no method escapes and nothing else: both score matmuls in tiles, the selected rows' logits in fp32,
          dH and dW.  to TRL twice: TRL's fused divergence on all rows without a graph, then on those of largest reverse KL.
   ours: 16-bit score tiles; "fp32 tiles": score_dtype="float32"; "8 bits": score_dtype="float8", the teacher's head kept in 8
-  bits; "rollout": student_stats, made outside the clock.  overlap: the selected set against that of fp32 tiles.
+  bits; "rollout": student_stats, made outside the clock; "640-row tiles": in steps of 128; "1,024-row tiles": with 768
+  MiB.  overlap: the selected set against that of fp32 tiles.
 Wall time as a caller sees it, from an idle GPU; interleaved, medians after one warm-up. TRL and Liger where installed: a
 missing one is a row that says so.
 
@@ -26,6 +27,7 @@ from benchmarks.cpu import methods
 from benchmarks.cpu.heads import Heads, Sizes, build_heads
 from benchmarks.gpu.timing import LATE, Bench, first_line
 from opd_ops import Float8Rows, LinearHead, StudentStats, selective_opd_loss
+from opd_ops.backends.shared import grids
 from opd_ops.backends.shared.matmul import head_product, operand_dtype
 from opd_ops.backends.triton import heads as triton_heads
 
@@ -87,6 +89,19 @@ def two_streams(run: Run) -> Run:
     return overlapped
 
 
+def in_tiles(run: Run, *steps: int) -> Run:
+    """The same with score tiles in multiples of other numbers of rows."""
+
+    def tiled(case: Case) -> Tensor | None:
+        kept, grids.TILE_ROWS = grids.TILE_ROWS, steps
+        try:
+            return run(case)
+        finally:
+            grids.TILE_ROWS = kept
+
+    return tiled
+
+
 @torch.no_grad()
 def floor(case: Case) -> None:
     heads = case.heads
@@ -118,6 +133,8 @@ def _peer(method: Callable[[Heads, methods.Settings], methods.Outcome]) -> Run:
 METHODS: dict[str, Run] = {
     "matmul floor": floor,
     "ours": ours(),
+    "ours, 640-row tiles": in_tiles(ours(), 128, 256),  # the second entry is the groups' of selected rows
+    "ours, 1,024-row tiles": in_tiles(ours(workspace_bytes=768 * 2**20), 1024, 256, 128),
     "ours, two streams": two_streams(ours()),
     "ours, fp32 tiles": ours(score_dtype="float32"),
     "ours, 8 bits": ours(score_dtype="float8"),

@@ -2,6 +2,7 @@
 
   score: bytes counted are both rows read once, 2 N V itemsize; the copy reads and writes the same bytes once each, so
          share = (2 N V itemsize / t_score) / (bytes read and written by the copy / t_copy)
+         share of read: the same over a kernel that reads as many bytes and keeps only maxima (read.py)
   few rows: the same for N = 1 .. 64, each row split over programs as the launch table has it, and not split
   loss:  forward and backward to the logits, N = 8192, V = 151,936, 5 % by teachability; peak is over the inputs and the
          gradient that the caller asked for, which one method needs no memory for: it writes it over the logits
@@ -23,6 +24,7 @@ from opd_kernels.score import score_fwd
 from torch import Tensor
 
 from benchmarks.gpu.methods import IN_PLACE, METHODS
+from benchmarks.gpu.read import read, read_bytes
 from benchmarks.gpu.timing import LATE, PLAIN, Bench, first_line
 
 ROTATE_BYTES = 512 * 2**20  # input sets until they exceed any L2 by far
@@ -30,6 +32,7 @@ Row = dict[str, Any]
 
 
 def score_table(bench: Bench, tokens: list[int], vocab: list[int]) -> Iterator[Row]:
+    block = {"block": 32} if bench.dry else {}
     for V in vocab:
         for n in tokens:
             row: Row = {"n": n, "vocab": V, "dtype": str(bench.dtype)[6:]}
@@ -43,11 +46,16 @@ def score_table(bench: Bench, tokens: list[int], vocab: list[int]) -> Iterator[R
                 {
                     "score": lambda i, sets=sets, V=V: score_fwd(*sets[i % len(sets)], None, vocab_size=V, **PLAIN),
                     "copy": lambda i, sets=sets, target=target: target.copy_(sets[i % len(sets)][0]),
+                    "read": lambda i, sets=sets: read(*sets[i % len(sets)], **block),
                 },
                 queued=True,
             )
             row |= {"bytes": one} | times["score"]
             row |= _rates(one, times["score"], 2 * target.nbytes, times["copy"])
+            if "median_ms" in times["read"]:
+                row["read_gb_per_s"] = read_bytes(sets[0][0], **block) / times["read"]["median_ms"] / 1e6
+                if "gb_per_s" in row:
+                    row["share_of_read"] = row["gb_per_s"] / row["read_gb_per_s"]
             del sets, target
             print(f"score N={n} V={V}: {_words(row)}", flush=True)
             yield row
@@ -69,6 +77,7 @@ def _words(row: Row) -> str:
     if "median_ms" not in row:
         return str(row["note"])
     share = f", {row['share']:.0%} of a copy" if "share" in row else ""
+    share += f", {row['share_of_read']:.0%} of reading alone" if "share_of_read" in row else ""
     return f"{row['median_ms']:.4f} ms, {row['gb_per_s']:.0f} GB/s{share}"
 
 

@@ -1,4 +1,5 @@
-"""The files of a GPU run: everything as JSON, a CSV per table, one page of Markdown, and bandwidth against V and N as PNG.
+"""The files of a GPU run: everything as JSON, a CSV per table, one page of Markdown, bandwidth against V and N as PNG, and one
+archive of them all, to bring back.
 
   Every file names device, driver, versions, commit and clocks; a dry run says that it is no measurement.
   A run of some parts keeps the others that gpu.json has of the same commit, device and versions; of an unknown commit none.
@@ -17,6 +18,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -28,7 +30,8 @@ from benchmarks.cpu.environment import describe_environment
 if TYPE_CHECKING:  # it needs triton, which a picture does not
     from benchmarks.gpu.timing import Bench
 
-TABLES = ("check", "score", "few_rows", "loss", "heads", "sweep")
+TABLES = ("warm", "check", "score", "few_rows", "loss", "heads", "sweep", "sanitize")
+ARCHIVE = "gpu.tar.gz"
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu", "power.draw")
 SAME = ("commit", "device", "driver", "versions", "dry_run")  # what results in one file share
 
@@ -105,6 +108,10 @@ def write(found: dict[str, Any], folder: Path) -> None:
     half.write_text(json.dumps(found, indent=1) + "\n")
     os.replace(half, folder / "gpu.json")
     draw(found, folder)
+    with tarfile.open(folder / ARCHIVE, "w:gz") as archive:
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and path.name != ARCHIVE:
+                archive.add(path, path.name)
 
 
 def draw(found: dict[str, Any], folder: Path) -> None:
@@ -145,7 +152,8 @@ def markdown(found: dict[str, Any], plotted: bool) -> str:
         lines += ["## Score pass: both rows read once, as a share of a device copy", ""]
         lines += _table(found["score"], {
             "N": "n", "V": "vocab", "dtype": "dtype", "ms": "median_ms", "min": "min_ms", "max": "max_ms",
-            "GB/s": "gb_per_s", "copy GB/s": "copy_gb_per_s", "share": "share", "note": "note",
+            "GB/s": "gb_per_s", "copy GB/s": "copy_gb_per_s", "share": "share", "only reading GB/s": "read_gb_per_s",
+            "share of that": "share_of_read", "note": "note",
         })  # fmt: skip
         missing = "No plot: matplotlib was not installed; `python -m benchmarks.gpu.report gpu.json` makes it."
         lines += ["![bandwidth](bandwidth.png)" if plotted else missing, ""]
@@ -178,6 +186,9 @@ def markdown(found: dict[str, Any], plotted: bool) -> str:
         lines += ["## Launch table against others", ""]
         columns = {"kernel": "kernel", "tile": "tile", "shipped": "shipped", "ms": "median_ms", "min": "min_ms", "note": "note"}
         lines += _table(sorted(found["sweep"], key=lambda r: (r["kernel"], r.get("median_ms", 1e9))), columns)
+    if "sanitize" in found:
+        lines += ["## Small calls under compute-sanitizer", ""]
+        lines += _table(found["sanitize"], {"tool": "tool", "calls": "calls", "failure": "failure", "note": "note"})
     return "\n".join(lines)
 
 

@@ -80,8 +80,11 @@ class Bench:
             times[name].append(self._time(lambda: variants[name](i), queued))
 
         for name in variants:
-            note = LATE if self.late() else self._try(warm_up, name)
-            if note:
+            if self.late():
+                notes[name] = LATE
+            elif self.dry:  # its one run is enough of an interpreted kernel
+                times[name] = []
+            elif note := self._try(warm_up, name):
                 notes[name] = note
         for i in range(self.rounds):
             if i >= FEWEST_ROUNDS and self.late():
@@ -137,7 +140,6 @@ class Bench:
 
     def peak_bytes(self, run: Callable[[], Any]) -> int | None:
         if self.dry:
-            run()
             return None
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

@@ -9,9 +9,13 @@ Not here: the figures, which need a GPU (`make gpu`); files and their merging (t
 import json
 import math
 import os
+import subprocess
+import tarfile
+import zipfile
 
 import pytest
 import torch
+from opd_kernels.score import score_fwd
 
 from benchmarks.gpu import check as gpu_check
 from benchmarks.gpu import check_divergences as gpu_check_divergences
@@ -20,10 +24,16 @@ from benchmarks.gpu import check_logits as gpu_check_logits
 from benchmarks.gpu import heads as gpu_heads
 from benchmarks.gpu import logits as gpu_logits
 from benchmarks.gpu import methods as gpu_methods
+from benchmarks.gpu import read as gpu_read
+from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu import run as gpu
+from benchmarks.gpu import sanitize as gpu_sanitize
 from benchmarks.gpu import sweep as gpu_sweep
 from benchmarks.gpu import timing as gpu_timing
+from benchmarks.gpu import warm as gpu_warm
+from benchmarks.static import roofline
 from opd_ops.call import prepare
+from tests.support import kernels
 from tests.support.cases import logit_pair
 from tests.support.tolerances import relative_error
 
@@ -41,8 +51,10 @@ def test_a_dry_run_runs_every_part_and_says_that_it_is_no_measurement(tmp_path, 
     assert "DRY RUN, NOT A MEASUREMENT" in capsys.readouterr().out
     assert not gpu.RESULTS.exists()
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    tables = {"check.csv", "score.csv", "few_rows.csv", "loss.csv", "heads.csv", "sweep.csv"}
-    assert names == {"gpu.json", "gpu.md", "bandwidth.png"} | tables
+    tables = {f"{table}.csv" for table in gpu_report.TABLES}
+    assert names == {"gpu.json", "gpu.md", "bandwidth.png", "gpu.tar.gz"} | tables
+    with tarfile.open(tmp_path / "out" / "gpu.tar.gz") as archive:
+        assert set(archive.getnames()) == names - {"gpu.tar.gz"}
     page = (tmp_path / "out" / "gpu.md").read_text()
     assert "DRY RUN, NOT A MEASUREMENT" in page
     found = json.loads((tmp_path / "out" / "gpu.json").read_text())
@@ -55,11 +67,22 @@ def test_a_dry_run_runs_every_part_and_says_that_it_is_no_measurement(tmp_path, 
     assert {row["case"] for row in found["check"][-5:]} == {"offsets beyond 2^31"}  # whose failure a device may not survive
     assert {row["case"] for row in found["check"] if row.get("note")} == {"CUDA graph"}  # not counted as run
     assert all("median_ms" in row for part in ("score", "few_rows", "loss", "sweep") for row in found[part])
+    assert all(row["read_gb_per_s"] > 0 and row["share_of_read"] > 0 for row in found["score"])
+    assert found["sanitize"] == [{"tool": "none", "calls": 4, "failure": None}]
     assert max(row["per_row"] for row in found["few_rows"] if row["programs"] == "split") > 1
     assert {row["per_row"] for row in found["few_rows"] if row["programs"] != "split"} == {1}
     heads = {row["method"]: row for row in found["heads"]}
     measured = {name for name, row in heads.items() if "median_ms" in row}
-    assert {"matmul floor", "ours", "ours, fp32 tiles", "ours, 8 bits", "ours, rollout", "eager"} <= measured
+    assert {
+        "matmul floor",
+        "ours",
+        "ours, 640-row tiles",
+        "ours, 1,024-row tiles",
+        "ours, fp32 tiles",
+        "ours, 8 bits",
+        "ours, rollout",
+        "eager",
+    } <= measured
     assert heads["matmul floor"]["to_floor"] == heads["ours, fp32 tiles"]["overlap"] == 1.0
     assert all(row["note"] for name, row in heads.items() if name not in measured)
     swept = {
@@ -285,9 +308,93 @@ def test_the_parts_share_out_the_time_in_order():
     ends = gpu.ends(list(gpu.PARTS), 8)
     assert list(ends) == list(gpu.PARTS)
     assert list(ends.values()) == sorted(ends.values())
-    assert ends["check"] == gpu.PARTS["check"]
-    assert ends["sweep"] == 480
+    assert ends["warm"] == gpu.PARTS["warm"]
+    assert ends["sanitize"] == 480
     assert gpu.ends(["heads"], 8) == {"heads": 480}
+
+
+def test_the_kernel_that_only_reads_reads_whole_blocks_of_both_models():
+    student, teacher = logit_pair(3, 100)
+    want = torch.maximum(student, teacher)[:, :96].amax(1)
+    assert torch.equal(gpu_read.read(student, teacher, block=32), want)
+    assert gpu_read.read_bytes(student, block=32) == 3 * 96 * 2 * 4
+
+
+def test_warming_up_shares_out_the_launches_of_all_parts(monkeypatch):
+    compiled = []
+
+    class Function:
+        def __init__(self, name):
+            self.__name__ = name
+
+        def run(self, *arguments, grid, warmup, **options):
+            assert warmup
+            if self.__name__ == "large":
+                raise RuntimeError("out of registers")
+            compiled.append(self.__name__)
+
+    every = [(Function(name), (1,), {"num_warps": 4}) for name in ("a", "b", "large", "c", "d")]
+    monkeypatch.setattr(gpu_warm, "launches", lambda: iter(every))
+    shares = [gpu_warm.compile_share(i, 2) for i in range(2)]
+    assert compiled == ["a", "d", "b", "c"]
+    assert [share["kernels"] for share in shares] == [2, 2]
+    assert shares[0]["refused"] == "large: RuntimeError: out of registers"
+
+
+@pytest.mark.skipif(kernels.IS_INTERPRETED, reason="an interpreted kernel is not compiled")
+def test_a_launch_on_shapes_compiles_what_a_launch_on_tensors_takes():
+    common = {"vocab_size": 4112, **gpu_timing.PLAIN}  # as no other test has it
+    with roofline.Recorder() as recorded:
+        shapes = [torch.empty((3, 4112), dtype=torch.bfloat16, device="meta") for _ in range(2)]
+        score_fwd(*shapes, None, **common)
+    for function, arguments, options in recorded:
+        function.run(*arguments, grid=(1,), warmup=True, **options)
+    compiled = [len(function.device_caches[0][0]) for function, _, _ in recorded]
+    score_fwd(*logit_pair(3, 4112, dtype=torch.bfloat16), None, **common)
+    assert [len(function.device_caches[0][0]) for function, _, _ in recorded] == compiled
+    assert all(compiled)
+
+
+def test_warming_up_covers_the_tiles_of_the_sweep_and_every_shipped_kernel():
+    names = [function.__name__ for function, _, _ in gpu_warm.launches()]
+    assert {"_score_fwd_kernel", "_jsd_grad_kernel", "_zero_rows_kernel"} <= set(names)
+    tiles = len(list(gpu_sweep.score_tiles(torch.bfloat16))) + len(list(gpu_sweep.odd_score_tiles()))
+    assert names.count("_score_fwd_kernel") > tiles
+
+
+def test_processes_that_warm_up_end_with_their_part(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    real = subprocess.Popen
+    for code, note in (("import time; time.sleep(60)", "stopped: the time of this part is over"), ("1 / 0", "ended with 1")):
+        monkeypatch.setattr(
+            subprocess, "Popen", lambda command, code=code, **options: real([command[0], "-c", code], **options)
+        )
+        ends = gpu_timing.time.monotonic() + (0.2 if "sleep" in code else 30)
+        (row,) = gpu_warm.run(dry(dry=False, ends=ends))
+        assert row["note"].startswith(note)
+
+
+def test_what_a_sanitizer_reports_fails_the_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_sanitize, "find_tool", lambda: None)
+    late = gpu_timing.time.monotonic() + 60
+    assert {row["note"] for row in gpu_sanitize.run(dry(dry=False, ends=late))} == {
+        "not run: compute-sanitizer is not installed"
+    }
+    tool = tmp_path / "tool"
+    tool.write_text("#!/bin/sh\necho '========= Invalid __global__ read of size 16 bytes'\nexit 99\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(gpu_sanitize, "find_tool", lambda: str(tool))
+    failures = [row["failure"] for row in gpu_sanitize.run(dry(dry=False, ends=late))]
+    assert failures == ["status 99: ========= Invalid __global__ read of size 16 bytes"] * 2
+
+
+def test_wheels_are_unpacked_to_the_end_of_the_path(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.sys, "path", list(gpu.sys.path))
+    with zipfile.ZipFile(tmp_path / "peer-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("peer_of_a_test/__init__.py", "VALUE = 3\n")
+    assert gpu.add_wheels(tmp_path) == ["peer-1-py3-none-any.whl"]
+    assert __import__("peer_of_a_test").VALUE == 3
+    assert gpu.add_wheels(tmp_path / "missing") == gpu.add_wheels(None) == []
 
 
 def test_fp32_is_compared_without_tf32(monkeypatch):

@@ -68,7 +68,7 @@ def test_the_tests_know_the_blocks():
 
 
 @pytest.mark.parametrize(("V", "K"), [(9003, 32), (9003, 1), (9003, 128), (4096, 32), (2048, 7), (131, 100), (5, 3)])
-def test_rest_matches_oracle_fp64(V, K):
+def test_off_list_matches_oracle_fp64(V, K):
     x, _ = logit_pair(2, V, seed=V)
     ids, values = lists(2, V, K)
     coef = torch.tensor([0.5, -2.0])
@@ -76,7 +76,7 @@ def test_rest_matches_oracle_fp64(V, K):
 
 
 @pytest.mark.parametrize("scale", [0.1, 4, 60])
-def test_rest_of_a_row_whose_mass_is_listed(scale):
+def test_off_list_of_a_row_whose_mass_is_listed(scale):
     x, _ = logit_pair(2, 5003, scale=scale, seed=1)
     x += 240  # k ref + log2z, rounded, would lose its last five digits
     ids = x.topk(32).indices.sort().values.to(torch.int32)
@@ -93,7 +93,7 @@ def test_rest_of_a_row_whose_mass_is_listed(scale):
     ],
     ids=str,
 )  # fmt: skip
-def test_rest_ids_at_borders(ids):
+def test_off_list_ids_at_borders(ids):
     x, _ = logit_pair(2, 9003, seed=3)
     ids = torch.tensor([ids] * 2, dtype=torch.int32)
     x[oracle.listed(ids, 9003)] += 15  # one that is missed shows in the log-sum-exp
@@ -109,14 +109,14 @@ def test_rest_ids_at_borders(ids):
     "changed",
     [{"temperature": 0.7, "scale": 0.5}, {"temperature": 2.0}, {"softcap": 30.0, "scale": 0.5, "temperature": 1.3}],
 )
-def test_rest_follows_the_transform(changed):
+def test_off_list_follows_the_transform(changed):
     x, _ = logit_pair(2, 5001, scale=8, seed=5)
     ids, values = lists(2, 5001, 32, filler=3)
     coef = torch.tensor([1.0, 3.0])
     assert_off_list(*run(x, ids, values, coef, **changed), x, ids, values, coef, **changed)
 
 
-def test_rest_soft_cap_makes_no_logits_beyond_the_vocabulary():
+def test_off_list_soft_cap_makes_no_logits_beyond_the_vocabulary():
     x, _ = logit_pair(2, 131)  # a low cap, so that -cap would have a share
     ids, values = lists(2, 131, 5)
     coef = torch.ones(2)
@@ -124,7 +124,7 @@ def test_rest_soft_cap_makes_no_logits_beyond_the_vocabulary():
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
-def test_rest_grad_rounds_once_to_the_stored_type(dtype, tolerance):
+def test_off_list_grad_rounds_once_to_the_stored_type(dtype, tolerance):
     x, _ = logit_pair(2, 5001, dtype=dtype)
     ids, values = lists(2, 5001, 32)
     coef = torch.ones(2) * 100
@@ -143,7 +143,7 @@ def test_assert_rest_rejects_a_zero_gradient():
             assert_off_list(wrong, columns, x, ids, values, torch.ones(1))
 
 
-def test_rest_of_nothing():
+def test_off_list_of_nothing():
     # K = V, and a row that is -inf off the list
     x, _ = logit_pair(2, 100)
     ids = torch.arange(100, dtype=torch.int32).repeat(2, 1)
@@ -161,7 +161,7 @@ def test_rest_of_nothing():
     torch.testing.assert_close(out, torch.zeros_like(x).scatter(1, ids.long(), values), rtol=1e-6, atol=0)
 
 
-def test_rest_ignores_masked_entries():
+def test_off_list_ignores_masked_entries():
     x, _ = logit_pair(2, 9003)
     x[0, :4200], x[0, 4444], x[1, 4096:] = -INF, -INF, -INF  # whole blocks
     ids, values = lists(2, 9003, 32)
@@ -178,7 +178,7 @@ def test_rest_ignores_masked_entries():
     assert_within(exact_off_list(columns), z, absolute=2e-6, relative=0, name="lse")
 
 
-def test_rest_never_hides_a_nan_off_the_list():
+def test_off_list_never_hides_a_nan_off_the_list():
     x, _ = logit_pair(3, 5003)
     ids, values = lists(3, 5003, 32)
     clean = x[1].clone()
@@ -194,7 +194,7 @@ def test_rest_never_hides_a_nan_off_the_list():
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
-def test_rest_grad_zeros_whatever_the_row_holds(softcap):
+def test_off_list_grad_zeros_whatever_the_row_holds(softcap):
     x, _ = logit_pair(4, 2100)
     ids, _ = lists(4, 2100, 8)
     x[0, 7], x[1, 2080], x[2] = float("nan"), -INF, -INF
@@ -203,7 +203,7 @@ def test_rest_grad_zeros_whatever_the_row_holds(softcap):
     assert torch.equal(out, torch.zeros_like(out))
 
 
-def test_rest_grad_of_zero_coef_keeps_the_values():
+def test_off_list_grad_of_zero_coef_keeps_the_values():
     x, _ = logit_pair(2, 2100)
     ids, values = lists(2, 2100, 8)
     x = x.masked_fill(~oracle.listed(ids, 2100), float("nan"))
@@ -211,7 +211,7 @@ def test_rest_grad_of_zero_coef_keeps_the_values():
     torch.testing.assert_close(out, torch.zeros_like(x).scatter(1, ids.long(), values), rtol=1e-6, atol=0)
 
 
-def test_rest_grad_writes_whole_rows_and_no_others():
+def test_off_list_grad_writes_whole_rows_and_no_others():
     x, _ = logit_pair(5, 5100)
     rows = torch.tensor([3, 1], dtype=torch.int32)
     ids, values = lists(2, 5000, 32)
@@ -222,7 +222,7 @@ def test_rest_grad_writes_whole_rows_and_no_others():
     assert_off_list(out[[3, 1], :5000], columns, x[[3, 1], :5000], ids, values, coef)
 
 
-def test_rest_grad_in_place_equals_out_of_place():
+def test_off_list_grad_in_place_equals_out_of_place():
     x, _ = logit_pair(3, 4300, dtype=torch.bfloat16)
     rows, coef = torch.tensor([2, 0]), torch.tensor([1.0, 2.0])
     ids, values = lists(2, 4300, 32)
@@ -234,7 +234,7 @@ def test_rest_grad_in_place_equals_out_of_place():
     assert torch.equal(x[1], kept[1])
 
 
-def test_rest_grad_adds():
+def test_off_list_grad_adds():
     x, before = logit_pair(4, 5100)
     rows, coef = torch.tensor([2, 0]), torch.tensor([1.0, 2.0])
     ids, values = lists(2, 5000, 32)
@@ -246,7 +246,7 @@ def test_rest_grad_adds():
 
 
 @pytest.mark.parametrize("add", [False, True])
-def test_rest_grad_of_blocks_of_the_vocabulary_equals_that_of_the_whole(add):
+def test_off_list_grad_of_blocks_of_the_vocabulary_equals_that_of_the_whole(add):
     x, before = logit_pair(2, 9003)
     ids, values = lists(2, 9003, 128, filler=5)
     ids[:, 0], ids[:, 1] = 3000, 3001
@@ -261,7 +261,7 @@ def test_rest_grad_of_blocks_of_the_vocabulary_equals_that_of_the_whole(add):
     assert torch.equal(whole, parts)
 
 
-def test_rest_offsets_pass_two_to_the_31(tmp_path):
+def test_off_list_offsets_pass_two_to_the_31(tmp_path):
     x, _ = oracle.sparse_pair(tmp_path)
     rows, coef = torch.tensor([69999, 0]), torch.ones(2) * 100
     ids, values = lists(2, 300, 8)

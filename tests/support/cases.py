@@ -13,17 +13,24 @@ from torch import Tensor
 from opd_ops import LinearHead
 
 
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
 
 
 def logit_pair(
-    n: int, vocab: int, *, scale: float = 4.0, noise: float = 1.0, seed: int = 0, dtype: torch.dtype = torch.float32
+    n: int,
+    vocab: int,
+    *,
+    scale: float = 4.0,
+    noise: float = 1.0,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """(n, vocab) student and teacher logits, drawn in fp64 and rounded to `dtype`."""
-    g = generator(seed)
-    student = scale * torch.randn(n, vocab, generator=g, dtype=torch.float64)
-    teacher = student + noise * torch.randn(n, vocab, generator=g, dtype=torch.float64)
+    """(n, vocab) student and teacher logits, drawn in fp64 on `device` and rounded to `dtype`."""
+    options = {"generator": generator(seed, device), "dtype": torch.float64, "device": device}
+    student = scale * torch.randn(n, vocab, **options)
+    teacher = student + noise * torch.randn(n, vocab, **options)
     return student.to(dtype), teacher.to(dtype)
 
 
@@ -38,12 +45,13 @@ def head_pair(
     softcap: float | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> tuple[LinearHead, LinearHead]:
     """Two heads of different width whose logits correlate: the teacher's hidden states contain the student's."""
-    g = generator(seed)
+    options = {"generator": generator(seed, device), "dtype": torch.float64, "device": device}
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=g, dtype=torch.float64)
+        return torch.randn(*size, **options)
 
     s_hidden, s_weight = normal(*shape, student_dim), 0.8 * normal(vocab, student_dim)
     t_hidden = torch.cat((s_hidden, normal(*shape, teacher_dim - student_dim)), -1)
