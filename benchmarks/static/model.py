@@ -130,7 +130,7 @@ def measure(targets, configs=None, *, gated: bool = False) -> Iterator[dict[str,
     """A row for each of our kernels that has a loop over the vocabulary; `gated`: only for those in gates.py."""
     named = {(gate.target, gate.kernel, gate.config) for gate in gates.GATES}
     for target in targets:
-        launch_table.set_warp_size(32)
+        launch_table.set_target(32, roofline.TARGETS[target].arch // 10)
         for config, launches in roofline.configurations():
             if configs is not None and config not in configs:
                 continue
