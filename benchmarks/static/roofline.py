@@ -61,7 +61,7 @@ CAPPED_BUDGET = {
 }  # fmt: skip
 # Rows that start anywhere: a little above what was counted.
 ODD_BUDGET = {"score_fwd": 27, "reverse_kl_grad": 26, "forward_kl_grad": 30, "jsd_fwd": 35}
-# The bf16 score, whose maxima are of words of two logits: fewer instructions, and registers that let five programs run on an SM.
+# The bf16 score, whose maxima are of words of two logits: fewer instructions, and five programs an SM by its registers.
 BF16_SCORE = ("bf16", "bf16 rows", "bf16 split", "bf16 V=32008")
 BF16_SCORE_BUDGET, BF16_SCORE_REGISTERS = 16, 96
 STREAMING = ("score", "reverse_kl", "forward_kl", "jsd_", "rest_")  # kernels with a main loop over the vocabulary
