@@ -51,7 +51,7 @@ TARGETS = {
 # streams of 16 bits (jsd_fwd two reads; rest_grad a read and a write), so 31 * 3 / 2 for the three of jsd_grad and
 # 31 / 2 for the one of rest_fwd. Twice the bytes (fp32) would allow twice as many.
 BUDGET = {
-    "score_fwd": 17, "reverse_kl_grad": 21, "forward_kl_grad": 21, "jsd_fwd": 31, "jsd_grad": 46, "rest_fwd": 15.5,
+    "score_fwd": 17.1, "reverse_kl_grad": 21, "forward_kl_grad": 21, "jsd_fwd": 31, "jsd_grad": 46, "rest_fwd": 15.5,
     "rest_grad": 31,
 }  # fmt: skip
 # With soft-cap two tanh a pair set the time, not memory: ceilings a little above what was counted, so that it gets no worse.
