@@ -70,7 +70,7 @@ def score(s_dtype: torch.dtype, t_dtype: torch.dtype, *, aligned: bool = True, c
 
     VEC logits are one 128-bit load. The work once per lane and iteration (rescaling, group maxima) is spread over R * VEC
     pairs of logits. bf16: 15.9 instructions a pair. ptxas would take 127 registers for it on sm_90, with 96 it spills none:
-    five programs an SM instead of four. On sm_100 it takes 85 by itself, and would spill 8 bytes if it were limited.
+    five programs an SM instead of four. On sm_100 it takes 85 by itself; limited, it would spill there and on sm_80.
     With QUAD = 4, one load of 4 neighbouring threads is 64 bytes, two full sectors, of one group of 128.
     Soft-capped fp32 takes 16 pairs (56.4 instructions a pair, 91 registers): with 32 ptxas 12.9 spills 8 bytes for sm_90.
 
@@ -83,8 +83,8 @@ def score(s_dtype: torch.dtype, t_dtype: torch.dtype, *, aligned: bool = True, c
         return Tile({"R": 8, "GROUPS": 8, "QUAD": 16, "VEC": 1}, num_warps=128 // _warp_size())
     vec = 4 if s_dtype == t_dtype == torch.float32 else 8
     pairs = 16 if capped and vec == 4 else 32
-    limited = s_dtype == t_dtype == torch.bfloat16 and not capped and _target()[1] in (8, 9)
-    return Tile({"R": pairs // vec, "GROUPS": pairs, "QUAD": 128 // pairs, "VEC": vec}, 128 // _warp_size(), 96 if limited else None)
+    registers = 96 if s_dtype == t_dtype == torch.bfloat16 and not capped and _target()[1] == 9 else None
+    return Tile({"R": pairs // vec, "GROUPS": pairs, "QUAD": 128 // pairs, "VEC": vec}, 128 // _warp_size(), registers)
 
 
 @functools.cache
@@ -106,14 +106,14 @@ def score_parts(n: int, vocab_size: int, tile: Tile, device: torch.device) -> in
 def support(top_k: int, n_groups: int) -> SupportTile:
     """Warps of the three kernels, from the keys per thread.
 
-    groups: 16 keys a thread of 2048 group maxima (V = 152k). topk: 16-32 of 128 K candidates; more keys would spill at
-    K = 128, fewer would need more warps, and each counting round a longer barrier. stats: lists are short, 16-32
-    comparisons a thread and chunk. With 64 lanes a warp, K = 128 takes 4 warps, 64 keys a thread: with 8 warps triton 3.6
-    spills 356 bytes, triton 3.9 none.
+    groups: 32 keys a thread of 2048 group maxima (V = 152k). topk: 16-64 of 128 K candidates. By warps, K = 16 takes 11.2k
+    instructions of PTX a row in all; with 4 warps 14.8k, with 1 9.2k. At K = 128 more keys would spill, fewer would need more
+    warps, and each counting round a longer barrier. stats: lists are short, 16-32 comparisons a thread and chunk. With 64 lanes
+    a warp, K = 128 takes 4 warps, 64 keys a thread: with 8 warps triton 3.6 spills 356 bytes, triton 3.9 none.
     """
     scale = 32 / _warp_size()
-    groups_warps = 4 if n_groups <= 4096 else 8
-    topk_warps = 4 if top_k <= 16 else 8 if top_k <= 64 or _warp_size() == 64 else 16
+    groups_warps = 8 if n_groups > 4096 else 2 if top_k <= 16 else 4
+    topk_warps = 2 if top_k <= 16 else 8 if top_k <= 64 or _warp_size() == 64 else 16
     stats_warps = 1 if top_k <= 32 else 4
     return SupportTile(*(max(1, int(w * scale)) for w in (groups_warps, topk_warps, stats_warps)))
 

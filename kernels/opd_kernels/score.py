@@ -114,13 +114,10 @@ def _sums(zs, zt, first, limit, ref_s, ref_t, k_s, k_t, STEP: tl.constexpr, MASK
 
 @triton.jit
 def _transform_all(z, pre, cap, CAP: tl.constexpr):
-    if CAP:
-        out = ()
-        for i in tl.static_range(len(z)):
-            out = out + (_transform(z[i], pre, cap, CAP),)
-        return out
-    else:
-        return z
+    out = ()
+    for i in tl.static_range(len(z)):
+        out = out + (_transform(z[i], pre, cap, CAP),)
+    return out
 
 
 @triton.jit

@@ -19,7 +19,9 @@ Three kernels, because a thread reads numbers that other threads wrote:
   topk    (n programs, once per model)  the K largest of those 128 K candidates, ties to the lower id,
           written as places among the candidates.
   stats   (n programs)   orders each list by counting, gathers logits, reduces.
-Traffic: 2 NG maxima, 2 * 128 K logits, 8 K gathered logits per row: about 3 % of the row at K = 16.
+groups and topk search twice: the K runs of RUN neighbouring keys with the largest maxima, then the keys of these runs, which
+contain the K largest keys for the same reason. Between the two the list of runs passes through the memory of the output.
+Traffic: 2 NG maxima, 2 * 128 K logits, the runs of both again, 8 K gathered logits per row: 4 % of the row at K = 16.
 
 Not here: the choice of K (opd_ops/selection/selectors.py), full-vocabulary statistics (score.py).
 Specification: opd_ops/backends/eager.py. Tests: tests/kernels/test_support.py.

@@ -94,7 +94,11 @@ UNARY = [
     ("max.bf16x2 %r3, %r2, 0xBF803F80;", 0xC0004000, 0xBF804000),  # -2 and 2 against -1 and 1
     ("min.bf16x2 %r3, %r2, 0xBF803F80;", 0xC0007FC0, 0xC0003F80),  # of a number and NaN: the number
     ("min.f16x2 %r3, %r2, 0xBC003C00;", 0xC0004000, 0xC0003C00),
-    ("mov.b32 {_, %rs1}, %r2; mov.b16 %rs2, 0xC500U; max.f16 %rs1, %rs1, %rs2; mov.b32 %r3, {0, %rs1};", 0xC0000000, 0xC0000000),
+    (
+        "mov.b32 {_, %rs1}, %r2; mov.b16 %rs2, 0xC500U; max.f16 %rs1, %rs1, %rs2; mov.b32 %r3, {0, %rs1};",
+        0xC0000000,
+        0xC0000000,
+    ),
     ("mul.rn.ftz.f32 %r3, %r2, 0f3F000000;", 2.0**-126, 0.0),
     ("mov.b32 {_, %rs1}, %r2; sub.rn.f32.bf16 %r3, %rs1, 0f3F000000;", 2.0, 1.5),
     ("mul.hi.u32 %r3, %r2, 0x55555556U;", 100, 33),

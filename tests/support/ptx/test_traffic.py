@@ -40,7 +40,7 @@ def test_score_reads_every_logit_once_by_whole_sectors(pair):
     assert score.traffic.read_bytes == rows
     assert score.traffic.read_sectors == rows // SECTOR
     assert score.traffic.written_bytes <= rows / GROUP + FEW
-    assert 32 * score.instructions / pair[0].numel() < 25
+    assert 32 * score.instructions / pair[0].numel() < 19.5
 
 
 def test_score_reads_nothing_of_rows_that_are_masked(pair):
@@ -64,8 +64,8 @@ def test_support_touches_a_small_part_of_the_rows_again(pair):
     assert [x.kernel for x in support] == [
         "_support_groups_fwd_kernel", "_support_topk_fwd_kernel", "_support_topk_fwd_kernel", "_support_stats_fwd_kernel"
     ]  # fmt: skip
-    assert SECTOR * sum(x.traffic.read_sectors for x in support) < 0.035 * 2 * pair[0].nbytes
-    assert 32 * sum(x.instructions for x in support) / pair[0].numel() < 5.3  # 7.7 where each digit of a key takes a round
+    assert SECTOR * sum(x.traffic.read_sectors for x in support) < 0.042 * 2 * pair[0].nbytes
+    assert 32 * sum(x.instructions for x in support) / pair[0].numel() < 2.6  # 4.5 where all keys are searched at once
 
 
 @pytest.mark.parametrize("gradient", [reverse_kl_grad, forward_kl_grad])
