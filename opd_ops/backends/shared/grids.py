@@ -133,7 +133,7 @@ def _cast_columns(student: Source, teacher: Source, workspace: Workspace, size: 
 ALIGNED = float8.ALIGNED
 MIN_BLOCK = 16  # columns, however small the workspace
 # Rows of a tile, the largest that fits: 128 is the matmul's own tile, 256 its wider one. The kernels run one program a row, and
-# Hopper (132 multiprocessors of four programs) 528 at a time: 512 rows fill such a wave, 640 would take two.
+# Hopper (132 multiprocessors of four programs, in bf16 of five) 528 or 660 at a time: 512 rows are one wave in any dtype.
 TILE_ROWS = (512, 256, 128)
 MOST_SPANS = 8  # of rows whose gradients are kept: each further one rounds the 16-bit weight gradient once more
 GROUP = 128  # logits per group maximum, as in opd_kernels/score.py
