@@ -1,13 +1,14 @@
 """The losses for the selected positions, by name or as instances with parameters.
 
-Not here: the interface of a divergence (base.py), the divergences (whole.py, support.py, composite.py).
+Not here: the interface of a divergence (base.py), the divergences (whole.py, support.py, sampled.py, composite.py).
 """
 
 from __future__ import annotations
 
 from opd_ops.divergences.base import Divergence, OnSupport, Summed, Support, WholeRow, weighted_sum, without_infinite
 from opd_ops.divergences.composite import EntropyAware, Extrapolated
-from opd_ops.divergences.support import LocalSupport, SampledToken, TailAware, TopKForwardKL
+from opd_ops.divergences.sampled import SampledToken
+from opd_ops.divergences.support import LocalSupport, TailAware, TopKForwardKL
 from opd_ops.divergences.whole import JSD, ForwardKL, ReverseKL, TotalVariation, is_column
 
 __all__ = [

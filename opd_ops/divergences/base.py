@@ -7,7 +7,7 @@
   The slope f'_v is taken relative to f'_a. So at a, where p may be near 1, only the mean slope is left: nothing cancels.
 
 A new divergence is one small class of one of these kinds in a file of its own (CONTRIBUTING.md).
-Not here: the divergences (whole.py, support.py, composite.py), how backends compute the two forms.
+Not here: the divergences (whole.py, support.py, sampled.py, composite.py), how backends compute the two forms.
 """
 
 from __future__ import annotations
