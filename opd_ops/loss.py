@@ -141,8 +141,9 @@ def selective_opd_token_losses(
     Raises: as `selective_opd_loss`. A second derivative is an error, and so are torch.func's transforms.
     Non-finite logits: if `selective_opd_loss` is NaN, every loss and every gradient is NaN.
     Cost in head matmuls, two heads of equal width, a share rho selected: 2 + 4 rho on backend "torch" with reverse or forward
-        KL, as `selective_opd_loss`. In other cases the backward computes parts of the forward again: 2 + 8 rho with "jsd" and
-        "total_variation", and on "triton" 2 + 6 rho with the KLs and "jsd". With a frozen student head rho less.
+        KL, as `selective_opd_loss`. In other cases the backward computes parts of the forward again: 2 + 8 rho with other
+        divergences over the whole vocabulary, and on "triton" 2 + 6 rho with the KLs and "jsd". With a frozen student head
+        rho less.
     torch.compile(fullgraph=True) is not supported.
     Example: the mean over the selected positions is the loss.
         >>> student, teacher = torch.randn(2, 6, 32).requires_grad_()

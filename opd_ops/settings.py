@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opd_ops.arguments import check_ids, check_integer, check_layout, check_positive, may_look, plain, real, shown
+from opd_ops.arguments import check_choice, check_ids, check_integer, check_layout, check_positive, may_look, plain, real, shown
 from opd_ops.backends.resolve import check_backend
 from opd_ops.divergences import DIVERGENCES, Divergence, resolve_divergence
 from opd_ops.inputs import float8
@@ -281,11 +281,6 @@ def _suggesting(init: Callable[..., None]) -> Callable[..., None]:
 
 
 Settings.__init__ = _suggesting(Settings.__init__)  # type: ignore[method-assign]
-
-
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of: {', '.join(choices)}")
 
 
 def check_fraction(fraction: object) -> float:

@@ -1,11 +1,13 @@
 """The losses for the selected positions, by name or as instances with parameters.
 
-Not here: the interface of a divergence (base.py), the divergences (whole.py, support.py, sampled.py, composite.py).
+Not here: the interface of a divergence (base.py), the divergences (whole.py, bounded.py, support.py, sampled.py,
+composite.py).
 """
 
 from __future__ import annotations
 
 from opd_ops.divergences.base import Divergence, OnSupport, Summed, Support, WholeRow, weighted_sum, without_infinite
+from opd_ops.divergences.bounded import Power, SkewKL
 from opd_ops.divergences.composite import EntropyAware, Extrapolated
 from opd_ops.divergences.sampled import SampledToken
 from opd_ops.divergences.support import LocalSupport, TailAware, TopKForwardKL
@@ -20,8 +22,10 @@ __all__ = [
     "ForwardKL",
     "LocalSupport",
     "OnSupport",
+    "Power",
     "ReverseKL",
     "SampledToken",
+    "SkewKL",
     "Summed",
     "Support",
     "TailAware",
@@ -41,6 +45,8 @@ DIVERGENCES: dict[str, Divergence] = {
         ForwardKL(),
         JSD(),
         TotalVariation(),
+        SkewKL(),
+        Power(),
         LocalSupport(),
         TailAware(),
         TopKForwardKL(),

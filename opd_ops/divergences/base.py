@@ -7,7 +7,7 @@
   The slope f'_v is taken relative to f'_a. So at a, where p may be near 1, only the mean slope is left: nothing cancels.
 
 A new divergence is one small class of one of these kinds in a file of its own (CONTRIBUTING.md).
-Not here: the divergences (whole.py, support.py, sampled.py, composite.py), how backends compute the two forms.
+Not here: the divergences (whole.py, bounded.py, support.py, sampled.py, composite.py), how backends compute the two forms.
 """
 
 from __future__ import annotations
@@ -71,6 +71,11 @@ class WholeRow(Divergence):
 
 class Summed(WholeRow):
     """A divergence whose value and mean slope need a sweep of their own over the selected rows."""
+
+    @property
+    def may_be_negative(self) -> bool:
+        """Whether the sum may be below 0; if not, what rounding leaves below 0 becomes 0."""
+        return False
 
     @abstractmethod
     def term(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from opd_ops.arguments import check_integer
+from opd_ops.arguments import check_choice, check_integer
 from opd_ops.backends.shared.grids import BlockGrid, SelectedGrid, gradient_grid, padded, score_grid, score_rows, tile_dtype
 from opd_ops.divergences import Summed, resolve_divergence
 from opd_ops.inputs import float8
 from opd_ops.inputs.sources import Source, Transform
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.budget import SHORTLIST, most_selected
-from opd_ops.settings import SCORE_DTYPES, LossOptions, Settings, check_choice, check_top_k
+from opd_ops.settings import SCORE_DTYPES, LossOptions, Settings, check_top_k
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -22,8 +22,10 @@ from opd_ops import (
     ForwardKL,
     LinearHead,
     LocalSupport,
+    Power,
     ReverseKL,
     SampledToken,
+    SkewKL,
     TailAware,
     TopKForwardKL,
     TotalVariation,
@@ -46,6 +48,14 @@ CASES = {
     "jsd-0.1": (JSD(0.1), oracle.jsd, {"beta": 0.1}),
     "jsd-0.9": (JSD(beta=0.9), oracle.jsd, {"beta": 0.9}),
     "total_variation": (TotalVariation(), oracle.total_variation, {}),
+    "jsd-clip": (JSD(entry_clip=0.02), oracle.clipped_jsd, {"entry_clip": 0.02}),
+    "jsd-0.9-clip": (JSD(0.9, entry_clip=0.1), oracle.clipped_jsd, {"beta": 0.9, "entry_clip": 0.1}),
+    "skew_kl": (SkewKL(), oracle.skew_kl, {}),
+    "skew_kl-0.6": (SkewKL(alpha=0.6), oracle.skew_kl, {"alpha": 0.6}),
+    "skew_kl-forward": (SkewKL(0.1, "forward"), oracle.skew_kl, {"direction": "forward"}),
+    "skew_kl-forward-0.6": (SkewKL(0.6, "forward"), oracle.skew_kl, {"alpha": 0.6, "direction": "forward"}),
+    "power": (Power(), oracle.power, {}),
+    "power-0.3": (Power(alpha=0.3), oracle.power, {"alpha": 0.3}),
     "local_support": (LocalSupport(), oracle.local_support, {}),
     "local_support-1": (LocalSupport(top_k=2), oracle.local_support, {"top_k": 2}),
     "tail_aware": (TailAware(), oracle.tail_aware, {}),
@@ -152,7 +162,13 @@ def test_sampled_gradient_is_that_of_reverse_kl_on_average():
     assert_gradient(rows.grad.sum(0, keepdim=True), want, 1e-10)
 
 
-@pytest.mark.parametrize("case", ["jsd", "jsd-0.1", "jsd-0.9", "local_support", "tail_aware", "total_variation"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("jsd", "jsd-0.1", "jsd-0.9", "local_support", "tail_aware", "total_variation"),
+        *("skew_kl", "skew_kl-0.6", "skew_kl-forward", "skew_kl-forward-0.6", "power", "power-0.3"),
+    ],
+)
 @pytest.mark.parametrize(("scale", "noise"), [(3, 1e-3), (0.1, 1e-3), (60, 0.01), (60, 5), (15, 60)])
 def test_divergence_does_not_cancel(case, scale, noise):
     s, u = logit_pair(3, 401, scale=scale, noise=noise, seed=2)
@@ -184,7 +200,9 @@ def test_masked_entries_are_outside_of_every_divergence(case, backend):
 
 
 @every_backend
-@pytest.mark.parametrize("case", ["jsd", "jsd-0.1", "total_variation"])
+@pytest.mark.parametrize(
+    "case", ["jsd", "jsd-0.1", "jsd-clip", "total_variation", "skew_kl", "skew_kl-forward", "power", "power-0.3"]
+)
 def test_bounded_divergences_stay_finite_where_one_model_is_zero(case, backend):
     s, u = logit_pair(4, 130, scale=3.0, seed=9)
     s[:, :20], u[:, 10:40] = -INF, -INF
@@ -253,7 +271,9 @@ def test_jsd_at_its_ends_is_a_kl(backend):
 
 
 @every_backend
-@pytest.mark.parametrize("case", ["reverse_kl", "jsd", "tail_aware", "local_support"])
+@pytest.mark.parametrize(
+    "case", ["reverse_kl", "jsd", "jsd-clip", "skew_kl", "skew_kl-forward", "power", "tail_aware", "local_support"]
+)
 def test_models_that_differ_by_a_constant_have_nothing_to_learn(case, backend):
     s, _ = logit_pair(4, 61, scale=1.0)
     x = leaf(s)
@@ -407,6 +427,11 @@ def test_heads_in_16_bits_get_gradients_of_their_dtype(case, dtype):
     ("make", "error", "message"),
     [
         (lambda: JSD(beta=1.5), ValueError, r"JSD.beta: got 1.5, expected a number in \[0, 1\]"),
+        (lambda: JSD(entry_clip=0), ValueError, "JSD.entry_clip: got 0, expected a finite number > 0, or None"),
+        (lambda: JSD(1.0, entry_clip=0.05), ValueError, "JSD.entry_clip: got 0.05 with beta 1, a KL; expected 0 < beta < 1"),
+        (lambda: SkewKL(alpha=0), ValueError, r"SkewKL.alpha: got 0, expected a number in \(0, 1\); at 0 it is ReverseKL\(\)"),
+        (lambda: SkewKL(direction="both"), ValueError, "SkewKL.direction: got 'both', expected one of: reverse, forward"),
+        (lambda: Power(alpha=-1), ValueError, "Power.alpha: got -1, expected a finite number > 0"),
         (lambda: TailAware(top_k=0), ValueError, "TailAware.top_k: got 0, expected at least 1"),
         (lambda: LocalSupport(top_k=2.0), TypeError, "LocalSupport.top_k: got 2.0, expected an integer"),
         (lambda: SampledToken(clip=0), ValueError, "SampledToken.clip: got 0, expected a finite number > 0"),

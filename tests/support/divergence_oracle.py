@@ -54,6 +54,35 @@ def total_variation(s, u):
     return (p - log_q.exp()).abs().sum(1) / 2, p * (sign - (p * sign).sum(1, keepdim=True)) / 2
 
 
+def clipped_jsd(s, u, beta=0.5, entry_clip=0.05):
+    log_p, log_q = _rows(s, u)
+    p, q = log_p.exp(), log_q.exp()
+    log_m = torch.log(beta * q + (1 - beta) * p)
+    terms = beta * _times(q, log_q - log_m) + (1 - beta) * _times(p, log_p - log_m)
+    slope = torch.where(terms < entry_clip, (1 - beta) * (log_p - log_m), 0)
+    return terms.clamp_max(entry_clip).sum(1), _times(p, slope - _times(p, slope).sum(1, keepdim=True))
+
+
+def skew_kl(s, u, alpha=0.1, direction="reverse"):
+    log_p, log_q = _rows(s, u)
+    p, q = log_p.exp(), log_q.exp()
+    if direction == "reverse":
+        m = (1 - alpha) * q + alpha * p
+        loss, slope = _times(p, log_p - m.log()).sum(1), log_p - m.log() - alpha * p / m
+    else:
+        m = alpha * q + (1 - alpha) * p
+        loss, slope = _times(q, log_q - m.log()).sum(1), -(1 - alpha) * q / m
+    return loss, _times(p, slope - _times(p, slope).sum(1, keepdim=True))
+
+
+def power(s, u, alpha=5.0):
+    log_p, log_q = _rows(s, u)
+    p, q = log_p.exp(), log_q.exp()
+    loss = (p ** (1 + alpha) / (1 + alpha) - p * q**alpha + alpha * q ** (1 + alpha) / (1 + alpha)).sum(1)
+    slope = p**alpha - q**alpha
+    return loss, p * (slope - (p * slope).sum(1, keepdim=True))
+
+
 def local_support(s, u, top_k=32):
     _, log_q = _rows(s, u)
     best = _teachers_best(log_q, top_k)

@@ -40,8 +40,11 @@ LIST_BYTES = 320  # per row and id: ids, both models' logits in fp64, their grad
 
 def refusal(divergence: Divergence) -> str | None:
     """Why no kernel computes it, or None."""
-    if divergence.whole is not None and type(divergence.whole) not in (*GRADIENTS, JSD):
-        return f"{type(divergence.whole).__name__} has no kernel"
+    whole = divergence.whole
+    if whole is not None and type(whole) not in (*GRADIENTS, JSD):
+        return f"{type(whole).__name__} has no kernel"
+    if isinstance(whole, JSD) and whole.entry_clip is not None:
+        return "JSD with entry_clip has no kernel"
     if divergence.support is not None and divergence.support.length > MAX_LIST:
         return f"its list has {divergence.support.length} ids, kernels take at most {MAX_LIST}"
     return None
