@@ -47,11 +47,8 @@ def choose(scored: Scored) -> Chosen:
     rows, trained = _rows_of(selected, call)
     if not call.in_graph:  # the CPU has just waited for the device, to list the rows
         warn_of_infinite(scored.infinite, stats.valid, "valid", call.divergence.name)
-    if (
-        call.student_stats is not None
-        and call.divergence.whole is not None
-        and not call.backend.scores_selected_rows(call.student, call.teacher)
-    ):
+    scores_again = call.backend.scores_selected_rows(call.student, call.teacher) and call.divergence.whole is not None
+    if call.student_stats is not None and call.divergence.reads_whole_rows and not scores_again:
         rows, trained, selected, stats = _with_whole_rows(call, rows, trained, selected, stats)
     return Chosen(call, rows, trained, selected, scored.scores, stats)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from opd_ops.divergences.base import Divergence, OnSupport, Summed, Support, WholeRow, weighted_sum, without_infinite
 from opd_ops.divergences.bounded import Power, SkewKL
-from opd_ops.divergences.composite import EntropyAware, Extrapolated
+from opd_ops.divergences.composite import EntropyAware, Extrapolated, ImportanceWeighted
 from opd_ops.divergences.sampled import SampledToken
 from opd_ops.divergences.support import LocalSupport, TailAware, TopKForwardKL
 from opd_ops.divergences.whole import JSD, ForwardKL, ReverseKL, TotalVariation, is_column
@@ -20,6 +20,7 @@ __all__ = [
     "EntropyAware",
     "Extrapolated",
     "ForwardKL",
+    "ImportanceWeighted",
     "LocalSupport",
     "OnSupport",
     "Power",

@@ -18,6 +18,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from opd_ops.divergences.ratio import Ratio
+
 
 class Divergence(ABC):
     """A loss per position: `whole` + `support`; one of the two may be None."""
@@ -34,9 +36,19 @@ class Divergence(ABC):
         return None
 
     @property
+    def importance(self) -> Ratio | None:
+        """How the ratio of p(y) to y's probability at sampling time weighs the loss; None: it does not."""
+        return None
+
+    @property
     def reads_tokens(self) -> bool:
-        """Whether the loss reads the token that the student sampled."""
-        return self.support is not None and self.support.of_tokens
+        """Whether the loss or its weight reads the token that the student sampled."""
+        return self.importance is not None or (self.support is not None and self.support.of_tokens)
+
+    @property
+    def reads_whole_rows(self) -> bool:
+        """Whether the loss needs a statistic of both whole rows, or sums over them."""
+        return self.whole is not None or (self.support is not None and self.support.reads_reverse_kl)
 
 
 class WholeRow(Divergence):
@@ -90,6 +102,7 @@ class Support(NamedTuple):
     teacher: Tensor  # (M, K) log q at the ids, q over the whole vocabulary
     teacher_off_list: Tensor  # (M,) log of the teacher's mass off the list
     teacher_entropy: Tensor  # (M,) H(q)
+    reverse_kl: Tensor | None = None  # (M,) KL(p || q), a constant; None: unknown
 
     @property
     def student_logsumexp(self) -> Tensor:
@@ -118,6 +131,11 @@ class OnSupport(Divergence):
     @property
     def support(self) -> OnSupport:
         return self
+
+    @property
+    def reads_reverse_kl(self) -> bool:
+        """Whether `loss` reads `reverse_kl`, which a sparse teacher does not have."""
+        return False
 
     @property
     def length(self) -> int:

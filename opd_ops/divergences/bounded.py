@@ -19,7 +19,7 @@ from torch import Tensor
 
 from opd_ops.arguments import check_choice, check_positive, real, shown, take_plain
 from opd_ops.divergences.base import Summed
-from opd_ops.divergences.equations import kl, log_mixture, log_over_mixture
+from opd_ops.divergences.equations import kl, log_mixture, log_over_mixture, power_difference
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,4 @@ class Power(Summed):
         return torch.where(log_ratio > 0, over_p, over_q.mul_(((1 + a) * log_q).exp_()))
 
     def slope(self, log_p: Tensor, log_ratio: Tensor) -> Tensor:
-        # p^a - q^a, by expm1 and relative to the larger of the two
-        relative = torch.expm1(log_ratio.abs().mul_(-self.alpha)).mul_(-log_ratio.sign())
-        return relative.mul_((log_p - log_ratio.clamp_max(0)).mul_(self.alpha).exp_())
+        return power_difference(log_p, log_ratio, self.alpha)

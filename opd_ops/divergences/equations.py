@@ -2,7 +2,7 @@
 
   H(p) = -sum p log p;  KL(a || b) = sum a (log a - log b);  0 log 0 = 0                                        [nats]
   In every dtype a counts as 0 where e^{log a} is 0 in fp64: there b = 0 does not make the KL infinite.
-  log m, m = w q + (1 - w) p, and log(p / m), which is exact where p and q agree
+  log m, m = w q + (1 - w) p, and log(p / m), which is exact where p and q agree; so is p^alpha - q^alpha
 
 The specification (backends/eager.py) and the divergences (divergences/) use these functions.
 Not here: bounded memory (backends/streamed/running.py).
@@ -60,6 +60,13 @@ def log_over_mixture(log_ratio: Tensor, own: float) -> Tensor:
     near = -torch.log1p((1 - own) * torch.expm1(-log_ratio.clamp_min(-1.0)))
     far = -torch.logaddexp(torch.full_like(log_ratio, math.log(own)), math.log1p(-own) - log_ratio)
     return torch.where(log_ratio > -1.0, near, far)
+
+
+def power_difference(log_p: Tensor, log_ratio: Tensor, alpha: float) -> Tensor:
+    """p^alpha - q^alpha from log p and log p - log q; any value where p = 0."""
+    # by expm1, relative to the larger of the two
+    relative = torch.expm1(log_ratio.abs().mul_(-alpha)).mul_(-log_ratio.sign())
+    return relative.mul_((log_p - log_ratio.clamp_max(0)).mul_(alpha).exp_())
 
 
 def logsumexp(x: Tensor) -> Tensor:

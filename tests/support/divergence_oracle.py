@@ -109,10 +109,20 @@ def forward_kl_topk(s, u, top_k=16):
     return _times(q, log_q - log_p).sum(1), q.sum(1, keepdim=True) * log_p.exp() - q
 
 
-def sampled(s, u, y, clip=math.inf):
+def sampled(s, u, y, clip=math.inf, shape="log", baseline=False, alpha=5.0):
     log_p, log_q = _rows(s, u)
     of_y = y.unsqueeze(1)
-    advantage = (log_q.gather(1, of_y) - log_p.gather(1, of_y)).clamp(-clip, clip)
+    at_p, at_q = log_p.gather(1, of_y), log_q.gather(1, of_y)
+    log_ratio = at_q - at_p
+    advantage = {
+        "log": log_ratio,
+        "soft_log": log_ratio.sign() * torch.log(1 + log_ratio.abs()),
+        "tanh": torch.tanh(log_ratio / 5),
+        "power": at_q.exp() ** alpha - at_p.exp() ** alpha,
+    }[shape]
+    if baseline:
+        advantage = advantage + reverse_kl(s, u)[0].unsqueeze(1)
+    advantage = advantage.clamp(-clip, clip)
     one_hot = torch.zeros_like(log_p).scatter(1, of_y, 1.0)
     return -(advantage * log_p.gather(1, of_y)).squeeze(1), -advantage * (one_hot - log_p.exp())
 

@@ -206,7 +206,9 @@ class KernelLoss:
             off_list_lse = logsumexp(self.student, *off_list)
         else:
             off_list, off_list_lse = torch.zeros((2, len(ids)), dtype=torch.float32, device=s.device), losses
-        terms = evaluate(divergence, Support(x.double(), off_list_lse, log_q, log_tail, entropy), ids, torch.float32)
+        reverse_kl = None if score is None else score.reverse_kl
+        support = Support(x.double(), off_list_lse, log_q, log_tail, entropy, reverse_kl)
+        terms = evaluate(divergence, support, ids, torch.float32)
         d_off_list = terms.d_off_list
         if d_off_list is None:
             d_off_list = torch.zeros(len(ids), dtype=torch.float32, device=s.device)
