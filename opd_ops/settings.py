@@ -237,14 +237,14 @@ class Settings:
         if teacher is not None:
             check_list_divergence(divergence, teacher)
             check_known(named_selector(self.selector), teacher)
-        if divergence.reads_tokens and not passes_tokens and teacher is None:
-            raise ValueError(
-                f"tokens: got None, but divergence {divergence.name!r} is on the sampled token, which this host does not pass"
-            )
         if divergence.importance is not None:
             raise ValueError(
                 f"old_logprobs: got None, but divergence {divergence.name!r} has the ratio {divergence.importance.kind!r} to "
                 "the probabilities at sampling time, which this host does not pass; use ratio='none', or the divergence alone"
+            )
+        if divergence.reads_tokens and not passes_tokens and teacher is None:
+            raise ValueError(
+                f"tokens: got None, but divergence {divergence.name!r} is on the sampled token, which this host does not pass"
             )
         if self.special_ids and not passes_tokens:
             raise ValueError("special_ids: got ids, but this host passes no tokens to look among")
