@@ -244,7 +244,7 @@ class Settings:
             )
         if divergence.reads_tokens and not passes_tokens and teacher is None:
             raise ValueError(
-                f"tokens: got None, but divergence {divergence.name!r} is on the sampled token, which this host does not pass"
+                f"tokens: got None, but divergence {divergence.name!r} reads the sampled token, which this host does not pass"
             )
         if self.special_ids and not passes_tokens:
             raise ValueError("special_ids: got ids, but this host passes no tokens to look among")

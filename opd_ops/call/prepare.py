@@ -212,7 +212,7 @@ def _check_tokens(call: Call) -> None:
         return
     if tokens is None:
         raise ValueError(
-            f"tokens: got None, but divergence {call.divergence.name!r} is on the sampled token; pass tokens=, or shift_labels="
+            f"tokens: got None, but divergence {call.divergence.name!r} reads the sampled token; pass tokens=, or shift_labels="
         )
 
 

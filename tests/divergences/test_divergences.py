@@ -506,7 +506,7 @@ def test_divergence_of_a_call_rejects():
     s, u = logit_pair(3, 20)
     with pytest.raises(ValueError, match="'local_support' has top_k 32, expected at most the vocabulary size, 20"):
         run("local_support", s, u, "torch")
-    with pytest.raises(ValueError, match="tokens: got None, but divergence 'sampled' is on the sampled token"):
+    with pytest.raises(ValueError, match="tokens: got None, but divergence 'sampled' reads the sampled token"):
         run("sampled", s, u, "torch")
     with pytest.raises(
         ValueError, match=r"Extrapolated.reference: got positions of shape \(2,\), expected those of the student"

@@ -96,7 +96,7 @@ RULES = [
 ]
 
 
-def of_rule(s, u, seed=0):
+def with_old_logprobs(s, u, seed=0):
     """Tokens, and their log-probabilities under a sampler that differs from p by factors of 0.2 to 3."""
     tokens = draw_tokens(s, seed)
     log_p = s.double().log_softmax(1).gather(1, tokens.unsqueeze(1)).squeeze(1)
@@ -108,7 +108,7 @@ def of_rule(s, u, seed=0):
 @pytest.mark.parametrize(("ratio", "bounds", "rule"), RULES, ids=lambda x: "" if callable(x) else str(x))
 def test_each_rule_weighs_the_policy_gradient(ratio, bounds, rule, backend):
     s, u = logit_pair(N_RULE, 61, scale=2.0, noise=1.5, seed=8)
-    tokens, log_mu, log_p = of_rule(s, u)
+    tokens, log_mu, log_p = with_old_logprobs(s, u)
     divergence = SampledToken(ratio=ratio, bounds=bounds, clip=1.0)
     x = leaf(s)
     out = run(divergence, x, u, backend, tokens, old_logprobs=log_mu)
@@ -147,7 +147,7 @@ ON_BACKENDS += [pytest.param("triton", x, marks=pytest.mark.full) for x in (0, 2
 def test_the_ratio_is_a_detached_weight_of_any_divergence(backend, i):
     divergence, equation, parameters = WEIGHTED[i]
     s, u = logit_pair(4, 131, scale=2.0, seed=8)
-    tokens, log_mu, log_p = of_rule(s, u)
+    tokens, log_mu, log_p = with_old_logprobs(s, u)
     given = torch.tensor([1.0, -2.0, 0.5, 3.0])
     x, plain = leaf(s), leaf(s)
     options = {"weights": given, "old_logprobs": log_mu.float()}
@@ -175,10 +175,10 @@ def test_the_ratio_is_a_detached_weight_of_any_divergence(backend, i):
 def test_ratios_of_heads_are_those_of_fp32_logits(divergence, backend, dtype, bound):
     student, teacher = head_pair((4,), 131, bias=True, seed=5, dtype=dtype)
     rows = torch.arange(4)
-    found, of_oracle = leaf_head(student), leaf_head(student, torch.float64)
-    s, u = (eager.logits(Source.of(x, 131, 1.0), rows, torch.float64) for x in (of_oracle, to_double(teacher)))
-    tokens, log_mu, log_p = of_rule(s.detach(), u)
-    out = run(divergence, found, teacher, backend, tokens, old_logprobs=log_mu)
+    head, exact_head = leaf_head(student), leaf_head(student, torch.float64)
+    s, u = (eager.logits(Source.of(x, 131, 1.0), rows, torch.float64) for x in (exact_head, to_double(teacher)))
+    tokens, log_mu, log_p = with_old_logprobs(s.detach(), u)
+    out = run(divergence, head, teacher, backend, tokens, old_logprobs=log_mu)
     out.loss.backward()
     is_token = isinstance(divergence, SampledToken)
     losses, gradient = oracle.sampled(s.detach(), u, tokens, baseline=True) if is_token else oracle.reverse_kl(s.detach(), u)
@@ -186,7 +186,7 @@ def test_ratios_of_heads_are_those_of_fp32_logits(divergence, backend, dtype, bo
     s.backward(ratios.unsqueeze(1) * gradient)
     assert_within(out.metrics["ratio_sum"], ratios.sum(), absolute=0.0, relative=1e-5, name="ratio_sum")
     assert_within(out.loss, (ratios * losses).sum(), absolute=40 * HEAD_ABSOLUTE, relative=1e-4, name="loss")
-    for got, want in zip(gradients(found), gradients(of_oracle), strict=True):
+    for got, want in zip(gradients(head), gradients(exact_head), strict=True):
         assert_gradient(got, want, bound)
 
 
@@ -194,7 +194,7 @@ def test_ratios_of_heads_are_those_of_fp32_logits(divergence, backend, dtype, bo
 def test_the_ratio_is_of_the_present_student_where_statistics_come_from_the_rollout(divergence):
     s, u = logit_pair(5, 61, scale=2.0, seed=3)
     older = s + 0.5 * torch.randn(s.shape, generator=generator(1))
-    tokens, log_mu, _ = of_rule(s, u)
+    tokens, log_mu, _ = with_old_logprobs(s, u)
     losses = [
         run(divergence, s, u, "torch", tokens, old_logprobs=log_mu, student_stats=known).loss
         for known in (None, StudentStats.of_logits(older))
@@ -205,7 +205,7 @@ def test_the_ratio_is_of_the_present_student_where_statistics_come_from_the_roll
 @pytest.mark.parametrize("divergence", [SampledToken(ratio="tis"), ImportanceWeighted(JSD(), ratio="icepop")], ids=str)
 def test_a_constant_a_permutation_and_micro_batches_change_no_gradient(divergence):
     s, u = logit_pair(6, 41, scale=2.0, dtype=torch.float64, seed=4)
-    tokens, log_mu, _ = of_rule(s, u)
+    tokens, log_mu, _ = with_old_logprobs(s, u)
 
     def gradient(student, teacher, ids, rows=slice(None)):
         x = leaf(student[rows])
@@ -221,24 +221,24 @@ def test_a_constant_a_permutation_and_micro_batches_change_no_gradient(divergenc
 
 def test_gradients_are_zero_off_the_selection_and_token_losses_are_the_loss():
     s, u = logit_pair(10, 61, scale=2.0, seed=4)
-    tokens, log_mu, _ = of_rule(s, u)
+    tokens, log_mu, _ = with_old_logprobs(s, u)
     divergence = SampledToken(ratio="tis")
     options = {"divergence": divergence, "tokens": tokens, "old_logprobs": log_mu, "fraction": 0.3, "backend": "torch"}
     x, y = leaf(s), leaf(s)
     out = selective_opd_loss(x, u, **options)
     out.loss.backward()
-    found = selective_opd_token_losses(y, u, **options)
-    (found.losses.sum() / out.metrics["n_selected"]).backward()
+    per_token = selective_opd_token_losses(y, u, **options)
+    (per_token.losses.sum() / out.metrics["n_selected"]).backward()
     assert out.selected.sum() == 3
     assert not x.grad[~out.selected].any()
-    assert_within(found.losses.sum() / 3, out.loss, absolute=1e-6, relative=1e-5, name="loss")
+    assert_within(per_token.losses.sum() / 3, out.loss, absolute=1e-6, relative=1e-5, name="loss")
     assert_gradient(y.grad, x.grad, 1e-5)
-    assert found.metrics["ratio_max"] == out.metrics["ratio_max"]
+    assert per_token.metrics["ratio_max"] == out.metrics["ratio_max"]
 
 
 def test_the_student_of_a_lists_teacher_may_have_a_ratio():
     s, u = logit_pair(6, 61, scale=2.0, seed=4)
-    tokens, log_mu, log_p = of_rule(s, u)
+    tokens, log_mu, log_p = with_old_logprobs(s, u)
     log_q = u.log_softmax(1)
     best = log_q.topk(8, dim=1)
     ratios = (log_p - log_mu).exp()
@@ -254,7 +254,7 @@ def test_the_student_of_a_lists_teacher_may_have_a_ratio():
 
 def test_a_mixed_teacher_goes_around_the_ratio():
     s, u = logit_pair(4, 61, scale=2.0, seed=4)
-    tokens, log_mu, log_p = of_rule(s, u)
+    tokens, log_mu, log_p = with_old_logprobs(s, u)
     mixed = Extrapolated(1.25, s + 1, divergence=ImportanceWeighted(ReverseKL(), "is"))
     losses = oracle.reverse_kl(s, 1.25 * u - 0.25 * (s + 1))[0]
     out = run(mixed, s, u, "torch", tokens, old_logprobs=log_mu)
@@ -276,12 +276,12 @@ def test_a_bounded_advantage_is_finite_where_the_teacher_masks_the_token():
 
 def test_old_logprobs_are_checked():
     s, u = logit_pair(3, 20)
-    tokens, log_mu, _ = of_rule(s, u)
+    tokens, log_mu, _ = with_old_logprobs(s, u)
     weighted = ImportanceWeighted(JSD())
     for divergence, more, message in (
         ("sampled", {}, "old_logprobs: got them, but divergence 'sampled' has no ratio that reads them; pass SampledToken"),
         (weighted, {"old_logprobs": None}, "old_logprobs: got None, but divergence 'importance_weighted' has the ratio 'tis'"),
-        (weighted, {"tokens": None}, "tokens: got None, but divergence 'importance_weighted' is on the sampled token"),
+        (weighted, {"tokens": None}, "tokens: got None, but divergence 'importance_weighted' reads the sampled token"),
         (weighted, {"old_logprobs": log_mu[:2]}, r"old_logprobs: got shape \(2,\), expected \(3,\)"),
         (
             weighted,
@@ -306,7 +306,7 @@ def test_the_documentation_of_old_probabilities_runs():
     text = (Path(__file__).parents[2] / "docs" / "features.md").read_text()
     code = re.search(r"### The sampled token, and old probabilities.*?```python\n(.*?)```", text, re.DOTALL)[1]
     s, u = logit_pair(20, 61, scale=2.0, seed=4)
-    y, log_mu, _ = of_rule(s, u)
+    y, log_mu, _ = with_old_logprobs(s, u)
     names = {"student": leaf(s), "teacher": u, "y": y, "log_mu": log_mu}
     exec(code, names | {x.__name__: x for x in (JSD, ImportanceWeighted, SampledToken, selective_opd_loss)}, names)
     assert names["out"].loss.isfinite()
