@@ -67,7 +67,8 @@ def estimate(
     """The cost of `selective_opd_loss` with a `LinearHead` on both sides, and of its backward.
 
     Kernels count for every divergence on "triton", also where docs/features.md names another backend for it. The gradient of a
-    list alone ("local_support") counts as if no two rows had an id in common: the most.
+    list alone ("local_support") counts as if no two rows had an id in common: the most. A reference's head (`Extrapolated`)
+    is not counted.
 
     Args:
         N: Valid positions; with "teachability-released" all positions of the responses.

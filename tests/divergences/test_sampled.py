@@ -132,6 +132,21 @@ def test_each_rule_weighs_the_policy_gradient(ratio, bounds, rule, backend):
     assert out.metrics["n_selected"] == N_RULE  # a weight of 0 stays in the denominator
 
 
+@pytest.mark.parametrize("baseline", ["none", "kl"])
+def test_ppo_has_the_gradient_of_the_clipped_objective(baseline):
+    s, u = logit_pair(N_RULE, 61, scale=2.0, noise=1.5, dtype=torch.float64, seed=8)
+    tokens, log_mu, _ = with_old_logprobs(s, u)
+    x, y = leaf(s), leaf(s)
+    run(SampledToken(baseline=baseline, ratio="ppo"), x, u, "torch", tokens, old_logprobs=log_mu).loss.backward()
+    log_p = y.log_softmax(1).gather(1, tokens.unsqueeze(1)).squeeze(1)
+    advantages = (u.log_softmax(1).gather(1, tokens.unsqueeze(1)).squeeze(1) - log_p).detach()
+    if baseline == "kl":
+        advantages = advantages + oracle.reverse_kl(s, u)[0]
+    ratios = (log_p - log_mu).exp()
+    (-torch.minimum(ratios * advantages, ratios.clamp(0.8, 1.28) * advantages)).sum().backward()
+    assert_gradient(x.grad, y.grad, 1e-10)
+
+
 WEIGHTED = [
     (ReverseKL(), oracle.reverse_kl, {}),
     (ForwardKL(), oracle.forward_kl, {}),

@@ -73,7 +73,7 @@ def of_heads(case, dtype, bound, *, n=4, **options):
     return out
 
 
-@pytest.mark.parametrize("case", [*KERNELS, *(pytest.param(x, marks=pytest.mark.full) for x in WITHOUT)])
+@pytest.mark.parametrize("case", [*KERNELS, WITHOUT[0], *(pytest.param(x, marks=pytest.mark.full) for x in WITHOUT[1:])])
 def test_loss_and_gradient_of_heads_match_fp64(case):
     of_heads(case, torch.float32, 1e-4)
 
