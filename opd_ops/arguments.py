@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -96,6 +96,11 @@ def check_positive(name: str, value: object, more: str = "") -> float:
     if not 0 < number < math.inf:
         raise ValueError(f"{name}: got {shown(value)}, expected a finite number > 0{more}")
     return number
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of: {', '.join(choices)}")
 
 
 def check_integer(name: str, value: object, *, least: int) -> int:

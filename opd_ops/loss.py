@@ -36,6 +36,7 @@ def selective_opd_loss(
     labels: Tensor | None = None,
     shift_labels: Tensor | None = None,
     tokens: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     student_stats: StudentStats | None = None,
     num_items_in_batch: Tensor | float | None = None,
@@ -59,6 +60,7 @@ def selective_opd_loss(
         weights: (...) a factor per position's loss.
         labels, shift_labels: (...) int64 targets. The loss shifts `labels`; `shift_labels` are shifted already, and win.
         tokens: (...) integers, the predicted tokens, for "sampled" and `special_ids`; None: taken from the labels.
+        old_logprobs: (...) the tokens' log-probabilities when they were sampled, for a divergence with a ratio: `SampledToken`.
         cu_seqlens: (n_sequences + 1,) int32 or int64 boundaries of packed sequences in the flattened positions.
         student_stats: `StudentStats` from the rollout: scoring then runs only the teacher's head.
         num_items_in_batch: Valid tokens of the whole step, over micro-batches and ranks. It divides the loss in the place of
@@ -73,7 +75,7 @@ def selective_opd_loss(
         >>> selective_opd_loss(logits, logits).loss
         tensor(0.)
     """
-    batch = Batch(mask, weights, labels, shift_labels, tokens, cu_seqlens, student_stats, num_items_in_batch)
+    batch = Batch(mask, weights, labels, shift_labels, tokens, cu_seqlens, student_stats, num_items_in_batch, old_logprobs)
     return _loss(student, teacher, batch, Settings.of(options))
 
 
@@ -103,12 +105,13 @@ class SelectiveOPDLoss(nn.Module):
         labels: Tensor | None = None,
         shift_labels: Tensor | None = None,
         tokens: Tensor | None = None,
+        old_logprobs: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         student_stats: StudentStats | None = None,
         num_items_in_batch: Tensor | float | None = None,
     ) -> SelectiveOPDOutput:
         """The loss of one batch; arguments as of `selective_opd_loss`."""
-        batch = Batch(mask, weights, labels, shift_labels, tokens, cu_seqlens, student_stats, num_items_in_batch)
+        batch = Batch(mask, weights, labels, shift_labels, tokens, cu_seqlens, student_stats, num_items_in_batch, old_logprobs)
         return _loss(student, teacher, batch, self.settings)
 
 
@@ -122,6 +125,7 @@ def selective_opd_token_losses(
     labels: Tensor | None = None,
     shift_labels: Tensor | None = None,
     tokens: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     student_stats: StudentStats | None = None,
     settings: Settings | None = None,
@@ -141,8 +145,9 @@ def selective_opd_token_losses(
     Raises: as `selective_opd_loss`. A second derivative is an error, and so are torch.func's transforms.
     Non-finite logits: if `selective_opd_loss` is NaN, every loss and every gradient is NaN.
     Cost in head matmuls, two heads of equal width, a share rho selected: 2 + 4 rho on backend "torch" with reverse or forward
-        KL, as `selective_opd_loss`. In other cases the backward computes parts of the forward again: 2 + 8 rho with "jsd" and
-        "total_variation", and on "triton" 2 + 6 rho with the KLs and "jsd". With a frozen student head rho less.
+        KL, as `selective_opd_loss`. In other cases the backward computes parts of the forward again: 2 + 8 rho with other
+        divergences over the whole vocabulary, and on "triton" 2 + 6 rho with the KLs and "jsd". With a frozen student head
+        rho less.
     torch.compile(fullgraph=True) is not supported.
     Example: the mean over the selected positions is the loss.
         >>> student, teacher = torch.randn(2, 6, 32).requires_grad_()
@@ -152,7 +157,7 @@ def selective_opd_token_losses(
     """
     settings = Settings.given_or_named(settings, options, of=TokenLossOptions)
     check_transforms(settings.backend, has_vmap=False, has_gradient=False)
-    batch = Batch(mask, weights, labels, shift_labels, tokens, cu_seqlens, student_stats)
+    batch = Batch(mask, weights, labels, shift_labels, tokens, cu_seqlens, student_stats, None, old_logprobs)
     call = prepare(student, teacher, batch, settings, selects=True)
     return token_losses(_chosen(call))
 

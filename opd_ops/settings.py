@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opd_ops.arguments import check_ids, check_integer, check_layout, check_positive, may_look, plain, real, shown
+from opd_ops.arguments import check_choice, check_ids, check_integer, check_layout, check_positive, may_look, plain, real, shown
 from opd_ops.backends.resolve import check_backend
 from opd_ops.divergences import DIVERGENCES, Divergence, resolve_divergence
 from opd_ops.inputs import float8
@@ -237,9 +237,14 @@ class Settings:
         if teacher is not None:
             check_list_divergence(divergence, teacher)
             check_known(named_selector(self.selector), teacher)
+        if divergence.importance is not None:
+            raise ValueError(
+                f"old_logprobs: got None, but divergence {divergence.name!r} has the ratio {divergence.importance.kind!r} to "
+                "the probabilities at sampling time, which this host does not pass; use ratio='none', or the divergence alone"
+            )
         if divergence.reads_tokens and not passes_tokens and teacher is None:
             raise ValueError(
-                f"tokens: got None, but divergence {divergence.name!r} is on the sampled token, which this host does not pass"
+                f"tokens: got None, but divergence {divergence.name!r} reads the sampled token, which this host does not pass"
             )
         if self.special_ids and not passes_tokens:
             raise ValueError("special_ids: got ids, but this host passes no tokens to look among")
@@ -281,11 +286,6 @@ def _suggesting(init: Callable[..., None]) -> Callable[..., None]:
 
 
 Settings.__init__ = _suggesting(Settings.__init__)  # type: ignore[method-assign]
-
-
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of: {', '.join(choices)}")
 
 
 def check_fraction(fraction: object) -> float:

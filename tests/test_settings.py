@@ -14,6 +14,8 @@ import torch
 from opd_ops import (
     JSD,
     Extrapolated,
+    ImportanceWeighted,
+    SampledToken,
     SelectiveOPDLoss,
     Settings,
     TailAware,
@@ -86,6 +88,9 @@ def test_what_only_a_run_can_tell_is_taken(options):
 def test_a_host_without_tokens_cannot_train_on_them():
     with pytest.raises(ValueError, match="tokens: got None, but divergence 'sampled'"):
         Settings(divergence="sampled").for_host(passes_tokens=False)
+    for divergence in (SampledToken(ratio="is"), ImportanceWeighted(JSD())):
+        with pytest.raises(ValueError, match=r"old_logprobs: got None, but divergence .* has the ratio .* host does not pass"):
+            Settings(divergence=divergence).for_host(passes_tokens=True)
     with pytest.raises(ValueError, match="special_ids: got ids, but this host passes no tokens"):
         Settings(special_ids=(3,)).for_host(passes_tokens=False)
     Settings(divergence="sampled", special_ids=(3,)).for_host(passes_tokens=True)

@@ -228,7 +228,8 @@ def support(divergence: OnSupport, s: Tensor, u: Tensor | None, listed: TeacherL
         log_q = _at(all_log_q, ids)
         ids = ids if divergence.of_tokens else ids.masked_fill(log_q == -math.inf, LAST_ID)
         log_tail, entropy_q = _off(all_log_q, ids), equations.entropy(all_log_q)
-    return Support(_at(s, ids), _off(s, ids), log_q, log_tail, entropy_q)
+    reverse = reverse_kl(s, u).detach() if divergence.reads_reverse_kl and u is not None else None
+    return Support(_at(s, ids), _off(s, ids), log_q, log_tail, entropy_q, reverse)
 
 
 def _at(x: Tensor, ids: Tensor) -> Tensor:

@@ -67,11 +67,8 @@ def choose(scored: Scored) -> Chosen:
             n_selected, n_valid, n_infinite = choice.counts.tolist()
             rows, counts = rows[:n_selected], (n_selected, n_valid)
             warn_of_infinite_counts(n_infinite, n_valid, "valid", call.divergence.name)
-    if (
-        call.student_stats is not None
-        and call.divergence.whole is not None
-        and not call.backend.scores_selected_rows(call.student, call.teacher)
-    ):
+    scores_again = call.backend.scores_selected_rows(call.student, call.teacher) and call.divergence.whole is not None
+    if call.student_stats is not None and call.divergence.reads_whole_rows and not scores_again:
         rows, trained, selected, stats = _with_whole_rows(call, rows, trained, selected, stats)
         return Chosen(call, rows, trained, selected, scored.scores, stats)
     return Chosen(call, rows, trained, selected, scored.scores, stats, scored.placed, counts)

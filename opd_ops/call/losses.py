@@ -1,5 +1,8 @@
 """The fourth stage of a call: a backend computes the losses of the chosen rows. Rows with an infinite loss are then dropped.
 
+  w l instead of l where the divergence has a ratio: w is a constant made of p(y) / mu(y) (divergences/ratio.py), y the sampled
+  token, mu its probability at sampling time (`old_logprobs`)
+
 Not here: the choice of rows (choose.py), the mean of the losses (reduce.py).
 """
 
@@ -15,6 +18,8 @@ from opd_ops.arguments import may_look
 from opd_ops.backends.shared.logits_at import logits_at
 from opd_ops.call.choose import Chosen, warn_of_infinite
 from opd_ops.call.score import is_finite
+from opd_ops.divergences import SampledToken
+from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
 
 
@@ -24,7 +29,17 @@ class Settled(NamedTuple):
     chosen: Chosen  # statistics and selection updated by the losses
     trained: Tensor  # (M,) bool: which rows are trained on; no row with an infinite loss
     infinite: Tensor  # (...) bool: valid positions whose divergence is +inf
-    log_ratios: Tensor | None  # (M,) log p(y) - log q(y), y the sampled tokens; None: the divergence does not read y
+
+
+class Sampled(NamedTuple):
+    """The sampled tokens y of the chosen rows, (M,) each, without a gradient; None: the divergence does not read it."""
+
+    tokens: Tensor
+    log_p: Tensor  # log p(y)
+    log_q: Tensor | None  # log q(y)
+    advantages: Tensor | None  # before the clip
+    ratios: Tensor | None  # p(y) / mu(y)
+    weights: Tensor | None  # made of the ratios, factors of the losses
 
 
 def selected_losses(chosen: Chosen, weights: Tensor, tokens: Tensor | None, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
@@ -43,12 +58,33 @@ def selected_losses(chosen: Chosen, weights: Tensor, tokens: Tensor | None, *, i
     )
 
 
-def sampled_tokens(chosen: Chosen) -> Tensor | None:
-    """(M,) tokens that the student sampled, merged ids as the first of them; None: the divergence does not read tokens."""
-    call = chosen.call
-    if not call.divergence.reads_tokens:
+@torch.no_grad()
+def sampled(chosen: Chosen) -> Sampled | None:
+    """The sampled tokens of the chosen rows; None: neither the divergence nor its ratio reads them."""
+    call, divergence, old = chosen.call, chosen.call.divergence, chosen.call.batch.old_logprobs
+    if not divergence.reads_tokens:
         return None
-    if isinstance(call.teacher, TeacherLists):
+    tokens, support, rule = _tokens(chosen), divergence.support, divergence.importance
+    lse = None if rule is None else _exact_logsumexp(chosen)
+    lse = chosen.stats.student_logsumexp.flatten()[chosen.rows] if lse is None else lse
+    log_p = _logprobs(chosen, call.student, tokens, lse)
+    log_q = advantages = ratios = weights = None
+    if support is not None and support.of_tokens:
+        log_q = _logprobs(chosen, call.teacher, tokens, chosen.stats.teacher_logsumexp.flatten()[chosen.rows])
+    if isinstance(support, SampledToken) and log_q is not None:
+        advantages = support.advantage(log_p, log_q, chosen.stats.reverse_kl.flatten()[chosen.rows])
+    if rule is not None and old is not None:
+        ratios = torch.exp(log_p - old.detach().flatten()[chosen.rows].to(log_p.dtype))
+        weights = rule.weights(ratios, advantages)
+        if chosen.trained is not None:  # rows that only fill up the list of a graph may hold NaN
+            weights = torch.where(chosen.trained, weights, 0)
+    return Sampled(tokens, log_p, log_q, advantages, ratios, weights)
+
+
+def _tokens(chosen: Chosen) -> Tensor:
+    """(M,) tokens that the student sampled, merged ids as the first of them."""
+    call = chosen.call
+    if isinstance(call.teacher, TeacherLists) and call.teacher.is_sampled:
         return call.teacher.ids[chosen.rows, 0]
     assert call.positions.tokens is not None
     tokens, merged = call.positions.tokens.flatten()[chosen.rows].long(), call.student.transform.merged
@@ -57,20 +93,28 @@ def sampled_tokens(chosen: Chosen) -> Tensor | None:
     return tokens
 
 
-def _log_ratios(chosen: Chosen, tokens: Tensor) -> Tensor:
-    """(M,) log p(y) - log q(y) of the tokens y."""
-    ids, logprobs, stats = tokens.unsqueeze(1), [], chosen.stats
-    for source, lse in ((chosen.call.student, stats.student_logsumexp), (chosen.call.teacher, stats.teacher_logsumexp)):
-        if isinstance(source, TeacherLists):
-            logprobs.append(source.logprobs[chosen.rows, 0])
-        else:
-            workspace = chosen.call.workspace
-            logits = logits_at(source.detach(), chosen.rows, ids, stats.student_logsumexp.dtype, workspace)
-            logprobs.append(logits.squeeze(1) - lse.flatten()[chosen.rows])
-    return logprobs[0] - logprobs[1]
+def _logprobs(chosen: Chosen, side: Source | TeacherLists, tokens: Tensor, logsumexp: Tensor) -> Tensor:
+    """(M,) log-probabilities of the tokens. `logsumexp`: (M,) of a model that has logits."""
+    if isinstance(side, TeacherLists):
+        return side.logprobs[chosen.rows, 0]
+    dtype, workspace = chosen.stats.student_logsumexp.dtype, chosen.call.workspace
+    return logits_at(side.detach(), chosen.rows, tokens.unsqueeze(1), dtype, workspace).squeeze(1) - logsumexp
 
 
-def settle(chosen: Chosen, losses: Tensor, tokens: Tensor | None) -> Settled:
+def _exact_logsumexp(chosen: Chosen) -> Tensor | None:
+    """(M,) the student's normalisers from one more sweep of its logits in fp32; None: those of the statistics are as exact.
+
+    Statistics of the rollout are of the older student, and a backend's scores may come from 16-bit logits.
+    """
+    call, dtype = chosen.call, chosen.stats.student_logsumexp.dtype
+    if call.student_stats is None and not call.backend.scores_selected_rows(call.student, call.teacher):
+        return None
+    student, workspace = call.student.detach(), call.workspace
+    own = call.backend.own_stats(student, chosen.rows, top_k=1, workspace=workspace, score_dtype=torch.float32)
+    return own.logsumexp.to(dtype)
+
+
+def settle(chosen: Chosen, losses: Tensor) -> Settled:
     """Update statistics and selection by the (M,) losses: rows with an infinite loss are not trained on."""
     call, stats, rows, flat = chosen.call, chosen.stats, chosen.rows, chosen.selected.flatten()
     # The loss may have more digits than the statistic that ranked the row.
@@ -92,4 +136,4 @@ def settle(chosen: Chosen, losses: Tensor, tokens: Tensor | None) -> Settled:
         among = (stats.valid.flatten(), "valid") if is_known else (flat, "selected")
         warn_of_infinite(infinite, *among, call.divergence.name)
     chosen = replace(chosen, selected=selected.view(shape), stats=stats)
-    return Settled(chosen, trained, infinite.view(shape), None if tokens is None else _log_ratios(chosen, tokens))
+    return Settled(chosen, trained, infinite.view(shape))

@@ -70,11 +70,32 @@ def metrics_of_totals(loss: Tensor, totals: Mapping[str, Tensor]) -> Metrics:
     return {"loss": loss.detach(), **named}
 
 
+def sampled_metrics(log_p: Tensor, log_q: Tensor, trained: Tensor) -> Metrics:
+    """An estimate of KL(p || q) from tokens drawn from p, at the rows that are `trained`; all arguments are (M,)."""
+    return _means(trained, kl_sampled=log_p - log_q)
+
+
+def clip_metrics(advantages: Tensor, clip: float, trained: Tensor) -> Metrics:
+    """The share of the `trained` rows whose advantage the clip changes."""
+    return _means(trained, advantage_clipped=advantages.abs() > clip)
+
+
+def ratio_metrics(ratios: Tensor, weights: Tensor, trained: Tensor) -> Metrics:
+    """Ratios p(y) / mu(y) of the `trained` rows: mean, maximum, and the shares that have another weight, or a weight of 0."""
+    is_dropped = (weights == 0) & (ratios != 0)
+    means = _means(trained, ratio=ratios, ratio_clipped=(weights != ratios) & ~is_dropped, ratio_dropped=is_dropped)
+    largest = torch.where(trained, ratios, 0)
+    return means | {"ratio_max": largest.amax() if largest.numel() else largest.new_zeros(())}
+
+
 @torch.no_grad()
-def sampled_metrics(log_ratio: Tensor, trained: Tensor) -> Metrics:
-    """An estimate of KL(p || q) from tokens drawn from p, at the rows that are `trained`; both arguments are (M,)."""
-    total = torch.where(trained, log_ratio, 0).sum()
-    return {"kl_sampled": total / trained.sum().clamp_min(1), "kl_sampled_sum": total}
+def _means(trained: Tensor, **columns: Tensor) -> Metrics:
+    """The mean over the rows that are `trained`, and the sum, of each (M,) column."""
+    metrics: Metrics = {}
+    for name, column in columns.items():
+        total = torch.where(trained, column, 0).sum()
+        metrics |= {name: total / trained.sum().clamp_min(1), f"{name}_sum": total}
+    return metrics
 
 
 def as_floats(metrics: Mapping[str, Tensor]) -> dict[str, float]:

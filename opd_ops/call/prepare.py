@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opd_ops.arguments import is_in_graph, is_traced, may_look, real, shown
+from opd_ops.arguments import is_in_graph, is_traced, may_look, per_position, real, shown
 from opd_ops.backends.interface import Backend, Needs
 from opd_ops.backends.resolve import resolve_backend
 from opd_ops.distributed.ranks import Ranks
@@ -25,7 +25,7 @@ from opd_ops.inputs.pair import check_sources
 from opd_ops.inputs.positions import Positions, positions
 from opd_ops.inputs.rollout import StudentStats, check_student_stats
 from opd_ops.inputs.sources import Source
-from opd_ops.inputs.teacher_lists import SampledLogprobs, SparseTeacher, TeacherLists, TopKLogprobs, check_lists
+from opd_ops.inputs.teacher_lists import SampledLogprobs, SparseTeacher, TeacherLists, TopKLogprobs, check_lists, is_missing
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.selectors import Selector, bound_selector, check_known, named_selector
 from opd_ops.settings import SCORE_DTYPES, Settings, check_divergence_top_k, check_top_k, scalar_of
@@ -195,12 +195,13 @@ def _check_loss(call: Call) -> None:
         _check_inplace_backward(call.student.leading, call.teacher)
     if call.divergence.reads_tokens:
         _check_tokens(call)
+    _check_old_logprobs(call)
 
 
 def _check_tokens(call: Call) -> None:
     """A divergence on the sampled token needs the tokens."""
     tokens, teacher = call.positions.tokens, call.teacher
-    if isinstance(teacher, TeacherLists):
+    if isinstance(teacher, TeacherLists) and teacher.is_sampled:
         if tokens is not None and may_look(tokens):
             differ = (teacher.ids[:, 0] != tokens.flatten()) & teacher.valid
             if bool(differ.any()):
@@ -211,8 +212,39 @@ def _check_tokens(call: Call) -> None:
         return
     if tokens is None:
         raise ValueError(
-            f"tokens: got None, but divergence {call.divergence.name!r} is on the sampled token; pass tokens=, or shift_labels="
+            f"tokens: got None, but divergence {call.divergence.name!r} reads the sampled token; pass tokens=, or shift_labels="
         )
+
+
+def _check_old_logprobs(call: Call) -> None:
+    """A ratio needs the log-probabilities of the tokens when they were sampled; without a ratio nothing would read them."""
+    old, rule, name = call.batch.old_logprobs, call.divergence.importance, call.divergence.name
+    if rule is None and old is not None:
+        raise ValueError(
+            f"old_logprobs: got them, but divergence {name!r} has no ratio that reads them; pass SampledToken(ratio='is'), or "
+            "ImportanceWeighted(divergence, ratio='tis')"
+        )
+    if rule is None:
+        return
+    if old is None:
+        raise ValueError(
+            f"old_logprobs: got None, but divergence {name!r} has the ratio {rule.kind!r} to the probabilities at sampling "
+            "time; pass old_logprobs=, log-probabilities of the tokens"
+        )
+    per_position("old_logprobs", old, call.shape, call.student.device)
+    if not old.is_floating_point():
+        raise TypeError(f"old_logprobs: got dtype {old.dtype}, expected a floating-point one")
+    if call.student.transform.merged:
+        raise ValueError("eos_ids: old_logprobs are of one of the ids alone, not of their sum; pass no eos_ids, or no ratio")
+    if may_look(old):
+        bad = old.isnan() | is_missing(old) | (old > 1e-3)
+        bad = bad if call.unmasked is None else bad & call.unmasked
+        if bool(bad.any()):
+            place = tuple(bad.nonzero()[0].tolist())
+            raise ValueError(
+                f"old_logprobs: got {float(old[place]):.4g} at position {place} ({int(bad.sum())} such positions), expected "
+                "log-probabilities of sampled tokens, at most 0 and finite"
+            )
 
 
 def _check_inplace_backward(student: Tensor, teacher: Source | TeacherLists) -> None:

@@ -21,9 +21,10 @@ from opd_ops.arguments import may_look
 from opd_ops.backends.shared.gradient_in_backward import GradientPlan, connected
 from opd_ops.backends.shared.overwritten import unchanged
 from opd_ops.call.choose import Chosen, warn_of_infinite_counts
-from opd_ops.call.losses import Settled, sampled_tokens, selected_losses, settle
-from opd_ops.call.metrics import Metrics, loss_metrics, metrics_of_totals, sampled_metrics
+from opd_ops.call.losses import Sampled, Settled, sampled, selected_losses, settle
+from opd_ops.call.metrics import Metrics, clip_metrics, loss_metrics, metrics_of_totals, ratio_metrics, sampled_metrics
 from opd_ops.distributed.ranks import Ranks
+from opd_ops.divergences import SampledToken
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.selection.stats import TokenStats
@@ -53,7 +54,7 @@ class TokenLosses(NamedTuple):
 def mean_loss(chosen: Chosen, num_items_in_batch: Tensor | float | None) -> SelectiveOPDOutput:
     """The sum of the selected positions' losses, divided by the denominator that the settings name."""
     call, rows = chosen.call, chosen.rows
-    kind, weights = call.settings.denominator, call.batch.weights
+    kind = call.settings.denominator
     if call.ranks is None and not call.in_graph:  # if one rank of several raised, the others would wait for it
         _check_some_items(num_items_in_batch, chosen.selected)
     n_valid = total = None
@@ -64,13 +65,13 @@ def mean_loss(chosen: Chosen, num_items_in_batch: Tensor | float | None) -> Sele
         total = denominator(chosen.selected.sum(), n_valid, num_items_in_batch, kind)
         factors = _ratio(1.0, total).to(chosen.scores.dtype).expand(len(rows))
     factors = factors if chosen.trained is None else torch.where(chosen.trained, factors, 0)
-    row_weights = None if weights is None else weights.detach().flatten()[rows].to(factors.dtype)
-    tokens = sampled_tokens(chosen)
+    tokens = sampled(chosen)
+    row_weights = _row_weights(chosen, tokens, factors.dtype)
     factors = factors if row_weights is None else factors * row_weights
-    weighted, losses = selected_losses(chosen, factors, tokens, inplace=call.settings.inplace_backward)
+    weighted, losses = selected_losses(chosen, factors, _ids(tokens), inplace=call.settings.inplace_backward)
     if n_valid is None or total is None:
         return _summed_by_kernels(chosen, weighted, losses, row_weights)
-    settled = settle(chosen, losses, tokens)
+    settled = settle(chosen, losses)
     chosen, trained = settled.chosen, settled.trained
     # The correction is 1 if no infinite loss was dropped. Counts of ranks are added up only here, where they are final.
     counts = chosen.selected.sum(), n_valid
@@ -78,7 +79,7 @@ def mean_loss(chosen: Chosen, num_items_in_batch: Tensor | float | None) -> Sele
     correction = _ratio(total, final_total)
     loss = weighted * correction.to(weighted.dtype) * nan_if_nonfinite(chosen, weighted.dtype)
     loss_sum = torch.where(trained, losses if row_weights is None else losses * row_weights, 0).sum()
-    metrics = _metrics(settled, loss, loss_sum, counts)
+    metrics = _metrics(settled, tokens, loss, loss_sum, counts)
     return SelectiveOPDOutput(loss, chosen.selected, chosen.scores, chosen.stats, metrics)
 
 
@@ -134,6 +135,19 @@ def denominator(
     return torch.where(n_selected > 0, total, 1.0)
 
 
+def _ids(tokens: Sampled | None) -> Tensor | None:
+    return None if tokens is None else tokens.tokens
+
+
+def _row_weights(chosen: Chosen, tokens: Sampled | None, dtype: torch.dtype) -> Tensor | None:
+    """(M,) factors of the losses: the caller's weights times the ratios' weights; None: all are 1."""
+    weights = chosen.call.batch.weights
+    given = None if weights is None else weights.detach().flatten()[chosen.rows].to(dtype)
+    if tokens is None or tokens.weights is None:
+        return given
+    return tokens.weights.to(dtype) if given is None else given * tokens.weights.to(dtype)
+
+
 def _ratio(number: Tensor | float, total: Tensor) -> Tensor:
     """number / total; 0 for a total of 0. A host counts 0 in a step without a valid token."""
     return torch.where(total == 0, 0.0, number / total)
@@ -158,8 +172,14 @@ def nan_if_nonfinite(chosen: Chosen, dtype: torch.dtype) -> Tensor:
     return torch.where(blown_up.any(), torch.nan, 1.0).to(dtype)
 
 
-def _metrics(settled: Settled, loss: Tensor, loss_sum: Tensor, counts: tuple[Tensor, Tensor]) -> Metrics:
-    chosen = settled.chosen
+def _metrics(
+    settled: Settled,
+    tokens: Sampled | None,
+    loss: Tensor,
+    loss_sum: Tensor,
+    counts: tuple[Tensor, Tensor],
+) -> Metrics:
+    chosen, support = settled.chosen, settled.chosen.call.divergence.support
     metrics = loss_metrics(
         loss,
         loss_sum,
@@ -171,29 +191,38 @@ def _metrics(settled: Settled, loss: Tensor, loss_sum: Tensor, counts: tuple[Ten
         counts,
         is_bound=isinstance(chosen.call.teacher, TeacherLists),
     )
-    return metrics if settled.log_ratios is None else metrics | sampled_metrics(settled.log_ratios, settled.trained)
+    if tokens is None:
+        return metrics
+    if tokens.log_q is not None:
+        metrics |= sampled_metrics(tokens.log_p, tokens.log_q, settled.trained)
+    if tokens.advantages is not None and isinstance(support, SampledToken) and support.clip is not None:
+        metrics |= clip_metrics(tokens.advantages, support.clip, settled.trained)
+    if tokens.ratios is not None and tokens.weights is not None:
+        metrics |= ratio_metrics(tokens.ratios, tokens.weights, settled.trained)
+    return metrics
 
 
 def token_losses(chosen: Chosen) -> TokenLosses:
     """The selected positions' losses, each times its weight."""
-    call, rows, weights = chosen.call, chosen.rows, chosen.call.batch.weights
+    call, rows = chosen.call, chosen.rows
     with torch.no_grad():
-        tokens = sampled_tokens(chosen)
-        _, losses = selected_losses(chosen, torch.ones_like(chosen.scores.flatten()[rows]), tokens)
-        settled = settle(chosen, losses, tokens)
+        tokens = sampled(chosen)
+        _, losses = selected_losses(chosen, torch.ones_like(chosen.scores.flatten()[rows]), _ids(tokens))
+        settled = settle(chosen, losses)
     chosen, trained = settled.chosen, settled.trained
     teachers = tuple(t.detach() for t in call.teacher.tensors) if isinstance(call.teacher, Source) else ()
     plan = _TokenLossPlan(_with_tensors(chosen, None), len(call.student.tensors))
-    losses = connected(plan, torch.where(trained, losses, 0), *call.student.tensors, *teachers, tokens, trained)
+    losses = connected(plan, torch.where(trained, losses, 0), *call.student.tensors, *teachers, _ids(tokens), trained)
     read_again = (call.student, call.teacher) if isinstance(call.teacher, Source) else (call.student,)
     losses = unchanged(losses, rows, *read_again, workspace=call.workspace)
-    if weights is not None:
-        losses = losses * weights.detach().flatten()[rows].to(losses.dtype)
+    row_weights = _row_weights(chosen, tokens, losses.dtype)
+    if row_weights is not None:
+        losses = losses * row_weights
     placed = torch.zeros_like(chosen.scores.flatten(), dtype=losses.dtype).index_put((rows,), losses).view(call.shape)
     placed = placed * nan_if_nonfinite(chosen, placed.dtype)
     loss_sum = losses.detach().sum()
     counts = chosen.selected.sum(), chosen.stats.valid.sum()
-    metrics = _metrics(settled, loss_sum / trained.sum().clamp_min(1), loss_sum, counts)
+    metrics = _metrics(settled, tokens, loss_sum / trained.sum().clamp_min(1), loss_sum, counts)
     return TokenLosses(placed, chosen.selected, chosen.scores, chosen.stats, metrics)
 
 

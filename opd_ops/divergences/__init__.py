@@ -1,13 +1,16 @@
 """The losses for the selected positions, by name or as instances with parameters.
 
-Not here: the interface of a divergence (base.py), the divergences (whole.py, support.py, composite.py).
+Not here: the interface of a divergence (base.py), the divergences (whole.py, bounded.py, support.py, sampled.py,
+composite.py).
 """
 
 from __future__ import annotations
 
 from opd_ops.divergences.base import Divergence, OnSupport, Summed, Support, WholeRow, weighted_sum, without_infinite
-from opd_ops.divergences.composite import EntropyAware, Extrapolated
-from opd_ops.divergences.support import LocalSupport, SampledToken, TailAware, TopKForwardKL
+from opd_ops.divergences.bounded import Power, SkewKL
+from opd_ops.divergences.composite import EntropyAware, Extrapolated, ImportanceWeighted
+from opd_ops.divergences.sampled import SampledToken
+from opd_ops.divergences.support import LocalSupport, TailAware, TopKForwardKL
 from opd_ops.divergences.whole import JSD, ForwardKL, ReverseKL, TotalVariation, is_column
 
 __all__ = [
@@ -17,10 +20,13 @@ __all__ = [
     "EntropyAware",
     "Extrapolated",
     "ForwardKL",
+    "ImportanceWeighted",
     "LocalSupport",
     "OnSupport",
+    "Power",
     "ReverseKL",
     "SampledToken",
+    "SkewKL",
     "Summed",
     "Support",
     "TailAware",
@@ -40,6 +46,8 @@ DIVERGENCES: dict[str, Divergence] = {
         ForwardKL(),
         JSD(),
         TotalVariation(),
+        SkewKL(),
+        Power(),
         LocalSupport(),
         TailAware(),
         TopKForwardKL(),

@@ -7,7 +7,7 @@
   The slope f'_v is taken relative to f'_a. So at a, where p may be near 1, only the mean slope is left: nothing cancels.
 
 A new divergence is one small class of one of these kinds in a file of its own (CONTRIBUTING.md).
-Not here: the divergences (whole.py, support.py, composite.py), how backends compute the two forms.
+Not here: the divergences (whole.py, bounded.py, support.py, sampled.py, composite.py), how backends compute the two forms.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+from opd_ops.divergences.ratio import Ratio
 
 
 class Divergence(ABC):
@@ -34,9 +36,19 @@ class Divergence(ABC):
         return None
 
     @property
+    def importance(self) -> Ratio | None:
+        """How the ratio of p(y) to y's probability at sampling time weighs the loss; None: it does not."""
+        return None
+
+    @property
     def reads_tokens(self) -> bool:
-        """Whether the loss reads the token that the student sampled."""
-        return self.support is not None and self.support.of_tokens
+        """Whether the loss or its weight reads the token that the student sampled."""
+        return self.importance is not None or (self.support is not None and self.support.of_tokens)
+
+    @property
+    def reads_whole_rows(self) -> bool:
+        """Whether the loss needs a statistic of both whole rows, or sums over them."""
+        return self.whole is not None or (self.support is not None and self.support.reads_reverse_kl)
 
 
 class WholeRow(Divergence):
@@ -72,6 +84,11 @@ class WholeRow(Divergence):
 class Summed(WholeRow):
     """A divergence whose value and mean slope need a sweep of their own over the selected rows."""
 
+    @property
+    def may_be_negative(self) -> bool:
+        """Whether the sum may be below 0; if not, what rounding leaves below 0 becomes 0."""
+        return False
+
     @abstractmethod
     def term(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         """(M, B) f(p_v, q_v) on a block, also at p = 0 and q = 0. `log_ratio`: log p - log q, 0 where p = q = 0."""
@@ -85,6 +102,7 @@ class Support(NamedTuple):
     teacher: Tensor  # (M, K) log q at the ids, q over the whole vocabulary
     teacher_off_list: Tensor  # (M,) log of the teacher's mass off the list
     teacher_entropy: Tensor  # (M,) H(q)
+    reverse_kl: Tensor | None = None  # (M,) KL(p || q), a constant; None: unknown
 
     @property
     def student_logsumexp(self) -> Tensor:
@@ -113,6 +131,11 @@ class OnSupport(Divergence):
     @property
     def support(self) -> OnSupport:
         return self
+
+    @property
+    def reads_reverse_kl(self) -> bool:
+        """Whether `loss` reads `reverse_kl`, which a sparse teacher does not have."""
+        return False
 
     @property
     def length(self) -> int:

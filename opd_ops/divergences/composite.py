@@ -1,9 +1,11 @@
-"""Divergences built on another divergence l: `entropy_aware` adds a term to l, `extrapolated` changes its teacher.
+"""Divergences built on another divergence l: `entropy_aware` adds a term to l, `extrapolated` changes its teacher,
+`importance_weighted` multiplies it by a weight.
 
   entropy_aware   l + alpha 1[H(q) > tau] sum_T q~ (log q~ - log p), q~ renormalised on the teacher's top-K T    (EOPD,
                   arXiv 2603.07079; the term is added to l, it does not replace l)
   extrapolated    l to the teacher softmax(lam u + (1 - lam) r), u the teacher's logits, r a reference model's logits
                   (G-OPD, arXiv 2602.12125)
+  importance_weighted   w l, w a constant made of p(y) / mu(y) (ratio.py; SDPO, arXiv 2601.20802, with tis)
 
 Not here: the other divergences (whole.py, support.py), reading mixed logits (opd_ops/inputs/sources.py).
 """
@@ -20,6 +22,8 @@ from torch import Tensor
 from opd_ops.arguments import check_integer, check_positive, real, shown, take_plain
 from opd_ops.divergences.base import Divergence, OnSupport, Support, WholeRow
 from opd_ops.divergences.equations import kl
+from opd_ops.divergences.ratio import DEFAULT_BOUNDS, Ratio, check_ratio, ratio_of
+from opd_ops.divergences.sampled import SampledToken
 from opd_ops.divergences.whole import ReverseKL
 
 if TYPE_CHECKING:
@@ -105,6 +109,69 @@ class Extrapolated(Divergence):
             raise TypeError(
                 f"Extrapolated.divergence: got {type(self.divergence).__name__}, expected another divergence, like ReverseKL()"
             )
+
+    @property
+    def column(self) -> str | None:  # type: ignore[override]
+        return self.divergence.column
+
+    @property
+    def whole(self) -> WholeRow | None:
+        return self.divergence.whole
+
+    @property
+    def support(self) -> OnSupport | None:
+        return self.divergence.support
+
+    @property
+    def importance(self) -> Ratio | None:
+        return self.divergence.importance
+
+
+@dataclass(frozen=True)
+class ImportanceWeighted(Divergence):
+    """A divergence whose loss at each position is weighted by the ratio of p(y) now to p(y) at sampling time.
+
+    For rollouts that an older student wrote, or another engine. The weight is a constant, without a gradient:
+
+        divergence = ImportanceWeighted(JSD(0.5), ratio="tis", bounds=(0, 2))
+        selective_opd_loss(student, teacher, tokens=y, old_logprobs=log_mu, divergence=divergence)
+
+    It changes neither the selection nor the denominator. Statistics and infinite losses are those of the divergence itself.
+
+    Args:
+        divergence: Any but `SampledToken`, which has a ratio of its own, and `Extrapolated`, which goes around this one.
+        ratio: "is", "tis" or "icepop", as of `SampledToken`.
+        bounds: (low, high) of the ratio; None: (0, 2).
+    """
+
+    divergence: Divergence
+    ratio: str = "tis"
+    bounds: tuple[float, float] | None = None
+    name = "importance_weighted"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.divergence, Divergence) or isinstance(
+            self.divergence, (SampledToken, Extrapolated, ImportanceWeighted)
+        ):
+            more = {
+                "SampledToken": "; write SampledToken(ratio=...)",
+                "Extrapolated": "; write Extrapolated(..., divergence=ImportanceWeighted(...))",
+            }.get(type(self.divergence).__name__, "")
+            raise TypeError(
+                f"ImportanceWeighted.divergence: got {type(self.divergence).__name__}, expected another divergence, like "
+                f"JSD(0.5){more}"
+            )
+        if self.ratio == "ppo":
+            raise ValueError(
+                "ImportanceWeighted.ratio: got 'ppo', which clips by the sign of a token's advantage; "
+                "SampledToken(ratio='ppo') has one. Expected one of: is, tis, icepop"
+            )
+        kinds = [kind for kind in DEFAULT_BOUNDS if kind != "ppo"]
+        object.__setattr__(self, "bounds", check_ratio("ImportanceWeighted", self.ratio, self.bounds, kinds))
+
+    @property
+    def importance(self) -> Ratio | None:
+        return ratio_of(self.ratio, self.bounds)
 
     @property
     def column(self) -> str | None:  # type: ignore[override]

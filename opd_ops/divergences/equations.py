@@ -2,6 +2,7 @@
 
   H(p) = -sum p log p;  KL(a || b) = sum a (log a - log b);  0 log 0 = 0                                        [nats]
   In every dtype a counts as 0 where e^{log a} is 0 in fp64: there b = 0 does not make the KL infinite.
+  log m, m = w q + (1 - w) p, and log(p / m), which is exact where p and q agree; so is p^alpha - q^alpha
 
 The specification (backends/eager.py) and the divergences (divergences/) use these functions.
 Not here: bounded memory (backends/streamed/running.py).
@@ -33,12 +34,39 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 def log_ratio_sum(log_a: Tensor, log_b: Tensor) -> Tensor:
     """sum a (log a - log b) over the last dimension; a and b need not add up to 1, so the sum may be negative."""
+    return log_ratio_terms(log_a, log_b).sum(-1)
+
+
+def log_ratio_terms(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """a (log a - log b), entry by entry."""
     absent = log_a < LOG_ZERO
     # Zeros before the product: a zero weight times an infinite difference would be NaN, forward and backward.
     difference = log_a.masked_fill(absent, 0) - log_b.masked_fill(absent, 0)
     # a > 0 wherever the difference is infinite, even if exp underflows in this dtype.
     infinite = difference == math.inf
-    return (log_a.exp() * difference.masked_fill(infinite, 0)).masked_fill(infinite, math.inf).sum(-1)
+    return (log_a.exp() * difference.masked_fill(infinite, 0)).masked_fill(infinite, math.inf)
+
+
+def log_mixture(log_p: Tensor, log_q: Tensor, q_share: float) -> Tensor:
+    """log(q_share q + (1 - q_share) p), q_share in (0, 1); any number where p = q = 0."""
+    both_masked = (log_p == -math.inf) & (log_q == -math.inf)  # logaddexp has a NaN gradient there
+    p, q = log_p.masked_fill(both_masked, 0), log_q.masked_fill(both_masked, 0)
+    return torch.logaddexp(q + math.log(q_share), p + math.log1p(-q_share))
+
+
+def log_over_mixture(log_ratio: Tensor, own: float) -> Tensor:
+    """log(p/m), m = own p + (1 - own) q, from log p - log q; 0 where the models agree, -inf where p = 0 < q."""
+    # -log(own + (1 - own) e^-ratio), by log1p where the models agree and m is nearly p
+    near = -torch.log1p((1 - own) * torch.expm1(-log_ratio.clamp_min(-1.0)))
+    far = -torch.logaddexp(torch.full_like(log_ratio, math.log(own)), math.log1p(-own) - log_ratio)
+    return torch.where(log_ratio > -1.0, near, far)
+
+
+def power_difference(log_p: Tensor, log_ratio: Tensor, alpha: float) -> Tensor:
+    """p^alpha - q^alpha from log p and log p - log q; any value where p = 0."""
+    # by expm1, relative to the larger of the two
+    relative = torch.expm1(log_ratio.abs().mul_(-alpha)).mul_(-log_ratio.sign())
+    return relative.mul_((log_p - log_ratio.clamp_max(0)).mul_(alpha).exp_())
 
 
 def logsumexp(x: Tensor) -> Tensor:

@@ -1,14 +1,13 @@
-"""Divergences on a short list of ids: the teacher's top-K T, or the token that the student sampled.
+"""Divergences on a short list of ids: the teacher's top-K T.
 
   local_support     sum_T p^ (log p^ - log q^), p^ and q^ renormalised on T                      arXiv 2603.25562 eqs. 6-8
   tail_aware        sum_T p (log p - log q) + p_tail (log p_tail - log q_tail), p_tail = 1 - p(T)       arXiv 2608.14728
   forward_kl_topk   sum_T q (log q - log p), not renormalised: verl's loss of this name
-  sampled           -A log p(y), A = log q(y) - log p(y), a constant: policy gradient of -KL(p || q) on the rollout token y
 
 `tail_aware` is a KL of two distributions of K + 1 outcomes. Its tails are sums over the ids off the list; only the tail of a
 sparse teacher is 1 - q(T).
 Reverse KL on T without renormalisation does not exist here: it may be negative, and is unstable.
-Not here: computing and reading a list (backends/shared/list_losses.py).
+Not here: the sampled token (sampled.py), computing and reading a list (backends/shared/list_losses.py).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from opd_ops.arguments import check_integer, check_positive, take_plain
+from opd_ops.arguments import check_integer, take_plain
 from opd_ops.divergences.base import OnSupport, Support
 from opd_ops.divergences.equations import kl, log_ratio_sum
 
@@ -74,32 +73,3 @@ class TopKForwardKL(OnSupport):
 
     def loss(self, at: Support) -> Tensor:
         return log_ratio_sum(at.teacher, at.log_p)
-
-
-@dataclass(frozen=True)
-class SampledToken(OnSupport):
-    """Policy gradient on the token that the student sampled, with the log-ratio of the models as its advantage.
-
-    Over tokens drawn from p the mean gradient is the gradient of reverse KL. The value, -A log p(y), is not a KL: watch
-    `metrics["kl_sampled"]`, the mean of log p(y) - log q(y).
-
-    Args:
-        clip: Bound of |A| in nats, one number per token; None: no bound.
-    """
-
-    clip: float | None = None
-    name = "sampled"
-    of_tokens: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        take_plain(self, "clip")
-        if self.clip is not None:
-            check_positive("SampledToken.clip", self.clip, ", or None")
-
-    def loss(self, at: Support) -> Tensor:
-        log_p = at.log_p[:, 0]
-        advantage = (at.teacher[:, 0] - log_p).detach()
-        if self.clip is not None:
-            advantage = advantage.clamp(-self.clip, self.clip)
-        no_loss = advantage.isinf() | (log_p == -math.inf)
-        return torch.where(no_loss, math.inf, -advantage * torch.where(no_loss, 0, log_p))

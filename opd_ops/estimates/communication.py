@@ -67,7 +67,7 @@ class Collective:
     """Equal collectives in a row."""
 
     phase: str  # "forward", "backward"
-    purpose: str  # "widths", "responses", "statistics", "scores", "draw", "budget", "loss", "denominator", "metrics", or
+    purpose: str  # "widths", "responses", "statistics", "scores", "draw", "budget", "tokens", "loss", "denominator", or
     # "gradient"
     group: str  # "vocabulary", "selection"
     kind: str  # "all_gather", "all_reduce", "broadcast"
@@ -254,11 +254,18 @@ class _Communication:
         options, sent = self._options()
         yield from self._selection("scores", sent)
         yield from self._selection("budget", self._budget(options))
-        yield from self._loss()
         if self.divergence.reads_tokens:
-            for _ in range(2):  # both models' logits of the tokens, once more
-                yield from self._vocabulary("metrics", "all_reduce", self.M * self.dtype.itemsize)
+            yield from self._tokens()
+        yield from self._loss()
         yield from self._selection("denominator", [("all_reduce", 16)])  # two int64
+
+    def _tokens(self) -> Iterator[Collective]:
+        """The models' logits of the sampled tokens, for a ratio and for metrics (call/losses.py)."""
+        if self.divergence.importance is not None and self.backend == "triton":  # the student's normalisers in fp32
+            yield from self._statistics("tokens", self.M, 1, models=1)
+        support = self.divergence.support
+        for _ in range(2 if support is not None and support.of_tokens else 1):
+            yield from self._vocabulary("tokens", "all_reduce", self.M * self.dtype.itemsize)
 
     @property
     def _gradient_in_forward(self) -> bool:
@@ -299,7 +306,7 @@ class _Communication:
         if self._gradient_in_forward:
             yield from self._statistics("loss", self.M, 1, kernels=True, dtype=torch.float64)
             yield from self._gradient("forward")
-        elif whole is not None and self.backend == "triton":  # with more digits than scores in 16 bits have
+        elif self.divergence.reads_whole_rows and self.backend == "triton":  # with more digits than scores in 16 bits have
             yield from self._statistics("loss", self.M, 1)
         if isinstance(whole, Summed):
             yield from self._vocabulary("loss", "all_reduce", SUMS_BYTES * self.M)

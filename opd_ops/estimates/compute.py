@@ -2,6 +2,9 @@
 
   one unit = 2 N V Ds FLOP;  r = Dt / Ds;  M = max(1, ceil(rho N)) selected rows
   score 1 + r;  selected rows again rho (1 + r);  dH rho;  dW rho (none for a frozen head)
+  on "torch" a sum over the vocabulary sweeps the selected rows once more, rho (1 + r); a loss on a list sweeps the teacher,
+  rho r, and each model whose mass off the list it reads; the gradient of a list does not read the teacher
+  a ratio to old probabilities, on "triton": the student's normalisers in fp32, rho
   student_stats: score r, and K dot products per position and model; backend "torch" scores the selected rows again
   float8: score in 8 bits, and the 2 M best positions again from fp32 logits
 
@@ -17,14 +20,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from opd_ops.arguments import check_integer
+from opd_ops.arguments import check_choice, check_integer
 from opd_ops.backends.shared.grids import BlockGrid, SelectedGrid, gradient_grid, padded, score_grid, score_rows, tile_dtype
-from opd_ops.divergences import Summed, resolve_divergence
+from opd_ops.divergences import Divergence, Summed, resolve_divergence
 from opd_ops.inputs import float8
 from opd_ops.inputs.sources import Source, Transform
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.budget import SHORTLIST, most_selected
-from opd_ops.settings import SCORE_DTYPES, LossOptions, Settings, check_choice, check_top_k
+from opd_ops.settings import SCORE_DTYPES, LossOptions, Settings, check_top_k
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -61,10 +64,11 @@ def estimate(
     student_stats: bool = False,
     **options: Unpack[LossOptions],
 ) -> Estimate:
-    """The cost of `selective_opd_loss` with a `LinearHead` on both sides and reverse or forward KL, and of its backward.
+    """The cost of `selective_opd_loss` with a `LinearHead` on both sides, and of its backward.
 
-    `saved_bytes` reads the divergence. The other figures are also those of other divergences on backend "triton";
-    docs/features.md has their units on "torch".
+    Kernels count for every divergence on "triton", also where docs/features.md names another backend for it. The gradient of a
+    list alone ("local_support") counts as if no two rows had an id in common: the most. A reference's head (`Extrapolated`)
+    is not counted.
 
     Args:
         N: Valid positions; with "teachability-released" all positions of the responses.
@@ -99,9 +103,10 @@ def estimate(
     passes = [call.score(N, score_dtype)]
     if in_float8:
         passes.append(call.score(most_selected(N, min(1.0, SHORTLIST * fraction)), torch.float32))
-    if student_stats and backend == "torch":
+    divergence = resolve_divergence(settings.divergence)
+    if student_stats and divergence.reads_whole_rows and (backend == "torch" or divergence.whole is None):
         passes.append(call.both_again(M))
-    passes.append(call.selected(M))
+    passes += [call.before_gradient(M, divergence), call.selected(M, divergence)]
     flops = sum(cost.flops for cost in passes)
     gradients = dtype.itemsize * Ds * (N + (V if trainable_head else 0))
     float8_bytes = V * (Dt + (0 if student_stats else Ds)) if in_float8 else 0
@@ -198,8 +203,29 @@ class _Costs:
         """Score the selected rows from both models: the rollout's statistics do not hold their divergence."""
         return replace(self, student_stats=False).score(m, torch.float32)
 
-    def selected(self, m: int) -> _Pass:
+    def before_gradient(self, m: int, divergence: Divergence) -> _Pass:
+        """Sweeps of the selected rows for the loss alone, and logits at a few ids."""
+        support, ratio = divergence.support, divergence.importance
+        swept: list[int] = []  # hidden sizes
+        listed = 0  # hidden sizes times ids
+        if self.backend == "torch":
+            swept += [self.Ds, self.Dt] if isinstance(divergence.whole, Summed) else []
+            if support is not None:
+                swept += [self.Dt]  # its list and its normaliser
+                swept += [self.Ds] * support.reads_off_list + [self.Dt] * support.reads_teacher_off_list
+                listed += support.length * (self.Ds + (self.Dt if support.of_tokens else 0))
+        if ratio is not None and (self.backend == "triton" or self.student_stats):
+            swept += [self.Ds]
+        if divergence.reads_tokens:
+            listed += self.Ds + (self.Dt if support is not None and support.of_tokens else 0)
+        groups = -(-m // gradient_grid(*self.sources(m), m, workspace=self.workspace).rows)
+        moved = sum(2 * 4 * m * self.V + groups * self.V * width * self.dtype.itemsize for width in swept)
+        return _Pass(2 * m * (self.V * sum(swept) + listed), moved)
+
+    def selected(self, m: int, divergence: Divergence) -> _Pass:
         """Logits of the selected rows, the gradient of these logits, and its matmuls."""
+        if self.backend == "torch" and divergence.whole is None:
+            return self._selected_of_list(m, divergence)
         both_sizes, itemsize, n_logits = self.Ds + self.Dt, self.dtype.itemsize, m * self.V
         flops = 2 * n_logits * (both_sizes + self.Ds + (self.Ds if self.trainable_head else 0))
         student, teacher = self.sources(m)
@@ -223,3 +249,12 @@ class _Costs:
             block_groups = -(-m // BlockGrid.of(student, teacher, n=m, workspace=workspace).rows)
             moved += block_groups * both_heads + 2 * 4 * n_logits * 2 + 2 * itemsize * n_logits
         return _Pass(flops, moved)
+
+    def _selected_of_list(self, m: int, divergence: Divergence) -> _Pass:
+        """The same on "torch" for a divergence on a list alone, whose gradient reads the student, or columns of its head."""
+        support, products = divergence.support, 2 if self.trainable_head else 1
+        assert support is not None
+        width, reads = (self.V, 1) if support.reads_off_list else (min(self.V, m * support.length), 0)
+        flops = 2 * m * width * self.Ds * (products + reads)
+        moved = m * width * (2 * 4 * reads + 4 * (1 + products)) + (products + reads) * width * self.Ds * self.dtype.itemsize
+        return _Pass(flops, moved + 3 * self.dtype.itemsize * self.Ds * (self.N + (self.V if self.trainable_head else 0)))

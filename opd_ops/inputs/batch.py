@@ -23,3 +23,4 @@ class Batch(NamedTuple):
     cu_seqlens: Tensor | None = None  # (n_sequences + 1,)
     student_stats: StudentStats | None = None
     num_items_in_batch: Tensor | float | None = None
+    old_logprobs: Tensor | None = None  # (...) log-probabilities of the tokens when they were sampled

@@ -109,6 +109,11 @@ def check_list_divergence(divergence: Divergence, teacher: str) -> None:
     """Refuse a divergence that a sparse teacher does not allow; `teacher` is the name of its class."""
     is_sampled = teacher == SampledLogprobs.__name__
     support = divergence.support
+    if support is not None and support.reads_reverse_kl:
+        raise ValueError(
+            f"divergence: got {divergence.name!r} with baseline 'kl', a KL of whole rows, which {teacher} cannot give; pass "
+            "baseline='none', or the teacher's logits or a LinearHead"
+        )
     fits = divergence.whole is None and support is not None and support.of_tokens == is_sampled
     if not fits or (support is not None and support.reads_entropy):
         names = [

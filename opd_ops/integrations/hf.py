@@ -152,6 +152,7 @@ class SelectiveComputeLoss:
 
 def _losses_by_mode(settings: Settings) -> dict[bool, SelectiveOPDLoss]:
     """The loss in training (True) and in evaluation (False), which takes every token."""
+    settings = settings.for_host(passes_tokens=True)
     return {True: SelectiveOPDLoss(settings), False: SelectiveOPDLoss(settings.every_token)}
 
 

@@ -20,10 +20,13 @@ from opd_ops import (
     EntropyAware,
     Extrapolated,
     ForwardKL,
+    ImportanceWeighted,
     LinearHead,
     LocalSupport,
+    Power,
     ReverseKL,
     SampledToken,
+    SkewKL,
     TailAware,
     TopKForwardKL,
     TotalVariation,
@@ -46,6 +49,14 @@ CASES = {
     "jsd-0.1": (JSD(0.1), oracle.jsd, {"beta": 0.1}),
     "jsd-0.9": (JSD(beta=0.9), oracle.jsd, {"beta": 0.9}),
     "total_variation": (TotalVariation(), oracle.total_variation, {}),
+    "jsd-clip": (JSD(entry_clip=0.02), oracle.clipped_jsd, {"entry_clip": 0.02}),
+    "jsd-0.9-clip": (JSD(0.9, entry_clip=0.1), oracle.clipped_jsd, {"beta": 0.9, "entry_clip": 0.1}),
+    "skew_kl": (SkewKL(), oracle.skew_kl, {}),
+    "skew_kl-0.6": (SkewKL(alpha=0.6), oracle.skew_kl, {"alpha": 0.6}),
+    "skew_kl-forward": (SkewKL(0.1, "forward"), oracle.skew_kl, {"direction": "forward"}),
+    "skew_kl-forward-0.6": (SkewKL(0.6, "forward"), oracle.skew_kl, {"alpha": 0.6, "direction": "forward"}),
+    "power": (Power(), oracle.power, {}),
+    "power-0.3": (Power(alpha=0.3), oracle.power, {"alpha": 0.3}),
     "local_support": (LocalSupport(), oracle.local_support, {}),
     "local_support-1": (LocalSupport(top_k=2), oracle.local_support, {"top_k": 2}),
     "tail_aware": (TailAware(), oracle.tail_aware, {}),
@@ -53,6 +64,10 @@ CASES = {
     "forward_kl_topk": (TopKForwardKL(), oracle.forward_kl_topk, {}),
     "sampled": (SampledToken(), oracle.sampled, {}),
     "sampled-clip": (SampledToken(clip=0.5), oracle.sampled, {"clip": 0.5}),
+    "sampled-soft_log": (SampledToken(shape="soft_log"), oracle.sampled, {"shape": "soft_log"}),
+    "sampled-tanh": (SampledToken(shape="tanh"), oracle.sampled, {"shape": "tanh"}),
+    "sampled-power": (SampledToken(shape="power", alpha=0.5), oracle.sampled, {"shape": "power", "alpha": 0.5}),
+    "sampled-baseline": (SampledToken(clip=2.0, baseline="kl"), oracle.sampled, {"clip": 2.0, "baseline": True}),
     "entropy_aware": (EntropyAware(), oracle.entropy_aware, {}),
     "entropy_aware-2": (
         EntropyAware(alpha=2.5, tau=1.5, top_k=5),
@@ -60,7 +75,11 @@ CASES = {
         {"alpha": 2.5, "tau": 1.5, "top_k": 5},
     ),
 }
-every_divergence = pytest.mark.parametrize("case", CASES)
+# Other parameters of a divergence that has a case: in the short suite only their equations are compared.
+VARIANTS = ["jsd-0.9-clip", "skew_kl-0.6", "skew_kl-forward-0.6", "power-0.3", "sampled-soft_log", "sampled-tanh"]
+every_divergence = pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.full) if case in VARIANTS else case for case in CASES]
+)
 every_backend = pytest.mark.parametrize("backend", ["torch", "eager"])
 
 
@@ -86,7 +105,7 @@ def test_every_name_is_tested():
 
 
 @every_backend
-@every_divergence
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("vocab", "noise"), [(131, 1.0), (409, 0.3)])
 def test_loss_and_gradient_of_logits_match_the_equations(case, backend, vocab, noise):
     s, u = logit_pair(6, vocab, noise=noise, scale=3.0, seed=vocab)
@@ -152,7 +171,14 @@ def test_sampled_gradient_is_that_of_reverse_kl_on_average():
     assert_gradient(rows.grad.sum(0, keepdim=True), want, 1e-10)
 
 
-@pytest.mark.parametrize("case", ["jsd", "jsd-0.1", "jsd-0.9", "local_support", "tail_aware", "total_variation"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("jsd", "jsd-0.1", "jsd-0.9", "local_support", "tail_aware", "total_variation"),
+        *("skew_kl", "skew_kl-forward", "power"),
+        *(pytest.param(x, marks=pytest.mark.full) for x in ("skew_kl-0.6", "skew_kl-forward-0.6", "power-0.3")),
+    ],
+)
 @pytest.mark.parametrize(("scale", "noise"), [(3, 1e-3), (0.1, 1e-3), (60, 0.01), (60, 5), (15, 60)])
 def test_divergence_does_not_cancel(case, scale, noise):
     s, u = logit_pair(3, 401, scale=scale, noise=noise, seed=2)
@@ -184,7 +210,9 @@ def test_masked_entries_are_outside_of_every_divergence(case, backend):
 
 
 @every_backend
-@pytest.mark.parametrize("case", ["jsd", "jsd-0.1", "total_variation"])
+@pytest.mark.parametrize(
+    "case", ["jsd", "jsd-0.1", "jsd-clip", "total_variation", "skew_kl", "skew_kl-forward", "power", "power-0.3"]
+)
 def test_bounded_divergences_stay_finite_where_one_model_is_zero(case, backend):
     s, u = logit_pair(4, 130, scale=3.0, seed=9)
     s[:, :20], u[:, 10:40] = -INF, -INF
@@ -253,7 +281,9 @@ def test_jsd_at_its_ends_is_a_kl(backend):
 
 
 @every_backend
-@pytest.mark.parametrize("case", ["reverse_kl", "jsd", "tail_aware", "local_support"])
+@pytest.mark.parametrize(
+    "case", ["reverse_kl", "jsd", "jsd-clip", "skew_kl", "skew_kl-forward", "power", "tail_aware", "local_support"]
+)
 def test_models_that_differ_by_a_constant_have_nothing_to_learn(case, backend):
     s, _ = logit_pair(4, 61, scale=1.0)
     x = leaf(s)
@@ -407,9 +437,60 @@ def test_heads_in_16_bits_get_gradients_of_their_dtype(case, dtype):
     ("make", "error", "message"),
     [
         (lambda: JSD(beta=1.5), ValueError, r"JSD.beta: got 1.5, expected a number in \[0, 1\]"),
+        (lambda: JSD(entry_clip=0), ValueError, "JSD.entry_clip: got 0, expected a finite number > 0, or None"),
+        (lambda: JSD(1.0, entry_clip=0.05), ValueError, "JSD.entry_clip: got 0.05 with beta 1, a KL; expected 0 < beta < 1"),
+        (lambda: SkewKL(alpha=0), ValueError, r"SkewKL.alpha: got 0, expected a number in \(0, 1\); at 0 it is ReverseKL\(\)"),
+        (lambda: SkewKL(direction="both"), ValueError, "SkewKL.direction: got 'both', expected one of: reverse, forward"),
+        (lambda: Power(alpha=-1), ValueError, "Power.alpha: got -1, expected a finite number > 0"),
         (lambda: TailAware(top_k=0), ValueError, "TailAware.top_k: got 0, expected at least 1"),
         (lambda: LocalSupport(top_k=2.0), TypeError, "LocalSupport.top_k: got 2.0, expected an integer"),
         (lambda: SampledToken(clip=0), ValueError, "SampledToken.clip: got 0, expected a finite number > 0"),
+        (
+            lambda: SampledToken(shape="reverse_kl"),
+            ValueError,
+            "SampledToken.shape: got 'reverse_kl', which is the same for every",
+        ),
+        (lambda: SampledToken(shape="square"), ValueError, "SampledToken.shape: got 'square', expected one of: log, soft_log"),
+        (lambda: SampledToken(baseline="mean"), ValueError, "SampledToken.baseline: got 'mean', expected one of: none, kl"),
+        (
+            lambda: SampledToken(baseline="kl", shape="tanh"),
+            ValueError,
+            "SampledToken.baseline: got 'kl' with shape 'tanh', whose mean is not -KL; expected shape 'log'",
+        ),
+        (lambda: SampledToken(alpha=0), ValueError, "SampledToken.alpha: got 0, expected a finite number > 0"),
+        (
+            lambda: SampledToken(ratio="mis"),
+            ValueError,
+            "SampledToken.ratio: got 'mis', expected one of: none, is, tis, icepop",
+        ),
+        (
+            lambda: SampledToken(ratio="is", bounds=(0, 2)),
+            ValueError,
+            r"SampledToken.bounds: got \(0, 2\), but ratio 'is' has no bounds; leave them out",
+        ),
+        (
+            lambda: SampledToken(ratio="tis", bounds=(2, 1)),
+            ValueError,
+            r"SampledToken.bounds: got \(2, 1\), expected \(low, high\) with 0 <= low < high, like \(0.0, 2.0\)",
+        ),
+        (lambda: SampledToken(ratio="tis", bounds=2.0), ValueError, r"SampledToken.bounds: got 2.0, expected \(low, high\)"),
+        (
+            lambda: SampledToken(ratio="ppo", bounds=(1.1, 1.3)),
+            ValueError,
+            "expected 1 between them: on-policy tokens have ratio",
+        ),
+        (
+            lambda: ImportanceWeighted(SampledToken()),
+            TypeError,
+            r"ImportanceWeighted.divergence: got SampledToken, .*; write SampledToken\(ratio=...\)",
+        ),
+        (lambda: ImportanceWeighted("jsd"), TypeError, "ImportanceWeighted.divergence: got str, expected another divergence"),
+        (lambda: ImportanceWeighted(JSD(), "ppo"), ValueError, "'ppo', which clips by the sign of a token's advantage"),
+        (
+            lambda: ImportanceWeighted(JSD(), "none"),
+            ValueError,
+            "ImportanceWeighted.ratio: got 'none', expected one of: is, tis",
+        ),
         (lambda: EntropyAware(alpha=0.0), ValueError, "EntropyAware.alpha: got 0.0, expected a finite number > 0"),
         (lambda: EntropyAware(divergence=TailAware()), TypeError, "EntropyAware.divergence: got TailAware"),
         (lambda: Extrapolated(INF, torch.ones(2, 5)), ValueError, "Extrapolated.lam: got inf"),
@@ -425,7 +506,7 @@ def test_divergence_of_a_call_rejects():
     s, u = logit_pair(3, 20)
     with pytest.raises(ValueError, match="'local_support' has top_k 32, expected at most the vocabulary size, 20"):
         run("local_support", s, u, "torch")
-    with pytest.raises(ValueError, match="tokens: got None, but divergence 'sampled' is on the sampled token"):
+    with pytest.raises(ValueError, match="tokens: got None, but divergence 'sampled' reads the sampled token"):
         run("sampled", s, u, "torch")
     with pytest.raises(
         ValueError, match=r"Extrapolated.reference: got positions of shape \(2,\), expected those of the student"

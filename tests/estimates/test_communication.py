@@ -21,8 +21,10 @@ from opd_ops import (
     JSD,
     EntropyAware,
     Extrapolated,
+    ImportanceWeighted,
     LinearHead,
     LocalSupport,
+    ReverseKL,
     SampledToken,
     TailAware,
     TotalVariation,
@@ -60,6 +62,8 @@ DIVERGENCES = {
     "local_support": LocalSupport(top_k=8),
     "forward_kl_topk": "forward_kl_topk",
     "sampled": SampledToken(clip=3.0),
+    "sampled, ppo": SampledToken(baseline="kl", ratio="ppo"),
+    "reverse_kl, tis": ImportanceWeighted(ReverseKL()),
     "entropy_aware": EntropyAware(tau=0.1, top_k=5, divergence=JSD()),
 }
 
@@ -108,6 +112,8 @@ CASES = [
     *(case(kind="logits", **shared, selector="teachability-released") for shared in (*SHARED, {"cp": 4, "scope": "sequence"})),
     case(kind="logits", tp=4, backend="triton", divergence="jsd", selector="multinomial"),
     case(kind="heads", tp=2, dp=2, scope="global", backend="triton", dtype=torch.bfloat16),
+    case(kind="logits", tp=2, backend="triton", divergence="sampled, ppo"),
+    case(kind="heads", tp=2, backend="triton", divergence="reverse_kl, tis"),
 ]
 
 
@@ -184,6 +190,7 @@ def sent(
     student, teacher = sides(kind, widths, i, dtype)
     options = {"workspace_bytes": 2**22, "top_k": 6, "fraction": 0.3, "selector": "teachability"} | options
     tokens = torch.randint(0, VOCAB, SHAPE, generator=generator(5))
+    old_logprobs = -torch.ones(SHAPE) if "," in divergence else None
     calls = []
 
     def counting(name, method):
@@ -203,6 +210,7 @@ def sent(
             teacher,
             mask=mask_of(backend, i, none_valid),
             tokens=tokens,
+            old_logprobs=old_logprobs,
             divergence=divergence_of(divergence, widths),
             backend=backend,
             scope=scope,

@@ -9,8 +9,19 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from opd_ops import LinearHead, StudentStats, estimate, selective_opd_loss
+from opd_ops import (
+    ImportanceWeighted,
+    LinearHead,
+    LocalSupport,
+    ReverseKL,
+    SampledToken,
+    StudentStats,
+    TailAware,
+    estimate,
+    selective_opd_loss,
+)
 from opd_ops.backends.shared import grids
+from opd_ops.divergences import resolve_divergence
 from opd_ops.estimates.compute import SAVED_SCALAR_BYTES
 from tests.support.cases import head_pair, leaf, leaf_head
 from tests.support.meters import LiveBytes, saved_bytes
@@ -27,6 +38,13 @@ CASES = [
     {"score_dtype": "float8"},
     {"score_dtype": "float8", "student_stats": True},
     pytest.param({"score_dtype": "float32", "fraction": 1.0, "workspace_bytes": 7_000}, marks=pytest.mark.full),
+]
+
+OTHERS = [
+    *("forward_kl", "jsd", "skew_kl", "tail_aware", "forward_kl_topk", "entropy_aware", "sampled"),
+    SampledToken(baseline="kl", ratio="ppo"),
+    ImportanceWeighted(ReverseKL()),
+    ImportanceWeighted(TailAware(8), ratio="icepop"),
 ]
 
 
@@ -54,6 +72,31 @@ def test_flops_are_those_counted(options):
     assert found.matmul_units == pytest.approx(found.flops / (2 * N * V * DS))
     in_8_bits = counter.get_flop_counts()["Global"].get(torch.ops.aten._scaled_mm, 0)
     assert in_8_bits == found.float8_flops
+
+
+@pytest.mark.parametrize(
+    ("divergence", "backend"),
+    [
+        *((divergence, "torch") for divergence in OTHERS),
+        *(pytest.param(x, "triton", marks=pytest.mark.full) for x in OTHERS if x != "skew_kl"),  # which has no kernel
+    ],
+    ids=str,
+)
+def test_flops_of_other_divergences_are_those_counted(divergence, backend):
+    tokens = torch.arange(N) % V
+    old = None if resolve_divergence(divergence).importance is None else -torch.ones(N)
+    run, _ = call(divergence=divergence, backend=backend, tokens=tokens, old_logprobs=old, trainable_head=False)
+    with FlopCounterMode(display=False) as counter:
+        run().backward()
+    assert counter.get_total_flops() == estimated(divergence=divergence, backend=backend, trainable_head=False).flops
+
+
+def test_flops_of_a_list_alone_are_at_most_those_estimated():
+    run, _ = call(divergence=LocalSupport(8), backend="torch")
+    with FlopCounterMode(display=False) as counter:
+        run().backward()
+    found = estimated(divergence=LocalSupport(8), backend="torch").flops
+    assert 0.9 * found < counter.get_total_flops() <= found
 
 
 @pytest.mark.parametrize("options", CASES)

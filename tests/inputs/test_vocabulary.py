@@ -15,9 +15,12 @@ import torch
 import torch.distributed as dist
 
 from opd_ops import (
+    JSD,
     Extrapolated,
+    ImportanceWeighted,
     LinearHead,
     SampledLogprobs,
+    SampledToken,
     TopKLogprobs,
     TotalVariation,
     score_positions,
@@ -174,6 +177,15 @@ def _sparse(kind, backend, name):
         sent = TopKLogprobs(best.indices, best.values)
     options["divergence"] = DIVERGENCES[name]
     _agree(student, sent, CUTS["empty"], dist.group.WORLD, teacher_part=sent, **options)
+
+
+def _ratios(kind, backend):
+    """Losses weighted by the ratio to old probabilities, and a token's loss that reads a KL of whole rows."""
+    old_logprobs = -1.0 - torch.rand(SHAPE, generator=generator(6))
+    for divergence in (SampledToken(baseline="kl", ratio="ppo"), ImportanceWeighted(JSD(0.3), "is")):
+        options = options_of(backend=backend, divergence=divergence, old_logprobs=old_logprobs)
+        got = _agree(*sides_of(kind), CUTS["uneven"], dist.group.WORLD, **options)
+        assert got.metrics["ratio_max"] > 0
 
 
 def _student_stats(kind, backend):
@@ -351,6 +363,13 @@ def test_a_teacher_that_sends_lists(ranks, kind, name):
 
 def test_a_teacher_that_sends_lists_to_kernels(ranks):
     ranks.run(_sparse, "logits", "triton", "tail_aware")
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend"), [("logits", "torch"), ("heads", "torch"), pytest.param("heads", "triton", marks=pytest.mark.full)]
+)
+def test_ratios_to_old_probabilities(ranks, kind, backend):
+    ranks.run(_ratios, kind, backend)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, Trainer, TrainingArguments
 
-from opd_ops import LinearHead, Settings, selective_opd_loss
+from opd_ops import LinearHead, SampledToken, Settings, selective_opd_loss
 from opd_ops.backends import eager
 from opd_ops.inputs.sources import Source
 from opd_ops.integrations import hf, trl
@@ -201,6 +201,11 @@ def test_without_a_teacher_it_says_so(tmp_path):
         ({"fractoin": 0.1}, TypeError, "settings: got 'fractoin', which no setting is called; did you mean 'fraction'?"),
         ({"fraction": 0}, ValueError, "fraction: got 0, expected"),
         ({"labels": None}, TypeError, "settings: got 'labels', which no setting is called"),
+        (
+            {"divergence": SampledToken(ratio="is")},
+            ValueError,
+            "old_logprobs: got None, but divergence 'sampled' has",
+        ),
     ],
 )
 def test_bad_options_are_refused_before_any_training(options, error, message):

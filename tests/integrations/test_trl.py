@@ -16,7 +16,7 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDTrainer
 from trl.trainer import distillation_trainer
 
-from opd_ops import Settings
+from opd_ops import JSD, ImportanceWeighted, Settings
 from opd_ops.integrations import trl
 from opd_ops.integrations.trl import (
     SelectiveDistillationConfig,
@@ -151,6 +151,7 @@ def test_undo_refuses_below_somebody_else_s_replacement(monkeypatch):
         ({"fraction": 1.5}, ValueError, "fraction: got 1.5, expected"),
         ({"temperature": 0.8}, TypeError, "temperature: got it among the settings of the loss, but the host passes its own"),
         ({"divergence": "sampled"}, ValueError, "tokens: got None"),
+        ({"divergence": ImportanceWeighted(JSD())}, ValueError, "old_logprobs: got None, but divergence 'importance_weighted'"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_patched(options, error, message):

@@ -2,7 +2,8 @@
 
   units: 2 N V D FLOP each; over the score pass (2, or 1 where the teacher sends lists), with rho the share trained on:
     reverse_kl, forward_kl   4 rho    both logits in the backward, dH, dW
-    jsd, total_variation     6 rho    and a sweep of both before
+    jsd, total_variation,    6 rho    and a sweep of both before
+      skew_kl, power
     forward_kl_topk, sampled 5 rho    the teacher's list, the student off it; the backward does not read the teacher
     tail_aware               6 rho    and the teacher off its list
     entropy_aware            6 rho    reverse_kl, the teacher's list, the student off it
@@ -25,8 +26,8 @@ from tests.support.meters import LiveBytes, saved_bytes
 
 VOCAB, DIM, N, FRACTION = 6007, 32, 200, 0.05
 UNITS = {
-    "reverse_kl": 4, "forward_kl": 4, "jsd": 6, "total_variation": 6, "forward_kl_topk": 5, "sampled": 5, "tail_aware": 6,
-    "entropy_aware": 6, "local_support": 1,
+    "reverse_kl": 4, "forward_kl": 4, "jsd": 6, "total_variation": 6, "skew_kl": 6, "power": 6, "forward_kl_topk": 5,
+    "sampled": 5, "tail_aware": 6, "entropy_aware": 6, "local_support": 1,
 }  # fmt: skip
 
 

@@ -21,9 +21,11 @@ from opd_ops import (
     ForwardKL,
     LinearHead,
     LocalSupport,
+    Power,
     ReverseKL,
     SampledLogprobs,
     SampledToken,
+    SkewKL,
     TailAware,
     TopKForwardKL,
     TopKLogprobs,
@@ -41,11 +43,15 @@ WHOLE = [
     ForwardKL(),
     JSD(0.3),
     TotalVariation(),
+    SkewKL(0.2, "forward"),
+    Power(0.5),
+    JSD(0.7, entry_clip=0.02),
+    SampledToken(baseline="kl"),
     EntropyAware(tau=1.0, top_k=K),
     EntropyAware(top_k=K, divergence=JSD()),
 ]
 ON_LIST = [LocalSupport(top_k=K), TailAware(top_k=K), TopKForwardKL(top_k=K)]
-SAMPLED = [SampledToken(), SampledToken(clip=0.5)]
+SAMPLED = [SampledToken(), SampledToken(clip=0.5), SampledToken(shape="power"), SampledToken(shape="tanh")]
 OF_LISTS = ["teachability", "teachability+entropy", "teachability-released", "incompatibility", "compatibility", "divergence"]
 OF_STUDENT = ["entropy", "random", "all", "prefix"]
 

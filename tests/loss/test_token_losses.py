@@ -223,7 +223,13 @@ def test_only_what_requires_a_gradient_gets_one(backend):
     assert not frozen.losses.requires_grad
 
 
-UNITS = [("torch", "reverse_kl", 4), ("torch", "forward_kl", 4), ("torch", "jsd", 8), ("torch", "total_variation", 8)]
+UNITS = [
+    ("torch", "reverse_kl", 4),
+    ("torch", "forward_kl", 4),
+    ("torch", "jsd", 8),
+    ("torch", "total_variation", 8),
+    ("torch", "skew_kl", 8),
+]
 UNITS += [("triton", "reverse_kl", 6), ("triton", "jsd", 6)]
 
 

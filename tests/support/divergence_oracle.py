@@ -54,6 +54,35 @@ def total_variation(s, u):
     return (p - log_q.exp()).abs().sum(1) / 2, p * (sign - (p * sign).sum(1, keepdim=True)) / 2
 
 
+def clipped_jsd(s, u, beta=0.5, entry_clip=0.05):
+    log_p, log_q = _rows(s, u)
+    p, q = log_p.exp(), log_q.exp()
+    log_m = torch.log(beta * q + (1 - beta) * p)
+    terms = beta * _times(q, log_q - log_m) + (1 - beta) * _times(p, log_p - log_m)
+    slope = torch.where(terms < entry_clip, (1 - beta) * (log_p - log_m), 0)
+    return terms.clamp_max(entry_clip).sum(1), _times(p, slope - _times(p, slope).sum(1, keepdim=True))
+
+
+def skew_kl(s, u, alpha=0.1, direction="reverse"):
+    log_p, log_q = _rows(s, u)
+    p, q = log_p.exp(), log_q.exp()
+    if direction == "reverse":
+        m = (1 - alpha) * q + alpha * p
+        loss, slope = _times(p, log_p - m.log()).sum(1), log_p - m.log() - alpha * p / m
+    else:
+        m = alpha * q + (1 - alpha) * p
+        loss, slope = _times(q, log_q - m.log()).sum(1), -(1 - alpha) * q / m
+    return loss, _times(p, slope - _times(p, slope).sum(1, keepdim=True))
+
+
+def power(s, u, alpha=5.0):
+    log_p, log_q = _rows(s, u)
+    p, q = log_p.exp(), log_q.exp()
+    loss = (p ** (1 + alpha) / (1 + alpha) - p * q**alpha + alpha * q ** (1 + alpha) / (1 + alpha)).sum(1)
+    slope = p**alpha - q**alpha
+    return loss, p * (slope - (p * slope).sum(1, keepdim=True))
+
+
 def local_support(s, u, top_k=32):
     _, log_q = _rows(s, u)
     best = _teachers_best(log_q, top_k)
@@ -80,10 +109,20 @@ def forward_kl_topk(s, u, top_k=16):
     return _times(q, log_q - log_p).sum(1), q.sum(1, keepdim=True) * log_p.exp() - q
 
 
-def sampled(s, u, y, clip=math.inf):
+def sampled(s, u, y, clip=math.inf, shape="log", baseline=False, alpha=5.0):
     log_p, log_q = _rows(s, u)
     of_y = y.unsqueeze(1)
-    advantage = (log_q.gather(1, of_y) - log_p.gather(1, of_y)).clamp(-clip, clip)
+    at_p, at_q = log_p.gather(1, of_y), log_q.gather(1, of_y)
+    log_ratio = at_q - at_p
+    advantage = {
+        "log": log_ratio,
+        "soft_log": log_ratio.sign() * torch.log(1 + log_ratio.abs()),
+        "tanh": torch.tanh(log_ratio / 5),
+        "power": at_q.exp() ** alpha - at_p.exp() ** alpha,
+    }[shape]
+    if baseline:
+        advantage = advantage + reverse_kl(s, u)[0].unsqueeze(1)
+    advantage = advantage.clamp(-clip, clip)
     one_hot = torch.zeros_like(log_p).scatter(1, of_y, 1.0)
     return -(advantage * log_p.gather(1, of_y)).squeeze(1), -advantage * (one_hot - log_p.exp())
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from opd_ops import JSD, EntropyAware, LocalSupport, SampledToken, TailAware, TopKForwardKL, TotalVariation
+from opd_ops import JSD, EntropyAware, LocalSupport, Power, SampledToken, SkewKL, TailAware, TopKForwardKL, TotalVariation
 from tests.support.cases import generator, head_pair, leaf, leaf_head, logit_pair
 
 VOCAB = 97
@@ -19,6 +19,8 @@ DIVERGENCES = {
     "forward_kl": "forward_kl",
     "jsd": JSD(0.3),
     "total_variation": TotalVariation(),
+    "skew_kl": SkewKL(0.3),
+    "power": Power(0.7),
     "local_support": LocalSupport(top_k=8),
     "tail_aware": TailAware(top_k=8),
     "forward_kl_topk": TopKForwardKL(top_k=8),

@@ -34,7 +34,7 @@ class Terms(NamedTuple):
 def evaluate(divergence: OnSupport, support: Support, ids: Tensor, dtype: torch.dtype) -> Terms:
     """Losses and gradients, row by row, from both models on the list (`support`)."""
     with torch.inference_mode(False), torch.enable_grad():  # the caller may be in any mode; these are small copies
-        support = Support(*(column.detach().double().clone() for column in support))
+        support = Support(*(None if column is None else column.detach().double().clone() for column in support))  # type: ignore[arg-type]
         x, off_list = support.student.requires_grad_(), support.student_off_list.requires_grad_()
         if divergence.reads_off_list:
             relative = relative_to_top(torch.cat((x, off_list.unsqueeze(1)), 1))

@@ -28,9 +28,10 @@ def support_terms(
     rows: Tensor,
     tokens: Tensor | None,
     *,
+    reverse_kl: Tensor,
     workspace: Workspace,
 ) -> Terms:
-    """The terms of the rows. `tokens`: (M,), the student's sampled tokens, if the divergence reads them."""
+    """The terms of the rows. `tokens`: (M,), the student's sampled tokens, if the divergence reads them; `reverse_kl`: (M,)."""
     student = student.detach()
     dtype = compute_dtype(student, *([teacher] if isinstance(teacher, Source) else []))
     if isinstance(teacher, TeacherLists):
@@ -42,7 +43,7 @@ def support_terms(
     off_list = x.new_zeros(len(rows))
     if divergence.reads_off_list:
         off_list = off_list_logsumexp(student, rows, ids, workspace=workspace)
-    return evaluate(divergence, Support(x.double(), off_list, log_q, log_tail, entropy), ids, dtype)
+    return evaluate(divergence, Support(x.double(), off_list, log_q, log_tail, entropy, reverse_kl), ids, dtype)
 
 
 def _listed(divergence: OnSupport, teacher: TeacherLists) -> tuple[Tensor, Tensor, Tensor]:

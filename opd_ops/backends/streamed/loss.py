@@ -272,7 +272,7 @@ def selected_loss(
         losses = sums.losses
         constants = _Constants(rows, sums.mean_slope, *reference, *(None,) * 4)
     if support is not None:
-        terms = support_terms(support, student, teacher, rows, tokens, workspace=workspace)
+        terms = support_terms(support, student, teacher, rows, tokens, reverse_kl=stats.reverse_kl, workspace=workspace)
         list_losses = terms.losses.to(terms.dx.dtype)
         losses = list_losses if losses is None else losses + list_losses
         if terms.d_off_list is None and whole is None:

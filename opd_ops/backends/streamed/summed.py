@@ -58,7 +58,8 @@ def summed(whole: Summed, student: Source, teacher: Source, rows: Tensor, refere
     if student.transform.shard is not None:
         student.transform.shard.ranks.sum(sums)
     # sum p differs from 1 by the normaliser's rounding. The mean slope is divided by it: each row's gradient then sums to 0.
-    return Sums(sums[0].clamp_min(0).to(dtype), (sums[1] / sums[2]).to(dtype))
+    losses = sums[0] if whole.may_be_negative else sums[0].clamp_min(0)
+    return Sums(losses.to(dtype), (sums[1] / sums[2]).to(dtype))
 
 
 def with_jsd(stats: TokenStats, student: Source, teacher: Source, rows: Tensor, workspace: Workspace) -> TokenStats:

@@ -183,7 +183,7 @@ class Triton(Backend):
             reason = "ranks share out the vocabulary"
         if reason is not None:
             _log.debug("backend 'triton': the loss %r by backend 'torch' (%s)", divergence.name, reason)
-            if divergence.whole is not None and isinstance(teacher, Source):  # `stats` may come from 16-bit logits
+            if divergence.reads_whole_rows and isinstance(teacher, Source):  # `stats` may come from 16-bit logits
                 stats = STREAMED.token_stats(
                     student,
                     teacher,

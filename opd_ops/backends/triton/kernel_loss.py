@@ -40,8 +40,11 @@ LIST_BYTES = 320  # per row and id: ids, both models' logits in fp64, their grad
 
 def refusal(divergence: Divergence) -> str | None:
     """Why no kernel computes it, or None."""
-    if divergence.whole is not None and type(divergence.whole) not in (*GRADIENTS, JSD):
-        return f"{type(divergence.whole).__name__} has no kernel"
+    whole = divergence.whole
+    if whole is not None and type(whole) not in (*GRADIENTS, JSD):
+        return f"{type(whole).__name__} has no kernel"
+    if isinstance(whole, JSD) and whole.entry_clip is not None:
+        return "JSD with entry_clip has no kernel"
     if divergence.support is not None and divergence.support.length > MAX_LIST:
         return f"its list has {divergence.support.length} ids, kernels take at most {MAX_LIST}"
     return None
@@ -203,7 +206,9 @@ class KernelLoss:
             off_list_lse = logsumexp(self.student, *off_list)
         else:
             off_list, off_list_lse = torch.zeros((2, len(ids)), dtype=torch.float32, device=s.device), losses
-        terms = evaluate(divergence, Support(x.double(), off_list_lse, log_q, log_tail, entropy), ids, torch.float32)
+        reverse_kl = None if score is None else score.reverse_kl
+        support = Support(x.double(), off_list_lse, log_q, log_tail, entropy, reverse_kl)
+        terms = evaluate(divergence, support, ids, torch.float32)
         d_off_list = terms.d_off_list
         if d_off_list is None:
             d_off_list = torch.zeros(len(ids), dtype=torch.float32, device=s.device)

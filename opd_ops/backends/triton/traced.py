@@ -26,7 +26,7 @@ class TracedTriton(Triton):
     _launch_choice = staticmethod(operators.chosen_positions)
 
     def refusal(self, student: Source, teacher: Source | TeacherLists, needs: Needs) -> str | None:
-        if not (is_column(needs.divergence) and isinstance(teacher, Source)):
+        if not (is_column(needs.divergence) and needs.divergence.importance is None and isinstance(teacher, Source)):
             name = needs.divergence.name
             return f"divergence is {name!r}, which torch.compile cannot trace here; call it outside of the graph"
         return super().refusal(student, teacher, needs)
