@@ -8,7 +8,7 @@
                                                        (0.8, 1.28) as in slime; A is the token's advantage (sampled.py)
   w is a constant: it has no gradient.
 
-Not here: log p(y) and log mu(y) of a call's positions (opd_ops/call/importance.py).
+Not here: log p(y) and log mu(y) of a call's positions (opd_ops/call/losses.py).
 """
 
 from __future__ import annotations
