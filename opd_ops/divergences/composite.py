@@ -7,7 +7,7 @@
                   (G-OPD, arXiv 2602.12125)
   importance_weighted   w l, w a constant made of p(y) / mu(y) (ratio.py; SDPO, arXiv 2601.20802, with tis)
 
-Not here: the other divergences (whole.py, support.py), reading mixed logits (opd_ops/inputs/sources.py).
+Not here: the other divergences (whole.py, bounded.py, support.py, sampled.py), mixed logits (opd_ops/inputs/sources.py).
 """
 
 from __future__ import annotations

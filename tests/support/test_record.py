@@ -127,7 +127,8 @@ def test_each_call_has_a_name_of_its_own_and_words():
     words = dict(names)["setting/temperature-jsd/heads/torch"]
     assert words == (
         "selective_opd_loss(LinearHead(hidden fp32 (3, 9, 24), weight (97, 24)), LinearHead(hidden fp32 (3, 9, 40), "
-        "weight (97, 40)), mask=bool (3, 9), fraction=0.3, top_k=6, backend='torch', temperature=1.6, divergence=JSD(beta=0.3))"
+        "weight (97, 40)), mask=bool (3, 9), fraction=0.3, top_k=6, backend='torch', temperature=1.6, "
+        "divergence=JSD(beta=0.3, entry_clip=None))"
     )
 
 

@@ -18,8 +18,10 @@ from opd_ops import (
     JSD,
     EntropyAware,
     Extrapolated,
+    ImportanceWeighted,
     LinearHead,
     LocalSupport,
+    ReverseKL,
     StudentStats,
     TailAware,
     TopKLogprobs,
@@ -211,13 +213,15 @@ def test_the_log_says_what_another_backend_computes(caplog):
     assert handed == ["backend 'triton': the loss 'total_variation' by backend 'torch' (TotalVariation has no kernel)"]
 
 
-def test_torch_compile_rejects_divergences_without_an_operator():
+@pytest.mark.parametrize("divergence", ["jsd", ImportanceWeighted(ReverseKL())], ids=str)
+def test_torch_compile_rejects_divergences_without_an_operator(divergence):
     s, u = logit_pair(4, 60)
+    options = {} if divergence == "jsd" else {"tokens": torch.arange(4), "old_logprobs": -torch.ones(4)}
 
     def loss(x):
-        return selective_opd_loss(x, u, divergence="jsd", backend="triton", fraction=0.5).loss
+        return selective_opd_loss(x, u, divergence=divergence, backend="triton", fraction=0.5, **options).loss
 
-    with pytest.raises(Exception, match=r"divergence is .jsd., which torch.compile cannot trace here"):
+    with pytest.raises(Exception, match=r"divergence is .*, which torch.compile cannot trace here"):
         torch.compile(loss, fullgraph=True, dynamic=False, backend="eager")(s)
 
 
