@@ -164,7 +164,7 @@ def of_all(function):
 
 def packed(name, kind, *words):
     """The largest or smallest of 16-bit floats, each half of the words by itself."""
-    halves = [np.ascontiguousarray(x).view(np.uint16) for x in words]
+    halves = [np.ascontiguousarray(x).view(np.uint16) for x in np.broadcast_arrays(*words)]  # a constant is one word
     if kind == "bf16":
         return float_to_bf16(OPERATIONS[name]((), *map(bf16_to_float, halves))).view(np.uint32)
     return OPERATIONS[name]((), *(x.view(np.float16) for x in halves)).view(np.uint32)
