@@ -65,7 +65,7 @@ class SupportTile(NamedTuple):
     stats_warps: int
 
 
-# By compute capability, dtype of both models, and whether logits are soft-capped. 96: one more program on a multiprocessor. 128:
+# By compute capability, dtype of both models, and whether logits are soft-capped. 96: one more program a multiprocessor. 128:
 # by itself ptxas takes fewer and spills 8 bytes (triton 3.9 on sm_100, 3.6 on sm_80).
 SCORE_REGISTERS = {
     (9, torch.bfloat16, False): 96,

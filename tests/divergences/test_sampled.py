@@ -57,7 +57,7 @@ def over_all_tokens(divergence, s, u, backend, drawn_from, **options):
         (SampledToken(baseline="kl"), oracle.reverse_kl),
         (SampledToken(shape="power", alpha=5.0), oracle.power),
     ],
-    ids=str,
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_the_mean_gradient_over_the_students_tokens_is_that_of_whole_rows(divergence, whole, backend):
     s, u = logit_pair(1, 19, scale=1.5, dtype=torch.float64, seed=2)
@@ -74,7 +74,7 @@ def test_the_mean_gradient_over_the_students_tokens_is_that_of_whole_rows(diverg
         (SampledToken(ratio="tis", bounds=(0, 1e9)), oracle.reverse_kl),
         (ImportanceWeighted(JSD(), ratio="is"), oracle.jsd),
     ],
-    ids=str,
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_a_ratio_gives_the_same_mean_over_tokens_of_another_sampler(divergence, whole, backend):
     s, u = logit_pair(1, 19, scale=1.5, dtype=torch.float64, seed=2)
