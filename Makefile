@@ -39,11 +39,12 @@ test-full: $(TESTED)
 	$(PYTEST) $(PARALLEL) -m full
 
 test-interpreted: $(TESTED)
-	OPD_KERNELS=interpreter $(PYTEST) $(PARALLEL) tests/kernels tests/backends/triton/test_backend.py tests/loss/test_contract.py tests/parity/test_liger.py
+	OPD_KERNELS=interpreter $(PYTEST) $(PARALLEL) -m "not full" tests/kernels
 
 # The older triton is put before the virtual environment's own, which stays as it is. The code for another GPU at once.
 test-triton36: $(TESTED) $(VENV)/.triton36
-	PYTHONPATH=$(abspath $(VENV)/triton36) OPD_KERNELS=sm_80 $(PYTEST) $(PARALLEL) tests/kernels tests/backends/triton/test_backend.py tests/benchmarks/test_roofline.py
+	PYTHONPATH=$(abspath $(VENV)/triton36) OPD_KERNELS=sm_80 $(PYTEST) $(PARALLEL) -m "not full" tests/kernels
+	PYTHONPATH=$(abspath $(VENV)/triton36) $(PYTEST) tests/benchmarks/test_roofline.py
 
 roofline: $(VENV)/.test
 	$(BIN)/python -m benchmarks.static.roofline $(ARGS)
