@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opd_ops.backends.shared.top_k import TopK
+from opd_ops.backends.shared.top_k import TopKList
 from opd_ops.divergences.equations import LOG_ZERO
 
 
@@ -47,7 +47,7 @@ class BlockSums(NamedTuple):
     centre: Tensor  # s_a - u_a, fp64
 
 
-def block_sums(s: Tensor, u: Tensor, s_best: TopK, t_best: TopK, first_id: int, scratch: Tensor) -> BlockSums:
+def block_sums(s: Tensor, u: Tensor, s_best: TopKList, t_best: TopKList, first_id: int, scratch: Tensor) -> BlockSums:
     """Sums of one block.
 
     Args:
@@ -133,7 +133,7 @@ class _Chunk(NamedTuple):
             torch.sum(weight, 1, out=z)
 
 
-def _teacher_reference(student: TopK, teacher: TopK) -> Tensor:
+def _teacher_reference(student: TopKList, teacher: TopKList) -> Tensor:
     """(n,) u_a; where the teacher masks a, its own largest logit (any finite number will do)."""
     return torch.where(student.other[:, 0] == -math.inf, _finite(teacher.own[:, 0]), student.other[:, 0])
 
@@ -174,7 +174,7 @@ def named_sums(sums: BlockSums) -> dict[str, Tensor]:
     return dict(zip(EMPTY_SUMS, (*sums.student, *sums.teacher, sums.centre), strict=True))
 
 
-def joined_sums(parts: dict[str, Tensor], student: TopK, teacher: TopK) -> dict[str, Tensor]:
+def joined_sums(parts: dict[str, Tensor], student: TopKList, teacher: TopKList) -> dict[str, Tensor]:
     """`statistics` of the whole vocabulary, from the (ranks, n) sums of its parts, joined like blocks."""
     columns = [parts[name] for name in EMPTY_SUMS]
     width, u_reference = len(ModelSums._fields), _teacher_reference(student, teacher).double()
@@ -188,7 +188,7 @@ def joined_sums(parts: dict[str, Tensor], student: TopK, teacher: TopK) -> dict[
     return statistics(BlockSums(models[0], models[1], centre), student)
 
 
-def statistics(sums: BlockSums, student: TopK) -> dict[str, Tensor]:
+def statistics(sums: BlockSums, student: TopKList) -> dict[str, Tensor]:
     """The full-vocabulary columns of `TokenStats`, (n,) fp64, with the columns that gradients read."""
     s, t, centre = sums
     s_total, t_total = _total(s), _total(t)
