@@ -16,6 +16,7 @@ from opd_ops.divergences import (
     ReverseKL,
     SampledToken,
     TailAware,
+    TopK,
     TopKForwardKL,
     TotalVariation,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "TailAware",
     "TokenLosses",
     "TokenStats",
+    "TopK",
     "TopKForwardKL",
     "TopKLogprobs",
     "TotalVariation",

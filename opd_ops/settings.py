@@ -237,7 +237,7 @@ class Settings:
         if teacher is not None:
             check_list_divergence(divergence, teacher)
             check_known(named_selector(self.selector), teacher)
-        if divergence.reads_tokens and not passes_tokens and teacher is None:
+        if divergence.reads_tokens and not passes_tokens and teacher != "SampledLogprobs":
             raise ValueError(
                 f"tokens: got None, but divergence {divergence.name!r} is on the sampled token, which this host does not pass"
             )
@@ -310,10 +310,10 @@ def check_top_k(top_k: int, vocab_size: int) -> None:
 
 
 def check_divergence_top_k(divergence: Divergence, vocab_size: int) -> None:
-    support = divergence.support
-    if support is not None and support.length > vocab_size:
+    support = divergence.on_support
+    if support is not None and support.top_k > vocab_size:
         raise ValueError(
-            f"divergence: {divergence.name!r} has top_k {support.length}, expected at most the vocabulary size, {vocab_size}"
+            f"divergence: {divergence.name!r} has top_k {support.top_k}, expected at most the vocabulary size, {vocab_size}"
         )
 
 

@@ -49,7 +49,8 @@ def sampled_tokens(chosen: Chosen) -> Tensor | None:
     if not call.divergence.reads_tokens:
         return None
     if isinstance(call.teacher, TeacherLists):
-        return call.teacher.ids[chosen.rows, 0]
+        assert call.teacher.tokens is not None
+        return call.teacher.tokens[chosen.rows]
     assert call.positions.tokens is not None
     tokens, merged = call.positions.tokens.flatten()[chosen.rows].long(), call.student.transform.merged
     for token_id in merged[1:]:
@@ -62,7 +63,7 @@ def _log_ratios(chosen: Chosen, tokens: Tensor) -> Tensor:
     ids, logprobs, stats = tokens.unsqueeze(1), [], chosen.stats
     for source, lse in ((chosen.call.student, stats.student_logsumexp), (chosen.call.teacher, stats.teacher_logsumexp)):
         if isinstance(source, TeacherLists):
-            logprobs.append(source.logprobs[chosen.rows, 0])
+            logprobs.append(source.logprobs[chosen.rows, -1])
         else:
             workspace = chosen.call.workspace
             logits = logits_at(source.detach(), chosen.rows, ids, stats.student_logsumexp.dtype, workspace)

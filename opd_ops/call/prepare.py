@@ -18,7 +18,7 @@ from opd_ops.arguments import is_in_graph, is_traced, may_look, real, shown
 from opd_ops.backends.interface import Backend, Needs
 from opd_ops.backends.resolve import resolve_backend
 from opd_ops.distributed.ranks import Ranks
-from opd_ops.divergences import Divergence, ReverseKL, SampledToken, TailAware, resolve_divergence
+from opd_ops.divergences import Divergence, ReverseKL, SampledToken, TopK, resolve_divergence
 from opd_ops.inputs.batch import Batch
 from opd_ops.inputs.linear_head import LinearHead
 from opd_ops.inputs.pair import check_sources
@@ -131,7 +131,10 @@ def prepare(
         check_known(selector, "student_stats")
     if isinstance(teacher, (TopKLogprobs, SampledLogprobs)):
         assert isinstance(teacher_source, TeacherLists)
-        check_lists(teacher, teacher_source.logprobs, checked_positions.valid)
+        tokens = checked_positions.tokens
+        if divergence.reads_tokens and tokens is not None and not teacher_source.with_token:
+            teacher_source = teacher_source.plus_tokens(tokens.flatten(), student_source.transform.merged)
+        check_lists(teacher, teacher_source, checked_positions.valid)
         check_known(selector, type(teacher).__name__)
     scope = settings.scope if selects and not (settings.scope == "global" and ranks is None) else "batch"
     call = Call(
@@ -156,7 +159,7 @@ def divergence_of(teacher: object) -> Divergence:
     """A divergence that the teacher allows, for a call that only scores."""
     if isinstance(teacher, SampledLogprobs):
         return SampledToken()
-    return TailAware(top_k=1) if isinstance(teacher, TopKLogprobs) else ReverseKL()
+    return TopK(support=teacher.of, top_k=1) if isinstance(teacher, TopKLogprobs) else ReverseKL()
 
 
 def selecting_ranks(settings: Settings, *, selects: bool) -> Ranks | None:
@@ -200,7 +203,7 @@ def _check_loss(call: Call) -> None:
 def _check_tokens(call: Call) -> None:
     """A divergence on the sampled token needs the tokens."""
     tokens, teacher = call.positions.tokens, call.teacher
-    if isinstance(teacher, TeacherLists):
+    if isinstance(teacher, TeacherLists) and teacher.is_sampled:
         if tokens is not None and may_look(tokens):
             differ = (teacher.ids[:, 0] != tokens.flatten()) & teacher.valid
             if bool(differ.any()):

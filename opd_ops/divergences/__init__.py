@@ -1,18 +1,29 @@
 """The losses for the selected positions, by name or as instances with parameters.
 
-Not here: the interface of a divergence (base.py), the divergences (whole.py, support.py, composite.py).
+Not here: the interface of a divergence (base.py), the divergences (whole.py, top_k.py, support.py, composite.py).
 """
 
 from __future__ import annotations
 
-from opd_ops.divergences.base import Divergence, OnSupport, Summed, Support, WholeRow, weighted_sum, without_infinite
+from opd_ops.divergences.base import (
+    SUPPORTS,
+    Divergence,
+    OnSupport,
+    Summed,
+    Support,
+    WholeRow,
+    weighted_sum,
+    without_infinite,
+)
 from opd_ops.divergences.composite import EntropyAware, Extrapolated
-from opd_ops.divergences.support import LocalSupport, SampledToken, TailAware, TopKForwardKL
+from opd_ops.divergences.support import SampledToken, TopKForwardKL
+from opd_ops.divergences.top_k import LocalSupport, TailAware, TopK
 from opd_ops.divergences.whole import JSD, ForwardKL, ReverseKL, TotalVariation, is_column
 
 __all__ = [
     "DIVERGENCES",
     "JSD",
+    "SUPPORTS",
     "Divergence",
     "EntropyAware",
     "Extrapolated",
@@ -24,6 +35,7 @@ __all__ = [
     "Summed",
     "Support",
     "TailAware",
+    "TopK",
     "TopKForwardKL",
     "TotalVariation",
     "WholeRow",

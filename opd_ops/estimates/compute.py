@@ -150,7 +150,7 @@ class _Costs:
         if self.backend == "triton":  # gradients are computed in the forward
             return ROW_BYTES
         number, divergence = max(4, self.dtype.itemsize), resolve_divergence(self.settings.divergence)
-        whole, support = divergence.whole, divergence.support
+        whole, support = divergence.whole, divergence.on_support
         saved = ROW_BYTES + WEIGHT_BYTES + number  # the weight
         if whole is not None:
             saved += number * (SUMMED_COLUMNS if isinstance(whole, Summed) else KL_COLUMNS)

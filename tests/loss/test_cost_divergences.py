@@ -52,7 +52,7 @@ def count_units(student, teacher, n=N, **options):
 
 
 def list_length(divergence):
-    support = DIVERGENCES[divergence].support
+    support = DIVERGENCES[divergence].on_support
     return support.length if support else 0
 
 
