@@ -217,7 +217,7 @@ def support(divergence: OnSupport, s: Tensor, u: Tensor | None, listed: TeacherL
     """Both models on the divergence's list and off it, from the teacher's (n, V) logits or from the lists that it sent."""
     k, x = divergence.top_k, s.detach()
     if listed is not None:
-        s_ids = best_of_sent(listed.ids, _at(x, listed.ids), k) if listed.of_student else _list(x, k)
+        s_ids = best_of_sent(listed.listed_ids, _at(x, listed.listed_ids), k) if listed.of_student else _list(x, k)
         ids = list_ids(divergence, s_ids, listed.top(k).ids, listed.tokens)
         log_q = sent_logprobs(listed, ids)
         log_tail, entropy_q = tail(log_q.double()).to(s.dtype), torch.full_like(log_q[:, 0], math.nan)

@@ -204,8 +204,13 @@ class TeacherLists(NamedTuple):
         """The first k entries of the lists without the token's column; the token alone where there is no list."""
         if self.is_sampled:
             return self
-        k = min(k, self.ids.shape[1] - self.with_token)
+        k = min(k, self.listed_ids.shape[1])
         return self._replace(ids=self.ids[:, :k], logprobs=self.logprobs[:, :k], with_token=False)
+
+    @property
+    def listed_ids(self) -> Tensor:
+        """(N, K) ids without the token's column."""
+        return self.ids[:, :-1] if self.with_token else self.ids
 
     @property
     def is_sampled(self) -> bool:

@@ -75,8 +75,8 @@ def _student_list(
     """(M, K) ids of the student's list, and its log-sum-exp off list and token; None: not known, or not of this list."""
     k = divergence.top_k
     if listed is not None and listed.of_student:
-        logits = logits_at(student, rows, listed.ids, compute_dtype(student), workspace)
-        return best_of_sent(listed.ids, logits, k), None
+        logits = logits_at(student, rows, listed.listed_ids, compute_dtype(student), workspace)
+        return best_of_sent(listed.listed_ids, logits, k), None
     if student.transform.shard is not None:
         own = own_stats(student, rows, top_k=k, workspace=workspace, score_dtype=torch.float32)
         return without_masked(own.ids, own.logits), None

@@ -218,7 +218,8 @@ class KernelLoss:
         """(M, K) ids of the student's list and of the teacher's; None: not read, or sent by the teacher."""
         k, models = divergence.top_k, SUPPORTS[divergence.support]
         if "student" in models and listed is not None and listed.of_student:
-            return best_of_sent(listed.ids, self._at(self.student, s, rows, listed.ids), k), None
+            sent = listed.listed_ids
+            return best_of_sent(sent, self._at(self.student, s, rows, sent), k), None
         if not models or (t is None and "student" not in models):
             return None, None
         if t is None or score is None:  # the student is passed twice
