@@ -112,18 +112,20 @@ class TopK(OnSupport):
         return self.tail == "bucket"
 
     def loss(self, at: Support) -> Tensor:
-        log_p, log_q = at.log_p, at.teacher
-        if self.with_token:
+        if self.tail == "sampled":
+            log_p, log_q = at.log_p, at.teacher
             return self._between(mass_kl, log_p[:, :-1], log_q[:, :-1]) + _sampled(log_p[:, -1], log_q[:, -1])
         no_student, no_teacher = ((x == -math.inf).all(1) for x in (at.student, at.teacher))
-        without_loss = no_student & no_teacher
-        if self.tail == "drop":
-            without_loss = no_student | no_teacher  # one model can write no id of the list
-            log_p, log_q = (torch.log_softmax(x.masked_fill(without_loss.unsqueeze(1), 0), 1) for x in (at.student, at.teacher))
+        without_loss, divergence = no_student & no_teacher, kl
+        if self.tail == "mass":
+            log_p, log_q, divergence = at.log_p, at.teacher, mass_kl
         elif self.tail == "bucket":
             log_p = torch.log_softmax(torch.cat((at.student, at.student_off_list.unsqueeze(1)), 1), 1)
             log_q = torch.cat((at.teacher, at.teacher_off_list.unsqueeze(1)), 1)
-        return torch.where(without_loss, math.inf, self._between(mass_kl if self.tail == "mass" else kl, log_p, log_q))
+        else:
+            without_loss = no_student | no_teacher  # one model can write no id of the list
+            log_p, log_q = (torch.log_softmax(x.masked_fill(without_loss.unsqueeze(1), 0), 1) for x in (at.student, at.teacher))
+        return torch.where(without_loss, math.inf, self._between(divergence, log_p, log_q))
 
     def _between(self, divergence: Callable[[Tensor, Tensor], Tensor], log_p: Tensor, log_q: Tensor) -> Tensor:
         beta = {"reverse": 1.0, "forward": 0.0, "jsd": 0.5 if self.beta is None else self.beta}[self.direction]

@@ -25,6 +25,7 @@ from opd_ops import (
     LocalSupport,
     SampledToken,
     TailAware,
+    TopK,
     TotalVariation,
     estimate,
     estimate_communication,
@@ -61,6 +62,8 @@ DIVERGENCES = {
     "forward_kl_topk": "forward_kl_topk",
     "sampled": SampledToken(clip=3.0),
     "entropy_aware": EntropyAware(tau=0.1, top_k=5, divergence=JSD()),
+    "topk_student": TopK("reverse", "student", "sampled", 8),
+    "topk_union": TopK("jsd", "union", "bucket", 8),
 }
 
 
