@@ -25,7 +25,7 @@ from opd_ops.inputs.pair import check_sources
 from opd_ops.inputs.positions import Positions, positions
 from opd_ops.inputs.rollout import StudentStats, check_student_stats
 from opd_ops.inputs.sources import Source
-from opd_ops.inputs.teacher_lists import SampledLogprobs, SparseTeacher, TeacherLists, TopKLogprobs, check_lists
+from opd_ops.inputs.teacher_lists import SampledLogprobs, SparseTeacher, TeacherLists, TopKLogprobs, check_lists, plus_tokens
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.selectors import Selector, bound_selector, check_known, named_selector
 from opd_ops.settings import SCORE_DTYPES, Settings, check_divergence_top_k, check_top_k, scalar_of
@@ -133,8 +133,9 @@ def prepare(
         assert isinstance(teacher_source, TeacherLists)
         tokens = checked_positions.tokens
         if divergence.reads_tokens and tokens is not None and not teacher_source.with_token:
-            teacher_source = teacher_source.plus_tokens(tokens.flatten(), student_source.transform.merged)
-        check_lists(teacher, teacher_source, checked_positions.valid)
+            lists = plus_tokens(teacher_source.ids, teacher_source.logprobs, tokens.flatten(), tuple(settings.eos_ids))
+            teacher_source = teacher_source._replace(ids=lists[0], logprobs=lists[1], with_token=True)
+        check_lists(teacher, teacher_source.logprobs, checked_positions.valid)
         check_known(selector, type(teacher).__name__)
     scope = settings.scope if selects and not (settings.scope == "global" and ranks is None) else "batch"
     call = Call(

@@ -9,7 +9,7 @@
   Such lists give a lower bound on C, the sum of q over S ∩ T (arXiv 2605.26844 eq. 17), and D with q = 0 off T. The student's
   ids give C itself.
 
-Not here: statistics from lists (backends/shared/two_lists.py), losses on lists (divergences/support.py).
+Not here: statistics from lists (backends/shared/two_lists.py), losses on lists (divergences/).
 """
 
 from __future__ import annotations
@@ -167,16 +167,6 @@ class TeacherLists(NamedTuple):
                 logprobs[group] = logprobs[group].masked_fill_(missing, torch.nan)
         return TeacherLists(ids, logprobs, is_sampled, of_student)
 
-    def plus_tokens(self, tokens: Tensor, merged: tuple[int, ...]) -> TeacherLists:
-        """The lists and the (N,) sampled tokens with their log-probabilities; NaN at positions that do not list the token."""
-        tokens = tokens.long().unsqueeze(1)
-        for merged_id in merged[1:]:
-            tokens = tokens.masked_fill(tokens == merged_id, merged[0])
-        listed = self.ids == tokens
-        log_q = self.logprobs.masked_fill(~listed, -torch.inf).amax(1, keepdim=True)
-        logprobs = torch.cat((self.logprobs, log_q), 1).masked_fill(~listed.any(1, keepdim=True), torch.nan)
-        return self._replace(ids=torch.cat((self.ids, tokens), 1), logprobs=logprobs, with_token=True)
-
     @staticmethod
     def _in_order(
         ids: Tensor, logprobs: Tensor, vocab_size: int, dtype: torch.dtype, merged: tuple[int, ...]
@@ -228,11 +218,11 @@ class TeacherLists(NamedTuple):
         return torch.isfinite(self.logprobs).any(1) & ~self.logprobs.isnan().any(1)
 
 
-def check_lists(teacher: SparseTeacher, lists: TeacherLists, valid: Tensor | None) -> None:
-    """Refuse NaN at valid positions of `lists`: what the teacher sent, or what it did not send. Checked only on a CPU."""
-    if not may_look(lists.logprobs):
+def check_lists(teacher: SparseTeacher, logprobs: Tensor, valid: Tensor | None) -> None:
+    """Refuse NaN at valid positions of a call's (N, K) `logprobs`: sent, or in place of what was not. Checked only on a CPU."""
+    if not may_look(logprobs):
         return
-    bad = lists.logprobs.isnan().any(1).view(teacher.positions)
+    bad = logprobs.isnan().any(1).view(teacher.positions)
     bad = bad if valid is None else bad & valid
     if not bool(bad.any()):
         return
@@ -240,7 +230,8 @@ def check_lists(teacher: SparseTeacher, lists: TeacherLists, valid: Tensor | Non
     place = f"at position {first} ({int(bad.sum())} such positions)"
     if bool((teacher.logprobs[first].isnan() & (teacher.ids[first] >= 0)).any()):
         raise ValueError(f"{name}.logprobs: got NaN {place}, expected log-probabilities, -inf or id -1 where one is missing")
-    if lists.of_student and bool(lists.logprobs[:, : teacher.ids.shape[-1]].isnan().all(1).view(teacher.positions)[first]):
+    of_ids = logprobs[:, : teacher.ids.shape[-1]].view(*teacher.positions, -1)[first]
+    if getattr(teacher, "of", "teacher") == "student" and bool(of_ids.isnan().all()):
         raise ValueError(
             f"{name}: got a missing entry {place}, expected a log-probability of every id, because the student chose the ids "
             "(of='student')"
@@ -249,6 +240,17 @@ def check_lists(teacher: SparseTeacher, lists: TeacherLists, valid: Tensor | Non
         f"{name}: got no log-probability of the sampled token {place}, which the divergence reads; ask the server for it and "
         "pass K + 1 columns, the top K and the token"
     )
+
+
+def plus_tokens(ids: Tensor, logprobs: Tensor, tokens: Tensor, merged: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """(N, K + 1) lists with the (N,) sampled tokens as their last column; NaN at positions that do not list the token."""
+    tokens = tokens.long().unsqueeze(1)
+    for merged_id in merged[1:]:
+        tokens = tokens.masked_fill(tokens == merged_id, merged[0])
+    listed = ids == tokens
+    log_q = logprobs.masked_fill(~listed, -torch.inf).amax(1, keepdim=True)
+    logprobs = torch.cat((logprobs, log_q), 1).masked_fill_(~listed.any(1, keepdim=True), torch.nan)
+    return torch.cat((ids, tokens), 1), logprobs
 
 
 def _is_missing(ids: Tensor, logprobs: Tensor, vocab_size: int) -> Tensor:

@@ -29,7 +29,7 @@ from opd_ops import (
 from opd_ops.backends import eager
 from opd_ops.divergences.top_k import NO_TAIL
 from opd_ops.inputs.sources import Source
-from opd_ops.inputs.teacher_lists import TeacherLists
+from opd_ops.inputs.teacher_lists import TeacherLists, plus_tokens
 from tests.divergences.test_divergences import draw_tokens, run
 from tests.support import divergence_oracle as oracle
 from tests.support.cases import generator, gradients, head_pair, leaf, leaf_head, logit_pair, to_double
@@ -339,7 +339,8 @@ def test_a_token_that_is_not_listed_is_an_error_with_its_position():
     message = r"got no log-probability of the sampled token at position \(1,\) .* pass K \+ 1 columns"
     with pytest.raises(ValueError, match=message):
         run(divergence, s, sent(u, ids), "torch", tokens)
-    lists = TeacherLists.of(sent(u, ids), 97, torch.float32).plus_tokens(tokens, ())
+    lists = TeacherLists.of(sent(u, ids), 97, torch.float32)
+    lists = TeacherLists(*plus_tokens(lists.ids, lists.logprobs, tokens, ()), with_token=True)
     assert lists.valid.tolist() == [True, False, True, True]
     with pytest.raises(ValueError, match="tokens: got None, but divergence 'topk_reverse_teacher_sampled' is on the sampled"):
         run(divergence, s, sent(u, ids), "torch")
