@@ -135,7 +135,9 @@ def test_units_of_a_mixed_teacher_count_both_heads():
 
 
 @pytest.mark.parametrize("workspace_bytes", [pytest.param(2**20, marks=pytest.mark.full), 2**22])
-@pytest.mark.parametrize("divergence", sorted(DIVERGENCES))
+@pytest.mark.parametrize(
+    "divergence", [*sorted(DIVERGENCES), TopK("reverse", "student", "sampled"), TopK("jsd", "union")], ids=str
+)
 def test_head_peak_is_workspace_plus_gradients_plus_order_n(divergence, workspace_bytes):
     n, fraction = 160, 0.3
     student, teacher = heads(n)
