@@ -241,6 +241,27 @@ def test_a_list_of_the_whole_vocabulary_gives_the_divergence_itself(support):
             assert_within(run(divergence, s, u, "torch").loss, want, absolute=1e-5, relative=1e-5, name=tail)
 
 
+@two_backends
+@few_cases
+def test_ids_that_mean_the_same_are_one_entry(case, backend):
+    s, u = logit_pair(4, 90, scale=2.0, seed=8)
+    s[:, 5], s[:, 70], u[:, 70] = 4.0, 3.0, 4.5
+    tokens = draw_tokens(s)
+    tokens[0] = 70
+    x, of_oracle = leaf(s), leaf(s, torch.float64)
+    out = run(divergence_of(case), x, u, backend, tokens, eos_ids=(5, 70), workspace_bytes=6_000)
+    out.loss.backward()
+    others = [i for i in range(90) if i != 70]
+    merged = [
+        torch.cat((y[:, :5], torch.logsumexp(y[:, [5, 70]], 1, keepdim=True), y[:, 6:]), 1)[:, others] for y in (of_oracle, u)
+    ]
+    places = torch.tensor([5 if i == 70 else i - (i > 70) for i in range(90)])
+    losses, gradient = expected(case, merged[0].detach(), merged[1].double(), places[tokens])
+    merged[0].backward(gradient)
+    assert_within(out.loss, losses.sum(), absolute=1e-5, relative=1e-4, name=str(case))
+    assert_gradient(x.grad, of_oracle.grad)
+
+
 # --- lists -----------------------------------------------------------------------------------------------------------
 
 

@@ -94,15 +94,17 @@ def _swept(
     workspace: Workspace,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ids, log q there, log of the teacher's mass off the ids and its entropy, from the teacher's logits."""
-    dtype, t_ids, entropy = compute_dtype(teacher), None, stats.teacher_entropy.double()
-    if "teacher" in SUPPORTS[divergence.support] or stats.reference_teacher is None:
+    reference = None if stats.reference_teacher is None else Reference(*(x.double() for x in Reference.of(stats)))
+    t_ids, entropy = None, stats.teacher_entropy.double()
+    if reference is None or "teacher" in SUPPORTS[divergence.support]:
         own = own_stats(teacher, rows, top_k=max(1, divergence.top_k), workspace=workspace, score_dtype=torch.float32)
-        lse, t_ids, entropy = own.logsumexp.double(), without_masked(own.ids, own.logits), own.entropy.double()
-    else:
-        reference = Reference(*(column.double() for column in Reference.of(stats)))
-        lse = reference.teacher - (reference.log_p - reference.log_ratio)
+        t_ids, logits = without_masked(own.ids, own.logits), own.logits
+        lse, entropy = own.logsumexp.double(), own.entropy.double()
     ids = list_ids(divergence, s_ids, t_ids, tokens)
-    logits = own.logits if ids is t_ids else logits_at(teacher, rows, ids, dtype, workspace)
+    if ids is not t_ids:
+        logits = logits_at(teacher, rows, ids, compute_dtype(teacher), workspace)
+        if reference is not None:  # relative to one of the row's logits: more digits
+            lse = reference.teacher - (reference.log_p - reference.log_ratio)
     log_tail = torch.zeros_like(lse)
     if divergence.reads_teacher_off_list:
         log_tail = off_list_logsumexp(teacher, rows, ids, workspace=workspace) - lse
