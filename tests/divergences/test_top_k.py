@@ -33,7 +33,8 @@ from opd_ops.inputs.teacher_lists import TeacherLists, plus_tokens
 from tests.divergences.test_divergences import draw_tokens, run
 from tests.support import divergence_oracle as oracle
 from tests.support.cases import generator, gradients, head_pair, leaf, leaf_head, logit_pair, to_double
-from tests.support.tolerances import HEAD_ABSOLUTE, assert_gradient, assert_within
+from tests.support.hard_rows import drawn_rows
+from tests.support.tolerances import HEAD_ABSOLUTE, assert_gradient, assert_within, small_kl_bound
 
 INF = float("inf")
 K = 7
@@ -260,6 +261,22 @@ def test_ids_that_mean_the_same_are_one_entry(case, backend):
     merged[0].backward(gradient)
     assert_within(out.loss, losses.sum(), absolute=1e-5, relative=1e-4, name=str(case))
     assert_gradient(x.grad, of_oracle.grad)
+
+
+@pytest.mark.parametrize("backend", ["torch", *(pytest.param(x, marks=pytest.mark.full) for x in ("eager", "triton"))])
+@few_cases
+def test_every_hard_row_keeps_the_contract(case, backend):
+    s, u = drawn_rows(torch.float32)[:2]
+    tokens = torch.multinomial(s.double().softmax(1), 1, generator=generator(0)).squeeze(1)
+    x = leaf(s)
+    out = run(divergence_of(case), x, u, backend, tokens, selector="entropy", top_k=K)
+    out.loss.backward()
+    losses, gradient = expected(case, s, u, tokens)
+    compared = out.selected & losses.isfinite() & (gradient.norm(dim=1) > 1e-7)
+    assert compared.sum() > 100
+    kls = oracle.reverse_kl(s, u)[0].clamp_min(1e-12)
+    for row in compared.nonzero().squeeze(1):
+        assert_gradient(x.grad[row], gradient[row], small_kl_bound(kls[row].item()))
 
 
 # --- lists -----------------------------------------------------------------------------------------------------------
