@@ -380,7 +380,7 @@ def test_a_token_that_is_not_listed_is_an_error_with_its_position():
     lists = TeacherLists.of(sent(u, ids), 97, torch.float32)
     lists = TeacherLists(*plus_tokens(lists.ids, lists.logprobs, tokens, ()), with_token=True)
     assert lists.valid.tolist() == [True, False, True, True]
-    with pytest.raises(ValueError, match="tokens: got None, but divergence 'topk_reverse_teacher_sampled' is on the sampled"):
+    with pytest.raises(ValueError, match="tokens: got None, but divergence 'topk_reverse_teacher_sampled' reads the sampled"):
         run(divergence, s, sent(u, ids), "torch")
 
 

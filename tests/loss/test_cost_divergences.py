@@ -99,7 +99,9 @@ def test_units_of_top_k_lists_of_two_heads(support, tail, units):
             stated = estimate(
                 N, VOCAB, DIM, DIM, divergence=divergence, fraction=FRACTION, backend=backend, dtype=torch.float32
             )
-            assert stated.matmul_units == pytest.approx(least, rel=1e-12)
+            if backend == "torch":
+                assert stated.matmul_units == pytest.approx(got, rel=1e-12)
+            assert least <= stated.matmul_units + 1e-12 <= least + dots(divergence) + 1e-9
 
 
 @pytest.mark.parametrize("tail", ["sampled", *(pytest.param(x, marks=pytest.mark.full) for x in ("mass", "bucket", "drop"))])
