@@ -19,6 +19,7 @@ from opd_ops.divergences import (
     SampledToken,
     SkewKL,
     TailAware,
+    TopK,
     TopKForwardKL,
     TotalVariation,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "TailAware",
     "TokenLosses",
     "TokenStats",
+    "TopK",
     "TopKForwardKL",
     "TopKLogprobs",
     "TotalVariation",

@@ -242,7 +242,7 @@ class Settings:
                 f"old_logprobs: got None, but divergence {divergence.name!r} has the ratio {divergence.importance.kind!r} to "
                 "the probabilities at sampling time, which this host does not pass; use ratio='none', or the divergence alone"
             )
-        if divergence.reads_tokens and not passes_tokens and teacher is None:
+        if divergence.reads_tokens and not passes_tokens and teacher != "SampledLogprobs":
             raise ValueError(
                 f"tokens: got None, but divergence {divergence.name!r} reads the sampled token, which this host does not pass"
             )
@@ -310,10 +310,10 @@ def check_top_k(top_k: int, vocab_size: int) -> None:
 
 
 def check_divergence_top_k(divergence: Divergence, vocab_size: int) -> None:
-    support = divergence.support
-    if support is not None and support.length > vocab_size:
+    support = divergence.on_support
+    if support is not None and support.top_k > vocab_size:
         raise ValueError(
-            f"divergence: {divergence.name!r} has top_k {support.length}, expected at most the vocabulary size, {vocab_size}"
+            f"divergence: {divergence.name!r} has top_k {support.top_k}, expected at most the vocabulary size, {vocab_size}"
         )
 
 

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.cpu.compare import ROOT, numbers, positive
 from benchmarks.cpu.environment import describe_environment
 from benchmarks.cpu.heads import SEED, Heads, Sizes, build_heads
-from opd_ops import Extrapolated, LinearHead, TailAware, TopKLogprobs, selective_opd_loss
+from opd_ops import Extrapolated, LinearHead, TailAware, TopK, TopKLogprobs, selective_opd_loss
 from opd_ops.backends.shared import pages
 from opd_ops.divergences import DIVERGENCES
 from tests.support.meters import LiveBytes
@@ -62,6 +62,13 @@ def steps(heads: Heads) -> dict[str, Step]:
     found = {f"`{name}`": step(teacher, name) for name in first}
     found["`Extrapolated(1.25, reference)`, a third head"] = step(teacher, Extrapolated(1.25, reference))
     found["`tail_aware` from `TopKLogprobs`, one head"] = step(listed, TailAware())
+    for words in (("reverse", "student", "drop"), ("reverse", "student", "mass"), ("reverse", "student", "sampled")):
+        found[f"`TopK{words}`".replace("'", '"')] = step(teacher, TopK(*words))
+    found['`TopK("jsd", "union", "bucket")`'] = step(teacher, TopK("jsd", "union", "bucket"))
+    of_student = TopKLogprobs(ids, listed.logprobs, of="student")
+    found['`TopK("reverse", "student", "mass")` from `TopKLogprobs(..., of="student")`, one head'] = step(
+        of_student, TopK("reverse", "student", "mass")
+    )
     return found
 
 

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from opd_ops.backends.interface import Backend
+from opd_ops.backends.shared.list_ids import best_of_sent, list_ids, sent_logprobs, without_masked
 from opd_ops.backends.shared.overwritten import unchanged
 from opd_ops.divergences import JSD, Divergence, OnSupport, Support, equations, weighted_sum, without_infinite
 from opd_ops.inputs.sources import Shard, Source, compute_dtype, mask_limit, take_rows
-from opd_ops.inputs.teacher_lists import LAST_ID, TeacherLists, tail
+from opd_ops.inputs.teacher_lists import TeacherLists, tail
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import OwnStats, TokenStats
 
@@ -205,31 +206,34 @@ def selected_loss(
     if divergence.whole is not None:
         assert u is not None
         losses = losses + divergence.whole.loss(torch.log_softmax(s, -1), torch.log_softmax(u, -1))
-    if divergence.support is not None:
+    if divergence.on_support is not None:
         listed = None if isinstance(teacher, Source) else teacher.take(rows)
-        losses = losses + divergence.support.loss(support(divergence.support, s, u, listed, tokens))
+        losses = losses + divergence.on_support.loss(support(divergence.on_support, s, u, listed, tokens))
     losses = unchanged(losses, rows, student, workspace=workspace)  # autograd saved the student, not the teacher
     return weighted_sum(losses, without_infinite(losses, weights)), losses.detach()
 
 
 def support(divergence: OnSupport, s: Tensor, u: Tensor | None, listed: TeacherLists | None, tokens: Tensor | None) -> Support:
     """Both models on the divergence's list and off it, from the teacher's (n, V) logits or from the lists that it sent."""
+    k, x = divergence.top_k, s.detach()
     if listed is not None:
-        best = listed.top(divergence.length)
-        ids, log_q = best.ids, best.logprobs
+        s_ids = best_of_sent(listed.listed_ids, _at(x, listed.listed_ids), k) if listed.of_student else _list(x, k)
+        ids = list_ids(divergence, s_ids, listed.top(k).ids, listed.tokens)
+        log_q = sent_logprobs(listed, ids)
         log_tail, entropy_q = tail(log_q.double()).to(s.dtype), torch.full_like(log_q[:, 0], math.nan)
     else:
         assert u is not None
         all_log_q = torch.log_softmax(u, -1)
-        ids = top_k_ids(u, divergence.length)
-        if divergence.of_tokens:
-            assert tokens is not None
-            ids = tokens.unsqueeze(1)
-        log_q = _at(all_log_q, ids)
-        ids = ids if divergence.of_tokens else ids.masked_fill(log_q == -math.inf, LAST_ID)
-        log_tail, entropy_q = _off(all_log_q, ids), equations.entropy(all_log_q)
+        ids = list_ids(divergence, _list(x, k), _list(u, k), tokens)
+        log_q, log_tail, entropy_q = _at(all_log_q, ids), _off(all_log_q, ids), equations.entropy(all_log_q)
     reverse = reverse_kl(s, u).detach() if divergence.reads_reverse_kl and u is not None else None
     return Support(_at(s, ids), _off(s, ids), log_q, log_tail, entropy_q, reverse)
+
+
+def _list(x: Tensor, k: int) -> Tensor:
+    """(n, k) ids of the model's list."""
+    ids = top_k_ids(x, k)
+    return without_masked(ids, x.gather(1, ids))
 
 
 def _at(x: Tensor, ids: Tensor) -> Tensor:

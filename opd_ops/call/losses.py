@@ -64,12 +64,12 @@ def sampled(chosen: Chosen) -> Sampled | None:
     call, divergence, old = chosen.call, chosen.call.divergence, chosen.call.batch.old_logprobs
     if not divergence.reads_tokens:
         return None
-    tokens, support, rule = _tokens(chosen), divergence.support, divergence.importance
+    tokens, support, rule = _tokens(chosen), divergence.on_support, divergence.importance
     lse = None if rule is None else _exact_logsumexp(chosen)
     lse = chosen.stats.student_logsumexp.flatten()[chosen.rows] if lse is None else lse
     log_p = _logprobs(chosen, call.student, tokens, lse)
     log_q = advantages = ratios = weights = None
-    if support is not None and support.of_tokens:
+    if support is not None and support.with_token:
         log_q = _logprobs(chosen, call.teacher, tokens, chosen.stats.teacher_logsumexp.flatten()[chosen.rows])
     if isinstance(support, SampledToken) and log_q is not None:
         advantages = support.advantage(log_p, log_q, chosen.stats.reverse_kl.flatten()[chosen.rows])
@@ -84,8 +84,8 @@ def sampled(chosen: Chosen) -> Sampled | None:
 def _tokens(chosen: Chosen) -> Tensor:
     """(M,) tokens that the student sampled, merged ids as the first of them."""
     call = chosen.call
-    if isinstance(call.teacher, TeacherLists) and call.teacher.is_sampled:
-        return call.teacher.ids[chosen.rows, 0]
+    if isinstance(call.teacher, TeacherLists) and call.teacher.tokens is not None:
+        return call.teacher.tokens[chosen.rows]
     assert call.positions.tokens is not None
     tokens, merged = call.positions.tokens.flatten()[chosen.rows].long(), call.student.transform.merged
     for token_id in merged[1:]:
@@ -96,7 +96,7 @@ def _tokens(chosen: Chosen) -> Tensor:
 def _logprobs(chosen: Chosen, side: Source | TeacherLists, tokens: Tensor, logsumexp: Tensor) -> Tensor:
     """(M,) log-probabilities of the tokens. `logsumexp`: (M,) of a model that has logits."""
     if isinstance(side, TeacherLists):
-        return side.logprobs[chosen.rows, 0]
+        return side.logprobs[chosen.rows, -1]
     dtype, workspace = chosen.stats.student_logsumexp.dtype, chosen.call.workspace
     return logits_at(side.detach(), chosen.rows, tokens.unsqueeze(1), dtype, workspace).squeeze(1) - logsumexp
 

@@ -18,14 +18,22 @@ from opd_ops.arguments import is_in_graph, is_traced, may_look, per_position, re
 from opd_ops.backends.interface import Backend, Needs
 from opd_ops.backends.resolve import resolve_backend
 from opd_ops.distributed.ranks import Ranks
-from opd_ops.divergences import Divergence, ReverseKL, SampledToken, TailAware, resolve_divergence
+from opd_ops.divergences import Divergence, ReverseKL, SampledToken, TopK, resolve_divergence
 from opd_ops.inputs.batch import Batch
 from opd_ops.inputs.linear_head import LinearHead
 from opd_ops.inputs.pair import check_sources
 from opd_ops.inputs.positions import Positions, positions
 from opd_ops.inputs.rollout import StudentStats, check_student_stats
 from opd_ops.inputs.sources import Source
-from opd_ops.inputs.teacher_lists import SampledLogprobs, SparseTeacher, TeacherLists, TopKLogprobs, check_lists, is_missing
+from opd_ops.inputs.teacher_lists import (
+    SampledLogprobs,
+    SparseTeacher,
+    TeacherLists,
+    TopKLogprobs,
+    check_lists,
+    is_missing,
+    plus_tokens,
+)
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.selectors import Selector, bound_selector, check_known, named_selector
 from opd_ops.settings import SCORE_DTYPES, Settings, check_divergence_top_k, check_top_k, scalar_of
@@ -131,6 +139,11 @@ def prepare(
         check_known(selector, "student_stats")
     if isinstance(teacher, (TopKLogprobs, SampledLogprobs)):
         assert isinstance(teacher_source, TeacherLists)
+        tokens, support = checked_positions.tokens, divergence.on_support
+        reads_log_q = support is not None and support.with_token  # a ratio alone reads the student
+        if reads_log_q and tokens is not None and not teacher_source.with_token:
+            lists = plus_tokens(teacher_source.ids, teacher_source.logprobs, tokens.flatten(), tuple(settings.eos_ids))
+            teacher_source = teacher_source._replace(ids=lists[0], logprobs=lists[1], with_token=True)
         check_lists(teacher, teacher_source.logprobs, checked_positions.valid)
         check_known(selector, type(teacher).__name__)
     scope = settings.scope if selects and not (settings.scope == "global" and ranks is None) else "batch"
@@ -156,7 +169,7 @@ def divergence_of(teacher: object) -> Divergence:
     """A divergence that the teacher allows, for a call that only scores."""
     if isinstance(teacher, SampledLogprobs):
         return SampledToken()
-    return TailAware(top_k=1) if isinstance(teacher, TopKLogprobs) else ReverseKL()
+    return TopK(support=teacher.of, top_k=1) if isinstance(teacher, TopKLogprobs) else ReverseKL()
 
 
 def selecting_ranks(settings: Settings, *, selects: bool) -> Ranks | None:

@@ -179,7 +179,7 @@ def _metrics(
     loss_sum: Tensor,
     counts: tuple[Tensor, Tensor],
 ) -> Metrics:
-    chosen, support = settled.chosen, settled.chosen.call.divergence.support
+    chosen, support = settled.chosen, settled.chosen.call.divergence.on_support
     metrics = loss_metrics(
         loss,
         loss_sum,

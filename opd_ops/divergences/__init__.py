@@ -1,21 +1,32 @@
 """The losses for the selected positions, by name or as instances with parameters.
 
-Not here: the interface of a divergence (base.py), the divergences (whole.py, bounded.py, support.py, sampled.py,
+Not here: the interface of a divergence (base.py), the divergences (whole.py, bounded.py, top_k.py, support.py, sampled.py,
 composite.py).
 """
 
 from __future__ import annotations
 
-from opd_ops.divergences.base import Divergence, OnSupport, Summed, Support, WholeRow, weighted_sum, without_infinite
+from opd_ops.divergences.base import (
+    SUPPORTS,
+    Divergence,
+    OnSupport,
+    Summed,
+    Support,
+    WholeRow,
+    weighted_sum,
+    without_infinite,
+)
 from opd_ops.divergences.bounded import Power, SkewKL
 from opd_ops.divergences.composite import EntropyAware, Extrapolated, ImportanceWeighted
 from opd_ops.divergences.sampled import SampledToken
-from opd_ops.divergences.support import LocalSupport, TailAware, TopKForwardKL
+from opd_ops.divergences.support import TopKForwardKL
+from opd_ops.divergences.top_k import LocalSupport, TailAware, TopK
 from opd_ops.divergences.whole import JSD, ForwardKL, ReverseKL, TotalVariation, is_column
 
 __all__ = [
     "DIVERGENCES",
     "JSD",
+    "SUPPORTS",
     "Divergence",
     "EntropyAware",
     "Extrapolated",
@@ -30,6 +41,7 @@ __all__ = [
     "Summed",
     "Support",
     "TailAware",
+    "TopK",
     "TopKForwardKL",
     "TotalVariation",
     "WholeRow",

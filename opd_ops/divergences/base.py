@@ -7,7 +7,8 @@
   The slope f'_v is taken relative to f'_a. So at a, where p may be near 1, only the mean slope is left: nothing cancels.
 
 A new divergence is one small class of one of these kinds in a file of its own (CONTRIBUTING.md).
-Not here: the divergences (whole.py, bounded.py, support.py, sampled.py, composite.py), how backends compute the two forms.
+Not here: the divergences (whole.py, bounded.py, top_k.py, support.py, sampled.py, composite.py), how backends compute the two
+forms.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from opd_ops.divergences.ratio import Ratio
 
 
 class Divergence(ABC):
-    """A loss per position: `whole` + `support`; one of the two may be None."""
+    """A loss per position: `whole` + `on_support`; one of the two may be None."""
 
     name: ClassVar[str]
     column: str | None = None  # the column of TokenStats with its value; None: no column has it
@@ -32,7 +33,7 @@ class Divergence(ABC):
         return None
 
     @property
-    def support(self) -> OnSupport | None:
+    def on_support(self) -> OnSupport | None:
         return None
 
     @property
@@ -43,12 +44,12 @@ class Divergence(ABC):
     @property
     def reads_tokens(self) -> bool:
         """Whether the loss or its weight reads the token that the student sampled."""
-        return self.importance is not None or (self.support is not None and self.support.of_tokens)
+        return self.importance is not None or (self.on_support is not None and self.on_support.with_token)
 
     @property
     def reads_whole_rows(self) -> bool:
         """Whether the loss needs a statistic of both whole rows, or sums over them."""
-        return self.whole is not None or (self.support is not None and self.support.reads_reverse_kl)
+        return self.whole is not None or (self.on_support is not None and self.on_support.reads_reverse_kl)
 
 
 class WholeRow(Divergence):
@@ -115,21 +116,33 @@ class Support(NamedTuple):
         return self.student - self.student_logsumexp.unsqueeze(1)
 
 
+# The models whose top-K lists form the list of a divergence, for each `OnSupport.support` (backends/shared/list_ids.py).
+SUPPORTS = {
+    "teacher": ("teacher",),
+    "student": ("student",),
+    "union": ("student", "teacher"),
+    "intersection": ("student", "teacher"),
+    "token": (),
+}
+
+
 class OnSupport(Divergence):
-    """A divergence on a short list of ids: the teacher's top-K, or the token that the student sampled.
+    """A divergence on a short list of ids: of the models' top-K ids, of the token that the student sampled, or of both.
 
     `loss` is differentiable torch on (M, K) tensors in fp64. A constant added to `student` and `student_off_list` must not
     change it: backends subtract the largest logit. Every backend differentiates it and carries the gradients of the listed
     logits and of `student_off_list` on to the student's logits.
     """
 
-    of_tokens: ClassVar[bool] = False  # the list is the sampled token, not the teacher's top-K
-    reads_off_list: ClassVar[bool] = True  # whether `loss` reads `student_off_list`, which takes a sweep of the student's head
-    reads_teacher_off_list: ClassVar[bool] = False  # whether `loss` reads `teacher_off_list`
-    reads_entropy: ClassVar[bool] = False  # whether `loss` reads `teacher_entropy`, which a sparse teacher does not have
+    support: str = "teacher"  # which ids, a key of `SUPPORTS`
+    top_k: int = 0  # the length of the models' lists
+    with_token: bool = False  # the sampled token is the last id of the list, missing if it is on the list before
+    reads_off_list: bool = True  # whether `loss` reads `student_off_list`, which takes a sweep of the student's head
+    reads_teacher_off_list: bool = False  # whether `loss` reads `teacher_off_list`
+    reads_entropy: bool = False  # whether `loss` reads `teacher_entropy`, which a sparse teacher does not have
 
     @property
-    def support(self) -> OnSupport:
+    def on_support(self) -> OnSupport:
         return self
 
     @property
@@ -139,8 +152,8 @@ class OnSupport(Divergence):
 
     @property
     def length(self) -> int:
-        """K, the length of the list: `top_k`, or 1 for the sampled token."""
-        return 1 if self.of_tokens else int(self.top_k)  # type: ignore[attr-defined]
+        """The number of entries of the list, missing ones too."""
+        return self.top_k * len(SUPPORTS[self.support]) // (2 if self.support == "intersection" else 1) + self.with_token
 
     @abstractmethod
     def loss(self, at: Support) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class _UncertainTeacher(OnSupport):
     tau: float
     top_k: int
     name = "entropy_aware"
-    reads_entropy: ClassVar[bool] = True
+    reads_entropy = True
 
     def loss(self, at: Support) -> Tensor:
         forward_kl_term = self.alpha * kl(torch.log_softmax(at.teacher, 1), at.log_p)
@@ -79,7 +79,7 @@ class EntropyAware(Divergence):
         return self.divergence.whole
 
     @property
-    def support(self) -> OnSupport:
+    def on_support(self) -> OnSupport:
         return _UncertainTeacher(self.alpha, self.tau, self.top_k)
 
 
@@ -119,8 +119,8 @@ class Extrapolated(Divergence):
         return self.divergence.whole
 
     @property
-    def support(self) -> OnSupport | None:
-        return self.divergence.support
+    def on_support(self) -> OnSupport | None:
+        return self.divergence.on_support
 
     @property
     def importance(self) -> Ratio | None:
@@ -182,5 +182,5 @@ class ImportanceWeighted(Divergence):
         return self.divergence.whole
 
     @property
-    def support(self) -> OnSupport | None:
-        return self.divergence.support
+    def on_support(self) -> OnSupport | None:
+        return self.divergence.on_support

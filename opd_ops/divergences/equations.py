@@ -1,6 +1,6 @@
 """Entropy, KL and log-sum-exp of whole rows: short torch that is exact at p = 0 and p near 1, forward and backward.
 
-  H(p) = -sum p log p;  KL(a || b) = sum a (log a - log b);  0 log 0 = 0                                        [nats]
+  H(p) = -sum p log p;  KL(a || b) = sum a (log a - log b), for measures + b - a;  0 log 0 = 0                  [nats]
   In every dtype a counts as 0 where e^{log a} is 0 in fp64: there b = 0 does not make the KL infinite.
   log m, m = w q + (1 - w) p, and log(p / m), which is exact where p and q agree; so is p^alpha - q^alpha
 
@@ -27,8 +27,16 @@ def entropy(log_p: Tensor) -> Tensor:
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """KL(a || b) over the last dimension, never negative; a = 0 adds 0; b = 0 with a > 0 gives +inf."""
-    total = log_ratio_sum(log_a, log_b)
-    # Rounding may make the sum negative. Then the value is 0 with the gradient of the sum; a clamp would drop the gradient.
+    return _not_negative(log_ratio_sum(log_a, log_b))
+
+
+def mass_kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """sum a (log a - log b) + b - a: the KL of two measures, which need not add up to 1; never negative, 0 where they agree."""
+    return _not_negative(log_ratio_sum(log_a, log_b) + (log_b.exp() - log_a.exp()).sum(-1))
+
+
+def _not_negative(total: Tensor) -> Tensor:
+    # Rounding may make a sum negative. Then the value is 0 with the gradient of the sum; a clamp would drop the gradient.
     return torch.where(total < 0, total - total.detach(), total)
 
 

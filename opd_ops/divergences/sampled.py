@@ -8,15 +8,14 @@
   Means over y ~ p:  of a's gradient, reverse KL's, with the baseline and without;  of power's, the gradient of Power(alpha).
 
 A KL of whole rows or of lists is no advantage: it is the same for every y, so that its mean gradient is 0.
-Not here: the ratio to the probability at sampling time (ratio.py), the teacher's top-K (support.py), computing and reading a
-list (backends/shared/list_losses.py).
+Not here: the ratio to the probability at sampling time (ratio.py), lists of top-K ids (top_k.py, support.py), computing and
+reading a list (backends/shared/list_losses.py).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -62,7 +61,8 @@ class SampledToken(OnSupport):
     bounds: tuple[float, float] | None = None
     alpha: float = 5.0
     name = "sampled"
-    of_tokens: ClassVar[bool] = True
+    support = "token"
+    with_token = True
 
     def __post_init__(self) -> None:
         take_plain(self, "clip", "alpha")

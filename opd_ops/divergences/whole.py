@@ -62,7 +62,7 @@ class ForwardKL(WholeRow):
 
 def is_column(divergence: Divergence) -> bool:
     """Whether it is reverse or forward KL, whose values are columns of the score pass; False for a user's subclass of them."""
-    return divergence.support is None and type(divergence.whole) in (ReverseKL, ForwardKL)
+    return divergence.on_support is None and type(divergence.whole) in (ReverseKL, ForwardKL)
 
 
 @dataclass(frozen=True)

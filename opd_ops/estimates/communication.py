@@ -39,7 +39,7 @@ from opd_ops.arguments import check_integer
 from opd_ops.backends.shared import joined
 from opd_ops.backends.streamed.running import EMPTY_SUMS
 from opd_ops.distributed.ranks import Ranks
-from opd_ops.divergences import Divergence, Extrapolated, OnSupport, Summed, is_column, resolve_divergence
+from opd_ops.divergences import SUPPORTS, Divergence, Extrapolated, OnSupport, Summed, is_column, resolve_divergence
 from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.positions import Positions
 from opd_ops.inputs.sources import Shard
@@ -263,8 +263,8 @@ class _Communication:
         """The models' logits of the sampled tokens, for a ratio and for metrics (call/losses.py)."""
         if self.divergence.importance is not None and self.backend == "triton":  # the student's normalisers in fp32
             yield from self._statistics("tokens", self.M, 1, models=1)
-        support = self.divergence.support
-        for _ in range(2 if support is not None and support.of_tokens else 1):
+        support = self.divergence.on_support
+        for _ in range(2 if support is not None and support.with_token else 1):
             yield from self._vocabulary("tokens", "all_reduce", self.M * self.dtype.itemsize)
 
     @property
@@ -299,7 +299,7 @@ class _Communication:
 
     def _loss(self) -> Iterator[Collective]:
         """The loss of the selected rows: backends/triton/shards.py for the KLs, else backends/streamed/loss.py."""
-        whole, support = self.divergence.whole, self.divergence.support
+        whole, support = self.divergence.whole, self.divergence.on_support
         if self.backend == "eager":
             yield from self._statistics("loss", self.M, 1)
             return
@@ -314,10 +314,16 @@ class _Communication:
             yield from self._on_list(support)
 
     def _on_list(self, support: OnSupport) -> Iterator[Collective]:
-        """The teacher's list and normaliser, then the student on the list and off it (backends/streamed/list_losses.py)."""
+        """Lists and the teacher's normaliser, then both models on the list and off it (backends/streamed/list_losses.py)."""
         listed, off_list = self.M * support.length * self.dtype.itemsize, 8 * self.M  # bytes; off the list in fp64
-        yield from self._statistics("loss", self.M, support.length, models=1)
-        if support.of_tokens:
+        models = SUPPORTS[support.support]
+        if "student" in models:
+            yield from self._statistics("loss", self.M, support.top_k, models=1)
+        # Scores in 16 bits have no normaliser with enough digits; statistics of whole rows were computed again in more.
+        is_rounded = self.backend == "triton" and not self.divergence.reads_whole_rows
+        if "teacher" in models or is_rounded:
+            yield from self._statistics("loss", self.M, max(1, support.top_k), models=1)
+        if models != ("teacher",) or support.with_token:
             yield from self._vocabulary("loss", "all_reduce", listed)
         if support.reads_teacher_off_list:
             yield from self._vocabulary("loss", "all_gather", off_list)

@@ -22,7 +22,7 @@ import torch
 
 from opd_ops.arguments import check_choice, check_integer
 from opd_ops.backends.shared.grids import BlockGrid, SelectedGrid, gradient_grid, padded, score_grid, score_rows, tile_dtype
-from opd_ops.divergences import Divergence, Summed, resolve_divergence
+from opd_ops.divergences import SUPPORTS, Divergence, Summed, resolve_divergence
 from opd_ops.inputs import float8
 from opd_ops.inputs.sources import Source, Transform
 from opd_ops.inputs.workspace import Workspace
@@ -155,7 +155,7 @@ class _Costs:
         if self.backend == "triton":  # gradients are computed in the forward
             return ROW_BYTES
         number, divergence = max(4, self.dtype.itemsize), resolve_divergence(self.settings.divergence)
-        whole, support = divergence.whole, divergence.support
+        whole, support = divergence.whole, divergence.on_support
         saved = ROW_BYTES + WEIGHT_BYTES + number  # the weight
         if whole is not None:
             saved += number * (SUMMED_COLUMNS if isinstance(whole, Summed) else KL_COLUMNS)
@@ -205,19 +205,24 @@ class _Costs:
 
     def before_gradient(self, m: int, divergence: Divergence) -> _Pass:
         """Sweeps of the selected rows for the loss alone, and logits at a few ids."""
-        support, ratio = divergence.support, divergence.importance
+        support, ratio = divergence.on_support, divergence.importance
         swept: list[int] = []  # hidden sizes
         listed = 0  # hidden sizes times ids
         if self.backend == "torch":
             swept += [self.Ds, self.Dt] if isinstance(divergence.whole, Summed) else []
             if support is not None:
-                swept += [self.Dt]  # its list and its normaliser
-                swept += [self.Ds] * support.reads_off_list + [self.Dt] * support.reads_teacher_off_list
-                listed += support.length * (self.Ds + (self.Dt if support.of_tokens else 0))
+                models = SUPPORTS[support.support]
+                is_known = not self.student_stats or divergence.reads_whole_rows  # the teacher's normaliser, by the score pass
+                swept += [self.Ds] * ("student" in models)  # its list; if no other is read, also the sum off it
+                swept += [self.Dt] * ("teacher" in models or not is_known)  # its list and its normaliser
+                swept += [self.Ds] * (support.reads_off_list and models != ("student",))
+                swept += [self.Dt] * support.reads_teacher_off_list
+                is_of_teacher = models == ("teacher",) and not support.with_token
+                listed += support.length * (self.Ds + (0 if is_of_teacher else self.Dt))
         if ratio is not None and (self.backend == "triton" or self.student_stats):
             swept += [self.Ds]
         if divergence.reads_tokens:
-            listed += self.Ds + (self.Dt if support is not None and support.of_tokens else 0)
+            listed += self.Ds + (self.Dt if support is not None and support.with_token else 0)
         groups = -(-m // gradient_grid(*self.sources(m), m, workspace=self.workspace).rows)
         moved = sum(2 * 4 * m * self.V + groups * self.V * width * self.dtype.itemsize for width in swept)
         return _Pass(2 * m * (self.V * sum(swept) + listed), moved)
@@ -252,7 +257,7 @@ class _Costs:
 
     def _selected_of_list(self, m: int, divergence: Divergence) -> _Pass:
         """The same on "torch" for a divergence on a list alone, whose gradient reads the student, or columns of its head."""
-        support, products = divergence.support, 2 if self.trainable_head else 1
+        support, products = divergence.on_support, 2 if self.trainable_head else 1
         assert support is not None
         width, reads = (self.V, 1) if support.reads_off_list else (min(self.V, m * support.length), 0)
         flops = 2 * m * width * self.Ds * (products + reads)

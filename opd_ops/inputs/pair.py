@@ -2,7 +2,8 @@
 
   teacher           divergences                                                           selectors
   logits, head      all                                                                   all
-  TopKLogprobs      local_support, tail_aware, forward_kl_topk                            all that need no whole row
+  TopKLogprobs      forward_kl_topk, TopK on the teacher's list or the intersection       all that need no whole row
+  ... of="student"  TopK on the student's list                                            the same
   SampledLogprobs   sampled                                                               entropy, random, all, prefix
 
 Not here: the checks of other arguments (call/prepare.py) and of selectors (selection/selectors.py).
@@ -74,8 +75,10 @@ def check_sources(
         for source in (student_source, *others)
     )
     if isinstance(teacher, (TopKLogprobs, SampledLogprobs)):
-        assert divergence.support is not None
-        dtype, longest = student_source.compute_dtype, max(top_k, divergence.support.length)
+        assert divergence.on_support is not None
+        dtype, support = student_source.compute_dtype, divergence.on_support
+        is_cut = not support.with_token and getattr(teacher, "of", "teacher") == "teacher"
+        longest = max(top_k, support.top_k) if is_cut else None
         return student_source, TeacherLists.of(teacher, vocab, dtype, merged, longest=longest, workspace=workspace)
     if isinstance(divergence, Extrapolated) and divergence.lam != 1.0:
         reference = others[1]._replace(transform=replace(others[1].transform, merged=()))  # ids are merged after mixing
@@ -89,7 +92,7 @@ def _check_sparse(
     name = type(teacher).__name__
     if isinstance(divergence, Extrapolated):
         raise ValueError(f"divergence: got 'extrapolated', which mixes logits, but the teacher is {name}; pass its logits")
-    check_list_divergence(divergence, name)
+    check_list_divergence(divergence, name, getattr(teacher, "of", "teacher"))
     if teacher.positions != student.shape:
         raise ValueError(
             f"teacher: got positions of shape {tuple(teacher.positions)}, expected those of the student, {tuple(student.shape)}"
@@ -105,31 +108,40 @@ def _check_sparse(
         raise ValueError("eos_ids: SampledLogprobs knows one of the ids alone, not their sum; pass no eos_ids, or TopKLogprobs")
 
 
-def check_list_divergence(divergence: Divergence, teacher: str) -> None:
-    """Refuse a divergence that a sparse teacher does not allow; `teacher` is the name of its class."""
+def check_list_divergence(divergence: Divergence, teacher: str, of: str = "teacher") -> None:
+    """Refuse a divergence that a sparse teacher does not allow; `teacher` is the name of its class, `of` whose ids it sends."""
     is_sampled = teacher == SampledLogprobs.__name__
-    support = divergence.support
-    if support is not None and support.reads_reverse_kl:
+    reader = divergence.on_support
+    if reader is not None and reader.reads_reverse_kl:
         raise ValueError(
             f"divergence: got {divergence.name!r} with baseline 'kl', a KL of whole rows, which {teacher} cannot give; pass "
             "baseline='none', or the teacher's logits or a LinearHead"
         )
-    fits = divergence.whole is None and support is not None and support.of_tokens == is_sampled
-    if not fits or (support is not None and support.reads_entropy):
-        names = [
-            d.name
-            for d in DIVERGENCES.values()
-            if d.whole is None and d.support is not None and d.support.of_tokens == is_sampled
-        ]
-        more = ""
-        if support is not None and support.of_tokens:
-            more = "; 'sampled' takes SampledLogprobs, logits or a LinearHead"
-        elif not is_sampled and divergence.name == "reverse_kl":
-            more = "; tail_aware is reverse KL with all that is not listed as one outcome"
-        raise ValueError(
-            f"divergence: got {divergence.name!r}, which {teacher} cannot give; expected one of: {', '.join(names)}{more}. "
-            "For the others pass the teacher's logits or a LinearHead"
-        )
+    allowed = ("token",) if is_sampled else ("student",) if of == "student" else ("teacher", "intersection")
+
+    def fits(candidate: Divergence) -> bool:
+        support = candidate.on_support
+        return candidate.whole is None and support is not None and support.support in allowed and not support.reads_entropy
+
+    if fits(divergence):
+        return
+    support = divergence.on_support.support if divergence.whole is None and divergence.on_support is not None else None
+    names = [d.name for d in DIVERGENCES.values() if fits(d)]
+    if not is_sampled:
+        names.append(f"TopK(support={' or '.join(map(repr, allowed))})")
+    more = ""
+    if support == "token":
+        more = "; 'sampled' takes SampledLogprobs, logits or a LinearHead"
+    elif support in ("student", "union") and not is_sampled:
+        more = "; the teacher's own list leaves out ids of the student's"
+        if support == "student":
+            more += ": ask the server for those ids and pass TopKLogprobs(..., of='student')"
+    elif not is_sampled and divergence.name == "reverse_kl":
+        more = "; tail_aware is reverse KL with all that is not listed as one outcome"
+    raise ValueError(
+        f"divergence: got {divergence.name!r}, which {teacher} cannot give; expected one of: {', '.join(names)}{more}. "
+        "For the others pass the teacher's logits or a LinearHead"
+    )
 
 
 def _check_same_positions(name: str, side: Source, student: Source) -> None:

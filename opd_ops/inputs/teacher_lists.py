@@ -3,10 +3,13 @@
   TopKLogprobs(ids, logprobs)      from vLLM (`prompt_logprobs`), SGLang (`input_top_logprobs`) and verl's teacher
   SampledLogprobs(ids, logprobs)   from slime, SkyRL, prime-rl and tinker: log q(y) of the rollout tokens y
 
-  A log-probability of -9999 or less means a missing entry: vLLM's servers write it for -inf, which JSON does not have.
-  Such lists give a lower bound on C, the sum of q over S ∩ T (arXiv 2605.26844 eq. 17), and D with q = 0 off T.
+  TopKLogprobs(..., of="student")  of ids that the student chose, its top-K S: vLLM's `prompt_logprob_token_ids`
 
-Not here: statistics from lists (backends/shared/two_lists.py), losses on lists (divergences/support.py).
+  A log-probability of -9999 or less means a missing entry: vLLM's servers write it for -inf, which JSON does not have.
+  Such lists give a lower bound on C, the sum of q over S ∩ T (arXiv 2605.26844 eq. 17), and D with q = 0 off T. The student's
+  ids give C itself.
+
+Not here: statistics from lists (backends/shared/two_lists.py), losses on lists (divergences/).
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ def _check(name: str, ids: object, logprobs: object, temperature: object) -> Non
 
 @dataclass(frozen=True, eq=False)
 class TopKLogprobs:
-    """The teacher's log-probabilities of its most likely tokens, at the positions of the student.
+    """The teacher's log-probabilities of its most likely tokens, or of ids that the student chose, at the student's positions.
 
     Entries need no order. An entry is missing if its id is negative or beyond the vocabulary, or its log-probability is -9999
     or less. An id that comes twice counts once, with the larger log-probability: K + 1 columns, the sampled token and the top
@@ -59,11 +62,14 @@ class TopKLogprobs:
 
     On a CPU a NaN at a valid position is an error. On a device the check would make the CPU wait: there the position is not
     valid and is counted in `metrics["n_teacher_nonfinite"]`; with `check_finite=True` it is an error.
+    So are two more: with `of="student"` a missing entry, and with a loss on the sampled token a token that is not listed.
 
     Args:
         ids: (..., K) int64 or int32.
         logprobs: (..., K) log q, q over the whole vocabulary; at most 0.
         temperature: The server's temperature; must be the call's.
+        of: "teacher": the teacher's own top-K. "student": ids that the student chose, as the losses on the student's list read
+            them; its list is its `top_k` most likely ids among them, so that the sampled token may be one more id.
     Raises:
         ValueError: shapes or devices that do not fit each other, or numbers that are no log-probabilities (checked on a CPU).
         TypeError: ids that are not integers, log-probabilities that are not floating point.
@@ -72,10 +78,13 @@ class TopKLogprobs:
     ids: Tensor
     logprobs: Tensor
     temperature: float = 1.0
+    of: str = "teacher"
 
     def __post_init__(self) -> None:
         take_plain(self, "temperature")
         _check("TopKLogprobs", self.ids, self.logprobs, self.temperature)
+        if self.of not in ("teacher", "student"):
+            raise ValueError(f"TopKLogprobs.of: got {self.of!r}, expected 'teacher' or 'student'")
         if self.ids.dim() < 1 or self.ids.shape[-1] < 1:
             raise ValueError(f"TopKLogprobs.ids: got shape {tuple(self.ids.shape)}, expected (..., K) with K >= 1")
 
@@ -114,11 +123,15 @@ SparseTeacher = TopKLogprobs | SampledLogprobs
 
 
 class TeacherLists(NamedTuple):
-    """A sparse teacher as backends read it: a list per flattened position, in the order (log q descending, id ascending)."""
+    """A sparse teacher as backends read it: a list per flattened position, in the order (log q descending, id ascending).
+
+    With `with_token` the sampled token is one more, last column; a teacher of sampled tokens has this column alone.
+    """
 
     ids: Tensor  # (N, K) int64, LAST_ID where missing
-    logprobs: Tensor  # (N, K), -inf where missing
-    is_sampled: bool
+    logprobs: Tensor  # (N, K), -inf where missing; NaN at a position that is not valid
+    with_token: bool = False
+    of_student: bool = False  # whether the student chose the ids
 
     @staticmethod
     def of(
@@ -137,6 +150,7 @@ class TeacherLists(NamedTuple):
             workspace: Scratch memory: lists are sorted in groups that fit; None: all at once.
         """
         n, is_sampled = teacher.positions.numel(), isinstance(teacher, SampledLogprobs)
+        of_student = isinstance(teacher, TopKLogprobs) and teacher.of == "student"
         columns = [x.detach().unsqueeze(-1) if is_sampled else x.detach() for x in (teacher.ids, teacher.logprobs)]
         width, device = columns[0].shape[-1], teacher.ids.device
         length = width if longest is None else min(longest, width)
@@ -148,14 +162,17 @@ class TeacherLists(NamedTuple):
             group_ids, group_logprobs = (take_rows(x, rows) for x in columns)
             ordered = TeacherLists._in_order(group_ids, group_logprobs, vocab_size, dtype, merged)
             ids[group], logprobs[group] = (x[:, :length] for x in ordered)
-        return TeacherLists(ids, logprobs, is_sampled)
+            if of_student:
+                missing = _is_missing(group_ids, group_logprobs, vocab_size).any(1, keepdim=True)
+                logprobs[group] = logprobs[group].masked_fill_(missing, torch.nan)
+        return TeacherLists(ids, logprobs, is_sampled, of_student)
 
     @staticmethod
     def _in_order(
         ids: Tensor, logprobs: Tensor, vocab_size: int, dtype: torch.dtype, merged: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
         """The ids and log-probabilities of n whole lists, both (n, K), in order."""
-        missing = (ids < 0) | (ids >= vocab_size) | is_missing(logprobs)
+        missing = _is_missing(ids, logprobs, vocab_size)
         ids, logprobs = ids.long(), logprobs.to(dtype)
         ids, logprobs = _by_id(ids.masked_fill(missing, LAST_ID), logprobs.masked_fill(missing, -torch.inf))
         repeated = torch.nn.functional.pad(ids[:, 1:] == ids[:, :-1], (1, 0))
@@ -174,7 +191,26 @@ class TeacherLists(NamedTuple):
         return self._replace(ids=self.ids[rows], logprobs=self.logprobs[rows])
 
     def top(self, k: int) -> TeacherLists:
-        return self._replace(ids=self.ids[:, :k], logprobs=self.logprobs[:, :k])
+        """The first k entries of the lists without the token's column; the token alone where there is no list."""
+        if self.is_sampled:
+            return self
+        k = min(k, self.listed_ids.shape[1])
+        return self._replace(ids=self.ids[:, :k], logprobs=self.logprobs[:, :k], with_token=False)
+
+    @property
+    def listed_ids(self) -> Tensor:
+        """(N, K) ids without the token's column."""
+        return self.ids[:, :-1] if self.with_token else self.ids
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the teacher sent the sampled tokens' log-probabilities alone."""
+        return self.with_token and self.ids.shape[1] == 1
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """(N,) the sampled tokens; None: not known."""
+        return self.ids[:, -1] if self.with_token else None
 
     @property
     def valid(self) -> Tensor:
@@ -183,16 +219,42 @@ class TeacherLists(NamedTuple):
 
 
 def check_lists(teacher: SparseTeacher, logprobs: Tensor, valid: Tensor | None) -> None:
-    """Refuse NaN in the (N, K) log-probabilities at valid positions; checked only on a CPU."""
+    """Refuse NaN at valid positions of a call's (N, K) `logprobs`: sent, or in place of what was not. Checked only on a CPU."""
     if not may_look(logprobs):
         return
     bad = logprobs.isnan().any(1).view(teacher.positions)
     bad = bad if valid is None else bad & valid
-    if bool(bad.any()):
+    if not bool(bad.any()):
+        return
+    first, name = tuple(bad.nonzero()[0].tolist()), type(teacher).__name__
+    place = f"at position {first} ({int(bad.sum())} such positions)"
+    if bool((teacher.logprobs[first].isnan() & (teacher.ids[first] >= 0)).any()):
+        raise ValueError(f"{name}.logprobs: got NaN {place}, expected log-probabilities, -inf or id -1 where one is missing")
+    of_ids = logprobs[:, : teacher.ids.shape[-1]].view(*teacher.positions, -1)[first]
+    if getattr(teacher, "of", "teacher") == "student" and bool(of_ids.isnan().all()):
         raise ValueError(
-            f"{type(teacher).__name__}.logprobs: got NaN at position {tuple(bad.nonzero()[0].tolist())} ({int(bad.sum())} such "
-            "positions), expected log-probabilities, -inf or id -1 where one is missing"
+            f"{name}: got a missing entry {place}, expected a log-probability of every id, because the student chose the ids "
+            "(of='student')"
         )
+    raise ValueError(
+        f"{name}: got no log-probability of the sampled token {place}, which the divergence reads; ask the server for it and "
+        "pass K + 1 columns, the top K and the token"
+    )
+
+
+def plus_tokens(ids: Tensor, logprobs: Tensor, tokens: Tensor, merged: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """(N, K + 1) lists with the (N,) sampled tokens as their last column; NaN at positions that do not list the token."""
+    tokens = tokens.long().unsqueeze(1)
+    for merged_id in merged[1:]:
+        tokens = tokens.masked_fill(tokens == merged_id, merged[0])
+    listed = ids == tokens
+    log_q = logprobs.masked_fill(~listed, -torch.inf).amax(1, keepdim=True)
+    logprobs = torch.cat((logprobs, log_q), 1).masked_fill_(~listed.any(1, keepdim=True), torch.nan)
+    return torch.cat((ids, tokens), 1), logprobs
+
+
+def _is_missing(ids: Tensor, logprobs: Tensor, vocab_size: int) -> Tensor:
+    return (ids < 0) | (ids >= vocab_size) | is_missing(logprobs)
 
 
 def is_missing(logprobs: Tensor) -> Tensor:

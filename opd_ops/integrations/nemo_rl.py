@@ -17,7 +17,7 @@ Not here: logits that are sharded over the sequence (an error), the loss (opd_op
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from nemo_rl.algorithms.loss.interfaces import LossInputType, LossType
 from torch import Tensor
 
 from opd_ops.call.metrics import as_floats
-from opd_ops.divergences import LocalSupport, TopKForwardKL
+from opd_ops.divergences import Divergence, LocalSupport, TopKForwardKL
 from opd_ops.inputs.teacher_lists import TopKLogprobs, is_missing
 from opd_ops.inputs.unshard import is_dtensor
 from opd_ops.loss import SelectiveOPDLoss
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
-DIVERGENCES: dict[str, type[LocalSupport | TopKForwardKL]] = {"local_support": LocalSupport, "forward_kl_topk": TopKForwardKL}
+DIVERGENCES: dict[str, Callable[..., Divergence]] = {"local_support": LocalSupport, "forward_kl_topk": TopKForwardKL}
 PASSED_BY_HOST = ("weights", "num_items_in_batch", "process_group")  # NeMo-RL decides these
 REQUIRED_DATA = ("token_mask", "sample_mask", "teacher_topk_logits", "teacher_topk_indices")
 

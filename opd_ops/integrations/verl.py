@@ -52,7 +52,7 @@ PARAMETERS = {
 STRATEGIES = ("fsdp", "fsdp2", "veomni")
 # Modes that weigh all tokens of a micro-batch equally, so that one factor, n_valid / n_selected, is right for all of them.
 AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm")
-LIST_DIVERGENCES: dict[str, type[TopKForwardKL | LocalSupport | TailAware]] = {
+LIST_DIVERGENCES: dict[str, Callable[..., Divergence]] = {
     "forward_kl_topk": TopKForwardKL,
     "local_support": LocalSupport,
     "tail_aware": TailAware,

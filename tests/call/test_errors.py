@@ -239,7 +239,7 @@ def test_select_positions_rejects():
         (lambda x: EntropyAware(alpha=x), "EntropyAware.alpha"),
         (lambda x: EntropyAware(tau=x), "EntropyAware.tau"),
         (lambda x: Extrapolated(x, LOGITS), "Extrapolated.lam"),
-        (lambda x: LocalSupport(x), "LocalSupport.top_k"),
+        (lambda x: LocalSupport(x), "TopK.top_k"),
         (lambda x: Multinomial(gamma=x), "Multinomial.gamma"),
         (lambda x: TopKLogprobs(IDS, -torch.ones(4, 3), temperature=x), "TopKLogprobs.temperature"),
         (lambda x: StudentStats.of_logits(LOGITS, temperature=x), "temperature"),

@@ -27,6 +27,7 @@ from opd_ops import (
     ReverseKL,
     SampledToken,
     TailAware,
+    TopK,
     TotalVariation,
     estimate,
     estimate_communication,
@@ -65,6 +66,8 @@ DIVERGENCES = {
     "sampled, ppo": SampledToken(baseline="kl", ratio="ppo"),
     "reverse_kl, tis": ImportanceWeighted(ReverseKL()),
     "entropy_aware": EntropyAware(tau=0.1, top_k=5, divergence=JSD()),
+    "topk_student": TopK("reverse", "student", "sampled", 8),
+    "topk_union": TopK("jsd", "union", "bucket", 8),
 }
 
 

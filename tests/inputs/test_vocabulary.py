@@ -172,6 +172,10 @@ def _sparse(kind, backend, name):
         tokens = options["tokens"]
         sent = SampledLogprobs(tokens, log_q.gather(-1, tokens.unsqueeze(-1)).squeeze(-1))
         options |= {"selector": "entropy"}
+    elif name == "topk_student":
+        logits = student if isinstance(student, torch.Tensor) else student.hidden @ student.weight.T + student.bias
+        ids = torch.cat((logits.topk(8).indices, options["tokens"].unsqueeze(-1)), -1)
+        sent = TopKLogprobs(ids, log_q.gather(-1, ids), of="student")
     else:
         best = log_q.topk(12)
         sent = TopKLogprobs(best.indices, best.values)
@@ -355,7 +359,7 @@ def test_selectors_score_as_one_process_and_draw_alike_on_every_rank(ranks):
     ranks.run(_selectors, "logits", "triton", names[-1:])
 
 
-@pytest.mark.parametrize("name", [*LIST_ALONE, "sampled"])
+@pytest.mark.parametrize("name", [*LIST_ALONE, "sampled", "topk_student"])
 @pytest.mark.parametrize("kind", ["logits", "heads"])
 def test_a_teacher_that_sends_lists(ranks, kind, name):
     ranks.run(_sparse, kind, "torch", name)

@@ -4,10 +4,13 @@
     reverse_kl, forward_kl   4 rho    both logits in the backward, dH, dW
     jsd, total_variation,    6 rho    and a sweep of both before
       skew_kl, power
-    forward_kl_topk, sampled 5 rho    the teacher's list, the student off it; the backward does not read the teacher
+    forward_kl_topk          5 rho    the teacher's list, the student off it; the backward does not read the teacher
+    sampled                  4 rho    the student off it; the teacher's normaliser is known from the score pass
     tail_aware               6 rho    and the teacher off its list
     entropy_aware            6 rho    reverse_kl, the teacher's list, the student off it
     local_support            1 rho    the teacher's list; the rest is at few columns
+    TopK, student            4 rho    its list and what is off it by one sweep; bucket 5 rho: the teacher off it; drop 1 rho
+    TopK, union              6 rho    both lists, the student off them; bucket 7 rho; drop 2 rho
   and K dot products a position, which are K / V of a unit. A mixed teacher counts twice.
   bytes: as in tests/loss/test_cost.py, and O(K) numbers per selected row. Run: make test
   ARGS=tests/loss/test_cost_divergences.py
@@ -19,15 +22,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from opd_ops import Extrapolated, LinearHead, SampledLogprobs, TopKLogprobs, selective_opd_loss
-from opd_ops.divergences import DIVERGENCES
+from opd_ops import Extrapolated, LinearHead, SampledLogprobs, TopK, TopKLogprobs, estimate, selective_opd_loss
+from opd_ops.divergences import DIVERGENCES, resolve_divergence
 from tests.support.cases import generator, head_pair, leaf, leaf_head, logit_pair
 from tests.support.meters import LiveBytes, saved_bytes
 
 VOCAB, DIM, N, FRACTION = 6007, 32, 200, 0.05
 UNITS = {
     "reverse_kl": 4, "forward_kl": 4, "jsd": 6, "total_variation": 6, "skew_kl": 6, "power": 6, "forward_kl_topk": 5,
-    "sampled": 5, "tail_aware": 6, "entropy_aware": 6, "local_support": 1,
+    "sampled": 4, "tail_aware": 6, "entropy_aware": 6, "local_support": 1,
 }  # fmt: skip
 
 
@@ -53,14 +56,15 @@ def count_units(student, teacher, n=N, **options):
 
 
 def list_length(divergence):
-    support = DIVERGENCES[divergence].support
+    support = resolve_divergence(divergence).on_support
     return support.length if support else 0
 
 
 def dots(divergence, n=N):
     """Upper bound in units of what is computed at the list's ids alone."""
     k = list_length(divergence)
-    used = FRACTION * n * k if divergence == "local_support" else 0  # columns that occur, at most
+    is_list_alone = k and not resolve_divergence(divergence).on_support.reads_off_list
+    used = FRACTION * n * k if is_list_alone else 0  # columns that occur, at most
     return FRACTION * (4 * k + 2 * used) / VOCAB
 
 
@@ -70,6 +74,45 @@ def test_units_of_two_heads(divergence):
     units = count_units(leaf_head(student), teacher, divergence=divergence, tokens=tokens())
     least = 2 + UNITS[divergence] * FRACTION
     assert least <= units + 1e-12 <= least + dots(divergence) + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("support", "tail", "units"),
+    [
+        ("student", "mass", 4),
+        ("student", "sampled", 4),
+        ("student", "bucket", 5),
+        pytest.param("student", "drop", 1, marks=pytest.mark.full),
+        pytest.param("teacher", "mass", 5, marks=pytest.mark.full),
+        pytest.param("union", "mass", 6, marks=pytest.mark.full),
+        pytest.param("intersection", "bucket", 7, marks=pytest.mark.full),
+    ],
+)
+def test_units_of_top_k_lists_of_two_heads(support, tail, units):
+    student, teacher = heads()
+    divergence = TopK("reverse", support, tail, 4)
+    got = count_units(leaf_head(student), teacher, divergence=divergence, tokens=tokens())
+    least = 2 + units * FRACTION
+    assert least <= got + 1e-12 <= least + dots(divergence) + 1e-9
+    if (support, tail) in (("student", "mass"), ("student", "sampled")):
+        for backend in ("torch", "triton"):
+            stated = estimate(
+                N, VOCAB, DIM, DIM, divergence=divergence, fraction=FRACTION, backend=backend, dtype=torch.float32
+            )
+            if backend == "torch":
+                assert stated.matmul_units == pytest.approx(got, rel=1e-12)
+            assert least <= stated.matmul_units + 1e-12 <= least + dots(divergence) + 1e-9
+
+
+@pytest.mark.parametrize("tail", ["sampled", *(pytest.param(x, marks=pytest.mark.full) for x in ("mass", "bucket", "drop"))])
+def test_units_of_a_teacher_that_sends_the_student_s_ids_are_the_student_s_alone(tail):
+    student, _ = heads()
+    rows = (student.hidden @ student.weight.T).topk(4, dim=1).indices
+    ids = torch.cat((rows, tokens().unsqueeze(1)), 1)
+    lists, divergence = TopKLogprobs(ids, torch.full(ids.shape, -2.0), of="student"), TopK("reverse", "student", tail, 4)
+    got = count_units(leaf_head(student), lists, divergence=divergence, tokens=tokens())
+    least = 1 + (0 if tail == "drop" else 4) * FRACTION
+    assert least <= got + 1e-12 <= least + dots(divergence) + (16 + FRACTION * 5) / VOCAB + 1e-9
 
 
 @pytest.mark.parametrize(("divergence", "units"), [("forward_kl_topk", 4), ("tail_aware", 4), ("local_support", 0)])
@@ -95,7 +138,9 @@ def test_units_of_a_mixed_teacher_count_both_heads():
 
 
 @pytest.mark.parametrize("workspace_bytes", [pytest.param(2**20, marks=pytest.mark.full), 2**22])
-@pytest.mark.parametrize("divergence", sorted(DIVERGENCES))
+@pytest.mark.parametrize(
+    "divergence", [*sorted(DIVERGENCES), TopK("reverse", "student", "sampled"), TopK("jsd", "union")], ids=str
+)
 def test_head_peak_is_workspace_plus_gradients_plus_order_n(divergence, workspace_bytes):
     n, fraction = 160, 0.3
     student, teacher = heads(n)

@@ -27,6 +27,7 @@ from opd_ops import (
     SampledToken,
     SkewKL,
     TailAware,
+    TopK,
     TopKForwardKL,
     TopKLogprobs,
     TotalVariation,
@@ -49,8 +50,10 @@ WHOLE = [
     SampledToken(baseline="kl"),
     EntropyAware(tau=1.0, top_k=K),
     EntropyAware(top_k=K, divergence=JSD()),
+    TopK("jsd", "union", "bucket", K),
+    TopK("reverse", "student", "mass", K),
 ]
-ON_LIST = [LocalSupport(top_k=K), TailAware(top_k=K), TopKForwardKL(top_k=K)]
+ON_LIST = [LocalSupport(top_k=K), TailAware(top_k=K), TopKForwardKL(top_k=K), TopK("forward", "intersection", "mass", K)]
 SAMPLED = [SampledToken(), SampledToken(clip=0.5), SampledToken(shape="power"), SampledToken(shape="tanh")]
 OF_LISTS = ["teachability", "teachability+entropy", "teachability-released", "incompatibility", "compatibility", "divergence"]
 OF_STUDENT = ["entropy", "random", "all", "prefix"]

@@ -37,6 +37,7 @@ from opd_ops import (
     SampledLogprobs,
     SampledToken,
     TailAware,
+    TopK,
     selective_opd_loss,
 )
 from tests.parity.formulas import entropy, jsd, kl, local_support, logits_of, tail_aware
@@ -209,6 +210,24 @@ def test_divergences_on_the_teacher_s_top_k_match_sdpo_s(divergence, formula, ta
         assert out.loss.item() == pytest.approx(expected.item(), rel=PEER, abs=1e-7)
         if expected:
             assert_gradient(got.grad, want.grad, PEER)
+
+
+@pytest.mark.parametrize(("direction", "alpha"), [("forward", 0.0), ("jsd", 0.5), ("reverse", 1.0)])
+@pytest.mark.parametrize("tail", ["drop", "bucket"])
+def test_divergences_on_the_student_s_top_k_match_sdpo_s(direction, alpha, tail):
+    """SDPO's own loss, whose support is the student's top-K; its alpha is our beta."""
+    student, teacher = logit_pair(40, 1031)
+    mask = some_mask(40)
+    peer = leaf(student, torch.float64)
+    options = {"distillation_topk": 16, "distillation_alpha": alpha, "distillation_add_tail": tail == "bucket"}
+    expected = compute_topk_self_distillation_loss(peer, teacher.double(), **options)[mask].mean()
+    expected.backward()
+    for backend in BACKENDS:
+        got = leaf(student)
+        out = ours(got, teacher, mask, TopK(direction, "student", tail, 16), backend=backend)
+        out.loss.backward()
+        assert out.loss.item() == pytest.approx(expected.item(), rel=PEER, abs=1e-7)
+        assert_gradient(got.grad, peer.grad, PEER)
 
 
 @pytest.mark.parametrize("formula", [local_support, tail_aware])

@@ -136,3 +136,53 @@ def entropy_aware(s, u, alpha=1.0, tau=0.8, top_k=16):
     added = _times(log_local.exp(), log_local - log_p).sum(1)
     more = alpha * uncertain.unsqueeze(1) * (log_p.exp() - log_local.exp())
     return loss + alpha * uncertain * added, gradient + more
+
+
+def top_k(s, u, y=None, *, direction="reverse", support="teacher", tail="bucket", top_k=16, beta=0.5):
+    """The family of losses on a list of top-K ids, each gradient in closed form."""
+    log_p, log_q = _rows(s, u)
+    of_student, of_teacher = (_teachers_best(x, top_k) for x in (log_p, log_q))
+    on = {
+        "student": of_student,
+        "teacher": of_teacher,
+        "union": of_student | of_teacher,
+        "intersection": of_student & of_teacher,
+    }
+    on = on[support]
+    if tail == "drop":
+        kinds = {"reverse": reverse_kl, "forward": forward_kl, "jsd": lambda s, u: jsd(s, u, beta)}
+        loss, gradient = kinds[direction](*(x.double().masked_fill(~on, -math.inf) for x in (s, u)))
+        return loss, torch.where(on, gradient, 0)
+    p, q = log_p.exp(), log_q.exp()
+    p_on, q_on = (torch.where(on, x, 0).sum(1, keepdim=True) for x in (p, q))
+    ratio = log_p - log_q
+    if tail == "bucket":
+        p_off, q_off = (torch.where(on, 0, x).sum(1, keepdim=True) for x in (p, q))
+
+        def summed(weight, off, factor):  # over the outcomes: the ids of the list, and all others together
+            listed = torch.where(on, _times(weight, factor), 0).sum(1, keepdim=True)
+            return listed + off * torch.where(on, -math.inf, factor).amax(1, keepdim=True)
+
+        ratio = torch.where(on, ratio, torch.log(p_off / q_off))
+        if direction == "reverse":
+            loss = summed(p, p_off, ratio)
+            return loss.squeeze(1), _times(p, ratio - loss)
+        if direction == "forward":
+            loss = summed(q, q_off, -ratio)
+            return loss.squeeze(1), torch.where(on, p - q, p * (1 - q_off / p_off))
+        of_p, of_q = (torch.where(on, x, off) for x, off in ((p, p_off), (q, q_off)))
+        mixed = beta * of_q + (1 - beta) * of_p
+        to_p = summed(p, p_off, torch.log(of_p / mixed))
+        loss = beta * summed(q, q_off, torch.log(of_q / mixed)) + (1 - beta) * to_p
+        return loss.squeeze(1), (1 - beta) * _times(p, torch.log(of_p / mixed) - to_p)
+    if direction == "forward":
+        loss = torch.where(on, _times(q, -ratio), 0).sum(1) + (p_on - q_on).squeeze(1)
+        return loss, torch.where(on, p - q, 0) + p * (q_on - p_on)
+    cut = torch.where(on, _times(p, ratio), 0).sum(1, keepdim=True)
+    loss, gradient = (cut + q_on - p_on).squeeze(1), torch.where(on, _times(p, ratio), 0) - p * cut
+    if tail == "sampled":
+        of_y = y.unsqueeze(1)
+        alone = torch.where(on.gather(1, of_y), 0, ratio.gather(1, of_y))
+        loss = loss + alone.squeeze(1)
+        gradient = gradient + alone * (torch.zeros_like(p).scatter(1, of_y, 1.0) - p)
+    return loss, gradient

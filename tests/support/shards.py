@@ -8,7 +8,18 @@ from dataclasses import replace
 
 import torch
 
-from opd_ops import JSD, EntropyAware, LocalSupport, Power, SampledToken, SkewKL, TailAware, TopKForwardKL, TotalVariation
+from opd_ops import (
+    JSD,
+    EntropyAware,
+    LocalSupport,
+    Power,
+    SampledToken,
+    SkewKL,
+    TailAware,
+    TopK,
+    TopKForwardKL,
+    TotalVariation,
+)
 from tests.support.cases import generator, head_pair, leaf, leaf_head, logit_pair
 
 VOCAB = 97
@@ -26,6 +37,8 @@ DIVERGENCES = {
     "forward_kl_topk": TopKForwardKL(top_k=8),
     "sampled": SampledToken(clip=3.0),
     "entropy_aware": EntropyAware(tau=0.1, top_k=8),
+    "topk_student": TopK("reverse", "student", "sampled", 8),
+    "topk_union": TopK("jsd", "union", "bucket", 8),
 }
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from opd_ops.backends.shared.grids import CANDIDATE_BYTES, UNION_BYTES
 from opd_ops.backends.shared.supports import support_columns
-from opd_ops.backends.shared.top_k import TopK
+from opd_ops.backends.shared.top_k import TopKList
 from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Shard
 from opd_ops.inputs.teacher_lists import LAST_ID
@@ -32,8 +32,8 @@ class Part(NamedTuple):
     """One rank's columns and lists of n rows, from its part of the vocabulary alone."""
 
     columns: dict[str, Tensor]  # (n,) each
-    student: TopK  # (n, up to K), ids over the whole vocabulary
-    teacher: TopK
+    student: TopKList  # (n, up to K), ids over the whole vocabulary
+    teacher: TopKList
 
 
 class Parts(NamedTuple):
@@ -41,7 +41,7 @@ class Parts(NamedTuple):
 
     read: Callable[[Tensor, int, Workspace], Part]  # of (rows, top_k, workspace); not called where the part has no id
     empty: Mapping[str, float]  # the columns' names, and their values in a part without an id
-    join: Callable[[dict[str, Tensor], TopK, TopK], dict[str, Tensor]]
+    join: Callable[[dict[str, Tensor], TopKList, TopKList], dict[str, Tensor]]
     """Columns of `TokenStats`, from the (ranks, n) fp64 columns of the parts and both lists of the whole vocabulary."""
 
 
@@ -121,7 +121,7 @@ def own_stats(
 # --- one all-gather --------------------------------------------------------------------------------------------------
 
 
-def _gathered_part(part: Part, shard: Shard, top_k: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], TopK, TopK]:
+def _gathered_part(part: Part, shard: Shard, top_k: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], TopKList, TopKList]:
     """The (ranks, n) columns of all parts, and the lists of the whole vocabulary."""
     sent = [column.double() for column in part.columns.values()]
     for best in (part.student, part.teacher):
@@ -145,14 +145,14 @@ def _padded(x: Tensor, k: int, value: float) -> Tensor:
     return torch.nn.functional.pad(x, (0, k - x.shape[1]), value=value)
 
 
-def _list(ids: Tensor, own: Tensor, other: Tensor) -> TopK:
+def _list(ids: Tensor, own: Tensor, other: Tensor) -> TopKList:
     """All ranks' lists as one list, (n, ranks K)."""
-    return TopK(*(x.transpose(0, 1).flatten(1) for x in (ids.long(), own, other)))
+    return TopKList(*(x.transpose(0, 1).flatten(1) for x in (ids.long(), own, other)))
 
 
 def _empty(columns: Mapping[str, float], n: int, dtype: torch.dtype, device: torch.device) -> Part:
     """A part without an id."""
-    empty_list = TopK(*(torch.empty((n, 0), dtype=x, device=device) for x in (torch.long, dtype, dtype)))
+    empty_list = TopKList(*(torch.empty((n, 0), dtype=x, device=device) for x in (torch.long, dtype, dtype)))
     filled = {name: torch.full((n,), value, dtype=torch.float64, device=device) for name, value in columns.items()}
     return Part(filled, empty_list, empty_list)
 

@@ -1,11 +1,11 @@
 """The loss of a divergence on a short list of ids, and the two gradients from which a backend makes the logits' gradient.
 
-  ids        the teacher's top-K, or the sampled token; LAST_ID (inputs/teacher_lists.py) marks a missing entry
+  ids        the list (list_ids.py); LAST_ID (inputs/teacher_lists.py) marks a missing entry
   off_list   log sum e^{x_v} over the ids v that are not on the list; x_v: the student's logit of id v
   Terms      l,  dl/dx_k at the ids,  dl/d off_list
 
 `OnSupport` (divergences/base.py) defines l; autograd differentiates it on (M, K) tensors in fp64. Nothing here has size V.
-Not here: both models on the lists (streamed/list_losses.py, triton/kernel_loss.py), the losses (divergences/support.py).
+Not here: both models on the lists (streamed/list_losses.py, triton/kernel_loss.py), the losses (divergences/).
 """
 
 from __future__ import annotations

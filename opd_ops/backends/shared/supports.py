@@ -13,11 +13,13 @@ import math
 import torch
 from torch import Tensor
 
-from opd_ops.backends.shared.top_k import TopK
+from opd_ops.backends.shared.top_k import TopKList
 from opd_ops.divergences.equations import RELEASED_FLOOR, kl, topk_entropy
 
 
-def support_columns(student: TopK, teacher: TopK, s_lse: Tensor, t_lse: Tensor, columns: frozenset[str]) -> dict[str, Tensor]:
+def support_columns(
+    student: TopKList, teacher: TopKList, s_lse: Tensor, t_lse: Tensor, columns: frozenset[str]
+) -> dict[str, Tensor]:
     """The support columns of `TokenStats`, (n,) fp64, from both lists and both (n,) fp64 log-sum-exps."""
     s_at_s, t_at_s = student.own.double(), student.other.double()
     t_at_t, s_at_t = teacher.own.double(), teacher.other.double()

@@ -29,26 +29,26 @@ MOST_NEWCOMERS = 2  # newcomers per row, on average
 MOST_OF_ROW = 3  # newcomers of any one row
 
 
-class TopK(NamedTuple):
+class TopKList(NamedTuple):
     """One model's top-K ids and both models' logits there, each (n, K), in the list's order."""
 
     ids: Tensor  # int64
     own: Tensor  # logits of the list's model
     other: Tensor  # logits of the other model
 
-    def rows(self, group: slice) -> TopK:
-        return TopK(self.ids[group], self.own[group], self.other[group])
+    def rows(self, group: slice) -> TopKList:
+        return TopKList(self.ids[group], self.own[group], self.other[group])
 
-    def best(self, k: int) -> TopK:
+    def best(self, k: int) -> TopKList:
         """The min(k, width) best entries, in order; the entries of `self` may be in any order."""
         places = best_places(self.own, self.ids, min(k, self.ids.shape[1]))
-        return TopK(*(column.gather(1, places) for column in self))
+        return TopKList(*(column.gather(1, places) for column in self))
 
-    def merged(self, more: TopK, k: int) -> TopK:
-        return TopK(*(torch.cat(pair, 1) for pair in zip(self, more, strict=True))).best(k)
+    def merged(self, more: TopKList, k: int) -> TopKList:
+        return TopKList(*(torch.cat(pair, 1) for pair in zip(self, more, strict=True))).best(k)
 
 
-def extended(best: TopK | None, own: Tensor, other: Tensor, k: int, first_id: int, candidates: int) -> TopK:
+def extended(best: TopKList | None, own: Tensor, other: Tensor, k: int, first_id: int, candidates: int) -> TopKList:
     """The list of all columns so far, from `best`, the list of earlier columns (None: no column yet), and the next block.
 
     Args:
@@ -65,7 +65,7 @@ def extended(best: TopK | None, own: Tensor, other: Tensor, k: int, first_id: in
     return ranked if best is None else best.merged(ranked, k)
 
 
-def _pruned(own: Tensor, other: Tensor, best: TopK | None, k: int, first_id: int, candidates: int) -> TopK | None:
+def _pruned(own: Tensor, other: Tensor, best: TopKList | None, k: int, first_id: int, candidates: int) -> TopKList | None:
     """The newcomers of a block, padded by -inf to the most of any row; None if pruning does not pay.
 
     The bar is the K-th logit of `best`; a tie with it loses, because its id is higher. Without a list, the bar is just below
@@ -107,7 +107,7 @@ def _pruned(own: Tensor, other: Tensor, best: TopK | None, k: int, first_id: int
     slot = torch.arange(len(row)).sub_(before.index_select(0, row)).add_(row, alpha=most)
     values = (x.view(-1).index_select(0, place) for x in (own, other))
     newcomers = (place - row * width + first_id, LAST_ID), *((x, -math.inf) for x in values)
-    return TopK(*(x.new_full((n * most,), padding).index_copy_(0, slot, x).view(n, most) for x, padding in newcomers))
+    return TopKList(*(x.new_full((n * most,), padding).index_copy_(0, slot, x).view(n, most) for x, padding in newcomers))
 
 
 def _not_below(x: Tensor, bar: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,25 +124,25 @@ def _members_not_below(own: Tensor, first: Tensor, bar: Tensor) -> Tensor:
     return first.index_select(0, number).add_(offset)
 
 
-def _ranked(own: Tensor, other: Tensor, k: int, first_id: int, candidates: int) -> TopK:
+def _ranked(own: Tensor, other: Tensor, k: int, first_id: int, candidates: int) -> TopKList:
     """The k best of a block, (n, k), in order."""
     size = max(1, candidates // ranked_per_row(own.shape[1], k))
     parts = [_ranked_part(x, y, k) for x, y in zip(own.split(size), other.split(size), strict=True)]
-    best = TopK(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    best = TopKList(*(torch.cat(column) for column in zip(*parts, strict=True)))
     return best._replace(ids=best.ids + first_id)
 
 
-def _ranked_part(own: Tensor, other: Tensor, k: int) -> TopK:
+def _ranked_part(own: Tensor, other: Tensor, k: int) -> TopKList:
     """The k best of some rows of a block, in order; ids count from the block's first column."""
     if _group_size(own.shape[1], k) == 1:
         columns = best_places(own, torch.arange(own.shape[1], device=own.device).expand_as(own), k)
-        return TopK(columns, own.gather(1, columns), other.gather(1, columns))
+        return TopKList(columns, own.gather(1, columns), other.gather(1, columns))
     columns = _candidates(own, k)
     beyond = columns >= own.shape[1]
     values = own.gather(1, columns.clamp_max(own.shape[1] - 1)).masked_fill_(beyond, -math.inf)
     best = best_places(values, columns, k)
     columns = columns.gather(1, best)
-    return TopK(columns, values.gather(1, best), other.gather(1, columns))
+    return TopKList(columns, values.gather(1, best), other.gather(1, columns))
 
 
 def _candidates(x: Tensor, k: int) -> Tensor:

@@ -20,7 +20,7 @@ from opd_ops.backends.interface import Backend
 from opd_ops.backends.shared.grids import UNION_BYTES
 from opd_ops.backends.shared.logits_at import gathered_bytes, logits_at
 from opd_ops.backends.shared.supports import matches, support_columns
-from opd_ops.backends.shared.top_k import TopK
+from opd_ops.backends.shared.top_k import TopKList
 from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.rollout import StudentStats
 from opd_ops.inputs.sources import Source, compute_dtype, take_rows
@@ -113,7 +113,7 @@ def _from_rollout(rollout: StudentStats, rows: Tensor, top_k: int, dtype: torch.
     ids, log_p = take_rows(rollout.ids, rows).long(), take_rows(rollout.logprobs, rows).to(dtype)
     missing = is_missing(log_p)
     ids, log_p = ids.masked_fill(missing, LAST_ID), log_p.masked_fill(missing, -math.inf)
-    best = TopK(ids, log_p, log_p).best(top_k)
+    best = TopKList(ids, log_p, log_p).best(top_k)
     return OwnStats(lse, entropy, best.ids, best.own + lse.unsqueeze(1))
 
 
@@ -148,7 +148,7 @@ def _supports(
             s_in_t, place = matches(s_ids, t_ids)
             t_at_s = torch.where(s_in_t, t_at_t.gather(1, place), -math.inf)
         s_at_t = logits_at(student, rows[part], t_ids, dtype, workspace)
-        lists = TopK(s_ids, s_at_s, t_at_s), TopK(t_ids, t_at_t, s_at_t)
+        lists = TopKList(s_ids, s_at_s, t_at_s), TopKList(t_ids, t_at_t, s_at_t)
         values = support_columns(*lists, s.logsumexp[part].double(), t.logsumexp[part].double(), columns)
         for name, column in values.items():
             out.setdefault(name, column.new_empty(len(rows), dtype=dtype))[part] = column

@@ -1,6 +1,10 @@
-"""Both models on a divergence's list of ids and off it, from one sweep of each model, and the loss on them.
+"""Both models on a divergence's list of ids and off it, from sweeps of the models, and the loss on them.
 
-Not here: the loss and its gradient on a list (shared/list_losses.py), the logits' gradient (loss.py).
+  student   its list and its log-sum-exp off it from one sweep (of a union or an intersection from two)
+  teacher   its list and normaliser from one sweep; without its list the normaliser is known from the score pass: no sweep
+
+Not here: which ids form a list (shared/list_ids.py), the loss and its gradient on a list (shared/list_losses.py), the logits'
+gradient (loss.py).
 """
 
 from __future__ import annotations
@@ -10,14 +14,17 @@ import math
 import torch
 from torch import Tensor
 
+from opd_ops.backends.shared.list_ids import best_of_sent, list_ids, sent_logprobs, without_masked
 from opd_ops.backends.shared.list_losses import Terms, evaluate
 from opd_ops.backends.shared.logits_at import logits_at
-from opd_ops.backends.streamed.off_list import off_list_logsumexp
+from opd_ops.backends.streamed.off_list import off_list_logsumexp, top_k_off_list
 from opd_ops.backends.streamed.one_model import own_stats
-from opd_ops.divergences import OnSupport, Support
+from opd_ops.backends.streamed.reference import Reference
+from opd_ops.divergences import SUPPORTS, OnSupport, Support
 from opd_ops.inputs.sources import Source, compute_dtype
-from opd_ops.inputs.teacher_lists import LAST_ID, TeacherLists, tail
+from opd_ops.inputs.teacher_lists import TeacherLists, tail
 from opd_ops.inputs.workspace import Workspace
+from opd_ops.selection.stats import TokenStats
 
 
 @torch.no_grad()
@@ -27,50 +34,78 @@ def support_terms(
     teacher: Source | TeacherLists,
     rows: Tensor,
     tokens: Tensor | None,
+    stats: TokenStats,
     *,
-    reverse_kl: Tensor,
     workspace: Workspace,
 ) -> Terms:
-    """The terms of the rows. `tokens`: (M,), the student's sampled tokens, if the divergence reads them; `reverse_kl`: (M,)."""
+    """The terms of the rows. `tokens`: (M,), the student's sampled tokens, if the divergence reads them.
+
+    `stats`: of the rows; `Reference` columns only if they have the digits that a loss needs.
+    """
     student = student.detach()
     dtype = compute_dtype(student, *([teacher] if isinstance(teacher, Source) else []))
-    if isinstance(teacher, TeacherLists):
-        ids, log_q, log_tail = _listed(divergence, teacher.take(rows))
-        entropy = torch.full_like(log_tail, math.nan)
+    listed = teacher.take(rows) if isinstance(teacher, TeacherLists) else None
+    tokens = tokens if divergence.with_token else None
+    s_ids = off_list = None
+    if "student" in SUPPORTS[divergence.support]:
+        s_ids, off_list = _student_list(divergence, student, rows, listed, tokens, workspace)
+    if listed is not None:
+        ids = list_ids(divergence, s_ids, listed.top(divergence.top_k).ids, tokens)
+        log_q = sent_logprobs(listed, ids).double()
+        log_tail, entropy = tail(log_q), torch.full_like(log_q[:, 0], math.nan)
     else:
-        ids, log_q, log_tail, entropy = _swept(divergence, teacher.detach(), rows, tokens, workspace)
+        assert isinstance(teacher, Source)
+        ids, log_q, log_tail, entropy = _swept(divergence, teacher.detach(), rows, s_ids, tokens, stats, workspace)
     x = logits_at(student, rows, ids, dtype, workspace)
-    off_list = x.new_zeros(len(rows))
-    if divergence.reads_off_list:
+    if not divergence.reads_off_list:
+        off_list = x.new_zeros(len(rows))
+    elif off_list is None:
         off_list = off_list_logsumexp(student, rows, ids, workspace=workspace)
-    return evaluate(divergence, Support(x.double(), off_list, log_q, log_tail, entropy, reverse_kl), ids, dtype)
+    return evaluate(divergence, Support(x.double(), off_list, log_q, log_tail, entropy, stats.reverse_kl), ids, dtype)
 
 
-def _listed(divergence: OnSupport, teacher: TeacherLists) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, log q there, and log of the teacher's mass off the ids, from the lists that the teacher sent."""
-    best = teacher.top(divergence.length)
-    log_q = best.logprobs.double()
-    return best.ids, log_q, tail(log_q)
+def _student_list(
+    divergence: OnSupport,
+    student: Source,
+    rows: Tensor,
+    listed: TeacherLists | None,
+    tokens: Tensor | None,
+    workspace: Workspace,
+) -> tuple[Tensor, Tensor | None]:
+    """(M, K) ids of the student's list, and its log-sum-exp off list and token; None: not known, or not of this list."""
+    k = divergence.top_k
+    if listed is not None and listed.of_student:
+        logits = logits_at(student, rows, listed.listed_ids, compute_dtype(student), workspace)
+        return best_of_sent(listed.listed_ids, logits, k), None
+    if student.transform.shard is not None:
+        own = own_stats(student, rows, top_k=k, workspace=workspace, score_dtype=torch.float32)
+        return without_masked(own.ids, own.logits), None
+    ids, logits, off_list = top_k_off_list(student, rows, tokens, top_k=k, workspace=workspace)
+    return without_masked(ids, logits), off_list if divergence.support == "student" else None
 
 
 def _swept(
     divergence: OnSupport,
     teacher: Source,
     rows: Tensor,
+    s_ids: Tensor | None,
     tokens: Tensor | None,
+    stats: TokenStats,
     workspace: Workspace,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same from the teacher's logits, and the teacher's entropy."""
-    dtype = compute_dtype(teacher)
-    stats = own_stats(teacher, rows, top_k=divergence.length, workspace=workspace, score_dtype=torch.float32)
-    lse, ids, logits = stats.logsumexp.double(), stats.ids, stats.logits.double()
-    if divergence.of_tokens:
-        assert tokens is not None
-        ids = tokens.long().unsqueeze(1)
-        logits = logits_at(teacher, rows, ids, dtype, workspace).double()
-    else:
-        ids = ids.masked_fill(logits == -math.inf, LAST_ID)  # an entry that the teacher masks is not on its list
+    """Ids, log q there, log of the teacher's mass off the ids and its entropy, from the teacher's logits."""
+    reference = None if stats.reference_teacher is None else Reference(*(x.double() for x in Reference.of(stats)))
+    t_ids, entropy = None, stats.teacher_entropy.double()
+    if reference is None or "teacher" in SUPPORTS[divergence.support]:
+        own = own_stats(teacher, rows, top_k=max(1, divergence.top_k), workspace=workspace, score_dtype=torch.float32)
+        t_ids, logits = without_masked(own.ids, own.logits), own.logits
+        lse, entropy = own.logsumexp.double(), own.entropy.double()
+    ids = list_ids(divergence, s_ids, t_ids, tokens)
+    if ids is not t_ids:
+        logits = logits_at(teacher, rows, ids, compute_dtype(teacher), workspace)
+        if reference is not None:  # relative to one of the row's logits: more digits
+            lse = reference.teacher - (reference.log_p - reference.log_ratio)
     log_tail = torch.zeros_like(lse)
     if divergence.reads_teacher_off_list:
         log_tail = off_list_logsumexp(teacher, rows, ids, workspace=workspace) - lse
-    return ids, logits - lse.unsqueeze(1), log_tail, stats.entropy.double()
+    return ids, logits.double() - lse.unsqueeze(1), log_tail, entropy

@@ -7,7 +7,7 @@
 
 The normalisers are known, so the backward is one sweep: each block is finished before the next, and dW is written once, from
 one fp32 sum over all rows. The backward rescales no gradient of the forward: with retain_graph it computes them again.
-The gradient of a divergence on a list alone (`local_support`) is zero in most columns: only the others are multiplied.
+The gradient of a divergence on a list alone (tail "drop") is zero in most columns: only the others are multiplied.
 Where ranks share out the vocabulary, each rank computes the gradient of its part. The hidden states' gradients of all ranks
 are added up by one all-reduce of (M, D) numbers.
 Not here: lists (shared/list_losses.py), sums over the vocabulary (summed.py), the score pass (score.py), the size of blocks
@@ -256,7 +256,7 @@ def selected_loss(
     `stats`: of the selected positions, computed by `token_stats` from the same tensors.
     """
     assert not inplace
-    whole, support = divergence.whole, divergence.support
+    whole, support = divergence.whole, divergence.on_support
     constants = _Constants(rows, *(None,) * (N_CONSTANTS - 1))
     losses: Tensor | None = None
     if whole is not None:
@@ -272,7 +272,7 @@ def selected_loss(
         losses = sums.losses
         constants = _Constants(rows, sums.mean_slope, *reference, *(None,) * 4)
     if support is not None:
-        terms = support_terms(support, student, teacher, rows, tokens, reverse_kl=stats.reverse_kl, workspace=workspace)
+        terms = support_terms(support, student, teacher, rows, tokens, stats, workspace=workspace)
         list_losses = terms.losses.to(terms.dx.dtype)
         losses = list_losses if losses is None else losses + list_losses
         if terms.d_off_list is None and whole is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from opd_ops.backends.shared import joined, pages
 from opd_ops.backends.shared.grids import score_grid
 from opd_ops.backends.shared.tiles import TileReader
-from opd_ops.backends.shared.top_k import TopK, extended
+from opd_ops.backends.shared.top_k import TopKList, extended
 from opd_ops.backends.streamed.running import Sums, block_sums, extended_sums, statistics
 from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Source, compute_dtype
@@ -46,7 +46,7 @@ def _own_part(source: Source, rows: Tensor, top_k: int, workspace: Workspace) ->
             reader = TileReader(source.detach(), rows[part], dtype, grid.cast_columns)
             all_rows = slice(0, len(reader.rows))
             sums: Sums | None = None
-            best: TopK | None = None
+            best: TopKList | None = None
             for block in chunks(source.transform.vocab_size, grid.columns):
                 u = reader.logits(all_rows, block, buffer)
                 best = extended(best, u, u, top_k, first_id + block.start, grid.candidates)

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opd_ops.backends.shared.top_k import TopK
+from opd_ops.backends.shared.top_k import TopKList
 from opd_ops.divergences.equations import LOG_ZERO
 
 
@@ -40,7 +40,7 @@ class Sums(NamedTuple):
     centre: Tensor  # (n,) s_a - u_a
 
 
-def block_sums(s: Tensor, u: Tensor, s_best: TopK, t_best: TopK, first_id: int, scratch: Tensor) -> Sums:
+def block_sums(s: Tensor, u: Tensor, s_best: TopKList, t_best: TopKList, first_id: int, scratch: Tensor) -> Sums:
     """Sums of one block.
 
     Args:
@@ -127,7 +127,7 @@ class _Chunk(NamedTuple):
             torch.sum(weight, 1, out=z)
 
 
-def _teacher_reference(student: TopK, teacher_maximum: Tensor) -> Tensor:
+def _teacher_reference(student: TopKList, teacher_maximum: Tensor) -> Tensor:
     """(n,) u_a; where the teacher masks a, its own largest logit (any finite number will do)."""
     u_a = student.other[:, 0]
     return torch.where(u_a == -math.inf, teacher_maximum, u_a)
@@ -161,7 +161,7 @@ def named_sums(sums: Sums) -> dict[str, Tensor]:
     return dict(zip(EMPTY_SUMS, (*columns, sums.centre), strict=True))
 
 
-def joined_sums(parts: dict[str, Tensor], student: TopK, teacher: TopK) -> dict[str, Tensor]:
+def joined_sums(parts: dict[str, Tensor], student: TopKList, teacher: TopKList) -> dict[str, Tensor]:
     """`statistics` of the whole vocabulary, from the (ranks, n) sums of its parts, joined like blocks."""
     stacked = torch.stack([parts[name] for name in EMPTY_SUMS])
     pairs = stacked[:-1].unflatten(0, (-1, 2)).transpose(1, 2)  # (fields, ranks, 2, n)
@@ -175,7 +175,7 @@ def joined_sums(parts: dict[str, Tensor], student: TopK, teacher: TopK) -> dict[
     return statistics(sums, student)
 
 
-def statistics(sums: Sums, student: TopK) -> dict[str, Tensor]:
+def statistics(sums: Sums, student: TopKList) -> dict[str, Tensor]:
     """The full-vocabulary columns of `TokenStats`, (n,) fp64, with the columns that gradients read."""
     total, log_z = _total(sums), sums.z.log1p().masked_fill(sums.maximum == -math.inf, -math.inf)
     lse = sums.maximum + log_z

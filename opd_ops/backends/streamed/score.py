@@ -22,7 +22,7 @@ from opd_ops.backends.shared.grids import ScoreGrid, score_grid
 from opd_ops.backends.shared.joined import Part, Parts
 from opd_ops.backends.shared.supports import support_columns
 from opd_ops.backends.shared.tiles import TileReader
-from opd_ops.backends.shared.top_k import TopK, extended
+from opd_ops.backends.shared.top_k import TopKList, extended
 from opd_ops.backends.streamed.running import (
     EMPTY_SUMS,
     Sums,
@@ -82,14 +82,14 @@ def _part(student: Source, teacher: Source, rows: Tensor, top_k: int, workspace:
         lists.append((s_list, t_list))
     whole = {name: torch.cat([tile[name] for tile in columns]) for name in EMPTY_SUMS}
     student_list, teacher_list = (
-        TopK(*(torch.cat(column) for column in zip(*side, strict=True))) for side in zip(*lists, strict=True)
+        TopKList(*(torch.cat(column) for column in zip(*side, strict=True))) for side in zip(*lists, strict=True)
     )
     return Part(whole, student_list, teacher_list)
 
 
 def _sweep(
     student: Source, teacher: Source, rows: Tensor, top_k: int, with_jsd: bool, workspace: Workspace
-) -> Iterator[tuple[slice, ScoreGrid, Sums, dict[str, Tensor], TopK, TopK]]:
+) -> Iterator[tuple[slice, ScoreGrid, Sums, dict[str, Tensor], TopKList, TopKList]]:
     """Per tile: its rows, its grid, their (n,) fp64 sums over the vocabulary, "jsd" if `with_jsd`, and both models' lists."""
     dtype = compute_dtype(student, teacher)
     grid = score_grid(student, teacher, len(rows), top_k=top_k, whole_rows=with_jsd, workspace=workspace)
@@ -109,12 +109,12 @@ def _tile(
     with_jsd: bool,
     buffers: list[Tensor],
     scratch: Tensor,
-) -> tuple[Sums, dict[str, Tensor], TopK, TopK]:
+) -> tuple[Sums, dict[str, Tensor], TopKList, TopKList]:
     """Sums, "jsd" and both lists of one tile of rows, from one sweep over the vocabulary."""
     rows, first_id = slice(0, len(student.rows)), student.source.transform.first_id
     sums: Sums | None = None
-    s_list: TopK | None = None
-    t_list: TopK | None = None
+    s_list: TopKList | None = None
+    t_list: TopKList | None = None
     jsd: dict[str, Tensor] = {}
     for block in chunks(student.source.transform.vocab_size, grid.columns):
         s, u = student.logits(rows, block, buffers[0]), teacher.logits(rows, block, buffers[1])

@@ -193,6 +193,8 @@ class Triton(Backend):
                     workspace=workspace,
                     score_dtype=None,
                 )
+            elif divergence.whole is None:
+                stats = stats._replace(reference_teacher=None)
             return STREAMED.selected_loss(
                 student,
                 teacher,

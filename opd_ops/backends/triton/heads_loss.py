@@ -46,7 +46,7 @@ class _TilePlan(NamedTuple):
     """All that forward and backward read besides tensors. Tensors: the student's, the teacher's, constants, tokens."""
 
     student: Source  # without its tensors
-    teacher: Source | None  # without its tensors; None: the teacher's tensors are lists
+    teacher: Source | TeacherLists  # without its tensors
     divergence: Divergence
     has_tokens: bool
     n_constants: int  # fields of `KernelConstants` if these sources are a part of the vocabulary, else 0
@@ -60,7 +60,7 @@ class _TilePlan(NamedTuple):
             return 1.0
         split = len(self.student.tensors)
         sources: tuple[Source, ...] = (self.student.with_tensors(tensors[:split]),)
-        if self.teacher is not None:
+        if isinstance(self.teacher, Source):
             sources += (self.teacher.with_tensors(tensors[split:]),)
         return verified(self.before, sources, rows, self.workspace)
 
@@ -75,8 +75,8 @@ class _TilePlan(NamedTuple):
         others, fields = others[:split], others[split:]
         constants = KernelConstants(*fields) if fields else None
         teacher: Source | TeacherLists
-        if self.teacher is None:
-            teacher = TeacherLists(others[0], others[1], is_sampled=False)
+        if isinstance(self.teacher, TeacherLists):
+            teacher = self.teacher._replace(ids=others[0], logprobs=others[1])
         else:
             teacher = self.teacher.with_tensors(others)
         return launch_loss(student, teacher, rows, weights, self.divergence, tokens, self.workspace, needs, constants)
@@ -228,11 +228,7 @@ class _SelectedRows:
         return None if self.tokens is None else self.tokens[group]
 
     def _lists(self, group: slice) -> TeacherLists | None:
-        return (
-            None
-            if self.listed is None
-            else self.listed._replace(ids=self.listed.ids[group], logprobs=self.listed.logprobs[group])
-        )
+        return None if self.listed is None else self.listed.take(group)
 
     def _weighted_hidden(self, group: slice) -> Tensor:
         """(n, D) hidden rows of the student; 0 where the weight is 0: the product with a gradient of 0 may be NaN."""
@@ -340,13 +336,15 @@ def selected_loss(
     """
     differentiable = torch.is_grad_enabled()  # read here: within an autograd function's forward it is False
     teacher_tensors: tuple[Tensor, ...]
+    template: Source | TeacherLists
     inputs: tuple[Source, ...] = (student,)
     if isinstance(teacher, Source):
         teacher_tensors, template, inputs = teacher.detach().tensors, teacher.emptied(), (student, teacher)
     else:
-        lists = teacher.take(rows)
-        teacher_tensors, template = (lists.ids, lists.logprobs), None
-    has_tokens = tokens is not None and template is not None
+        template = teacher.take(rows)
+        teacher_tensors = template.ids, template.logprobs
+        template = template.take(slice(0))
+    has_tokens = tokens is not None and isinstance(teacher, Source)
     needed = differentiable and any(tensor.requires_grad for tensor in student.tensors)
     plan = _TilePlan(
         student.emptied(),

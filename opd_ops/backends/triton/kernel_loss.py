@@ -27,9 +27,10 @@ from opd_kernels.score import Score, score_fwd
 from opd_kernels.support import support_fwd
 from torch import Tensor
 
+from opd_ops.backends.shared.list_ids import best_of_sent, list_ids, sent_logprobs, without_masked
 from opd_ops.backends.shared.list_losses import evaluate
 from opd_ops.backends.triton.launches import launch_options
-from opd_ops.divergences import JSD, Divergence, ForwardKL, OnSupport, ReverseKL, Support
+from opd_ops.divergences import JSD, SUPPORTS, Divergence, ForwardKL, OnSupport, ReverseKL, Support
 from opd_ops.inputs.sources import Transform, finish_logits
 from opd_ops.inputs.teacher_lists import LAST_ID, TeacherLists, tail
 
@@ -45,8 +46,8 @@ def refusal(divergence: Divergence) -> str | None:
         return f"{type(whole).__name__} has no kernel"
     if isinstance(whole, JSD) and whole.entry_clip is not None:
         return "JSD with entry_clip has no kernel"
-    if divergence.support is not None and divergence.support.length > MAX_LIST:
-        return f"its list has {divergence.support.length} ids, kernels take at most {MAX_LIST}"
+    if divergence.on_support is not None and divergence.on_support.length > MAX_LIST:
+        return f"its list has {divergence.on_support.length} ids, kernels take at most {MAX_LIST}"
     return None
 
 
@@ -113,7 +114,7 @@ class KernelLoss:
     @property
     def list_bytes(self) -> int:
         """Scratch bytes per row for the list."""
-        return 0 if self.divergence.support is None else LIST_BYTES * self.divergence.support.length
+        return 0 if self.divergence.on_support is None else LIST_BYTES * self.divergence.on_support.length
 
     @property
     def _options(self) -> dict[str, float | int | None]:
@@ -157,8 +158,8 @@ class KernelLoss:
             assert whole.column is not None
             losses = losses + getattr(score, whole.column)
         constants = KernelConstants.of_row(columns, top, sums=sums)
-        if self.divergence.support is not None:
-            list_losses, constants = self._listed(self.divergence.support, s, t, rows, score, tokens, listed, constants)
+        if self.divergence.on_support is not None:
+            list_losses, constants = self._listed(self.divergence.on_support, s, t, rows, score, tokens, listed, constants)
             losses = losses + list_losses.float()
         return losses, constants
 
@@ -175,25 +176,20 @@ class KernelLoss:
     ) -> tuple[Tensor, KernelConstants]:
         """(M,) fp64 losses of the part on a list, and the constants with this part's fields set."""
         log_tail = entropy = losses = torch.zeros(len(s) if rows is None else len(rows), dtype=torch.float64, device=s.device)
+        s_ids, t_ids = self._lists(divergence, s, t, rows, score, listed)
         if listed is not None:
-            ids, log_q = listed.top(divergence.length).ids, listed.top(divergence.length).logprobs.double()
-            x, log_tail = self._at(self.student, s, rows, ids), tail(log_q)
+            ids = list_ids(divergence, s_ids, listed.top(divergence.top_k).ids, listed.tokens)
+            log_q = sent_logprobs(listed, ids).double()
+            log_tail = tail(log_q)
         else:
             assert t is not None
             assert score is not None
             assert self.teacher is not None
+            ids = list_ids(divergence, s_ids, t_ids, tokens)
             lse = logsumexp(self.teacher, score.t_ref, score.t_log2z)
-            if divergence.of_tokens:
-                assert tokens is not None
-                ids = tokens.unsqueeze(1)
-                x, u = self._at(self.student, s, rows, ids), self._at(self.teacher, t, rows, ids)
-            else:
-                lists = support_fwd(s, t, rows, score, top_k=divergence.length, **self._options)
-                ids = lists.t_ids.long()  # the kernel rounds a logit of 1,000 to fewer digits than a log-probability needs
-                x, u = self._at(self.student, s, rows, ids), self._at(self.teacher, t, rows, ids)
-                masked = u == -math.inf  # an entry that the teacher masks is not on its list
-                ids, x = ids.masked_fill(masked, LAST_ID), x.masked_fill(masked, -math.inf)
-            log_q, entropy = u.double() - lse.unsqueeze(1), score.teacher_entropy.double()
+            # The kernel rounds a logit of 1,000 to fewer digits than a log-probability needs: they are read again.
+            log_q, entropy = self._at(self.teacher, t, rows, ids).double() - lse.unsqueeze(1), score.teacher_entropy.double()
+        x = self._at(self.student, s, rows, ids)
         ascending, order = torch.sort(ids, dim=1)
         # Kernels read a missing entry as an id past every vocabulary, at the end of the list.
         missing = (ascending < 0) | (ascending >= self.student.vocab_size)
@@ -215,6 +211,27 @@ class KernelLoss:
         dx = terms.dx.gather(1, order)
         return terms.losses, constants._replace(ids=kernel_ids, dx=dx, off_list=off_list, d_off_list=d_off_list)
 
+    def _lists(
+        self,
+        divergence: OnSupport,
+        s: Tensor,
+        t: Tensor | None,
+        rows: Tensor | None,
+        score: Score | None,
+        listed: TeacherLists | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(M, K) ids of the student's list and of the teacher's; None: not read, or sent by the teacher."""
+        k, models = divergence.top_k, SUPPORTS[divergence.support]
+        if "student" in models and listed is not None and listed.of_student:
+            sent = listed.listed_ids
+            return best_of_sent(sent, self._at(self.student, s, rows, sent), k), None
+        if not models or (t is None and "student" not in models):
+            return None, None
+        if t is None or score is None:  # the student is passed twice
+            t, score = s, score_fwd(s, s, rows, **self._options)
+        lists = support_fwd(s, t, rows, score, top_k=k, **self._options)
+        return without_masked(lists.s_ids.long(), lists.logits[:, 0]), without_masked(lists.t_ids.long(), lists.logits[:, 3])
+
     def _at(self, model: Transform, table: Tensor, rows: Tensor | None, ids: Tensor) -> Tensor:
         """(M, K) finished logits at the ids, -inf where missing."""
         missing = (ids < 0) | (ids >= model.vocab_size)
@@ -225,7 +242,7 @@ class KernelLoss:
     @property
     def overwrites_student(self) -> bool:
         """Whether the gradient may overwrite the student's logits: of two parts, the second still reads them."""
-        return self.divergence.whole is None or self.divergence.support is None
+        return self.divergence.whole is None or self.divergence.on_support is None
 
     def gradient(
         self,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from opd_ops.backends.shared.grids import UNION_BYTES
 from opd_ops.backends.shared.supports import support_columns
-from opd_ops.backends.shared.top_k import TopK
+from opd_ops.backends.shared.top_k import TopKList
 from opd_ops.backends.streamed.running import row_jsd
 from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Transform, finish_logits
@@ -78,11 +78,11 @@ def write_columns(
     return score, lists
 
 
-def top_k_lists(lists: Support, first_id: int = 0) -> tuple[TopK, TopK]:
+def top_k_lists(lists: Support, first_id: int = 0) -> tuple[TopKList, TopKList]:
     """Student's and teacher's list; the kernels counted ids from `first_id`."""
     s_at_s, t_at_s, s_at_t, t_at_t = lists.logits.unbind(1)
-    student = TopK(lists.s_ids.long() + first_id, s_at_s, t_at_s)
-    return student, TopK(lists.t_ids.long() + first_id, t_at_t, s_at_t)
+    student = TopKList(lists.s_ids.long() + first_id, s_at_s, t_at_s)
+    return student, TopKList(lists.t_ids.long() + first_id, t_at_t, s_at_t)
 
 
 def _list_columns(lists: Support, score: Score, columns: frozenset[str], workspace: Workspace) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from opd_ops.backends.interface import is_computed
 from opd_ops.backends.shared import joined
 from opd_ops.backends.shared.joined import Part, Parts, joint_entropy, masses
 from opd_ops.backends.shared.tiles import TileReader
-from opd_ops.backends.shared.top_k import TopK
+from opd_ops.backends.shared.top_k import TopKList
 from opd_ops.backends.streamed.summed import with_jsd
 from opd_ops.backends.triton import dense, dense_loss, heads, heads_loss
 from opd_ops.backends.triton.kernel_loss import KernelConstants, logsumexp, multiplier
@@ -123,7 +123,7 @@ def _constants(
     """The numbers of the whole vocabulary that the gradient of this rank's part reads."""
     tops, elsewhere = [], []
 
-    def join(parts: dict[str, Tensor], s_list: TopK, t_list: TopK) -> dict[str, Tensor]:
+    def join(parts: dict[str, Tensor], s_list: TopKList, t_list: TopKList) -> dict[str, Tensor]:
         columns = joined_columns(parts, s_list, t_list)
         top = s_list.ids[:, 0] - shard.first
         tops.append(torch.where((top >= 0) & (top < shard.width), top, -1).int())
@@ -166,7 +166,7 @@ def _stored(source: Source) -> Transform:
 # --- parts to the whole ----------------------------------------------------------------------------------------------
 
 
-def joined_columns(parts: dict[str, Tensor], student: TopK, teacher: TopK) -> dict[str, Tensor]:
+def joined_columns(parts: dict[str, Tensor], student: TopKList, teacher: TopKList) -> dict[str, Tensor]:
     """The (n,) columns of the whole vocabulary, and the columns that a JSD reads, from the parts' (ranks, n) fp64 columns."""
     s, t, gaps = parts["student_logsumexp"], parts["teacher_logsumexp"], parts["logsumexp_gap"]
     (s_lse, p), (t_lse, q) = masses(s), masses(t)
@@ -205,7 +205,7 @@ def _part_gradients(parts: dict[str, Tensor], whole: dict[str, Tensor], divergen
     return torch.where(d.abs() < 1, -p * torch.expm1(-d), p - q)
 
 
-def _reference(s_lse: Tensor, gap: Tensor, student: TopK, teacher: TopK) -> dict[str, Tensor]:
+def _reference(s_lse: Tensor, gap: Tensor, student: TopKList, teacher: TopKList) -> dict[str, Tensor]:
     """The columns that a JSD over whole rows reads: exact enough for its value, not for a gradient of saturated rows."""
     s, u, u_top = (x[:, 0].double() for x in (student.own, student.other, teacher.own))
     is_masked = u == -math.inf

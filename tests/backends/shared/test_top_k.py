@@ -21,7 +21,7 @@ def blocks(vocab: int, width: int) -> list[slice]:
     return [slice(start, min(start + width, vocab)) for start in range(0, vocab, width)]
 
 
-def built(own: torch.Tensor, other: torch.Tensor, k: int, width: int, candidates: int = 4096) -> top_k.TopK:
+def built(own: torch.Tensor, other: torch.Tensor, k: int, width: int, candidates: int = 4096) -> top_k.TopKList:
     found = None
     for block in blocks(own.shape[1], width):
         found = top_k.extended(found, own[:, block].contiguous(), other[:, block].contiguous(), k, block.start, candidates)
