@@ -311,7 +311,15 @@ def check_lists(case, backend):
 
 
 @two_backends
-@pytest.mark.parametrize("case", [case for case in ALL_CASES if case[1] != "union"], ids=lambda case: "-".join(case[:3]))
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if case in FEW_CASES or case[2] == "sampled" else pytest.mark.full)
+        for case in ALL_CASES
+        if case[1] != "union"
+    ],
+    ids=lambda case: "-".join(case[:3]),
+)
 def test_loss_from_lists_is_that_of_whole_rows(case, backend):
     check_lists(case, backend)
 
