@@ -59,17 +59,17 @@ def steps(heads: Heads) -> dict[str, Step]:
         return run
 
     first = ["reverse_kl", *sorted(set(DIVERGENCES) - {"reverse_kl"})]
-    found = {f"`{name}`": step(teacher, name) for name in first}
-    found["`Extrapolated(1.25, reference)`, a third head"] = step(teacher, Extrapolated(1.25, reference))
-    found["`tail_aware` from `TopKLogprobs`, one head"] = step(listed, TailAware())
+    got = {f"`{name}`": step(teacher, name) for name in first}
+    got["`Extrapolated(1.25, reference)`, a third head"] = step(teacher, Extrapolated(1.25, reference))
+    got["`tail_aware` from `TopKLogprobs`, one head"] = step(listed, TailAware())
     for words in (("reverse", "student", "drop"), ("reverse", "student", "mass"), ("reverse", "student", "sampled")):
-        found[f"`TopK{words}`".replace("'", '"')] = step(teacher, TopK(*words))
-    found['`TopK("jsd", "union", "bucket")`'] = step(teacher, TopK("jsd", "union", "bucket"))
+        got[f"`TopK{words}`".replace("'", '"')] = step(teacher, TopK(*words))
+    got['`TopK("jsd", "union", "bucket")`'] = step(teacher, TopK("jsd", "union", "bucket"))
     of_student = TopKLogprobs(ids, listed.logprobs, of="student")
-    found['`TopK("reverse", "student", "mass")` from `TopKLogprobs(..., of="student")`, one head'] = step(
+    got['`TopK("reverse", "student", "mass")` from `TopKLogprobs(..., of="student")`, one head'] = step(
         of_student, TopK("reverse", "student", "mass")
     )
-    return found
+    return got
 
 
 def counted(run: Step, sizes: Sizes) -> dict[str, float]:
@@ -96,18 +96,18 @@ def timed(runs: dict[str, Step], rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def page(found: dict[str, Any]) -> str:
-    about, sizes = found["environment"], found["sizes"]
+def page(got: dict[str, Any]) -> str:
+    about, sizes = got["environment"], got["sizes"]
     lines = [
-        f"`{found['command']}` on {about['cpu']}, {found['threads']} threads, commit {about['commit'][:12]}, {about['date']}.",
+        f"`{got['command']}` on {about['cpu']}, {got['threads']} threads, commit {about['commit'][:12]}, {about['date']}.",
         "",
         f"N = {sizes['n']:,}, V = {sizes['vocab']:,}, hidden sizes {sizes['student_dim']} and {sizes['teacher_dim']}, fp32, "
-        f"{FRACTION:.0%} selected, workspace {WORKSPACE_BYTES // MIB} MiB, medians of {found['rounds']} rounds.",
+        f"{FRACTION:.0%} selected, workspace {WORKSPACE_BYTES // MIB} MiB, medians of {got['rounds']} rounds.",
         "",
         "| divergence | × the time of reverse KL (range) | matmul units | scratch, MiB |",
         "|---|---|---|---|",
     ]
-    for row in found["rows"]:
+    for row in got["rows"]:
         low, high = min(row["ratios"]), max(row["ratios"])
         lines.append(
             f"| {row['name']} | {statistics.median(row['ratios']):.2f} ({low:.2f} to {high:.2f}) | {row['units']:.2f} | "
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     counts = {name: counted(run, sizes) for name, run in runs.items()}
     seconds = timed(runs, options.rounds)
     base = next(iter(seconds.values()))
-    found: dict[str, Any] = {
+    got: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.cpu.divergences", *arguments]),
         "environment": describe_environment(ROOT),
         "threads": options.threads,
@@ -144,10 +144,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         ],
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "divergences.json").write_text(json.dumps(found, indent=1) + "\n")
-    (options.out / "divergences.md").write_text(page(found))
-    print(page(found))
-    return found
+    (options.out / "divergences.json").write_text(json.dumps(got, indent=1) + "\n")
+    (options.out / "divergences.md").write_text(page(got))
+    print(page(got))
+    return got
 
 
 if __name__ == "__main__":

@@ -79,8 +79,8 @@ def _ties(s: Tensor, t: Tensor) -> None:
 
 def cases(small: bool) -> list[Case]:
     vocab, odd, many = (160, 131, 2) if small else (151_936, 50_257, 320)
-    found = [Case(str(dtype)[6:], 8 if not small else 1, vocab, vocab, dtype) for dtype in GRADIENT]
-    found += [
+    got = [Case(str(dtype)[6:], 8 if not small else 1, vocab, vocab, dtype) for dtype in GRADIENT]
+    got += [
         Case("odd row stride", min(many, 8), odd, odd),
         Case("one program per row", many, vocab, vocab),
         Case("rows gathered", 6, vocab, vocab, rows=(5, 0)),
@@ -96,7 +96,7 @@ def cases(small: bool) -> list[Case]:
         Case("temperature and scales", 2, vocab, vocab, transform={"temperature": 0.7, "s_scale": 0.5, "t_scale": 1.5}),
         Case("soft-caps", 2, vocab, vocab, transform={"s_softcap": 30.0, "t_softcap": 50.0}),
     ]
-    return found
+    return got
 
 
 def run(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -217,9 +217,9 @@ def nan_rows(bench: Bench) -> Iterator[dict[str, Any]]:
 
     def support() -> None:
         score = score_fwd(s, t, None, vocab_size=vocab, **oracle.COMMON)
-        found = support_fwd(s, t, None, score, top_k=16, vocab_size=vocab, **oracle.COMMON)
-        _assert_nan(found.union_kl, "union_kl")
-        inside = (found.ids >= 0) & (found.ids < vocab)
+        got = support_fwd(s, t, None, score, top_k=16, vocab_size=vocab, **oracle.COMMON)
+        _assert_nan(got.union_kl, "union_kl")
+        inside = (got.ids >= 0) & (got.ids < vocab)
         assert bool(inside.all()), "ids of a row with NaN are outside of the vocabulary"
 
     def gradient(kind: str, kernel: Callable[..., None]) -> None:

@@ -39,8 +39,8 @@ def _compare(divergence: str | Divergence, sides: tuple[Any, Any], double: tuple
     want.loss.backward()
     assert_within(got.loss[None], want.loss[None], absolute=1e-5, relative=1e-4, name="loss")
     pairs = [(x.grad, y.grad) for x, y in [(sides[0], double[0])] if isinstance(x, Tensor)]
-    for found, wanted in pairs or zip(gradients(sides[0]), gradients(double[0]), strict=True):
-        assert_gradient(found, wanted, GRADIENT[dtype])
+    for result, wanted in pairs or zip(gradients(sides[0]), gradients(double[0]), strict=True):
+        assert_gradient(result, wanted, GRADIENT[dtype])
 
 
 def of_logits(name: str, dtype: torch.dtype) -> Check:

@@ -69,8 +69,8 @@ def gradient(dtype: torch.dtype, workspace_bytes: int, divergence: str = "revers
         want.loss.backward()
         assert torch.equal(got.selected, want.selected), "the selected positions differ"
         assert_within(got.loss[None], want.loss[None], absolute=1e-6, relative=1e-4, name="loss")
-        for found, wanted in zip(gradients(student), gradients(double), strict=True):
-            assert_gradient(found, wanted, GRADIENT[dtype])
+        for result, wanted in zip(gradients(student), gradients(double), strict=True):
+            assert_gradient(result, wanted, GRADIENT[dtype])
 
     return check
 

@@ -38,14 +38,14 @@ SAME = ("commit", "device", "driver", "versions", "dry_run")  # what results in 
 
 def environment(bench: Bench, commit: str | None) -> dict[str, Any]:
     name = device_name(bench.dry)
-    found = describe_environment(Path(__file__).parents[2])
-    found["versions"]["cuda"] = torch.version.cuda or torch.version.hip
-    return found | {
+    got = describe_environment(Path(__file__).parents[2])
+    got["versions"]["cuda"] = torch.version.cuda or torch.version.hip
+    return got | {
         "dry_run": bench.dry,
         "device": name,
         "slug": slug(name),
         "driver": _nvidia("driver_version"),
-        "commit": commit or found["commit"],
+        "commit": commit or got["commit"],
     }
 
 
@@ -94,33 +94,33 @@ def _run(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def title(found: dict[str, Any]) -> str:
-    about = found["environment"]
+def title(got: dict[str, Any]) -> str:
+    about = got["environment"]
     versions = ", ".join(f"{name} {value}" for name, value in about["versions"].items() if value)
     warning = "DRY RUN, NOT A MEASUREMENT: interpreted on a CPU at sizes of no meaning. " if about["dry_run"] else ""
     changed = " with uncommitted changes" if about["uncommitted_changes"] else ""
     return f"{warning}{about['device']}, driver {about['driver']}, {versions}, commit {about['commit']}{changed}"
 
 
-def write(found: dict[str, Any], folder: Path) -> None:
+def write(got: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     half = folder / "gpu.json.part"  # a run that is ended here leaves the file of before
-    half.write_text(json.dumps(found, indent=1) + "\n")
+    half.write_text(json.dumps(got, indent=1) + "\n")
     os.replace(half, folder / "gpu.json")
-    draw(found, folder)
+    draw(got, folder)
     with tarfile.open(folder / ARCHIVE, "w:gz") as archive:
         for path in sorted(folder.iterdir()):
             if path.is_file() and path.name != ARCHIVE:
                 archive.add(path, path.name)
 
 
-def draw(found: dict[str, Any], folder: Path) -> None:
+def draw(got: dict[str, Any], folder: Path) -> None:
     """Everything that is made of the JSON."""
     for name in TABLES:
-        if found.get(name):
-            _csv(folder / f"{name}.csv", found[name])
-    plotted = bool(found.get("score")) and plot(found, folder / "bandwidth.png")
-    (folder / "gpu.md").write_text(markdown(found, plotted))
+        if got.get(name):
+            _csv(folder / f"{name}.csv", got[name])
+    plotted = bool(got.get("score")) and plot(got, folder / "bandwidth.png")
+    (folder / "gpu.md").write_text(markdown(got, plotted))
 
 
 def _csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -130,65 +130,65 @@ def _csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def markdown(found: dict[str, Any], plotted: bool) -> str:
-    about = found["environment"]
-    lines = [f"# {about['device']}, {about['date']}", "", title(found), ""]
-    for name, part in found.get("parts", {}).items():
+def markdown(got: dict[str, Any], plotted: bool) -> str:
+    about = got["environment"]
+    lines = [f"# {about['device']}, {about['date']}", "", title(got), ""]
+    for name, part in got.get("parts", {}).items():
         lines.append(f"* {name}: {part['rounds']} rounds at most, {part['dtype']}, {part['seconds']} s; {_clocks(part)}")
         if "failure" in part:
             lines.append(f"  **It broke off**: {part['failure']}")
     lines.append("")
-    if "check" in found:
-        run = [row for row in found["check"] if not row.get("note")]
+    if "check" in got:
+        run = [row for row in got["check"] if not row.get("note")]
         failed = [row for row in run if row["failure"]]
         lines += [f"{len(run)} comparisons with float64 on the device, {len(failed)} failed.", ""]
         if failed:
             lines += ["**FAILED: times below of what these use are no results.**", ""]
-        told = [row for row in found["check"] if row["failure"] or row.get("note")]
+        told = [row for row in got["check"] if row["failure"] or row.get("note")]
         lines += [f"* {row['kernel']}, {row['case']}: {row['failure'] or row['note']}" for row in told] + [""]
     else:
         lines += ["**Not compared with float64 in this run.**", ""]
-    if "score" in found:
+    if "score" in got:
         lines += ["## Score pass: both rows read once, as a share of a device copy", ""]
-        lines += _table(found["score"], {
+        lines += _table(got["score"], {
             "N": "n", "V": "vocab", "dtype": "dtype", "ms": "median_ms", "min": "min_ms", "max": "max_ms",
             "GB/s": "gb_per_s", "copy GB/s": "copy_gb_per_s", "share": "share", "only reading GB/s": "read_gb_per_s",
             "share of that": "share_of_read", "note": "note",
         })  # fmt: skip
         missing = "No plot: matplotlib was not installed; `python -m benchmarks.gpu.report gpu.json` makes it."
         lines += ["![bandwidth](bandwidth.png)" if plotted else missing, ""]
-    if "few_rows" in found:
+    if "few_rows" in got:
         lines += ["## Score pass of few rows, split over programs and not", ""]
-        lines += _table(found["few_rows"], {
+        lines += _table(got["few_rows"], {
             "N": "n", "V": "vocab", "programs": "programs", "a row": "per_row", "ms": "median_ms", "min": "min_ms",
             "max": "max_ms", "GB/s": "gb_per_s", "note": "note",
         })  # fmt: skip
-    if "loss" in found:
+    if "loss" in got:
         lines += ["## Selective loss, forward and backward to dense logits, 5 % by teachability", ""]
         lines += ["Aim: 8 times eager's speed or more, and a tenth of its peak or less.", ""]
-        lines += _table(found["loss"], {
+        lines += _table(got["loss"], {
             "method": "method", "N": "n", "V": "vocab", "ms": "median_ms", "min": "min_ms", "max": "max_ms",
             "times eager's speed": "speed_to_eager", "peak bytes over inputs and gradient": "peak_bytes",
             "of eager's peak": "peak_to_eager", "loss": "loss", "note": "note",
         })  # fmt: skip
-    if "heads" in found:
+    if "heads" in got:
         lines += ["## Heads in: hidden states and two weights, forward and backward, 5 % by teachability", ""]
         lines += [
             "Aim for ours: 1.15 floors or less, 0.75 of TRL called twice (8 bits: 0.65, overlap 96 %), 512 MiB of peak.",
             "",
         ]
-        lines += _table(found["heads"], {
+        lines += _table(got["heads"], {
             "method": "method", "N": "n", "V": "vocab", "D": "dims", "ms": "median_ms", "min": "min_ms", "max": "max_ms",
             "to floor": "to_floor", "to TRL twice": "to_trl_twice", "peak bytes over gradients": "peak_bytes",
             "overlap": "overlap", "note": "note",
         })  # fmt: skip
-    if "sweep" in found:
+    if "sweep" in got:
         lines += ["## Launch table against others", ""]
         columns = {"kernel": "kernel", "tile": "tile", "shipped": "shipped", "ms": "median_ms", "min": "min_ms", "note": "note"}
-        lines += _table(sorted(found["sweep"], key=lambda r: (r["kernel"], r.get("median_ms", 1e9))), columns)
-    if "sanitize" in found:
+        lines += _table(sorted(got["sweep"], key=lambda r: (r["kernel"], r.get("median_ms", 1e9))), columns)
+    if "sanitize" in got:
         lines += ["## Small calls under compute-sanitizer", ""]
-        lines += _table(found["sanitize"], {"tool": "tool", "calls": "calls", "failure": "failure", "note": "note"})
+        lines += _table(got["sanitize"], {"tool": "tool", "calls": "calls", "failure": "failure", "note": "note"})
     return "\n".join(lines)
 
 
@@ -206,7 +206,7 @@ def _table(rows: list[dict[str, Any]], columns: dict[str, str]) -> list[str]:
     return lines + [f"| {' | '.join(text(row.get(key)) for key in columns.values())} |" for row in rows] + [""]
 
 
-def plot(found: dict[str, Any], path: Path) -> bool:
+def plot(got: dict[str, Any], path: Path) -> bool:
     """False if matplotlib is missing."""
     try:
         import matplotlib
@@ -215,7 +215,7 @@ def plot(found: dict[str, Any], path: Path) -> bool:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in found["score"] if "gb_per_s" in row]
+    rows = [row for row in got["score"] if "gb_per_s" in row]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
     for axis, (along, over) in zip(axes, (("vocab", "n"), ("n", "vocab")), strict=True):
         for value in sorted({row[over] for row in rows}):
@@ -230,7 +230,7 @@ def plot(found: dict[str, Any], path: Path) -> bool:
         if rows:
             axis.legend(fontsize=8)
     axes[0].set_ylabel("GB/s, both rows of logits read once")
-    note = "DRY RUN, not a measurement" if found["environment"]["dry_run"] else found["environment"]["device"]
+    note = "DRY RUN, not a measurement" if got["environment"]["dry_run"] else got["environment"]["device"]
     figure.suptitle(f"Score pass: {note}")
     figure.savefig(path, dpi=130)
     plt.close(figure)

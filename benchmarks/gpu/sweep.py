@@ -148,8 +148,8 @@ def _sweep(bench: Bench, sweep: Sweep) -> list[dict[str, Any]]:
 
     others = sweep.others[:2] if bench.dry else sweep.others
     every = {label(tile): tile for tile in [sweep.shipped, *others]}
-    found = bench.measure({key: timed(tile) for key, tile in every.items()}, queued=True)
-    rows = [{"kernel": sweep.kernel, "tile": key, "shipped": key == label(sweep.shipped), **row} for key, row in found.items()]
+    got = bench.measure({key: timed(tile) for key, tile in every.items()}, queued=True)
+    rows = [{"kernel": sweep.kernel, "tile": key, "shipped": key == label(sweep.shipped), **row} for key, row in got.items()]
     best = rows[0].get("median_ms")
     if best is None:
         print(f"sweep {sweep.kernel}: the table's {rows[0]['tile']}: {rows[0]['note']}", flush=True)

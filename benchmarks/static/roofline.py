@@ -176,17 +176,17 @@ def configurations():
     # Rows 16 bytes apart but no multiple of 16 elements.
     narrow, other = logits("bf16", 8192, NARROW), logits("bf16", 8192, NARROW)
     of_narrow = {"vocab_size": NARROW}
-    found = record(f"bf16 V={NARROW}", score_fwd, narrow, other, None, **of_narrow, **PLAIN)
-    yield found[:2]
-    yield record(f"bf16 V={NARROW}", support_fwd, narrow, other, None, found[2], top_k=16, **of_narrow, **PLAIN)[:2]
+    got = record(f"bf16 V={NARROW}", score_fwd, narrow, other, None, **of_narrow, **PLAIN)
+    yield got[:2]
+    yield record(f"bf16 V={NARROW}", support_fwd, narrow, other, None, got[2], top_k=16, **of_narrow, **PLAIN)[:2]
     yield record(f"bf16 V={NARROW}", reverse_kl_grad, narrow, other, *chosen, top=top, out=narrow, **of_narrow, **PLAIN)[:2]
     yield record(f"bf16 V={NARROW}", jsd_fwd, narrow, other, rows(409), columns, beta=0.5, **of_narrow, **PLAIN)[:2]
     yield record(f"bf16 V={NARROW}", off_list_fwd, narrow, rows(409), ids, **of_narrow, **ONE_PLAIN)[:2]
     for dtype in ("bf16", "fp32"):
         odd, other, of_odd = logits(dtype, 8192, ODD), logits(dtype, 8192, ODD), {"vocab_size": ODD}
-        found = record(f"{dtype} V={ODD}", score_fwd, odd, other, None, **of_odd, **PLAIN)
-        yield found[:2]
-        yield record(f"{dtype} V={ODD}", support_fwd, odd, other, None, found[2], top_k=16, **of_odd, **PLAIN)[:2]
+        got = record(f"{dtype} V={ODD}", score_fwd, odd, other, None, **of_odd, **PLAIN)
+        yield got[:2]
+        yield record(f"{dtype} V={ODD}", support_fwd, odd, other, None, got[2], top_k=16, **of_odd, **PLAIN)[:2]
         for grad in (reverse_kl_grad, forward_kl_grad):
             yield record(f"{dtype} V={ODD}", grad, odd, other, *chosen, top=top, out=odd, **of_odd, **PLAIN)[:2]
         yield record(f"{dtype} V={ODD}", jsd_fwd, odd, other, rows(409), columns, beta=0.5, **of_odd, **PLAIN)[:2]
@@ -224,7 +224,7 @@ def compile_launch(launch, target: GPUTarget):
 
 def components(successors):
     """Strongly connected components of a graph {node: [node]} that contain a cycle (Tarjan)."""
-    index, low, stack, on_stack, found = {}, {}, [], set(), []
+    index, low, stack, on_stack, got = {}, {}, [], set(), []
 
     def visit(v):
         index[v] = low[v] = len(index)
@@ -244,13 +244,13 @@ def components(successors):
                 if w == v:
                     break
             if len(part) > 1 or v in successors[v]:
-                found.append(part)
+                got.append(part)
 
     sys.setrecursionlimit(10000)
     for v in successors:
         if v not in index:
             visit(v)
-    return found
+    return got
 
 
 def basic_blocks(lines, label, instruction, branch, always):
@@ -388,19 +388,19 @@ def _is_odd(config: str) -> bool:
 
 def failures(row: dict) -> list:
     """What a shipped kernel may not do; the same rules for the test and the command's exit status."""
-    found = [f"{key} = {row[key]}" for key in ("spill_bytes", "local_ops") if row[key]]
+    got = [f"{key} = {row[key]}" for key in ("spill_bytes", "local_ops") if row[key]]
     if row["shared_bytes"] > SHARED_LIMIT[row["target"]]:
-        found.append(f"shared_bytes = {row['shared_bytes']}")
+        got.append(f"shared_bytes = {row['shared_bytes']}")
     if row["kernel"].startswith(STREAMING) and not row["pairs"]:
-        found.append("no main loop found")
+        got.append("no main loop found")
     if row["narrow_loads"] and not _is_odd(row["config"]):
-        found.append(f"narrow_loads = {row['narrow_loads']}")
+        got.append(f"narrow_loads = {row['narrow_loads']}")
     is_bf16_score = row["kernel"] == "score_fwd" and row["config"] in BF16_SCORE
     if row["target"] == "sm_90" and is_bf16_score and row["registers"] > BF16_SCORE_REGISTERS:
-        found.append(f"registers = {row['registers']} > {BF16_SCORE_REGISTERS}")
+        got.append(f"registers = {row['registers']} > {BF16_SCORE_REGISTERS}")
     if row["target"] == "sm_90" and row["budget"] and row["instructions_per_pair"] > row["budget"]:
-        found.append(f"instructions_per_pair = {row['instructions_per_pair']} > {row['budget']}")
-    return found
+        got.append(f"instructions_per_pair = {row['instructions_per_pair']} > {row['budget']}")
+    return got
 
 
 def measure(targets, only=None):

@@ -126,12 +126,12 @@ def rows_of(arms: Arms) -> list[Row]:
     def mean(values: Tensor) -> Interval:
         return mean_intervals(values, everyone, arms.clusters, weights)[0]
 
-    found = []
+    got = []
     for name, kl in zip(arms.names, arms.kl, strict=True):
         selector, _, fraction = name.partition(" ")
         random = f"random {fraction}"
         by_random = selector not in ("all", "random") and random in arms.names
-        found.append(
+        got.append(
             Row(
                 name,
                 arms.n_trained[name],
@@ -142,7 +142,7 @@ def rows_of(arms: Arms) -> list[Row]:
                 *(mean(kl[i] - arms.kl[arms.names.index(random), i]) if by_random else None for i in (-1, 1)),
             )
         )
-    return found
+    return got
 
 
 def write(runs: Path, out: Path) -> None:
@@ -160,15 +160,15 @@ def write(runs: Path, out: Path) -> None:
 
 
 def _plain(row: Row) -> dict[str, Any]:
-    found = row._asdict() | {"against_all": [asdict(d) for d in row.against_all]}
-    return {name: asdict(value) if isinstance(value, Interval) else value for name, value in found.items()}
+    got = row._asdict() | {"against_all": [asdict(d) for d in row.against_all]}
+    return {name: asdict(value) if isinstance(value, Interval) else value for name, value in got.items()}
 
 
-def _text(found: Interval | None, digits: int = 3) -> str:
-    return "" if found is None else f"{found.value:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+def _text(got: Interval | None, digits: int = 3) -> str:
+    return "" if got is None else f"{got.value:+.{digits}f} [{got.low:+.{digits}f}, {got.high:+.{digits}f}]"
 
 
-def markdown(arms: Arms, rows: Sequence[Row], found: Study) -> str:
+def markdown(arms: Arms, rows: Sequence[Row], got: Study) -> str:
     plan = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in arms.plan.items())
     lines = [
         "Held-out forward KL(teacher ‖ student) in nats per token, SmolLM2-135M-Instruct, prompt distillation.",
@@ -195,13 +195,13 @@ def markdown(arms: Arms, rows: Sequence[Row], found: Study) -> str:
         "| selector | " + " | ".join(f"best {fraction:.0%}" for fraction in FRACTIONS) + " |",
         "|---" * (len(FRACTIONS) + 1) + "|",
     ]
-    assert found.gains is not None
-    lines.append(f"| all tokens | {' | '.join([_text(found.gains[0].gain)] * len(FRACTIONS))} |")
+    assert got.gains is not None
+    lines.append(f"| all tokens | {' | '.join([_text(got.gains[0].gain)] * len(FRACTIONS))} |")
     for name in RANKED:
-        cells = [_text(g.gain) for fraction in FRACTIONS for g in found.gains if (g.selector, g.fraction) == (name, fraction)]
+        cells = [_text(g.gain) for fraction in FRACTIONS for g in got.gains if (g.selector, g.fraction) == (name, fraction)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    if found.regression is not None:
-        r = found.regression
+    if got.regression is not None:
+        r = got.regression
         lines += [
             "",
             f"Standardised regression of the gain, {r.n_positions:,} tokens: teachability {_text(r.teachability)}, "
@@ -209,7 +209,7 @@ def markdown(arms: Arms, rows: Sequence[Row], found: Study) -> str:
         ]
     quadrants = "; ".join(
         f"{q.name} ({q.meaning}) {q.share_of_tokens:.0%} of tokens, {q.share_of_kl:.0%} of the KL, gain {_text(q.gain)}"
-        for q in found.quadrants.quadrants
+        for q in got.quadrants.quadrants
     )
     return "\n".join([*lines, "", f"Quadrants: {quadrants}."]) + "\n"
 
@@ -247,21 +247,21 @@ def plot_kl(arms: Arms, rows: Sequence[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def plot_gains(found: Study, path: Path) -> None:
+def plot_gains(got: Study, path: Path) -> None:
     """Mean gain of each selector's best tokens, with intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    assert found.gains is not None
+    assert got.gains is not None
     figure, axes = plt.subplots(1, len(FRACTIONS), sharex=True, sharey=True, figsize=(11, 3.4), layout="constrained")
     for panel, fraction in zip(axes, FRACTIONS, strict=True):
         for i, name in enumerate(RANKED):
-            (g,) = [row.gain for row in found.gains if (row.selector, row.fraction) == (name, fraction)]
+            (g,) = [row.gain for row in got.gains if (row.selector, row.fraction) == (name, fraction)]
             panel.plot([g.low, g.high], [i, i], color="#15803d", lw=2, alpha=0.6)
             panel.plot([g.value], [i], "o", color="#15803d")
-        panel.axvline(found.gains[0].gain.value, color="black", ls="--", lw=1)
+        panel.axvline(got.gains[0].gain.value, color="black", ls="--", lw=1)
         panel.set(title=f"best {fraction:.0%} of the tokens", yticks=range(len(RANKED)), yticklabels=RANKED)
         panel.grid(axis="x", alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)

@@ -167,14 +167,14 @@ def _work(job: tuple[Path, Plan, Arm, int, int]) -> str:
     folder, plan, arm, seed, threads = job
     torch.set_num_threads(threads)
     _task = pirate_task() if _task is None else _task
-    found = run_arm(_task, plan, arm, seed)
+    got = run_arm(_task, plan, arm, seed)
     path = path_of(folder, arm, seed)
-    torch.save(found, path.with_suffix(".part"))
+    torch.save(got, path.with_suffix(".part"))
     path.with_suffix(".part").rename(path)
-    last = max(found["forward_kl"])
-    valid = found["before"]["valid"]
-    kls = [found["forward_kl"][step][valid].mean().item() for step in (0, last)]
-    return f"{arm.name:18} seed {seed}: held-out KL {kls[0]:.4f} -> {kls[1]:.4f} nats, {found['cpu_seconds']:.0f} CPU seconds"
+    last = max(got["forward_kl"])
+    valid = got["before"]["valid"]
+    kls = [got["forward_kl"][step][valid].mean().item() for step in (0, last)]
+    return f"{arm.name:18} seed {seed}: held-out KL {kls[0]:.4f} -> {kls[1]:.4f} nats, {got['cpu_seconds']:.0f} CPU seconds"
 
 
 def run_all(folder: Path, plan: Plan, arms: Sequence[Arm], *, workers: int) -> None:

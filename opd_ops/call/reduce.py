@@ -92,7 +92,7 @@ def _known_factors(chosen: Chosen, num_items: Tensor | float | None) -> Tensor:
         total = num_items.to(device=chosen.rows.device, dtype=torch.float64) * share
         return _ratio(1.0, total).to(chosen.scores.dtype).expand(n_rows)
     known_total = share * (n_valid if num_items is None else num_items)
-    return chosen.scores.new_full((n_rows,), 1.0 / known_total if known_total else 0.0)
+    return chosen.scores.new_full((), 1.0 / known_total if known_total else 0.0).expand(n_rows)
 
 
 def _summed_by_kernels(chosen: Chosen, weighted: Tensor, losses: Tensor, row_weights: Tensor | None) -> SelectiveOPDOutput:

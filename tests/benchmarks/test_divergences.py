@@ -17,9 +17,9 @@ pytestmark = pytest.mark.full
 
 def test_it_writes_a_row_for_every_divergence(tmp_path):
     arguments = ["--n", "20", "--vocab", "640", "--dims", "16,16", "--rounds", "2", "--threads", "1", "--out", str(tmp_path)]
-    found = divergences.main(arguments)
-    assert json.loads((tmp_path / "divergences.json").read_text())["rows"] == found["rows"]
-    rows = {row["name"]: row for row in found["rows"]}
+    got = divergences.main(arguments)
+    assert json.loads((tmp_path / "divergences.json").read_text())["rows"] == got["rows"]
+    rows = {row["name"]: row for row in got["rows"]}
     assert {f"`{name}`" for name in DIVERGENCES} <= set(rows)
     assert rows["`reverse_kl`"]["units"] == pytest.approx(2 + 4 / 20)
     assert rows["`jsd`"]["units"] == pytest.approx(2 + 6 / 20)

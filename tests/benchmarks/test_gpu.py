@@ -57,21 +57,21 @@ def test_a_dry_run_runs_every_part_and_says_that_it_is_no_measurement(tmp_path, 
         assert set(archive.getnames()) == names - {"gpu.tar.gz"}
     page = (tmp_path / "out" / "gpu.md").read_text()
     assert "DRY RUN, NOT A MEASUREMENT" in page
-    found = json.loads((tmp_path / "out" / "gpu.json").read_text())
-    assert set(found["parts"]) == set(gpu.PARTS)
-    assert not [row for row in found["check"] if row["failure"]]
+    got = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert set(got["parts"]) == set(gpu.PARTS)
+    assert not [row for row in got["check"] if row["failure"]]
     kernels = {"score", "support", "reverse_kl", "forward_kl", "logits", "heads", "divergences"}
-    assert {row["kernel"] for row in found["check"]} == kernels
-    cases = {row["case"] for row in found["check"]}
+    assert {row["kernel"] for row in got["check"]} == kernels
+    cases = {row["case"] for row in got["check"]}
     assert {"NaN", "K = 128", "bf16 beside fp32", "offsets beyond 2^31", "reverse_kl, in place, bfloat16"} <= cases
-    assert {row["case"] for row in found["check"][-5:]} == {"offsets beyond 2^31"}  # whose failure a device may not survive
-    assert {row["case"] for row in found["check"] if row.get("note")} == {"CUDA graph"}  # not counted as run
-    assert all("median_ms" in row for part in ("score", "few_rows", "loss", "sweep") for row in found[part])
-    assert all(row["read_gb_per_s"] > 0 and row["share_of_read"] > 0 for row in found["score"])
-    assert found["sanitize"] == [{"tool": "none", "calls": 4, "failure": None}]
-    assert max(row["per_row"] for row in found["few_rows"] if row["programs"] == "split") > 1
-    assert {row["per_row"] for row in found["few_rows"] if row["programs"] != "split"} == {1}
-    heads = {row["method"]: row for row in found["heads"]}
+    assert {row["case"] for row in got["check"][-5:]} == {"offsets beyond 2^31"}  # whose failure a device may not survive
+    assert {row["case"] for row in got["check"] if row.get("note")} == {"CUDA graph"}  # not counted as run
+    assert all("median_ms" in row for part in ("score", "few_rows", "loss", "sweep") for row in got[part])
+    assert all(row["read_gb_per_s"] > 0 and row["share_of_read"] > 0 for row in got["score"])
+    assert got["sanitize"] == [{"tool": "none", "calls": 4, "failure": None}]
+    assert max(row["per_row"] for row in got["few_rows"] if row["programs"] == "split") > 1
+    assert {row["per_row"] for row in got["few_rows"] if row["programs"] != "split"} == {1}
+    heads = {row["method"]: row for row in got["heads"]}
     measured = {name for name, row in heads.items() if "median_ms" in row}
     assert {
         "matmul floor",
@@ -96,10 +96,10 @@ def test_a_dry_run_runs_every_part_and_says_that_it_is_no_measurement(tmp_path, 
         "off_list_grad",
     }
     swept.add("score_fwd, V = 131")  # rows that start anywhere
-    assert {row["kernel"] for row in found["sweep"]} == swept
-    assert sum(row["shipped"] for row in found["sweep"]) == len(swept)
-    assert found["environment"]["commit"]
-    speeds = {row["method"]: row["speed_to_eager"] for row in found["loss"]}
+    assert {row["kernel"] for row in got["sweep"]} == swept
+    assert sum(row["shipped"] for row in got["sweep"]) == len(swept)
+    assert got["environment"]["commit"]
+    speeds = {row["method"]: row["speed_to_eager"] for row in got["loss"]}
     assert speeds["eager"] == 1.0
     assert set(speeds) == set(gpu_methods.METHODS)
 
@@ -148,10 +148,10 @@ def test_a_wrong_kernel_fails_the_run_which_keeps_what_it_measured(tmp_path, mon
     no_checks_but_of_kernels(monkeypatch)
     assert gpu.main(["--dry-run", "--parts", "check,score", "--out", str(tmp_path)]) == 1
     assert f"score bfloat16: {failure}" in capsys.readouterr().out
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    assert {row["failure"] for row in found["check"] if row["kernel"] == "score"} == {failure}
-    assert not [row for row in found["check"] if row["kernel"] == "support" and row["failure"]]
-    assert all("median_ms" in row for row in found["score"])
+    got = json.loads((tmp_path / "gpu.json").read_text())
+    assert {row["failure"] for row in got["check"] if row["kernel"] == "score"} == {failure}
+    assert not [row for row in got["check"] if row["kernel"] == "support" and row["failure"]]
+    assert all("median_ms" in row for row in got["score"])
     page = (tmp_path / "gpu.md").read_text()
     assert page.index("**FAILED") < page.index("## Score pass")
     assert f"* score, bfloat16: {failure}" in page
@@ -164,10 +164,10 @@ def test_a_part_that_breaks_off_keeps_its_rows_and_the_other_parts(tmp_path, mon
 
     monkeypatch.setattr(gpu_logits, "score_table", breaks_off)
     assert gpu.main(["--dry-run", "--parts", "score,loss", "--out", str(tmp_path)]) == 1
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    assert [row["note"] for row in found["score"]] == ["does not fit"]
-    assert found["parts"]["score"]["failure"] == "score: RuntimeError: device lost"
-    assert all("median_ms" in row for table in ("few_rows", "loss") for row in found[table])
+    got = json.loads((tmp_path / "gpu.json").read_text())
+    assert [row["note"] for row in got["score"]] == ["does not fit"]
+    assert got["parts"]["score"]["failure"] == "score: RuntimeError: device lost"
+    assert all("median_ms" in row for table in ("few_rows", "loss") for row in got[table])
     assert "**It broke off**: score: RuntimeError: device lost" in (tmp_path / "gpu.md").read_text()
 
 

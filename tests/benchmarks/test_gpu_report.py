@@ -29,10 +29,10 @@ SCORE = {"n": 2048, "vocab": 32000, "median_ms": 0.1, "gb_per_s": 4000.0, "copy_
 def test_parts_run_one_by_one_are_in_one_file(tmp_path):
     for part in ("score", "loss"):
         assert gpu.main(["--dry-run", "--parts", part, "--out", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    assert set(found["parts"]) == {"score", "loss"}
-    assert found["score"]
-    assert found["loss"]
+    got = json.loads((tmp_path / "gpu.json").read_text())
+    assert set(got["parts"]) == {"score", "loss"}
+    assert got["score"]
+    assert got["loss"]
     page = (tmp_path / "gpu.md").read_text()
     assert "## Score pass of few rows" in page
     assert "## Selective loss" in page

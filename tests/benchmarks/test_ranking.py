@@ -43,8 +43,8 @@ def test_differences_are_those_of_the_precision(inputs):
 def test_the_program_writes_what_it_found(inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ranking, "real_inputs", lambda *_: inputs)
     ranking.main(["--out", str(tmp_path)])
-    found = json.loads((tmp_path / "ranking.json").read_text())
-    assert found["positions"] == 60
+    got = json.loads((tmp_path / "ranking.json").read_text())
+    assert got["positions"] == 60
     page = (tmp_path / "ranking.md").read_text()
     assert page.strip() in capsys.readouterr().out
     assert "| exact | 1.000 (1.000) | 1.000 (1.000) | 1.000 (1.000) |" in page

@@ -57,11 +57,11 @@ def test_static_roofline_other_targets_keep_their_limits(tmp_path):
     targets = "sm_80", "sm_100", "gfx942"
     configs = "bf16", "bf16 rows", "bf16 K=128", "bf16 K=32", "bf16 split", "fp32 to bf16"
     configs += "N=16384", "N=16384 tip", "N=16384 bounds"
-    found = compiled(tmp_path, "--targets", *targets, "--configs", *configs)
-    assert {row["target"] for row in found} == set(targets)
+    got = compiled(tmp_path, "--targets", *targets, "--configs", *configs)
+    assert {row["target"] for row in got} == set(targets)
     for target in targets:
-        assert {row["kernel"] for row in found if row["target"] == target} == KERNELS
-    assert [f"{row['kernel']} {row['target']} {row['config']}: {x}" for row in found for x in roofline.failures(row)] == []
+        assert {row["kernel"] for row in got if row["target"] == target} == KERNELS
+    assert [f"{row['kernel']} {row['target']} {row['config']}: {x}" for row in got for x in roofline.failures(row)] == []
 
 
 @pytest.mark.full

@@ -14,7 +14,7 @@ from benchmarks.cpu.methods import METHODS
 
 
 @pytest.fixture
-def found(tmp_path, monkeypatch):
+def got(tmp_path, monkeypatch):
     def run_process(task, name, sizes, settings, threads):
         if name == "liger":
             return {"status": "failed", "error": "out of memory"}
@@ -25,8 +25,8 @@ def found(tmp_path, monkeypatch):
     return json.loads((tmp_path / "scaling.json").read_text()), tmp_path
 
 
-def test_every_method_is_measured_at_every_size(found):
-    result, _ = found
+def test_every_method_is_measured_at_every_size(got):
+    result, _ = got
     names = set(METHODS) - {"floor"}
     assert {(p["method"], p["n"]) for p in result["against_n"]} == {(m, n) for m in names for n in (8, 16)}
     assert {(p["method"], p["vocab"]) for p in result["against_vocab"]} == {(m, v) for m in names for v in (50, 60)}
@@ -34,8 +34,8 @@ def test_every_method_is_measured_at_every_size(found):
     assert [p["peak_bytes"] for p in ours] == [200, 240]
 
 
-def test_a_method_that_fails_says_so_and_spoils_nothing(found):
-    _, folder = found
+def test_a_method_that_fails_says_so_and_spoils_nothing(got):
+    _, folder = got
     page = (folder / "scaling.md").read_text()
     assert "| Liger chunked, eager | failed: out of memory | failed: out of memory |" in page
     assert "| ours, streamed | 0.00 | 0.00 |" in page

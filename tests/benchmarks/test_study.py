@@ -34,15 +34,15 @@ def runs(tmp_path_factory):
 
 
 def test_arms_of_a_seed_share_their_contexts_and_learn(runs):
-    found = {(arm.name, seed): torch.load(study.path_of(runs, arm, seed)) for arm in ARMS for seed in range(PLAN.seeds)}
-    for (_, seed), run in found.items():
-        reference = found["all", seed]
+    got = {(arm.name, seed): torch.load(study.path_of(runs, arm, seed)) for arm in ARMS for seed in range(PLAN.seeds)}
+    for (_, seed), run in got.items():
+        reference = got["all", seed]
         assert run["tokens"] == reference["tokens"]
         assert torch.equal(run["forward_kl"][0], reference["forward_kl"][0])
         valid = run["before"]["valid"]
         assert run["forward_kl"][2][valid].mean() < run["forward_kl"][0][valid].mean()
-    assert found["all", 0]["tokens"] != found["all", 1]["tokens"]
-    assert found["all", 0]["n_trained"] > 3 * found["random 20%", 0]["n_trained"]
+    assert got["all", 0]["tokens"] != got["all", 1]["tokens"]
+    assert got["all", 0]["n_trained"] > 3 * got["random 20%", 0]["n_trained"]
 
 
 def test_the_report_has_the_means_of_the_runs(runs, tmp_path):

@@ -46,8 +46,8 @@ def gradient(student, teacher, mask, cuts, *, num_items, selector="entropy", ext
     weight = leaf(student.weight)
     for rows in pieces(cuts):
         of_rows = {"selector": selector[rows] if isinstance(selector, list) else selector, **options, **extra(rows)}
-        found = LinearHead(student.hidden[rows], weight)
-        out = selective_opd_loss(found, part(teacher, rows), mask=mask[rows], num_items_in_batch=num_items, **of_rows)
+        got = LinearHead(student.hidden[rows], weight)
+        out = selective_opd_loss(got, part(teacher, rows), mask=mask[rows], num_items_in_batch=num_items, **of_rows)
         out.loss.backward()
     return weight.grad
 

@@ -293,9 +293,9 @@ def test_numpy_s_numbers_are_taken_as_python_s(name, value, kind):
 def test_numpy_s_ids_are_taken_as_lists(name):
     s, u = (x.view(4, 3, 60) for x in logit_pair(12, 60, scale=3.0))
     given = ([3, 4], np.array([3, 4]), np.array([3, 4], dtype=np.int32), [np.int64(3), np.uint8(4)], (x for x in (3, 4)))
-    found = [selective_opd_loss(s, u, tokens=IDS % 6, fraction=0.5, **{name: ids}) for ids in given]
-    assert all(torch.equal(out.loss, found[0].loss) for out in found)
-    assert found[0].loss != selective_opd_loss(s, u, tokens=IDS % 6, fraction=0.5).loss
+    got = [selective_opd_loss(s, u, tokens=IDS % 6, fraction=0.5, **{name: ids}) for ids in given]
+    assert all(torch.equal(out.loss, got[0].loss) for out in got)
+    assert got[0].loss != selective_opd_loss(s, u, tokens=IDS % 6, fraction=0.5).loss
 
 
 @pytest.mark.parametrize("make", [np.float32, np.float64, np.asarray])

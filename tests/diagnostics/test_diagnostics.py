@@ -48,13 +48,13 @@ def hand_contexts(before: list[float], after: list[float] | None = None, **optio
 
 
 def test_gain_is_the_fall_of_forward_kl_by_hand():
-    found = hand_contexts([0.9, 0.5, 0.6], [0.6, 0.8, 0.6])
+    got = hand_contexts([0.9, 0.5, 0.6], [0.6, 0.8, 0.6])
 
     def kl(p):
         return 0.5 * math.log(0.5 / p) + 0.5 * math.log(0.5 / (1 - p))
 
     expected = [kl(0.9) - kl(0.6), kl(0.5) - kl(0.8), 0.0]
-    assert gain(found).tolist() == pytest.approx(expected, abs=1e-12)
+    assert gain(got).tolist() == pytest.approx(expected, abs=1e-12)
     assert expected[1] < 0
 
 
@@ -80,12 +80,12 @@ def numpy_scores(contexts):
 @pytest.mark.parametrize("fraction", [0.03, 0.05, 0.2])
 def test_gains_by_selector_match_numpy(contexts, fraction):
     scores = numpy_scores(contexts)
-    found = study(contexts, list(scores), [fraction], resamples=2).gains
+    got = study(contexts, list(scores), [fraction], resamples=2).gains
     g, relative = gain(contexts).numpy(), relative_gain(contexts).numpy()
     kl = contexts.before.forward_kl[contexts.measured].numpy()
     n = math.ceil(fraction * len(g) - 1e-9)
-    assert [row.selector for row in found] == ["all", *scores]
-    for row in found:
+    assert [row.selector for row in got] == ["all", *scores]
+    for row in got:
         best = slice(None) if row.selector == "all" else np.argsort(-scores[row.selector], kind="stable")[:n]
         assert row.n_selected == len(g[best])
         assert row.gain.value == pytest.approx(g[best].mean(), rel=1e-12)
@@ -101,23 +101,23 @@ def test_selection_does_not_look_at_the_gain(contexts):
 
 def test_study_takes_callables_and_the_released_selector(contexts):
     own = {"mine": lambda stats: stats.teacher_entropy, "teachability-released": "teachability-released"}
-    found = study(contexts, own, [0.02], resamples=2)
-    n = math.ceil(0.02 * found.n_positions)
-    assert found.gains[1].n_selected == n
-    assert found.gains[2].n_selected >= len(contexts.prompts) > n  # its released code keeps one of every answer
+    got = study(contexts, own, [0.02], resamples=2)
+    n = math.ceil(0.02 * got.n_positions)
+    assert got.gains[1].n_selected == n
+    assert got.gains[2].n_selected >= len(contexts.prompts) > n  # its released code keeps one of every answer
     released, stats = SELECTORS["teachability-released"], contexts.stats
     options = {"mask": contexts.measured, "fraction": 0.02, **selection_options(released, stats)}
     chosen = select_positions(released(stats).to(stats.reverse_kl.dtype), **options)[contexts.measured]
-    assert found.gains[2].gain.value == pytest.approx(gain(contexts)[chosen].mean().item(), rel=1e-12)
+    assert got.gains[2].gain.value == pytest.approx(gain(contexts)[chosen].mean().item(), rel=1e-12)
     best = contexts.before.teacher_entropy[contexts.measured].numpy().argsort()[::-1][:n]
-    assert found.gains[1].gain.value == pytest.approx(gain(contexts).numpy()[best].mean(), rel=1e-12)
+    assert got.gains[1].gain.value == pytest.approx(gain(contexts).numpy()[best].mean(), rel=1e-12)
 
 
 def test_prefix_and_random_are_per_answer_and_seeded(contexts):
-    found = [study(contexts, ["random", "prefix"], [0.2], resamples=20, seed=seed) for seed in (3, 3, 4)]
-    assert found[0].to_json() == found[1].to_json()
-    assert found[0].gains[1] != found[2].gains[1]
-    assert found[0].gains[2].gain.value == found[2].gains[2].gain.value
+    got = [study(contexts, ["random", "prefix"], [0.2], resamples=20, seed=seed) for seed in (3, 3, 4)]
+    assert got[0].to_json() == got[1].to_json()
+    assert got[0].gains[1] != got[2].gains[1]
+    assert got[0].gains[2].gain.value == got[2].gains[2].gain.value
     prefix = study(contexts, ["prefix"], [0.2]).shown.selected
     assert bool((prefix[:, :-1] >= prefix[:, 1:]).all())
     assert bool(prefix.any(1).all())
@@ -130,10 +130,10 @@ def test_resampling_is_repeating_whole_prompts(contexts):
     g, clusters = gain(contexts), contexts.measured_clusters
     among = (torch.arange(len(g)) % 3 != 0).unsqueeze(1)
     times = torch.tensor([2, 0, 1, 0, 3, 0])
-    (found,) = mean_intervals(g, among, clusters, times.double().unsqueeze(0))
+    (got,) = mean_intervals(g, among, clusters, times.double().unsqueeze(0))
     repeated = g.repeat_interleave(times[clusters] * among[:, 0])
-    assert found.value == pytest.approx(g[among[:, 0]].mean().item(), rel=1e-12)
-    assert found.low == found.high == pytest.approx(repeated.mean().item(), rel=1e-12)
+    assert got.value == pytest.approx(g[among[:, 0]].mean().item(), rel=1e-12)
+    assert got.low == got.high == pytest.approx(repeated.mean().item(), rel=1e-12)
 
 
 def test_weights_draw_prompts_with_replacement():
@@ -163,10 +163,10 @@ def test_intervals_have_the_known_width_and_coverage():
     means = torch.randn(simulated, c, generator=generator(5), dtype=torch.float64)
     clusters, weights = torch.arange(c).repeat_interleave(4), draw_weights(c, 400, seed=0)
     everywhere = torch.ones(4 * c, 1, dtype=torch.bool)
-    found = [mean_intervals(row.repeat_interleave(4), everywhere, clusters, weights)[0] for row in means]
-    widths = torch.tensor([x.high - x.low for x in found])
+    got = [mean_intervals(row.repeat_interleave(4), everywhere, clusters, weights)[0] for row in means]
+    widths = torch.tensor([x.high - x.low for x in got])
     assert widths.mean().item() == pytest.approx(2 * 1.96 / math.sqrt(c), rel=0.05)
-    covered = sum(x.low <= 0 <= x.high for x in found) / simulated
+    covered = sum(x.low <= 0 <= x.high for x in got) / simulated
     assert 0.89 <= covered <= 0.99
 
 
@@ -193,30 +193,30 @@ def lstsq(columns: np.ndarray) -> tuple[float, float, float]:
 def test_regression_matches_lstsq_on_standardised_columns(contexts):
     scores = numpy_scores(contexts)
     columns = np.stack((scores["teachability"], scores["incompatibility"], gain(contexts).numpy()), 1)
-    found = regress(contexts, weights=draw_weights(contexts.n_clusters, 200, 0))
-    got = (found.teachability, found.incompatibility, found.r_squared)
+    result = regress(contexts, weights=draw_weights(contexts.n_clusters, 200, 0))
+    got = (result.teachability, result.incompatibility, result.r_squared)
     assert [x.value for x in got] == pytest.approx(lstsq(columns), rel=1e-9)
     assert all(x.low < x.value < x.high for x in got[:2])
-    assert found.n_positions == len(columns)
+    assert result.n_positions == len(columns)
 
 
 def test_a_resample_of_the_regression_is_repeated_data(contexts):
     columns, clusters = torch.randn(60, 3, generator=generator(2)).double() + 5, torch.arange(60) % 6
     times = torch.tensor([2, 0, 1, 0, 3, 0])
-    found = ols(columns, clusters, times.double().unsqueeze(0))
+    got = ols(columns, clusters, times.double().unsqueeze(0))
     expected = lstsq(columns.repeat_interleave(times[clusters], 0).numpy())
-    assert [x.low for x in (found.teachability, found.incompatibility, found.r_squared)] == pytest.approx(expected, rel=1e-9)
+    assert [x.low for x in (got.teachability, got.incompatibility, got.r_squared)] == pytest.approx(expected, rel=1e-9)
 
 
 def test_regression_recovers_planted_coefficients():
     g = generator(3)
     x = torch.rand(6000, 2, generator=g, dtype=torch.float64) * torch.tensor([2.0, 0.5])
     y = 0.8 * x[:, 0] - 1.6 * x[:, 1] + 0.1 * torch.randn(6000, generator=g, dtype=torch.float64)
-    found = ols(torch.cat((x, y.unsqueeze(1)), 1), torch.arange(6000) % 100, draw_weights(100, 300, 0))
+    got = ols(torch.cat((x, y.unsqueeze(1)), 1), torch.arange(6000) % 100, draw_weights(100, 300, 0))
     spread = y.std().item()
-    assert found.teachability.value == pytest.approx(0.8 * x[:, 0].std().item() / spread, rel=0.02)
-    assert found.incompatibility.value == pytest.approx(-1.6 * x[:, 1].std().item() / spread, rel=0.02)
-    assert found.r_squared.value == pytest.approx(1 - 0.01 / spread**2, abs=0.01)
+    assert got.teachability.value == pytest.approx(0.8 * x[:, 0].std().item() / spread, rel=0.02)
+    assert got.incompatibility.value == pytest.approx(-1.6 * x[:, 1].std().item() / spread, rel=0.02)
+    assert got.r_squared.value == pytest.approx(1 - 0.01 / spread**2, abs=0.01)
 
 
 def test_regression_refuses_what_has_no_answer():
@@ -233,12 +233,12 @@ def test_regression_refuses_what_has_no_answer():
 
 
 def test_study_of_a_student_equal_to_its_teacher_says_why_there_is_no_regression():
-    found = study(hand_contexts([0.5] * 4, [0.5] * 4), ["entropy"], [0.5], resamples=5)
-    assert found.regression is None
-    assert "teachability is the same at all 4 positions" in found.regression_refused
-    assert found.gains[0].gain == Interval(0.0, 0.0, 0.0)
-    assert [q.share_of_tokens for q in found.quadrants.quadrants] == [0, 0, 0, 1]
-    assert json.loads(json.dumps(found.to_json(), allow_nan=False))["quadrants"]["quadrants"][3]["share_of_kl"] is None
+    got = study(hand_contexts([0.5] * 4, [0.5] * 4), ["entropy"], [0.5], resamples=5)
+    assert got.regression is None
+    assert "teachability is the same at all 4 positions" in got.regression_refused
+    assert got.gains[0].gain == Interval(0.0, 0.0, 0.0)
+    assert [q.share_of_tokens for q in got.quadrants.quadrants] == [0, 0, 0, 1]
+    assert json.loads(json.dumps(got.to_json(), allow_nan=False))["quadrants"]["quadrants"][3]["share_of_kl"] is None
 
 
 # --- quadrants -------------------------------------------------------------------------------------------------------
@@ -252,15 +252,15 @@ def test_quadrants_split_at_the_medians():
 
 
 def test_quadrants_share_tokens_kl_and_gain(contexts):
-    found = quadrants(contexts, weights=draw_weights(contexts.n_clusters, 50, 0))
+    got = quadrants(contexts, weights=draw_weights(contexts.n_clusters, 50, 0))
     m = contexts.measured
     h, kl, g = contexts.before.student_entropy[m].numpy(), contexts.before.reverse_kl[m].numpy(), gain(contexts).numpy()
     texts = np.array([contexts.tokens[b][i] for b, i in m.nonzero().tolist()])
-    assert found.entropy_median == pytest.approx(np.median(h))
-    assert found.kl_median == pytest.approx(np.median(kl))
+    assert got.entropy_median == pytest.approx(np.median(h))
+    assert got.kl_median == pytest.approx(np.median(kl))
     high_h, high_kl = h > np.median(h), kl > np.median(kl)
     regions = (high_h & high_kl, high_h & ~high_kl, ~high_h & high_kl, ~(high_h | high_kl))
-    for quadrant, where in zip(found.quadrants, regions, strict=True):
+    for quadrant, where in zip(got.quadrants, regions, strict=True):
         assert quadrant.n == where.sum() > 0
         assert quadrant.share_of_tokens == pytest.approx(where.mean())
         assert quadrant.share_of_kl == pytest.approx(kl[where].sum() / kl.sum())
@@ -268,7 +268,7 @@ def test_quadrants_share_tokens_kl_and_gain(contexts):
         assert dict(quadrant.frequent).items() <= {text: (texts[where] == text).sum() for text in texts}.items()
         counts = [n for _, n in quadrant.frequent]
         assert counts == sorted(counts, reverse=True)
-    assert sum(q.share_of_kl for q in found.quadrants) == pytest.approx(1)
+    assert sum(q.share_of_kl for q in got.quadrants) == pytest.approx(1)
 
 
 # --- contexts and what is refused ------------------------------------------------------------------------------------
@@ -278,14 +278,14 @@ def test_infinite_divergences_are_left_out_and_counted(contexts):
     after = contexts.after_forward_kl.clone()
     best = study(contexts, ["teachability"], [0.05]).shown.selected.nonzero()[0].unbind()
     after[best] = math.inf
-    found = study(dataclasses.replace(contexts, after_forward_kl=after), ["teachability"], [0.05], resamples=10)
-    assert found.n_left_out == 1
-    assert found.n_positions == int(contexts.measured.sum()) - 1
-    assert not found.shown.selected[best]
+    got = study(dataclasses.replace(contexts, after_forward_kl=after), ["teachability"], [0.05], resamples=10)
+    assert got.n_left_out == 1
+    assert got.n_positions == int(contexts.measured.sum()) - 1
+    assert not got.shown.selected[best]
     after[: len(after) // 2] = math.inf  # the budget is a share of what is measured
-    found = study(dataclasses.replace(contexts, after_forward_kl=after), ["teachability"], [0.05], resamples=10)
-    assert found.gains[1].n_selected == math.ceil(0.05 * found.n_positions) < math.ceil(0.05 * int(contexts.measured.sum()))
-    assert all(math.isfinite(row.gain.value) for row in found.gains)
+    got = study(dataclasses.replace(contexts, after_forward_kl=after), ["teachability"], [0.05], resamples=10)
+    assert got.gains[1].n_selected == math.ceil(0.05 * got.n_positions) < math.ceil(0.05 * int(contexts.measured.sum()))
+    assert all(math.isfinite(row.gain.value) for row in got.gains)
 
 
 def test_answers_to_one_prompt_are_one_cluster(contexts):
@@ -296,11 +296,11 @@ def test_answers_to_one_prompt_are_one_cluster(contexts):
 
 
 def test_study_without_a_trained_student_has_quadrants_alone():
-    found = study(hand_contexts([0.9]), ["entropy"], [0.5])
-    assert found.gains is None
-    assert found.regression is None
-    assert found.quadrants.quadrants[3].gain is None
-    json.dumps(found.to_json(), allow_nan=False)
+    got = study(hand_contexts([0.9]), ["entropy"], [0.5])
+    assert got.gains is None
+    assert got.regression is None
+    assert got.quadrants.quadrants[3].gain is None
+    json.dumps(got.to_json(), allow_nan=False)
 
 
 @pytest.mark.parametrize(

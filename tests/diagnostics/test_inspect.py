@@ -50,20 +50,20 @@ def test_inspect_writes_the_page_and_its_numbers(folder, tmp_path, capsys):
     chosen = ["--selectors", "teachability,multinomial,teachability-released,prefix", "--fractions", "0.3,1"]
     chosen += ["--trained", str(folder / "trained"), "--resamples", "50", "--out", str(out)]
     cli.main(flags(folder, *chosen))
-    page, found = out.read_text(encoding="utf-8"), json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+    page, got = out.read_text(encoding="utf-8"), json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
     assert "SELECTED by \u2068teachability\u2069, 30 %" in page
     assert str(folder / "trained") in page
-    assert found.pop("settings")["student"] == str(folder / "student")
-    assert found == json.loads(json.dumps(run(folder, *chosen, "--overwrite").to_json()))  # the seed decides
-    assert found != json.loads(json.dumps(run(folder, *chosen, "--overwrite", "--seed", "1").to_json() | {"seed": 0}))
-    assert found["n_contexts"] == 5
-    assert found["n_prompts"] == 4  # one is asked twice
-    labels = [(row["selector"], row["fraction"]) for row in found["gains"]]
+    assert got.pop("settings")["student"] == str(folder / "student")
+    assert got == json.loads(json.dumps(run(folder, *chosen, "--overwrite").to_json()))  # the seed decides
+    assert got != json.loads(json.dumps(run(folder, *chosen, "--overwrite", "--seed", "1").to_json() | {"seed": 0}))
+    assert got["n_contexts"] == 5
+    assert got["n_prompts"] == 4  # one is asked twice
+    labels = [(row["selector"], row["fraction"]) for row in got["gains"]]
     assert labels[0] == ("all", 1.0)
     assert set(labels[1:]) == {(s, f) for s in chosen[1].split(",") for f in (0.3, 1.0)}
-    assert found["gains"][2]["gain"]["value"] == pytest.approx(found["gains"][0]["gain"]["value"])  # a share of 1 is all
+    assert got["gains"][2]["gain"]["value"] == pytest.approx(got["gains"][0]["gain"]["value"])  # a share of 1 is all
     said = capsys.readouterr().out
-    assert f"{found['n_positions']} tokens of 5 answers: see {out}; numbers in {out.with_suffix('.json')}" in said
+    assert f"{got['n_positions']} tokens of 5 answers: see {out}; numbers in {out.with_suffix('.json')}" in said
     assert re.search(r"teachability +30 % +gain [+-]\d", said)
 
 
@@ -88,9 +88,9 @@ def test_compare_pads_batches_without_a_trace():
     sizes = {"max_new_tokens": 6, "seed": 3}
     frozen = list(measure.sample_answers(student, prompts, batch_size=2, **sizes))
     frozen[1] = frozen[1]._replace(tokens=frozen[1].tokens[:, :4], mask=frozen[1].mask[:, :4])
-    found = measure.compare(student, teacher, frozen, top_k=4, teacher_system="w40", columns=frozenset({"jsd"}))
-    assert found.valid.shape == (3, frozen[0].tokens.shape[1])
-    assert not found.valid[2, 4:].any()
+    got = measure.compare(student, teacher, frozen, top_k=4, teacher_system="w40", columns=frozenset({"jsd"}))
+    assert got.valid.shape == (3, frozen[0].tokens.shape[1])
+    assert not got.valid[2, 4:].any()
     row = 0
     for batch in frozen:
         for prompt, tokens, mask in zip(batch.prompts, batch.tokens, batch.mask, strict=True):
@@ -103,7 +103,7 @@ def test_compare_pads_batches_without_a_trace():
             _, expected = score_positions(*heads, top_k=4, selector="multinomial")
             for name in ("forward_kl", "reverse_kl", "union_kl", "support_mass", "student_entropy", "jsd"):
                 torch.testing.assert_close(
-                    getattr(found, name)[row, found.valid[row]], getattr(expected, name)[0], rtol=1e-4, atol=1e-5
+                    getattr(got, name)[row, got.valid[row]], getattr(expected, name)[0], rtol=1e-4, atol=1e-5
                 )
             row += 1
 

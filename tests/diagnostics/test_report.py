@@ -25,13 +25,13 @@ def contexts():
 
 
 @pytest.fixture(scope="module")
-def found(contexts):
+def got(contexts):
     return study(contexts, ["divergence", "teachability", "entropy"], [0.2, 0.05], resamples=100)
 
 
 @pytest.fixture(scope="module")
-def page(contexts, found):
-    return render(contexts, found, {"student": "<i>one</i>"})
+def page(contexts, got):
+    return render(contexts, got, {"student": "<i>one</i>"})
 
 
 class _Page(HTMLParser):
@@ -95,8 +95,8 @@ def test_page_isolates_every_text_from_outside(contexts):
         contexts, tokens=[[text] * len(row) for row in contexts.tokens], prompts=[text] * len(contexts.prompts)
     )
     named = dataclasses.replace(named, clusters=torch.arange(len(named.prompts)))
-    found = study(named, {text: lambda stats: stats.union_kl}, [0.2], resamples=5)
-    page = render(named, found, {text: text})
+    got = study(named, {text: lambda stats: stats.union_kl}, [0.2], resamples=5)
+    page = render(named, got, {text: text})
     for control in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067":
         assert control not in page
     assert page.count("\u2068") == page.count("\u2069") >= len(_Page(page).spans)
@@ -108,28 +108,28 @@ def test_page_isolates_every_text_from_outside(contexts):
         assert words.endswith(("<bdi>", "<bdi><code>")) or re.search(r'style="--s:[\d.]+">$', words)
 
 
-def test_page_marks_exactly_the_selected_tokens(contexts, found, page):
+def test_page_marks_exactly_the_selected_tokens(contexts, got, page):
     spans = _Page(page).spans
     shown = torch.zeros_like(contexts.measured)
     shown[:MOST_ROLLOUTS] = contexts.measured[:MOST_ROLLOUTS]
-    assert [marked for marked, _ in spans] == found.shown.selected[shown].tolist()
+    assert [marked for marked, _ in spans] == got.shown.selected[shown].tolist()
     assert all(("SELECTED by \u2068divergence\u2069, 20 %" in hover) == marked for marked, hover in spans)
     gains = (contexts.before.forward_kl - contexts.after_forward_kl)[shown].tolist()
     assert [hover.split("\n")[-1] for _, hover in spans] == [f"gain G: {g:.3f} nats" for g in gains]
 
 
-def test_page_shows_every_number_of_the_study(found, page):
+def test_page_shows_every_number_of_the_study(got, page):
     rows = _Page(page).rows
-    for row in found.gains:
+    for row in got.gains:
         (cells,) = [cells for cells in rows if cells[:2] == [row.selector, f"{100 * row.fraction:g} %"]]
         gain, relative = row.gain, row.relative_gain
         assert cells[2] == str(row.n_selected)
         assert cells[3].split() == f"{gain.value:.3f} {gain.low:.3f} … {gain.high:.3f}".split()
         assert cells[4].split() == f"{relative.value:.3f} {relative.low:.3f} … {relative.high:.3f}".split()
         assert cells[5] == f"{row.kl_before:.3f}"
-    for name, x in (("teachability D·C", found.regression.teachability), ("R²", found.regression.r_squared)):
+    for name, x in (("teachability D·C", got.regression.teachability), ("R²", got.regression.r_squared)):
         assert [name, f"{x.value:.3f} {x.low:.3f} … {x.high:.3f}"] in rows
-    for q in found.quadrants.quadrants:
+    for q in got.quadrants.quadrants:
         (cells,) = [cells for cells in rows if cells[0] == q.name]
         assert cells[2:5] == [str(q.n), f"{100 * q.share_of_tokens:.1f} %", f"{100 * q.share_of_kl:.1f} %"]
         assert f"×{q.frequent[0][1]}" in cells[6]
@@ -149,9 +149,9 @@ def test_pictures_are_labelled_and_take_the_pages_colour(page):
     assert "#010203" not in drawn
 
 
-def test_pictures_are_repeatable(contexts, found, page):
-    assert plots.quadrant_map(contexts, found.quadrants) in page
-    assert plots.gains(found) in page
+def test_pictures_are_repeatable(contexts, got, page):
+    assert plots.quadrant_map(contexts, got.quadrants) in page
+    assert plots.gains(got) in page
 
 
 def test_page_without_a_trained_student_says_so():

@@ -22,12 +22,12 @@ SPECIAL = [math.inf, -math.inf, 0.0, -0.0, 1e-45, -1e-45, 3.4e38, -3.4e38, 1.0, 
 def values_of(n, dtype, seed):
     """Wide and narrow values, few and many ties, infinities and both zeros."""
     g = generator(seed)
-    found = torch.randn(n, generator=g, dtype=torch.float64) * 10 ** (6 * torch.randn(n, generator=g, dtype=torch.float64))
+    got = torch.randn(n, generator=g, dtype=torch.float64) * 10 ** (6 * torch.randn(n, generator=g, dtype=torch.float64))
     kind = torch.randint(0, 4, (n,), generator=g)
-    found = torch.where(kind == 0, (3 * torch.rand(n, generator=g)).round().double(), found)
+    got = torch.where(kind == 0, (3 * torch.rand(n, generator=g)).round().double(), got)
     special = torch.tensor(SPECIAL, dtype=torch.float64)[torch.randint(0, len(SPECIAL), (n,), generator=g)]
-    found = torch.where(kind == 1, special, found).to(dtype)
-    return found if seed % 3 else found.bfloat16().to(dtype)
+    got = torch.where(kind == 1, special, got).to(dtype)
+    return got if seed % 3 else got.bfloat16().to(dtype)
 
 
 def expected(values, among, groups, n_groups, index):
@@ -42,13 +42,13 @@ def expected(values, among, groups, n_groups, index):
     return out
 
 
-def assert_found(found, values, among, groups, n_groups):
-    want = expected(values, among, groups, n_groups, found.places)
-    assert torch.equal(found.values, want[0])
-    is_found = found.places < found.total.unsqueeze(1)
-    assert torch.equal(found.below[is_found], want[1][is_found])
-    assert torch.equal(found.equal, want[2])
-    assert found.total.tolist() == [int((among & (groups == g)).sum()) for g in range(n_groups)]
+def assert_found(got, values, among, groups, n_groups):
+    want = expected(values, among, groups, n_groups, got.places)
+    assert torch.equal(got.values, want[0])
+    is_found = got.places < got.total.unsqueeze(1)
+    assert torch.equal(got.below[is_found], want[1][is_found])
+    assert torch.equal(got.equal, want[2])
+    assert got.total.tolist() == [int((among & (groups == g)).sum()) for g in range(n_groups)]
 
 
 def quarters(n_targets):
@@ -62,35 +62,35 @@ def test_one_process_finds_what_a_sort_finds(n_groups, n_targets, dtype):
     for seed, n in enumerate((0, 1, 2, 50, 500)):
         values, g = values_of(n, dtype, seed), generator(seed)
         among, groups = torch.rand(n, generator=g) > 0.2, torch.randint(0, n_groups, (n,), generator=g)
-        found = order_statistics(values, among, quarters(n_targets), n_targets, Ranks(), groups=groups, n_groups=n_groups)
-        assert_found(found, values, among, groups, n_groups)
+        got = order_statistics(values, among, quarters(n_targets), n_targets, Ranks(), groups=groups, n_groups=n_groups)
+        assert_found(got, values, among, groups, n_groups)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_values_of_sixteen_bits(dtype):
     values = torch.randn(99, generator=generator(0)).to(dtype)
-    found = order_statistics(values, torch.ones(99, dtype=torch.bool), quarters(5), 5, Ranks())
-    assert found.values.dtype == torch.float32
-    assert torch.equal(found.values[0, :4], values.sort().values[found.places[0, :4]].float())
+    got = order_statistics(values, torch.ones(99, dtype=torch.bool), quarters(5), 5, Ranks())
+    assert got.values.dtype == torch.float32
+    assert torch.equal(got.values[0, :4], values.sort().values[got.places[0, :4]].float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_both_zeros_are_one_value(dtype):
     values = torch.tensor([0.0, -0.0, -0.0, 0.0, 1.0, -1.0], dtype=dtype)
-    found = order_statistics(values, torch.ones(6, dtype=torch.bool), lambda total: torch.arange(6).view(1, 6), 6, Ranks())
-    assert found.values.tolist() == [[-1.0, 0.0, 0.0, 0.0, 0.0, 1.0]]
-    assert found.below.tolist() == [[0, 1, 1, 1, 1, 5]]
-    assert found.equal.tolist() == [[1, 4, 4, 4, 4, 1]]
+    got = order_statistics(values, torch.ones(6, dtype=torch.bool), lambda total: torch.arange(6).view(1, 6), 6, Ranks())
+    assert got.values.tolist() == [[-1.0, 0.0, 0.0, 0.0, 0.0, 1.0]]
+    assert got.below.tolist() == [[0, 1, 1, 1, 1, 5]]
+    assert got.equal.tolist() == [[1, 4, 4, 4, 4, 1]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n_groups", [1, 7, 64, 5000])
 @pytest.mark.parametrize("n_targets", [1, 4, 6])
 def test_digits_cover_the_key_and_histograms_stay_small(dtype, n_groups, n_targets):
-    found = widths(dtype, n_groups, n_targets)
-    assert sum(found) == (64 if dtype == torch.float64 else 32)
-    assert max(found) <= 11
-    assert n_groups * n_targets * 2 ** max(found) <= max(2**14, n_groups * n_targets * 16)
+    got = widths(dtype, n_groups, n_targets)
+    assert sum(got) == (64 if dtype == torch.float64 else 32)
+    assert max(got) <= 11
+    assert n_groups * n_targets * 2 ** max(got) <= max(2**14, n_groups * n_targets * 16)
 
 
 def test_cost_of_the_common_searches():
@@ -118,7 +118,7 @@ def over_ranks(seeds):
             among, groups = torch.rand(n, generator=g) > 0.3, torch.randint(0, n_groups, (n,), generator=g)
             part = slice(int(sizes[:mine].sum()), int(sizes[: mine + 1].sum()))
             sent.clear()
-            found = order_statistics(
+            got = order_statistics(
                 values[part],
                 among[part],
                 quarters(n_targets),
@@ -127,7 +127,7 @@ def over_ranks(seeds):
                 groups=groups[part],
                 n_groups=n_groups,
             )
-            assert_found(found, values, among, groups, n_groups)
+            assert_found(got, values, among, groups, n_groups)
             assert (len(sent), sum(sent)) == cost(dtype, n_groups, n_targets)
     finally:
         dist.all_reduce = all_reduce

@@ -68,8 +68,8 @@ def asked(ranks):
 
 def on_each_rank(folder):
     with processes.joined() as ranks:
-        found = {"steps": [step(fraction, ranks) for fraction in FRACTIONS], "asked": asked(ranks)}
-        torch.save(found, folder / f"{ranks.rank}.pt")
+        got = {"steps": [step(fraction, ranks) for fraction in FRACTIONS], "asked": asked(ranks)}
+        torch.save(got, folder / f"{ranks.rank}.pt")
         flags = {"steps": 2, "batch-size": 4, "max-new-tokens": 4, "fraction": 0.3, "out": folder}
         with (
             mock.patch.object(processes, "joined", return_value=nullcontext(ranks)),  # the store is that of one group

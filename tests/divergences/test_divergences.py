@@ -138,13 +138,13 @@ def test_loss_and_gradient_of_heads_match_fp64(case, extra):
     student, teacher = head_pair((7,), 173, seed=5, **extra)
     s, u = (eager.logits(Source.of(to_double(x), 173, 0.8), torch.arange(7), torch.float64) for x in (student, teacher))
     tokens = draw_tokens(s)
-    found, oracle_head = leaf_head(student), leaf_head(student, torch.float64)
-    out = run(CASES[case][0], found, teacher, "torch", tokens, temperature=0.8, workspace_bytes=20_000)
+    result, oracle_head = leaf_head(student), leaf_head(student, torch.float64)
+    out = run(CASES[case][0], result, teacher, "torch", tokens, temperature=0.8, workspace_bytes=20_000)
     out.loss.backward()
     losses, gradient = expected(case, s, u, tokens)
     assert_within(out.loss, losses.sum(), absolute=7 * HEAD_ABSOLUTE, relative=1e-4, name=case)
     eager.logits(Source.of(oracle_head, 173, 0.8), torch.arange(7), torch.float64).backward(gradient)
-    for got, want in zip(gradients(found), gradients(oracle_head), strict=True):
+    for got, want in zip(gradients(result), gradients(oracle_head), strict=True):
         assert_gradient(got, want)
 
 
@@ -305,9 +305,9 @@ def test_gradients_stay_finite_where_a_model_is_its_list_alone(case, backend):
     for side in (leaf(s), s_head):
         out = run(CASES[case][0], side, teacher, backend, tokens)
         out.loss.backward()
-        found = [side.grad] if isinstance(side, torch.Tensor) else [side.hidden.grad, side.weight.grad]
+        got = [side.grad] if isinstance(side, torch.Tensor) else [side.hidden.grad, side.weight.grad]
         assert out.loss.isfinite()
-        assert all(gradient.isfinite().all() for gradient in found)
+        assert all(gradient.isfinite().all() for gradient in got)
 
 
 @every_backend
@@ -392,8 +392,8 @@ def test_extrapolated_is_the_divergence_to_the_mixed_teacher(base, lam, backend)
 def test_extrapolated_reads_heads_and_soft_caps(backend):
     student, teacher = head_pair((6,), 97, bias=True, softcap=11.0, seed=3)
     reference = LinearHead(teacher.hidden + 0.3, teacher.weight, softcap=7.0)
-    found = leaf_head(student)
-    out = run(Extrapolated(1.25, reference), found, teacher, backend, workspace_bytes=15_000)
+    result = leaf_head(student)
+    out = run(Extrapolated(1.25, reference), result, teacher, backend, workspace_bytes=15_000)
     out.loss.backward()
     rows = torch.arange(6)
     u, r = (eager.logits(Source.of(to_double(x), 97, 1.0), rows, torch.float64) for x in (teacher, reference))
@@ -402,7 +402,7 @@ def test_extrapolated_reads_heads_and_soft_caps(backend):
     losses, gradient = oracle.reverse_kl(s.detach(), 1.25 * u - 0.25 * r)
     s.backward(gradient)
     assert_within(out.loss, losses.sum(), absolute=6 * HEAD_ABSOLUTE, relative=1e-4, name="loss")
-    for got, want in zip(gradients(found), gradients(of_oracle), strict=True):
+    for got, want in zip(gradients(result), gradients(of_oracle), strict=True):
         assert_gradient(got, want)
 
 
@@ -423,12 +423,12 @@ def test_heads_in_16_bits_get_gradients_of_their_dtype(case, dtype):
     student, teacher = head_pair((9,), 211, bias=True, seed=2, dtype=dtype)
     rows = torch.arange(9)
     tokens = draw_tokens(eager.logits(Source.of(student, 211, 1.0), rows, torch.float32))
-    found, of_oracle = leaf_head(student), leaf_head(student, torch.float64)
-    run(CASES[case][0], found, teacher, "torch", tokens, workspace_bytes=30_000).loss.backward()
+    result, of_oracle = leaf_head(student), leaf_head(student, torch.float64)
+    run(CASES[case][0], result, teacher, "torch", tokens, workspace_bytes=30_000).loss.backward()
     s, u = (eager.logits(Source.of(x, 211, 1.0), rows, torch.float64) for x in (of_oracle, to_double(teacher)))
     s.backward(expected(case, s.detach(), u, tokens)[1])
     bound = 2 * torch.finfo(dtype).eps
-    for got, want in zip(gradients(found), gradients(of_oracle), strict=True):
+    for got, want in zip(gradients(result), gradients(of_oracle), strict=True):
         assert got.dtype == dtype
         assert_gradient(got, want, bound)
 
@@ -525,11 +525,11 @@ def test_the_divergences_of_contributing_work_on_every_backend():
     exec(code, names)
     s, u = logit_pair(4, 67, scale=2.0, dtype=torch.float64)
     for divergence in (names["SquaredHellinger"](), names["TeachersChoice"]()):
-        found = {}
+        got = {}
         for backend in ("torch", "eager"):
             x = leaf(s)
             out = run(divergence, x, u, backend, workspace_bytes=2_000)
             out.loss.backward()
-            found[backend] = out.loss, x.grad
-        assert_within(found["torch"][0], found["eager"][0], absolute=1e-9, relative=1e-9, name=divergence.name)
-        assert_gradient(found["torch"][1], found["eager"][1], 1e-8)
+            got[backend] = out.loss, x.grad
+        assert_within(got["torch"][0], got["eager"][0], absolute=1e-9, relative=1e-9, name=divergence.name)
+        assert_gradient(got["torch"][1], got["eager"][1], 1e-8)

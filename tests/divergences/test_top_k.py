@@ -199,13 +199,13 @@ def test_an_empty_intersection_leaves_mask_and_denominator(tail, backend):
 def test_a_constant_or_another_order_of_ids_changes_nothing(case, backend):
     s, u = logit_pair(4, 131, scale=3.0, seed=6)
     tokens, order = draw_tokens(s), torch.randperm(131, generator=generator(2))
-    places, found = torch.argsort(order), []
+    places, got = torch.argsort(order), []
     for x, t, y in ((s, u, tokens), (s + 64.0, u - 32.0, tokens), (s[:, order], u[:, order], places[tokens])):
         x = leaf(x)
         out = run(divergence_of(case), x, t, backend, y)
         out.loss.backward()
-        found.append((out.loss, x.grad))
-    (loss, gradient), shifted, permuted = found
+        got.append((out.loss, x.grad))
+    (loss, gradient), shifted, permuted = got
     for other, its_gradient in (shifted, (permuted[0], permuted[1][:, places])):
         assert_within(other, loss, absolute=3e-5, relative=1e-4, name=str(case))
         assert_gradient(its_gradient, gradient.double(), 1e-4)
@@ -436,18 +436,18 @@ def test_each_method_of_the_documentation_is_one_line():
     section = page.split("### Lists of top-K ids")[1].split("\n## ")[0].split("| method |")[1]
     lines = re.findall(r"`(TopK\([^`]*\)|LocalSupport\(\)|TailAware\(\))`", section)
     s, u = logit_pair(3, 131)
-    found = [eval(line) for line in lines]
-    assert len(found) == 9
-    assert found[0] == found[1] == LocalSupport()
-    assert found[2] == found[3] == TailAware()
-    assert all(run(divergence, s, u, "torch", draw_tokens(s)).loss.isfinite() for divergence in found)
+    got = [eval(line) for line in lines]
+    assert len(got) == 9
+    assert got[0] == got[1] == LocalSupport()
+    assert got[2] == got[3] == TailAware()
+    assert all(run(divergence, s, u, "torch", draw_tokens(s)).loss.isfinite() for divergence in got)
 
 
 @pytest.mark.parametrize(("beta", "direction"), [(0, "forward"), (1.0, "reverse")])
 def test_jsd_at_its_ends_is_a_kl(beta, direction):
     s, u = logit_pair(4, 61)
-    found = [run(d, s, u, "torch").loss for d in (TopK("jsd", beta=beta), TopK(direction))]
-    assert torch.equal(*found)
+    got = [run(d, s, u, "torch").loss for d in (TopK("jsd", beta=beta), TopK(direction))]
+    assert torch.equal(*got)
 
 
 @pytest.mark.parametrize(

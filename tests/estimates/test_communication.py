@@ -164,15 +164,15 @@ def sides(kind, widths, seed, dtype):
 def divergence_of(name, widths):
     if name != "extrapolated":
         return DIVERGENCES[name]
-    found, place = extrapolated(), dist.get_rank() % len(widths)
-    return replace(found, reference=found.reference[..., sum(widths[:place]) : sum(widths[: place + 1])].clone())
+    got, place = extrapolated(), dist.get_rank() % len(widths)
+    return replace(got, reference=got.reference[..., sum(widths[:place]) : sum(widths[: place + 1])].clone())
 
 
 def mask_of(backend, seed, none_valid):
     if backend == "triton":
         return (torch.arange(27) % 9 == 0).view(SHAPE)
-    found = torch.rand(SHAPE, generator=generator(seed)) < 0.8
-    return found & ~(none_valid and dist.get_rank() < 2)
+    got = torch.rand(SHAPE, generator=generator(seed)) < 0.8
+    return got & ~(none_valid and dist.get_rank() < 2)
 
 
 def sent(
@@ -223,7 +223,7 @@ def sent(
         )
         forward = list(calls)
         out.loss.backward()
-    found = estimate_communication(
+    got = estimate_communication(
         int(out.metrics["n_valid"] if out.stats.response_place is None else (out.stats.response_place > 0).sum()),
         VOCAB,
         DS if kind == "heads" else None,
@@ -240,13 +240,11 @@ def sent(
         **options,
     )
     assert (tp == 1 and dp * cp == 1) or scope == "batch" or calls
-    return [
-        (part, listed(found.only(phase=name))) for part, name in ((forward, "forward"), (calls[len(forward) :], "backward"))
-    ]
+    return [(part, listed(got.only(phase=name))) for part, name in ((forward, "forward"), (calls[len(forward) :], "backward"))]
 
 
-def listed(found):
-    return [(x.group, x.kind, x.bytes) for x in found.collectives for _ in range(x.count)]
+def listed(got):
+    return [(x.group, x.kind, x.bytes) for x in got.collectives for _ in range(x.count)]
 
 
 @pytest.mark.parametrize("options", CASES)
@@ -269,10 +267,10 @@ def worked(backend):
     options = {"fraction": paper.FRACTION, "backend": backend, "workspace_bytes": workspace, "process_group": own_pair()}
     with FlopCounterMode(display=False) as counter, LiveBytes() as meter:
         selective_opd_loss(student, teacher, **options).loss.backward()
-    found = estimate(n, vocab // 2, *dims, fraction=paper.FRACTION, dtype=dtype, workspace_bytes=workspace, backend=backend)
+    got = estimate(n, vocab // 2, *dims, fraction=paper.FRACTION, dtype=dtype, workspace_bytes=workspace, backend=backend)
     work = paper.work_of(n, vocab, *dims, 2, workspace_bytes=workspace)
-    flops, most = work if backend == "triton" else (found.flops, found.peak_bytes)
-    return counter.get_total_flops(), flops, meter.peak, found.gradient_bytes, most
+    flops, most = work if backend == "triton" else (got.flops, got.peak_bytes)
+    return counter.get_total_flops(), flops, meter.peak, got.gradient_bytes, most
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -291,13 +289,13 @@ def test_rings_move_what_is_not_there_yet():
         return estimate_communication(100, 500, 32, fraction=0.1, dtype=torch.float32, backend="torch", **scope)
 
     for p in (2, 8, 1024):
-        found = of("vocabulary", p)
-        gathered, reduced = (found.only(kind=kind) for kind in ("all_gather", "all_reduce"))
+        got = of("vocabulary", p)
+        gathered, reduced = (got.only(kind=kind) for kind in ("all_gather", "all_reduce"))
         assert gathered.wire_bytes == (p - 1) * gathered.bytes
         assert reduced.bytes == 10 * 32 * 4
         assert reduced.wire_bytes * p == 2 * (p - 1) * reduced.bytes  # each p-th goes round the ring twice
-        assert found.wire_bytes == gathered.wire_bytes + reduced.wire_bytes
-        assert found.wire_bytes_per_token == found.wire_bytes / 100
+        assert got.wire_bytes == gathered.wire_bytes + reduced.wire_bytes
+        assert got.wire_bytes_per_token == got.wire_bytes / 100
         assert of("selection", p).only(kind="all_gather").bytes == 8
     draws = estimate_communication(100, 500, 32, tp=4, selector="random", n_positions=130).only(kind="broadcast")
     assert draws.wire_bytes == draws.bytes == 130 * 8
@@ -307,19 +305,19 @@ def test_what_selection_sends_depends_on_sizes_of_groups_alone():
     def of(N, V, **options):
         return estimate_communication(N, V, 64, dp=16, scope="global", **options)
 
-    found = of(10, 100)
-    assert found == replace(of(10**6, 10**5), N=10)
+    got = of(10, 100)
+    assert got == replace(of(10**6, 10**5), N=10)
     # docs/features.md
-    assert (found.only(kind="all_reduce").count, found.only(kind="all_gather").count) == (10, 1)
-    assert found.only(kind="all_reduce").bytes == 2 * 69_632 + 20_480 + 16
+    assert (got.only(kind="all_reduce").count, got.only(kind="all_gather").count) == (10, 1)
+    assert got.only(kind="all_reduce").bytes == 2 * 69_632 + 20_480 + 16
     assert of(10, 100, selector="entropy").only(kind="all_reduce").bytes == 20_480 + 16
     assert of(10, 100, selector="tip").only(purpose="scores").bytes == 69_632 + 102_400
 
 
 def test_what_a_vocabulary_sends_does_not_depend_on_its_size():
-    found = [estimate_communication(1000, V, 64, tp=8, divergence="tail_aware") for V in (100, 10**6)]
-    assert found[0] == found[1]
-    sent = {purpose: found[0].only(purpose=purpose).bytes for purpose in ("widths", "statistics", "loss", "gradient")}
+    got = [estimate_communication(1000, V, 64, tp=8, divergence="tail_aware") for V in (100, 10**6)]
+    assert got[0] == got[1]
+    sent = {purpose: got[0].only(purpose=purpose).bytes for purpose in ("widths", "statistics", "loss", "gradient")}
     K, M, c = 16, 50, 4  # the equations of docs/scaling.md
     on_list = M * (16 + K * (4 + c)) + c * M * K + 2 * 8 * M
     assert sent == {

@@ -67,11 +67,11 @@ def test_flops_are_those_counted(options):
     run, _ = call(**options)
     with FlopCounterMode(display=False) as counter:
         run().backward()
-    found = estimated(**options)
-    assert counter.get_total_flops() == found.flops
-    assert found.matmul_units == pytest.approx(found.flops / (2 * N * V * DS))
+    got = estimated(**options)
+    assert counter.get_total_flops() == got.flops
+    assert got.matmul_units == pytest.approx(got.flops / (2 * N * V * DS))
     in_8_bits = counter.get_flop_counts()["Global"].get(torch.ops.aten._scaled_mm, 0)
-    assert in_8_bits == found.float8_flops
+    assert in_8_bits == got.float8_flops
 
 
 @pytest.mark.parametrize(
@@ -95,22 +95,22 @@ def test_flops_of_a_list_alone_are_at_most_those_estimated():
     run, _ = call(divergence=LocalSupport(8), backend="torch")
     with FlopCounterMode(display=False) as counter:
         run().backward()
-    found = estimated(divergence=LocalSupport(8), backend="torch").flops
-    assert 0.9 * found < counter.get_total_flops() <= found
+    got = estimated(divergence=LocalSupport(8), backend="torch").flops
+    assert 0.9 * got < counter.get_total_flops() <= got
 
 
 @pytest.mark.parametrize("options", CASES)
 def test_a_call_saves_and_holds_no_more_than_estimated(options, prompt_launches):
     run, inputs = call(**options)
-    found = estimated(**options)
+    got = estimated(**options)
     with LiveBytes() as meter:
         with saved_bytes(inputs) as saved:
             loss = run()
         held = meter.live
         loss.backward()
-    assert found.saved_bytes - SAVED_SCALAR_BYTES < saved["bytes"] <= found.saved_bytes
-    assert found.gradient_bytes < meter.peak <= found.peak_bytes
-    assert held <= found.held_bytes + grids.KERNEL_ROW_BYTES * N
+    assert got.saved_bytes - SAVED_SCALAR_BYTES < saved["bytes"] <= got.saved_bytes
+    assert got.gradient_bytes < meter.peak <= got.peak_bytes
+    assert held <= got.held_bytes + grids.KERNEL_ROW_BYTES * N
 
 
 def test_the_units_of_the_design():
@@ -128,9 +128,9 @@ def test_the_units_of_the_design():
 def test_traffic_is_at_least_the_logits_and_grows_as_the_workspace_shrinks():
     sizes = 16_384, 151_936, 2048, 4096
     logits = 2 * 2 * 2 * 16_384 * 151_936  # both models, 16 bits, written and read
-    found = [estimate(*sizes, workspace_bytes=x).bytes_moved for x in (2**32, 2**29, 2**26)]
-    assert logits < found[0] < found[1] < found[2]
-    assert found[1] < 5 * logits  # most of the rest: weights, once per tile
+    got = [estimate(*sizes, workspace_bytes=x).bytes_moved for x in (2**32, 2**29, 2**26)]
+    assert logits < got[0] < got[1] < got[2]
+    assert got[1] < 5 * logits  # most of the rest: weights, once per tile
 
 
 def test_estimate_rejects_what_does_not_fit():
@@ -178,6 +178,6 @@ def test_a_call_of_many_rows_saves_no_more_than_estimated(n, options, prompt_lau
     run, inputs = call(fraction=1.0, n=n, **options)
     with saved_bytes(inputs) as saved:
         loss = run()
-    found = estimate(n, V, DS, DT, **{"fraction": 1.0, "workspace_bytes": 2**17, **options})
+    got = estimate(n, V, DS, DT, **{"fraction": 1.0, "workspace_bytes": 2**17, **options})
     assert loss.item() > 0
-    assert found.saved_bytes - SAVED_SCALAR_BYTES < saved["bytes"] <= found.saved_bytes
+    assert got.saved_bytes - SAVED_SCALAR_BYTES < saved["bytes"] <= got.saved_bytes

@@ -26,9 +26,9 @@ HOOK = distillation_trainer._chunked_divergence_loss
 @pytest.fixture(scope="module")
 def tokenizer():
     """Every word of a question is unknown to it; the number of words is what is left."""
-    found = tiny_tokenizer()
-    found.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-    return found
+    got = tiny_tokenizer()
+    got.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    return got
 
 
 @pytest.fixture
@@ -60,10 +60,10 @@ def test_the_served_teacher_s_loop_takes_answers_that_end_early(models, tokenize
     student, teacher = models
 
     def short(model, *arguments, **options):
-        found = sample(model, *arguments, **options)
-        ended = found.mask.clone()
+        got = sample(model, *arguments, **options)
+        ended = got.mask.clone()
         ended[0, 1:], ended[1, 3:] = False, False
-        return found._replace(mask=ended)
+        return got._replace(mask=ended)
 
     sample = served_teacher.sample
     monkeypatch.setattr(served_teacher, "sample", short)
@@ -101,11 +101,11 @@ def test_the_trainer_s_answers_come_from_the_weights_of_the_step(models, tokeniz
 
 def test_the_line_trains_trl_on_a_fifth(models, tokenizer, monkeypatch, tmp_path):
     student, teacher = models
-    before, found, patch = weights(student), [], trl_one_line.patch_trl
-    monkeypatch.setattr(trl_one_line, "patch_trl", lambda **options: patch(on_metrics=found.append, **options))
+    before, got, patch = weights(student), [], trl_one_line.patch_trl
+    monkeypatch.setattr(trl_one_line, "patch_trl", lambda **options: patch(on_metrics=got.append, **options))
     _, losses = trl_one_line.train(student, teacher, tokenizer, tmp_path, steps=2, n_questions=2, n_tokens=5)
-    assert len(found) == 2  # the steps; the evaluations are TRL's own
-    assert all(m["n_selected"] == 2 and 5 < m["n_valid"] <= 10 for m in found)
+    assert len(got) == 2  # the steps; the evaluations are TRL's own
+    assert all(m["n_selected"] == 2 and 5 < m["n_valid"] <= 10 for m in got)
     assert distillation_trainer._chunked_divergence_loss is HOOK
     assert all(0 < loss < 100 for loss in losses)
     assert not torch.equal(weights(student), before)

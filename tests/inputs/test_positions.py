@@ -71,30 +71,30 @@ def test_weights_reject_other_shapes_and_masks():
 
 def test_special_ids_leave_at_their_first_occurrence_in_each_sequence():
     tokens = torch.tensor([[7, 1, 2, 1, 7], [2, 2, 7, 3, 1]])
-    found = positions(Batch(tokens=tokens), tokens.shape, CPU, special_ids=(1, 7))
-    assert found.valid.tolist() == [[False, False, True, True, True], [True, True, False, True, False]]
+    got = positions(Batch(tokens=tokens), tokens.shape, CPU, special_ids=(1, 7))
+    assert got.valid.tolist() == [[False, False, True, True, True], [True, True, False, True, False]]
 
 
 def test_special_ids_look_among_valid_positions_alone():
     tokens = torch.tensor([[7, 1, 7, 1, 7]])
     mask = torch.tensor([[0, 0, 1, 1, 1]])  # a prompt, then a response
-    found = positions(Batch(mask, tokens=tokens), tokens.shape, CPU, special_ids=(7, 9))
-    assert found.valid.tolist() == [[False, False, False, True, True]]
+    got = positions(Batch(mask, tokens=tokens), tokens.shape, CPU, special_ids=(7, 9))
+    assert got.valid.tolist() == [[False, False, False, True, True]]
 
 
 def test_special_ids_of_packed_sequences():
     tokens = torch.tensor([7, 7, 1, 7, 1, 7])
-    found = positions(Batch(tokens=tokens, cu_seqlens=torch.tensor([0, 2, 5, 6])), tokens.shape, CPU, special_ids=[7])
-    assert found.valid.tolist() == [False, True, True, False, True, False]
+    got = positions(Batch(tokens=tokens, cu_seqlens=torch.tensor([0, 2, 5, 6])), tokens.shape, CPU, special_ids=[7])
+    assert got.valid.tolist() == [False, True, True, False, True, False]
 
 
 @every_backend
 def test_special_ids_are_a_mask(backend):
     student, teacher, mask = batch()
     tokens = torch.randint(0, 4, (3, 8), generator=generator(3))
-    found = positions(Batch(mask, tokens=tokens), tokens.shape, CPU, special_ids=(2, 3))
+    result = positions(Batch(mask, tokens=tokens), tokens.shape, CPU, special_ids=(2, 3))
     got = selective_opd_loss(student, teacher, mask=mask, tokens=tokens, special_ids=(2, 3), fraction=0.4, backend=backend)
-    want = selective_opd_loss(student, teacher, mask=found.valid, fraction=0.4, backend=backend)
+    want = selective_opd_loss(student, teacher, mask=result.valid, fraction=0.4, backend=backend)
     assert torch.equal(got.loss, want.loss)
     assert got.metrics["n_valid"] < mask.sum()
     scores, _ = score_positions(student, teacher, mask=mask, tokens=tokens, special_ids=(2, 3), backend=backend)
@@ -149,14 +149,14 @@ def test_eos_ids_of_heads_match_eager(divergence):
     tokens[:, 2] = torch.tensor([33, 90])
     results = {}
     for backend in ("torch", "eager"):
-        found = leaf_head(student, torch.float64 if backend == "eager" else torch.float32)
+        result = leaf_head(student, torch.float64 if backend == "eager" else torch.float32)
         side = LinearHead(teacher.hidden, teacher.weight, teacher.bias, scale=0.8, softcap=12.0)
         out = selective_opd_loss(
-            found, side, divergence=divergence, eos_ids=EOS, tokens=tokens, backend=backend, workspace_bytes=20_000,
+            result, side, divergence=divergence, eos_ids=EOS, tokens=tokens, backend=backend, workspace_bytes=20_000,
             selector="all", fraction=1.0, temperature=0.9,
         )  # fmt: skip
         out.loss.backward()
-        results[backend] = out.loss, gradients(found)
+        results[backend] = out.loss, gradients(result)
     assert_within(results["torch"][0], results["eager"][0], absolute=1e-5, relative=1e-4, name=divergence)
     for got, want in zip(results["torch"][1], results["eager"][1], strict=True):
         assert_gradient(got, want)
@@ -164,8 +164,8 @@ def test_eos_ids_of_heads_match_eager(divergence):
 
 def test_eos_ids_of_a_listed_teacher():
     student, teacher, mask = batch()
-    found = teacher.double().log_softmax(-1).sort(-1, descending=True)
-    listed = TopKLogprobs(found.indices[..., :40], found.values[..., :40].float())
+    got = teacher.double().log_softmax(-1).sort(-1, descending=True)
+    listed = TopKLogprobs(got.indices[..., :40], got.values[..., :40].float())
     out = selective_opd_loss(student, listed, mask=mask, divergence="forward_kl_topk", eos_ids=EOS, fraction=0.6)
     eager = selective_opd_loss(
         student.double(), listed, mask=mask, divergence="forward_kl_topk", eos_ids=EOS, fraction=0.6, backend="eager"
@@ -251,6 +251,6 @@ def test_a_response_is_from_the_first_to_the_last_valid_position_of_its_sequence
 
 def test_special_ids_stay_in_the_response():
     mask, tokens = torch.tensor([[0, 1, 1, 1, 1, 0]] * 3), torch.tensor([[9, 9, 5, 5, 5, 9], [5] * 6, [5, 5, 5, 5, 9, 5]])
-    found = positions(Batch(mask, tokens=tokens), torch.Size((3, 6)), CPU, special_ids=[9])
-    assert found.valid.int().tolist() == [[0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 0, 0]]
-    assert found.response_places(None).tolist() == [[0, 1, 2, 3, 4, 0]] * 3
+    got = positions(Batch(mask, tokens=tokens), torch.Size((3, 6)), CPU, special_ids=[9])
+    assert got.valid.int().tolist() == [[0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 0, 0]]
+    assert got.response_places(None).tolist() == [[0, 1, 2, 3, 4, 0]] * 3

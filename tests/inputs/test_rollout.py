@@ -96,8 +96,8 @@ def test_the_loss_and_its_gradients_are_those_without(selector, backend):
     torch.testing.assert_close(got.loss, want.loss, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(got.metrics["kl_selected"], want.metrics["kl_selected"], rtol=1e-4, atol=1e-6)
     assert got.metrics["kl_all"].isnan()
-    for found, wanted in zip(gradients(student), gradients(plain), strict=True):
-        assert_gradient(found, wanted)
+    for result, wanted in zip(gradients(student), gradients(plain), strict=True):
+        assert_gradient(result, wanted)
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])

@@ -45,8 +45,8 @@ every_backend = pytest.mark.parametrize("backend", ["torch", "eager", "triton"])
 
 def top_k(u, k=K):
     """A server's answer, best first."""
-    found = u.double().log_softmax(-1).topk(k, dim=-1)
-    return found.indices, found.values.float()
+    got = u.double().log_softmax(-1).topk(k, dim=-1)
+    return got.indices, got.values.float()
 
 
 def as_vllm(u, tokens, k=K, seed=0):
@@ -93,11 +93,11 @@ def test_heads_learn_from_a_top_k_teacher(name):
     s = eager.logits(Source.of(of_oracle, 211, 1.0), rows, torch.float64)
     u = eager.logits(Source.of(to_double(teacher), 211, 1.0), rows, torch.float64)
     divergence, equation = ON_LISTS[name]
-    found = leaf_head(student)
+    result = leaf_head(student)
     listed = TopKLogprobs(*(x.view(3, 4, K) for x in top_k(u)))
-    selective_opd_loss(found, listed, divergence=divergence, backend="torch", workspace_bytes=9_000, **ALL).loss.backward()
+    selective_opd_loss(result, listed, divergence=divergence, backend="torch", workspace_bytes=9_000, **ALL).loss.backward()
     s.backward(equation(s.detach(), u, top_k=K)[1])
-    for got, want in zip(gradients(found), gradients(of_oracle), strict=True):
+    for got, want in zip(gradients(result), gradients(of_oracle), strict=True):
         assert_gradient(got, want)
 
 
@@ -182,22 +182,22 @@ def test_an_entry_of_minus_9999_is_missing(name, backend):
     s, u = logit_pair(6, 211, scale=3.0, seed=1)
     divergence, options = ON_LISTS[name][0], {"backend": backend, **ALL}
     ids, logprobs = top_k(u, K - 1)
-    found = []
+    got = []
     for absent in (-9999.0, -INF):
         x = leaf(s)
         out = selective_opd_loss(x, TopKLogprobs(*with_absent(ids, logprobs, s, absent)), divergence=divergence, **options)
         out.loss.backward()
-        found.append((out.loss.detach(), x.grad, out.stats.support_mass, out.stats.union_kl))
-    assert all(map(torch.equal, *found))
-    assert found[0][1].any(1).all()
+        got.append((out.loss.detach(), x.grad, out.stats.support_mass, out.stats.union_kl))
+    assert all(map(torch.equal, *got))
+    assert got[0][1].any(1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])  # bf16 makes -9984 of -9999
 def test_listed_drops_minus_9999_or_less_of_every_dtype(dtype):
     logprobs = torch.tensor([[-9999.0, -1.0, -12345.0, -9000.0]], dtype=dtype)
-    found = TeacherLists.of(TopKLogprobs(torch.tensor([[1, 2, 3, 4]]), logprobs), 100, torch.float32)
-    assert found.ids.tolist() == [[2, 4, LAST_ID, LAST_ID]]
-    assert found.logprobs[0, 2:].tolist() == [-INF, -INF]
+    got = TeacherLists.of(TopKLogprobs(torch.tensor([[1, 2, 3, 4]]), logprobs), 100, torch.float32)
+    assert got.ids.tolist() == [[2, 4, LAST_ID, LAST_ID]]
+    assert got.logprobs[0, 2:].tolist() == [-INF, -INF]
 
 
 @every_backend
@@ -290,16 +290,16 @@ def test_with_rollout_statistics_scoring_reads_no_head(backend):
 def test_listed_is_in_order_with_each_id_once():
     ids = torch.tensor([[5, 3, 5, -1, 7, 0, 200]])
     logprobs = torch.tensor([[-2.0, -1.0, -2.0, -0.1, -2.0, -INF, -0.2]])
-    found = TeacherLists.of(TopKLogprobs(ids, logprobs), 100, torch.float32)
-    assert found.ids.tolist() == [[3, 5, 7, LAST_ID, LAST_ID, LAST_ID, LAST_ID]]
-    assert found.logprobs.tolist() == [[-1.0, -2.0, -2.0, -INF, -INF, -INF, -INF]]
+    got = TeacherLists.of(TopKLogprobs(ids, logprobs), 100, torch.float32)
+    assert got.ids.tolist() == [[3, 5, 7, LAST_ID, LAST_ID, LAST_ID, LAST_ID]]
+    assert got.logprobs.tolist() == [[-1.0, -2.0, -2.0, -INF, -INF, -INF, -INF]]
 
 
 def test_listed_keeps_the_likelier_of_equal_ids_in_any_order():
     ids, logprobs = torch.tensor([[5, 5, 2], [5, 2, 5]]), torch.tensor([[-2.0, -1.0, -3.0], [-1.0, -3.0, -2.0]])
-    found = TeacherLists.of(TopKLogprobs(ids, logprobs), 100, torch.float32)
-    assert found.ids.tolist() == [[5, 2, LAST_ID]] * 2
-    assert found.logprobs[:, 0].tolist() == [-1.0, -1.0]
+    got = TeacherLists.of(TopKLogprobs(ids, logprobs), 100, torch.float32)
+    assert got.ids.tolist() == [[5, 2, LAST_ID]] * 2
+    assert got.logprobs[:, 0].tolist() == [-1.0, -1.0]
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0)])
@@ -326,9 +326,9 @@ def test_tokens_must_be_those_of_a_sampled_teacher():
 
 def test_listed_merges_equivalent_ids_into_the_first():
     ids, logprobs = torch.tensor([[4, 9, 2, 4]]), torch.tensor([[0.25, 0.125, 0.5, 0.25]]).log()
-    found = TeacherLists.of(TopKLogprobs(ids, logprobs), 100, torch.float32, merged=(9, 4))
-    assert found.ids.tolist() == [[2, 9, LAST_ID, LAST_ID]]
-    assert_within(found.logprobs[0, :2].exp(), torch.tensor([0.5, 0.375]), absolute=1e-6, relative=0, name="mass")
+    got = TeacherLists.of(TopKLogprobs(ids, logprobs), 100, torch.float32, merged=(9, 4))
+    assert got.ids.tolist() == [[2, 9, LAST_ID, LAST_ID]]
+    assert_within(got.logprobs[0, :2].exp(), torch.tensor([0.5, 0.375]), absolute=1e-6, relative=0, name="mass")
 
 
 def test_tail_is_exact_where_the_list_holds_nearly_all_or_nothing():

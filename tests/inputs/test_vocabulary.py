@@ -103,13 +103,13 @@ def _divergences_by_kernels(kind):
     """All of them after one score pass: what kernels find of a part and some rows does not depend on the divergence."""
     from opd_ops.backends.triton import shards as triton_shards
 
-    found, part = {}, triton_shards._part
+    got, part = {}, triton_shards._part
 
     def once(*arguments):
         key = (*arguments[3].tolist(), arguments[4])  # rows, top_k
-        if key not in found:
-            found[key] = part(*arguments)
-        return found[key]
+        if key not in got:
+            got[key] = part(*arguments)
+        return got[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_shards, "_part", once)

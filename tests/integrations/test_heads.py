@@ -55,8 +55,8 @@ def tokens():
 def gradients(model, hidden):
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = torch.randn(hidden.shape, generator=generator(2))
-    found = torch.autograd.grad((hidden * weights).sum(), trained, allow_unused=True)
-    return torch.cat([g.flatten() for g in found if g is not None])
+    got = torch.autograd.grad((hidden * weights).sum(), trained, allow_unused=True)
+    return torch.cat([g.flatten() for g in got if g is not None])
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -90,10 +90,10 @@ def test_the_layers_outputs_are_not_kept(needs_all, alive, monkeypatch):
 def test_a_model_that_does_not_hand_them_on_is_asked_for_all():
     class Own(type(language_model(0))):
         def forward(self, *arguments, output_hidden_states=False, **options):
-            found = super().forward(*arguments, output_hidden_states=output_hidden_states, **options)
-            found.hidden_states = found.hidden_states if output_hidden_states else None
+            got = super().forward(*arguments, output_hidden_states=output_hidden_states, **options)
+            got.hidden_states = got.hidden_states if output_hidden_states else None
             calls.append(output_hidden_states)
-            return found
+            return got
 
     calls = []
     model = Own(language_model(0).config).eval()
@@ -115,8 +115,8 @@ def test_they_leave_through_the_outputs_of_wrappers():
         wrapper = DistributedDataParallel(model, find_unused_parameters=True)
         hidden, _ = last_hidden(wrapper, model, tokens())
         (hidden * torch.randn(hidden.shape, generator=generator(2))).sum().backward()
-        found = [p.grad.flatten() for name, p in model.named_parameters() if not name.startswith("lm_head")]
-        assert_gradient(torch.cat(found), want, 1e-5)
+        got = [p.grad.flatten() for name, p in model.named_parameters() if not name.startswith("lm_head")]
+        assert_gradient(torch.cat(got), want, 1e-5)
 
         model = language_model(0)
         mesh = init_device_mesh("cpu", (1,))

@@ -305,9 +305,9 @@ def test_a_sharded_head_is_gathered_for_both_adapters():
             setattr(sharded, name, torch.nn.Parameter(tensor))
         gathered = LinearHead.from_module(hidden, sharded)
         of_trl = trl._head(hidden, sharded.weight, sharded.bias, 1.0, None)
-        for found in (gathered, of_trl):
-            assert torch.equal(found.weight, head.weight)
-            assert torch.equal(found.bias, head.bias)
+        for got in (gathered, of_trl):
+            assert torch.equal(got.weight, head.weight)
+            assert torch.equal(got.bias, head.bias)
         in_bf16 = trl._head(hidden.bfloat16(), sharded.weight, sharded.bias, 1.0, None)
         assert in_bf16.weight.dtype == in_bf16.bias.dtype == torch.bfloat16
         assert torch.equal(in_bf16.bias, head.bias.bfloat16())

@@ -122,9 +122,9 @@ def test_a_share_is_divided_by_its_share_of_the_tokens(make, divergence):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_gradient(gradient, want.grad, 1e-5)
     entropy = torch.distributions.Categorical(logits=student.double()).entropy()[:, :-1]
-    found = {"selected_share": n_selected / 40, "loss_selected": expected.item(), "entropy": (entropy * mask).sum().item() / 40}
-    found["entropy_selected"] = entropy[selected].mean().item() * n_valid / 40
-    for name, value in found.items():
+    got = {"selected_share": n_selected / 40, "loss_selected": expected.item(), "entropy": (entropy * mask).sum().item() / 40}
+    got["entropy_selected"] = entropy[selected].mean().item() * n_valid / 40
+    for name, value in got.items():
         assert metrics[f"opd/{name}"] == pytest.approx(value, rel=1e-4), name
 
 
@@ -165,9 +165,9 @@ def test_packed_sequences_one_by_one_are_a_budget_for_each(make):
     total, summed, parts = 0.0, {}, []
     for i, length in enumerate(data["input_lengths"].tolist()):
         one = {k: v[i : i + 1] if v.dim() < 2 else v[i : i + 1, :length] for k, v in data.items()}
-        value, part, found = backward(make(fraction=0.5, selector="entropy"), student[i : i + 1], one)
+        value, part, got = backward(make(fraction=0.5, selector="entropy"), student[i : i + 1], one)
         n_valid, n_selected = one["token_mask"].sum(), part.any(-1).sum()
-        total, summed = total + value * n_selected / n_valid, {k: summed.get(k, 0) + v for k, v in found.items()}
+        total, summed = total + value * n_selected / n_valid, {k: summed.get(k, 0) + v for k, v in got.items()}
         parts.append(part * n_selected / n_valid)
     ratio = gradient.any(-1).sum() / data["token_mask"].sum()
     assert (loss * ratio).item() == pytest.approx(total.item(), rel=1e-5)
@@ -253,18 +253,18 @@ def of_parts(kind, divergence):
         want, gradient, metrics = backward(loss_fn, student, data)
         if kind == "DTensor":
             mine = distribute_tensor(student, init_device_mesh("cpu", (SIZE,)), [Shard(2)])
-            loss, of_parts, found = backward(loss_fn, mine, data)
+            loss, of_parts, got = backward(loss_fn, mine, data)
             of_parts = of_parts.full_tensor()
         else:
             state = SimpleNamespace(model_parallel_is_initialized=lambda: True)
             state.get_tensor_model_parallel_world_size = lambda: SIZE
             state.get_tensor_model_parallel_group = lambda: dist.group.WORLD
             patch.setitem(sys.modules, "megatron.core.parallel_state", state)
-            loss, of_parts, found = backward(loss_fn, student.chunk(SIZE, 2)[rank].clone(), data)
+            loss, of_parts, got = backward(loss_fn, student.chunk(SIZE, 2)[rank].clone(), data)
             gradient = gradient.chunk(SIZE, 2)[rank]
         assert loss.item() == pytest.approx(want.item(), rel=1e-5)
         assert_gradient(of_parts, gradient, 1e-5)
-        assert found == pytest.approx(metrics, rel=1e-4, nan_ok=True)
+        assert got == pytest.approx(metrics, rel=1e-4, nan_ok=True)
 
 
 @pytest.mark.parametrize("divergence", ["local_support", "forward_kl_topk"])

@@ -98,9 +98,9 @@ def test_the_trainer_s_beta_and_temperature_are_kept(tmp_path, beta):
 
 @pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_a_quarter_of_the_tokens_does_not_shrink_the_step(tmp_path, accumulation):
-    found = []
+    got = []
     options = {"steps": 4, "accumulation": accumulation, "learning_rate": 0.0}  # the same models and rollouts in every run
-    with patch_trl(fraction=0.25, on_metrics=found.append):
+    with patch_trl(fraction=0.25, on_metrics=got.append):
         quarter = logs(train(tmp_path, **options))
     with patch_trl(fraction=0.25, denominator="valid"):
         shrunk = logs(train(tmp_path, **options))
@@ -111,8 +111,8 @@ def test_a_quarter_of_the_tokens_does_not_shrink_the_step(tmp_path, accumulation
     assert entropy == pytest.approx(1.0, rel=1e-5)  # of all tokens, as TRL logs it
     # What leaving the host's count of all tokens alone would do to the step.
     assert (shrunk / whole).mean(0)[1] < 0.5
-    assert len(found) == 4 * accumulation
-    assert all(0 < m["n_selected"] <= 0.25 * m["n_valid"] + 1 for m in found)
+    assert len(got) == 4 * accumulation
+    assert all(0 < m["n_selected"] <= 0.25 * m["n_valid"] + 1 for m in got)
 
 
 def test_a_plain_call_stays_until_it_is_undone():
@@ -196,10 +196,10 @@ def test_the_subclass_selects_and_logs_what_it_selected(tmp_path):
     options = {"fraction": 0.25, "selector": "entropy", "divergence": "forward_kl", "scope": "sequence"}
     made = train(tmp_path, trainer=SelectiveDistillationTrainer, config=SelectiveDistillationConfig, accumulation=2, **options)
     names = [f"opd/{name}" for name in trl.LOGGED]
-    found = dict(zip(names, logs(made, names)[0].tolist(), strict=True))
-    assert 0 < found["opd/n_selected"] < found["opd/n_valid"]
-    assert found["opd/entropy_selected"] > 0
-    assert found["opd/n_infinite"] == 0
+    got = dict(zip(names, logs(made, names)[0].tolist(), strict=True))
+    assert 0 < got["opd/n_selected"] < got["opd/n_valid"]
+    assert got["opd/entropy_selected"] > 0
+    assert got["opd/n_infinite"] == 0
     with patch_trl(**options):
         same = train(tmp_path, accumulation=2)
     assert torch.equal(logs(made), logs(same))
@@ -215,18 +215,18 @@ def test_the_config_hides_no_option_of_trl():
 def test_the_subclass_evaluates_on_every_token(tmp_path):
     made = train(tmp_path, trainer=SelectiveDistillationTrainer, config=SelectiveDistillationConfig, steps=1, fraction=0.05)
     assert made.evaluate()["eval_loss"] > 0
-    found = made.state.log_history[-1]
-    assert found["eval_opd/n_selected"] == found["eval_opd/n_valid"] > 0
+    got = made.state.log_history[-1]
+    assert got["eval_opd/n_selected"] == got["eval_opd/n_valid"] > 0
 
 
 def test_the_patch_evaluates_on_every_token(tmp_path):
     want = train(tmp_path, steps=1, learning_rate=0.0).evaluate()["eval_loss"]
-    found = []
-    with patch_trl(fraction=0.05, threshold=1e9, on_metrics=found.append):
+    got = []
+    with patch_trl(fraction=0.05, threshold=1e9, on_metrics=got.append):
         made = train(tmp_path, steps=1, learning_rate=0.0)
-        assert found[-1]["n_selected"] == 0
+        assert got[-1]["n_selected"] == 0
         loss = made.evaluate()["eval_loss"]
-        assert found[-1]["n_selected"] == found[-1]["n_valid"] > 0
+        assert got[-1]["n_selected"] == got[-1]["n_valid"] > 0
     assert loss == pytest.approx(want, rel=1e-4)
     assert loss > 0
 
@@ -270,9 +270,9 @@ def test_generalized_jsd_loss_at_fraction_one_is_gkd_s(beta, has_labels, options
 def test_generalized_jsd_loss_evaluates_on_every_token():
     s, u = (x.view(2, 10, 97) for x in logit_pair(20, 97, scale=3.0))
     with torch.no_grad():
-        whole, found = (generalized_jsd_loss(s, u, fraction=f, threshold=t) for f, t in ((1.0, None), (0.1, 1e9)))
-    assert torch.equal(found, whole)
-    assert found > 0
+        whole, got = (generalized_jsd_loss(s, u, fraction=f, threshold=t) for f, t in ((1.0, None), (0.1, 1e9)))
+    assert torch.equal(got, whole)
+    assert got > 0
 
 
 def test_generalized_jsd_loss_of_a_share_does_not_shrink():

@@ -136,16 +136,16 @@ def test_all_tokens_are_verl_s_own_loss_and_gradient(aggregation, is_nested, cla
 def test_an_entry_of_minus_9999_is_missing(divergence):
     student, teacher = pair()
     teacher = teacher.masked_fill(teacher < teacher.topk(K - 4).values[:, -1:], -math.inf)
-    found = []
+    got = []
     for absent in (-9999.0, -math.inf):
         data, x = micro_batch(teacher), leaf(student)
         data["teacher_logprobs"] = jagged(data["teacher_logprobs"].values().clamp_min(absent))
         with patch_verl(fraction=1.0, divergence=divergence):
             loss, _ = step(x, data, *settings())
         loss.backward()
-        found.append((loss.detach(), x.grad))
-    assert all(map(torch.equal, *found))
-    assert found[0][1].any()
+        got.append((loss.detach(), x.grad))
+    assert all(map(torch.equal, *got))
+    assert got[0][1].any()
 
 
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
@@ -176,13 +176,13 @@ def test_a_share_is_the_scalar_loss_with_verl_s_counts(distillation_only, name, 
 def test_a_share_does_not_shrink_the_step(aggregation):
     """Equal losses everywhere: whatever is selected, loss and gradient of the sum are those of all tokens."""
     student, teacher = (x[:1].expand(N, VOCAB).clone() for x in pair())
-    found = []
+    got = []
     for fraction in (0.25, 1.0):
         with patch_verl(fraction=fraction, selector="prefix"):
             loss, gradient, _ = run(student, teacher, settings(aggregation=aggregation))
-        found.append((loss, gradient.sum(0)))
-    assert found[0][0].item() == pytest.approx(found[1][0].item(), rel=PEER)
-    assert_gradient(found[0][1], found[1][1], PEER)
+        got.append((loss, gradient.sum(0)))
+    assert got[0][0].item() == pytest.approx(got[1][0].item(), rel=PEER)
+    assert_gradient(got[0][1], got[1][1], PEER)
 
 
 def test_verl_s_clamp_of_losses_comes_before_the_rescaling():

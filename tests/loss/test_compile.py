@@ -53,8 +53,8 @@ def head_operator(name, dtype):
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.full), torch.bfloat16])
 @pytest.mark.parametrize("name", [pytest.param("head_columns", marks=pytest.mark.full), "head_loss"])
 def test_operators_on_heads_pass_opcheck(name, dtype):
-    found = torch.library.opcheck(*head_operator(name, dtype))
-    assert set(found.values()) == {"SUCCESS"}
+    got = torch.library.opcheck(*head_operator(name, dtype))
+    assert set(got.values()) == {"SUCCESS"}
 
 
 @pytest.mark.full
@@ -72,9 +72,9 @@ def test_a_training_step_around_heads_compiles_fullgraph(frozen):
     runs = []
     for call in (step, compiled(step)):
         tensors = leaf(gain), heads[0].weight if frozen else leaf(heads[0].weight)
-        found = call(*tensors)
-        found[0].backward()
-        runs.append([*found, *(x.grad for x in tensors if x.requires_grad)])
+        got = call(*tensors)
+        got[0].backward()
+        runs.append([*got, *(x.grad for x in tensors if x.requires_grad)])
     assert len(runs[0]) == (4 if frozen else 5)
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     assert runs[0][3].any()
@@ -162,8 +162,8 @@ def compiled(call):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_pass_opcheck(name):
     student, teacher = (x.view(2, 2, 131) for x in logit_pair(4, 131))
-    found = torch.library.opcheck(getattr(triton_ops, name), OPERATORS[name](student, teacher, torch.tensor([2, 0])))
-    assert set(found.values()) == {"SUCCESS"}
+    got = torch.library.opcheck(getattr(triton_ops, name), OPERATORS[name](student, teacher, torch.tensor([2, 0])))
+    assert set(got.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,8 @@ def tokens(n=N):
 
 def listed(n=N, k=16):
     _, teacher = logit_pair(n, VOCAB)
-    found = teacher.log_softmax(1).topk(k, dim=1)
-    return TopKLogprobs(found.indices, found.values)
+    got = teacher.log_softmax(1).topk(k, dim=1)
+    return TopKLogprobs(got.indices, got.values)
 
 
 def count_units(student, teacher, n=N, **options):

@@ -326,7 +326,7 @@ def test_eager_has_a_second_derivative():
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "tail_aware"])
 def test_a_teacher_of_inference_mode_is_a_teacher(backend, side, divergence):
     student, teacher = logit_pair(6, 70) if side == "logits" else head_pair((6,), 70, bias=True)
-    found = []
+    got = []
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             if side == "logits":
@@ -336,8 +336,8 @@ def test_a_teacher_of_inference_mode_is_a_teacher(backend, side, divergence):
         mine = leaf(student) if side == "logits" else leaf_head(student)
         out = selective_opd_loss(mine, given, fraction=0.5, top_k=8, divergence=divergence, backend=backend)
         out.loss.backward()
-        found.append([out.loss, *(gradients(mine) if side == "heads" else [mine.grad])])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        got.append([out.loss, *(gradients(mine) if side == "heads" else [mine.grad])])
+    assert all(torch.equal(a, b) for a, b in zip(*got, strict=True))
 
 
 def test_a_list_of_inference_mode_is_a_teacher():

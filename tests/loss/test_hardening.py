@@ -84,8 +84,8 @@ class Call:
         passed = self.side(self.student, student)
         log_q = self.u.log_softmax(-1)
         if self.teacher == "top_k":
-            found = log_q.topk(K, dim=-1)
-            teacher = TopKLogprobs(found.indices, found.values.to(self.dtype))
+            got = log_q.topk(K, dim=-1)
+            teacher = TopKLogprobs(got.indices, got.values.to(self.dtype))
         elif self.teacher == "sampled":
             of_tokens = log_q.gather(-1, self.tokens.unsqueeze(-1)).squeeze(-1)
             teacher = SampledLogprobs(self.tokens, of_tokens.to(self.dtype))

@@ -310,7 +310,7 @@ def test_a_selector_that_works_in_place_changes_nothing_but_its_scores(backend):
 @pytest.mark.parametrize("divergence", ["reverse_kl", "tail_aware"])
 def test_the_loss_keeps_its_dtype_whatever_torch_s_default_is(loss, backend, divergence):
     student, teacher = head_pair((4,), 131)
-    before, found = torch.get_default_dtype(), []
+    before, got = torch.get_default_dtype(), []
     for default in (torch.float32, torch.float64, torch.bfloat16):
         torch.set_default_dtype(default)
         try:
@@ -318,10 +318,10 @@ def test_the_loss_keeps_its_dtype_whatever_torch_s_default_is(loss, backend, div
         finally:
             torch.set_default_dtype(before)
         assert out[0].dtype == out.stats.union_kl.dtype == torch.float32
-        found.append(out[0])
-    assert found[0].count_nonzero() > 0
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+        got.append(out[0])
+    assert got[0].count_nonzero() > 0
+    assert torch.equal(got[0], got[1])
+    assert torch.equal(got[0], got[2])
 
 
 @pytest.mark.parametrize("zero", [0, torch.tensor(0)])
@@ -369,8 +369,8 @@ def test_fraction_one_is_plain_distillation():
 
 
 def test_metrics_of_any_dtype_become_floats_under_their_names():
-    found = as_floats({"n": torch.tensor(3), "x": torch.tensor(0.1, dtype=torch.float64), "flag": torch.tensor(True)})
-    assert found == {"n": 3.0, "x": 0.1, "flag": 1.0}
+    got = as_floats({"n": torch.tensor(3), "x": torch.tensor(0.1, dtype=torch.float64), "flag": torch.tensor(True)})
+    assert got == {"n": 3.0, "x": 0.1, "flag": 1.0}
     assert as_floats({}) == {}
 
 
@@ -430,8 +430,8 @@ def test_what_a_head_holds_beyond_the_common_vocabulary_reaches_nothing(backend)
             sides.append(LinearHead(leaf(head.hidden), leaf(weight), leaf(bias)))
         out = selective_opd_loss(*sides, fraction=0.5, vocab_size=64, backend=backend)
         out.loss.backward()
-        found = [out.loss.detach(), sides[0].hidden.grad, sides[0].weight.grad, sides[0].bias.grad]
-        expected = found if expected is None else expected
-        for got, want in zip(found, expected, strict=True):
+        result = [out.loss.detach(), sides[0].hidden.grad, sides[0].weight.grad, sides[0].bias.grad]
+        expected = result if expected is None else expected
+        for got, want in zip(result, expected, strict=True):
             assert torch.equal(got, want)
     assert expected[1].count_nonzero() > 0

@@ -39,7 +39,7 @@ NOTICED = r"made in torch\.inference_mode\(\) was overwritten between the forwar
 def test_an_overwritten_teacher_of_inference_mode_gives_no_wrong_gradient(backend, part, divergence):
     student, teacher = logit_pair(6, 70) if part == "logits" else head_pair((6,), 70, bias=True)
     read_again = divergence != "tail_aware" and (backend == "torch" or (backend == "triton" and part == "logits"))
-    found = []
+    got = []
     for overwritten in (False, True):
         given = in_inference_mode(teacher)
         mine = leaf(student) if part == "logits" else leaf_head(student)
@@ -51,9 +51,9 @@ def test_an_overwritten_teacher_of_inference_mode_gives_no_wrong_gradient(backen
                     out.loss.backward()
                 return
         out.loss.backward()
-        found.append(mine.grad if part == "logits" else mine.hidden.grad)
-    assert found[0].count_nonzero() > 0
-    assert torch.equal(*found)
+        got.append(mine.grad if part == "logits" else mine.hidden.grad)
+    assert got[0].count_nonzero() > 0
+    assert torch.equal(*got)
 
 
 @pytest.mark.parametrize("part", ["logits", "hidden"])
@@ -168,7 +168,7 @@ def test_an_overwritten_tensor_makes_gradients_nan_where_looking_would_wait():
 @pytest.mark.parametrize("side", ["logits", "heads"])
 def test_a_teacher_of_inference_mode_costs_no_memory(side):
     student, teacher = logit_pair(60, 701) if side == "logits" else head_pair((60,), 701, bias=True)
-    found = []
+    got = []
     for given in (teacher, in_inference_mode(teacher)):
         mine = leaf(student) if side == "logits" else leaf_head(student)
         tensors = [x for y in (mine, given) for x in ([y] if side == "logits" else [y.hidden, y.weight, y.bias])]
@@ -176,8 +176,8 @@ def test_a_teacher_of_inference_mode_costs_no_memory(side):
             with saved_bytes(tensors) as saved:
                 loss = selective_opd_loss(mine, given, workspace_bytes=2**17, backend="torch").loss
             loss.backward()
-        found.append((saved["bytes"], meter.peak))
+        got.append((saved["bytes"], meter.peak))
     # The meter takes the teacher for new when autograd is given it by another name.
     counted = sum(4 * x.numel() for x in ([given] if side == "logits" else [given.hidden, given.weight, given.bias]))
-    assert found[0][0] < found[1][0] <= found[0][0] + 8 * 3
-    assert found[0][1] <= found[1][1] <= found[0][1] + counted + 100
+    assert got[0][0] < got[1][0] <= got[0][0] + 8 * 3
+    assert got[0][1] <= got[1][1] <= got[0][1] + counted + 100

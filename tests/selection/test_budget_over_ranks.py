@@ -152,15 +152,15 @@ def columns_of(n, seed, dtype=torch.float32):
     """Statistics with ties, infinities and NaN, which no model would make but a normaliser must bear."""
     g = generator(seed)
     names = [name for name in TokenStats._fields if name not in ("valid", "response_place")]
-    found = {name: torch.rand(n, generator=g, dtype=torch.float64).pow(1 + 3 * (seed % 3)).to(dtype) for name in names}
+    got = {name: torch.rand(n, generator=g, dtype=torch.float64).pow(1 + 3 * (seed % 3)).to(dtype) for name in names}
     if seed % 2:
-        found = {name: x.bfloat16().to(dtype) for name, x in found.items()}
+        got = {name: x.bfloat16().to(dtype) for name, x in got.items()}
         for name in ("reverse_kl", "forward_kl", "union_kl", "student_entropy"):
-            found[name] = torch.where(
-                torch.rand(n, generator=g) < 0.1, torch.tensor([math.inf, math.nan])[seed // 2 % 2], found[name]
+            got[name] = torch.where(
+                torch.rand(n, generator=g) < 0.1, torch.tensor([math.inf, math.nan])[seed // 2 % 2], got[name]
             )
     place = torch.randint(0, 9, (n,), generator=generator(seed))
-    return TokenStats(valid=torch.rand(n, generator=g) > (2.0 if seed % 7 == 0 else 0.2), response_place=place, **found)
+    return TokenStats(valid=torch.rand(n, generator=g) > (2.0 if seed % 7 == 0 else 0.2), response_place=place, **got)
 
 
 def normalised(seeds):

@@ -42,13 +42,13 @@ class Processes:
     def run(self, function, *arguments):
         for pipe in self.pipes:
             pipe.send_bytes(pickle.dumps((function, arguments)))
-        found = [self._answer(pipe) for pipe in self.pipes]
-        failed = [f"rank {rank}:\n{text}" for rank, (is_good, text) in enumerate(found) if not is_good]
+        got = [self._answer(pipe) for pipe in self.pipes]
+        failed = [f"rank {rank}:\n{text}" for rank, (is_good, text) in enumerate(got) if not is_good]
         if failed:  # some may have sent what others never took
             self.close()
             self._start()
             raise AssertionError("\n".join(failed))
-        return [value for _, value in found]
+        return [value for _, value in got]
 
     def _answer(self, pipe):
         """Of a process that may have died, or wait for something else than the others."""

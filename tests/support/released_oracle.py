@@ -84,10 +84,10 @@ def released(
         own = [j for j in valid if rows[j][0] == b]
         if not chosen & set(own):
             chosen |= set(best(keep, own, 1))
-    found = Released(np.zeros(responses.shape), np.zeros(responses.shape), np.zeros(responses.shape, bool))
+    got = Released(np.zeros(responses.shape), np.zeros(responses.shape), np.zeros(responses.shape, bool))
     for j, row in enumerate(rows):
-        found.scores[row], found.keep_scores[row], found.selected[row] = score[j], keep[j], j in chosen
-    return found
+        got.scores[row], got.keep_scores[row], got.selected[row] = score[j], keep[j], j in chosen
+    return got
 
 
 def case(

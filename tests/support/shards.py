@@ -47,11 +47,11 @@ def cut(side, widths, rank, *, requires_grad=False):
     first = sum(widths[:rank])
     part = slice(first, first + widths[rank])
     if isinstance(side, torch.Tensor):
-        found = side[..., part].clone()
-        return found.requires_grad_() if requires_grad else found
+        got = side[..., part].clone()
+        return got.requires_grad_() if requires_grad else got
     bias = None if side.bias is None else side.bias[part].clone()
-    found = replace(side, hidden=side.hidden.clone(), weight=side.weight[part].clone(), bias=bias)
-    return leaf_head(found) if requires_grad else found
+    got = replace(side, hidden=side.hidden.clone(), weight=side.weight[part].clone(), bias=bias)
+    return leaf_head(got) if requires_grad else got
 
 
 def sides_of(kind, dtype=torch.float32, seed=0):

@@ -164,8 +164,8 @@ def test_a_server_s_key_is_read_from_the_environment_and_never_shown(needed, mon
 
 
 def test_lora_needs_peft_before_anything_loads(needed, monkeypatch, capsys):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "peft" else found(name, *more))
+    got = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "peft" else got(name, *more))
     with pytest.raises(SystemExit):
         read_config([*needed, "--lora_rank=4"])
     assert "lora_rank: got 4, which needs the package peft; pip install 'opd-ops[train]'" in capsys.readouterr().err

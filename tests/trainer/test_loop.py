@@ -98,10 +98,10 @@ def test_a_step_is_the_gradient_of_all_its_tokens(tmp_path):
         return batch._replace(mask=batch.mask & (torch.arange(batch.mask.shape[1]) < cut[number]))
 
     run.sampler = uneven
-    found = {}
+    got = {}
 
     def keep(optimizer, *_):
-        found.update({name: p.grad.clone() for name, p in run.unwrapped.named_parameters()})
+        got.update({name: p.grad.clone() for name, p in run.unwrapped.named_parameters()})
 
     run.optimizer.optimizer.register_step_pre_hook(keep)
     run.train()
@@ -116,7 +116,7 @@ def test_a_step_is_the_gradient_of_all_its_tokens(tmp_path):
     assert count < 2 * 2 * 5
     (total / count).backward()
     for name, parameter in model.named_parameters():
-        assert_gradient(found[name], parameter.grad)
+        assert_gradient(got[name], parameter.grad)
     (row,) = [row for row in _log(tmp_path) if "loss" in row]
     assert row["loss"] == pytest.approx((total / count).item(), rel=1e-5)
     assert row["n_valid"] == row["n_selected"] == count
@@ -214,14 +214,14 @@ def test_held_out_metrics_are_means_over_tokens(tmp_path):
     contexts = Rollouts(prompts(3), torch.randint(3, 60, (3, 5)), torch.arange(5) < torch.tensor([[5], [1], [3]]))
     teacher = LocalTeacher(language_model(1), words)
     options = {"unwrapped": model, "settings": Settings(divergence="forward_kl")}
-    found = held_out_metrics(model, words, teacher, contexts, batch_size=2, **options)
+    got = held_out_metrics(model, words, teacher, contexts, batch_size=2, **options)
     with torch.no_grad():
         heads = [head_over(m.double(), words, contexts) for m in (model, teacher.model)]
     log_p, log_q = (torch.log_softmax(_logits(head), -1)[contexts.mask] for head in heads)
     kl = (log_q.exp() * (log_q - log_p)).sum(-1).mean().item()
-    assert found["forward_kl"] == pytest.approx(kl, rel=1e-5)
-    assert found["loss"] == pytest.approx(kl, rel=1e-5)
-    assert found["student_entropy"] == pytest.approx(-(log_p.exp() * log_p).sum(-1).mean().item(), rel=1e-5)
+    assert got["forward_kl"] == pytest.approx(kl, rel=1e-5)
+    assert got["loss"] == pytest.approx(kl, rel=1e-5)
+    assert got["student_entropy"] == pytest.approx(-(log_p.exp() * log_p).sum(-1).mean().item(), rel=1e-5)
 
 
 def _logits(head: LinearHead) -> torch.Tensor:
@@ -246,7 +246,7 @@ def test_is_exact_match_reads_the_last_match(text, answer, pattern, expected):
 
 def test_accuracy_counts_prompts_with_answers_alone():
     rollouts = Rollouts(prompts(4), torch.tensor([[9, 1], [9, 1], [8, 1], [8, 1]]), torch.ones(4, 2, dtype=torch.bool))
-    found = completions_of(rollouts, tokenizer(), "")
-    assert [completion.is_exact for completion in found] == [None, True, None, False]
-    assert accuracy(found) == 0.5
-    assert accuracy(found[:1]) is None
+    got = completions_of(rollouts, tokenizer(), "")
+    assert [completion.is_exact for completion in got] == [None, True, None, False]
+    assert accuracy(got) == 0.5
+    assert accuracy(got[:1]) is None

@@ -67,9 +67,9 @@ def _launch(folder, steps, *arguments, script=TRAIN, fails=False, **environment)
 
 
 def _free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as got:
+        got.bind(("127.0.0.1", 0))
+        return got.getsockname()[1]
 
 
 def _logs(folder):

@@ -29,8 +29,8 @@ END, PADDING = 1, 2
 
 def test_rollouts_end_at_the_first_of_any_end_token():
     tokens = torch.tensor([[5, 1, 2, 2], [5, 6, 7, 8], [1, 1, 9, 9], [5, 3, 1, 1]])
-    found = Rollouts.of(prompts(4), tokens, [1, 3]).mask
-    assert found.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]]
+    got = Rollouts.of(prompts(4), tokens, [1, 3]).mask
+    assert got.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]]
     assert Rollouts.of(prompts(4), tokens, []).mask.all()
 
 
@@ -50,16 +50,16 @@ def test_sample_depends_on_its_seed_alone_and_leaves_the_generator():
 @pytest.mark.parametrize("rank", [0, 2])
 def test_sample_takes_nothing_from_the_checkpoints_generation_config_but_its_ends(rank):
     words = tokenizer()
-    found = []
+    got = []
     for options in ({}, {"repetition_penalty": 5.0, "top_k": 2, "min_p": 0.5, "typical_p": 0.2}):
         model = language_model(0)
         model.generation_config.update(**options)
         model.generation_config.eos_token_id = [1, 7]
         model = make_trainable(model, OPDConfig(student="x", prompts="y", lora_rank=rank))
         how = {"max_new_tokens": 12, "seed": 3}
-        found += [sample(model, words, prompts(4), temperature=temperature, **how) for temperature in (1.0, 0.0)]
+        got += [sample(model, words, prompts(4), temperature=temperature, **how) for temperature in (1.0, 0.0)]
         assert model.generation_config.repetition_penalty == options.get("repetition_penalty")  # put back
-    for plain, other in zip(found[:2], found[2:], strict=True):
+    for plain, other in zip(got[:2], got[2:], strict=True):
         assert torch.equal(plain.tokens, other.tokens)
         assert torch.equal(plain.mask, other.mask)
 
@@ -95,9 +95,9 @@ def test_base_teacher_is_the_student_before_training():
         if "lora_B" in name:
             parameter.normal_()  # trained
     rollouts = sample(student, words, prompts(2), max_new_tokens=4, seed=0)
-    found = BaseTeacher(student, words)(rollouts)
-    assert relative_error(found.hidden, head_over(language_model(0), words, rollouts).hidden) < 1e-6
-    assert relative_error(head_over(student.eval(), words, rollouts).hidden, found.hidden) > 0.1
+    got = BaseTeacher(student, words)(rollouts)
+    assert relative_error(got.hidden, head_over(language_model(0), words, rollouts).hidden) < 1e-6
+    assert relative_error(head_over(student.eval(), words, rollouts).hidden, got.hidden) > 0.1
     assert student.training is False
 
 

@@ -62,19 +62,19 @@ def log_q(model, context, answer):
 
 @pytest.mark.parametrize("top_k", [1, 4, MAX_LOGPROBS])
 def test_score_is_the_model_s_own_log_softmax(model, url, top_k):
-    found = ServedTeacher(url, top_k=top_k).score(CONTEXTS, ANSWERS)
-    assert found.ids.shape == found.logprobs.shape == (3, 4, top_k + 1)
-    assert found.temperature == 1.0
+    result = ServedTeacher(url, top_k=top_k).score(CONTEXTS, ANSWERS)
+    assert result.ids.shape == result.logprobs.shape == (3, 4, top_k + 1)
+    assert result.temperature == 1.0
     for row, (context, answer) in enumerate(zip(CONTEXTS, ANSWERS, strict=True)):
         want = log_q(model, context, answer) if answer else []
         for i, token in enumerate(answer):
             top = want[i].topk(top_k)
-            got = {k: v for k, v in zip(found.ids[row, i].tolist(), found.logprobs[row, i].tolist(), strict=True) if k >= 0}
+            got = {k: v for k, v in zip(result.ids[row, i].tolist(), result.logprobs[row, i].tolist(), strict=True) if k >= 0}
             assert set(got) == {token, *top.indices.tolist()}
             for k, v in got.items():
                 assert v == pytest.approx(want[i, k].item(), abs=1e-5)
-        assert (found.ids[row, len(answer) :] == -1).all()
-        assert (found.logprobs[row, len(answer) :] == -torch.inf).all()
+        assert (result.ids[row, len(answer) :] == -1).all()
+        assert (result.logprobs[row, len(answer) :] == -torch.inf).all()
 
 
 def test_score_without_any_answer_asks_for_none():
@@ -107,9 +107,9 @@ def test_the_loss_is_that_of_lists_made_here(model, url):
 
 def test_what_vllm_sends_for_minus_infinity_is_missing():
     with scripted(StandIn(lambda body: {"prompt_logprobs": listed(body["prompt"], -9999.0)})) as (address, _):
-        found = ServedTeacher(address, top_k=2).score([[3]], [[4]])
-    assert found.ids.tolist() == [[[-1, -1, -1]]]
-    assert (found.logprobs == -torch.inf).all()
+        got = ServedTeacher(address, top_k=2).score([[3]], [[4]])
+    assert got.ids.tolist() == [[[-1, -1, -1]]]
+    assert (got.logprobs == -torch.inf).all()
 
 
 def test_a_request_is_what_vllm_reads():
@@ -136,16 +136,16 @@ def test_several_at_once_keep_their_order():
         return {"prompt_logprobs": listed(body["prompt"], -float(body["prompt"][0]))}
 
     with scripted(StandIn(choice)) as (address, _):
-        found = ServedTeacher(address, top_k=1, concurrency=4).score([[i] for i in range(1, 9)], [[20]] * 8)
-    assert found.logprobs[:, 0, 0].tolist() == [-float(i) for i in range(1, 9)]
+        got = ServedTeacher(address, top_k=1, concurrency=4).score([[i] for i in range(1, 9)], [[20]] * 8)
+    assert got.logprobs[:, 0, 0].tolist() == [-float(i) for i in range(1, 9)]
     assert 1 < most <= 4
 
 
 @pytest.mark.parametrize("code", [503, 500, 429])
 def test_it_tries_again_after_a_failure_that_passes(waits, code):
     with scripted(StandIn(prompt_logprobs, fails=[code, code])) as (address, asked):
-        found = ServedTeacher(address, top_k=1).score([[3]], [[4]])
-    assert found.ids[0, 0, 0] == 4
+        got = ServedTeacher(address, top_k=1).score([[3]], [[4]])
+    assert got.ids[0, 0, 0] == 4
     assert len(asked) == 4
     assert waits == [0.5, 1.0]
 
@@ -340,8 +340,8 @@ def test_a_seed_decides_the_answers_and_every_row_has_its_own(url):
 
 def test_draw_takes_the_fewest_tokens_that_hold_top_p():
     p = torch.tensor([0.1, 0.5, 0.05, 0.35])
-    found = [{int(draw(p, top_p, generator(i))) for i in range(200)} for top_p in (0.4, 0.8, 1.0)]
-    assert found == [{1}, {1, 3}, {0, 1, 2, 3}]
+    got = [{int(draw(p, top_p, generator(i))) for i in range(200)} for top_p in (0.4, 0.8, 1.0)]
+    assert got == [{1}, {1, 3}, {0, 1, 2, 3}]
 
 
 def test_a_sampling_request_is_what_vllm_reads():

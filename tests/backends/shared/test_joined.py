@@ -217,9 +217,9 @@ def test_what_does_not_fit_raises_on_every_rank(ranks):
 
 def test_what_is_sent_is_what_is_stated(ranks):
     def of(*case):
-        found = ranks.run(_sent, *case)
-        assert all(each == found[0] for each in found)
-        return found[0]
+        got = ranks.run(_sent, *case)
+        assert all(each == got[0] for each in got)
+        return got[0]
 
     for backend in ("torch", "triton"):
         forward, backward, n, m = of("logits", "reverse_kl", backend)

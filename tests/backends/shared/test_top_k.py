@@ -22,19 +22,19 @@ def blocks(vocab: int, width: int) -> list[slice]:
 
 
 def built(own: torch.Tensor, other: torch.Tensor, k: int, width: int, candidates: int = 4096) -> top_k.TopKList:
-    found = None
+    got = None
     for block in blocks(own.shape[1], width):
-        found = top_k.extended(found, own[:, block].contiguous(), other[:, block].contiguous(), k, block.start, candidates)
-    assert found is not None
-    return found
+        got = top_k.extended(got, own[:, block].contiguous(), other[:, block].contiguous(), k, block.start, candidates)
+    assert got is not None
+    return got
 
 
 def check(own: torch.Tensor, other: torch.Tensor, k: int, width: int, **options: int) -> None:
-    found = built(own, other, k, width, **options)
+    got = built(own, other, k, width, **options)
     want = torch.sort(own, dim=1, descending=True, stable=True).indices[:, :k]
-    assert torch.equal(found.ids, want)
-    assert torch.equal(found.own, own.gather(1, want))
-    assert torch.equal(found.other, other.gather(1, want))
+    assert torch.equal(got.ids, want)
+    assert torch.equal(got.own, own.gather(1, want))
+    assert torch.equal(got.other, other.gather(1, want))
 
 
 @pytest.fixture
@@ -126,9 +126,9 @@ def test_minus_zero_ties_with_zero(pruned):
 def test_nan_takes_the_first_place_of_its_row_alone(pruned):
     own, other = logit_pair(N, 8192)
     own[5, 3000] = own[6, 10] = math.nan
-    found = built(own, other, 16, 2048)
+    got = built(own, other, 16, 2048)
     assert all(pruned)
-    assert torch.equal(found.own.isnan().sum(1), torch.tensor([0, 0, 0, 0, 0, 1, 1, 0, 0]))
+    assert torch.equal(got.own.isnan().sum(1), torch.tensor([0, 0, 0, 0, 0, 1, 1, 0, 0]))
     kept = torch.ones(N, dtype=torch.bool)
     kept[5:7] = False
     check(own[kept], other[kept], 16, 2048)

@@ -346,8 +346,8 @@ def test_triton_by_name_rejects_a_machine_it_cannot_run_on(monkeypatch):
 
 def test_a_gpu_that_triton_does_not_compile_for_takes_torch(monkeypatch):
     monkeypatch.setattr("torch.version.hip", None)
-    for found, refused in (((7, 5), True), ((8, 0), False), ((9, 0), False)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=found: found)
+    for got, refused in (((7, 5), True), ((8, 0), False), ((9, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda got=got: got)
         answer = backends._without_triton("cuda")
         assert refused == (answer is not None)
         assert answer is None or "the GPU has compute capability 7.5, expected 8.0 or newer" in answer

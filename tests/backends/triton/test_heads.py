@@ -77,8 +77,8 @@ def test_one_side_may_be_dense(sides):
     torch.testing.assert_close(got.loss.double(), want.loss, rtol=1e-4, atol=1e-6)
     student, expected = mixed["student"], double["student"]
     pairs = zip(gradients(student), gradients(expected), strict=True) if sides == "student" else [(student.grad, expected.grad)]
-    for found, wanted in pairs:
-        assert_gradient(found, wanted)
+    for result, wanted in pairs:
+        assert_gradient(result, wanted)
 
 
 @pytest.mark.parametrize("workspace_bytes", [SMALL, LARGE])
@@ -92,8 +92,8 @@ def test_gradients_match_eager_fp64(divergence, transform, workspace_bytes):
     want = run(double, to_double(heads[1]), backend="eager", **options)
     assert torch.equal(got.selected, want.selected)
     torch.testing.assert_close(got.loss.double(), want.loss, rtol=1e-4, atol=1e-6)
-    for found, wanted in zip(gradients(student), gradients(double), strict=True):
-        assert_gradient(found, wanted)
+    for result, wanted in zip(gradients(student), gradients(double), strict=True):
+        assert_gradient(result, wanted)
     assert not student.hidden.grad[~got.selected].any()
 
 
@@ -108,10 +108,10 @@ def test_sixteen_bit_gradients_are_no_worse_than_eager(dtype, workspace_bytes):
     s, u = dense(rounded) + rounded.bias, dense(heads[1]) + heads[1].bias  # logits in 16 bits, as a model returns them
     log_p, log_q = torch.log_softmax(s.float(), 1), torch.log_softmax(u.float(), 1)
     (log_p.exp() * (log_p - log_q)).sum(1)[want.selected].mean().backward()
-    for found, wanted, plain in zip(gradients(student), gradients(double), gradients(rounded), strict=True):
-        assert found.dtype == dtype
-        assert relative_error(found, wanted) <= 2 * relative_error(plain, wanted)
-        assert_gradient(found, wanted, bound=5e-3)
+    for result, wanted, plain in zip(gradients(student), gradients(double), gradients(rounded), strict=True):
+        assert result.dtype == dtype
+        assert relative_error(result, wanted) <= 2 * relative_error(plain, wanted)
+        assert_gradient(result, wanted, bound=5e-3)
     torch.testing.assert_close(got.loss.double(), want.loss, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(
         got.stats.reverse_kl[got.selected].double(), want.stats.reverse_kl[want.selected], rtol=1e-4, atol=1e-6
@@ -124,8 +124,8 @@ def test_a_loss_far_below_one_keeps_the_digits_of_fp16_gradients():
     run(student, heads[1])
     out = selective_opd_loss(scaled, heads[1], fraction=0.5, backend="triton", num_items_in_batch=2.0**20)
     (out.loss * 2.0**18).backward()  # as a GradScaler does
-    for found, wanted in zip(gradients(scaled), gradients(student), strict=True):
-        assert_gradient(found, wanted, bound=2e-3)
+    for got, wanted in zip(gradients(scaled), gradients(student), strict=True):
+        assert_gradient(got, wanted, bound=2e-3)
 
 
 def test_entries_beyond_the_common_vocabulary_get_no_gradient():
@@ -167,8 +167,8 @@ def test_masked_vocabulary_entries_and_rows_are_legal():
     mask = torch.arange(4) < 3
     got, want = run(student, teacher, mask=mask), run(double, to_double(teacher), mask=mask, backend="eager")
     torch.testing.assert_close(got.loss.double(), want.loss, rtol=1e-4, atol=1e-6)
-    for found, wanted in zip(gradients(student), gradients(double), strict=True):
-        assert_gradient(found, wanted)
+    for result, wanted in zip(gradients(student), gradients(double), strict=True):
+        assert_gradient(result, wanted)
 
 
 def test_autocast_changes_nothing():
@@ -220,8 +220,8 @@ def test_a_frozen_student_head_costs_two_plus_three_rho_units():
 
 def test_more_selected_rows_than_the_workspace_keeps_cost_a_second_look():
     student, teacher = heads(10, torch.bfloat16)
-    found = units(leaf_head(student), teacher, 10, fraction=0.5, workspace_bytes=2**11)
-    assert found == pytest.approx(2 + 6 * 0.5, rel=1e-12)
+    got = units(leaf_head(student), teacher, 10, fraction=0.5, workspace_bytes=2**11)
+    assert got == pytest.approx(2 + 6 * 0.5, rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -233,11 +233,11 @@ def test_gradients_kept_for_a_span_of_rows_cost_no_second_look(dtype, monkeypatc
         *(Source.of(x) for x in (student, teacher)), n=10, needs=(True, True, True), workspace=Workspace(2**14)
     ).kept
     assert 0 < kept < 10
-    found, whole, exact = leaf_head(student), leaf_head(student), leaf_head(student, torch.float64)
-    units_of_spans = units(found, teacher, 10, fraction=1.0, workspace_bytes=2**14)
+    result, whole, exact = leaf_head(student), leaf_head(student), leaf_head(student, torch.float64)
+    units_of_spans = units(result, teacher, 10, fraction=1.0, workspace_bytes=2**14)
     assert units_of_spans == units(whole, teacher, 10, fraction=1.0)
     run(exact, to_double(teacher), fraction=1.0, backend="eager")
-    for got, at_once, want in zip(gradients(found), gradients(whole), gradients(exact), strict=True):
+    for got, at_once, want in zip(gradients(result), gradients(whole), gradients(exact), strict=True):
         assert relative_error(got, want) <= 2 * relative_error(at_once, want) + 1e-6
 
 
@@ -253,18 +253,18 @@ def test_more_spans_than_eight_cost_a_second_look(monkeypatch):
 def test_a_bias_in_fp16_keeps_its_digits_under_small_weights():
     student, teacher = head_pair((10,), 131, bias=True, dtype=torch.bfloat16)
     student = LinearHead(student.hidden, student.weight, student.bias.half())
-    found, exact = leaf_head(student), leaf_head(student, torch.float64)
-    for head, options in ((found, {}), (exact, {"backend": "eager"})):
-        side = teacher if head is found else to_double(teacher)
+    got, exact = leaf_head(student), leaf_head(student, torch.float64)
+    for head, options in ((got, {}), (exact, {"backend": "eager"})):
+        side = teacher if head is got else to_double(teacher)
         options |= {"fraction": 1.0, "weights": torch.full((10,), 1e-7)}
         (selective_opd_loss(head, side, **{"backend": "triton"} | options).loss * 1e7).backward()
-    assert relative_error(found.bias.grad, exact.bias.grad) < 2**-7
+    assert relative_error(got.bias.grad, exact.bias.grad) < 2**-7
 
 
 def test_masked_rows_cost_nothing():
     student, teacher = heads(10)
-    found = units(leaf_head(student), teacher, 10, fraction=0.2, mask=torch.arange(10) % 2)
-    assert found == pytest.approx((2 + 4 * 0.2) / 2, rel=1e-12)
+    got = units(leaf_head(student), teacher, 10, fraction=0.2, mask=torch.arange(10) % 2)
+    assert got == pytest.approx((2 + 4 * 0.2) / 2, rel=1e-12)
 
 
 @pytest.mark.parametrize("n", [8, 16, 32])

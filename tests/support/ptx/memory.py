@@ -57,11 +57,11 @@ class Buffers:
         """(buffer, index of the element, threads) for each buffer that an active thread's access is in."""
         width = size * count
         at = np.flatnonzero(active)
-        found = addresses[at]
-        if (found % np.uint64(width)).any():
-            raise RuntimeError(f"misaligned: an access of {width} bytes at {int(found[found % np.uint64(width) != 0][0]):#x}")
-        buffer = np.searchsorted(self.bases, found, side="right").astype(np.int64) - 1
-        offset = found - self.bases[buffer]
+        got = addresses[at]
+        if (got % np.uint64(width)).any():
+            raise RuntimeError(f"misaligned: an access of {width} bytes at {int(got[got % np.uint64(width) != 0][0]):#x}")
+        buffer = np.searchsorted(self.bases, got, side="right").astype(np.int64) - 1
+        offset = got - self.bases[buffer]
         outside = (buffer < 0) | (offset + np.uint64(width) > self.sizes[buffer])
         if outside.any():
             thread = at[outside][0]
@@ -98,12 +98,12 @@ class Scratch:
     def _places(self, addresses, active, size, count):
         width = size * count
         at = np.flatnonzero(active)
-        found = addresses[at].astype(np.int64)
-        if (found % width).any() or (found < 0).any() or (found + width > self.size).any():
+        got = addresses[at].astype(np.int64)
+        if (got % width).any() or (got < 0).any() or (got + width > self.size).any():
             raise RuntimeError(
-                f"shared or local memory of {self.size} bytes: an access of {width} at {found.min()} .. {found.max()}"
+                f"shared or local memory of {self.size} bytes: an access of {width} at {got.min()} .. {got.max()}"
             )
-        return self.bytes.reshape(-1).view(UNSIGNED[size]), (self.owner[at] * self.size + found) // size, at
+        return self.bytes.reshape(-1).view(UNSIGNED[size]), (self.owner[at] * self.size + got) // size, at
 
     def load(self, addresses, active, size, count):
         view, index, threads = self._places(addresses, active, size, count)

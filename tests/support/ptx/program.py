@@ -79,10 +79,10 @@ def parse(ptx: str) -> Program:
 
 
 def _instruction(line: str) -> Instruction:
-    found = re.fullmatch(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*);", line)
-    if found is None:
+    got = re.fullmatch(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*);", line)
+    if got is None:
         raise ValueError(f"not an instruction of PTX: {line!r}")
-    negation, guard, opcode, operands = found.groups()
+    negation, guard, opcode, operands = got.groups()
     parts = re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,])+", operands)
     return Instruction(tuple(opcode.split(".")), tuple(_operand(x.strip()) for x in parts), guard, bool(negation), line)
 
