@@ -318,14 +318,14 @@ def test_every_divergence_is_that_of_one_process(ranks, name, kind):
     ranks.run(_divergence, name, kind, "uneven", "torch")
 
 
-@pytest.mark.parametrize("kind", ["logits", "heads"])
+@pytest.mark.parametrize("kind", [pytest.param("logits", marks=pytest.mark.full), "heads"])
 def test_every_divergence_after_kernels_scored_the_parts(ranks, kind):
     ranks.run(_divergences_by_kernels, kind)
 
 
 @pytest.mark.parametrize("cut", ["empty", "narrow"])
 @pytest.mark.parametrize("name", ["reverse_kl", "jsd", "tail_aware", "local_support"])
-@pytest.mark.parametrize("kind", ["logits", "softcap"])
+@pytest.mark.parametrize("kind", ["logits", pytest.param("softcap", marks=pytest.mark.full)])
 def test_parts_may_be_empty_or_narrower_than_k(ranks, name, kind, cut):
     ranks.run(_divergence, name, kind, cut, "torch")
 

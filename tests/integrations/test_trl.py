@@ -87,7 +87,7 @@ def test_fraction_one_reproduces_trl(tmp_path, accumulation, lora):
     assert (want > 0).all()
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5])
+@pytest.mark.parametrize("beta", [pytest.param(0.0, marks=pytest.mark.full), 0.5])
 def test_the_trainer_s_beta_and_temperature_are_kept(tmp_path, beta):
     options = {"beta": beta, "temperature": 0.8}
     want = logs(train(tmp_path, **options))

@@ -241,6 +241,7 @@ def test_gradients_kept_for_a_span_of_rows_cost_no_second_look(dtype, monkeypatc
         assert relative_error(got, want) <= 2 * relative_error(at_once, want) + 1e-6
 
 
+@pytest.mark.full
 def test_more_spans_than_eight_cost_a_second_look(monkeypatch):
     monkeypatch.setattr(grids, "TILE_ROWS", (8, 4, 2))
     student, teacher = heads(34, torch.bfloat16)

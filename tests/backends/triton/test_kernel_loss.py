@@ -81,7 +81,7 @@ def test_loss_and_gradient_of_heads_match_fp64(case):
 
 
 @pytest.mark.parametrize("case", ["jsd-0.1", "sampled", "entropy_aware-2"])
-@pytest.mark.parametrize("workspace_bytes", [2**20, 4_000])
+@pytest.mark.parametrize("workspace_bytes", [pytest.param(2**20, marks=pytest.mark.full), 4_000])
 def test_16_bit_heads_are_trained_on_fp32_logits(case, workspace_bytes, monkeypatch):
     looks = []
     second_look = triton_heads_loss._SelectedRows._second_look
