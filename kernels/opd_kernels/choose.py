@@ -15,7 +15,7 @@ Shapes: N positions, G sequences, R rows of the list
                              selected position of sequences are not written
   counts      (3,)      out  int64: selected, valid, infinite
 
-Grid: choose (1,) for one budget; for sequences (G + 1,), and then list (1,). Traffic: 5 bytes read a position and 1 written,
+Grid: choose (1,) for one budget; for sequences (G + 1,), and then list (1,). Traffic: 6 bytes read a position and 1 written,
 8 a row; keys as order.py says.
 The host knows R beforehand (the largest budget) and learns the number of selected positions from `counts`.
 

@@ -22,9 +22,9 @@ Numerics
   Normalisers are known from the score, so nothing is rescaled.
   At the top id the slope is the difference of two numbers that agree where p is near 1. A row's gradient sums to 0:
   minus the sum of the others is the same number and loses no digit.
-  NaN logits give NaN, never hidden.
+  NaN logits give NaN gradients, but where the row's weight is 0.
 
-Not here: which rows (opd_ops/selection/selectors.py), weights (opd_ops/call/reduce.py), block sizes (launch_table.py).
+Not here: which rows (opd_ops/call/choose.py), weights (opd_ops/call/reduce.py), block sizes (launch_table.py).
 Specification: autograd of opd_ops/backends/eager.py. Tests: tests/kernels/test_grad.py, tests/kernels/test_jsd.py.
 """
 

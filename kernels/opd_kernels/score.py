@@ -8,7 +8,7 @@ logit is masked, infinite or NaN).
   Also the largest stored logit of every group of GROUP = 128 consecutive logits, for support.py.
 
 Shapes: N rows in the tables, n of them scored, V vocabulary, NG = ceil(V / 128) groups
-  s, t        (N, V)      in   stored logits, fp32/bf16/fp16, unit stride along V, any row stride
+  s_ptr, t_ptr  (N, V)    in   stored logits, fp32/bf16/fp16, unit stride along V, any row stride
   rows        (n,)        in   row numbers in [0, N), any order; None: rows 0 .. N-1
   columns     (12, n)     out  fp32, the order of COLUMNS
   group_max   (n, 2, NG rounded up to 16)  out  student, teacher; the stored type (fp32 if the models' types differ);

@@ -1,4 +1,4 @@
-"""A lane's logits as one register each, and 16-bit logits as words of two: loads, the largest and smallest, and fp32.
+"""Loads a lane's logits, two 16-bit logits a word; finds the largest and the smallest; converts them to fp32.
 
   A word holds the logits v (lower half) and v + 1 (upper half), v even.
   bf16 to fp32 takes one instruction a logit: `word << 16`, or the upper half as it stands in memory.

@@ -50,7 +50,7 @@ class SampledToken(OnSupport):
             advantages. For shape "log", and teachers that give whole rows.
         ratio: "none", "is" (importance sampling), "tis" (truncated), "icepop" (0 outside of the bounds) or "ppo" (no gradient
             where PPO's clipped objective has none).
-        bounds: (low, high) of the ratio; None: (0, 2), for "ppo" (0.8, 1.28).
+        bounds: (low, high) of the ratio; None: (0, 2) for "tis" and "icepop", (0.8, 1.28) for "ppo". "is" takes none.
         alpha: Exponent of shape "power", > 0.
     """
 

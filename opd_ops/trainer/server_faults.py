@@ -1,7 +1,6 @@
-"""A server that fails during a run: all processes stop at the same place, and the weights are saved before the run ends.
+"""A server that fails during a run: all processes stop at the same place, and unsaved updates are saved before the run ends.
 
-The weights after the last update have no next gradient yet that shows whether they are good (blow_up.py), so older checkpoints
-are not deleted.
+No gradient has shown yet whether the last weights are good (blow_up.py does that a step later), so older checkpoints are kept.
 Not here: how long a request is sent again before that (servers/retries.py), the files (checkpoints.py).
 """
 

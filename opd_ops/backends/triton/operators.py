@@ -1,4 +1,4 @@
-"""The Triton backend's two steps as operators of torch: torch.compile cannot trace a launch, but can call an operator.
+"""The Triton backend's steps as operators of torch: torch.compile cannot trace a launch, but can call an operator.
 
   opd_ops::token_columns        logits -> statistics of the given rows
   opd_ops::divergence_gradient  logits, weights -> d (weighted sum of the losses) / d the student's logits

@@ -1,9 +1,9 @@
-"""Selection and totals by kernels: tensors of a call as the kernels take them, and their outputs as tensors of a call.
+"""Selection and totals by kernels: converts the tensors of a call for the kernels, and the kernels' outputs back.
 
   statistics -> scores (place.py) -> selected positions and their list (choose.py) -> sums and counts (totals.py)
   Scores and selected positions equal those of opd_ops/selection to the bit.
 
-Not here: the decision whether an operator of torch.compile runs them (backend.py), kernels (opd_kernels).
+Not here: calls that torch.compile traces (traced.py), kernels (opd_kernels).
 """
 
 from __future__ import annotations

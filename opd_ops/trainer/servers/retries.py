@@ -3,8 +3,8 @@
   waits of 0.5, 1, 2, 4, 8, 10, 10, ... seconds; the last try comes when `seconds` have passed since the first failure.
   An error is temporary if the server cannot be reached, is too slow, or answers 429 or 5xx (client.py).
 
-A restarted vLLM server loads its model for half a minute or more: the window must be longer. Every failure is a warning of the
-logger "opd_ops", one for all requests that fail together. The last error also has the first failure: a server that was killed
+A restarted vLLM server loads its model for half a minute or more: the window must be longer. Each wait logs one
+warning (logger "opd_ops") for all requests that fail in it. The last error also has the first failure: a server that was killed
 cannot be reached afterwards, and only its first answer has the reason.
 Not here: HTTP (client.py).
 """

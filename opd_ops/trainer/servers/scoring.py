@@ -1,4 +1,4 @@
-"""What every server of a teacher does: it scores its own top-K tokens, or given ids, at every token of the student's answers.
+"""The client code that all servers of a teacher share: it asks for scores of the teacher's top-K tokens, or of given ids.
 
   score(contexts, answers)           log q of the teacher's K likeliest tokens and of the answer's own token
   score_ids(contexts, answers, ids)  log q of K given ids a position, like the student's K likeliest tokens
