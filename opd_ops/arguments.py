@@ -19,11 +19,17 @@ from torch import Tensor
 LARGEST_INTEGER = 2**63 - 1  # torch takes no larger one
 LARGEST_ID = 2**31 - 2  # torch cuts a larger id to 32 bits when it compares it with 32-bit tokens: 2^40 would be token 0
 LONGEST_SHOWN = 60
+DEFAULT_TOP_K = 16  # this and the next: of the settings, and of statistics that a rollout records for a call
+DEFAULT_TEMPERATURE = 1.0
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def is_traced() -> bool:
-    """Whether torch.compile traces the call. Traced code must not read a value, log or warn."""
+    """Whether torch.compile traces the call. Traced code must not read a value, log or warn.
+
+    call/prepare.py asks for the whole call (`Call.in_graph`, `Needs.traced`). Checks before a `Call` exists ask too, and two
+    functions that read what torch.compile cannot trace: inference mode (inputs/sources.py), a ContextVar (selectors.py).
+    """
     return torch.compiler.is_compiling()
 
 

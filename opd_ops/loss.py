@@ -69,7 +69,7 @@ def selective_opd_loss(
     Returns: `SelectiveOPDOutput`: `loss`, 0-dim; `selected`, `scores`, `stats` of the mask's shape; `metrics`.
     Raises: ValueError, TypeError: a wrong argument, before any work, with the value that came and the value that was expected.
         ValueError: logits that are not finite (`check_finite`), a `num_items_in_batch` of 0, after scoring.
-    Non-finite logits, denominators, ranks, torch.compile: docs/features.md.
+    Selectors, divergences, non-finite logits, denominators, ranks, torch.compile: docs/features.md.
     Example: a student equal to its teacher has nothing to learn.
         >>> logits = torch.randn(6, 32)
         >>> selective_opd_loss(logits, logits).loss

@@ -21,7 +21,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opd_ops.arguments import check_choice, check_ids, check_integer, check_layout, check_positive, may_look, plain, real, shown
+from opd_ops.arguments import (
+    DEFAULT_TEMPERATURE,
+    DEFAULT_TOP_K,
+    check_choice,
+    check_ids,
+    check_integer,
+    check_layout,
+    check_positive,
+    may_look,
+    plain,
+    real,
+    shown,
+)
 from opd_ops.backends.resolve import check_backend
 from opd_ops.divergences import DIVERGENCES, Divergence, resolve_divergence
 from opd_ops.inputs import float8
@@ -116,9 +128,13 @@ class Settings:
     )
     denominator: str = _setting("selected", "Divide the sum of losses by the number of 'selected' or of all 'valid' positions.")
     top_k: int = _setting(
-        16, "K, at most V. A model's K likeliest ids are its support, which disagreement and support mass read."
+        DEFAULT_TOP_K,
+        "K, at most V. A model's K likeliest ids are its support: on them teachability reads how much the models disagree, and "
+        "the mass that the teacher gives to the student's.",
     )
-    temperature: float = _setting(1.0, "Divides both models' logits, > 0; the loss is not scaled back by its square.")
+    temperature: float = _setting(
+        DEFAULT_TEMPERATURE, "Divides both models' logits, > 0; the loss is not scaled back by its square."
+    )
     ignore_index: int = _setting(-100, "Label of positions that are not valid.")
     special_ids: Sequence[int] = _setting(
         (), "Of each of these ids, the first valid position in each sequence becomes not valid."

@@ -24,8 +24,8 @@ class Gate(NamedTuple):
     programs: int
 
 
-# A few points looser than what the model said on 2026-11-29, with triton 3.9. Asked of the score on sm_90: 0.95 at all points in
-# bf16 and fp16; in bf16 an alu of 0.40 at most, and five programs.
+# A few points looser than what the model said on 2026-11-29, with triton 3.9. Asked of the score on sm_90: 0.95 at all points
+# in bf16 and fp16; in bf16 an alu of at most 0.40, and five programs.
 GATES = (
     Gate("sm_90", "score_fwd", "bf16", (1.00, 1.00, 1.00), issue=0.52, alu=0.26, programs=5),
     Gate("sm_90", "score_fwd", "bf16 rows", (1.00, 1.00, 1.00), issue=0.52, alu=0.26, programs=5),

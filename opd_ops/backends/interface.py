@@ -62,6 +62,10 @@ class Backend(ABC):
         """Whether the gradient can be written over the student's logits (`inplace_backward`)."""
         return False
 
+    def hands_over(self, student: Source, teacher: Source | TeacherLists, divergence: Divergence) -> str | None:
+        """Why another backend computes this loss on the same device (docs/features.md has the table); None: none does."""
+        return None
+
     def float8_refusal(self, student: Source, teacher: Source | TeacherLists) -> str | None:
         """Why this backend cannot rank positions in 8 bits; None if it can."""
         return "it does not rank in 8 bits"

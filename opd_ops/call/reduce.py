@@ -114,7 +114,9 @@ def _summed_by_kernels(chosen: Chosen, weighted: Tensor, losses: Tensor, row_wei
         is_known = call.divergence.whole is not None and call.divergence.whole.column is not None
         among = (counts[1], "valid") if is_known else (counts[0], "selected")
         warn_of_infinite_counts(int(totals["n_infinite"]), *among, call.divergence.name)
-    loss = weighted * totals["scale"].to(weighted.dtype)
+    # A copy: autograd saves it, and the caller may change the metrics, which share its memory, in place.
+    scale = totals["scale"].clone().to(weighted.dtype)
+    loss = weighted * scale
     return SelectiveOPDOutput(loss, chosen.selected, chosen.scores, chosen.stats, metrics_of_totals(loss, totals))
 
 
@@ -216,8 +218,8 @@ def token_losses(chosen: Chosen) -> TokenLosses:
     read_again = (call.student, call.teacher) if isinstance(call.teacher, Source) else (call.student,)
     losses = unchanged(losses, rows, *read_again, workspace=call.workspace)
     row_weights = _row_weights(chosen, tokens, losses.dtype)
-    if row_weights is not None:
-        losses = losses * row_weights
+    if row_weights is not None:  # an infinite weight of a row that is not trained on must not make it NaN
+        losses = losses * torch.where(trained, row_weights, 0)
     placed = torch.zeros_like(chosen.scores.flatten(), dtype=losses.dtype).index_put((rows,), losses).view(call.shape)
     placed = placed * nan_if_nonfinite(chosen, placed.dtype)
     loss_sum = losses.detach().sum()

@@ -70,7 +70,7 @@ DIVERGENCES: dict[str, Divergence] = {
 
 
 def resolve_divergence(divergence: str | Divergence) -> Divergence:
-    """The divergence with this name and default parameters; an instance is returned unchanged. Errors list the names names."""
+    """The divergence with this name and default parameters; an instance is returned unchanged. Errors list the names."""
     if isinstance(divergence, Divergence):
         whole = divergence.whole
         if whole is not None and whole.column is None and not isinstance(whole, Summed):

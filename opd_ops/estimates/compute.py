@@ -36,7 +36,7 @@ POSITION_BYTES = 480  # statistics, masks, sort keys and fp64 temporaries: some 
 ROW_BYTES = ID_BYTES = 8  # saved per selected row: its number, and on "torch" the ids of a divergence on a list
 WEIGHT_BYTES = 1  # on "torch": whether the row's weight is 0
 KL_COLUMNS, SUMMED_COLUMNS = 5, 6  # on "torch", for a divergence over whole rows: the mean slope and those of `Reference`
-SAVED_SCALAR_BYTES = 80  # saved for the mean: sums and denominators; of kernels all totals, in one tensor
+SAVED_SCALAR_BYTES = 64  # saved for the mean: sums and denominators
 
 
 class Estimate(NamedTuple):

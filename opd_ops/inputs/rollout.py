@@ -14,7 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd_ops.arguments import check_integer, check_layout, check_positive, may_look, per_position
+from opd_ops.arguments import (
+    DEFAULT_TEMPERATURE,
+    DEFAULT_TOP_K,
+    check_integer,
+    check_layout,
+    check_positive,
+    may_look,
+    per_position,
+)
 from opd_ops.inputs.order import best_places
 
 CANDIDATES = 1 << 22  # most logits ranked at a time
@@ -58,7 +66,7 @@ class StudentStats:
 
     @classmethod
     @torch.no_grad()
-    def of_logits(cls, logits: Tensor, *, top_k: int = 16, temperature: float = 1.0) -> StudentStats:
+    def of_logits(cls, logits: Tensor, *, top_k: int = DEFAULT_TOP_K, temperature: float = DEFAULT_TEMPERATURE) -> StudentStats:
         """The statistics of (..., V) logits, computed in fp32 (fp64 for fp64), for a user's own sampler.
 
         Raises: ValueError: a top_k below 1, or a temperature that is not above 0. TypeError: a top_k that is no integer.
@@ -98,7 +106,7 @@ class RolloutRecorder:
         >>> score_positions(student_head, teacher_head, student_stats=recorder.stats())
     """
 
-    def __init__(self, *, top_k: int = 16, temperature: float = 1.0) -> None:
+    def __init__(self, *, top_k: int = DEFAULT_TOP_K, temperature: float = DEFAULT_TEMPERATURE) -> None:
         self.top_k, self.temperature = top_k, temperature
         self._steps: list[StudentStats] = []
 

@@ -94,9 +94,9 @@ class OPDConfig:
     fraction: float = _option(DEFAULTS.fraction, HELP["fraction"])
     scope: Scope = _option(  # noqa: RUF009  # `_option` is a dataclass field
         cast("Scope", DEFAULTS.scope),
-        "One budget for each process's micro-batch, for each answer, or for all processes' micro-batches together.",
+        HELP["scope"],
     )
-    divergence: str = _option(str(DEFAULTS.divergence), "Name of the loss on the selected positions (docs/features.md).")
+    divergence: str = _option(str(DEFAULTS.divergence), HELP["divergence"])
     divergence_args: str = _option("", "Its parameters, like beta=0.3 or top_k=8,alpha=0.5.")
     top_k: int = _option(DEFAULTS.top_k, HELP["top_k"])
     workspace_mib: int = _option(256, "Scratch memory of the loss, MiB.")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from opd_ops import LinearHead, StudentStats, TopKLogprobs, selective_opd_loss, selective_opd_token_losses
+from opd_ops import LinearHead, StudentStats, TopK, TopKLogprobs, selective_opd_loss, selective_opd_token_losses
 from tests.support.cases import generator, gradients, head_pair, leaf, leaf_head, logit_pair, to_double
 from tests.support.tolerances import assert_gradient
 
@@ -276,3 +276,25 @@ def test_the_gradient_is_of_the_tokens_that_the_forward_read(backend):
         grads.append(x.grad)
     assert grads[0].any()
     assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch"])
+def test_an_infinite_weight_of_a_row_with_an_infinite_loss_reaches_no_loss(backend):
+    student, teacher = logit_pair(5, 31, scale=3.0)
+    teacher[2] = torch.where(student[2] > student[2].median(), -math.inf, teacher[2])  # no id is on both lists
+    weights = torch.ones(5).index_fill(0, torch.tensor([2]), math.inf)
+    x = leaf(student)
+    out = selective_opd_token_losses(
+        x,
+        teacher,
+        weights=weights,
+        divergence=TopK("reverse", "intersection", "drop", 4),
+        backend=backend,
+        selector="all",
+        fraction=1.0,
+    )
+    assert out.losses.isfinite().all()
+    assert not out.selected[2]
+    out.losses.sum().backward()
+    assert x.grad.isfinite().all()
+    assert not x.grad[2].any()

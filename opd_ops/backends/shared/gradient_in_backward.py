@@ -1,6 +1,7 @@
 """Losses whose gradient is computed in the backward, from tensors saved in the forward: one autograd function for all of them.
 
-A backend computes the gradient in its `GradientPlan`. triton/heads_loss.py alone computes gradients in the forward.
+A backend computes the gradient in its `GradientPlan`. triton/heads_loss.py alone computes gradients in the forward. Calls that
+torch.compile traces have a pair of their own, as operators (triton/operators.py).
 Not here: second derivatives, which are refused (first_order.py), inputs overwritten between forward and backward
 (overwritten.py).
 """

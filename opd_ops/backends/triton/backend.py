@@ -4,8 +4,7 @@
   gradient kernel          -> d loss / d logits on the selected rows, every other row zero
   (selection/stats.py and divergences/ define the statistics and losses)
 
-Some losses run by torch's own operations on the same device (backends/streamed/): divergences without a kernel
-(`kernel_loss.refusal`; the log says so), and, where ranks share out the vocabulary, all but reverse and forward KL.
+Some losses run by torch's own operations on the same device (backends/streamed/): `Triton.hands_over` says which, the log when.
 
 Not here: dense logits (dense.py, dense_loss.py), heads (heads.py, heads_loss.py), ranks that share out the vocabulary
 (shards.py), calls that torch.compile traces (traced.py).
@@ -49,6 +48,12 @@ class Triton(Backend):
 
     def overwrites_logits(self, student: Source, teacher: Source | TeacherLists, divergence: Divergence) -> bool:
         return student.transform.shard is None and not is_computed(student, teacher) and is_column(divergence)
+
+    def hands_over(self, student: Source, teacher: Source | TeacherLists, divergence: Divergence) -> str | None:
+        if student.transform.shard is not None:
+            has_kernels = isinstance(teacher, Source) and is_column(divergence)
+            return None if has_kernels else "ranks share out the vocabulary"
+        return kernel_loss.refusal(divergence)
 
     def float8_refusal(self, student: Source, teacher: Source | TeacherLists) -> str | None:
         return float8.refusal(*[x.weight for x in (student, teacher) if isinstance(x, Source) and x.weight is not None])
@@ -176,11 +181,7 @@ class Triton(Backend):
         workspace: Workspace,
         inplace: bool,
     ) -> tuple[Tensor, Tensor]:
-        shard, reason = student.transform.shard, kernel_loss.refusal(divergence)
-        if shard is not None and isinstance(teacher, Source) and is_column(divergence):
-            return shards.selected_loss(student, teacher, shard, rows, weights, divergence, workspace)
-        if shard is not None:
-            reason = "ranks share out the vocabulary"
+        reason = self.hands_over(student, teacher, divergence)
         if reason is not None:
             _log.debug("backend 'triton': the loss %r by backend 'torch' (%s)", divergence.name, reason)
             if divergence.reads_whole_rows and isinstance(teacher, Source):  # `stats` may come from 16-bit logits
@@ -207,6 +208,9 @@ class Triton(Backend):
                 inplace=False,
             )
         assert not inplace or self.overwrites_logits(student, teacher, divergence)
+        if student.transform.shard is not None:
+            assert isinstance(teacher, Source)
+            return shards.selected_loss(student, teacher, student.transform.shard, rows, weights, divergence, workspace)
         return self._kernel_loss(
             student,
             teacher,

@@ -129,3 +129,18 @@ def test_what_kernels_do_not_select_torch_selects(options, monkeypatch):
     want = selective_opd_loss(leaf(student), teacher, backend="torch", **options)
     assert torch.equal(out.selected, want.selected)
     assert out.selected.any()
+
+
+def test_metrics_may_be_changed_in_place_before_the_backward():
+    student, teacher = logit_pair(12, 61, scale=3.0)
+    gradients = []
+    for changes in (False, True):
+        x = leaf(student)
+        out = selective_opd_loss(x, teacher, fraction=0.5, backend="triton")
+        if changes:
+            for value in out.metrics.values():
+                value.mul_(2)
+        out.loss.backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+    assert gradients[0].any()
