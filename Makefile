@@ -27,7 +27,7 @@ TESTED := $(VENV)/.test $(VENV)/.train $(VENV)/.parity
 PYTEST := $(BIN)/python -m pytest
 
 # Suites against peers, all marked `full`: each process that collects them imports the peers for ten seconds.
-PEERS := tests/parity tests/integrations/test_verl.py
+PEERS := tests/parity tests/integrations/test_verl.py tests/integrations/test_trl.py tests/examples/test_loops.py
 
 test: $(TESTED)
 	$(PYTEST) $(or $(ARGS),$(PARALLEL) -m "not full" $(PEERS:%=--ignore=%))

@@ -20,6 +20,7 @@ from opd_ops.trainer.servers.teacher import ServedTeacher
 from tests.integrations.models import language_model
 from tests.integrations.models import tokenizer as tiny_tokenizer
 
+pytestmark = pytest.mark.full  # importing the peer takes seconds in each process
 HOOK = distillation_trainer._chunked_divergence_loss
 
 

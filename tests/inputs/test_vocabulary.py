@@ -318,7 +318,8 @@ def test_every_divergence_is_that_of_one_process(ranks, name, kind):
     ranks.run(_divergence, name, kind, "uneven", "torch")
 
 
-@pytest.mark.parametrize("kind", [pytest.param("logits", marks=pytest.mark.full), "heads"])
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["logits", "heads"])
 def test_every_divergence_after_kernels_scored_the_parts(ranks, kind):
     ranks.run(_divergences_by_kernels, kind)
 

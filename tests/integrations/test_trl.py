@@ -29,6 +29,7 @@ from tests.integrations.models import VOCAB, language_model, prompts, tokenizer
 from tests.support.cases import generator, leaf, logit_pair
 from tests.support.tolerances import assert_gradient, relative_error
 
+pytestmark = pytest.mark.full  # importing the peer takes seconds in each process
 LOGGED = ("loss", "grad_norm", "entropy")
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
 HOOK = distillation_trainer._chunked_divergence_loss

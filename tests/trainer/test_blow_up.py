@@ -22,6 +22,7 @@ from opd_ops.trainer.checkpoints import FREE, LOGGED, SETTINGS, check_resume
 from opd_ops.trainer.config import OPDConfig
 from tests.trainer.runs import trainer
 
+pytestmark = pytest.mark.full  # runs of the whole trainer
 EXPLODING = {"learning_rate": 1e20, "warmup_steps": 3, "save_every": 1, "eval_every": 100}
 
 

@@ -215,6 +215,7 @@ def test_what_does_not_fit_raises_on_every_rank(ranks):
     ranks.run(_refused)
 
 
+@pytest.mark.full
 def test_what_is_sent_is_what_is_stated(ranks):
     def of(*case):
         got = ranks.run(_sent, *case)

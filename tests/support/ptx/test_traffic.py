@@ -20,6 +20,7 @@ from tests.support.ptx.driver import launches
 from tests.support.ptx.memory import SECTOR
 
 V, ODD = 151_936, 50_257
+pytestmark = pytest.mark.full  # rows of whole vocabularies
 FEW = 4096  # bytes that all programs of a launch may read or write beside rows: their numbers, weights, columns
 
 
