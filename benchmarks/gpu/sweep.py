@@ -120,12 +120,12 @@ def sweeps(bench: Bench) -> Iterator[Sweep]:
     yield Sweep("jsd_fwd", "grad", grad, blocks, lambda: jsd_fwd(*chosen, columns, beta=BETA, **pair))
     yield Sweep("jsd_grad", "grad", grad, blocks, lambda: jsd_grad(*chosen, weights, columns, sums, beta=BETA, **write))
     ids = student[rows.long()].float().topk(LISTED).indices.sort().values.int()
-    values, columns = torch.zeros_like(ids, dtype=torch.float32), off_list_fwd(student, rows, ids, **own)
+    values, off_list_columns = torch.zeros_like(ids, dtype=torch.float32), off_list_fwd(student, rows, ids, **own)
     yield Sweep(
         "off_list_fwd", "off_list", launch_table.off_list(bench.dtype), list(off_list_tiles(bench.dtype)),
         lambda: off_list_fwd(student, rows, ids, **own),
     )  # fmt: skip
-    listed = student, rows, ids, values, weights, columns
+    listed = student, rows, ids, values, weights, off_list_columns
     yield Sweep(
         "off_list_grad", "off_list_grad", launch_table.off_list_grad(), blocks,
         lambda: off_list_grad(*listed, out=out, add=False, first_id=0, **own),

@@ -76,7 +76,9 @@ def test_a_training_step_around_heads_compiles_fullgraph(frozen):
         got[0].backward()
         runs.append([*got, *(x.grad for x in tensors if x.requires_grad)])
     assert len(runs[0]) == (4 if frozen else 5)
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert torch.equal(runs[0][1], runs[1][1])
+    for a, b in zip(*runs, strict=True):  # an eager call is summed by kernels: the last bit may differ
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
     assert runs[0][3].any()
 
 
