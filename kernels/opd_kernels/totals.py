@@ -143,6 +143,6 @@ def totals_fwd(
         rows, losses, row_weights, scores, valid, unmasked, stats, selected, infinite, numbers, counts,
         rows.shape[0], n, HAS_WEIGHTS=row_weights is not None,
         HAS_MASK=unmasked is not None, LOSS=-1 if loss is None else STATS.index(loss), BY_SELECTED=by_selected,
-        **tile.constants, num_warps=tile.num_warps, enable_fp_fusion=False,
+        **tile.constants, num_warps=tile.num_warps, enable_fp_fusion=False, **tile.limits(),
     )  # fmt: skip
     return numbers, counts
