@@ -44,7 +44,6 @@ test-interpreted: $(TESTED)
 # The older triton is put before the virtual environment's own, which stays as it is. The code for another GPU at once.
 test-triton36: $(TESTED) $(VENV)/.triton36
 	PYTHONPATH=$(abspath $(VENV)/triton36) OPD_KERNELS=sm_80 $(PYTEST) $(PARALLEL) -m "not full" tests/kernels
-	PYTHONPATH=$(abspath $(VENV)/triton36) $(PYTEST) tests/benchmarks/test_roofline.py -k "not other_targets"
 
 roofline: $(VENV)/.test
 	$(BIN)/python -m benchmarks.static.roofline $(ARGS)
