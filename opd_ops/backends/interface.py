@@ -132,7 +132,7 @@ class Backend(ABC):
         In place: rows with an infinite loss are no longer `selected` and become `placed.infinite`; the column `loss` takes the
         losses.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"backend {self.name!r} takes no totals: its `placed_stats` returns None")
 
     @abstractmethod
     def token_stats(

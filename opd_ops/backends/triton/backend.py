@@ -13,6 +13,8 @@ Not here: dense logits (dense.py, dense_loss.py), heads (heads.py, heads_loss.py
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +44,8 @@ class Triton(Backend):
     drops_weightless_rows = True
     _launch_scores = staticmethod(selection.launch_scores)
     _launch_choice = staticmethod(selection.launch_choice)
+    _head_loss: ClassVar[Callable[..., tuple[Tensor, Tensor]]] = staticmethod(heads_loss.selected_loss)
+    _column_loss: ClassVar[Callable[..., Tensor]] = staticmethod(dense_loss.column_loss)
 
     def refusal(self, student: Source, teacher: Source | TeacherLists, needs: Needs) -> str | None:
         return _refusal(student, teacher, needs)
@@ -211,34 +215,8 @@ class Triton(Backend):
         if student.transform.shard is not None:
             assert isinstance(teacher, Source)
             return shards.selected_loss(student, teacher, student.transform.shard, rows, weights, divergence, workspace)
-        return self._kernel_loss(
-            student,
-            teacher,
-            rows,
-            weights,
-            stats,
-            divergence=divergence,
-            tokens=tokens,
-            workspace=workspace,
-            inplace=inplace,
-        )
-
-    def _kernel_loss(
-        self,
-        student: Source,
-        teacher: Source | TeacherLists,
-        rows: Tensor,
-        weights: Tensor,
-        stats: TokenStats,
-        *,
-        divergence: Divergence,
-        tokens: Tensor | None,
-        workspace: Workspace,
-        inplace: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """`selected_loss` by kernels, on one device."""
         if is_computed(student, teacher):
-            return heads_loss.selected_loss(student, teacher, rows, weights, divergence, tokens, workspace)
+            return self._head_loss(student, teacher, rows, weights, divergence, tokens, workspace)
         if not (isinstance(teacher, Source) and is_column(divergence)):
             return dense_loss.computed_loss(
                 student, teacher, rows, weights, divergence=divergence, tokens=tokens, workspace=workspace
@@ -246,7 +224,7 @@ class Triton(Backend):
         whole = divergence.whole
         assert whole is not None
         losses = getattr(stats, whole.name)
-        connected = dense_loss.column_loss(student, teacher, rows, losses, whole, workspace, inplace=inplace)
+        connected = self._column_loss(student, teacher, rows, losses, whole, workspace, inplace=inplace)
         return weighted_sum(connected, weights), losses
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from opd_ops.backends.triton import dense, heads, heads_loss, selection
 from opd_ops.backends.triton.launches import column_names, parse_columns
 from opd_ops.backends.triton.layout import Layout
-from opd_ops.divergences import DIVERGENCES, Divergence
+from opd_ops.divergences import DIVERGENCES, Divergence, WholeRow
 from opd_ops.inputs.sources import Source, Transform
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.inputs.workspace import Workspace
@@ -277,11 +277,29 @@ def _head_backward(ctx: Any, dtotal: Tensor, *_: Tensor) -> tuple[Tensor | None,
 head_loss.register_autograd(_head_backward, setup_context=_setup_head_context)
 
 
+def column_losses(
+    student: Source, teacher: Source, rows: Tensor, losses: Tensor, whole: WholeRow, workspace: Workspace, *, inplace: bool
+) -> Tensor:
+    """`dense_loss.column_loss`, through the operator."""
+    assert not inplace  # call/prepare.py refuses it
+    transform = student.transform
+    options = whole.name, workspace.nbytes, transform.vocab_size, transform.temperature
+    connected: Tensor = selected_losses(student.leading, teacher.leading.detach(), rows, losses, *options)
+    return connected
+
+
 def head_losses(
-    student: Source, teacher: Source | TeacherLists, rows: Tensor, weights: Tensor, divergence: Divergence, workspace: Workspace
+    student: Source,
+    teacher: Source | TeacherLists,
+    rows: Tensor,
+    weights: Tensor,
+    divergence: Divergence,
+    tokens: Tensor | None,
+    workspace: Workspace,
 ) -> tuple[Tensor, Tensor]:
     """`heads_loss.selected_loss`, through the operator."""
     assert isinstance(teacher, Source)
+    assert tokens is None
     assert divergence.whole is not None
     needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in student.tensors]
     arguments = head_arguments(student, teacher.detach(), workspace, *needs)

@@ -12,11 +12,10 @@ from torch import Tensor
 from opd_ops.backends.interface import Needs, is_computed
 from opd_ops.backends.triton import operators
 from opd_ops.backends.triton.backend import Triton
-from opd_ops.divergences import Divergence, is_column, weighted_sum
+from opd_ops.divergences import is_column
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.stats import TokenStats
 
 
 class TracedTriton(Triton):
@@ -24,6 +23,8 @@ class TracedTriton(Triton):
 
     _launch_scores = staticmethod(operators.placed_scores)
     _launch_choice = staticmethod(operators.chosen_positions)
+    _head_loss = staticmethod(operators.head_losses)
+    _column_loss = staticmethod(operators.column_losses)
 
     def refusal(self, student: Source, teacher: Source | TeacherLists, needs: Needs) -> str | None:
         if not (is_column(needs.divergence) and needs.divergence.importance is None and isinstance(teacher, Source)):
@@ -51,29 +52,6 @@ class TracedTriton(Triton):
             logits = student.leading.detach(), teacher.leading.detach()
             table = operators.token_columns(*logits, rows, top_k, optional, workspace.nbytes, vocab, temperature)
         return table
-
-    def _kernel_loss(
-        self,
-        student: Source,
-        teacher: Source | TeacherLists,
-        rows: Tensor,
-        weights: Tensor,
-        stats: TokenStats,
-        *,
-        divergence: Divergence,
-        tokens: Tensor | None,
-        workspace: Workspace,
-        inplace: bool,
-    ) -> tuple[Tensor, Tensor]:
-        assert not inplace  # prepare.py refuses it
-        if is_computed(student, teacher):
-            return operators.head_losses(student, teacher, rows, weights, divergence, workspace)
-        assert isinstance(teacher, Source)
-        assert divergence.whole is not None
-        losses, transform = getattr(stats, divergence.whole.name), student.transform
-        options = divergence.whole.name, workspace.nbytes, transform.vocab_size, transform.temperature
-        connected: Tensor = operators.selected_losses(student.leading, teacher.leading.detach(), rows, losses, *options)
-        return weighted_sum(connected, weights), losses
 
 
 TRACED_TRITON = TracedTriton()
