@@ -17,7 +17,7 @@ from opd_ops.backends.shared import joined, pages
 from opd_ops.backends.shared.grids import score_grid
 from opd_ops.backends.shared.tiles import TileReader
 from opd_ops.backends.shared.top_k import TopKList, extended
-from opd_ops.backends.streamed.running import Sums, block_sums, extended_sums, statistics
+from opd_ops.backends.streamed.running import RunningSums, block_sums, extended_sums, statistics
 from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Source, compute_dtype
 from opd_ops.inputs.workspace import Workspace
@@ -45,7 +45,7 @@ def _own_part(source: Source, rows: Tensor, top_k: int, workspace: Workspace) ->
         for part in chunks(len(rows), grid.rows):
             reader = TileReader(source.detach(), rows[part], dtype, grid.cast_columns)
             all_rows = slice(0, len(reader.rows))
-            sums: Sums | None = None
+            sums: RunningSums | None = None
             best: TopKList | None = None
             for block in chunks(source.transform.vocab_size, grid.columns):
                 u = reader.logits(all_rows, block, buffer)

@@ -29,7 +29,7 @@ from opd_ops.backends.shared.top_k import TopKList
 from opd_ops.divergences.equations import LOG_ZERO
 
 
-class Sums(NamedTuple):
+class RunningSums(NamedTuple):
     """Sums over some columns, in fp64, with e = e^{x - maximum}. Columns of (2, n): the student's row, then the teacher's."""
 
     maximum: Tensor  # (2, n) the largest logit so far
@@ -40,7 +40,7 @@ class Sums(NamedTuple):
     centre: Tensor  # (n,) s_a - u_a
 
 
-def block_sums(s: Tensor, u: Tensor, s_best: TopKList, t_best: TopKList, first_id: int, scratch: Tensor) -> Sums:
+def block_sums(s: Tensor, u: Tensor, s_best: TopKList, t_best: TopKList, first_id: int, scratch: Tensor) -> RunningSums:
     """Sums of one block.
 
     Args:
@@ -77,7 +77,7 @@ def block_sums(s: Tensor, u: Tensor, s_best: TopKList, t_best: TopKList, first_i
     for chunk in masked_chunks:
         chunk.sum(work, holds_top, masked=True)
     z, x, gap = sums.double().unbind(1)
-    return Sums(maximum.double(), z, x, gap, alone.double(), finite[0].double() - u_reference.double())
+    return RunningSums(maximum.double(), z, x, gap, alone.double(), finite[0].double() - u_reference.double())
 
 
 class _Chunk(NamedTuple):
@@ -138,24 +138,24 @@ def _finite(maximum: Tensor) -> Tensor:
     return maximum.masked_fill(maximum == -math.inf, 0.0)
 
 
-def extended_sums(sums: Sums | None, block: Sums) -> Sums:
+def extended_sums(sums: RunningSums | None, block: RunningSums) -> RunningSums:
     """The sums with one more block (None: the first), whose maxima and centre are those of all blocks so far."""
     if sums is None:
         return block
     moved = _moved(sums, block.maximum, sums.maximum == block.maximum, sums.centre - block.centre)
     alone = torch.maximum(sums.alone, block.alone)
-    return Sums(block.maximum, moved.z + block.z, moved.x + block.x, moved.gap + block.gap, alone, block.centre)
+    return RunningSums(block.maximum, moved.z + block.z, moved.x + block.x, moved.gap + block.gap, alone, block.centre)
 
 
 EMPTY_SUMS = {
     f"{model}_{field}": -math.inf if field in ("maximum", "alone") else 0.0
-    for field in Sums._fields[:-1]
+    for field in RunningSums._fields[:-1]
     for model in ("student", "teacher")
 } | {"centre": 0.0}
 """The sums over no column, by the names under which ranks send them."""
 
 
-def named_sums(sums: Sums) -> dict[str, Tensor]:
+def named_sums(sums: RunningSums) -> dict[str, Tensor]:
     """The sums as (n,) columns with the names of `EMPTY_SUMS`."""
     columns = [column for pair in sums[:-1] for column in pair]
     return dict(zip(EMPTY_SUMS, (*columns, sums.centre), strict=True))
@@ -165,17 +165,17 @@ def joined_sums(parts: dict[str, Tensor], student: TopKList, teacher: TopKList) 
     """`statistics` of the whole vocabulary, from the (ranks, n) sums of its parts, joined like blocks."""
     stacked = torch.stack([parts[name] for name in EMPTY_SUMS])
     pairs = stacked[:-1].unflatten(0, (-1, 2)).transpose(1, 2)  # (fields, ranks, 2, n)
-    every = Sums(pairs[0], pairs[1], pairs[2], pairs[3], pairs[4], stacked[-1].unsqueeze(1))
+    every = RunningSums(pairs[0], pairs[1], pairs[2], pairs[3], pairs[4], stacked[-1].unsqueeze(1))
     best = torch.stack((student.own[:, 0], teacher.own[:, 0])).double()
     centre = _finite(best[0]) - _teacher_reference(student, _finite(teacher.own[:, 0])).double()
     maximum, owner = every.maximum.max(0)
     keeps_top = torch.zeros_like(every.maximum, dtype=torch.bool).scatter_(0, owner.unsqueeze(0), True)
     moved = _moved(every, maximum, keeps_top, every.centre - centre)
-    sums = Sums(maximum, moved.z.sum(0), moved.x.sum(0), moved.gap.sum(0), moved.alone.amax(0), centre)
+    sums = RunningSums(maximum, moved.z.sum(0), moved.x.sum(0), moved.gap.sum(0), moved.alone.amax(0), centre)
     return statistics(sums, student)
 
 
-def statistics(sums: Sums, student: TopKList) -> dict[str, Tensor]:
+def statistics(sums: RunningSums, student: TopKList) -> dict[str, Tensor]:
     """The full-vocabulary columns of `TokenStats`, (n,) fp64, with the columns that gradients read."""
     total, log_z = _total(sums), sums.z.log1p().masked_fill(sums.maximum == -math.inf, -math.inf)
     lse = sums.maximum + log_z
@@ -218,19 +218,19 @@ def row_jsd(s: Tensor, u: Tensor) -> Tensor:
     return (p_term.sum(1, dtype=torch.float64) + q_term.sum(1, dtype=torch.float64)).div_(2).clamp_min_(0)
 
 
-def _total(sums: Sums) -> Tensor:
+def _total(sums: RunningSums) -> Tensor:
     """Z relative to the maximum: 1 for the top entry, plus z; 0 where all logits so far are -inf."""
     return (1 + sums.z).masked_fill(sums.maximum == -math.inf, 0.0)
 
 
-def _moved(sums: Sums, maximum: Tensor, keeps_top: Tensor, shift: Tensor) -> Sums:
+def _moved(sums: RunningSums, maximum: Tensor, keeps_top: Tensor, shift: Tensor) -> RunningSums:
     """The sums relative to `maximum`, and to a centre that is lower by `shift`.
 
     `keeps_top`: False where the top entry so far is no longer the top entry.
     """
     total, finite = _total(sums), _finite(maximum)
     factor = torch.exp(sums.maximum - finite)
-    return Sums(
+    return RunningSums(
         maximum,
         factor * torch.where(keeps_top, sums.z, total),
         factor * (sums.x + total * (_finite(sums.maximum) - finite)),

@@ -25,7 +25,7 @@ from opd_ops.backends.shared.tiles import TileReader
 from opd_ops.backends.shared.top_k import TopKList, extended
 from opd_ops.backends.streamed.running import (
     EMPTY_SUMS,
-    Sums,
+    RunningSums,
     block_sums,
     extended_sums,
     joined_sums,
@@ -89,7 +89,7 @@ def _part(student: Source, teacher: Source, rows: Tensor, top_k: int, workspace:
 
 def _sweep(
     student: Source, teacher: Source, rows: Tensor, top_k: int, with_jsd: bool, workspace: Workspace
-) -> Iterator[tuple[slice, ScoreGrid, Sums, dict[str, Tensor], TopKList, TopKList]]:
+) -> Iterator[tuple[slice, ScoreGrid, RunningSums, dict[str, Tensor], TopKList, TopKList]]:
     """Per tile: its rows, its grid, their (n,) fp64 sums over the vocabulary, "jsd" if `with_jsd`, and both models' lists."""
     dtype = compute_dtype(student, teacher)
     grid = score_grid(student, teacher, len(rows), top_k=top_k, whole_rows=with_jsd, workspace=workspace)
@@ -109,10 +109,10 @@ def _tile(
     with_jsd: bool,
     buffers: list[Tensor],
     scratch: Tensor,
-) -> tuple[Sums, dict[str, Tensor], TopKList, TopKList]:
-    """Sums, "jsd" and both lists of one tile of rows, from one sweep over the vocabulary."""
+) -> tuple[RunningSums, dict[str, Tensor], TopKList, TopKList]:
+    """RunningSums, "jsd" and both lists of one tile of rows, from one sweep over the vocabulary."""
     rows, first_id = slice(0, len(student.rows)), student.source.transform.first_id
-    sums: Sums | None = None
+    sums: RunningSums | None = None
     s_list: TopKList | None = None
     t_list: TopKList | None = None
     jsd: dict[str, Tensor] = {}
