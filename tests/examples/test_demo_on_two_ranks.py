@@ -3,7 +3,7 @@ answers, who is asked what, and a whole run; on tiny models.
 
   Compared: what is selected exactly; parameters and gradients after a step within 1e-5 as relative norms, metrics too; the
   parameters of the two ranks with each other to the bit. One of two budgets is a single token, so that a rank has none.
-Command: make test ARGS=tests/distributed/test_two_ranks.py. The file is also what each process runs, once for all tests.
+Command: make test ARGS=tests/examples/test_demo_on_two_ranks.py. The file is also what each process runs, once for all tests.
 
 Not here: selection over ranks (selection/test_budget_over_ranks.py), the demonstration in one process (examples/test_demo.py).
 """
@@ -87,7 +87,7 @@ def launched(tmp_path_factory):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     here = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [*command, "-m", "tests.distributed.test_two_ranks", str(folder)],
+        [*command, "-m", "tests.examples.test_demo_on_two_ranks", str(folder)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": here},
         capture_output=True,
         text=True,

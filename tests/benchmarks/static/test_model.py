@@ -1,7 +1,7 @@
 """The model of the kernels' loops: decoding of control codes, paths and replays of tiny programs whose cycles are known; the
 published times of others.
 
-Run: make test ARGS=tests/benchmarks/test_model.py; with its test marked `full` about a minute, no GPU.
+Run: make test ARGS=tests/benchmarks/static/test_model.py; with its test marked `full` about a minute, no GPU.
 Not here: counts of instructions, and the gates on our kernels (test_roofline.py).
 """
 
@@ -10,7 +10,7 @@ from statistics import median
 import pytest
 
 from benchmarks.static import gates, path, pipes, published, replay, sass
-from tests.benchmarks.commands import rows_of
+from tests.benchmarks.static.commands import rows_of
 
 # One quarter whose memory brings 4 bytes a cycle at 1 GHz.
 TINY = pipes.Device("tiny", 1, 1.0, 16e9, 2**20)

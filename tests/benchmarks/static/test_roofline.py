@@ -2,7 +2,7 @@
 (no spill, no local memory, 128-bit loads only, 16 instructions per logit pair for the bf16 score); every kernel in one
 configuration or more for the other targets; then the gates of the model, on the kernels that the counts have compiled.
 
-Run: make test ARGS=tests/benchmarks/test_roofline.py; some five minutes, no GPU. Every configuration for every target:
+Run: make test ARGS=tests/benchmarks/static/test_roofline.py; some five minutes, no GPU. Every configuration for every target:
 python -m benchmarks.static.roofline
 Not here: values (tests/kernels), the model itself (test_model.py).
 """
@@ -10,7 +10,7 @@ Not here: values (tests/kernels), the model itself (test_model.py).
 import pytest
 
 from benchmarks.static import gates, pipes, roofline
-from tests.benchmarks.commands import rows_of
+from tests.benchmarks.static.commands import rows_of
 
 KERNELS = {
     "score_fwd", "merge_fwd", "argmax_fwd", "support_groups_fwd", "support_topk_fwd", "support_stats_fwd",
