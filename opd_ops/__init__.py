@@ -10,7 +10,6 @@ from opd_ops.divergences import (
     JSD,
     Divergence,
     EntropyAware,
-    Extrapolated,
     ForwardKL,
     ImportanceWeighted,
     LocalSupport,
@@ -25,6 +24,7 @@ from opd_ops.divergences import (
 )
 from opd_ops.estimates.communication import Collective, Communication, estimate_communication
 from opd_ops.estimates.compute import Estimate, estimate
+from opd_ops.inputs.ensembles import Extrapolated, Mixture, Routed
 from opd_ops.inputs.float8 import Float8Rows
 from opd_ops.inputs.linear_head import LinearHead
 from opd_ops.inputs.rollout import RolloutRecorder, StudentStats
@@ -50,10 +50,12 @@ __all__ = [
     "ImportanceWeighted",
     "LinearHead",
     "LocalSupport",
+    "Mixture",
     "Multinomial",
     "Power",
     "ReverseKL",
     "RolloutRecorder",
+    "Routed",
     "SampledLogprobs",
     "SampledToken",
     "SelectiveOPDLoss",

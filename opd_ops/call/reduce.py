@@ -22,7 +22,15 @@ from opd_ops.backends.shared.gradient_in_backward import GradientPlan, connected
 from opd_ops.backends.shared.overwritten import unchanged
 from opd_ops.call.choose import Chosen, warn_of_infinite_counts
 from opd_ops.call.losses import Sampled, Settled, sampled, selected_losses, settle
-from opd_ops.call.metrics import Metrics, clip_metrics, loss_metrics, metrics_of_totals, ratio_metrics, sampled_metrics
+from opd_ops.call.metrics import (
+    Metrics,
+    clip_metrics,
+    loss_metrics,
+    metrics_of_totals,
+    ratio_metrics,
+    routed_metrics,
+    sampled_metrics,
+)
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.divergences import SampledToken
 from opd_ops.inputs.sources import Source
@@ -78,8 +86,8 @@ def mean_loss(chosen: Chosen, num_items_in_batch: Tensor | float | None) -> Sele
     final_total = denominator(*counts, num_items_in_batch, kind, call.ranks)
     correction = _ratio(total, final_total)
     loss = weighted * correction.to(weighted.dtype) * nan_if_nonfinite(chosen, weighted.dtype)
-    loss_sum = torch.where(trained, losses if row_weights is None else losses * row_weights, 0).sum()
-    metrics = _metrics(settled, tokens, loss, loss_sum, counts)
+    terms = torch.where(trained, losses if row_weights is None else losses * row_weights, 0)
+    metrics = _metrics(settled, tokens, loss, terms, counts)
     return SelectiveOPDOutput(loss, chosen.selected, chosen.scores, chosen.stats, metrics)
 
 
@@ -178,13 +186,14 @@ def _metrics(
     settled: Settled,
     tokens: Sampled | None,
     loss: Tensor,
-    loss_sum: Tensor,
+    terms: Tensor,
     counts: tuple[Tensor, Tensor],
 ) -> Metrics:
+    """`loss`: the mean; `terms`: (M,) weighted losses, 0 where a row is not trained on."""
     chosen, support = settled.chosen, settled.chosen.call.divergence.on_support
     metrics = loss_metrics(
         loss,
-        loss_sum,
+        terms.sum(),
         chosen.selected,
         chosen.scores,
         chosen.stats,
@@ -193,6 +202,9 @@ def _metrics(
         counts,
         is_bound=isinstance(chosen.call.teacher, TeacherLists),
     )
+    teacher = chosen.call.teacher
+    if isinstance(teacher, Source) and teacher.routes is not None:
+        metrics |= routed_metrics(teacher.routes, len(teacher.others), chosen.stats.valid, chosen.rows, settled.trained, terms)
     if tokens is None:
         return metrics
     if tokens.log_q is not None:
@@ -222,9 +234,9 @@ def token_losses(chosen: Chosen) -> TokenLosses:
         losses = losses * torch.where(trained, row_weights, 0)
     placed = torch.zeros_like(chosen.scores.flatten(), dtype=losses.dtype).index_put((rows,), losses).view(call.shape)
     placed = placed * nan_if_nonfinite(chosen, placed.dtype)
-    loss_sum = losses.detach().sum()
+    terms = losses.detach()
     counts = chosen.selected.sum(), chosen.stats.valid.sum()
-    metrics = _metrics(settled, tokens, loss_sum / trained.sum().clamp_min(1), loss_sum, counts)
+    metrics = _metrics(settled, tokens, terms.sum() / trained.sum().clamp_min(1), terms, counts)
     return TokenLosses(placed, chosen.selected, chosen.scores, chosen.stats, metrics)
 
 

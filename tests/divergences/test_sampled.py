@@ -267,12 +267,12 @@ def test_the_student_of_a_lists_teacher_may_have_a_ratio():
     assert_gradient(x.grad, ratios.unsqueeze(1) * oracle.sampled(s, u, tokens)[1])
 
 
-def test_a_mixed_teacher_goes_around_the_ratio():
+def test_a_ratio_weights_the_divergence_to_a_mixed_teacher():
     s, u = logit_pair(4, 61, scale=2.0, seed=4)
     tokens, log_mu, log_p = with_old_logprobs(s, u)
-    mixed = Extrapolated(1.25, s + 1, divergence=ImportanceWeighted(ReverseKL(), "is"))
+    mixed = Extrapolated(1.25, u, s + 1)
     losses = oracle.reverse_kl(s, 1.25 * u - 0.25 * (s + 1))[0]
-    out = run(mixed, s, u, "torch", tokens, old_logprobs=log_mu)
+    out = run(ImportanceWeighted(ReverseKL(), "is"), s, mixed, "torch", tokens, old_logprobs=log_mu)
     assert_within(out.loss, ((log_p - log_mu).exp() * losses).sum(), absolute=1e-5, relative=1e-4, name="loss")
 
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from opd_ops import Extrapolated, LinearHead, SampledLogprobs, TopK, TopKLogprobs, estimate, selective_opd_loss
+from opd_ops import Extrapolated, LinearHead, Mixture, SampledLogprobs, TopK, TopKLogprobs, estimate, selective_opd_loss
 from opd_ops.divergences import DIVERGENCES, resolve_divergence
 from tests.support.cases import generator, head_pair, leaf, leaf_head, logit_pair
 from tests.support.meters import LiveBytes, saved_bytes
@@ -133,8 +133,15 @@ def test_units_of_a_sampled_teacher_are_the_student_s_alone():
 def test_units_of_a_mixed_teacher_count_both_heads():
     student, teacher = heads()
     reference = LinearHead(teacher.hidden + 0.1, teacher.weight)
-    got = count_units(leaf_head(student), teacher, divergence=Extrapolated(1.25, reference))
-    assert got == pytest.approx(3 + 5 * FRACTION, rel=1e-12)
+    sizes = N, VOCAB, DIM, (DIM, DIM)
+    for mixed, units, kind in (
+        (Extrapolated(1.25, teacher, reference), 3 + 5 * FRACTION, "geometric"),
+        (Mixture((teacher, reference), (0.75, 0.25), "arithmetic"), 5 + 5 * FRACTION, "arithmetic"),
+    ):
+        assert count_units(leaf_head(student), mixed) == pytest.approx(units, rel=1e-12)
+        for backend in ("torch", "triton"):
+            options = {"fraction": FRACTION, "backend": backend, "dtype": torch.float32, "mixture": kind}
+            assert estimate(*sizes, **options).matmul_units == pytest.approx(units, rel=1e-12)
 
 
 @pytest.mark.parametrize("workspace_bytes", [pytest.param(2**20, marks=pytest.mark.full), 2**22])

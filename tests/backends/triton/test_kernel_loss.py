@@ -145,7 +145,7 @@ def test_a_mixed_teacher_is_read_in_tiles(is_head):
     mixed = (1.25 * u - 0.25 * r) / 0.7
     result = leaf_head(student) if is_head else leaf(s.detach().float() * 0.7)
     sides = (teacher, reference) if is_head else (u.float(), r.float())
-    out = run(Extrapolated(1.25, sides[1]), result, sides[0], "triton", temperature=0.7, workspace_bytes=30_000)
+    out = run("reverse_kl", result, Extrapolated(1.25, *sides), "triton", temperature=0.7, workspace_bytes=30_000)
     out.loss.backward()
     losses, gradient = oracle.reverse_kl(s.detach(), mixed)
     assert_within(out.loss, losses.sum(), absolute=5 * HEAD_ABSOLUTE, relative=1e-4, name="loss")
