@@ -273,9 +273,10 @@ class _Communication:
 
     def _tokens(self) -> Iterator[Collective]:
         """The models' logits of the sampled tokens, for a ratio and for metrics (call/losses.py)."""
-        if self.divergence.importance is not None and self.backend == "triton":  # the student's normalisers in fp32
-            yield from self._statistics("tokens", self.M, 1, models=1)
-        support = self.divergence.on_support
+        support, ratio = self.divergence.on_support, self.divergence.importance
+        if ratio is not None and self.backend == "triton":  # normalisers in fp32
+            models, kernels = (2, True) if ratio.kind == "ppo" else (1, False)
+            yield from self._statistics("tokens", self.M, 1, models=models, kernels=kernels)
         for _ in range(2 if support is not None and support.with_token else 1):
             yield from self._vocabulary("tokens", "all_reduce", self.M * self.dtype.itemsize)
 

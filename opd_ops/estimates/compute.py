@@ -4,7 +4,7 @@
   score 1 + r;  selected rows again rho (1 + r);  dH rho;  dW rho (none for a frozen head)
   on "torch" a sum over the vocabulary sweeps the selected rows once more, rho (1 + r); a loss on a list sweeps the teacher,
   rho r, and each model whose mass off the list it reads; the gradient of a list does not read the teacher
-  a ratio to old probabilities, on "triton": the student's normalisers in fp32, rho
+  a ratio to old probabilities, on "triton": the student's normalisers in fp32, rho; "ppo" those of both models, rho (1 + r)
   a mixture of teachers: r is the sum of theirs; an arithmetic one reads their normalisers first, r more
   student_stats: score r, and K dot products per position and model; backend "torch" scores the selected rows again
   float8: score in 8 bits, and the 2 M best positions again from fp32 logits
@@ -252,7 +252,10 @@ class _Costs:
                 swept += [self.Dt] * support.reads_teacher_off_list
                 is_of_teacher = models == ("teacher",) and not support.with_token
                 listed += support.length * (self.Ds + (0 if is_of_teacher else self.Dt))
-        if ratio is not None and (self.backend == "triton" or self.student_stats):
+        in_16_bits = ratio is not None and self.backend == "triton"
+        if ratio is not None and ratio.kind == "ppo" and in_16_bits:
+            swept += [self.Ds, self.Dt]
+        elif in_16_bits or (self.student_stats and divergence.reads_tokens):
             swept += [self.Ds]
         if divergence.reads_tokens:
             listed += self.Ds + (self.Dt if support is not None and support.with_token else 0)
