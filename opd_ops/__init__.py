@@ -31,7 +31,7 @@ from opd_ops.inputs.rollout import RolloutRecorder, StudentStats
 from opd_ops.inputs.teacher_lists import SampledLogprobs, TopKLogprobs
 from opd_ops.loss import SelectiveOPDLoss, selective_opd_loss, selective_opd_token_losses
 from opd_ops.scoring import score_positions, select_positions
-from opd_ops.selection.selectors import Multinomial, Selector
+from opd_ops.selection.selectors import Multinomial, Released, Selector
 from opd_ops.selection.stats import TokenStats
 from opd_ops.settings import Settings
 
@@ -53,6 +53,7 @@ __all__ = [
     "Mixture",
     "Multinomial",
     "Power",
+    "Released",
     "ReverseKL",
     "RolloutRecorder",
     "Routed",

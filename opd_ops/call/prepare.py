@@ -228,6 +228,11 @@ def _check_loss(call: Call) -> None:
     """The checks of a call that computes a loss."""
     if call.settings.inplace_backward:
         _check_inplace_backward(call.student.leading, call.teacher)
+    if call.in_graph and call.settings.denominator == "sequence":
+        raise ValueError(
+            "denominator: got 'sequence', whose means leave out infinite losses, which only their values tell; a graph of "
+            "torch.compile or CUDA reads none: call the loss outside of the graph"
+        )
     if call.divergence.reads_tokens:
         _check_tokens(call)
     _check_old_logprobs(call)

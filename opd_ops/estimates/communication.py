@@ -269,7 +269,10 @@ class _Communication:
         if self.divergence.reads_tokens:
             yield from self._tokens()
         yield from self._loss()
-        yield from self._selection("denominator", [("all_reduce", 16)])  # two int64
+        by_response = self.settings.denominator == "sequence"  # twice: before and after infinite losses are known
+        n = self.n_sequences if by_response and self.n_sequences is not None else 1
+        for _ in range(2 if by_response else 1):
+            yield from self._selection("denominator", [("all_reduce", 16 * n)])  # two int64
 
     def _tokens(self) -> Iterator[Collective]:
         """The models' logits of the sampled tokens, for a ratio and for metrics (call/losses.py)."""

@@ -98,6 +98,7 @@ CASES = [
     case(kind="heads", dp=4, scope="global", none_valid=True),
     case(kind="logits", dp=2, scope="global", dtype=torch.float64),
     case(kind="logits", cp=2, scope="sequence"),
+    *(case(kind="logits", **shared, denominator="sequence") for shared in SHARED),
     case(kind="logits", cp=4, scope="sequence", selector="entropy"),
     case(kind="logits", dp=2, cp=2, scope="sequence", selector="random"),
     case(kind="logits", dp=2, cp=2, scope="global", selector="entropy"),

@@ -104,6 +104,8 @@ def losses(scope):
     ):
         sent = compared(scope, {"fraction": 0.3} | options)
         assert_sent(sent, quantiles, quantiles, search, **selection)
+    sent = compared(scope, {"fraction": 0.3, "selector": "entropy", "denominator": "sequence"})
+    assert_sent(sent, search, **selection | {"summed": [16 * n] * 2})
     sent = compared(scope, {"fraction": 0.3, "selector": "entropy", "divergence": "forward_kl"})
     assert_sent(sent, search, **selection)
     sent = compared(scope, {"selector": "tip", "threshold": 0.6})
@@ -176,6 +178,11 @@ def late_infinities():
         assert torch.equal(out.selected, want.selected[rows])
         assert added_up(out.loss).item() == pytest.approx(want.loss.item(), rel=1e-5)
         assert_gradient(own.grad, whole.grad[rows], 1e-5)
+    options = {"divergence": "forward_kl_topk", "selector": "entropy", "fraction": 1.0, "denominator": "sequence"}
+    whole, own = leaf(student), leaf(student[rows])
+    selective_opd_loss(whole, teacher, **options).loss.backward()
+    selective_opd_loss(own, teacher[rows], scope="global", **options).loss.backward()
+    assert_gradient(own.grad, whole.grad[rows], 1e-5)
     return True
 
 
