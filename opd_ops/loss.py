@@ -17,7 +17,7 @@ from opd_ops.call.prepare import Call, check_num_items, check_transforms, prepar
 from opd_ops.call.reduce import SelectiveOPDOutput, TokenLosses, mean_loss, token_losses
 from opd_ops.call.score import score, score_again
 from opd_ops.inputs.batch import Batch
-from opd_ops.inputs.ensembles import Teacher
+from opd_ops.inputs.ensembles import AnyTeacher
 from opd_ops.inputs.linear_head import LinearHead
 from opd_ops.inputs.rollout import StudentStats
 from opd_ops.settings import LossOptions, Settings, TokenLossOptions, documented
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @documented(LossOptions)
 def selective_opd_loss(
     student: Tensor | LinearHead,
-    teacher: Teacher,
+    teacher: AnyTeacher,
     *,
     mask: Tensor | None = None,
     weights: Tensor | None = None,
@@ -98,7 +98,7 @@ class SelectiveOPDLoss(nn.Module):
     def forward(
         self,
         student: Tensor | LinearHead,
-        teacher: Teacher,
+        teacher: AnyTeacher,
         *,
         mask: Tensor | None = None,
         weights: Tensor | None = None,
@@ -118,7 +118,7 @@ class SelectiveOPDLoss(nn.Module):
 @documented(TokenLossOptions)
 def selective_opd_token_losses(
     student: Tensor | LinearHead,
-    teacher: Teacher,
+    teacher: AnyTeacher,
     *,
     mask: Tensor | None = None,
     weights: Tensor | None = None,
@@ -162,7 +162,7 @@ def selective_opd_token_losses(
     return token_losses(_chosen(call))
 
 
-def _loss(student: Tensor | LinearHead, teacher: Teacher, batch: Batch, settings: Settings) -> SelectiveOPDOutput:
+def _loss(student: Tensor | LinearHead, teacher: AnyTeacher, batch: Batch, settings: Settings) -> SelectiveOPDOutput:
     check_transforms(settings.backend, has_vmap=False, has_gradient=True)
     num_items_in_batch = check_num_items(batch.num_items_in_batch)
     call = prepare(student, teacher, batch, settings, selects=True)

@@ -24,7 +24,7 @@ from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import OwnStats, TokenStats
 
 
-def models_of(teacher: Source | TeacherLists) -> tuple[Source | TeacherLists, ...]:
+def routed_models(teacher: Source | TeacherLists) -> tuple[Source | TeacherLists, ...]:
     """The models among which `Routed` chooses; another teacher itself."""
     return teacher.others if isinstance(teacher, Source) and teacher.routes is not None else (teacher,)
 
@@ -54,7 +54,7 @@ class RoutedBackend(Backend):
         self.drops_weightless_rows = backend.drops_weightless_rows  # type: ignore[misc]
 
     def scores_selected_rows(self, student: Source, teacher: Source | TeacherLists) -> bool:
-        return all(self.backend.scores_selected_rows(student, model) for model in models_of(teacher))
+        return all(self.backend.scores_selected_rows(student, model) for model in routed_models(teacher))
 
     def choose(
         self,

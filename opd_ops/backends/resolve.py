@@ -15,7 +15,7 @@ import torch
 
 from opd_ops.arguments import traced_as_constant
 from opd_ops.backends.eager import EAGER
-from opd_ops.backends.ensembles import RoutedBackend, models_of
+from opd_ops.backends.ensembles import RoutedBackend, routed_models
 from opd_ops.backends.interface import Backend, Needs
 from opd_ops.backends.streamed.backend import STREAMED
 from opd_ops.inputs.sources import Source
@@ -38,7 +38,7 @@ def resolve_backend(name: str, student: Source, teacher: Source | TeacherLists, 
 
     Raises: ValueError: that backend cannot run the call; the message says why.
     """
-    device, models = student.leading.device.type, models_of(teacher)
+    device, models = student.leading.device.type, routed_models(teacher)
     backend: Backend = EAGER if name == "eager" else STREAMED
     choice_reason = "chosen by name"
     if name == "triton" or (name == "auto" and device in DEVICES):

@@ -20,7 +20,7 @@ from opd_ops.backends.resolve import resolve_backend
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.divergences import Divergence, ReverseKL, SampledToken, TopK, resolve_divergence
 from opd_ops.inputs.batch import Batch
-from opd_ops.inputs.ensembles import Teacher
+from opd_ops.inputs.ensembles import AnyTeacher
 from opd_ops.inputs.linear_head import LinearHead
 from opd_ops.inputs.pair import check_sources
 from opd_ops.inputs.positions import Positions, positions
@@ -80,7 +80,7 @@ class Call:
 
 def prepare(
     student: Tensor | LinearHead,
-    teacher: Teacher,
+    teacher: AnyTeacher,
     batch: Batch,
     settings: Settings,
     *,

@@ -109,7 +109,7 @@ class Routed:
         check_layout("Routed.index", self.index)
 
 
-Teacher = Tensor | LinearHead | SparseTeacher | Mixture | Routed
+AnyTeacher = Tensor | LinearHead | SparseTeacher | Mixture | Routed
 
 
 def _sequence(name: str, teachers: object) -> tuple[object, ...]:
@@ -130,9 +130,9 @@ def _check_member(name: str, teacher: object, reason: str) -> None:
         raise TypeError(f"{name}: got {type(teacher).__name__}, expected a logits tensor (..., V) or a LinearHead")
 
 
-def models_of(teacher: object, name: str = "teacher") -> list[tuple[str, object]]:
+def named_models(teacher: object, name: str = "teacher") -> list[tuple[str, object]]:
     """The name and the logits or head of each model, in order."""
     if not isinstance(teacher, (Mixture, Routed)):
         return [(name, teacher)]
     prefix = type(teacher).__name__ if name == "teacher" else name
-    return [model for i, member in enumerate(teacher.teachers) for model in models_of(member, f"{prefix}.teachers[{i}]")]
+    return [model for i, member in enumerate(teacher.teachers) for model in named_models(member, f"{prefix}.teachers[{i}]")]

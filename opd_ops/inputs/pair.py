@@ -20,7 +20,7 @@ from torch import Tensor
 
 from opd_ops.arguments import check_layout, traced_as_constant, warn_user
 from opd_ops.divergences import DIVERGENCES, Divergence
-from opd_ops.inputs.ensembles import Mixture, Routed, models_of
+from opd_ops.inputs.ensembles import Mixture, Routed, named_models
 from opd_ops.inputs.linear_head import LinearHead
 from opd_ops.inputs.sources import Mixing, Source
 from opd_ops.inputs.teacher_lists import SampledLogprobs, SparseTeacher, TeacherLists, TopKLogprobs
@@ -45,7 +45,7 @@ def check_sources(
     """Both sides over their common vocabulary; one warning if vocabularies differ and `vocab_size` is None."""
     sides = [to_local("student", _source_of("student", student))]
     if not isinstance(teacher, (TopKLogprobs, SampledLogprobs)):
-        sides += [to_local(name, _source_of(name, model)) for name, model in models_of(teacher)]
+        sides += [to_local(name, _source_of(name, model)) for name, model in named_models(teacher)]
     vocabularies = share_out(sides, one_group(process_group, sides))
     student_source, *others = (side.source for side in sides)
     for side in sides[1:]:
@@ -84,14 +84,14 @@ def check_sources(
 
 
 def _combined(teacher: object, models: Sequence[Source]) -> Source:
-    """The source of a teacher whose models, in the order of `models_of`, are `models`."""
+    """The source of a teacher whose models, in the order of `named_models`, are `models`."""
     if isinstance(teacher, Mixture):
         return _mixed(teacher, models)
     if not isinstance(teacher, Routed):
         return models[0]
     remaining, sources, index, positions = iter(models), [], teacher.index, models[0].shape
     for routed in teacher.teachers:
-        own = [next(remaining) for _ in models_of(routed)]
+        own = [next(remaining) for _ in named_models(routed)]
         sources.append(_mixed(routed, own) if isinstance(routed, Mixture) else own[0])
     if index.shape != positions[: index.dim()]:
         raise ValueError(

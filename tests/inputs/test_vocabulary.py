@@ -19,6 +19,7 @@ from opd_ops import (
     ImportanceWeighted,
     LinearHead,
     Mixture,
+    Routed,
     SampledLogprobs,
     SampledToken,
     TopKLogprobs,
@@ -125,10 +126,16 @@ def _mixed(kind, backend, mixture, divergence):
     members = teacher, sides_of(kind, seed=7)[1]
     rank, widths = dist.get_rank(), CUTS["uneven"]
     weights = (1.25, -0.25) if mixture == "geometric" else (0.75, 0.25)
+    index = torch.tensor([0, 1, 0])
+
+    def several(members):
+        mixed = Mixture(members, weights, mixture)
+        return mixed if mixture == "geometric" else Routed((mixed, members[0]), index)
+
     whole, mine = leaf_side(student), cut(student, widths, rank, requires_grad=True)
     options = options_of(backend=backend, divergence=divergence)
-    want = selective_opd_loss(whole, Mixture(members, weights, mixture), **(options | {"backend": "torch"}))
-    parts = Mixture([cut(x, widths, rank) for x in members], weights, mixture)
+    want = selective_opd_loss(whole, several(members), **(options | {"backend": "torch"}))
+    parts = several([cut(x, widths, rank) for x in members])
     got = selective_opd_loss(mine, parts, process_group=dist.group.WORLD, **options)
     assert torch.equal(got.selected, want.selected)
     torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=1e-6)
@@ -347,7 +354,15 @@ def test_two_ranks(ranks, kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "backend"), [("logits", "torch"), ("heads", "torch"), ("heads", "triton"), ("logits", "eager"), ("heads", "eager")]
+    ("kind", "backend"),
+    [
+        ("logits", "torch"),
+        ("heads", "torch"),
+        ("logits", "triton"),
+        ("heads", "triton"),
+        ("logits", "eager"),
+        ("heads", "eager"),
+    ],
 )
 def test_the_models_of_a_mixture_have_the_same_parts(ranks, kind, backend):
     ranks.run(_mixed, kind, backend, "geometric", "total_variation")

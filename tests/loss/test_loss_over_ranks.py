@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from opd_ops import (
     LinearHead,
+    Routed,
     StudentStats,
     TokenStats,
     score_positions,
@@ -188,6 +189,27 @@ def late_infinities():
 
 def test_infinite_losses_leave_the_count_of_all_ranks(ranks):
     assert ranks.run(late_infinities) == [True] * SIZE
+
+
+def routed():
+    student, teacher, mask = heads()
+    teachers, part = (teacher, LinearHead(0.8 * teacher.hidden, teacher.weight)), part_of("global")
+    index = torch.arange(SHAPE[0]) % 2
+    weight, own_weight, options = leaf(student.weight), leaf(student.weight), {"fraction": 0.3, "selector": "entropy"}
+    want = selective_opd_loss(LinearHead(student.hidden, weight), Routed(teachers, index), mask=mask, **options)
+    want.loss.backward()
+    mine = Routed([cut(x, part) for x in teachers], index[part])
+    out = selective_opd_loss(cut(student, part, own_weight), mine, mask=mask[part], scope="global", **options)
+    out.loss.backward()
+    assert torch.equal(out.selected, want.selected[part])
+    assert_gradient(added_up(own_weight.grad), weight.grad, 1e-5)
+    for name in ("n_selected_teacher_0", "n_valid_teacher_1", "loss_teacher_1_sum"):
+        torch.testing.assert_close(added_up(out.metrics[name]), want.metrics[name], rtol=1e-5, atol=1e-6)
+    return True
+
+
+def test_routed_teachers_share_one_budget_over_ranks(ranks):
+    assert ranks.run(routed) == [True] * SIZE
 
 
 def token_losses():
