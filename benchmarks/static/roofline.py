@@ -193,9 +193,9 @@ def configurations():
 
 
 def kernel_name(launch) -> str:
-    """The launcher's name; the kernel of all gradients goes by the name of its divergence."""
-    kernel = launch[2].get("SLOPE", launch[0]).__name__.strip("_")
-    return kernel.removesuffix("_kernel").replace("_slope", "_grad")
+    """The launcher's name; the kernels of all gradients and of all sums go by the name of their divergence."""
+    kernel = launch[2].get("SLOPE", launch[2].get("TERMS", launch[0])).__name__.strip("_")
+    return kernel.removesuffix("_kernel").replace("_slope", "_grad").replace("_terms", "_fwd")
 
 
 def compile_launch(launch, target: GPUTarget):
