@@ -71,6 +71,7 @@ def test_skew_follows_the_transform_and_the_stored_type(direction):
     assert_skew(*run(s, t, w, direction, 0.3, **changed), s, t, w, direction, 0.3, 4e-3, **changed)
 
 
+@pytest.mark.full
 @every_direction
 def test_skew_of_equal_models_is_zero(direction):
     s, _ = logit_pair(1, 301)
