@@ -192,6 +192,19 @@ $L__BB0_1:
     assert run(body + STORE, bits(0)).tolist() == [1, 2, 3, 4] * 16
 
 
+def test_threads_may_choose_between_parameters():
+    body = """
+    mov.b64 %rd6, test_param_0;
+    mov.b64 %rd7, test_param_1;
+    setp.lt.u32 %p1, %r1, 40;
+    selp.b64 %rd6, %rd6, %rd7, %p1;
+    ld.param.b64 %rd8, [%rd6];
+    setp.eq.s64 %p2, %rd8, %rd1;
+    selp.b32 %r3, 1, 2, %p2;
+    """
+    assert run(body + STORE, bits(0)).tolist() == [1] * 40 + [2] * 24
+
+
 def test_programs_are_run_in_batches(monkeypatch):
     monkeypatch.setattr("tests.support.ptx.machine.BATCH", 3 * THREADS)
     out = torch.zeros(8, dtype=torch.int32)
