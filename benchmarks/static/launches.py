@@ -26,7 +26,6 @@ from opd_kernels.device import row_step
 
 from benchmarks.static.operators import Operators
 from benchmarks.static.roofline import Recorder, kernel_name
-from opd_ops.backends.shared import matmul
 from opd_ops.backends.triton import heads, heads_loss
 from opd_ops.divergences import ReverseKL
 from opd_ops.inputs.sources import Source, Transform
@@ -57,7 +56,6 @@ def traced(run) -> dict:
     with ExitStack() as stack:
         stack.enter_context(patch.object(score, "rows_are_aligned", lambda *tables: all(row_step(x)[1] > 1 for x in tables)))
         stack.enter_context(patch.object(launch_table, "_multiprocessors", lambda _: MULTIPROCESSORS))
-        stack.enter_context(patch.object(matmul, "_returns_fp32", lambda x: x.dtype in (torch.bfloat16, torch.float16)))
         stack.enter_context(patch.object(torch, "autocast", lambda *_, **__: nullcontext()))  # does not know "meta"
         for module in (heads, heads_loss):
             stack.enter_context(patch.object(module, "on_device", lambda _: nullcontext()))

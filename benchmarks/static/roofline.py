@@ -34,6 +34,7 @@ from opd_kernels.forward_kl import forward_kl_grad
 from opd_kernels.jsd import jsd_fwd, jsd_grad
 from opd_kernels.off_list import off_list_fwd, off_list_grad
 from opd_kernels.place import place_fwd
+from opd_kernels.quantise import quantise_rows
 from opd_kernels.reverse_kl import reverse_kl_grad
 from opd_kernels.scale import scale
 from opd_kernels.score import COLUMNS, score_fwd
@@ -149,6 +150,8 @@ def configurations():
         with Recorder() as launches:
             zero_rows(s, torch.empty(8192, dtype=torch.uint8, device="meta"))
             scale(s, columns[0, :1])
+            hidden, eight_bits = torch.empty((512, 4096), dtype=TYPES[dtype], device="meta"), torch.uint8
+            quantise_rows(hidden, torch.empty_like(hidden, dtype=eight_bits), columns[0, :1].expand(512, 1).contiguous())
         yield f"{dtype} rows", launches
         sums = torch.empty((2, 409), device="meta")
         ids = torch.empty((409, 32), dtype=torch.int32, device="meta")

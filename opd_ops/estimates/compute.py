@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from opd_ops.arguments import check_choice, check_integer
-from opd_ops.backends.shared.grids import BlockGrid, SelectedGrid, gradient_grid, padded, score_grid, score_rows, tile_dtype
+from opd_ops.backends.shared.grids import BlockGrid, SelectedGrid, gradient_grid, padded, score_grid, score_tile, tile_dtype
 from opd_ops.divergences import SUPPORTS, Divergence, Summed, resolve_divergence
 from opd_ops.inputs import float8
 from opd_ops.inputs.sources import Source, Transform
@@ -185,7 +185,8 @@ class _Costs:
         swept = (teacher,) if self.student_stats else (student, teacher)
         workspace = self.workspace
         if self.backend == "triton":
-            rows = score_rows(*swept, n=n, top_k=self.top_k, optional=False, workspace=workspace, score_dtype=score_dtype)
+            tile = score_tile(*swept, n=n, top_k=self.top_k, optional=False, workspace=workspace, score_dtype=score_dtype)
+            rows = tile.rows
         else:
             grid = score_grid(swept[0], swept[-1], n, top_k=self.top_k, whole_rows=False, workspace=workspace)
             rows = grid.rows

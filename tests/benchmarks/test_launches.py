@@ -13,7 +13,7 @@ from tests.support import kernels
 pytestmark = pytest.mark.skipif(kernels.IS_INTERPRETED, reason="an interpreted launch cannot be recorded")
 
 
-@pytest.mark.parametrize(("n", "most"), [(1024, 55), (16_384, 375)])
+@pytest.mark.parametrize(("n", "most"), [(1024, 47), (16_384, 275)])
 def test_a_call_launches_no_more_than_its_budget(n, most):
     row = launches.of_call(n)
     assert row["score"]["launches"] + row["loss"]["launches"] <= most
