@@ -18,6 +18,7 @@ Not here: anything timed on a GPU (gpu_*.py).
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -81,11 +82,16 @@ POINTERS = {v: k for k, v in TYPES.items()} | {torch.uint8: "u8", torch.int64: "
 
 
 class Recorder:
-    """While open, launching a kernel records (function, arguments, options) and runs nothing."""
+    """While open, launching a kernel records (function, arguments, options) and runs nothing; `programs`: how many each has."""
 
     def __enter__(self):
-        self.launches, self.run = [], JITFunction.run
-        JITFunction.run = lambda fn, *args, grid, warmup, **kwargs: self.launches.append((fn, args, kwargs))
+        self.launches, self.programs, self.run = [], [], JITFunction.run
+
+        def record(fn, *args, grid, warmup, **kwargs):
+            self.launches.append((fn, args, kwargs))
+            self.programs.append(math.prod(grid))
+
+        JITFunction.run = record
         return self.launches
 
     def __exit__(self, *_):
