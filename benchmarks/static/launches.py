@@ -22,7 +22,7 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
-from opd_kernels import launch_table, score
+from opd_kernels import gradient, launch_table, score
 from opd_kernels.device import row_step
 
 from benchmarks.static.operators import FREE, Operators
@@ -106,10 +106,16 @@ class Traced(NamedTuple):
         return {"launches": self.launches, "kernels": dict(kernels), "matmuls": self.matmuls, "others": self.others}
 
 
+def _rows_are_aligned(*tables: torch.Tensor) -> bool:
+    """Tables without storage begin at 16 bytes."""
+    return all(row_step(x)[1] > 1 for x in tables)
+
+
 def traced(run) -> Traced:
     """What `run` launches."""
     with ExitStack() as stack:
-        stack.enter_context(patch.object(score, "rows_are_aligned", lambda *tables: all(row_step(x)[1] > 1 for x in tables)))
+        for module in (score, gradient):
+            stack.enter_context(patch.object(module, "rows_are_aligned", _rows_are_aligned))
         stack.enter_context(patch.object(launch_table, "_multiprocessors", lambda _: MULTIPROCESSORS))
         stack.enter_context(patch.object(torch, "autocast", lambda *_, **__: nullcontext()))  # does not know "meta"
         for module in (heads, heads_loss):
@@ -146,9 +152,9 @@ def parts(n: int, *, workspace_bytes: int = 2**29, dtype: torch.dtype = torch.bf
         needs = [True, True]
         *_, gradients = heads_loss.launch_loss(student, teacher, selected, weights, ReverseKL(), None, workspace, needs)
         factor = heads_loss.scale_back(dtotal, weights, is_fp16=dtype == torch.float16)
-        for gradient in gradients:
-            if gradient is not None:
-                heads_loss.scale(gradient, factor)
+        for x in gradients:
+            if x is not None:
+                heads_loss.scale(x, factor)
 
     return traced(score_pass), traced(loss)
 
