@@ -271,17 +271,17 @@ def test_masked_rows_cost_nothing():
 
 def test_hidden_states_of_several_tiles_are_copied_at_once(monkeypatch):
     monkeypatch.setattr(grids, "TILE_ROWS", (2,))
-    student, teacher = heads(13)
+    student, teacher = heads(7)
     options = {"backend": "triton", "workspace_bytes": 13_400}
     sources = [Source.of(x) for x in (student, teacher)]
-    tile = grids.score_tile(*sources, n=13, top_k=16, optional=False, workspace=Workspace(13_400), score_dtype=None)
+    tile = grids.score_tile(*sources, n=7, top_k=16, optional=False, workspace=Workspace(13_400), score_dtype=None)
     assert (tile.rows, tile.span) == (2, 6)
     with Operators() as counted:
         _, got = score_positions(student, teacher, **options)
     with Operators() as whole:
         _, want = score_positions(student, teacher, **options | {"workspace_bytes": LARGE})
-    assert counted.names["mm"] == 14
-    assert counted.names["index"] - whole.names["index"] == 2 * 2  # three spans of each model instead of one
+    assert counted.names["mm"] == 8
+    assert counted.names["index"] - whole.names["index"] == 2  # two spans of each model instead of one
     assert relative_error(got.reverse_kl, want.reverse_kl) < 1e-6
 
 
