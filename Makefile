@@ -52,6 +52,7 @@ roofline: $(VENV)/.test
 
 model: $(VENV)/.parity $(VENV)/.test
 	$(BIN)/python -m benchmarks.static.model $(ARGS)
+	$(BIN)/python -m benchmarks.static.call_time
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

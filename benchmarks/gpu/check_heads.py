@@ -89,7 +89,12 @@ def eight_bits(bench: Bench) -> None:
     if reason is not None:
         raise CannotRunError(reason)
     hidden = student.hidden.flatten(0, -2)
-    x, w = Float8Rows.of(hidden), Float8Rows.of(student.weight)
+    x, w = triton_heads.quantised(hidden), triton_heads.quantised(student.weight)
+    for rows, given in ((x, hidden), (w, student.weight)):
+        want = Float8Rows.of(given)
+        bits, expected = (x.values.view(torch.uint8) for x in (rows, want))
+        assert torch.equal(bits, expected), "the kernel's 8 bits are not those of torch's conversion"
+        assert torch.equal(rows.scales, want.scales), "the kernel's scales are not those of torch"
     out = float8.product(x, w, torch.empty((len(hidden), len(w.values)), dtype=torch.bfloat16, device=bench.device))
     want = x.dequantised(len(out)).double() @ w.dequantised(len(w.values)).double().T
     assert relative_error(out, want) < 5e-3, f"relative error {relative_error(out, want):.1e}"

@@ -31,10 +31,10 @@ GATES = (
     Gate("sm_90", "score_fwd", "bf16 rows", (1.00, 1.00, 1.00), issue=0.52, alu=0.26, programs=5),
     Gate("sm_90", "score_fwd", "fp16", (1.00, 1.00, 1.00), issue=0.55, alu=0.20, programs=4),
     Gate("sm_90", "score_fwd", "fp32", (1.00, 1.00, 1.00), issue=0.29, alu=0.17, programs=4),
-    Gate("sm_90", "reverse_kl_grad", "bf16 rows", (1.00, 1.00, 1.00), issue=0.37, alu=0.24, programs=9),
-    Gate("sm_90", "forward_kl_grad", "bf16 rows", (1.00, 1.00, 1.00), issue=0.46, alu=0.25, programs=9),
+    Gate("sm_90", "reverse_kl_grad", "bf16 rows", (1.00, 1.00, 1.00), issue=0.34, alu=0.21, programs=9),
+    Gate("sm_90", "forward_kl_grad", "bf16 rows", (1.00, 1.00, 1.00), issue=0.42, alu=0.18, programs=8),
     Gate("sm_90", "jsd_fwd", "bf16 rows", (0.71, 0.62, 0.64), issue=0.98, alu=0.44, programs=7),
-    Gate("sm_90", "jsd_grad", "bf16 rows", (1.00, 0.94, 0.99), issue=0.61, alu=0.30, programs=7),
+    Gate("sm_90", "jsd_grad", "bf16 rows", (1.00, 1.00, 1.00), issue=0.58, alu=0.22, programs=8),
     Gate("sm_100", "score_fwd", "bf16", (0.99, 0.90, 0.86), issue=0.66, alu=0.37, programs=5),
     Gate("sm_80", "score_fwd", "bf16", (1.00, 1.00, 1.00), issue=0.40, alu=0.22, programs=4),
 )

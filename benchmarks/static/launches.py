@@ -9,8 +9,8 @@ they read a few numbers a position.
 
 Command: python -m benchmarks.static.launches --json FILE [--n 1024 4096 16384 65536]
 
-Not here: instructions of a kernel (roofline.py), FLOP and bytes of a call (opd_ops/estimates/compute.py), seconds
-(benchmarks/gpu).
+Not here: instructions of a kernel (roofline.py), FLOP and bytes of a call (opd_ops/estimates/compute.py), what
+they take (call_time.py).
 """
 
 import argparse
@@ -18,15 +18,15 @@ import json
 from collections import Counter
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
-from opd_kernels import launch_table, score
+from opd_kernels import gradient, launch_table, score
 from opd_kernels.device import row_step
 
-from benchmarks.static.operators import Operators
+from benchmarks.static.operators import FREE, Operators
 from benchmarks.static.roofline import Recorder, kernel_name
-from opd_ops.backends.shared import matmul
 from opd_ops.backends.triton import heads, heads_loss
 from opd_ops.divergences import ReverseKL
 from opd_ops.inputs.sources import Source, Transform
@@ -34,48 +34,108 @@ from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.budget import most_selected
 
 V, STUDENT_DIM, TEACHER_DIM, TOP_K, MULTIPROCESSORS = 151_936, 2048, 4096, 16, 132
+FRACTION = 0.05
 MATMULS = {"mm", "addmm", "bmm", "_scaled_mm"}
 
 
+class Matmul(NamedTuple):
+    rows: int
+    inner: int
+    columns: int
+    nbytes: int  # of both operands and the result, which is also read where it is added to
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.inner * self.columns
+
+
 class Trace(Operators):
-    """Operators that are no matmuls in `names`, and the matmuls' (rows, inner, columns)."""
+    """Operators that are no matmuls in `names`, with the bytes they move, and the matmuls."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.matmuls: list[tuple[int, int, int]] = []
+        self.matmuls: list[Matmul] = []
+        self.nbytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func._schema.name.split("::")[1] not in MATMULS:
-            return super().__torch_dispatch__(func, types, args, kwargs)
+        name = func._schema.name.split("::")[1].rstrip("_")
+        if name not in MATMULS:
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+            if name not in FREE:
+                self.nbytes[name] += _moved(name, args, out)
+            return out
         a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
-        self.matmuls.append((a.shape[-2], a.shape[-1], b.shape[-1]))
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        again = name == "addmm" and (kwargs or {}).get("beta", 1) != 0
+        self.matmuls.append(
+            Matmul(a.shape[-2], a.shape[-1], b.shape[-1], _bytes(a) + _bytes(b) + _bytes(out) * (2 if again else 1))
+        )
+        return out
 
 
-def traced(run) -> dict:
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _moved(name: str, args: tuple, out: torch.Tensor) -> int:
+    """Bytes that an operator reads and writes, each once."""
+    if name == "index":  # of the table only the rows that are taken
+        return 2 * _bytes(out)
+    if name == "index_put":  # values, written to some rows
+        return 2 * _bytes(args[2])
+    given = [x for x in args if isinstance(x, torch.Tensor)]
+    inputs = given[1:] if name == "copy" else [] if name in ("zero", "zeros", "zeros_like", "fill") else given
+    return _bytes(out) + sum(map(_bytes, inputs))
+
+
+class Traced(NamedTuple):
+    """What a part of a call launches."""
+
+    kernels: list[tuple]  # (function, arguments, options), as roofline.Recorder has them
+    programs: list[int]  # of each kernel's launch
+    matmuls: list[Matmul]
+    others: dict[str, int]  # how often, by name
+    nbytes: dict[str, int]  # that the others move
+
+    @property
+    def launches(self) -> int:
+        return len(self.kernels) + len(self.matmuls) + sum(self.others.values())
+
+    def as_dict(self) -> dict:
+        kernels = Counter(map(kernel_name, self.kernels))
+        return {"launches": self.launches, "kernels": dict(kernels), "matmuls": self.matmuls, "others": self.others}
+
+
+def _rows_are_aligned(*tables: torch.Tensor) -> bool:
+    """Tables without storage begin at 16 bytes."""
+    return all(row_step(x)[1] > 1 for x in tables)
+
+
+def traced(run) -> Traced:
     """What `run` launches."""
     with ExitStack() as stack:
-        stack.enter_context(patch.object(score, "rows_are_aligned", lambda *tables: all(row_step(x)[1] > 1 for x in tables)))
+        for module in (score, gradient):
+            stack.enter_context(patch.object(module, "rows_are_aligned", _rows_are_aligned))
         stack.enter_context(patch.object(launch_table, "_multiprocessors", lambda _: MULTIPROCESSORS))
-        stack.enter_context(patch.object(matmul, "_returns_fp32", lambda x: x.dtype in (torch.bfloat16, torch.float16)))
         stack.enter_context(patch.object(torch, "autocast", lambda *_, **__: nullcontext()))  # does not know "meta"
         for module in (heads, heads_loss):
             stack.enter_context(patch.object(module, "on_device", lambda _: nullcontext()))
-        launches = stack.enter_context(Recorder())
+        recorder = Recorder()
+        kernels = stack.enter_context(recorder)
         trace = stack.enter_context(Trace())
         run()
-    kernels = Counter(kernel_name(launch) for launch in launches)
-    return {
-        "launches": sum(kernels.values()) + sum(trace.names.values()) + len(trace.matmuls),
-        "kernels": dict(kernels),
-        "matmuls": trace.matmuls,
-        "others": dict(trace.names),
-    }
+    return Traced(kernels, recorder.programs, trace.matmuls, dict(trace.names), dict(trace.nbytes))
 
 
-def of_call(n: int, *, fraction: float = 0.05, workspace_bytes: int = 2**29, dtype: torch.dtype = torch.bfloat16) -> dict:
+def of_call(n: int) -> dict:
     """Launches of the score pass and of the loss with its backward, for two heads."""
-    m = most_selected(n, fraction)
+    score, loss = parts(n)
+    return {"n": n, "selected": most_selected(n, FRACTION), "score": score.as_dict(), "loss": loss.as_dict()}
+
+
+def parts(n: int, *, workspace_bytes: int = 2**29, dtype: torch.dtype = torch.bfloat16) -> tuple[Traced, Traced]:
+    """The score pass of n positions, and the loss with its backward."""
+    m = most_selected(n, FRACTION)
 
     def source(dim: int) -> Source:
         hidden, weight = (torch.empty(rows, dim, dtype=dtype, device="meta") for rows in (n, V))
@@ -92,11 +152,11 @@ def of_call(n: int, *, fraction: float = 0.05, workspace_bytes: int = 2**29, dty
         needs = [True, True]
         *_, gradients = heads_loss.launch_loss(student, teacher, selected, weights, ReverseKL(), None, workspace, needs)
         factor = heads_loss.scale_back(dtotal, weights, is_fp16=dtype == torch.float16)
-        for gradient in gradients:
-            if gradient is not None:
-                heads_loss.scale(gradient, factor)
+        for x in gradients:
+            if x is not None:
+                heads_loss.scale(x, factor)
 
-    return {"n": n, "selected": m, "score": traced(score_pass), "loss": traced(loss)}
+    return traced(score_pass), traced(loss)
 
 
 def main(argv: list[str] | None = None) -> int:

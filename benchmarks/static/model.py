@@ -55,13 +55,14 @@ class Kernel:
         counts = Counter(self.path.steps)
         return self.warps * sum(moved * counts[i] for i, moved in self.path.moved.items())
 
-    def cycles(self, ghz: float, latency_ns: float) -> float:
-        """Of a multiprocessor, a program."""
+    def cycles(self, ghz: float, latency_ns: float, most: int | None = None) -> float:
+        """Of a multiprocessor, a program; `most`: how many programs it has at a time, if fewer than fit."""
         steps = [
             replay.make_step(x, self.path.moved.get(i, 0.0), self.device, ghz) for i, x in enumerate(self.code.instructions)
         ]
         a_quarter = max(1, self.warps // pipes.QUARTERS)
-        programs = max(1, self.programs * self.warps // (pipes.QUARTERS * a_quarter))
+        resident = min(self.programs, most or self.programs)
+        programs = max(1, resident * self.warps // (pipes.QUARTERS * a_quarter))
         result = replay.replay(steps, self.path.steps, programs=programs, warps=a_quarter, latency=latency_ns * ghz)
         return result.cycles * self.warps / (pipes.QUARTERS * a_quarter)
 

@@ -35,19 +35,24 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch_table
-from .device import LN_2, _block_of, _likely_top, _log2_probs, _store_top, _store_zeros, row_step, transform
+from .device import LN_2, _block_of, _likely_top, _log2_probs, _store_top, _store_zeros, row_step, rows_are_aligned, transform
+from .words import _load_words
 
 
 @triton.jit
 def _gradient_block(
-    s_row, t_row, out_row, offs, V, top, coef, shift, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm,
+    s_row, t_row, out_row, b, V, top, coef, shift, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm,
     SLOPE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr,
-    MASKED: tl.constexpr, HAS_TOP: tl.constexpr,
+    MASKED: tl.constexpr, HAS_TOP: tl.constexpr, WORDS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    # Writes the gradient of a block; returns p slope in SLOPE's unit, 0 at `top`.
+    # Writes the gradient of block b; returns p slope in SLOPE's unit, 0 at `top`.
+    offs = b * BLOCK_V + tl.arange(0, BLOCK_V)
     if MASKED:
         s = tl.load(s_row + offs, mask=offs < V, other=float("-inf"))
         t = tl.load(t_row + offs, mask=offs < V, other=float("-inf"))
+    elif WORDS:
+        s = _load_words(s_row, b, BLOCK_V)
+        t = _load_words(t_row, b, BLOCK_V)
     else:
         s = tl.load(s_row + offs)
         t = tl.load(t_row + offs)
@@ -57,6 +62,8 @@ def _gradient_block(
     if MASKED:
         tl.store(out_row + offs, grad, mask=offs < V)
         dlogit = tl.where(offs < V, dlogit, 0.0)
+    elif WORDS:  # the sum in this order takes four instructions a block less
+        tl.store((out_row + tl.arange(0, BLOCK_V)) + b * BLOCK_V, grad)
     else:
         tl.store(out_row + offs, grad)
     if HAS_TOP:
@@ -71,7 +78,7 @@ def _gradient_kernel(
     CONSTANTS: tl.constexpr, SLOPE: tl.constexpr,
     HAS_ROWS: tl.constexpr, HAS_TOP: tl.constexpr, HAS_ELSEWHERE: tl.constexpr,
     UNIT_S: tl.constexpr, UNIT_T: tl.constexpr, UNIT_O: tl.constexpr,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, WORDS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     k_s = tl.cast(k_s, tl.float32)
     k_t = tl.cast(k_t, tl.float32)
@@ -90,7 +97,6 @@ def _gradient_kernel(
         _store_zeros(out_row, 0, W, BLOCK_V)
     else:
         coef = weight * factor * (k_s * LN_2)
-        lane = tl.arange(0, BLOCK_V)
         n_full = V // BLOCK_V
         n_left = n_full
         top = -1
@@ -99,23 +105,23 @@ def _gradient_kernel(
             top_block = _block_of(top, n_full, BLOCK_V)
             n_left -= (top_block < n_full).to(tl.int32)
         total = _gradient_block(
-            s_row, t_row, out_row, n_full * BLOCK_V + lane, V, top, coef, shift, pre_s, cap_s, k_s, pre_t, cap_t, k_t,
-            norm, SLOPE, CAP_S, CAP_T, SAME_K, True, HAS_TOP,
+            s_row, t_row, out_row, n_full, V, top, coef, shift, pre_s, cap_s, k_s, pre_t, cap_t, k_t,
+            norm, SLOPE, CAP_S, CAP_T, SAME_K, True, HAS_TOP, WORDS, BLOCK_V,
         )  # fmt: skip
         # The block of the top id comes before the loop, which then compares no id with it.
         if HAS_TOP:  # noqa: SIM102 without a top there is no `top_block`
             if top_block < n_full:
                 total += _gradient_block(
-                    s_row, t_row, out_row, top_block * BLOCK_V + lane, V, top, coef, shift, pre_s, cap_s, k_s,
-                    pre_t, cap_t, k_t, norm, SLOPE, CAP_S, CAP_T, SAME_K, False, True,
+                    s_row, t_row, out_row, top_block, V, top, coef, shift, pre_s, cap_s, k_s,
+                    pre_t, cap_t, k_t, norm, SLOPE, CAP_S, CAP_T, SAME_K, False, True, WORDS, BLOCK_V,
                 )  # fmt: skip
         for i in range(n_left):
             b = i
             if HAS_TOP:
                 b += (i >= top_block).to(tl.int32)
             total += _gradient_block(
-                s_row, t_row, out_row, b * BLOCK_V + lane, V, top, coef, shift, pre_s, cap_s, k_s, pre_t, cap_t, k_t,
-                norm, SLOPE, CAP_S, CAP_T, SAME_K, False, False,
+                s_row, t_row, out_row, b, V, top, coef, shift, pre_s, cap_s, k_s, pre_t, cap_t, k_t,
+                norm, SLOPE, CAP_S, CAP_T, SAME_K, False, False, WORDS, BLOCK_V,
             )  # fmt: skip
         _store_zeros(out_row, V, W, BLOCK_V)
         if HAS_TOP:
@@ -165,5 +171,6 @@ def launch(
         HAS_ROWS=rows is not None, HAS_TOP=top is not None, HAS_ELSEWHERE=elsewhere is not None,
         UNIT_S=unit_s, UNIT_T=unit_t, UNIT_O=unit_o,
         CAP_S=s.has_cap, CAP_T=t.has_cap, SAME_K=s.k == t.k,
+        WORDS=student.dtype == teacher.dtype == out.dtype != torch.float32 and rows_are_aligned(student, teacher, out),
         **tile.constants, num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip

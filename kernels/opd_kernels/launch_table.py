@@ -153,6 +153,11 @@ def scale() -> Tile:
     return Tile({"BLOCK": 4096}, num_warps=128 // _warp_size())
 
 
+def quantise() -> Tile:
+    """128 threads with a 128-bit load each: with two, triton gives each thread 32 neighbouring bytes, half a sector a load."""
+    return Tile({"BLOCK": 1024}, num_warps=128 // _warp_size())
+
+
 def selection(n: int) -> Tile:
     """One program for n positions, 2 to 16 numbers a thread; of more than 16,384 positions 8 a thread at a time.
 

@@ -16,8 +16,8 @@ Shapes: n rows, V vocabulary, NG = ceil(V / 128) groups, K <= 128, K <= V
 Three kernels, because a thread reads numbers that other threads wrote:
   groups  (2n programs)  the K groups with the largest maxima, ties to the lower group. They contain the
           top-K: K group maxima precede every element outside them, each larger, or equal with a lower id.
-  topk    (n programs, once per model)  the K largest of those 128 K candidates, ties to the lower id,
-          written as places among the candidates.
+  topk    (2n programs; n for each model if their types differ)  the K largest of those 128 K candidates, ties to the lower
+          id, written as places among the candidates.
   stats   (n programs)   orders each list by counting, gathers logits, reduces.
 groups and topk search twice: the K runs of RUN neighbouring keys with the largest maxima, then the keys of these runs, which
 contain the K largest keys for the same reason. Between the two the list of runs passes through the memory of the output.
@@ -119,21 +119,24 @@ def _support_groups_fwd_kernel(
     tl.store(groups_row + place, g, mask=picked)
 
 
-@triton.jit(do_not_specialize=["K", "KG", "side"])
+@triton.jit(do_not_specialize=["K", "KG", "first_side"])
 def _support_topk_fwd_kernel(
-    x_ptr, rows_ptr, groups_ptr, found_ptr, stride_xn, V, K, KG, side,
-    HAS_ROWS: tl.constexpr, UNIT_X: tl.constexpr, GROUP: tl.constexpr, KGP: tl.constexpr, KP: tl.constexpr,
-    RUN: tl.constexpr, SHIFT: tl.constexpr,
+    s_ptr, t_ptr, rows_ptr, groups_ptr, found_ptr, stride_sn, stride_tn, V, K, KG, first_side,
+    HAS_ROWS: tl.constexpr, SIDES: tl.constexpr, UNIT_S: tl.constexpr, UNIT_T: tl.constexpr,
+    GROUP: tl.constexpr, KGP: tl.constexpr, KP: tl.constexpr, RUN: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
+    # SIDES = 2: of both models; 1: of the model `first_side`, whose logits are s and t
     IN_GROUP: tl.constexpr = GROUP // RUN  # runs
     LOWEST: tl.constexpr = INT_MIN >> SHIFT
     pid = tl.program_id(0).to(tl.int64)
-    row = pid
+    row = pid // SIDES
+    side = first_side + pid % SIDES
+    place_of = row * 2 + side  # in the outputs
     if HAS_ROWS:
-        row = tl.load(rows_ptr + pid).to(tl.int64)
-    x_row = x_ptr + row * stride_xn * UNIT_X
-    groups_row = groups_ptr + (pid * 2 + side) * KG
-    found_row = found_ptr + (pid * 2 + side) * K
+        row = tl.load(rows_ptr + row).to(tl.int64)
+    x_row = tl.where(side == 0, s_ptr + row * stride_sn * UNIT_S, t_ptr + row * stride_tn * UNIT_T)
+    groups_row = groups_ptr + place_of * KG
+    found_row = found_ptr + place_of * K
     j = tl.arange(0, KGP)
     group = tl.load(groups_row + j, mask=j < KG, other=0)
     ids = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (KGP, GROUP), ascending
@@ -331,12 +334,14 @@ def support_fwd(
         NG=all_groups, SETS=n_sets, RUN=min(launch_table.run(n_sets, all_groups), all_groups // n_sets),
         SHIFT=SHIFT[score.group_max.dtype], num_warps=tile.groups_warps, enable_fp_fusion=False,
     )  # fmt: skip
-    for side, x in enumerate((student, teacher)):
-        stride_x, unit_x = row_step(x)
-        _support_topk_fwd_kernel[(n,)](
-            x, rows, groups, places, stride_x, vocab_size, top_k, n_picked, side,
-            HAS_ROWS=rows is not None, UNIT_X=unit_x, GROUP=GROUP, KGP=n_sets, KP=triton.next_power_of_2(top_k), RUN=16,
-            SHIFT=SHIFT[x.dtype],
+    pairs = [(student, teacher)] if student.dtype == teacher.dtype else [(student, student), (teacher, teacher)]
+    sides = 2 // len(pairs)
+    for first_side, (x, y) in enumerate(pairs):
+        (stride_x, unit_x), (stride_y, unit_y) = row_step(x), row_step(y)
+        _support_topk_fwd_kernel[(sides * n,)](
+            x, y, rows, groups, places, stride_x, stride_y, vocab_size, top_k, n_picked, first_side,
+            HAS_ROWS=rows is not None, SIDES=sides, UNIT_S=unit_x, UNIT_T=unit_y,
+            GROUP=GROUP, KGP=n_sets, KP=triton.next_power_of_2(top_k), RUN=16, SHIFT=SHIFT[x.dtype],
             num_warps=tile.topk_warps, enable_fp_fusion=False,
         )  # fmt: skip
     s = transform(s_scale, s_softcap, temperature)

@@ -60,6 +60,14 @@ def _upper(word, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _load_words(row_ptr, b, N: tl.constexpr):
+    # (N,) fp32: block b of N 16-bit logits, read as words
+    words = tl.load(row_ptr.to(tl.pointer_type(tl.int32)) + (b * (N // 2) + tl.arange(0, N // 2)))
+    DTYPE: tl.constexpr = row_ptr.dtype.element_ty
+    return tl.reshape(tl.join(_lower(words, DTYPE), _upper(words, DTYPE)), (N,))
+
+
+@triton.jit
 def _widen(x, DTYPE: tl.constexpr, VEC: tl.constexpr):
     # words of one load after the other -> fp32 logits in the order of `_columns`; fp32 logits stay
     if x[0].dtype != tl.int32:

@@ -23,9 +23,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from opd_ops.arguments import check_choice, check_integer
-from opd_ops.backends.shared.grids import BlockGrid, SelectedGrid, gradient_grid, padded, score_grid, score_rows, tile_dtype
+from opd_ops.backends.shared.grids import (
+    BlockGrid,
+    SelectedGrid,
+    gradient_grid,
+    padded,
+    ranks_in_float8,
+    score_grid,
+    score_tile,
+    tile_dtype,
+)
 from opd_ops.divergences import SUPPORTS, Divergence, Summed, resolve_divergence
-from opd_ops.inputs import float8
 from opd_ops.inputs.sources import Mixing, Source, Transform
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.budget import SHORTLIST, most_selected
@@ -193,9 +201,6 @@ class _Costs:
             teacher = teacher._replace(transform=replace(transform, mixing=mixing), others=tuple(others))
         return student, teacher
 
-    def _in_float8(self, source: Source, score_dtype: torch.dtype | None) -> bool:
-        return score_dtype == float8.DTYPE and source.transform.mixing is None
-
     def float8_flops(self) -> int:
         """FLOP of the first ranking in 8 bits; a mixture ranks by its models' own dtypes."""
         swept = [] if self.student_stats else [self.Ds]
@@ -218,13 +223,14 @@ class _Costs:
         swept = (teacher,) if self.student_stats else (student, teacher)
         workspace = self.workspace
         if self.backend == "triton":
-            rows = score_rows(*swept, n=n, top_k=self.top_k, optional=False, workspace=workspace, score_dtype=score_dtype)
+            tile = score_tile(*swept, n=n, top_k=self.top_k, optional=False, workspace=workspace, score_dtype=score_dtype)
+            rows = tile.rows
         else:
             grid = score_grid(swept[0], swept[-1], n, top_k=self.top_k, whole_rows=False, workspace=workspace)
             rows = grid.rows
         flops, moved = self.dots(n), 0
         for source, model in ((x, model) for x in swept for model in (x, *x.others)):
-            width, in_float8 = model.leading.shape[-1], self._in_float8(source, score_dtype)
+            width, in_float8 = model.leading.shape[-1], ranks_in_float8(source, score_dtype)
             weight_bytes = 1 if in_float8 else self.dtype.itemsize
             logit_bytes = tile_dtype(source, score_dtype).itemsize if self.backend == "triton" else 4
             flops += 2 * n * (padded(self.V) if in_float8 else self.V) * width

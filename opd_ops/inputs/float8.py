@@ -2,6 +2,7 @@
 
   x ~ scale * value,  scale = max |row| / 448,  value in float8_e4m3fn
   logits ~ (hidden values @ weight values.T) * hidden scales * weight scales,  summed by the vendor's matmul
+  The Triton backend quantises by a kernel, to the same numbers (kernels/opd_kernels/quantise.py).
   No loss is computed from these logits: the best 2 rho N positions are scored again from fp32 logits (call/score.py).
 
 Not here: the tiles that read them (backends/shared/tiles.py), the error of the ranking (benchmarks/cpu/ranking.py).
@@ -19,6 +20,7 @@ from opd_ops.inputs.chunks import chunks
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = torch.finfo(DTYPE).max
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # the reciprocal of a smaller scale may be infinite: such rows become zero
 ALIGNED = 64  # the matmul takes whole tiles of this many rows; the last rows are zero
 WIDTH = 16  # the matmul takes rows whose width is a multiple of this
 ROWS_AT_A_TIME = 256
@@ -37,18 +39,27 @@ class Float8Rows(NamedTuple):
         return -(-x.shape[0] // ALIGNED) * ALIGNED, x.shape[1]
 
     @staticmethod
+    def empty(x: Tensor) -> Float8Rows:
+        """Uninitialised, for the rows of `x`."""
+        shape = Float8Rows.shape_of(x)
+        return Float8Rows(
+            torch.empty(shape, dtype=DTYPE, device=x.device), torch.empty((shape[0], 1), dtype=torch.float32, device=x.device)
+        )
+
+    @staticmethod
     @torch.no_grad()
     def of(x: Tensor) -> Float8Rows:
         """Quantise (n, D) floating point, row by row. Zero rows fill n up to a multiple of 64."""
-        values = torch.zeros(Float8Rows.shape_of(x), dtype=DTYPE, device=x.device)
-        scales = torch.ones((len(values), 1), device=x.device)
+        out = Float8Rows.empty(x)
         for group in chunks(len(x), ROWS_AT_A_TIME):  # no fp32 copy of the whole matrix
             rows = x[group].float()
-            scale = rows.abs().amax(1, keepdim=True) / LARGEST
-            scale = torch.where(scale > 0, scale, 1.0)
-            values[group] = (rows / scale).to(DTYPE)
-            scales[group] = scale
-        return Float8Rows(values, scales)
+            scale = rows.abs().amax(1, keepdim=True) * (1 / LARGEST)
+            scale = torch.where(scale >= SMALLEST_SCALE, scale, 1.0)
+            out.values[group] = (rows * (1 / scale)).to(DTYPE)
+            out.scales[group] = scale
+        out.values[len(x) :] = 0
+        out.scales[len(x) :] = 1
+        return out
 
     def dequantised(self, n: int) -> Tensor:
         """(n, D) fp32: the first n rows."""

@@ -120,12 +120,6 @@ class Source(NamedTuple):
         """V': entries of the tensors; only the first `vocab_size` are read."""
         return self.leading.shape[-1] if self.weight is None else len(self.weight)
 
-    def in_float8(self) -> Source:
-        """The same source with its head's weight in 8 bits, quantised now unless the caller passed it. Dense logits stay."""
-        if self.weight is None or self.float8 is not None:
-            return self
-        return self._replace(float8=Float8Rows.of(self.weight))
-
     @property
     def compute_dtype(self) -> torch.dtype:
         """fp32, or fp64 if any of the tensors is fp64."""

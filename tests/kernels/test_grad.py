@@ -80,6 +80,20 @@ def test_grad_rounds_once_to_the_stored_type(grad, kind, dtype, tolerance):
     assert_gradient(out, *oracle.gradient(kind, s, t, w), tolerance=tolerance)
 
 
+@pytest.mark.parametrize(
+    ("grad", "kind", "dtype"),
+    [(*KINDS[0], torch.bfloat16), *(pytest.param(*kind, torch.float16, marks=pytest.mark.full) for kind in KINDS)],
+)
+def test_grad_of_16_bit_rows_is_the_same_wherever_the_table_begins(grad, kind, dtype):
+    s, t = logit_pair(2, 4104, dtype=dtype, seed=3)  # rows 16 bytes apart: read by words where the first begins at 16 bytes
+    w = torch.tensor([0.5, -2.0])
+    want, kl = oracle.gradient(kind, s, t, w)
+    got = run(grad, s, t, w)
+    assert_gradient(got, want, kl, tolerance=4e-3)
+    moved = [x.new_zeros(3 + x.numel()).as_strided(x.shape, x.stride(), 3).copy_(x) for x in (s, t, s)]
+    assert torch.equal(run(grad, *moved[:2], w, out=moved[2]), got)
+
+
 def test_assert_gradient_rejects_a_zero_gradient():
     s, t = logit_pair(1, 300)
     want, kl = oracle.gradient("reverse_kl", s, t, torch.ones(1))

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from opd_ops.backends.shared.matmul import operand_dtype
 from opd_ops.backends.shared.top_k import PRUNED_GROUP, ranked_per_row
 from opd_ops.inputs import float8
 from opd_ops.inputs.sources import Source, compute_dtype
@@ -160,10 +161,28 @@ def tile_dtype(source: Source, score_dtype: torch.dtype | None) -> torch.dtype:
     return torch.bfloat16 if score_dtype == float8.DTYPE else score_dtype
 
 
-def row_bytes(source: Source, score_dtype: torch.dtype | None = None) -> int:
-    """Scratch per row beyond its logits: the hidden row, its copy in fp32 or in 8 bits; both of each model of a mixture."""
-    own = source.leading.shape[-1] * (source.leading.element_size() + (12 if score_dtype == float8.DTYPE else 4))
-    return own + sum(map(row_bytes, source.others))
+def ranks_in_float8(source: Source, score_dtype: torch.dtype | None) -> bool:
+    """Whether an 8-bit matmul makes the logits that rank positions; a mixture ranks by its models' own dtypes."""
+    return source.transform.is_head and source.transform.mixing is None and score_dtype == float8.DTYPE
+
+
+def hidden_bytes(source: Source) -> int:
+    """Bytes of a row's hidden states, of all models of a mixture; 0: dense logits."""
+    own = source.leading.shape[-1] * source.leading.element_size() if source.transform.is_head else 0
+    return own + sum(map(hidden_bytes, source.others))
+
+
+def row_bytes(source: Source, dtype: torch.dtype, *, in_float8: bool = False) -> int:
+    """Scratch per row beyond its logits, which have this dtype; of all models of a mixture.
+
+    The hidden row and its copy for the matmul, if that takes 8 bits or another dtype; of dense logits a copy of the row.
+    """
+    leading, copied = source.leading, int(in_float8)
+    operand = operand_dtype(leading, dtype)
+    if source.transform.is_head and not in_float8 and operand != leading.dtype:
+        copied = operand.itemsize
+    own = leading.shape[-1] * (leading.element_size() + copied)
+    return own + sum(row_bytes(other, dtype) for other in source.others)
 
 
 def weight_casts(source: Source, workspace: Workspace) -> int:
@@ -185,7 +204,12 @@ def _whole_tiles(n: int, bytes_per_row: int, workspace: Workspace) -> int:
     return size if size == n else size - size % step
 
 
-def score_rows(
+class ScoreTile(NamedTuple):
+    rows: int
+    span: int  # rows whose hidden states are copied at once: whole tiles, as many as the tile leaves room for
+
+
+def score_tile(
     *sources: Source,
     n: int,
     top_k: int,
@@ -193,12 +217,19 @@ def score_rows(
     workspace: Workspace,
     score_dtype: torch.dtype | None,
     tiles: int = 1,
-) -> int:
-    """Rows of a score tile; `tiles` tiles are alive at once."""
+) -> ScoreTile:
+    """The tile of a score pass over n rows; `tiles` tiles are alive at once."""
     vocab = sources[0].transform.vocab_size
-    logit_bytes = sum(tile_dtype(source, score_dtype).itemsize * copies(source) for source in sources) * padded(vocab)
-    per_row = logit_bytes + sum(row_bytes(source, score_dtype) for source in sources) + score_bytes(vocab, top_k)
-    return _whole_tiles(n, per_row, workspace.share(7 if optional else 15, 16).share(1, tiles))
+    dtypes = [tile_dtype(source, score_dtype) for source in sources]
+    per_row = score_bytes(vocab, top_k)
+    for source, dtype in zip(sources, dtypes, strict=True):
+        per_row += dtype.itemsize * copies(source) * padded(vocab)
+        per_row += row_bytes(source, dtype, in_float8=ranks_in_float8(source, score_dtype))
+    budget = workspace.share(7 if optional else 15, 16).share(1, tiles)
+    rows = _whole_tiles(n, per_row, budget)
+    # A stream must not read what another one copies: with two tiles alive each copies its own.
+    further = budget.less(rows * per_row).nbytes if tiles == 1 else 0
+    return ScoreTile(rows, rows * (1 + max(0, further) // max(1, rows * sum(map(hidden_bytes, sources)))))
 
 
 def is_narrow(student: Source, needs: Sequence[bool]) -> bool:
@@ -220,7 +251,8 @@ class SelectedGrid(NamedTuple):
         vocab, leading = student.transform.vocab_size, student.leading
         narrow = is_narrow(student, needs)
         narrow_bytes = leading.element_size() * padded(vocab) if narrow else 0
-        per_row = 4 * copies(*sources) * padded(vocab) + score_bytes(vocab) + sum(map(row_bytes, sources)) + list_bytes
+        per_row = 4 * copies(*sources) * padded(vocab) + score_bytes(vocab) + list_bytes
+        per_row += sum(row_bytes(source, torch.float32) for source in sources)
         budget = workspace.share(15, 16)
         weight_needed, wide = narrow and needs[1], TILE_ROWS[1]
         if weight_needed:
@@ -245,7 +277,8 @@ class BlockGrid(NamedTuple):
     @staticmethod
     def of(*sources: Source, n: int, workspace: Workspace) -> BlockGrid:
         vocab, dim = sources[0].transform.vocab_size, sources[0].leading.shape[-1]
-        rows = _whole_tiles(n, sum(map(row_bytes, sources)) + 4 * dim, workspace.share(1, 4))
+        per_row = sum(row_bytes(source, torch.float32) for source in sources) + 4 * dim
+        rows = _whole_tiles(n, per_row, workspace.share(1, 4))
         # per column: the models' logits, the 16-bit gradient and its fp32 copy for each row; two products
         columns = workspace.share(1, 2).count((8 + 4 * copies(*sources)) * rows + 8 * dim)
         step = ALIGNED if columns >= ALIGNED else MIN_BLOCK

@@ -17,9 +17,9 @@ from torch import Tensor
 from opd_ops.inputs.chunks import chunks
 
 
-def operand_dtype(x: Tensor, out: Tensor) -> torch.dtype:
-    """The dtype in which `head_product` multiplies `x` to write `out`: the dtype of `x` or of `out`."""
-    return x.dtype if out.dtype == x.dtype or (out.dtype == torch.float32 and _returns_fp32(x)) else out.dtype
+def operand_dtype(x: Tensor, out: torch.dtype) -> torch.dtype:
+    """The dtype in which `head_product` multiplies `x` for a result of dtype `out`: the dtype of `x`, or `out`."""
+    return x.dtype if out == x.dtype or (out == torch.float32 and _returns_fp32(x)) else out
 
 
 def head_product(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, *, cast_columns: int) -> Tensor:
@@ -52,7 +52,8 @@ def long_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _returns_fp32(x: Tensor) -> bool:
-    if x.device.type != "cuda" or torch.version.hip is not None:  # some ROCm builds refuse it
+    # "meta": sizes are computed as on CUDA (opd_ops/estimates).
+    if x.device.type not in ("cuda", "meta") or torch.version.hip is not None:  # some ROCm builds refuse it
         return False
     reduced = x.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation
     return x.dtype in (torch.bfloat16, torch.float16) and not reduced

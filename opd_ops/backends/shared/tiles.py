@@ -9,6 +9,7 @@ Not here: a few ids of a row (logits_at.py), sizes of tiles (grids.py), the work
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -26,15 +27,25 @@ class TileReader:
     """Reads tiles of one model at the given positions.
 
     `dtype`: of the tiles. `cast_columns`: how many columns of a weight to convert at a time, where the matmul needs another
-    dtype. `in_float8`: `ranked` uses an 8-bit matmul.
+    dtype. `quantise`: turns rows into 8 bits, for `ranked` to use an 8-bit matmul.
     """
 
-    def __init__(self, source: Source, rows: Tensor, dtype: torch.dtype, cast_columns: int, *, in_float8: bool = False) -> None:
-        self.in_float8 = in_float8 and source.transform.mixing is None  # a mixture ranks by the models' own dtypes
-        self.source = source.in_float8() if self.in_float8 else source
+    def __init__(
+        self,
+        source: Source,
+        rows: Tensor,
+        dtype: torch.dtype,
+        cast_columns: int,
+        *,
+        quantise: Callable[[Tensor], Float8Rows] | None = None,
+    ) -> None:
+        if quantise is not None and source.weight is not None and source.float8 is None:
+            source = source._replace(float8=quantise(source.weight))
+        self.source, self.quantise = source, quantise
         self.rows, self.dtype, self.cast_columns = rows, dtype, cast_columns
         self.others = [TileReader(other, rows, dtype, cast_columns) for other in source.others]
-        self._hidden: tuple[slice, torch.dtype, Tensor] | None = None
+        self._taken: tuple[slice, Tensor] | None = None
+        self._hidden: tuple[slice, Tensor] | None = None
         self._merged: tuple[slice, Tensor, Tensor] | None = None
 
     @property
@@ -43,13 +54,32 @@ class TileReader:
         own = self.source.transform
         return own if own.mixing is None else Transform(True, own.vocab_size, own.temperature)
 
+    def take(self, span: slice) -> None:
+        """Copy a head's hidden states of the span at once: `hidden` of a group within it is a part of this copy."""
+        if self.source.transform.is_head and (self._taken is None or self._taken[0] != span):
+            self._taken = self._hidden = None  # freed first: two spans at once would exceed the workspace
+            self._taken = span, take_rows(self.source.leading, self.rows[span])
+        for reader in self.others:
+            reader.take(span)
+
     def hidden(self, group: slice, dtype: torch.dtype | None = None) -> Tensor:
         """(n, D) hidden states of some of the rows, kept until the next other group. `dtype`: None: their own."""
         dtype = dtype or self.source.leading.dtype
-        if self._hidden is None or self._hidden[:2] != (group, dtype):
-            self._hidden = None  # freed first: two groups at once would exceed the workspace
-            self._hidden = group, dtype, take_rows(self.source.leading, self.rows[group]).to(dtype)
-        return self._hidden[2]
+        if self._hidden is not None and self._hidden[0] == group and self._hidden[1].dtype == dtype:
+            return self._hidden[1]
+        self._hidden = None
+        hidden = self._part_of_taken(group)
+        if hidden is None:
+            hidden = take_rows(self.source.leading, self.rows[group])
+        self._hidden = group, hidden.to(dtype)
+        return self._hidden[1]
+
+    def _part_of_taken(self, group: slice) -> Tensor | None:
+        if self._taken is None:
+            return None
+        span, hidden = self._taken
+        is_within = span.start <= group.start and group.stop <= span.stop
+        return hidden[group.start - span.start : group.stop - span.start] if is_within else None
 
     def stored(self, group: slice, columns: slice, out: Tensor) -> Tensor:
         """Stored logits of some of the rows, in `out`, (n, B)."""
@@ -72,11 +102,11 @@ class TileReader:
     def ranked(self, group: slice, out: Tensor) -> Tensor:
         """(n, V) stored logits that rank positions, in `out` from `aligned_buffer`."""
         vocab = self.source.transform.vocab_size
-        if not self.in_float8:
+        if self.quantise is None:
             return self.stored(group, slice(0, vocab), out[:, :vocab])
         assert self.source.float8 is not None
         values, scales = (x[: out.shape[1]] for x in self.source.float8)
-        float8.product(Float8Rows.of(self.hidden(group)), Float8Rows(values, scales), out)
+        float8.product(self.quantise(self.hidden(group)), Float8Rows(values, scales), out)
         return out[:, :vocab] if self.source.bias is None else out[:, :vocab].add_(self.source.bias[:vocab])
 
     def logits(self, group: slice, columns: slice, buffer: Tensor, *, by_column: bool = False) -> Tensor:
@@ -97,7 +127,7 @@ class TileReader:
         leading, weight, bias = self.source.leading, self.source.weight, self.source.bias
         if weight is None:
             return out.copy_(take_rows(leading[..., columns], self.rows[group]))
-        hidden = self.hidden(group, operand_dtype(leading, out))
+        hidden = self.hidden(group, operand_dtype(leading, out.dtype))
         return head_product(
             hidden, weight[columns], None if bias is None else bias[columns], out, cast_columns=self.cast_columns
         )

@@ -16,15 +16,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from opd_kernels.quantise import quantise_rows
 from opd_kernels.score import Score, score_fwd
 from opd_kernels.support import Support, support_fwd
 from torch import Tensor
 
-from opd_ops.backends.shared.grids import score_rows, tile_dtype, weight_casts
+from opd_ops.backends.shared.grids import ranks_in_float8, score_tile, tile_dtype, weight_casts
 from opd_ops.backends.shared.tiles import TileReader, aligned_buffer
 from opd_ops.backends.triton.launches import column_names, launch_options, on_device, write_columns
-from opd_ops.inputs import float8
-from opd_ops.inputs.chunks import chunks
+from opd_ops.inputs.chunks import groups
+from opd_ops.inputs.float8 import Float8Rows
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import OwnStats
@@ -54,9 +55,16 @@ class _Lanes:
 
 
 def _ranking_reader(source: Source, rows: Tensor, workspace: Workspace, score_dtype: torch.dtype | None) -> TileReader:
-    in_float8 = source.transform.is_head and score_dtype == float8.DTYPE
-    dtype = tile_dtype(source, score_dtype)
-    return TileReader(source, rows, dtype, weight_casts(source, workspace), in_float8=in_float8)
+    dtype, quantise = tile_dtype(source, score_dtype), quantised if ranks_in_float8(source, score_dtype) else None
+    return TileReader(source, rows, dtype, weight_casts(source, workspace), quantise=quantise)
+
+
+def quantised(x: Tensor) -> Float8Rows:
+    """`Float8Rows.of`, in one launch."""
+    rows = Float8Rows.empty(x)
+    with on_device(x.device):
+        quantise_rows(x, rows.values.view(torch.uint8), rows.scales)
+    return rows
 
 
 def launch_columns(
@@ -79,7 +87,7 @@ def launch_columns(
     lanes, vocab = _Lanes(rows.device), student.transform.vocab_size
     sides = [_ranking_reader(source, rows, workspace, score_dtype) for source in (student, teacher)]
     transforms = sides[0].transform, sides[1].transform
-    size = score_rows(
+    size, span_size = score_tile(
         student,
         teacher,
         n=len(rows),
@@ -92,9 +100,11 @@ def launch_columns(
     out = torch.empty((len(column_names(columns)), len(rows)), dtype=torch.float32, device=rows.device)
     with on_device(rows.device), torch.autocast(rows.device.type, enabled=False), lanes:
         buffers = [[aligned_buffer(size, vocab, x.dtype, rows.device) for x in sides] for _ in range(lanes.number)]
-        for i, group in enumerate(chunks(len(rows), size)):
+        for i, (group, span) in enumerate(groups(len(rows), span_size, size)):
             n, tiles = group.stop - group.start, buffers[i % lanes.number]
             with lanes.turn(i):
+                for side in sides:
+                    side.take(span)
                 s, u = (side.ranked(group, tile[:n]) for side, tile in zip(sides, tiles, strict=True))
                 half = workspace.share(1, 2)
                 outputs = write_columns(out[:, group], (s, u), None, transforms, columns=columns, top_k=top_k, workspace=half)
@@ -107,14 +117,15 @@ def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace: Workspace,
     """One model's statistics at the rows, from its logits alone."""
     vocab, n = source.transform.vocab_size, len(rows)
     side = _ranking_reader(source, rows, workspace, score_dtype)
-    size = score_rows(source, n=n, top_k=top_k, optional=False, workspace=workspace, score_dtype=score_dtype)
+    tile = score_tile(source, n=n, top_k=top_k, optional=False, workspace=workspace, score_dtype=score_dtype)
     ids = torch.empty((n, top_k), dtype=torch.long, device=rows.device)
     lse, entropy = torch.empty((2, n), dtype=torch.float32, device=rows.device)
     out = OwnStats(lse, entropy, ids, torch.empty((n, top_k), dtype=torch.float32, device=rows.device))
     options = launch_options(side.transform, side.transform)
     with torch.no_grad(), on_device(rows.device), torch.autocast(rows.device.type, enabled=False):
-        buffer = aligned_buffer(size, vocab, side.dtype, rows.device)
-        for group in chunks(n, size):
+        buffer = aligned_buffer(tile.rows, vocab, side.dtype, rows.device)
+        for group, span in groups(n, tile.span, tile.rows):
+            side.take(span)
             u = side.ranked(group, buffer[: group.stop - group.start])
             # The model is passed twice: the second load of each line hits the cache.
             score = score_fwd(u, u, None, **options)

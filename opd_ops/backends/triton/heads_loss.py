@@ -20,7 +20,7 @@ Not here: statistics (heads.py), the kernels' work on a tile (kernel_loss.py), h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +36,7 @@ from opd_ops.backends.shared.tiles import TileReader, aligned_buffer
 from opd_ops.backends.triton.kernel_loss import KernelConstants, KernelLoss
 from opd_ops.backends.triton.launches import on_device
 from opd_ops.divergences import Divergence, weighted_sum, without_infinite
-from opd_ops.inputs.chunks import chunks
+from opd_ops.inputs.chunks import chunks, groups
 from opd_ops.inputs.sources import Source, put_rows
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.inputs.workspace import Workspace
@@ -195,8 +195,9 @@ class _SelectedRows:
         if self.constants is not None and self.constants.columns is not None:
             losses.copy_(self.constants.columns[COLUMNS.index(str(self.loss.divergence.column))])
         parts = []
-        for group, span in _groups(m, grid) if self.vocab else ():
+        for group, span in groups(m, grid.kept or grid.rows, grid.rows) if self.vocab else ():
             n, in_span = group.stop - group.start, slice(group.start - span.start, group.stop - span.start)
+            self.sides[0].take(span)
             tiles = [x.stored(group, vocab, b[:n]) for x, b in zip(self.sides, buffers, strict=True)]
             s, u = tiles[0], tiles[1] if len(tiles) > 1 else None
             if self.constants is None:
@@ -204,7 +205,7 @@ class _SelectedRows:
             else:
                 constants = self.constants.rows(group)
             # `launch_loss` leaves an infinite loss out of the sum; here its gradient is left out.
-            self.row_weights[group] = self.row_weights[group].masked_fill(losses[group] == torch.inf, 0)
+            self.row_weights[group].masked_fill_(losses[group] == torch.inf, 0)
             if any(needs):
                 overwritten = s if self.loss.overwrites_student else tiles[-1]
                 dlogits = overwritten if narrowed is None else narrowed[in_span]
@@ -257,13 +258,6 @@ class _SelectedRows:
                 total = product if total is None else total.add_(product)
             assert total is not None
             out.weight[block] = total.to(dtype)
-
-
-def _groups(m: int, grid: SelectedGrid) -> Iterator[tuple[slice, slice]]:
-    """Groups of rows, each with the span of rows whose gradients are multiplied at once."""
-    for span in chunks(m, grid.kept or grid.rows):
-        for group in chunks(span.stop - span.start, grid.rows):
-            yield slice(span.start + group.start, span.start + group.stop), span
 
 
 class _Gradients(NamedTuple):

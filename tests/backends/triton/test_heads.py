@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.static.operators import Operators
 from opd_ops import LinearHead, score_positions, selective_opd_loss
 from opd_ops.backends.shared import grids
 from opd_ops.inputs.sources import Source
@@ -266,6 +267,22 @@ def test_masked_rows_cost_nothing():
     student, teacher = heads(10)
     got = units(leaf_head(student), teacher, 10, fraction=0.2, mask=torch.arange(10) % 2)
     assert got == pytest.approx((2 + 4 * 0.2) / 2, rel=1e-12)
+
+
+def test_hidden_states_of_several_tiles_are_copied_at_once(monkeypatch):
+    monkeypatch.setattr(grids, "TILE_ROWS", (2,))
+    student, teacher = heads(7)
+    options = {"backend": "triton", "workspace_bytes": 13_400}
+    sources = [Source.of(x) for x in (student, teacher)]
+    tile = grids.score_tile(*sources, n=7, top_k=16, optional=False, workspace=Workspace(13_400), score_dtype=None)
+    assert (tile.rows, tile.span) == (2, 6)
+    with Operators() as counted:
+        _, got = score_positions(student, teacher, **options)
+    with Operators() as whole:
+        _, want = score_positions(student, teacher, **options | {"workspace_bytes": LARGE})
+    assert counted.names["mm"] == 8
+    assert counted.names["index"] - whole.names["index"] == 2  # two spans of each model instead of one
+    assert relative_error(got.reverse_kl, want.reverse_kl) < 1e-6
 
 
 @pytest.mark.parametrize("n", [8, 16, 32])

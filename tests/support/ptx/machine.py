@@ -41,6 +41,7 @@ class Threads:
 
     def __init__(self, program: Program, ids, parameters: dict[str, np.generic], shared_bytes: int, buffers: Buffers):
         self.program, self.parameters, self.buffers = program, parameters, buffers
+        self.parameter_places = {name: 8 * i for i, name in enumerate(parameters)}  # where a program would find them
         self.n = len(ids) * program.threads
         thread = np.arange(self.n, dtype=np.uint32)
         self.lane = (thread % WARP).astype(np.int64)
@@ -109,6 +110,8 @@ class Threads:
             return dtype.type(0)
         if operand.startswith("__local_depot"):
             return dtype.type(LOCAL)
+        if operand in self.parameters:
+            return dtype.type(self.parameter_places[operand])
         if operand[0] != "%":
             raise NotImplementedError(f"an operand of PTX that is neither a register nor a number: {operand}")
         if operand not in self.registers:  # the compiler may leave undefined what it does not use
@@ -219,12 +222,20 @@ class Threads:
     def _ld(self, instruction: Instruction, active):
         target, address = instruction.operands
         if instruction.opcode[1] == "param":
-            self.write(target, self.parameters[address.base].view(TYPES[instruction.opcode[2]]), active)
+            self.write(target, self._parameter(address, TYPES[instruction.opcode[2]]), active)
             return
         memory, places, size, count = self._space(instruction.opcode, address)
         values = memory.load(places, active, size, count)
         for register, value in zip(target if isinstance(target, Vector) else [target], values, strict=True):
             self.write(register, value.view(TYPES[instruction.opcode[-1]]), active)
+
+    def _parameter(self, address: Address, kind: str):
+        """A parameter, of which each thread may have chosen another."""
+        if address.base in self.parameters:
+            return self.parameters[address.base].view(kind)
+        by_place = {self.parameter_places[name]: value for name, value in self.parameters.items()}
+        chosen, which = np.unique(self.addresses(address), return_inverse=True)
+        return np.array([by_place[int(place)].view(kind) for place in chosen])[which]
 
     def _st(self, instruction: Instruction, active):
         address, source = instruction.operands

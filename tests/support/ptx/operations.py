@@ -115,9 +115,9 @@ def fma(types, a, b, c):
 
 
 def divide(types, a, b):
-    if types[-1] == "f32":
+    if types[-1] == "f32" and "rn" not in types:
         return approximate(a.astype(np.float64) / b, APPROXIMATE["div"])
-    if types[-1] == "f64":
+    if types[-1] in ("f32", "f64"):
         return a / b
     quotient = np.abs(a.astype(np.int64)) // np.abs(b.astype(np.int64))  # PTX rounds towards zero
     return (np.sign(a).astype(np.int64) * np.sign(b) * quotient).astype(a.dtype)
@@ -162,6 +162,13 @@ def of_all(function):
     return lambda types, *operands: reduce(function, operands)
 
 
+def magnitude(types, a):
+    """Without the sign; of two 16-bit floats in a word, and of one in its bits, by the bits."""
+    if types[-1] in ("bf16", "f16x2", "bf16x2"):
+        return a & a.dtype.type(0x7FFF if types[-1] == "bf16" else 0x7FFF7FFF)
+    return np.abs(a)
+
+
 def packed(name, kind, *words):
     """The largest or smallest of 16-bit floats, each half of the words by itself."""
     halves = [np.ascontiguousarray(x).view(np.uint16) for x in np.broadcast_arrays(*words)]  # a constant is one word
@@ -178,7 +185,7 @@ def operation(name, types):
         return lambda *values: float_to_bf16(function(types, *map(bf16_to_float, values)))
     if kind in ("f16x2", "bf16x2") and name in ("min", "max"):
         return lambda *values: packed(name, kind[:-2], *values)
-    is_exact = name in ("cvt", "selp") or (kind == "f16" and name in ("min", "max")) or (kind == "f64" and name in EXACT)
+    is_exact = name in ("cvt", "selp", "abs") or (kind == "f16" and name in ("min", "max")) or (kind == "f64" and name in EXACT)
     if kind in ("f64", "f16", "bf16", "f16x2", "bf16x2") and not is_exact:
         raise NotImplementedError(f"{name} of {kind}")
     if "ftz" in types and name != "cvt":
@@ -203,7 +210,8 @@ OPERATIONS = {
     "div": divide,
     "ex2": exponential,
     "neg": lambda types, a: -a,
-    "abs": lambda types, a: np.abs(a),
+    "abs": magnitude,
+    "max.relu": lambda types, a, b: np.maximum(np.maximum(a, b), a.dtype.type(0)),
     "min": of_all(np.fmin),  # of a number and NaN: the number
     "max": of_all(np.fmax),
     "min.NaN": of_all(np.minimum),  # NaN

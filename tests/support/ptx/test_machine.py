@@ -103,6 +103,10 @@ UNARY = [
     ("mov.b32 {_, %rs1}, %r2; sub.rn.f32.bf16 %r3, %rs1, 0f3F000000;", 2.0, 1.5),
     ("mul.hi.u32 %r3, %r2, 0x55555556U;", 100, 33),
     ("cvt.f64.f32 %rd6, %r2; cvt.rzi.s32.f64 %r3, %rd6;", -2.75, 0xFFFFFFFE),
+    ("max.relu.s32 %r3, %r2, -9;", 0xFFFFFFFB, 0),
+    ("abs.bf16x2 %r3, %r2;", 0xBF80FFC0, 0x3F807FC0),  # also of NaN
+    ("mov.b32 {_, %rs1}, %r2; abs.bf16 %rs1, %rs1; mov.b32 %r3, {0, %rs1};", -2.0, 2.0),
+    ("div.rn.f32 %r3, %r2, 0f40400000;", 1.0, float(np.float32(1) / np.float32(3))),
     ("cvt.f64.f32 %rd6, %r2; div.rn.f64 %rd6, %rd6, 0d4008000000000000; mov.b64 {%r3, _}, %rd6;", 1.0, 0x55555555),
     ("cvt.f64.f32 %rd6, %r2; sub.rn.f64 %rd6, %rd6, 0d3CA0000000000000; mov.b64 {_, %r3}, %rd6;", 1.0, 0x3FEFFFFF),
     ("cvt.f64.f32 %rd6, %r2; mul.rn.f64 %rd6, %rd6, %rd6; cvt.rn.f32.f64 %r3, %rd6;", 1 + 2.0**-23, 1 + 2.0**-22),
@@ -190,6 +194,19 @@ $L__BB0_1:
     bar.sync 0;
     """
     assert run(body + STORE, bits(0)).tolist() == [1, 2, 3, 4] * 16
+
+
+def test_threads_may_choose_between_parameters():
+    body = """
+    mov.b64 %rd6, test_param_0;
+    mov.b64 %rd7, test_param_1;
+    setp.lt.u32 %p1, %r1, 40;
+    selp.b64 %rd6, %rd6, %rd7, %p1;
+    ld.param.b64 %rd8, [%rd6];
+    setp.eq.s64 %p2, %rd8, %rd1;
+    selp.b32 %r3, 1, 2, %p2;
+    """
+    assert run(body + STORE, bits(0)).tolist() == [1] * 40 + [2] * 24
 
 
 def test_programs_are_run_in_batches(monkeypatch):
