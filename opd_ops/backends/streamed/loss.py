@@ -263,6 +263,8 @@ def selected_loss(
         assert isinstance(teacher, Source)
         reference = Reference.of(stats)
         if isinstance(whole, Summed):
+            # A copy: the backward would keep all columns that share its memory.
+            reference = reference._replace(top_log_ratio=reference.top_log_ratio.clone())
             sums = summed(whole, student, teacher, rows, reference, workspace)
         else:
             assert whole.column is not None
