@@ -185,11 +185,12 @@ def nan_if_nonfinite(losses: Tensor, chosen: Chosen) -> Tensor:
     lse = stats.student_logsumexp if stats.response_place is None else stats.student_logsumexp.masked_fill(~stats.valid, 0)
     if not lse.numel():
         return losses
-    largest, best = lse.abs().amax(), chosen.scores.amax()  # NaN if any is
+    (least, largest), best = lse.aminmax(), chosen.scores.amax()  # NaN if any is
     if may_look(losses) and not chosen.call.in_graph:
-        is_finite = float(largest) < torch.inf and not math.isnan(float(best))
+        is_finite = math.isfinite(float(largest)) and math.isfinite(float(least)) and not math.isnan(float(best))
         return losses if is_finite else losses * torch.nan
-    return losses * torch.where((largest < torch.inf) & (best == best), 1.0, torch.nan).to(losses.dtype)
+    is_ok = (least > -torch.inf) & (largest < torch.inf) & (best == best)
+    return losses * torch.where(is_ok, 1.0, torch.nan).to(losses.dtype)
 
 
 def _metrics(

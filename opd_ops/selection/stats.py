@@ -93,15 +93,17 @@ class TokenStats(NamedTuple):
         Those that the gradients of reverse and forward KL read are apart from the others.
         """
         columns = {name: column for name, column in self._asdict().items() if column is not None}
-        kinds = {name: (column.dtype, name in KL_REFERENCE_COLUMNS) for name, column in columns.items()}
         taken: dict[str, Tensor] = {}
-        for kind in dict.fromkeys(kinds.values()):
-            names = [name for name, other in kinds.items() if other == kind]
+        for dtype in dict.fromkeys(column.dtype for column in columns.values()):
+            names = [name for name, column in columns.items() if column.dtype == dtype]
             if len(names) == 1:
                 taken[names[0]] = columns[names[0]].reshape(-1).index_select(0, rows)
                 continue
+            names.sort(key=lambda name: name in KL_REFERENCE_COLUMNS)
             values = torch.stack([columns[name] for name in names]).view(len(names), -1).index_select(1, rows)
-            taken |= dict(zip(names, values.unbind(0), strict=True))
+            n_others = sum(name not in KL_REFERENCE_COLUMNS for name in names)
+            parts = [values[:n_others], values[n_others:].clone()] if n_others < len(names) else [values]
+            taken |= dict(zip(names, (row for part in parts for row in part.unbind()), strict=True))
         return TokenStats(**taken)
 
     def spread(self, rows: Tensor | None, shape: torch.Size) -> TokenStats:
