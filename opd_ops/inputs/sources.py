@@ -188,7 +188,9 @@ def copy_rows(tensor: Tensor, rows: Tensor, out: Tensor) -> Tensor:
     flat = _flattened(tensor)
     if flat is None or flat.dtype != out.dtype or not out.is_contiguous():
         return out.copy_(take_rows(tensor, rows))
-    return torch.index_select(flat, 0, rows, out=out)
+    # Not index_select: it shares each large row between all threads, one row after the other.
+    copied: Tensor = torch.ops.aten.index.Tensor_out(flat, [rows], out=out)
+    return copied
 
 
 def put_rows(tensor: Tensor, rows: Tensor, values: Tensor) -> None:
