@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from functools import lru_cache
 from typing import TypedDict
 
 import torch
@@ -56,6 +57,11 @@ def as_ratio(fraction: float) -> tuple[int, int]:
 
 @traced_as_constant
 def _nearest_ratio(fraction: float) -> tuple[int, int]:
+    return _searched_ratio(fraction)
+
+
+@lru_cache(maxsize=64)
+def _searched_ratio(fraction: float) -> tuple[int, int]:
     return Fraction(fraction).limit_denominator(1_000_000).as_integer_ratio()
 
 
