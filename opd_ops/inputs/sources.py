@@ -183,13 +183,17 @@ def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
     return tensor[coordinates(rows, tensor.shape[:-1])] if flat is None else flat[rows]
 
 
+SHARED_ROW = 1 << 15  # numbers: from here on torch.index_select shares each single row between all threads
+
+
 def copy_rows(tensor: Tensor, rows: Tensor, out: Tensor) -> Tensor:
     """`take_rows` into `out`, (n, last), which may have another dtype."""
     flat = _flattened(tensor)
     if flat is None or flat.dtype != out.dtype or not out.is_contiguous():
         return out.copy_(take_rows(tensor, rows))
-    # Not index_select: it shares each large row between all threads, one row after the other.
-    copied: Tensor = torch.ops.aten.index.Tensor_out(flat, [rows], out=out)
+    if out.shape[1] < SHARED_ROW:
+        return torch.index_select(flat, 0, rows, out=out)
+    copied: Tensor = torch.ops.aten.index.Tensor_out(flat, [rows], out=out)  # it shares the rows between threads
     return copied
 
 
