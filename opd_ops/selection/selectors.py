@@ -152,12 +152,16 @@ def quantile_norm(z: Tensor, valid: Tensor, *, epsilon: float = EPSILON) -> Tens
 
 
 def released_norm(z: Tensor, among: Tensor) -> Tensor:
-    """The normaliser of TA's released code: no epsilon; 0 if the range is below 1e-12; non-finite values count as 0."""
-    dtype = z.dtype
-    z = torch.where(torch.isfinite(z), z, 0).double()
-    low, high = (x.view(()) for x in _quantiles(z.unsqueeze(0), among.unsqueeze(0), [(0.05, 0.95)], dtype).unbind(1))
-    flat = ~(high - low >= RELEASED_RANGE)  # True too if `among` is empty
-    return torch.where(flat, 0.0, (z - low) / torch.where(flat, 1.0, high - low)).clamp(0, 1)
+    """The normaliser of TA's released code: no epsilon; 0 if the range is below 1e-12; non-finite values count as 0.
+
+    `z`: As of `quantile_norm`.
+    """
+    dtype, shape = z.dtype, z.shape
+    z = (z if z.dim() > among.dim() else z.unsqueeze(0)).double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = _quantiles(z, among.expand_as(z), [(0.05, 0.95)] * len(z), dtype).unbind(1)
+    width = high - low
+    flat = width < RELEASED_RANGE
+    return ((z - low) / width.masked_fill(flat, 1.0)).masked_fill(flat, 0.0).clamp(0, 1).view(shape)
 
 
 def minmax_norm(z: Tensor, valid: Tensor, *, clip: float | Sequence[float | None] | None = None) -> Tensor:
@@ -263,7 +267,8 @@ class TeachabilityReleased:
         assert stats.released_kl is not None
         assert stats.response_place is not None
         among = stats.response_place > 0
-        return released_norm(stats.released_kl, among) * released_norm(stats.overlap_mass, among)
+        d, c = released_norm(torch.stack((stats.released_kl, stats.overlap_mass)), among).unbind()
+        return d * c
 
     def keep_scores(self, stats: TokenStats) -> Tensor:
         """The released code's `ca_softor`: the scores for the one position that a response without a selected one gets."""
@@ -271,8 +276,8 @@ class TeachabilityReleased:
         assert stats.topk_entropy is not None
         assert stats.response_place is not None
         among = stats.response_place > 0
-        h = released_norm(stats.topk_entropy, among)
-        return 1 - (1 - h) * (1 - released_norm(stats.released_kl * stats.overlap_mass, among))  # ties at exactly 1
+        columns = torch.stack((stats.topk_entropy, stats.released_kl * stats.overlap_mass))
+        return 1 - (1 - released_norm(columns, among)).prod(0)  # 1 - (1 - h) (1 - s): ties at exactly 1
 
 
 @dataclass(frozen=True)
