@@ -13,7 +13,7 @@ export PIP_CONSTRAINT := $(abspath constraints.txt)
 # Python compiles what is imported; compiling all that is installed takes half of the installation.
 export PIP_COMPILE := 0
 
-.PHONY: demo train test test-all test-full test-interpreted test-triton36 lint bench roofline model gpu gpu-wheels clean
+.PHONY: demo train test test-all test-full test-interpreted test-triton36 lint bench bench-host roofline model gpu gpu-wheels clean
 
 # RANKS=2: on two processes over gloo.
 demo: $(VENV)/.demo
@@ -61,6 +61,9 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.cpu.compare $(ARGS)
+
+bench-host: $(VENV)/.bench $(VENV)/.test
+	$(PYTEST) benchmarks/host/bench_calls.py --benchmark-json out/host.json $(ARGS)
 
 # On a machine with a GPU: its own python, with its own torch and triton, no network, no virtual environment. The peers that
 # `make gpu-wheels` has put into PEERS_ON_GPU come after what that python has.

@@ -109,12 +109,13 @@ def select_positions(
     valid = torch.ones_like(scores, dtype=torch.bool)
     if mask is not None:
         valid = per_position("mask", mask, scores.shape, scores.device) != 0
+        scores = scores.masked_fill(~valid, -torch.inf)
     return select_in_scope(
         scores,
         valid,
         settings.fraction,
         scope=scope,
-        sequences=sequence_ids(scores.shape, cu_seqlens, scores.device),
+        sequences=lambda: sequence_ids(scores.shape, cu_seqlens, scores.device),
         ranks=selecting_ranks(settings, selects=True),
         cu_seqlens=cu_seqlens,
         options={"keep_one_per_sequence": keep_one_per_sequence, "keep_scores": keep_scores, "places": places},

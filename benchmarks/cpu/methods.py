@@ -71,7 +71,7 @@ def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def _statistics(s: Tensor, u: Tensor) -> dict[str, Tensor]:
+def statistics(s: Tensor, u: Tensor) -> dict[str, Tensor]:
     """D and C on the top-K supports, and what a training log shows: entropy and reverse KL of every position."""
     log_p, log_q = s.log_softmax(-1), u.log_softmax(-1)
     s_ids, t_ids = s.topk(TOP_K).indices, u.topk(TOP_K).indices
@@ -89,19 +89,19 @@ def _statistics(s: Tensor, u: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _normalised(z: Tensor) -> Tensor:
+def normalised(z: Tensor) -> Tensor:
     z = z.float()  # quantiles take no 16 bits
     low, high = torch.quantile(z, 0.05), torch.quantile(z, 0.95)
     return ((z - low) / (high - low + NORM_EPSILON)).clamp(0, 1)
 
 
-def _best(scores: Tensor, fraction: float) -> Tensor:
+def best(scores: Tensor, fraction: float) -> Tensor:
     n = max(1, math.ceil(fraction * len(scores) - 1e-9))  # 0.1 * 30 is a little more than 3
     return torch.sort(scores, descending=True, stable=True).indices[:n].sort().values
 
 
 def _by_teachability(stats: dict[str, Tensor], settings: Settings) -> Tensor:
-    return _best(_normalised(stats["union_kl"]) * _normalised(stats["support_mass"]), settings.fraction)
+    return best(normalised(stats["union_kl"]) * normalised(stats["support_mass"]), settings.fraction)
 
 
 def eager(heads: Heads, settings: Settings) -> Outcome:
@@ -109,7 +109,7 @@ def eager(heads: Heads, settings: Settings) -> Outcome:
     s = _logits(heads.student_hidden, heads.student_weight)
     with torch.no_grad():
         u = _logits(heads.teacher_hidden, heads.teacher_weight)
-        stats = _statistics(s, u)
+        stats = statistics(s, u)
         rows = _by_teachability(stats, settings)
     loss = reverse_kl(s[rows].log_softmax(-1), u[rows].log_softmax(-1)).mean()
     loss.backward()
@@ -121,7 +121,7 @@ def eager_twice(heads: Heads, settings: Settings) -> Outcome:
     with torch.no_grad():
         s = _logits(heads.student_hidden, heads.student_weight)
         u = _logits(heads.teacher_hidden, heads.teacher_weight)
-        stats = _statistics(s, u)
+        stats = statistics(s, u)
         rows = _by_teachability(stats, settings)
         log_q = u[rows].log_softmax(-1)
     del s, u
@@ -141,7 +141,7 @@ def chunked_autograd(heads: Heads, settings: Settings) -> Outcome:
         s = _logits(s_hidden, heads.student_weight)
         with torch.no_grad():
             u = _logits(t_hidden, heads.teacher_weight)
-            columns.append(_statistics(s, u))
+            columns.append(statistics(s, u))
             log_q = u.log_softmax(-1)
         losses.append(reverse_kl(s.log_softmax(-1), log_q))
     stats = {name: torch.cat([column[name] for column in columns]) for name in columns[0]}
@@ -169,7 +169,7 @@ def trl_twice(heads: Heads, settings: Settings) -> Outcome:
     """TRL's fused divergence on all rows without a graph, then on the rows of largest reverse KL with one."""
     with torch.no_grad():
         kl, entropy = _trl_divergence(heads, heads.student_hidden, heads.teacher_hidden)
-        rows = _best(kl, settings.fraction)
+        rows = best(kl, settings.fraction)
     loss = _trl_divergence(heads, heads.student_hidden[rows], heads.teacher_hidden[rows])[0].mean()
     loss.backward()
     return Outcome(loss.detach(), rows, {"student_entropy": entropy, "reverse_kl": kl})

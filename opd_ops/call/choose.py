@@ -9,6 +9,7 @@ Not here: scores (score.py), budgets and ties (selection/budget.py), losses of t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from opd_ops.arguments import warn_user
 from opd_ops.backends.interface import Choice, Placed
 from opd_ops.call.prepare import Call
-from opd_ops.call.score import Scored, check_scores, is_finite, whole_stats_of
+from opd_ops.call.score import Scored, check_scores, is_infinite, whole_stats_of
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.inputs.sequences import numbered_sequences
 from opd_ops.selection.budget import SHORTLIST, SelectionOptions, most_selected, select, select_over_ranks
@@ -36,7 +37,8 @@ class Chosen:
     selected: Tensor  # (...) bool
     scores: Tensor  # (...)
     stats: TokenStats  # columns (...)
-    placed: Placed | None = None  # where kernels made `stats`
+    infinite: Tensor  # (...) bool: valid positions whose divergence is known to be +inf
+    placed: Placed | None = None  # where kernels made `stats` and the choice
     counts: tuple[int, int] | None = None  # of selected and valid positions, where the CPU knows them
 
     @property
@@ -59,7 +61,8 @@ def choose(scored: Scored) -> Chosen:
         selected = _selected(scored, call.settings.fraction)
         rows, trained = _rows_of(selected, call)
         if not call.in_graph:  # the CPU has just waited for the device, to list the rows
-            warn_of_infinite(scored.infinite, stats.valid, "valid", call.divergence.name)
+            n_valid, n_infinite = _counts(stats.valid, scored.infinite)
+            counts = len(rows), n_valid
     else:
         selected, rows, trained = choice.selected.view(call.shape), choice.rows, None
         if call.in_graph:
@@ -67,12 +70,15 @@ def choose(scored: Scored) -> Chosen:
         else:  # the CPU waits for the device
             n_selected, n_valid, n_infinite = choice.counts.tolist()
             rows, counts = rows[:n_selected], (n_selected, n_valid)
-            warn_of_infinite_counts(n_infinite, n_valid, "valid", call.divergence.name)
+    if counts is not None:
+        warn_of_infinite_counts(n_infinite, n_valid, "valid", call.divergence.name)
     scores_again = call.backend.scores_selected_rows(call.student, call.teacher) and call.divergence.whole is not None
     if call.student_stats is not None and call.divergence.reads_whole_rows and not scores_again:
         rows, trained, selected, stats = _with_whole_rows(call, rows, trained, selected, stats)
-        return Chosen(call, rows, trained, selected, scored.scores, stats)
-    return Chosen(call, rows, trained, selected, scored.scores, stats, scored.placed, counts)
+        infinite = stats.valid & is_infinite(stats, call.divergence)
+        return Chosen(call, rows, trained, selected, scored.scores, stats, infinite)
+    placed = None if choice is None else scored.placed
+    return Chosen(call, rows, trained, selected, scored.scores, stats, scored.infinite, placed, counts)
 
 
 def _chosen_by_kernels(scored: Scored) -> Choice | None:
@@ -113,7 +119,7 @@ def _selected(scored: Scored, fraction: float) -> Tensor:
             scored.stats.valid,
             fraction,
             scope=call.scope,
-            sequences=call.positions.sequences.flatten(),
+            sequences=call.positions.sequences,
             ranks=call.ranks,
             cu_seqlens=call.batch.cu_seqlens,
             options=options,
@@ -127,7 +133,7 @@ def select_in_scope(
     fraction: float,
     *,
     scope: str,
-    sequences: Tensor,
+    sequences: Callable[[], Tensor],
     ranks: Ranks | None,
     cu_seqlens: Tensor | None,
     options: SelectionOptions,
@@ -137,14 +143,16 @@ def select_in_scope(
 
     Args:
         scores, valid: (...) of the positions' shape.
-        sequences: (N,) `sequence_ids` of the positions.
+        scores: -inf where not valid.
+        sequences: Computes the sequence number of each position.
     """
     flat = scores.flatten(), valid.flatten()
-    keep_one_in = sequences if options["keep_one_per_sequence"] else None
+    is_sequence, keeps_one = scope == "sequence", options["keep_one_per_sequence"]
+    ids = sequences().flatten() if keeps_one or (is_sequence and ranks is None) else None
+    keep_one_in = ids if keeps_one else None
     keep_scores, places = (None if x is None else x.flatten() for x in (options["keep_scores"], options["places"]))
-    is_sequence = scope == "sequence"
     if ranks is None:
-        ids = sequences if is_sequence else None
+        ids = ids if is_sequence else None
         selected = select(
             *flat, fraction, ids, keep_one_in=keep_one_in, keep_scores=keep_scores, places=places, threshold=threshold
         )
@@ -178,7 +186,7 @@ def _with_whole_rows(
     """
     with torch.no_grad():
         exact = whole_stats_of(call, rows)
-        finite = is_finite(exact, call.divergence)
+        finite = ~is_infinite(exact, call.divergence)
         stats = stats.replaced(selected, exact)
         if call.backend.drops_weightless_rows:
             return rows, finite if trained is None else trained & finite, selected, stats
@@ -211,9 +219,14 @@ _warned_of: set[str] = set()  # Python forgets which warnings it has shown when 
 
 def warn_of_infinite(infinite: Tensor, among: Tensor, kind: str, divergence: str) -> None:
     """`warn_of_infinite_counts`, of two tensors of bools."""
-    if divergence not in _warned_of:
-        n_infinite, n_all = torch.stack((infinite.sum(), among.sum())).tolist()
-        warn_of_infinite_counts(n_infinite, n_all, kind, divergence)
+    n_infinite, n_all = _counts(infinite, among)
+    warn_of_infinite_counts(n_infinite, n_all, kind, divergence)
+
+
+def _counts(*flags: Tensor) -> list[int]:
+    """How many flags of each tensor are set. The CPU waits for the device."""
+    counts: list[int] = torch.stack(flags).view(len(flags), -1).sum(1).tolist()
+    return counts
 
 
 def warn_of_infinite_counts(n_infinite: int, n_all: int, kind: str, divergence: str) -> None:

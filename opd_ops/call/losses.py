@@ -17,7 +17,6 @@ from torch import Tensor
 from opd_ops.arguments import may_look
 from opd_ops.backends.shared.logits_at import logits_at
 from opd_ops.call.choose import Chosen, warn_of_infinite
-from opd_ops.call.score import is_finite
 from opd_ops.divergences import SampledToken
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
@@ -26,9 +25,9 @@ from opd_ops.inputs.teacher_lists import TeacherLists
 class Settled(NamedTuple):
     """The chosen positions after their losses are known."""
 
-    chosen: Chosen  # statistics and selection updated by the losses
-    trained: Tensor  # (M,) bool: which rows are trained on; no row with an infinite loss
-    infinite: Tensor  # (...) bool: valid positions whose divergence is +inf
+    chosen: Chosen  # statistics, selection and infinite positions updated by the losses
+    trained: Tensor | None  # (M,) bool: which rows are trained on, no row with an infinite loss; None: all
+    is_final: bool  # whether the CPU knows that all chosen rows are trained on
 
 
 class Sampled(NamedTuple):
@@ -50,7 +49,7 @@ def selected_losses(chosen: Chosen, weights: Tensor, tokens: Tensor | None, *, i
         call.teacher,
         rows,
         weights,
-        stats.take(rows) if chosen.placed is None else stats.take_together(rows),
+        stats.take_together(rows),
         divergence=call.divergence,
         tokens=tokens,
         workspace=call.workspace,
@@ -129,24 +128,30 @@ def _exact_columns(chosen: Chosen) -> dict[str, Tensor]:
 
 def settle(chosen: Chosen, losses: Tensor) -> Settled:
     """Update statistics and selection by the (M,) losses: rows with an infinite loss are not trained on."""
-    call, stats, rows, flat = chosen.call, chosen.stats, chosen.rows, chosen.selected.flatten()
+    call, stats, rows = chosen.call, chosen.stats, chosen.rows
     # The loss may have more digits than the statistic that ranked the row.
     column = call.divergence.column
     if column is not None:
-        ranked = getattr(stats, column).flatten()[rows]
-        values = losses if chosen.trained is None else torch.where(chosen.trained, losses, ranked)
+        values = losses
+        if chosen.trained is not None:
+            values = torch.where(chosen.trained, losses, getattr(stats, column).flatten()[rows])
         stats = stats.with_column(column, rows, values)
+    is_known = call.divergence.whole is not None and call.divergence.whole.column is not None
+    # Without such a column only the losses of selected rows are known.
+    among, kind = (stats.valid, "valid") if is_known else (chosen.selected, "selected")
+    can_look = may_look(losses) and not call.in_graph
+    if chosen.trained is None and can_look and (not len(rows) or float(losses.amax()) < torch.inf):
+        if chosen.counts is None:
+            warn_of_infinite(chosen.infinite, among, kind, call.divergence.name)
+        return Settled(replace(chosen, stats=stats), None, True)
     # Scoring may not have seen an infinite loss: it read no student row, read it in 16 bits, or did not sum this divergence.
     finite = losses != torch.inf
-    trained = finite if chosen.trained is None else finite & chosen.trained
-    infinite = (stats.valid & ~is_finite(stats, call.divergence)).flatten()
+    trained, flat = finite if chosen.trained is None else finite & chosen.trained, chosen.selected.flatten()
+    infinite = chosen.infinite.flatten()
     infinite = infinite.index_put((rows,), infinite[rows] | (flat[rows] & (losses == torch.inf)))
     selected = flat.index_put((rows,), flat[rows] & trained)
     shape = chosen.selected.shape
-    if may_look(rows):
-        is_known = call.divergence.whole is not None and call.divergence.whole.column is not None
-        # Without such a column only the losses of selected rows are known.
-        among = (stats.valid.flatten(), "valid") if is_known else (flat, "selected")
-        warn_of_infinite(infinite, *among, call.divergence.name)
-    chosen = replace(chosen, selected=selected.view(shape), stats=stats)
-    return Settled(chosen, trained, infinite.view(shape))
+    infinite = infinite.view(shape)
+    if can_look:
+        warn_of_infinite(infinite, among, kind, call.divergence.name)
+    return Settled(replace(chosen, selected=selected.view(shape), stats=stats, infinite=infinite), trained, False)

@@ -27,7 +27,6 @@ def loss_metrics(
     stats: TokenStats,
     unmasked: Tensor | None,
     infinite: Tensor,
-    counts: tuple[Tensor, Tensor],
     *,
     is_bound: bool,
 ) -> Metrics:
@@ -36,26 +35,27 @@ def loss_metrics(
     Args:
         unmasked: Positions that the caller left valid; None: all. A NaN of the teacher makes such a position not valid.
         infinite: Positions with an infinite divergence.
-        counts: The numbers of selected and of valid positions.
         is_bound: Whether the support mass is only its lower bound, known from two lists.
     """
-    n_selected, n_valid = counts
+    among = torch.stack((selected, stats.valid, infinite)).view(3, -1)
+    n_selected, n_valid, n_infinite = counts = among.sum(1)
+    left_out = among[:2].logical_not()
     n_unmasked = selected.numel() if unmasked is None else unmasked.sum()
     mass = "support_mass_lower_bound" if is_bound else "support_mass"
     columns = torch.stack((stats.reverse_kl, stats.student_entropy, stats.support_mass, stats.teacher_entropy)).view(4, -1)
+    totals = columns.masked_fill(left_out.unsqueeze(1), 0).sum(2)  # (2, 4)
+    means = totals / counts[:2].clamp_min(1).unsqueeze(1)
     metrics = {"loss": loss.detach(), "loss_sum": loss_sum.detach()}
-    for names, among, count in (
-        (("kl_selected", "entropy_selected", f"{mass}_selected"), selected, n_selected),
-        (("kl_all", "entropy", mass, "teacher_entropy"), stats.valid, n_valid),
+    for i, names in enumerate(
+        (("kl_selected", "entropy_selected", f"{mass}_selected"), ("kl_all", "entropy", mass, "teacher_entropy"))
     ):
-        totals = columns[: len(names)].masked_fill(~among.flatten(), 0).sum(1)
-        for name, mean, total in zip(names, (totals / count.clamp_min(1)).unbind(), totals.unbind(), strict=True):
+        for name, mean, total in zip(names, means[i], totals[i], strict=False):
             metrics |= {name: mean, f"{name}_sum": total}
-    lowest = torch.where(selected, scores, torch.inf)
+    lowest = scores.flatten().masked_fill(left_out[0], torch.inf)
     return metrics | {
         "n_valid": n_valid,
         "n_selected": n_selected,
-        "n_infinite": infinite.sum(),  # divergence +inf: of all valid positions if known there, else of the selected ones
+        "n_infinite": n_infinite,  # divergence +inf: of all valid positions if known there, else of the selected ones
         "n_teacher_nonfinite": n_unmasked - n_valid,
         # +inf if no position is selected
         "score_threshold": lowest.amin() if lowest.numel() else lowest.new_full((), torch.inf),

@@ -11,6 +11,7 @@ Not here: which positions are selected (choose.py), the losses themselves (losse
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -67,36 +68,36 @@ def mean_loss(chosen: Chosen, num_items_in_batch: Tensor | float | None) -> Sele
     kind, inplace = call.settings.denominator, call.settings.inplace_backward
     if call.ranks is None and not call.in_graph:  # if one rank of several raised, the others would wait for it
         _check_some_items(num_items_in_batch, chosen.selected)
-    n_valid = total = None
-    if chosen.is_summed_by_kernels:
+    is_known = chosen.counts is not None and call.ranks is None
+    if kind == "sequence":
+        factors = _response_factors(chosen, num_items_in_batch)
+    elif is_known:
         factors = _known_factors(chosen, num_items_in_batch)
-    elif kind == "sequence":
-        n_valid, factors = chosen.stats.valid.sum(), _response_factors(chosen, num_items_in_batch)
     else:
-        n_valid = chosen.stats.valid.sum()
-        total = denominator(chosen.selected.sum(), n_valid, num_items_in_batch, kind)
+        total = denominator(*_counts(chosen), num_items_in_batch, kind)
         factors = _ratio(1.0, total).to(chosen.scores.dtype).expand(len(rows))
     factors = factors if chosen.trained is None else torch.where(chosen.trained, factors, 0)
     tokens = sampled(chosen)
     row_weights = _row_weights(chosen, tokens, factors.dtype)
     factors = factors if row_weights is None else factors * row_weights
     weighted, losses = selected_losses(chosen, factors, _ids(tokens), inplace=inplace)
-    if n_valid is None:
+    if chosen.is_summed_by_kernels:
         return _summed_by_kernels(chosen, weighted, losses, row_weights)
     settled = settle(chosen, losses)
-    counts = settled.chosen.selected.sum(), n_valid
-    if total is None:
+    if kind == "sequence":
         final = _response_factors(settled.chosen, num_items_in_batch)
-        final = torch.where(settled.trained, final if row_weights is None else final * row_weights, 0)
+        final = _trained(final if row_weights is None else final * row_weights, settled)
         if not torch.equal(final, factors):  # rows with an infinite loss have left the means of their responses
             weighted, _ = selected_losses(chosen, final, _ids(tokens), inplace=inplace)
-        correction = torch.ones_like(weighted)
-    else:  # 1 if no infinite loss was dropped. Counts of ranks are added up only here, where they are final.
-        correction = _ratio(total, denominator(*counts, num_items_in_batch, kind, call.ranks)).to(weighted.dtype)
-    chosen, trained = settled.chosen, settled.trained
-    loss = weighted * correction * nan_if_nonfinite(chosen, weighted.dtype)
-    terms = torch.where(trained, losses if row_weights is None else losses * row_weights, 0)
-    metrics = _metrics(settled, tokens, loss, terms, counts)
+    elif not (is_known and settled.is_final):
+        # The correction is 1 if no infinite loss was dropped. Counts of ranks are added up only here, where they are final.
+        total = denominator(*_counts(chosen), num_items_in_batch, kind)
+        final_total = denominator(*_counts(settled.chosen), num_items_in_batch, kind, call.ranks)
+        weighted = weighted * _ratio(total, final_total).to(weighted.dtype)
+    chosen = settled.chosen
+    loss = nan_if_nonfinite(weighted, chosen)
+    terms = _trained(losses if row_weights is None else losses * row_weights, settled)
+    metrics = _metrics(settled, tokens, loss, terms)
     return SelectiveOPDOutput(loss, chosen.selected, chosen.scores, chosen.stats, metrics)
 
 
@@ -115,6 +116,16 @@ def _response_factors(chosen: Chosen, num_items: Tensor | float | None) -> Tenso
     n_selected, n_responses = counts[0], (counts[1] > 0).sum()
     total = denominator(n_selected.sum(), n_responses, num_items, "valid", ranks)
     return (_ratio(1.0, total) / n_selected.clamp_min(1)).to(dtype)[ids[chosen.rows]]
+
+
+def _counts(chosen: Chosen) -> tuple[Tensor, Tensor]:
+    """The numbers of selected and of valid positions, 0-dim int64."""
+    return chosen.selected.sum(), chosen.stats.valid.sum()
+
+
+def _trained(values: Tensor, settled: Settled) -> Tensor:
+    """The (M,) values, 0 at rows that are not trained on."""
+    return values if settled.trained is None else torch.where(settled.trained, values, 0)
 
 
 def _known_factors(chosen: Chosen, num_items: Tensor | float | None) -> Tensor:
@@ -201,11 +212,19 @@ def _check_some_items(value: Tensor | float | None, selected: Tensor) -> None:
         )
 
 
-def nan_if_nonfinite(chosen: Chosen, dtype: torch.dtype) -> Tensor:
-    """A factor of every loss: NaN if a valid position has no finite student softmax or a NaN score, else 1."""
+def nan_if_nonfinite(losses: Tensor, chosen: Chosen) -> Tensor:
+    """The losses; all are NaN, with their gradients, if a valid position has no finite student softmax or a NaN score."""
     stats = chosen.stats
-    blown_up = stats.valid & (~torch.isfinite(stats.student_logsumexp) | chosen.scores.isnan())
-    return torch.where(blown_up.any(), torch.nan, 1.0).to(dtype)
+    # 0 where not valid, but with places along responses also masked positions have statistics.
+    lse = stats.student_logsumexp if stats.response_place is None else stats.student_logsumexp.masked_fill(~stats.valid, 0)
+    if not lse.numel():
+        return losses
+    (least, largest), best = lse.aminmax(), chosen.scores.amax()  # NaN if any is
+    if may_look(losses) and not chosen.call.in_graph:
+        is_finite = math.isfinite(float(largest)) and math.isfinite(float(least)) and not math.isnan(float(best))
+        return losses if is_finite else losses * torch.nan
+    is_ok = (least > -torch.inf) & (largest < torch.inf) & (best == best)
+    return losses * torch.where(is_ok, 1.0, torch.nan).to(losses.dtype)
 
 
 def _metrics(
@@ -213,7 +232,6 @@ def _metrics(
     tokens: Sampled | None,
     loss: Tensor,
     terms: Tensor,
-    counts: tuple[Tensor, Tensor],
 ) -> Metrics:
     """`loss`: the mean; `terms`: (M,) weighted losses, 0 where a row is not trained on."""
     chosen, support = settled.chosen, settled.chosen.call.divergence.on_support
@@ -224,21 +242,21 @@ def _metrics(
         chosen.scores,
         chosen.stats,
         chosen.call.unmasked,
-        settled.infinite,
-        counts,
+        chosen.infinite,
         is_bound=isinstance(chosen.call.teacher, TeacherLists),
     )
+    trained = torch.ones_like(terms, dtype=torch.bool) if settled.trained is None else settled.trained
     teacher = chosen.call.teacher
     if isinstance(teacher, Source) and teacher.routes is not None:
-        metrics |= routed_metrics(teacher.routes, len(teacher.others), chosen.stats.valid, chosen.rows, settled.trained, terms)
+        metrics |= routed_metrics(teacher.routes, len(teacher.others), chosen.stats.valid, chosen.rows, trained, terms)
     if tokens is None:
         return metrics
     if tokens.log_q is not None:
-        metrics |= sampled_metrics(tokens.log_p, tokens.log_q, settled.trained)
+        metrics |= sampled_metrics(tokens.log_p, tokens.log_q, trained)
     if tokens.advantages is not None and isinstance(support, SampledToken) and support.clip is not None:
-        metrics |= clip_metrics(tokens.advantages, support.clip, settled.trained)
+        metrics |= clip_metrics(tokens.advantages, support.clip, trained)
     if tokens.ratios is not None and tokens.weights is not None:
-        metrics |= ratio_metrics(tokens.ratios, tokens.weights, settled.trained)
+        metrics |= ratio_metrics(tokens.ratios, tokens.weights, trained)
     return metrics
 
 
@@ -249,7 +267,8 @@ def token_losses(chosen: Chosen) -> TokenLosses:
         tokens = sampled(chosen)
         _, losses = selected_losses(chosen, torch.ones_like(chosen.scores.flatten()[rows]), _ids(tokens))
         settled = settle(chosen, losses)
-    chosen, trained = settled.chosen, settled.trained
+    chosen = settled.chosen
+    trained = torch.ones_like(losses, dtype=torch.bool) if settled.trained is None else settled.trained
     teachers = tuple(t.detach() for t in call.teacher.tensors) if isinstance(call.teacher, Source) else ()
     plan = _TokenLossPlan(_with_tensors(chosen, None), len(call.student.tensors))
     losses = connected(plan, torch.where(trained, losses, 0), *call.student.tensors, *teachers, _ids(tokens), trained)
@@ -259,10 +278,9 @@ def token_losses(chosen: Chosen) -> TokenLosses:
     if row_weights is not None:  # an infinite weight of a row that is not trained on must not make it NaN
         losses = losses * torch.where(trained, row_weights, 0)
     placed = torch.zeros_like(chosen.scores.flatten(), dtype=losses.dtype).index_put((rows,), losses).view(call.shape)
-    placed = placed * nan_if_nonfinite(chosen, placed.dtype)
+    placed = nan_if_nonfinite(placed, chosen)
     terms = losses.detach()
-    counts = chosen.selected.sum(), chosen.stats.valid.sum()
-    metrics = _metrics(settled, tokens, terms.sum() / trained.sum().clamp_min(1), terms, counts)
+    metrics = _metrics(settled, tokens, terms.sum() / trained.sum().clamp_min(1), terms)
     return TokenLosses(placed, chosen.selected, chosen.scores, chosen.stats, metrics)
 
 

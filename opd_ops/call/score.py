@@ -21,7 +21,7 @@ from opd_ops.divergences import Divergence
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.selection.selectors import is_deterministic, is_own, over_ranks, own_name
-from opd_ops.selection.stats import BACKEND_COLUMNS, TokenStats
+from opd_ops.selection.stats import BACKEND_COLUMNS, TokenStats, is_finite
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,8 @@ class Scored:
     call: Call
     scores: Tensor  # (...) -inf where not valid, or where the divergence is known to be infinite
     stats: TokenStats  # columns (...)
+    infinite: Tensor  # (...) bool: valid positions whose divergence is known to be +inf
     placed: Placed | None = None  # where kernels made `stats`; its scores are `scores`
-
-    @property
-    def infinite(self) -> Tensor:
-        """(...) bool: valid positions whose divergence is known to be +inf."""
-        if self.placed is not None:
-            return self.placed.infinite
-        return self.stats.valid & ~is_finite(self.stats, self.call.divergence)
 
 
 def score(call: Call) -> Scored:
@@ -88,9 +82,9 @@ def _placed(call: Call, rows: Tensor | None) -> Placed | None:
 
 def _scored_placed(call: Call, placed: Placed) -> Scored:
     if call.backend.scores_by_kernels(own_name(call.selector)):
-        return Scored(call, placed.scores, placed.stats, placed)
+        return Scored(call, placed.scores, placed.stats, placed.infinite, placed)
     scored = _scored(call, placed.stats)
-    return replace(scored, placed=placed._replace(scores=scored.scores))
+    return replace(scored, placed=placed._replace(scores=scored.scores), infinite=placed.infinite)
 
 
 def score_again(scored: Scored, shortlist: Tensor) -> Scored:
@@ -139,16 +133,16 @@ def stats_of(call: Call, rows: Tensor, score_dtype: torch.dtype | None = None) -
             score_dtype=score_dtype,
         )
     if isinstance(teacher, Source):  # a non-finite teacher must not hide a non-finite student
-        stats = stats._replace(valid=stats.valid | ~torch.isfinite(stats.student_logsumexp))
+        stats = stats._replace(valid=stats.valid >= is_finite(stats.student_logsumexp))  # valid or not finite
     return stats
 
 
-def is_finite(stats: TokenStats, divergence: Divergence) -> Tensor:
-    """Bool: False where the divergence is known to be infinite."""
+def is_infinite(stats: TokenStats, divergence: Divergence) -> Tensor:
+    """Bool: where the divergence is known to be +inf."""
     if divergence.whole is None or divergence.whole.column is None:
-        return torch.ones_like(stats.valid)
+        return torch.zeros_like(stats.valid)
     column: Tensor = getattr(stats, divergence.whole.column)
-    return column != torch.inf
+    return column == torch.inf
 
 
 def _response_places(call: Call) -> Tensor | None:
@@ -164,11 +158,12 @@ def _scored(call: Call, stats: TokenStats) -> Scored:
     with nullcontext() if call.ranks is None else over_ranks(call.ranks):
         scores = call.selector(selector_stats)
     check_scores(scores, call.shape, stats.valid.device)
-    trainable = stats.valid & is_finite(stats, call.divergence)
+    infinite = stats.valid & is_infinite(stats, call.divergence)
     shard = call.student.transform.shard
     if shard is not None and not is_deterministic(call.selector):  # all ranks take the scores that the first rank drew
         scores = shard.ranks.first(scores.clone(memory_format=torch.contiguous_format))
-    return Scored(call, torch.where(trainable, scores.to(stats.reverse_kl.dtype), -torch.inf), stats)
+    excluded = stats.valid <= infinite  # not valid or infinite
+    return Scored(call, scores.to(stats.reverse_kl.dtype).masked_fill(excluded, -torch.inf), stats, infinite)
 
 
 def check_scores(scores: object, shape: torch.Size, device: torch.device) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ def scores_of(contexts: Contexts, name: str, selector: Selector, seed: int) -> T
             f"selectors: {name!r} needs the column {', '.join(missing)}, which before lacks; score with selector={name!r}, "
             "or leave it out"
         )
-    ids = sequence_ids(stats.valid.shape, None, stats.valid.device)
+    ids = partial(sequence_ids, stats.valid.shape, None, stats.valid.device)
     scores = bound_selector(selector, torch.Generator().manual_seed(seed), ids)(stats)
     if not isinstance(scores, Tensor) or scores.shape != stats.valid.shape:
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__

@@ -65,7 +65,7 @@ class WholeRow(Divergence):
 
     @abstractmethod
     def slope(self, log_p: Tensor, log_ratio: Tensor) -> Tensor:
-        """(M, B) df/dp at (p_v, q_v), up to a constant; finite where q = 0, any value where p = 0."""
+        """(M, B) df/dp at (p_v, q_v), up to a constant; finite where q = 0, any value where p = 0. May be `log_ratio`."""
 
     def dlogits(self, log_p: Tensor, log_ratio: Tensor, reference_slope: Tensor, mean_slope: Tensor) -> Tensor:
         """d loss / d student logits on a block of columns.

@@ -186,7 +186,7 @@ def estimate_communication(
         dtype=torch.float64 if dtype == torch.float64 else torch.float32,
         n_selecting={"global": dp * cp, "sequence": cp, "batch": 1}[scope],
         n_sequences=n_sequences if scope == "sequence" else None,
-        selector=bound_selector(named_selector(settings.selector), torch.Generator(), no_position),
+        selector=bound_selector(named_selector(settings.selector), torch.Generator(), lambda: no_position),
         divergence=divergence,
         backend=backend,
         n_teachers=n_teachers,
@@ -351,8 +351,8 @@ class _Communication:
         """Collectives that find the responses of sequences, if ranks hold parts of them."""
         ranks = _RecordingRanks(n=self.n_selecting)
         if self.n_sequences is not None and "response_place" in getattr(self.selector, "needs", ()):
-            no_position = torch.empty((self.n_sequences, 0), dtype=torch.long)
-            Positions(None, no_position, None, None, None).response_places(ranks)
+            no_position = torch.Size((self.n_sequences, 0))
+            Positions(None, None, None, None, no_position, torch.device("cpu")).response_places(ranks)
         return ranks.sent
 
     def _statistics_of_no_position(self) -> TokenStats:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 POSITION_BYTES = 480  # statistics, masks, sort keys and fp64 temporaries: some 60 numbers per position
 ROW_BYTES = ID_BYTES = 8  # saved per selected row: its number, and on "torch" the ids of a divergence on a list
-WEIGHT_BYTES = 1  # on "torch": whether the row's weight is 0
+WEIGHT_BYTES = 1  # on "torch": whether the row's weight is 0; on a CPU only where a loss may be infinite
 KL_COLUMNS, SUMMED_COLUMNS = 5, 6  # on "torch", for a divergence over whole rows: the mean slope and those of `Reference`
 SAVED_SCALAR_BYTES = 64  # saved for the mean: sums and denominators
 

@@ -29,14 +29,19 @@ class Positions(NamedTuple):
     """The valid positions, sequences and tokens of a call, from its masks, labels and tokens."""
 
     valid: Tensor | None  # bool of the positions' shape; None: all
-    sequences: Tensor  # the sequence number of each position
     tokens: Tensor | None  # the token that each position predicts
     allowed: Tensor | None  # `valid` with the special tokens; None: all
     cu_seqlens: Tensor | None
+    shape: torch.Size
+    device: torch.device
 
     @property
     def n_sequences(self) -> int:
-        return count_sequences(self.sequences.shape, self.cu_seqlens)
+        return count_sequences(self.shape, self.cu_seqlens)
+
+    def sequences(self) -> Tensor:
+        """The sequence number of each position, computed in each call: few calls need it."""
+        return sequence_ids(self.shape, self.cu_seqlens, self.device).view(self.shape)
 
     def response_places(self, ranks: Ranks | None) -> Tensor:
         """int64 of the positions' shape: 1, 2, ... along each sequence's response; 0 outside of it.
@@ -45,7 +50,7 @@ class Positions(NamedTuple):
         Collectives: a gather of an int64, for which the CPU waits, and a gather of (3, n_sequences) int64.
         Raises: ValueError, on every rank: ranks with different numbers of sequences.
         """
-        shape, device = self.sequences.shape, self.sequences.device
+        shape, device = self.shape, self.device
         ids, n = numbered_sequences(shape, self.cu_seqlens, device)
         if ranks is not None:
             check_same_sequences(n, ranks, device)
@@ -78,13 +83,12 @@ def positions(
     """
     mask, weights, labels, shift_labels, tokens, cu_seqlens = batch[:6]
     check_cu_seqlens(cu_seqlens, shape)
-    sequences = sequence_ids(shape, cu_seqlens, device).view(shape)
     conditions: list[Tensor] = []
     if mask is not None:
         conditions.append(per_position("mask", mask, shape, device) != 0)
     if weights is not None:
         conditions.append(_weights(weights, shape, device) != 0)
-    targets = _targets(shape, device, labels, shift_labels, ignore_index, None if cu_seqlens is None else sequences)
+    targets = _targets(shape, device, labels, shift_labels, ignore_index, cu_seqlens)
     if targets is not None:
         conditions.append(targets != ignore_index)
     if tokens is not None:
@@ -98,20 +102,20 @@ def positions(
     if len(special_ids):
         if tokens is None:
             raise ValueError("special_ids: got ids, but no tokens to look among; pass tokens=, or labels to the loss")
-        valid = _without_first(valid, tokens, special_ids, sequences)
-    return Positions(valid, sequences, tokens, allowed, cu_seqlens)
+        valid = _without_first(valid, tokens, special_ids, sequence_ids(shape, cu_seqlens, device))
+    return Positions(valid, tokens, allowed, cu_seqlens, shape, device)
 
 
 def _without_first(valid: Tensor | None, tokens: Tensor, ids: Sequence[int], sequences: Tensor) -> Tensor:
     """The valid positions, without the first valid occurrence of each id in each sequence."""
     remaining = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
-    n, sequence = tokens.numel(), sequences.flatten()
+    n = tokens.numel()
     places = torch.arange(n, device=tokens.device)
     for special_id in ids:
         occurrences = (tokens == special_id) & remaining
         candidate_places = torch.where(occurrences.flatten(), places, n)
-        first = torch.full((n + 1,), n, device=tokens.device).scatter_reduce(0, sequence, candidate_places, "amin")
-        remaining = remaining & ~(occurrences & (places == first[sequence]).view(tokens.shape))
+        first = torch.full((n + 1,), n, device=tokens.device).scatter_reduce(0, sequences, candidate_places, "amin")
+        remaining = remaining & ~(occurrences & (places == first[sequences]).view(tokens.shape))
     return remaining
 
 
@@ -121,9 +125,9 @@ def _targets(
     labels: Tensor | None,
     shift_labels: Tensor | None,
     ignore_index: int,
-    packed: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> Tensor | None:
-    """The target of each position. `packed`: sequence numbers of packed sequences; None: not packed.
+    """The target of each position.
 
     The last position of a packed sequence has no target: the next label belongs to another sequence.
     """
@@ -135,7 +139,8 @@ def _targets(
     if not labels.dim():
         raise ValueError("labels: got a 0-dim tensor, expected at least one dimension to shift along")
     targets = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
-    if packed is not None:
+    if cu_seqlens is not None:
+        packed = sequence_ids(shape, cu_seqlens, device).view(shape)
         targets[..., :-1].masked_fill_(packed[..., 1:] != packed[..., :-1], ignore_index)
     return targets
 

@@ -181,19 +181,39 @@ def compute_dtype(*sources: Source) -> torch.dtype:
 
 def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
     """(n, last) copy of the positions `rows` of (..., last), for any strides, without flattening the whole tensor."""
-    if tensor.dim() == 2:
-        return tensor[rows]
-    if tensor.dim() == 1:
-        return tensor.unsqueeze(0)[rows]
-    return tensor[coordinates(rows, tensor.shape[:-1])]
+    flat = _flattened(tensor)
+    return tensor[coordinates(rows, tensor.shape[:-1])] if flat is None else flat[rows]
+
+
+SHARED_ROW = 1 << 15  # numbers: from here on torch.index_select shares each single row between all threads
+
+
+def copy_rows(tensor: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+    """`take_rows` into `out`, (n, last), which may have another dtype."""
+    flat = _flattened(tensor)
+    if flat is None or flat.dtype != out.dtype or not out.is_contiguous():
+        return out.copy_(take_rows(tensor, rows))
+    if out.shape[1] < SHARED_ROW:
+        return torch.index_select(flat, 0, rows, out=out)
+    copied: Tensor = torch.ops.aten.index.Tensor_out(flat, [rows], out=out)  # it shares the rows between threads
+    return copied
 
 
 def put_rows(tensor: Tensor, rows: Tensor, values: Tensor) -> None:
     """Write (n, last) values to the positions `rows` of (..., last), in place, for any strides."""
-    if tensor.dim() == 1:
-        tensor.unsqueeze(0)[rows] = values.to(tensor.dtype)
-    else:
+    flat = _flattened(tensor)
+    if flat is None:
         tensor[coordinates(rows, tensor.shape[:-1])] = values.to(tensor.dtype)
+    else:
+        flat[rows] = values.to(tensor.dtype)
+
+
+def _flattened(tensor: Tensor) -> Tensor | None:
+    """(N, last) view of (..., last); None if its strides allow none."""
+    shape, stride = tensor.shape[:-1], tensor.stride()
+    if all(stride[i] == stride[i + 1] * shape[i + 1] for i in range(len(shape) - 1)):
+        return tensor.view(-1, tensor.shape[-1]) if tensor.numel() else tensor.reshape(shape.numel(), tensor.shape[-1])
+    return None
 
 
 def coordinates(rows: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:

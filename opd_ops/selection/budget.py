@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from functools import lru_cache
 from typing import TypedDict
 
 import torch
@@ -38,8 +39,9 @@ def budget(n_valid: Tensor, fraction: float) -> Tensor:
     denominator of at most a million, as the user wrote it. The product is then of integers.
     """
     numerator, denominator = as_ratio(fraction)
-    n = -((-n_valid * numerator) // denominator)
-    return torch.minimum(n.clamp_min(1), n_valid)
+    if not numerator:  # the fraction is below every such ratio
+        return n_valid.clamp_max(1)
+    return -((n_valid * -numerator) // denominator)
 
 
 def most_selected(n: int, fraction: float) -> int:
@@ -55,6 +57,11 @@ def as_ratio(fraction: float) -> tuple[int, int]:
 
 @traced_as_constant
 def _nearest_ratio(fraction: float) -> tuple[int, int]:
+    return _searched_ratio(fraction)
+
+
+@lru_cache(maxsize=64)
+def _searched_ratio(fraction: float) -> tuple[int, int]:
     return Fraction(fraction).limit_denominator(1_000_000).as_integer_ratio()
 
 
@@ -80,7 +87,7 @@ def select(
     """Which of the flattened positions are selected, (N,) bool.
 
     Args:
-        scores: (N,) scores; -inf and NaN are never selected, though their positions count in the budget.
+        scores: (N,) scores, -inf where not valid; -inf and NaN are never selected, though valid positions count in the budget.
         valid: (N,) bool.
         ids: (N,) non-decreasing sequence numbers, for one budget per sequence; None: one budget in all.
         keep_one_in: (N,) sequence numbers: a sequence without a selected position gets its best position.
@@ -88,7 +95,7 @@ def select(
         places: (N,) int64: of equal scores the smaller place wins, then the earlier position; None: the earlier position.
         threshold: Select scores of at least this, without a budget.
     """
-    keys = _keys(scores, valid)
+    keys = _keys(scores)
     if threshold is None:
         n_valid = valid.sum().view(1) if ids is None else _count(valid, ids)
         selected = _best(keys, budget(n_valid, fraction), ids, places)
@@ -126,7 +133,7 @@ def select_over_ranks(
         a gather of (n_sequences,) int64.
     With a threshold: none, but for `keep_one_in` with `sequences`: all of the above and a sum of (n_sequences,) int64.
     """
-    keys = _keys(scores, valid)
+    keys = _keys(scores)
     if sequences is not None and (threshold is None or keep_one_in is not None):
         check_same_sequences(sequences[1], ranks, keys.device)
     ids, n = (torch.zeros_like(valid, dtype=torch.long), 1) if sequences is None else sequences
@@ -175,12 +182,13 @@ def _best_over_ranks(
     return valid & (keys > -math.inf) & selected
 
 
-def _keys(scores: Tensor, valid: Tensor) -> Tensor:
-    return torch.where(valid & ~scores.isnan(), scores, -math.inf)
+def _keys(scores: Tensor) -> Tensor:
+    """The scores, -inf for NaN."""
+    return scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
 
 
 def _keep_keys(keys: Tensor, keep_scores: Tensor | None) -> Tensor:
-    return keys if keep_scores is None else _keys(keep_scores.to(keys.dtype), keys > -math.inf)
+    return keys if keep_scores is None else _keys(keep_scores.to(keys.dtype)).masked_fill(keys == -math.inf, -math.inf)
 
 
 def _at_least(keys: Tensor, threshold: Tensor | float) -> Tensor:
@@ -199,14 +207,16 @@ def _best(keys: Tensor, n: Tensor, ids: Tensor | None, places: Tensor | None) ->
     `ids`: None: all keys are one sequence, and n is (1,).
     """
     if places is None:
-        order = torch.sort(keys, descending=True, stable=True).indices
+        ordered, order = torch.sort(keys, descending=True, stable=True)
     else:
-        order = torch.sort(places, stable=True).indices
-        order = order[torch.sort(keys[order], descending=True, stable=True).indices]
+        by_place = torch.sort(places, stable=True).indices
+        ordered, by_key = torch.sort(keys[by_place], descending=True, stable=True)
+        order = by_place[by_key]
     index, wanted = torch.arange(len(keys), device=keys.device), n
     if ids is not None:
-        order = order[torch.sort(ids[order], stable=True).indices]  # by sequence, key, place, position
+        by_sequence = torch.sort(ids[order], stable=True).indices
+        ordered, order = ordered[by_sequence], order[by_sequence]  # by sequence, key, place, position
         size = _count(torch.ones_like(ids, dtype=torch.bool), ids)
         index, wanted = index - (size.cumsum(0) - size)[ids], n[ids]  # the index in the sequence: ids do not decrease
-    selected = torch.zeros_like(keys, dtype=torch.bool).index_copy(0, order, index < wanted)
-    return selected & (keys > -math.inf)
+    selected = (index < wanted).logical_and_(ordered > -math.inf)
+    return torch.empty_like(selected).index_copy_(0, order, selected)

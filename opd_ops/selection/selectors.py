@@ -29,7 +29,7 @@ Not here: the number of selected positions and ties (budget.py), quantiles over 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -42,11 +42,12 @@ from opd_ops.arguments import check_choice, is_traced, real, shown, take_plain
 from opd_ops.distributed.order_statistics import order_statistics
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.selection.budget import SelectionOptions
-from opd_ops.selection.stats import TokenStats
+from opd_ops.selection.stats import TokenStats, is_finite
 
 Selector = Callable[[TokenStats], Tensor]
 EPSILON = 1e-8
 ROUNDING_ULPS = 8
+LARGEST = torch.finfo(torch.float64).max
 RELEASED_RANGE = 1e-12  # TA's released normaliser has no epsilon: a range below this gives 0
 
 
@@ -59,8 +60,7 @@ _ranks: ContextVar[Ranks | None] = ContextVar("ranks", default=None)  # a select
 def over_ranks(ranks: Ranks) -> Iterator[None]:
     """Normalisers called inside this context use the positions of all ranks. All ranks must call them, in the same order.
 
-    Each normaliser makes one search with two targets per quantile (distributed/order_statistics.py). quantile_norm and
-    released_norm take two quantiles; minmax_norm takes two, or three with `clip`.
+    Each normaliser makes one search for two quantiles, with two targets each (distributed/order_statistics.py).
     """
     token = _ranks.set(ranks)
     try:
@@ -69,66 +69,72 @@ def over_ranks(ranks: Ranks) -> Iterator[None]:
         _ranks.reset(token)
 
 
-def _quantiles(z: Tensor, among: Tensor, levels: tuple[float, ...], dtype: torch.dtype) -> list[Tensor]:
-    """Linearly interpolated quantiles of z[among], one for each level; +inf if `among` is empty.
+def _quantiles(z: Tensor, among: Tensor, levels: Sequence[tuple[float, float]], dtype: torch.dtype) -> Tensor:
+    """Linearly interpolated quantiles of z[among]: two levels for each column. Where `among` is empty, the largest number.
 
     Args:
         z: fp64; its first dimension holds columns with quantiles of their own.
         among: Of the shape of z.
+        levels: For each column.
         dtype: Of z before it became fp64.
-    Returns: Quantiles that broadcast with z, (columns, 1, ...).
+    Returns: (columns, 2, 1, ...); each of the two broadcasts with z.
     """
     ranks = None if is_traced() else _ranks.get()  # dynamo cannot trace a ContextVar
     columns, flags = z.reshape(len(z), -1), among.reshape(len(z), -1)
     if ranks is not None:
-        pairs = zip(columns, flags, strict=True)
-        quantiles = torch.stack([_quantiles_over_ranks(x, flag, levels, dtype, ranks) for x, flag in pairs])
+        each = zip(columns, flags, levels, strict=True)
+        quantiles = torch.stack([_quantiles_over_ranks(x, flag, pair, dtype, ranks) for x, flag, pair in each])
     elif columns.shape[1]:
-        places = _places(flags.sum(1), levels)
-        ordered = torch.where(flags, columns, math.inf).sort(1).values
-        low, high = (ordered.gather(1, end.long()) for end in (places.floor(), places.ceil()))
-        quantiles = _between(low, high, places)
+        places = _places(flags.sum(1, dtype=torch.float64), levels)
+        ordered = columns.masked_fill(flags.logical_not(), LARGEST).sort(1).values
+        below = places.long()
+        beyond = places - below
+        low, high = ordered.gather(1, below), ordered.gather(1, below + (beyond > 0))
+        quantiles = _between(low, high, beyond)
     else:
-        quantiles = columns.new_full((len(columns), len(levels)), math.inf)
-    return [x.view(-1, *(1,) * (z.dim() - 1)) for x in quantiles.unbind(1)]
+        quantiles = columns.new_full((len(columns), 2), LARGEST)
+    return quantiles.view(-1, 2, *(1,) * (z.dim() - 1))
 
 
-def _quantiles_over_ranks(z: Tensor, among: Tensor, levels: tuple[float, ...], dtype: torch.dtype, ranks: Ranks) -> Tensor:
-    """(levels,) quantiles of one column, from the values of all ranks."""
+def _quantiles_over_ranks(z: Tensor, among: Tensor, levels: tuple[float, float], dtype: torch.dtype, ranks: Ranks) -> Tensor:
+    """(2,) quantiles of one column, from the values of all ranks."""
 
-    def ends(n: Tensor) -> Tensor:  # (1,) -> (1, 2 levels): the two places around each quantile
-        places = _places(n, levels)
+    def ends(n: Tensor) -> Tensor:  # (1,) -> (1, 4): the two places around each quantile
+        places = _places(n.double(), [levels])
         return torch.cat((places.floor(), places.ceil()), 1).long()
 
     key_dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float64
-    statistics = order_statistics(z.to(key_dtype), among, ends, 2 * len(levels), ranks)
-    low, high = statistics.values.double().chunk(2, 1)
-    return _between(low, high, _places(statistics.total, levels)).squeeze(0)
+    statistics = order_statistics(z.to(key_dtype), among, ends, 4, ranks)
+    low, high = statistics.values.double().clamp_max(LARGEST).chunk(2, 1)  # +inf where `among` is empty
+    places = _places(statistics.total.double(), [levels])
+    return _between(low, high, places - places.floor()).squeeze(0)
 
 
-def _places(n: Tensor, levels: tuple[float, ...]) -> Tensor:
-    """(columns, levels) places of the quantiles in the ascending order of the (columns,) n values, fp64."""
-    last = (n - 1).clamp_min(0).double()
-    return torch.stack([level * last for level in levels], 1)
+def _places(n: Tensor, levels: Sequence[tuple[float, float]]) -> Tensor:
+    """(columns, 2) places of the quantiles in the ascending order of the (columns,) n values, fp64."""
+    last = (n - 1).clamp_min(0)
+    if len(set(levels)) == 1:
+        return torch.stack([level * last for level in levels[0]], 1)
+    return torch.stack([level * x for pair, x in zip(levels, last, strict=True) for level in pair]).view(-1, 2)
 
 
-def _between(low: Tensor, high: Tensor, places: Tensor) -> Tensor:
-    """The quantiles, interpolated between the values at the integers around their places.
+def _between(low: Tensor, high: Tensor, beyond: Tensor) -> Tensor:
+    """The quantiles that lie the share `beyond` of the way from low to high.
 
     Not by torch.lerp: whether it fuses the product and the sum depends on the device.
     """
-    return torch.where(low == high, low, low + (places - places.floor()) * (high - low))
+    return low + beyond * (high - low)
 
 
 def _fitted(z: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """z in fp64, with columns on its first dimension, and the positions of the fit: the finite valid ones."""
     z = (z if z.dim() > valid.dim() else z.unsqueeze(0)).double()
-    return z, valid & torch.isfinite(z)
+    return z, is_finite(z).logical_and_(valid)
 
 
-def _rounding(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
+def _rounding(quantiles: Tensor, dtype: torch.dtype) -> Tensor:
     """The range of a constant after rounding in `dtype`. A normaliser would turn such a range into a ranking."""
-    return ROUNDING_ULPS * torch.finfo(dtype).eps * torch.maximum(low.abs(), high.abs())
+    return quantiles.abs().amax(1).mul_(ROUNDING_ULPS * torch.finfo(dtype).eps)
 
 
 def quantile_norm(z: Tensor, valid: Tensor, *, epsilon: float = EPSILON) -> Tensor:
@@ -138,36 +144,45 @@ def quantile_norm(z: Tensor, valid: Tensor, *, epsilon: float = EPSILON) -> Tens
     """
     dtype, shape = z.dtype, z.shape
     z, fitted = _fitted(z, valid)
-    low, high = _quantiles(z, fitted, (0.05, 0.95), dtype)
-    rounding, height, width = _rounding(low, high, dtype), z - low, high - low
-    constant = (width <= rounding) & (height.abs() <= rounding)
-    scaled: Tensor = torch.where(constant, 0.0, height / (width + epsilon))
-    return _infinite_is_one(z, scaled).view(shape)
+    quantiles = _quantiles(z, fitted, [(0.05, 0.95)] * len(z), dtype)
+    low, high = quantiles.unbind(1)
+    height, width = z - low, high - low
+    constant = torch.maximum(height.abs(), width) <= _rounding(quantiles, dtype)  # False where z is NaN or infinite
+    return height.div_(width.add_(epsilon)).masked_fill_(constant, 0.0).clamp(0, 1).view(shape)
 
 
 def released_norm(z: Tensor, among: Tensor) -> Tensor:
-    """The normaliser of TA's released code: no epsilon; 0 if the range is below 1e-12; non-finite values count as 0."""
-    dtype = z.dtype
-    z = torch.where(torch.isfinite(z), z, 0).double()
-    low, high = (x.view(()) for x in _quantiles(z.unsqueeze(0), among.unsqueeze(0), (0.05, 0.95), dtype))
-    flat = ~(high - low >= RELEASED_RANGE)  # True too if `among` is empty: the difference is NaN
-    return torch.where(flat, 0.0, (z - low) / torch.where(flat, 1.0, high - low)).clamp(0, 1)
+    """The normaliser of TA's released code: no epsilon; 0 if the range is below 1e-12; non-finite values count as 0.
+
+    `z`: As of `quantile_norm`.
+    """
+    dtype, shape = z.dtype, z.shape
+    z = (z if z.dim() > among.dim() else z.unsqueeze(0)).double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = _quantiles(z, among.expand_as(z), [(0.05, 0.95)] * len(z), dtype).unbind(1)
+    width = high - low
+    flat = width < RELEASED_RANGE
+    return ((z - low) / width.masked_fill(flat, 1.0)).masked_fill(flat, 0.0).clamp(0, 1).view(shape)
 
 
-def minmax_norm(z: Tensor, valid: Tensor, *, clip: float | None = None) -> Tensor:
-    """TIP section 6: (z - min) / (max - min) after z <- min(z, its `clip` quantile); a constant z gives 0."""
+def minmax_norm(z: Tensor, valid: Tensor, *, clip: float | Sequence[float | None] | None = None) -> Tensor:
+    """TIP section 6: (z - min) / (max - min) after z <- min(z, its `clip` quantile); a constant z gives 0.
+
+    `z`: As of `quantile_norm`. `clip`: None: no clip; a sequence: one for each column.
+    """
     dtype, shape = z.dtype, z.shape
     z, fitted = _fitted(z, valid)
-    low, high, *limit = _quantiles(z, fitted, (0.0, 1.0) if clip is None else (0.0, 1.0, clip), dtype)
-    if limit:
-        z, low, high = (torch.minimum(x, limit[0]) for x in (z, low, high))
-    flat = (high <= low) | (high - low <= _rounding(low, high, dtype))
-    scaled: Tensor = torch.where(flat, 0.0, (z - low) / torch.where(flat, 1.0, high - low))
-    return _infinite_is_one(z, scaled).view(shape)
-
-
-def _infinite_is_one(z: Tensor, scaled: Tensor) -> Tensor:
-    return torch.where(z.isnan(), z, torch.where(z == math.inf, 1.0, scaled.clamp(0, 1)))
+    clips = [clip] * len(z) if clip is None or isinstance(clip, float) else clip
+    # The largest of the clipped values is their limit, because a quantile is at most the maximum.
+    quantiles = _quantiles(z, fitted, [(0.0, 1.0 if x is None else x) for x in clips], dtype)
+    low, high = quantiles.unbind(1)
+    if any(x is not None for x in clips):
+        limited = [
+            column if x is None else torch.minimum(column, limit) for column, limit, x in zip(z, high, clips, strict=True)
+        ]
+        z = torch.stack(limited)
+    height, width = z - low, high - low
+    flat = (width <= _rounding(quantiles, dtype)) & (z < math.inf)  # False where z is NaN
+    return height.div_(width).masked_fill_(flat, 0.0).clamp(0, 1).view(shape)
 
 
 def _soft_or(a: Tensor, b: Tensor) -> Tensor:
@@ -218,8 +233,8 @@ def divergence_reverse_kl(stats: TokenStats) -> Tensor:
 
 def tip(stats: TokenStats) -> Tensor:
     """Soft-or of the student's entropy (clipped at its 98th percentile) and KL(p||q), each min-max scaled (TIP eq. 7)."""
-    h = minmax_norm(stats.student_entropy, stats.valid, clip=0.98)
-    return _soft_or(h, minmax_norm(stats.reverse_kl, stats.valid))
+    h, d = minmax_norm(torch.stack((stats.student_entropy, stats.reverse_kl)), stats.valid, clip=(0.98, None)).unbind()
+    return _soft_or(h, d)
 
 
 def overconfident(stats: TokenStats) -> Tensor:
@@ -262,24 +277,24 @@ class Released:
         check_choice("Released.fit", self.fit, ("all", "valid"))
 
     def __call__(self, stats: TokenStats) -> Tensor:
-        norm = self._norms(stats)
         if self.score == "teachability":
-            return norm("D") * norm("C")
+            d, c = self._norms(stats, "D", "C")
+            return d * c
         if self.score == "entropy":
-            return norm("H")
-        return _released_or(norm("H"), norm("D" if self.score == "tip" else "DC"))
+            return self._norms(stats, "H")[0]
+        return _released_or(*self._norms(stats, "H", "D" if self.score == "tip" else "DC"))
 
     def keep_scores(self, stats: TokenStats) -> Tensor:
         """The scores for the one position that a response without a selected one gets."""
-        norm = self._norms(stats)
-        return _released_or(norm("H"), norm("DC"))
+        return _released_or(*self._norms(stats, "H", "DC"))
 
-    def _norms(self, stats: TokenStats) -> Callable[[str], Tensor]:
+    def _norms(self, stats: TokenStats, *names: str) -> tuple[Tensor, ...]:
         d, h, c = stats.released_kl, stats.topk_entropy, stats.support_mass if self.exact_mass else stats.overlap_mass
         assert d is not None
         assert h is not None
         among = stats.present if self.fit == "all" else stats.present & stats.valid
-        return lambda name: released_norm({"D": d, "C": c, "DC": d * c, "H": h}[name], among)
+        columns = {"D": d, "C": c, "H": h} | ({"DC": d * c} if "DC" in names else {})
+        return released_norm(torch.stack([columns[name] for name in names]), among).unbind()
 
 
 def _released_or(a: Tensor, b: Tensor) -> Tensor:
@@ -381,12 +396,12 @@ def named_selector(selector: str | Selector) -> Selector:
     return SELECTORS[selector]
 
 
-def bound_selector(selector: Selector, generator: torch.Generator | None, sequence_ids: Tensor) -> Selector:
+def bound_selector(selector: Selector, generator: torch.Generator | None, sequence_ids: Callable[[], Tensor]) -> Selector:
     """The selector, with the call's generator or sequences if it has none."""
     if isinstance(selector, (Multinomial, Random)) and selector.generator is None:
         return replace(selector, generator=generator)
     if isinstance(selector, Prefix) and selector.sequence_ids is None:
-        return replace(selector, sequence_ids=sequence_ids)
+        return replace(selector, sequence_ids=sequence_ids())
     return selector
 
 

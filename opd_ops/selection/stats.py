@@ -9,6 +9,7 @@ Not here: computing the columns (backends/), scores (selectors.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -35,6 +36,14 @@ REFERENCE_COLUMNS = (
     "top_log_ratio",
     "reverse_kl_excess",
 )
+
+
+KL_REFERENCE_COLUMNS = frozenset(REFERENCE_COLUMNS) - {"top_log_ratio"}
+
+
+def is_finite(x: Tensor) -> Tensor:
+    """torch.isfinite in half as many operators."""
+    return x.abs() < math.inf
 
 
 class TokenStats(NamedTuple):
@@ -85,13 +94,22 @@ class TokenStats(NamedTuple):
         return self._map(lambda column: column.reshape(-1)[rows])
 
     def take_together(self, rows: Tensor) -> TokenStats:
-        """`take` with fewer operators; the columns of a dtype share their memory, so that keeping one keeps all."""
+        """`take` with fewer operators. Columns of a dtype share their memory: keeping one keeps all of them.
+
+        Those that the gradients of reverse and forward KL read are apart from the others.
+        """
         columns = {name: column for name, column in self._asdict().items() if column is not None}
         taken: dict[str, Tensor] = {}
         for dtype in dict.fromkeys(column.dtype for column in columns.values()):
             names = [name for name, column in columns.items() if column.dtype == dtype]
-            values = torch.stack([columns[name].reshape(-1) for name in names]).index_select(1, rows)
-            taken |= dict(zip(names, values.unbind(0), strict=True))
+            if len(names) == 1:
+                taken[names[0]] = columns[names[0]].reshape(-1).index_select(0, rows)
+                continue
+            names.sort(key=lambda name: name in KL_REFERENCE_COLUMNS)
+            values = torch.stack([columns[name] for name in names]).view(len(names), -1).index_select(1, rows)
+            n_others = sum(name not in KL_REFERENCE_COLUMNS for name in names)
+            parts = [values[:n_others], values[n_others:].clone()] if n_others < len(names) else [values]
+            taken |= dict(zip(names, (row for part in parts for row in part.unbind()), strict=True))
         return TokenStats(**taken)
 
     def spread(self, rows: Tensor | None, shape: torch.Size) -> TokenStats:
@@ -104,7 +122,10 @@ class TokenStats(NamedTuple):
         placed: dict[str, Tensor] = {}
         for dtype in dict.fromkeys(column.dtype for column in columns.values()):
             names = [name for name, column in columns.items() if column.dtype == dtype]
-            values = torch.stack([columns[name] for name in names]).masked_fill_(invalid, 0)
+            if names == ["valid"]:
+                values = self.valid.unsqueeze(0)
+            else:
+                values = torch.stack([columns[name] for name in names]).masked_fill_(invalid, 0)
             if rows is not None:
                 values = values.new_zeros((len(names), shape.numel())).index_copy_(1, rows, values)
             placed |= dict(zip(names, values.view(len(names), *shape).unbind(0), strict=True))

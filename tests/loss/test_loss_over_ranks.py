@@ -110,7 +110,7 @@ def losses(scope):
     sent = compared(scope, {"fraction": 0.3, "selector": "entropy", "divergence": "forward_kl"})
     assert_sent(sent, search, **selection)
     sent = compared(scope, {"selector": "tip", "threshold": 0.6})
-    assert_sent(sent, (torch.float32, 1, 6), quantiles, summed=[16])
+    assert_sent(sent, quantiles, quantiles, summed=[16])
     sent = compared(scope, {"selector": "teachability-released", "fraction": 0.1})
     if scope == "global":
         assert_sent(sent, *[quantiles] * 4, search, search, **selection)

@@ -68,7 +68,7 @@ def score_grid(student: Source, teacher: Source, n: int, *, top_k: int, whole_ro
     if has_head and not whole_rows:  # memory that the hidden states leave makes the blocks wider
         elements += hidden_share.less(rows * _hidden_width(student, teacher) * size).count(copies * size, least=0)
     columns = vocab if whole_rows else _even(vocab, elements // rows, multiple=PRUNED_GROUP)
-    scratch = sixteenth.count(3 * size)
+    scratch = sixteenth.count(5 * size)
     if student.leading.device.type == "cpu":
         scratch = min(scratch, CHUNK_ELEMENTS)
     chunk = max(1, min(rows, scratch // columns))

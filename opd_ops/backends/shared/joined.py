@@ -25,7 +25,7 @@ from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Shard
 from opd_ops.inputs.teacher_lists import LAST_ID
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.stats import OwnStats, TokenStats
+from opd_ops.selection.stats import OwnStats, TokenStats, is_finite
 
 
 class Part(NamedTuple):
@@ -81,15 +81,15 @@ def token_stats(
             part = _empty(parts.empty, len(span_rows), dtype, rows.device)
         gathered, student, teacher = _gathered_part(part, shard, top_k, dtype)
         whole = parts.join(gathered, student, teacher)
-        lse = whole["student_logsumexp"].double(), whole["teacher_logsumexp"].double()
+        lse = torch.stack((whole["student_logsumexp"], whole["teacher_logsumexp"])).double()
         for chunk in chunks(max(1, len(span_rows)), list_rows):
             lists = student.rows(chunk), teacher.rows(chunk)
-            supports = support_columns(*lists, lse[0][chunk], lse[1][chunk], columns)
+            supports = support_columns(*lists, lse[:, chunk], columns)
             for name, column in supports.items():
                 whole.setdefault(name, column.new_empty(len(span_rows)))[chunk] = column
         for name, column in whole.items():
             out.setdefault(name, torch.empty(n, dtype=dtype, device=rows.device))[span] = column
-    return TokenStats(valid=torch.isfinite(out["teacher_logsumexp"]), **out)
+    return TokenStats(valid=is_finite(out["teacher_logsumexp"]), **out)
 
 
 def own_stats(

@@ -9,50 +9,67 @@ Not here: the top-K lists (top_k.py), full-vocabulary statistics (streamed/runni
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from opd_ops.backends.shared.top_k import TopKList
-from opd_ops.divergences.equations import RELEASED_FLOOR, kl, topk_entropy
+from opd_ops.divergences.equations import LOG_ZERO, RELEASED_FLOOR, topk_entropy
 
 
-def support_columns(
-    student: TopKList, teacher: TopKList, s_lse: Tensor, t_lse: Tensor, columns: frozenset[str]
-) -> dict[str, Tensor]:
-    """The support columns of `TokenStats`, (n,) fp64, from both lists and both (n,) fp64 log-sum-exps."""
-    s_at_s, t_at_s = student.own.double(), student.other.double()
-    t_at_t, s_at_t = teacher.own.double(), teacher.other.double()
-    s_in_t = matches(student.ids, teacher.ids)[0]
-    t_in_s, place = matches(teacher.ids, student.ids)
-    q_at_s = torch.exp(t_at_s - t_lse.unsqueeze(1))
-
-    # U as a list of 2K entries: S, then T with the entries of S masked.
-    p_logits = torch.cat((s_at_s, s_at_t.masked_fill(t_in_s, -math.inf)), 1)
-    q_logits = torch.cat((t_at_s, t_at_t.masked_fill(t_in_s, -math.inf)), 1)
+def support_columns(student: TopKList, teacher: TopKList, lse: Tensor, columns: frozenset[str]) -> dict[str, Tensor]:
+    """The support columns of `TokenStats`, (n,) fp64, from both lists and both models' (2, n) fp64 log-sum-exps."""
+    k = student.ids.shape[1]
+    # Both models (2, n, K + K') on S and then on T.
+    logits = (
+        torch.cat((student.own, teacher.other, student.other, teacher.own), 1).unflatten(1, (2, -1)).transpose(0, 1).double()
+    )
+    t_in_s, place = _first_places(teacher.ids, student.ids)
+    p = (logits - lse.unsqueeze(2)).exp_()
+    masses = p[:, :, :k].sum(2)
     out = {
-        "support_mass": q_at_s.sum(1),
-        "student_support_mass": torch.exp(s_at_s - s_lse.unsqueeze(1)).sum(1),
-        "overlap_mass": torch.where(s_in_t, q_at_s, 0).sum(1),
-        "union_kl": kl(torch.log_softmax(q_logits, 1), torch.log_softmax(p_logits, 1)).clamp_min(0),
+        "support_mass": masses[1],
+        "student_support_mass": masses[0],
+        "overlap_mass": p[1, :, k:].mul_(t_in_s).sum(1),
     }
+    del p
     if "released_kl" in columns:
-        floor = math.log(RELEASED_FLOOR)
-        log_p = torch.log_softmax(s_at_s, 1).clamp_min(floor)  # on S
-        log_q = torch.log_softmax(t_at_t, 1).clamp_min(floor)  # on T
-        log_p_at_t = torch.where(t_in_s, log_p.gather(1, place), floor)
-        only_s = torch.where(s_in_t, 0, RELEASED_FLOOR * (floor - log_p)).sum(1)
-        out["released_kl"] = (log_q.exp() * (log_q - log_p_at_t)).sum(1) + only_s
+        out["released_kl"] = _released_kl(student, teacher, logits[0, :, :k], logits[1, :, k:], t_in_s, place())
     if "topk_entropy" in columns:
-        out["topk_entropy"] = topk_entropy(s_at_s)
-    return out
+        out["topk_entropy"] = topk_entropy(logits[0, :, :k])
+    logits[:, :, k:].masked_fill_(t_in_s, -math.inf)  # U: the entries of T that S has are left out
+    return out | {"union_kl": _kl(torch.log_softmax(logits, 2))}
+
+
+def _kl(log_p_and_q: Tensor) -> Tensor:
+    """(n,) KL(q || p) of (2, n, K): `equations.kl` in fp64, where q > 0 unless its logarithm is below LOG_ZERO."""
+    p, q = log_p_and_q.masked_fill(log_p_and_q[1] < LOG_ZERO, 0).unbind()  # zeros, because 0 * inf would be NaN
+    return (q - p).mul_(log_p_and_q[1].exp()).sum(1).clamp_min_(0)
+
+
+def _released_kl(student: TopKList, teacher: TopKList, s_at_s: Tensor, t_at_t: Tensor, t_in_s: Tensor, place: Tensor) -> Tensor:
+    """(n,) KL of TA's released code: each list renormalised alone, and a missing id counted as `RELEASED_FLOOR`."""
+    floor = math.log(RELEASED_FLOOR)
+    s_in_t = matches(student.ids, teacher.ids)[0]
+    log_p = torch.log_softmax(s_at_s, 1).clamp_min(floor)  # on S
+    log_q = torch.log_softmax(t_at_t, 1).clamp_min(floor)  # on T
+    log_p_at_t = torch.where(t_in_s, log_p.gather(1, place), floor)
+    only_s = torch.where(s_in_t, 0, RELEASED_FLOOR * (floor - log_p)).sum(1)
+    return (log_q.exp() * (log_q - log_p_at_t)).sum(1) + only_s
 
 
 def matches(ids: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether each of the (n, K) ids is in its row of the (n, K') list `among`, and its first place there (else any place).
+    """Whether each of the (n, K) ids is in its row of the (n, K') list `among`, and its first place there (else any place)."""
+    is_among, place = _first_places(ids, among)
+    return is_among, place()
+
+
+def _first_places(ids: Tensor, among: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+    """`matches`; the places only when they are asked for.
 
     `among` is sorted, because a table of all pairs takes K K' numbers a row.
     """
     ascending, order = torch.sort(among, dim=1, stable=True)  # stable: the first of equal ids
-    place = torch.searchsorted(ascending, ids.contiguous()).clamp_max(among.shape[1] - 1)
-    return ascending.gather(1, place) == ids, order.gather(1, place)
+    place = torch.searchsorted(ascending, ids.contiguous()).clamp_max_(among.shape[1] - 1)
+    return ascending.gather(1, place) == ids, lambda: order.gather(1, place)

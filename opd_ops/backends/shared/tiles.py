@@ -20,7 +20,7 @@ from opd_ops.backends.shared.logits_at import merged_logits
 from opd_ops.backends.shared.matmul import head_product, operand_dtype
 from opd_ops.inputs import float8
 from opd_ops.inputs.float8 import Float8Rows
-from opd_ops.inputs.sources import Source, Transform, finish_logits, mix, take_rows
+from opd_ops.inputs.sources import Source, Transform, copy_rows, finish_logits, mix, take_rows
 
 
 class TileReader:
@@ -126,7 +126,7 @@ class TileReader:
         """(n, B) logits of this source alone, before its transform."""
         leading, weight, bias = self.source.leading, self.source.weight, self.source.bias
         if weight is None:
-            return out.copy_(take_rows(leading[..., columns], self.rows[group]))
+            return copy_rows(leading[..., columns], self.rows[group], out)
         hidden = self.hidden(group, operand_dtype(leading, out.dtype))
         return head_product(
             hidden, weight[columns], None if bias is None else bias[columns], out, cast_columns=self.cast_columns

@@ -30,7 +30,7 @@ MOST_OF_ROW = 3  # newcomers of any one row
 
 
 class TopKList(NamedTuple):
-    """One model's top-K ids and both models' logits there, each (n, K), in the list's order."""
+    """One model's top-K ids and both models' logits there, each (n, K), in the list's order; or those of both, (2 n, K)."""
 
     ids: Tensor  # int64
     own: Tensor  # logits of the list's model
@@ -38,6 +38,11 @@ class TopKList(NamedTuple):
 
     def rows(self, group: slice) -> TopKList:
         return TopKList(self.ids[group], self.own[group], self.other[group])
+
+    def halves(self) -> tuple[TopKList, TopKList]:
+        """The student's list and the teacher's, from those of both."""
+        n = len(self.ids) // 2
+        return self.rows(slice(0, n)), self.rows(slice(n, 2 * n))
 
     def best(self, k: int) -> TopKList:
         """The min(k, width) best entries, in order; the entries of `self` may be in any order."""
@@ -48,38 +53,39 @@ class TopKList(NamedTuple):
         return TopKList(*(torch.cat(pair, 1) for pair in zip(self, more, strict=True))).best(k)
 
 
-def extended(best: TopKList | None, own: Tensor, other: Tensor, k: int, first_id: int, candidates: int) -> TopKList:
-    """The list of all columns so far, from `best`, the list of earlier columns (None: no column yet), and the next block.
+def extended(best: TopKList | None, x: Tensor, k: int, first_id: int, candidates: int) -> TopKList:
+    """The lists of all columns so far, from `best`, those of earlier columns (None: no column yet), and the next block.
 
     Args:
-        own, other: (n, B) logits of the list's model and of the other one.
+        x: (2, n, B) contiguous logits of both models; (1, n, B): of one, whose `other` is itself.
         k: length of the list, or less as long as fewer columns were seen.
         first_id: id of the block's first column.
         candidates: how many logits may be ranked at a time; bounds the scratch memory.
     """
-    if own.device.type == "cpu" and (best is None or best.ids.shape[1] == k):
-        newcomers = _pruned(own, other, best, k, first_id, candidates)
+    if x.device.type == "cpu" and (best is None or best.ids.shape[1] == k):
+        newcomers = _pruned(x, best, k, first_id, candidates)
         if newcomers is not None:
             return newcomers.best(k) if best is None else best.merged(newcomers, k)
-    ranked = _ranked(own, other, min(k, own.shape[1]), first_id, candidates)
+    ranked = _ranked(x, min(k, x.shape[2]), first_id, candidates)
     return ranked if best is None else best.merged(ranked, k)
 
 
-def _pruned(own: Tensor, other: Tensor, best: TopKList | None, k: int, first_id: int, candidates: int) -> TopKList | None:
+def _pruned(x: Tensor, best: TopKList | None, k: int, first_id: int, candidates: int) -> TopKList | None:
     """The newcomers of a block, padded by -inf to the most of any row; None if pruning does not pay.
 
     The bar is the K-th logit of `best`; a tie with it loses, because its id is higher. Without a list, the bar is just below
     the K-th largest group maximum: K columns reach it. NaN is above any bar: it must reach the statistics.
     """
+    own = x.flatten(0, 1)
     n, width = own.shape
     grouped = width // PRUNED_GROUP * PRUNED_GROUP
+    if best is None and grouped < k * PRUNED_GROUP:
+        return None
     maxima = own[:, :grouped].unflatten(1, (-1, PRUNED_GROUP)).amax(2)
     if best is not None:
         bar = best.own[:, -1:]
-    elif maxima.shape[1] >= k:
-        bar = torch.nextafter(maxima.topk(k, dim=1).values[:, -1:], maxima.new_tensor(-math.inf))
     else:
-        return None
+        bar = torch.nextafter(maxima.topk(k, dim=1).values[:, -1:], maxima.new_tensor(-math.inf))
     row, group = _not_below(maxima, bar)
     if len(row) > MOST_GROUPS * n * k:
         return None
@@ -105,9 +111,10 @@ def _pruned(own: Tensor, other: Tensor, best: TopKList | None, k: int, first_id:
         return None
     before = counts.cumsum(0).sub_(counts)
     slot = torch.arange(len(row)).sub_(before.index_select(0, row)).add_(row, alpha=most)
-    values = (x.view(-1).index_select(0, place) for x in (own, other))
+    places_of_other = place if len(x) == 1 else (place + x[0].numel()).remainder_(x.numel())
+    values = (x.view(-1).index_select(0, at) for at in (place, places_of_other))
     newcomers = (place - row * width + first_id, LAST_ID), *((x, -math.inf) for x in values)
-    return TopKList(*(x.new_full((n * most,), padding).index_copy_(0, slot, x).view(n, most) for x, padding in newcomers))
+    return TopKList(*(y.new_full((n * most,), padding).index_copy_(0, slot, y).view(n, most) for y, padding in newcomers))
 
 
 def _not_below(x: Tensor, bar: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,25 +131,25 @@ def _members_not_below(own: Tensor, first: Tensor, bar: Tensor) -> Tensor:
     return first.index_select(0, number).add_(offset)
 
 
-def _ranked(own: Tensor, other: Tensor, k: int, first_id: int, candidates: int) -> TopKList:
-    """The k best of a block, (n, k), in order."""
+def _ranked(x: Tensor, k: int, first_id: int, candidates: int) -> TopKList:
+    """The k best of a block, in order."""
+    own = x.flatten(0, 1)
     size = max(1, candidates // ranked_per_row(own.shape[1], k))
-    parts = [_ranked_part(x, y, k) for x, y in zip(own.split(size), other.split(size), strict=True)]
-    best = TopKList(*(torch.cat(column) for column in zip(*parts, strict=True)))
-    return best._replace(ids=best.ids + first_id)
+    parts = [_ranked_part(rows, k) for rows in own.split(size)]
+    columns = parts[0] if len(parts) == 1 else torch.cat(parts)
+    at_own = columns.view(len(x), -1, k)
+    other = x.gather(2, at_own.flip(0)).flip(0)  # the model of the other list at this list's columns
+    return TopKList(columns + first_id if first_id else columns, own.gather(1, columns), other.view(-1, k))
 
 
-def _ranked_part(own: Tensor, other: Tensor, k: int) -> TopKList:
-    """The k best of some rows of a block, in order; ids count from the block's first column."""
+def _ranked_part(own: Tensor, k: int) -> Tensor:
+    """(n, k) columns of the k best of some rows of a block, in order."""
     if _group_size(own.shape[1], k) == 1:
-        columns = best_places(own, torch.arange(own.shape[1], device=own.device).expand_as(own), k)
-        return TopKList(columns, own.gather(1, columns), other.gather(1, columns))
+        return best_places(own, torch.arange(own.shape[1], device=own.device), k)
     columns = _candidates(own, k)
     beyond = columns >= own.shape[1]
     values = own.gather(1, columns.clamp_max(own.shape[1] - 1)).masked_fill_(beyond, -math.inf)
-    best = best_places(values, columns, k)
-    columns = columns.gather(1, best)
-    return TopKList(columns, values.gather(1, best), other.gather(1, columns))
+    return columns.gather(1, best_places(values, columns, k))
 
 
 def _candidates(x: Tensor, k: int) -> Tensor:
@@ -153,8 +160,7 @@ def _candidates(x: Tensor, k: int) -> Tensor:
     maxima = x[:, :grouped].view(n, -1, group).amax(-1)
     if grouped < width:
         maxima = torch.cat((maxima, x[:, grouped:].amax(-1, keepdim=True)), 1)
-    numbers = torch.arange(maxima.shape[1], device=x.device).expand_as(maxima)
-    best = best_places(maxima, numbers, k)
+    best = best_places(maxima, torch.arange(maxima.shape[1], device=x.device), k)
     return (best.unsqueeze(-1) * group + torch.arange(group, device=x.device)).flatten(1)
 
 

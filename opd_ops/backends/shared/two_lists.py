@@ -149,7 +149,7 @@ def _supports(
             t_at_s = torch.where(s_in_t, t_at_t.gather(1, place), -math.inf)
         s_at_t = logits_at(student, rows[part], t_ids, dtype, workspace)
         lists = TopKList(s_ids, s_at_s, t_at_s), TopKList(t_ids, t_at_t, s_at_t)
-        values = support_columns(*lists, s.logsumexp[part].double(), t.logsumexp[part].double(), columns)
+        values = support_columns(*lists, torch.stack((s.logsumexp[part], t.logsumexp[part])).double(), columns)
         for name, column in values.items():
             out.setdefault(name, column.new_empty(len(rows), dtype=dtype))[part] = column
     return out

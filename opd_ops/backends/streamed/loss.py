@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opd_ops.arguments import may_look
 from opd_ops.backends.shared import pages
 from opd_ops.backends.shared.gradient_in_backward import GradientPlan, connected
 from opd_ops.backends.shared.grids import gradient_grid
@@ -137,7 +138,9 @@ class _Selected:
         no_gradient = (s == -math.inf).logical_or_(self.dlosses[group] == 0)
         slope = logit_slope(s, self.student.source.transform)
         first_id = self.student.source.transform.first_id + block.start
-        grad = self._d_finished(s, u, group, first_id).mul_(self.dlosses[group]).mul_(slope)
+        grad = self._d_finished(s, u, group, first_id).mul_(self.dlosses[group])
+        if isinstance(slope, Tensor) or slope != 1.0:
+            grad.mul_(slope)
         grad.masked_fill_(no_gradient, 0.0)  # where p = 0 or the weight is 0: the formula there is 0 * inf
         for i, place in self.student.merged_in(block):
             grad[:, place] = self._d_merged(group)[:, i]
@@ -263,6 +266,8 @@ def selected_loss(
         assert isinstance(teacher, Source)
         reference = Reference.of(stats)
         if isinstance(whole, Summed):
+            # A copy: the backward would keep all columns that share its memory.
+            reference = reference._replace(top_log_ratio=reference.top_log_ratio.clone())
             sums = summed(whole, student, teacher, rows, reference, workspace)
         else:
             assert whole.column is not None
@@ -290,6 +295,8 @@ def selected_loss(
     total = connected(plan, losses, *tensors)
     read_again = (student,) if read_teacher is None else (student, read_teacher)
     total = unchanged(total, rows, *read_again, workspace=workspace)
+    if may_look(losses) and (not len(losses) or float(losses.amax()) < math.inf):  # neither infinite nor NaN
+        return (total * weights).sum(), losses
     return weighted_sum(total, without_infinite(losses, weights)), losses
 
 

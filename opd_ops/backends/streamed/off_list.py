@@ -65,7 +65,7 @@ def top_k_off_list(
             token = rows.new_empty(len(reader.rows), 0) if tokens is None else tokens[part].unsqueeze(1)
             for block in chunks(source.transform.vocab_size, grid.columns):
                 x = reader.logits(slice(0, len(reader.rows)), block, buffer)
-                before, best = best, extended(best, x, x, top_k, block.start, grid.candidates)
+                before, best = best, extended(best, x.unsqueeze(0), top_k, block.start, grid.candidates)
                 not_off_list = torch.cat((best.ids, token), 1)
                 off_list = _logsumexp(without_ids(x, not_off_list, block.start))
                 if before is not None:

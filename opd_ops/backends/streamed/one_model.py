@@ -17,7 +17,7 @@ from opd_ops.backends.shared import joined, pages
 from opd_ops.backends.shared.grids import score_grid
 from opd_ops.backends.shared.tiles import TileReader
 from opd_ops.backends.shared.top_k import TopKList, extended
-from opd_ops.backends.streamed.running import RunningSums, block_sums, extended_sums, statistics
+from opd_ops.backends.streamed.running import RunningSums, Tops, block_sums, extended_sums, statistics
 from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Source, compute_dtype
 from opd_ops.inputs.workspace import Workspace
@@ -39,7 +39,7 @@ def _own_part(source: Source, rows: Tensor, top_k: int, workspace: Workspace) ->
     dtype, first_id = compute_dtype(source), source.transform.first_id
     grid = score_grid(source, source, len(rows), top_k=top_k, whole_rows=False, workspace=workspace)
     buffer = pages.empty((grid.rows * grid.columns,), dtype, rows.device)
-    scratch = torch.empty(3 * grid.chunk * grid.columns, dtype=dtype, device=rows.device)
+    scratch = torch.empty(5 * grid.chunk * grid.columns, dtype=dtype, device=rows.device)
     tiles = []
     with torch.autocast(rows.device.type, enabled=False):
         for part in chunks(len(rows), grid.rows):
@@ -49,12 +49,13 @@ def _own_part(source: Source, rows: Tensor, top_k: int, workspace: Workspace) ->
             best: TopKList | None = None
             for block in chunks(source.transform.vocab_size, grid.columns):
                 u = reader.logits(all_rows, block, buffer)
-                best = extended(best, u, u, top_k, first_id + block.start, grid.candidates)
-                # the model is passed twice
-                sums = extended_sums(sums, block_sums(u, u, best, best, first_id + block.start, scratch))
+                first, is_first = first_id + block.start, best is None
+                best = extended(best, u.unsqueeze(0), top_k, first, grid.candidates)
+                both = u.expand(2, -1, -1)  # the model is passed twice
+                sums = extended_sums(sums, block_sums(both, Tops.of_one(best), first, scratch, is_first=is_first))
             assert best is not None
             assert sums is not None
-            columns = statistics(sums, best)
+            columns = statistics(sums, Tops.of_one(best))
             tiles.append(OwnStats(columns["teacher_logsumexp"], columns["teacher_entropy"], best.ids, best.own))
     if not tiles:
         empty = torch.empty(0, dtype=dtype, device=rows.device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from opd_ops.selection.stats import TokenStats
@@ -43,5 +44,5 @@ class Reference(NamedTuple):
     def log_probabilities(self, s: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """log p and log p - log q of a block of (n, B) logits; overwrites s and u. The columns here are (n, 1)."""
         s.sub_(self.student)
-        log_ratio = u.sub_(self.teacher).neg_().add_(s).add_(self.log_ratio)
+        log_ratio = torch.sub(s, u.sub_(self.teacher), out=u).add_(self.log_ratio)
         return s.add_(self.log_p), log_ratio

@@ -19,7 +19,6 @@ Not here: the top-K lists (shared/top_k.py), tiles (shared/tiles.py, score.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from opd_ops.backends.shared.top_k import TopKList
 from opd_ops.divergences.equations import LOG_ZERO
+from opd_ops.selection.stats import is_finite
 
 
 class RunningSums(NamedTuple):
@@ -36,101 +36,118 @@ class RunningSums(NamedTuple):
     z: Tensor  # (2, n) sum e
     x: Tensor  # (2, n) sum e (x - maximum)
     gap: Tensor  # (2, n) sum e g
-    alone: Tensor  # (2, n) the largest logit among the entries that only the other model masks; -inf if there are none
+    alone: Tensor | None  # (2, n) the largest logit among the entries that only the other model masks; -inf if there are none
     centre: Tensor  # (n,) s_a - u_a
+    # `alone` is None where no logit of these rows is masked, which only a CPU looks for.
 
 
-def block_sums(s: Tensor, u: Tensor, s_best: TopKList, t_best: TopKList, first_id: int, scratch: Tensor) -> RunningSums:
+class Tops(NamedTuple):
+    """Each model's best id in the columns so far."""
+
+    logits: Tensor  # (2, n) of the model itself
+    ids: Tensor  # (2, n)
+    teacher: Tensor  # (n,) u_a, the teacher's logit of the student's best id
+
+    @staticmethod
+    def of(student: TopKList, teacher: TopKList) -> Tops:
+        own, ids = torch.stack((student.own[:, 0], teacher.own[:, 0])), torch.stack((student.ids[:, 0], teacher.ids[:, 0]))
+        return Tops(own, ids, student.other[:, 0])
+
+    @staticmethod
+    def of_both(lists: TopKList) -> Tops:
+        """From lists of (2 n, K)."""
+        n = len(lists.ids) // 2
+        return Tops(lists.own[:, 0].view(2, n), lists.ids[:, 0].view(2, n), lists.other[:n, 0])
+
+    @staticmethod
+    def of_one(best: TopKList) -> Tops:
+        """One model in the place of both."""
+        return Tops(best.own[:, 0].expand(2, -1), best.ids[:, 0].expand(2, -1), best.own[:, 0])
+
+
+def block_sums(x: Tensor, tops: Tops, first_id: int, scratch: Tensor, *, is_first: bool) -> RunningSums:
     """Sums of one block.
 
     Args:
-        s, u: (n, B) logits; the block begins at the id `first_id`.
-        s_best, t_best: Each model's list of best ids in this and all earlier blocks; only the first entry is read.
-        scratch: (3 C,), C >= B: C // B rows are summed at a time.
+        x: (2, n, B) logits of both models; the block begins at the id `first_id`.
+        tops: Of this and all earlier blocks.
+        scratch: (5 C,), C >= B: C // B rows are summed at a time.
+        is_first: Whether there is no earlier block, so that both tops are in this one.
     """
-    n, width = s.shape
-    maximum = torch.stack((s_best.own[:, 0], t_best.own[:, 0]))
-    finite = _finite(maximum)
-    u_reference = _teacher_reference(s_best, finite[1])
-    places = torch.stack((s_best.ids[:, :1], t_best.ids[:, :1])) - first_id
-    outside = (places < 0) | (places >= width)
+    _, n, width = x.shape
+    on_cpu, holds_top = x.device.type == "cpu", True
+    places = tops.ids.unsqueeze(2)
+    places = places - first_id if first_id else places
     # A top entry of this block is set to 0 before the sum of e; the bound +inf changes nothing.
-    bounds = torch.zeros_like(places, dtype=s.dtype).masked_fill_(outside, math.inf)
-    sums, alone = s.new_empty(2, 3, n), s.new_full((2, n), -math.inf)
-    step = min(n, scratch.numel() // (3 * width))
-    work = scratch[: 3 * step * width].view(3, step, width).unbind()
-    columns = (*finite.unsqueeze(2), u_reference.unsqueeze(1), *places.clamp_(0, width - 1), *bounds)
+    bounds = torch.zeros_like(places, dtype=x.dtype)
+    if not is_first:
+        outside = (places < 0) | (places >= width)
+        bounds.masked_fill_(outside, math.inf)
+        places = places.clamp(0, width - 1)
+        holds_top = not (on_cpu and bool(outside.all()))
+    sums, step = x.new_empty(3, 2, n), min(n, scratch.numel() // (5 * width))
+    work = scratch[: 5 * step * width].view(5, step, width)
     # All views are created here, because creating them chunk by chunk costs as much as a pass over the logits.
-    views = (x.split(step) for x in (s, u, *columns, *sums.view(6, n), *alone))
-    chunks = [_Chunk(*chunk) for chunk in zip(*views, strict=True)]
+    columns = x.split(step, 1), places.split(step, 1), bounds.split(step, 1), sums.split(step, 2)
+
+    def chunks(maximum: Tensor, u_reference: Tensor) -> list[_Chunk]:
+        references = maximum.unsqueeze(2).split(step, 1), u_reference.unsqueeze(1).split(step)
+        return [_Chunk(*views) for views in zip(*references, *columns, strict=True)]
+
     # On a CPU, masks are used only where a sum is not finite. On a device this test would synchronise: masks are always used.
-    on_cpu = s.device.type == "cpu"
-    holds_top = [not x for x in outside.flatten(1).all(1).tolist()] if on_cpu else [True, True]
-    masked_chunks = chunks
+    maximum, u_reference, alone = tops.logits, tops.teacher, None
+    finite = maximum
     if on_cpu:
-        for chunk in chunks:
-            chunk.sum(work, holds_top, masked=False)
-        is_finite = torch.isfinite(sums).flatten(0, 1).all(0)
-        masked_chunks = []
-        if not bool(is_finite.all()):
-            masked_chunks = [chunk for chunk, ok in zip(chunks, is_finite.split(step), strict=True) if not bool(ok.all())]
-    for chunk in masked_chunks:
-        chunk.sum(work, holds_top, masked=True)
-    z, x, gap = sums.double().unbind(1)
-    return RunningSums(maximum.double(), z, x, gap, alone.double(), finite[0].double() - u_reference.double())
+        for chunk in chunks(maximum, u_reference):
+            chunk.sum(work, holds_top)
+    if not (on_cpu and math.isfinite(float(sums.sum()))):
+        finite = _finite(maximum)
+        u_reference = torch.where(u_reference == -math.inf, finite[1], u_reference)
+        alone = x.new_full((2, n), -math.inf)
+        done = is_finite(sums).flatten(0, 1).all(0).split(step) if on_cpu else None
+        for i, (chunk, alone_of_chunk) in enumerate(zip(chunks(finite, u_reference), alone.split(step, 1), strict=True)):
+            if done is None or not bool(done[i].all()):
+                chunk.sum(work, holds_top, alone_of_chunk)
+        alone = alone.double()
+    rows = torch.cat((maximum, sums.view(6, n), finite[:1], u_reference.unsqueeze(0))).double()
+    return RunningSums(rows[:2], rows[2:4], rows[4:6], rows[6:8], alone, rows[8] - rows[9])
 
 
 class _Chunk(NamedTuple):
-    """Some rows of a block, and views into which their sums are written."""
+    """Some rows of a block, and a view into which their sums are written."""
 
-    s: Tensor  # (c, B)
-    u: Tensor
-    s_reference: Tensor  # (c, 1)
-    t_reference: Tensor
-    u_reference: Tensor
-    s_top: Tensor  # (c, 1) column of the top entry
-    t_top: Tensor
-    s_bound: Tensor  # (c, 1) 0 where this block holds the top entry, else +inf
-    t_bound: Tensor
-    s_z: Tensor  # (c,)
-    s_x: Tensor
-    s_gap: Tensor
-    t_z: Tensor
-    t_x: Tensor
-    t_gap: Tensor
-    s_alone: Tensor
-    t_alone: Tensor
+    maximum: Tensor  # (2, c, 1)
+    u_reference: Tensor  # (c, 1)
+    x: Tensor  # (2, c, B)
+    top: Tensor  # (2, c, 1) columns of the top entries
+    bound: Tensor  # (2, c, 1) 0 where this block holds the top entry, else +inf
+    sums: Tensor  # (3, 2, c)
 
-    def sum(self, work: Sequence[Tensor], holds_top: Sequence[bool], *, masked: bool) -> None:
-        """Compute the sums. `masked`: leave out -inf logits. `work`: three buffers of (c or more, B)."""
-        gap, shifted, weight = work if len(self.s) == len(work[0]) else (buffer[: len(self.s)] for buffer in work)
-        torch.sub(self.s, self.s_reference, out=gap)
-        gap.sub_(torch.sub(self.u, self.u_reference, out=shifted))
-        s_masked = t_masked = None
-        if masked:
-            s_masked, t_masked = self.s == -math.inf, self.u == -math.inf
-            torch.amax(self.s.masked_fill(~t_masked, -math.inf), 1, out=self.s_alone)
-            torch.amax(self.u.masked_fill(~s_masked, -math.inf), 1, out=self.t_alone)
-            gap.masked_fill_(s_masked | t_masked, 0.0)
-        s_sums, t_sums = (self.s_z, self.s_x, self.s_gap), (self.t_z, self.t_x, self.t_gap)
-        for logits, reference, is_masked, has_top, top, bound, (z, x, gap_sum) in (
-            (self.s, self.s_reference, s_masked, holds_top[0], self.s_top, self.s_bound, s_sums),
-            (self.u, self.t_reference, t_masked, holds_top[1], self.t_top, self.t_bound, t_sums),
-        ):
-            torch.exp(torch.sub(logits, reference, out=shifted), out=weight)
-            if is_masked is not None:
-                shifted.masked_fill_(is_masked, 0.0)  # 0 * -inf would be NaN
-            torch.sum(shifted.mul_(weight), 1, out=x)
-            torch.sum(torch.mul(weight, gap, out=shifted), 1, out=gap_sum)
-            if has_top:
-                weight.scatter_reduce_(1, top, bound, "amin")
-            torch.sum(weight, 1, out=z)
+    def sum(self, work: Tensor, holds_top: bool, alone: Tensor | None = None) -> None:
+        """Compute the sums. `alone`: (2, c), to be written; -inf logits are then left out. `work`: (5, c or more, B)."""
+        gap, shifted, weight = work[:, : self.x.shape[1]].split((1, 2, 2))
+        gap, (s_weight, _) = gap[0], weight
+        torch.sub(self.x, self.maximum, out=shifted)
+        torch.sub(self.x[1], self.u_reference, out=s_weight)
+        torch.sub(shifted[0], s_weight, out=gap)
+        torch.exp(shifted, out=weight)
+        if alone is not None:
+            masked = self.x == -math.inf
+            for i in range(2):
+                torch.amax(self.x[i].masked_fill(~masked[1 - i], -math.inf), 1, out=alone[i])
+            gap.masked_fill_(masked[0] | masked[1], 0.0)
+            shifted.masked_fill_(masked, 0.0)  # 0 * -inf would be NaN
+        _sum_rows(shifted.mul_(weight), self.sums[1])
+        _sum_rows(torch.mul(weight, gap, out=shifted), self.sums[2])
+        if holds_top:
+            weight.scatter_reduce_(2, self.top, self.bound, "amin")
+        _sum_rows(weight, self.sums[0])
 
 
-def _teacher_reference(student: TopKList, teacher_maximum: Tensor) -> Tensor:
-    """(n,) u_a; where the teacher masks a, its own largest logit (any finite number will do)."""
-    u_a = student.other[:, 0]
-    return torch.where(u_a == -math.inf, teacher_maximum, u_a)
+def _sum_rows(values: Tensor, out: Tensor) -> None:
+    """Sums of (2, c, B) in (2, c); model by model, because torch shares one row between threads, but not two."""
+    for i in range(2):
+        torch.sum(values[i], 1, out=out[i])
 
 
 def _finite(maximum: Tensor) -> Tensor:
@@ -143,7 +160,9 @@ def extended_sums(sums: RunningSums | None, block: RunningSums) -> RunningSums:
     if sums is None:
         return block
     moved = _moved(sums, block.maximum, sums.maximum == block.maximum, sums.centre - block.centre)
-    alone = torch.maximum(sums.alone, block.alone)
+    alone = sums.alone if block.alone is None else block.alone
+    if sums.alone is not None and block.alone is not None:
+        alone = torch.maximum(sums.alone, block.alone)
     return RunningSums(block.maximum, moved.z + block.z, moved.x + block.x, moved.gap + block.gap, alone, block.centre)
 
 
@@ -157,7 +176,8 @@ EMPTY_SUMS = {
 
 def named_sums(sums: RunningSums) -> dict[str, Tensor]:
     """The sums as (n,) columns with the names of `EMPTY_SUMS`."""
-    columns = [column for pair in sums[:-1] for column in pair]
+    alone = torch.full_like(sums.maximum, -math.inf) if sums.alone is None else sums.alone
+    columns = [column for pair in (sums.maximum, sums.z, sums.x, sums.gap, alone) for column in pair]
     return dict(zip(EMPTY_SUMS, (*columns, sums.centre), strict=True))
 
 
@@ -166,27 +186,34 @@ def joined_sums(parts: dict[str, Tensor], student: TopKList, teacher: TopKList) 
     stacked = torch.stack([parts[name] for name in EMPTY_SUMS])
     pairs = stacked[:-1].unflatten(0, (-1, 2)).transpose(1, 2)  # (fields, ranks, 2, n)
     every = RunningSums(pairs[0], pairs[1], pairs[2], pairs[3], pairs[4], stacked[-1].unsqueeze(1))
-    best = torch.stack((student.own[:, 0], teacher.own[:, 0])).double()
-    centre = _finite(best[0]) - _teacher_reference(student, _finite(teacher.own[:, 0])).double()
+    tops = Tops.of(student, teacher)
+    finite = _finite(tops.logits).double()
+    centre = finite[0] - torch.where(tops.teacher == -math.inf, finite[1], tops.teacher.double())
     maximum, owner = every.maximum.max(0)
     keeps_top = torch.zeros_like(every.maximum, dtype=torch.bool).scatter_(0, owner.unsqueeze(0), True)
     moved = _moved(every, maximum, keeps_top, every.centre - centre)
-    sums = RunningSums(maximum, moved.z.sum(0), moved.x.sum(0), moved.gap.sum(0), moved.alone.amax(0), centre)
-    return statistics(sums, student)
+    sums = RunningSums(maximum, moved.z.sum(0), moved.x.sum(0), moved.gap.sum(0), pairs[4].amax(0), centre)
+    return statistics(sums, tops)
 
 
-def statistics(sums: RunningSums, student: TopKList) -> dict[str, Tensor]:
+def statistics(sums: RunningSums, tops: Tops) -> dict[str, Tensor]:
     """The full-vocabulary columns of `TokenStats`, (n,) fp64, with the columns that gradients read."""
-    total, log_z = _total(sums), sums.z.log1p().masked_fill(sums.maximum == -math.inf, -math.inf)
+    total, log_z, top = 1 + sums.z, sums.z.log1p(), sums.maximum[0]
+    if sums.alone is not None:
+        empty = sums.maximum == -math.inf
+        total, log_z, top = total.masked_fill(empty, 0), log_z.masked_fill(empty, -math.inf), top.masked_fill(empty[0], 0)
     lse = sums.maximum + log_z
     entropy = (log_z - sums.x / total).clamp_min(0)
-    top = _finite(sums.maximum[0])
     u_reference = top - sums.centre
-    log_ratio = (sums.maximum[1] - u_reference) + (log_z[1] - log_z[0])  # r_a
-    s_gap, t_gap = (sums.gap / total).unbind()
-    divergences = torch.stack((s_gap + log_ratio, -log_ratio - t_gap)).clamp_min(0)  # KL(p||q), KL(q||p)
-    infinite = (sums.alone - lse > LOG_ZERO) & ~divergences.isnan()
-    divergences = divergences.masked_fill(infinite, math.inf)
+    log_ratio = top_log_ratio = (sums.maximum[1] - u_reference) + (log_z[1] - log_z[0])  # r_a
+    gap = sums.gap / total
+    divergences = gap + log_ratio
+    divergences[1].neg_()
+    divergences, excess = divergences.clamp_min_(0), gap[0]  # KL(p||q), KL(q||p)
+    if sums.alone is not None:
+        infinite = (sums.alone - lse > LOG_ZERO) & ~divergences.isnan()
+        divergences, excess = divergences.masked_fill(infinite, math.inf), excess.masked_fill(infinite[0], 0)
+        top_log_ratio = log_ratio.masked_fill(tops.teacher == -math.inf, math.inf)
     return {
         "student_entropy": entropy[0],
         "teacher_entropy": entropy[1],
@@ -199,8 +226,8 @@ def statistics(sums: RunningSums, student: TopKList) -> dict[str, Tensor]:
         "reference_teacher": u_reference,
         "reference_log_p": -log_z[0],
         "reference_log_ratio": log_ratio,
-        "top_log_ratio": log_ratio.masked_fill(student.other[:, 0] == -math.inf, math.inf),
-        "reverse_kl_excess": s_gap.masked_fill(infinite[0], 0),
+        "top_log_ratio": top_log_ratio,
+        "reverse_kl_excess": excess,
     }
 
 

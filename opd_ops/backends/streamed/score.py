@@ -11,7 +11,7 @@ Not here: reading logits (shared/tiles.py), one model alone (one_model.py), sums
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -26,6 +26,7 @@ from opd_ops.backends.shared.top_k import TopKList, extended
 from opd_ops.backends.streamed.running import (
     EMPTY_SUMS,
     RunningSums,
+    Tops,
     block_sums,
     extended_sums,
     joined_sums,
@@ -37,7 +38,7 @@ from opd_ops.backends.streamed.summed import with_jsd
 from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Source, compute_dtype
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.stats import OPTIONAL_COLUMNS, TokenStats
+from opd_ops.selection.stats import OPTIONAL_COLUMNS, TokenStats, is_finite
 
 
 @torch.no_grad()
@@ -58,16 +59,17 @@ def token_stats(
         whole = joined.token_stats(parts, shard, rows, top_k=top_k, columns=columns, workspace=workspace, dtype=dtype)
         return with_jsd(whole, student, teacher, rows, workspace) if "jsd" in columns else whole
     names = _computed(columns)
-    out = torch.empty((len(names), len(rows)), dtype=dtype, device=rows.device)
-    for part, grid, sums, jsd, s_list, t_list in _sweep(student, teacher, rows, top_k, "jsd" in columns, workspace):
-        whole_row = jsd | statistics(sums, s_list)
-        s_lse, t_lse = whole_row["student_logsumexp"], whole_row["teacher_logsumexp"]
-        for group in chunks(len(s_lse), grid.list_rows):
-            supports = support_columns(s_list.rows(group), t_list.rows(group), s_lse[group], t_lse[group], columns)
+    tiles: list[Tensor] = []
+    for grid, sums, jsd, lists in _sweep(student, teacher, rows, top_k, "jsd" in columns, workspace):
+        whole_row, (s_list, t_list) = jsd | statistics(sums, Tops.of_both(lists)), lists.halves()
+        lse = torch.stack((whole_row["student_logsumexp"], whole_row["teacher_logsumexp"]))
+        for group in chunks(lse.shape[1], grid.list_rows):
+            supports = support_columns(s_list.rows(group), t_list.rows(group), lse[:, group], columns)
             computed = {name: column[group] for name, column in whole_row.items()} | supports
-            out[:, part][:, group] = torch.stack([computed[name] for name in names])
+            tiles.append(torch.stack([computed[name] for name in names]).to(dtype))
+    out = tiles[0] if len(tiles) == 1 else torch.cat([torch.empty(len(names), 0, dtype=dtype, device=rows.device), *tiles], 1)
     stats = dict(zip(names, out.unbind(), strict=True))
-    return TokenStats(valid=torch.isfinite(stats["teacher_logsumexp"]), **stats)
+    return TokenStats(valid=is_finite(stats["teacher_logsumexp"]), **stats)
 
 
 def _computed(columns: frozenset[str]) -> list[str]:
@@ -77,9 +79,9 @@ def _computed(columns: frozenset[str]) -> list[str]:
 def _part(student: Source, teacher: Source, rows: Tensor, top_k: int, workspace: Workspace) -> Part:
     """This rank's sums and lists of the rows."""
     columns, lists = [], []
-    for _, _, sums, _, s_list, t_list in _sweep(student, teacher, rows, top_k, False, workspace):
+    for _, sums, _, both in _sweep(student, teacher, rows, top_k, False, workspace):
         columns.append(named_sums(sums))
-        lists.append((s_list, t_list))
+        lists.append(both.halves())
     whole = {name: torch.cat([tile[name] for tile in columns]) for name in EMPTY_SUMS}
     student_list, teacher_list = (
         TopKList(*(torch.cat(column) for column in zip(*side, strict=True))) for side in zip(*lists, strict=True)
@@ -89,41 +91,36 @@ def _part(student: Source, teacher: Source, rows: Tensor, top_k: int, workspace:
 
 def _sweep(
     student: Source, teacher: Source, rows: Tensor, top_k: int, with_jsd: bool, workspace: Workspace
-) -> Iterator[tuple[slice, ScoreGrid, RunningSums, dict[str, Tensor], TopKList, TopKList]]:
-    """Per tile: its rows, its grid, their (n,) fp64 sums over the vocabulary, "jsd" if `with_jsd`, and both models' lists."""
+) -> Iterator[tuple[ScoreGrid, RunningSums, dict[str, Tensor], TopKList]]:
+    """Per tile: its grid, its rows' fp64 sums over the vocabulary, "jsd" if `with_jsd`, and both models' lists, (2 n, K)."""
     dtype = compute_dtype(student, teacher)
     grid = score_grid(student, teacher, len(rows), top_k=top_k, whole_rows=with_jsd, workspace=workspace)
-    buffers = [pages.empty((grid.rows * grid.columns,), dtype, rows.device) for _ in range(2)]
-    scratch = torch.empty(3 * grid.chunk * grid.columns, dtype=dtype, device=rows.device)
+    buffer = pages.empty((2 * grid.rows * grid.columns,), dtype, rows.device)
+    scratch = torch.empty(5 * grid.chunk * grid.columns, dtype=dtype, device=rows.device)
     with torch.autocast(rows.device.type, enabled=False):
         for part in chunks(len(rows), grid.rows):
             sides = [TileReader(source.detach(), rows[part], dtype, grid.cast_columns) for source in (student, teacher)]
-            yield part, grid, *_tile(sides[0], sides[1], grid, top_k, with_jsd, buffers, scratch)
+            yield grid, *_tile(sides, grid, top_k, with_jsd, buffer, scratch)
 
 
 def _tile(
-    student: TileReader,
-    teacher: TileReader,
-    grid: ScoreGrid,
-    top_k: int,
-    with_jsd: bool,
-    buffers: list[Tensor],
-    scratch: Tensor,
-) -> tuple[RunningSums, dict[str, Tensor], TopKList, TopKList]:
+    sides: Sequence[TileReader], grid: ScoreGrid, top_k: int, with_jsd: bool, buffer: Tensor, scratch: Tensor
+) -> tuple[RunningSums, dict[str, Tensor], TopKList]:
     """RunningSums, "jsd" and both lists of one tile of rows, from one sweep over the vocabulary."""
-    rows, first_id = slice(0, len(student.rows)), student.source.transform.first_id
+    n, transform = len(sides[0].rows), sides[0].source.transform
+    rows = slice(0, n)
     sums: RunningSums | None = None
-    s_list: TopKList | None = None
-    t_list: TopKList | None = None
+    lists: TopKList | None = None
     jsd: dict[str, Tensor] = {}
-    for block in chunks(student.source.transform.vocab_size, grid.columns):
-        s, u = student.logits(rows, block, buffers[0]), teacher.logits(rows, block, buffers[1])
-        s_list = extended(s_list, s, u, top_k, first_id + block.start, grid.candidates)
-        t_list = extended(t_list, u, s, top_k, first_id + block.start, grid.candidates)
+    for block in chunks(transform.vocab_size, grid.columns):
+        x = buffer[: 2 * n * (block.stop - block.start)].view(2, n, -1)
+        for side, out in zip(sides, x, strict=True):
+            side.logits(rows, block, out.view(-1))
+        first_id, is_first = transform.first_id + block.start, lists is None
+        lists = extended(lists, x, top_k, first_id, grid.candidates)
         if with_jsd:  # the grid has one block, as wide as the vocabulary
-            jsd["jsd"] = torch.cat([row_jsd(s[chunk], u[chunk]) for chunk in chunks(rows, grid.chunk)])
-        sums = extended_sums(sums, block_sums(s, u, s_list, t_list, first_id + block.start, scratch))
+            jsd["jsd"] = torch.cat([row_jsd(x[0, chunk], x[1, chunk]) for chunk in chunks(rows, grid.chunk)])
+        sums = extended_sums(sums, block_sums(x, Tops.of_both(lists), first_id, scratch, is_first=is_first))
     assert sums is not None
-    assert s_list is not None
-    assert t_list is not None
-    return sums, jsd, s_list, t_list
+    assert lists is not None
+    return sums, jsd, lists

@@ -92,9 +92,9 @@ def _list_columns(lists: Support, score: Score, columns: frozenset[str], workspa
     if not columns:
         return out
     student, teacher = top_k_lists(lists)
-    lse = score.student_logsumexp.double(), score.teacher_logsumexp.double()
+    lse = torch.stack((score.student_logsumexp, score.teacher_logsumexp)).double()
     for part in chunks(n, workspace.count(UNION_BYTES * k)):
-        values = support_columns(student.rows(part), teacher.rows(part), lse[0][part], lse[1][part], columns)
+        values = support_columns(student.rows(part), teacher.rows(part), lse[:, part], columns)
         for name in columns:
             out[name][part] = values[name]
     return out

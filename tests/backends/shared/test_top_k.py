@@ -24,9 +24,9 @@ def blocks(vocab: int, width: int) -> list[slice]:
 def built(own: torch.Tensor, other: torch.Tensor, k: int, width: int, candidates: int = 4096) -> top_k.TopKList:
     got = None
     for block in blocks(own.shape[1], width):
-        got = top_k.extended(got, own[:, block].contiguous(), other[:, block].contiguous(), k, block.start, candidates)
+        got = top_k.extended(got, torch.stack((own[:, block], other[:, block])), k, block.start, candidates)
     assert got is not None
-    return got
+    return got.rows(slice(0, len(own)))
 
 
 def check(own: torch.Tensor, other: torch.Tensor, k: int, width: int, **options: int) -> None:

@@ -1,0 +1,1 @@
+"""Host time of one small call, under pytest-benchmark."""
