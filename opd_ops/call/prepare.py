@@ -114,11 +114,12 @@ def prepare(
         special_ids=settings.special_ids,
         vocab_size=vocab if divergence.reads_tokens else None,
     )
+    selector = bound_selector(named_selector(settings.selector), settings.generator, checked_positions.sequences)
     needs = Needs(divergence, settings.top_k, inplace=settings.inplace_backward, float8=settings.in_float8, traced=is_traced())
     if isinstance(teacher_source, Source) and teacher_source.routes is not None:
-        teacher_source = _with_checked_routes(teacher_source, checked_positions.valid)
+        reads_responses = "response_place" in getattr(selector, "needs", ())
+        teacher_source = _with_checked_routes(teacher_source, None if reads_responses else checked_positions.valid)
     backend = resolve_backend(settings.backend, student_source, teacher_source, needs)
-    selector = bound_selector(named_selector(settings.selector), settings.generator, checked_positions.sequences)
     holds_parts = selects and settings.scope == "sequence" and ranks is not None
     if holds_parts and batch.labels is not None and batch.shift_labels is None:
         raise ValueError(
@@ -168,7 +169,10 @@ def prepare(
 
 
 def _with_checked_routes(teacher: Source, valid: Tensor | None) -> Source:
-    """The teacher, checked to have a model for each `valid` position (None: all); the CPU waits for the device."""
+    """The teacher, checked to have a model for each `valid` position; the CPU waits for the device.
+
+    `valid`: None: for each position, as a selector reads that scores whole responses, masked positions too.
+    """
     assert teacher.routes is not None
     if is_in_graph(teacher.device):
         raise ValueError(
@@ -181,8 +185,7 @@ def _with_checked_routes(teacher: Source, valid: Tensor | None) -> Source:
     if bool(outside.any()):
         place = int(outside.nonzero()[0])
         raise ValueError(
-            f"Routed.index: got {int(teacher.routes[place])} at the valid position {place} of the flattened ones, expected "
-            f"0 ... {n - 1}"
+            f"Routed.index: got {int(teacher.routes[place])} at position {place} of the flattened ones, expected 0 ... {n - 1}"
         )
     return teacher._replace(routes=teacher.routes.clamp(0, n - 1))
 

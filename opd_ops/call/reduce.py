@@ -35,7 +35,7 @@ from opd_ops.call.metrics import (
 )
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.divergences import SampledToken
-from opd_ops.inputs.sequences import numbered_sequences
+from opd_ops.inputs.sequences import check_same_sequences, numbered_sequences
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.selection.stats import TokenStats
@@ -112,6 +112,8 @@ def _response_factors(chosen: Chosen, num_items: Tensor | float | None) -> Tenso
     counts = torch.zeros((2, n), dtype=torch.long, device=flags.device).index_add(1, ids, flags)
     ranks = call.ranks
     if ranks is not None and call.scope == "sequence":
+        if call.settings.threshold is not None:  # a budget has compared the numbers of sequences before
+            check_same_sequences(n, ranks, counts.device)
         counts, ranks = ranks.sum(counts), None
     n_selected, n_responses = counts[0], (counts[1] > 0).sum()
     total = denominator(n_selected.sum(), n_responses, num_items, "valid", ranks)

@@ -61,7 +61,7 @@ class Mixture:
         if self.kind == "arithmetic" and min(numbers) <= 0:
             raise ValueError(
                 f"{got}, expected numbers above 0: with a negative weight a mean of probabilities may be negative; "
-                "kind='geometric' takes either sign, and a teacher of weight 0 is left out"
+                "kind='geometric' takes either sign; leave a teacher of weight 0 out"
             )
         if self.kind == "arithmetic" and abs(sum(numbers) - 1) > SUM:
             raise ValueError(f"{got} of sum {sum(numbers):g}, expected the sum 1: probabilities must sum to 1")
@@ -87,7 +87,8 @@ class Routed:
         teachers: Logits (..., V), `LinearHead`s or `Mixture`s, each of all positions; only the rows that the index gives to a
             teacher are read, so that other rows may hold anything.
         index: int64 or int32, which teacher, 0 ... len(teachers) - 1: of the positions' shape, or of their first dimensions, as
-            (B,) for a teacher per sequence. At positions that are not valid any number.
+            (B,) for a teacher per sequence. At positions that are not valid any number, unless the selector scores
+            whole responses (`Released`).
 
     `metrics` has, for teacher i, n_valid_teacher_i, n_selected_teacher_i, loss_teacher_i (the mean over its selected positions)
     and loss_teacher_i_sum. Log-probabilities that several servers sent need no `Routed`: they are rows of one `TopKLogprobs`.

@@ -326,10 +326,28 @@ def test_ensembles_reject(make, error, message):
         (Mixture((LOGITS, LOGITS[:, :5]), (1, 1)), {}, r"Mixture.teachers\[1\]: has a vocabulary of 5, expected at least the"),
         (Routed((LOGITS, Mixture((LOGITS, LOGITS[:2]), (1, 1))), INDEX), {}, r"Routed.teachers\[1\].teachers\[1\]: got positi"),
         (Routed((LOGITS, LOGITS), INDEX[:2]), {}, r"Routed.index: got shape \(2,\), expected the positions' shape \(4,\)"),
-        (Routed((LOGITS, LOGITS), INDEX + 1), {}, r"Routed.index: got 2 at the valid position 1 .* expected 0 ... 1"),
+        (Routed((LOGITS, LOGITS), INDEX + 1), {}, r"Routed.index: got 2 at position 1 .* expected 0 ... 1"),
         (Routed((LOGITS, LOGITS), INDEX), {"inplace_backward": True, "backend": "triton"}, "get the gradients of several teac"),
     ],
 )  # fmt: skip
 def test_a_call_with_an_ensemble_rejects(teacher, options, message):
     with pytest.raises(ValueError, match=message):
         selective_opd_loss(leaf(LOGITS) * 1.0, teacher, top_k=4, **options)
+
+
+def test_exact_scores_of_mixed_dense_logits_are_fp32():
+    """A mixture is computed in its tile: in 16 bits its normaliser would lose two digits."""
+    student, first = (x.bfloat16() for x in logit_pair(6, 131))
+    second = logit_pair(6, 131, seed=5)[1].bfloat16()
+    teacher = Mixture((first, second), (1.25, -0.25))
+    _, exact = score_positions(student.double(), Mixture((first.double(), second.double()), (1.25, -0.25)))
+    _, stats = score_positions(student, teacher, backend="triton", score_dtype="float32")
+    assert (stats.teacher_logsumexp - exact.teacher_logsumexp).abs().max() < 1e-4
+
+
+def test_a_selector_of_whole_responses_needs_a_teacher_at_masked_positions_too():
+    teacher = Routed((LOGITS, LOGITS), INDEX.clone().index_fill(0, torch.tensor([1]), 7))
+    mask = torch.ones(len(INDEX), dtype=torch.bool).index_fill(0, torch.tensor([1]), False)
+    score_positions(LOGITS, teacher, mask=mask)
+    with pytest.raises(ValueError, match=r"Routed.index: got 7 at position 1 .* expected 0 ... 1"):
+        score_positions(LOGITS, teacher, mask=mask, selector="teachability-released")

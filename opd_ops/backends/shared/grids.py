@@ -155,8 +155,12 @@ def score_bytes(vocab_size: int, top_k: int = 0) -> int:
 
 
 def tile_dtype(source: Source, score_dtype: torch.dtype | None) -> torch.dtype:
-    """Dtype of the logits in a score tile: a head's own unless `score_dtype` is given; an 8-bit matmul returns bf16."""
-    if not source.transform.is_head or score_dtype is None:
+    """Dtype of the logits in a score tile: the model's own unless `score_dtype` is given; an 8-bit matmul returns bf16.
+
+    A tile of one model's dense logits is a copy, exact in their own dtype.
+    """
+    is_copy = not source.transform.is_head and source.transform.mixing is None
+    if is_copy or score_dtype is None:
         return source.leading.dtype
     return torch.bfloat16 if score_dtype == float8.DTYPE else score_dtype
 
@@ -197,6 +201,11 @@ def copies(*sources: Source) -> int:
     return sum(2 if source.others else 1 for source in sources)
 
 
+def mask_bytes(*sources: Source) -> int:
+    """Bytes for each logit of a row for the masks of geometric mixtures (inputs/sources.py): all models' and one more's."""
+    return sum(2 for source in sources if source.transform.mixing is not None and source.transform.mixing.kind == "geometric")
+
+
 def _whole_tiles(n: int, bytes_per_row: int, workspace: Workspace) -> int:
     """How many of n rows to take at a time: all, or a multiple of the largest of `TILE_ROWS` that fits."""
     size = max(1, min(n, workspace.count(bytes_per_row)))
@@ -223,7 +232,7 @@ def score_tile(
     dtypes = [tile_dtype(source, score_dtype) for source in sources]
     per_row = score_bytes(vocab, top_k)
     for source, dtype in zip(sources, dtypes, strict=True):
-        per_row += dtype.itemsize * copies(source) * padded(vocab)
+        per_row += (dtype.itemsize * copies(source) + mask_bytes(source)) * padded(vocab)
         per_row += row_bytes(source, dtype, in_float8=ranks_in_float8(source, score_dtype))
     budget = workspace.share(7 if optional else 15, 16).share(1, tiles)
     rows = _whole_tiles(n, per_row, budget)
@@ -251,7 +260,7 @@ class SelectedGrid(NamedTuple):
         vocab, leading = student.transform.vocab_size, student.leading
         narrow = is_narrow(student, needs)
         narrow_bytes = leading.element_size() * padded(vocab) if narrow else 0
-        per_row = 4 * copies(*sources) * padded(vocab) + score_bytes(vocab) + list_bytes
+        per_row = (4 * copies(*sources) + mask_bytes(*sources)) * padded(vocab) + score_bytes(vocab) + list_bytes
         per_row += sum(row_bytes(source, torch.float32) for source in sources)
         budget = workspace.share(15, 16)
         weight_needed, wide = narrow and needs[1], TILE_ROWS[1]
@@ -280,6 +289,6 @@ class BlockGrid(NamedTuple):
         per_row = sum(row_bytes(source, torch.float32) for source in sources) + 4 * dim
         rows = _whole_tiles(n, per_row, workspace.share(1, 4))
         # per column: the models' logits, the 16-bit gradient and its fp32 copy for each row; two products
-        columns = workspace.share(1, 2).count((8 + 4 * copies(*sources)) * rows + 8 * dim)
+        columns = workspace.share(1, 2).count((8 + 4 * copies(*sources) + mask_bytes(*sources)) * rows + 8 * dim)
         step = ALIGNED if columns >= ALIGNED else MIN_BLOCK
         return BlockGrid(rows, min(max(MIN_BLOCK, columns - columns % step), padded(vocab)))

@@ -8,6 +8,7 @@ Not here: how PTX is run (machine.py).
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import os
 import pkgutil
@@ -29,6 +30,7 @@ from tests.support.ptx.program import parse
 
 NUMBERS = {"i32": np.int32, "i64": np.int64, "u32": np.uint32, "u64": np.uint64, "fp32": np.float32}
 SHARED_LIMIT = 163 * 1024  # the least of the targets
+COMPILE = triton.compiler.compile
 launches: deque[Launched] = deque(maxlen=100)
 
 
@@ -102,6 +104,15 @@ class Driver(DriverBase):
         raise NotImplementedError("nothing is timed here")
 
 
+def _compile_once(source, *args, **kwargs):
+    """One process compiles a kernel, the others wait for it in Triton's cache: ranks launch the same kernels at once."""
+    folder = Path(knobs.cache.dir) / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / source.hash()).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+        return COMPILE(source, *args, **kwargs)
+
+
 def use(target: str) -> None:
     """Compile for the target, like sm_90, whatever is launched from now on, and run it here. Before any kernel is imported."""
 
@@ -109,6 +120,7 @@ def use(target: str) -> None:
         Driver.ptx = Path(files[f"{name}.ptx"]).read_text()
 
     knobs.runtime.kernel_load_start_hook = loading
+    triton.compiler.compile = _compile_once
     triton.runtime.driver.set_active(Driver(int(target.removeprefix("sm_"))))
     for module in pkgutil.iter_modules(opd_kernels.__path__):
         importlib.import_module(f"opd_kernels.{module.name}")
