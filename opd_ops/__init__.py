@@ -10,7 +10,6 @@ from opd_ops.divergences import (
     JSD,
     Divergence,
     EntropyAware,
-    Extrapolated,
     ForwardKL,
     ImportanceWeighted,
     LocalSupport,
@@ -25,13 +24,14 @@ from opd_ops.divergences import (
 )
 from opd_ops.estimates.communication import Collective, Communication, estimate_communication
 from opd_ops.estimates.compute import Estimate, estimate
+from opd_ops.inputs.ensembles import Extrapolated, Mixture, Routed
 from opd_ops.inputs.float8 import Float8Rows
 from opd_ops.inputs.linear_head import LinearHead
 from opd_ops.inputs.rollout import RolloutRecorder, StudentStats
 from opd_ops.inputs.teacher_lists import SampledLogprobs, TopKLogprobs
 from opd_ops.loss import SelectiveOPDLoss, selective_opd_loss, selective_opd_token_losses
 from opd_ops.scoring import score_positions, select_positions
-from opd_ops.selection.selectors import Multinomial, Selector
+from opd_ops.selection.selectors import Multinomial, Released, Selector
 from opd_ops.selection.stats import TokenStats
 from opd_ops.settings import Settings
 
@@ -50,10 +50,13 @@ __all__ = [
     "ImportanceWeighted",
     "LinearHead",
     "LocalSupport",
+    "Mixture",
     "Multinomial",
     "Power",
+    "Released",
     "ReverseKL",
     "RolloutRecorder",
+    "Routed",
     "SampledLogprobs",
     "SampledToken",
     "SelectiveOPDLoss",

@@ -17,9 +17,9 @@ from opd_ops.call.prepare import Call, check_num_items, check_transforms, prepar
 from opd_ops.call.reduce import SelectiveOPDOutput, TokenLosses, mean_loss, token_losses
 from opd_ops.call.score import score, score_again
 from opd_ops.inputs.batch import Batch
+from opd_ops.inputs.ensembles import AnyTeacher
 from opd_ops.inputs.linear_head import LinearHead
 from opd_ops.inputs.rollout import StudentStats
-from opd_ops.inputs.teacher_lists import SparseTeacher
 from opd_ops.settings import LossOptions, Settings, TokenLossOptions, documented
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @documented(LossOptions)
 def selective_opd_loss(
     student: Tensor | LinearHead,
-    teacher: Tensor | LinearHead | SparseTeacher,
+    teacher: AnyTeacher,
     *,
     mask: Tensor | None = None,
     weights: Tensor | None = None,
@@ -55,7 +55,7 @@ def selective_opd_loss(
 
     Args:
         student: (..., V) logits, or a `LinearHead`, whose logits are never materialised whole.
-        teacher: The same, or `TopKLogprobs` or `SampledLogprobs` from a server.
+        teacher: The same; or `TopKLogprobs` or `SampledLogprobs` from a server; or several models, `Mixture` or `Routed`.
         mask: (...) non-zero on the tokens that the student wrote; None: all.
         weights: (...) a factor per position's loss.
         labels, shift_labels: (...) int64 targets. The loss shifts `labels`; `shift_labels` are shifted already, and win.
@@ -98,7 +98,7 @@ class SelectiveOPDLoss(nn.Module):
     def forward(
         self,
         student: Tensor | LinearHead,
-        teacher: Tensor | LinearHead | SparseTeacher,
+        teacher: AnyTeacher,
         *,
         mask: Tensor | None = None,
         weights: Tensor | None = None,
@@ -118,7 +118,7 @@ class SelectiveOPDLoss(nn.Module):
 @documented(TokenLossOptions)
 def selective_opd_token_losses(
     student: Tensor | LinearHead,
-    teacher: Tensor | LinearHead | SparseTeacher,
+    teacher: AnyTeacher,
     *,
     mask: Tensor | None = None,
     weights: Tensor | None = None,
@@ -162,9 +162,7 @@ def selective_opd_token_losses(
     return token_losses(_chosen(call))
 
 
-def _loss(
-    student: Tensor | LinearHead, teacher: Tensor | LinearHead | SparseTeacher, batch: Batch, settings: Settings
-) -> SelectiveOPDOutput:
+def _loss(student: Tensor | LinearHead, teacher: AnyTeacher, batch: Batch, settings: Settings) -> SelectiveOPDOutput:
     check_transforms(settings.backend, has_vmap=False, has_gradient=True)
     num_items_in_batch = check_num_items(batch.num_items_in_batch)
     call = prepare(student, teacher, batch, settings, selects=True)

@@ -18,10 +18,10 @@ from opd_ops.call.choose import select_in_scope
 from opd_ops.call.prepare import check_transforms, divergence_of, prepare, selecting_ranks
 from opd_ops.call.score import score
 from opd_ops.inputs.batch import Batch
+from opd_ops.inputs.ensembles import AnyTeacher
 from opd_ops.inputs.linear_head import LinearHead
 from opd_ops.inputs.rollout import StudentStats
 from opd_ops.inputs.sequences import check_cu_seqlens, sequence_ids
-from opd_ops.inputs.teacher_lists import SparseTeacher
 from opd_ops.selection.stats import TokenStats
 from opd_ops.settings import DEFAULTS, ScoringOptions, Settings
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def score_positions(
     student: Tensor | LinearHead,
-    teacher: Tensor | LinearHead | SparseTeacher,
+    teacher: AnyTeacher,
     *,
     mask: Tensor | None = None,
     weights: Tensor | None = None,

@@ -49,7 +49,7 @@ from opd_ops.selection.selectors import (
 )
 
 SCOPES = ("batch", "sequence", "global")
-DENOMINATORS = ("selected", "valid")
+DENOMINATORS = ("selected", "valid", "sequence")
 SCORE_DTYPES = {"float32": torch.float32, "float8": float8.DTYPE}
 
 T = TypeVar("T")
@@ -126,7 +126,11 @@ class Settings:
         "reverse_kl",
         f"Loss on the selected positions. A name: {', '.join(DIVERGENCES)}; or an instance with parameters: JSD(beta=0.3).",
     )
-    denominator: str = _setting("selected", "Divide the sum of losses by the number of 'selected' or of all 'valid' positions.")
+    denominator: str = _setting(
+        "selected",
+        "Divide the sum of losses by the number of 'selected' or of all 'valid' positions; 'sequence': the mean over the "
+        "selected positions of each response, then over the responses.",
+    )
     top_k: int = _setting(
         DEFAULT_TOP_K,
         "K, at most V. A model's K likeliest ids are its support: on them teachability reads how much the models disagree, and "
@@ -261,6 +265,11 @@ class Settings:
         if divergence.reads_tokens and not passes_tokens and teacher != "SampledLogprobs":
             raise ValueError(
                 f"tokens: got None, but divergence {divergence.name!r} reads the sampled token, which this host does not pass"
+            )
+        if self.denominator == "sequence":
+            raise ValueError(
+                "denominator: got 'sequence', a mean over responses, but this host divides by its count of tokens; use "
+                "'selected' or 'valid', or selective_opd_loss in a loop of your own"
             )
         if self.special_ids and not passes_tokens:
             raise ValueError("special_ids: got ids, but this host passes no tokens to look among")

@@ -13,7 +13,6 @@ import torch
 
 from opd_ops import (
     JSD,
-    Extrapolated,
     ImportanceWeighted,
     SampledToken,
     SelectiveOPDLoss,
@@ -72,7 +71,6 @@ def test_what_a_host_passes_itself_is_no_setting_of_its_users():
     [
         {},
         {"selector": lambda stats: pytest.fail("a selector of one's own was called")},
-        {"divergence": Extrapolated(1.25, torch.zeros(7, 300))},
         {"divergence": TailAware(1000), "top_k": 700},
         {"threshold": torch.tensor(0.5)},
         {"eos_ids": (151_643, 151_645), "vocab_size": 151_936},

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.cpu.compare import ROOT, numbers, positive
 from benchmarks.cpu.environment import describe_environment
 from benchmarks.cpu.heads import SEED, Heads, Sizes, build_heads
-from opd_ops import Extrapolated, LinearHead, TailAware, TopK, TopKLogprobs, selective_opd_loss
+from opd_ops import Extrapolated, LinearHead, Mixture, TailAware, TopK, TopKLogprobs, selective_opd_loss
 from opd_ops.backends.shared import pages
 from opd_ops.divergences import DIVERGENCES
 from tests.support.meters import LiveBytes
@@ -60,7 +60,10 @@ def steps(heads: Heads) -> dict[str, Step]:
 
     first = ["reverse_kl", *sorted(set(DIVERGENCES) - {"reverse_kl"})]
     got = {f"`{name}`": step(teacher, name) for name in first}
-    got["`Extrapolated(1.25, reference)`, a third head"] = step(teacher, Extrapolated(1.25, reference))
+    mixed = Extrapolated(1.25, teacher, reference)
+    got["`reverse_kl` to `Extrapolated(1.25, teacher, reference)`, a third head"] = step(mixed, "reverse_kl")
+    means = Mixture((teacher, reference), (0.5, 0.5), "arithmetic")
+    got['`reverse_kl` to `Mixture(teachers, (0.5, 0.5), "arithmetic")`, a third head'] = step(means, "reverse_kl")
     got["`tail_aware` from `TopKLogprobs`, one head"] = step(listed, TailAware())
     for words in (("reverse", "student", "drop"), ("reverse", "student", "mass"), ("reverse", "student", "sampled")):
         got[f"`TopK{words}`".replace("'", '"')] = step(teacher, TopK(*words))

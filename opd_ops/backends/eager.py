@@ -22,7 +22,7 @@ from opd_ops.backends.interface import Backend
 from opd_ops.backends.shared.list_ids import best_of_sent, list_ids, sent_logprobs, without_masked
 from opd_ops.backends.shared.overwritten import unchanged
 from opd_ops.divergences import JSD, Divergence, OnSupport, Support, equations, weighted_sum, without_infinite
-from opd_ops.inputs.sources import Shard, Source, compute_dtype, mask_limit, take_rows
+from opd_ops.inputs.sources import Mixing, Shard, Source, compute_dtype, mask_limit, take_rows
 from opd_ops.inputs.teacher_lists import TeacherLists, tail
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import OwnStats, TokenStats
@@ -47,15 +47,26 @@ def logits(source: Source, rows: Tensor, dtype: torch.dtype) -> Tensor:
     if transform.softcap is not None:
         x = transform.softcap * torch.tanh(x / transform.softcap)
     x = x / transform.temperature
-    if source.reference is not None:  # mixed within this rank's part: the reference holds the same part
-        reference_part = source.reference._replace(transform=replace(source.reference.transform, shard=None))
-        reference = logits(reference_part, rows, dtype)
-        x = torch.where(x == -math.inf, -math.inf, transform.lam * x + (1 - transform.lam) * reference)
+    if transform.mixing is not None:  # within this rank's part: the other models hold the same part
+        others = [x._replace(transform=replace(x.transform, shard=None)) for x in source.others]
+        models = torch.stack([x, *(logits(other, rows, dtype) for other in others)])
+        x = mixture(models, [model.logsumexp for model in (source, *others)], rows, transform.mixing)
     if transform.merged:
         ids = torch.tensor(transform.merged, device=x.device)
         merged = equations.logsumexp(x[:, ids])
         x = x.index_fill(1, ids, -math.inf).index_copy(1, ids[:1], merged)
     return x if transform.shard is None else _Unsharded.apply(x, transform.shard)
+
+
+def mixture(models: Tensor, logsumexps: list[Tensor | None], rows: Tensor, mixing: Mixing) -> Tensor:
+    """(n, V) logits of the mixture of (models, n, V) logits (inputs/ensembles.py)."""
+    weights = models.new_tensor(mixing.weights).view(-1, 1, 1)
+    if mixing.kind == "arithmetic":
+        log_z = torch.stack([x[rows] for x in logsumexps if x is not None]).unsqueeze(2)
+        return torch.logsumexp(weights.log() + models - log_z, 0)
+    masked = (models == -math.inf) & (weights > 0)
+    masked[0] = models[0] == -math.inf
+    return torch.where(masked.any(0), -math.inf, (weights * models).sum(0))
 
 
 class _SharedHidden(torch.autograd.Function):

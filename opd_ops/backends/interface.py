@@ -182,5 +182,5 @@ class Backend(ABC):
 
 
 def is_computed(*sides: Source | TeacherLists) -> bool:
-    """Whether the logits of some side are computed: a head, or a mixture with a reference."""
-    return any(isinstance(side, Source) and (side.transform.is_head or side.reference is not None) for side in sides)
+    """Whether the logits of some side are computed: a head, or a mixture."""
+    return any(isinstance(side, Source) and (side.transform.is_head or side.transform.mixing is not None) for side in sides)

@@ -15,6 +15,7 @@ import torch
 
 from opd_ops.arguments import traced_as_constant
 from opd_ops.backends.eager import EAGER
+from opd_ops.backends.ensembles import RoutedBackend, routed_models
 from opd_ops.backends.interface import Backend, Needs
 from opd_ops.backends.streamed.backend import STREAMED
 from opd_ops.inputs.sources import Source
@@ -38,14 +39,14 @@ def resolve_backend(name: str, student: Source, teacher: Source | TeacherLists, 
 
     Raises: ValueError: that backend cannot run the call; the message says why.
     """
-    device = student.leading.device.type
+    device, models = student.leading.device.type, routed_models(teacher)
     backend = ANYWHERE.get(name, STREAMED)
     choice_reason = "chosen by name"
     if name == "triton" or (name == "auto" and device in DEVICES):
         reason = _without_triton(device)
         if reason is None:
             triton = _triton(needs.traced)
-            reason = triton.refusal(student, teacher, needs)
+            reason = next(filter(None, (triton.refusal(student, model, needs) for model in models)), None)
         reason = _any_rank_refuses(reason, student)
         if reason is None:
             backend, choice_reason = triton, choice_reason if name == "triton" else f"the device is {device}"
@@ -55,14 +56,14 @@ def resolve_backend(name: str, student: Source, teacher: Source | TeacherLists, 
             choice_reason = reason
     elif name == "auto":
         choice_reason = f"the device is {device}"
-    if needs.inplace and not backend.overwrites_logits(student, teacher, needs.divergence):
+    if needs.inplace and not all(backend.overwrites_logits(student, model, needs.divergence) for model in models):
         raise ValueError(
             "inplace_backward: got True, which only backend='triton' has, for dense logits of the whole vocabulary and reverse "
             "or forward KL; "
             f"this call uses {backend.name!r} ({choice_reason}) and divergence {needs.divergence.name!r}"
         )
     if needs.float8:
-        reason = backend.float8_refusal(student, teacher)
+        reason = next(filter(None, (backend.float8_refusal(student, model) for model in models)), None)
         if reason is not None:
             raise ValueError(
                 "score_dtype: got 'float8', which needs backend='triton' on Hopper or newer, but this call uses "
@@ -70,7 +71,7 @@ def resolve_backend(name: str, student: Source, teacher: Source | TeacherLists, 
             )
     if not needs.traced:  # a traced call cannot log
         _log.debug("backend %r: using %r (%s)", name, backend.name, choice_reason)
-    return backend
+    return RoutedBackend(backend) if len(models) > 1 else backend
 
 
 def _triton(is_traced: bool) -> Backend:

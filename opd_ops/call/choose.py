@@ -42,7 +42,8 @@ class Chosen:
     @property
     def is_summed_by_kernels(self) -> bool:
         """Whether a kernel takes the sums of the mean loss, so that `Backend.totals` may run."""
-        return self.placed is not None and self.counts is not None and not self.call.divergence.reads_tokens
+        by_response = self.call.settings.denominator == "sequence"
+        return self.placed is not None and self.counts is not None and not self.call.divergence.reads_tokens and not by_response
 
 
 def shortlist(scored: Scored) -> Tensor:

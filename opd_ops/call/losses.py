@@ -65,14 +65,14 @@ def sampled(chosen: Chosen) -> Sampled | None:
     if not divergence.reads_tokens:
         return None
     tokens, support, rule = _tokens(chosen), divergence.on_support, divergence.importance
-    lse = None if rule is None else _exact_logsumexp(chosen)
-    lse = chosen.stats.student_logsumexp.flatten()[chosen.rows] if lse is None else lse
-    log_p = _logprobs(chosen, call.student, tokens, lse)
+    names = "student_logsumexp", "teacher_logsumexp", "reverse_kl"
+    columns = {name: getattr(chosen.stats, name).flatten()[chosen.rows] for name in names} | _exact_columns(chosen)
+    log_p = _logprobs(chosen, call.student, tokens, columns["student_logsumexp"])
     log_q = advantages = ratios = weights = None
     if support is not None and support.with_token:
-        log_q = _logprobs(chosen, call.teacher, tokens, chosen.stats.teacher_logsumexp.flatten()[chosen.rows])
+        log_q = _logprobs(chosen, call.teacher, tokens, columns["teacher_logsumexp"])
     if isinstance(support, SampledToken) and log_q is not None:
-        advantages = support.advantage(log_p, log_q, chosen.stats.reverse_kl.flatten()[chosen.rows])
+        advantages = support.advantage(log_p, log_q, columns["reverse_kl"])
     if rule is not None and old is not None:
         ratios = torch.exp(log_p - old.detach().flatten()[chosen.rows].to(log_p.dtype))
         weights = rule.weights(ratios, advantages)
@@ -101,17 +101,30 @@ def _logprobs(chosen: Chosen, side: Source | TeacherLists, tokens: Tensor, logsu
     return logits_at(side.detach(), chosen.rows, tokens.unsqueeze(1), dtype, workspace).squeeze(1) - logsumexp
 
 
-def _exact_logsumexp(chosen: Chosen) -> Tensor | None:
-    """(M,) the student's normalisers from one more sweep of its logits in fp32; None: those of the statistics are as exact.
+def _exact_columns(chosen: Chosen) -> dict[str, Tensor]:
+    """Columns of the rows, read once more from fp32 logits where the statistics are not exact enough.
 
-    Statistics of the rollout are of the older student, and a backend's scores may come from 16-bit logits.
+    Statistics of the rollout are of an older student, and a backend's scores may come from 16-bit logits. A ratio needs more
+    digits of log p than they have, and "ppo" also the sign of the advantage: of log p - log q.
     """
-    call, dtype = chosen.call, chosen.stats.student_logsumexp.dtype
-    if call.student_stats is None and not call.backend.scores_selected_rows(call.student, call.teacher):
-        return None
-    student, workspace = call.student.detach(), call.workspace
-    own = call.backend.own_stats(student, chosen.rows, top_k=1, workspace=workspace, score_dtype=torch.float32)
-    return own.logsumexp.to(dtype)
+    call, rule, dtype = chosen.call, chosen.call.divergence.importance, chosen.stats.student_logsumexp.dtype
+    student, teacher, rows = call.student.detach(), call.teacher, chosen.rows
+    in_16_bits = rule is not None and call.backend.scores_selected_rows(call.student, call.teacher)
+    if rule is not None and rule.kind == "ppo" and in_16_bits and isinstance(teacher, Source):
+        exact = call.backend.token_stats(
+            student,
+            teacher.detach(),
+            rows,
+            top_k=1,
+            columns=frozenset(),
+            workspace=call.workspace,
+            score_dtype=torch.float32,
+        )
+        return {name: getattr(exact, name) for name in ("student_logsumexp", "teacher_logsumexp", "reverse_kl")}
+    if call.student_stats is None and not in_16_bits:
+        return {}
+    own = call.backend.own_stats(student, rows, top_k=1, workspace=call.workspace, score_dtype=torch.float32)
+    return {"student_logsumexp": own.logsumexp.to(dtype)}
 
 
 def settle(chosen: Chosen, losses: Tensor) -> Settled:

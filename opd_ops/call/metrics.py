@@ -70,6 +70,23 @@ def metrics_of_totals(loss: Tensor, totals: Mapping[str, Tensor]) -> Metrics:
     return {"loss": loss.detach(), **named}
 
 
+@torch.no_grad()
+def routed_metrics(routes: Tensor, n: int, valid: Tensor, rows: Tensor, trained: Tensor, terms: Tensor) -> Metrics:
+    """Counts and losses for each of n teachers.
+
+    Args:
+        routes: (N,) the teacher of each position; valid: (...) bool.
+        rows, trained, terms: (M,) the chosen rows, which of them are trained on, and their weighted losses.
+    """
+    metrics: Metrics = {}
+    for i in range(n):
+        own = routes[rows] == i
+        count, total = (trained & own).sum(), torch.where(own, terms, 0).sum()
+        metrics |= {f"n_valid_teacher_{i}": (valid.flatten() & (routes == i)).sum(), f"n_selected_teacher_{i}": count}
+        metrics |= {f"loss_teacher_{i}": total / count.clamp_min(1), f"loss_teacher_{i}_sum": total}
+    return metrics
+
+
 def sampled_metrics(log_p: Tensor, log_q: Tensor, trained: Tensor) -> Metrics:
     """An estimate of KL(p || q) from tokens drawn from p, at the rows that are `trained`; all arguments are (M,)."""
     return _means(trained, kl_sampled=log_p - log_q)

@@ -20,6 +20,7 @@ from opd_ops.backends.resolve import ANYWHERE, resolve_backend
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.divergences import Divergence, ReverseKL, SampledToken, TopK, resolve_divergence
 from opd_ops.inputs.batch import Batch
+from opd_ops.inputs.ensembles import AnyTeacher
 from opd_ops.inputs.linear_head import LinearHead
 from opd_ops.inputs.pair import check_sources
 from opd_ops.inputs.positions import Positions, positions
@@ -27,7 +28,6 @@ from opd_ops.inputs.rollout import StudentStats, check_student_stats
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import (
     SampledLogprobs,
-    SparseTeacher,
     TeacherLists,
     TopKLogprobs,
     check_lists,
@@ -80,7 +80,7 @@ class Call:
 
 def prepare(
     student: Tensor | LinearHead,
-    teacher: Tensor | LinearHead | SparseTeacher,
+    teacher: AnyTeacher,
     batch: Batch,
     settings: Settings,
     *,
@@ -115,6 +115,8 @@ def prepare(
         vocab_size=vocab if divergence.reads_tokens else None,
     )
     needs = Needs(divergence, settings.top_k, inplace=settings.inplace_backward, float8=settings.in_float8, traced=is_traced())
+    if isinstance(teacher_source, Source) and teacher_source.routes is not None:
+        teacher_source = _with_checked_routes(teacher_source, checked_positions.valid)
     backend = resolve_backend(settings.backend, student_source, teacher_source, needs)
     selector = bound_selector(named_selector(settings.selector), settings.generator, checked_positions.sequences)
     holds_parts = selects and settings.scope == "sequence" and ranks is not None
@@ -165,6 +167,26 @@ def prepare(
     return call
 
 
+def _with_checked_routes(teacher: Source, valid: Tensor | None) -> Source:
+    """The teacher, checked to have a model for each `valid` position (None: all); the CPU waits for the device."""
+    assert teacher.routes is not None
+    if is_in_graph(teacher.device):
+        raise ValueError(
+            "teacher: got Routed, whose index decides how many rows each teacher has, which no graph of torch.compile or CUDA "
+            "holds; call the loss outside of the graph"
+        )
+    n = len(teacher.others)
+    outside = (teacher.routes < 0) | (teacher.routes >= n)
+    outside = outside if valid is None else outside & valid.flatten()
+    if bool(outside.any()):
+        place = int(outside.nonzero()[0])
+        raise ValueError(
+            f"Routed.index: got {int(teacher.routes[place])} at the valid position {place} of the flattened ones, expected "
+            f"0 ... {n - 1}"
+        )
+    return teacher._replace(routes=teacher.routes.clamp(0, n - 1))
+
+
 def divergence_of(teacher: object) -> Divergence:
     """A divergence that the teacher allows, for a call that only scores."""
     if isinstance(teacher, SampledLogprobs):
@@ -206,6 +228,11 @@ def _check_loss(call: Call) -> None:
     """The checks of a call that computes a loss."""
     if call.settings.inplace_backward:
         _check_inplace_backward(call.student.leading, call.teacher)
+    if call.in_graph and call.settings.denominator == "sequence":
+        raise ValueError(
+            "denominator: got 'sequence', whose means leave out infinite losses, which only their values tell; a graph of "
+            "torch.compile or CUDA reads none: call the loss outside of the graph"
+        )
     if call.divergence.reads_tokens:
         _check_tokens(call)
     _check_old_logprobs(call)
@@ -265,7 +292,9 @@ def _check_inplace_backward(student: Tensor, teacher: Source | TeacherLists) -> 
     if not torch.is_grad_enabled():
         return
     reason = None
-    if is_traced():
+    if isinstance(teacher, Source) and teacher.routes is not None:
+        reason = "get the gradients of several teachers (Routed), one after the other"
+    elif is_traced():
         reason = "are traced by torch.compile"
     elif not student.requires_grad:
         reason = "do not require a gradient"

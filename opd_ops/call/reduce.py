@@ -1,6 +1,7 @@
 """The last stage of a call: the mean loss over the selected positions, or a loss per position, connected to the graph.
 
   loss = sum_t w_t l_t / total          losses_t = w_t l_t at the selected t, 0 elsewhere
+  denominator "sequence": loss = 1/R sum_r 1/n_r sum_{t in r} losses_t, n_r the selected positions of response r, R responses
 
 The forward of losses per position builds no graph. The caller differentiates a sum of c_t losses_t, and only the backward
 learns the factors c_t. So the backward is a backend's gradient of the weighted sum over the selected positions, with weights
@@ -22,9 +23,18 @@ from opd_ops.backends.shared.gradient_in_backward import GradientPlan, connected
 from opd_ops.backends.shared.overwritten import unchanged
 from opd_ops.call.choose import Chosen, warn_of_infinite_counts
 from opd_ops.call.losses import Sampled, Settled, sampled, selected_losses, settle
-from opd_ops.call.metrics import Metrics, clip_metrics, loss_metrics, metrics_of_totals, ratio_metrics, sampled_metrics
+from opd_ops.call.metrics import (
+    Metrics,
+    clip_metrics,
+    loss_metrics,
+    metrics_of_totals,
+    ratio_metrics,
+    routed_metrics,
+    sampled_metrics,
+)
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.divergences import SampledToken
+from opd_ops.inputs.sequences import numbered_sequences
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.selection.stats import TokenStats
@@ -54,12 +64,14 @@ class TokenLosses(NamedTuple):
 def mean_loss(chosen: Chosen, num_items_in_batch: Tensor | float | None) -> SelectiveOPDOutput:
     """The sum of the selected positions' losses, divided by the denominator that the settings name."""
     call, rows = chosen.call, chosen.rows
-    kind = call.settings.denominator
+    kind, inplace = call.settings.denominator, call.settings.inplace_backward
     if call.ranks is None and not call.in_graph:  # if one rank of several raised, the others would wait for it
         _check_some_items(num_items_in_batch, chosen.selected)
     n_valid = total = None
     if chosen.is_summed_by_kernels:
         factors = _known_factors(chosen, num_items_in_batch)
+    elif kind == "sequence":
+        n_valid, factors = chosen.stats.valid.sum(), _response_factors(chosen, num_items_in_batch)
     else:
         n_valid = chosen.stats.valid.sum()
         total = denominator(chosen.selected.sum(), n_valid, num_items_in_batch, kind)
@@ -68,19 +80,41 @@ def mean_loss(chosen: Chosen, num_items_in_batch: Tensor | float | None) -> Sele
     tokens = sampled(chosen)
     row_weights = _row_weights(chosen, tokens, factors.dtype)
     factors = factors if row_weights is None else factors * row_weights
-    weighted, losses = selected_losses(chosen, factors, _ids(tokens), inplace=call.settings.inplace_backward)
-    if n_valid is None or total is None:
+    weighted, losses = selected_losses(chosen, factors, _ids(tokens), inplace=inplace)
+    if n_valid is None:
         return _summed_by_kernels(chosen, weighted, losses, row_weights)
     settled = settle(chosen, losses)
+    counts = settled.chosen.selected.sum(), n_valid
+    if total is None:
+        final = _response_factors(settled.chosen, num_items_in_batch)
+        final = torch.where(settled.trained, final if row_weights is None else final * row_weights, 0)
+        if not torch.equal(final, factors):  # rows with an infinite loss have left the means of their responses
+            weighted, _ = selected_losses(chosen, final, _ids(tokens), inplace=inplace)
+        correction = torch.ones_like(weighted)
+    else:  # 1 if no infinite loss was dropped. Counts of ranks are added up only here, where they are final.
+        correction = _ratio(total, denominator(*counts, num_items_in_batch, kind, call.ranks)).to(weighted.dtype)
     chosen, trained = settled.chosen, settled.trained
-    # The correction is 1 if no infinite loss was dropped. Counts of ranks are added up only here, where they are final.
-    counts = chosen.selected.sum(), n_valid
-    final_total = denominator(*counts, num_items_in_batch, kind, call.ranks)
-    correction = _ratio(total, final_total)
-    loss = weighted * correction.to(weighted.dtype) * nan_if_nonfinite(chosen, weighted.dtype)
-    loss_sum = torch.where(trained, losses if row_weights is None else losses * row_weights, 0).sum()
-    metrics = _metrics(settled, tokens, loss, loss_sum, counts)
+    loss = weighted * correction * nan_if_nonfinite(chosen, weighted.dtype)
+    terms = torch.where(trained, losses if row_weights is None else losses * row_weights, 0)
+    metrics = _metrics(settled, tokens, loss, terms, counts)
     return SelectiveOPDOutput(loss, chosen.selected, chosen.scores, chosen.stats, metrics)
+
+
+def _response_factors(chosen: Chosen, num_items: Tensor | float | None) -> Tensor:
+    """(M,) 1 / (R n_r), n_r the selected positions of the row's response, R the number of responses: with a valid position.
+
+    Collectives: where ranks hold parts of sequences a sum of (2, n_sequences) int64, else of two int64.
+    """
+    call, dtype = chosen.call, chosen.scores.dtype
+    ids, n = numbered_sequences(call.shape, call.batch.cu_seqlens, chosen.scores.device)
+    flags = torch.stack((chosen.selected.flatten(), chosen.stats.valid.flatten())).long()
+    counts = torch.zeros((2, n), dtype=torch.long, device=flags.device).index_add(1, ids, flags)
+    ranks = call.ranks
+    if ranks is not None and call.scope == "sequence":
+        counts, ranks = ranks.sum(counts), None
+    n_selected, n_responses = counts[0], (counts[1] > 0).sum()
+    total = denominator(n_selected.sum(), n_responses, num_items, "valid", ranks)
+    return (_ratio(1.0, total) / n_selected.clamp_min(1)).to(dtype)[ids[chosen.rows]]
 
 
 def _known_factors(chosen: Chosen, num_items: Tensor | float | None) -> Tensor:
@@ -178,13 +212,14 @@ def _metrics(
     settled: Settled,
     tokens: Sampled | None,
     loss: Tensor,
-    loss_sum: Tensor,
+    terms: Tensor,
     counts: tuple[Tensor, Tensor],
 ) -> Metrics:
+    """`loss`: the mean; `terms`: (M,) weighted losses, 0 where a row is not trained on."""
     chosen, support = settled.chosen, settled.chosen.call.divergence.on_support
     metrics = loss_metrics(
         loss,
-        loss_sum,
+        terms.sum(),
         chosen.selected,
         chosen.scores,
         chosen.stats,
@@ -193,6 +228,9 @@ def _metrics(
         counts,
         is_bound=isinstance(chosen.call.teacher, TeacherLists),
     )
+    teacher = chosen.call.teacher
+    if isinstance(teacher, Source) and teacher.routes is not None:
+        metrics |= routed_metrics(teacher.routes, len(teacher.others), chosen.stats.valid, chosen.rows, settled.trained, terms)
     if tokens is None:
         return metrics
     if tokens.log_q is not None:
@@ -222,9 +260,9 @@ def token_losses(chosen: Chosen) -> TokenLosses:
         losses = losses * torch.where(trained, row_weights, 0)
     placed = torch.zeros_like(chosen.scores.flatten(), dtype=losses.dtype).index_put((rows,), losses).view(call.shape)
     placed = placed * nan_if_nonfinite(chosen, placed.dtype)
-    loss_sum = losses.detach().sum()
+    terms = losses.detach()
     counts = chosen.selected.sum(), chosen.stats.valid.sum()
-    metrics = _metrics(settled, tokens, loss_sum / trained.sum().clamp_min(1), loss_sum, counts)
+    metrics = _metrics(settled, tokens, terms.sum() / trained.sum().clamp_min(1), terms, counts)
     return TokenLosses(placed, chosen.selected, chosen.scores, chosen.stats, metrics)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from opd_ops.backends.ensembles import with_normalisers
 from opd_ops.backends.interface import Placed
 from opd_ops.backends.shared import two_lists
 from opd_ops.call.prepare import Call
@@ -47,12 +48,14 @@ def score(call: Call) -> Scored:
         scored_mask = call.unmasked if call.unmasked is None or places is None else places > 0
         # With a mask the CPU waits for the device: the length of the list of rows depends on the mask.
         rows = None if scored_mask is None else scored_mask.flatten().nonzero().squeeze(1)
+        if isinstance(call.teacher, Source) and call.teacher.others:
+            teacher = with_normalisers(call.backend, call.teacher, _every_row(call, rows), call.workspace)
+            call = replace(call, teacher=teacher)
         placed = None if places is not None else _placed(call, rows)
         if placed is not None:
             scored = _scored_placed(call, placed)
         else:
-            every_row = torch.arange(call.shape.numel(), device=call.student.leading.device) if rows is None else rows
-            stats = stats_of(call, every_row).spread(rows, call.shape)
+            stats = stats_of(call, _every_row(call, rows)).spread(rows, call.shape)
             if places is not None:
                 valid = stats.valid if call.unmasked is None else stats.valid & call.unmasked
                 stats = stats._replace(valid=valid, response_place=places)
@@ -60,6 +63,10 @@ def score(call: Call) -> Scored:
     if call.settings.check_finite and not call.settings.in_float8:
         _check_finite(scored)
     return scored
+
+
+def _every_row(call: Call, rows: Tensor | None) -> Tensor:
+    return torch.arange(call.shape.numel(), device=call.student.leading.device) if rows is None else rows
 
 
 def _placed(call: Call, rows: Tensor | None) -> Placed | None:

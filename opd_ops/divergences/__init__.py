@@ -17,7 +17,7 @@ from opd_ops.divergences.base import (
     without_infinite,
 )
 from opd_ops.divergences.bounded import Power, SkewKL
-from opd_ops.divergences.composite import EntropyAware, Extrapolated, ImportanceWeighted
+from opd_ops.divergences.composite import EntropyAware, ImportanceWeighted
 from opd_ops.divergences.sampled import SampledToken
 from opd_ops.divergences.support import TopKForwardKL
 from opd_ops.divergences.top_k import LocalSupport, TailAware, TopK
@@ -29,7 +29,6 @@ __all__ = [
     "SUPPORTS",
     "Divergence",
     "EntropyAware",
-    "Extrapolated",
     "ForwardKL",
     "ImportanceWeighted",
     "LocalSupport",

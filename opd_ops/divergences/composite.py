@@ -1,20 +1,16 @@
-"""Divergences built on another divergence l: `entropy_aware` adds a term to l, `extrapolated` changes its teacher,
-`importance_weighted` multiplies it by a weight.
+"""Divergences built on another divergence l: `entropy_aware` adds a term to l, `importance_weighted` multiplies it by a weight.
 
   entropy_aware   l + alpha 1[H(q) > tau] sum_T q~ (log q~ - log p), q~ renormalised on the teacher's top-K T    (EOPD,
                   arXiv 2603.07079; the term is added to l, it does not replace l)
-  extrapolated    l to the teacher softmax(lam u + (1 - lam) r), u the teacher's logits, r a reference model's logits
-                  (G-OPD, arXiv 2602.12125)
   importance_weighted   w l, w a constant made of p(y) / mu(y) (ratio.py; SDPO, arXiv 2601.20802, with tis)
 
-Not here: the other divergences (whole.py, bounded.py, support.py, sampled.py), mixed logits (opd_ops/inputs/sources.py).
+Not here: the other divergences (whole.py, bounded.py, top_k.py, support.py, sampled.py), mixed teachers (inputs/ensembles.py).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,9 +21,6 @@ from opd_ops.divergences.equations import kl
 from opd_ops.divergences.ratio import DEFAULT_BOUNDS, Ratio, check_ratio, ratio_of
 from opd_ops.divergences.sampled import SampledToken
 from opd_ops.divergences.whole import ReverseKL
-
-if TYPE_CHECKING:
-    from opd_ops.inputs.linear_head import LinearHead
 
 
 @dataclass(frozen=True)
@@ -83,50 +76,6 @@ class EntropyAware(Divergence):
         return _UncertainTeacher(self.alpha, self.tau, self.top_k)
 
 
-@dataclass(frozen=True, eq=False)
-class Extrapolated(Divergence):
-    """A divergence to a teacher pushed away from a reference model: logits lam u + (1 - lam) r (G-OPD).
-
-    Statistics and selection use this teacher too.
-
-    Args:
-        lam: 1: the teacher itself; above 1: extrapolated; below 1: nearer to the reference.
-        reference: Logits (..., V), or a `LinearHead`, of the reference model at the same positions; never receives a gradient.
-            An entry that the teacher masks (-inf) stays masked; elsewhere the reference's logits must be finite.
-        divergence: The divergence to the extrapolated teacher.
-    """
-
-    lam: float
-    reference: Tensor | LinearHead
-    divergence: Divergence = field(default_factory=ReverseKL)
-    name = "extrapolated"
-
-    def __post_init__(self) -> None:
-        take_plain(self, "lam")
-        if not math.isfinite(real(self.lam)):
-            raise ValueError(f"Extrapolated.lam: got {shown(self.lam)}, expected a finite number; 1.25 is the paper's")
-        if not isinstance(self.divergence, Divergence) or isinstance(self.divergence, Extrapolated):
-            raise TypeError(
-                f"Extrapolated.divergence: got {type(self.divergence).__name__}, expected another divergence, like ReverseKL()"
-            )
-
-    @property
-    def column(self) -> str | None:  # type: ignore[override]
-        return self.divergence.column
-
-    @property
-    def whole(self) -> WholeRow | None:
-        return self.divergence.whole
-
-    @property
-    def on_support(self) -> OnSupport | None:
-        return self.divergence.on_support
-
-    @property
-    def importance(self) -> Ratio | None:
-        return self.divergence.importance
-
-
 @dataclass(frozen=True)
 class ImportanceWeighted(Divergence):
     """A divergence whose loss at each position is weighted by the ratio of p(y) now to p(y) at sampling time.
@@ -139,7 +88,7 @@ class ImportanceWeighted(Divergence):
     It changes neither the selection nor the denominator. Statistics and infinite losses are those of the divergence itself.
 
     Args:
-        divergence: Any but `SampledToken`, which has a ratio of its own, and `Extrapolated`, which goes around this one.
+        divergence: Any but `SampledToken`, which has a ratio of its own.
         ratio: "is", "tis" or "icepop", as of `SampledToken`.
         bounds: (low, high) of the ratio; None: (0, 2).
     """
@@ -150,13 +99,8 @@ class ImportanceWeighted(Divergence):
     name = "importance_weighted"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.divergence, Divergence) or isinstance(
-            self.divergence, (SampledToken, Extrapolated, ImportanceWeighted)
-        ):
-            more = {
-                "SampledToken": "; write SampledToken(ratio=...)",
-                "Extrapolated": "; write Extrapolated(..., divergence=ImportanceWeighted(...))",
-            }.get(type(self.divergence).__name__, "")
+        if not isinstance(self.divergence, Divergence) or isinstance(self.divergence, (SampledToken, ImportanceWeighted)):
+            more = "; write SampledToken(ratio=...)" if isinstance(self.divergence, SampledToken) else ""
             raise TypeError(
                 f"ImportanceWeighted.divergence: got {type(self.divergence).__name__}, expected another divergence, like "
                 f"JSD(0.5){more}"

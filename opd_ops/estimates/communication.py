@@ -35,11 +35,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from opd_ops.arguments import check_integer
+from opd_ops.arguments import check_choice, check_integer
 from opd_ops.backends.shared import joined
 from opd_ops.backends.streamed.running import EMPTY_SUMS
 from opd_ops.distributed.ranks import Ranks
-from opd_ops.divergences import SUPPORTS, Divergence, Extrapolated, OnSupport, Summed, is_column, resolve_divergence
+from opd_ops.divergences import SUPPORTS, Divergence, OnSupport, Summed, is_column, resolve_divergence
 from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.positions import Positions
 from opd_ops.inputs.sources import Shard
@@ -131,6 +131,8 @@ def estimate_communication(
     n_sequences: int = 1,
     n_selected: int | None = None,
     n_positions: int | None = None,
+    n_teachers: int = 1,
+    mixture: str = "geometric",
     **options: Unpack[LossOptions],
 ) -> Communication:
     """The collectives of one call of `selective_opd_loss` and its backward, as one rank sees them.
@@ -149,6 +151,7 @@ def estimate_communication(
         n_sequences: Sequences with a budget each, with scope "sequence".
         n_selected: Positions that this rank trains on; None: the budget of N, the average over ranks.
         n_positions: All positions of the call, masked positions too: a selector that draws sends a number for each. None: N.
+        n_teachers, mixture: Of a `Mixture`, the number of its teachers and its kind, "geometric" or "arithmetic".
     Returns: `Communication`.
     Raises: ValueError, TypeError: an argument that does not fit, by name.
     Example: eight ranks share out the vocabulary. Each sends 440 bytes of statistics per token, and normalisers and gradients
@@ -162,6 +165,8 @@ def estimate_communication(
     Ds = None if Ds is None else check_integer("Ds", Ds, least=1)
     n_selected = None if n_selected is None else check_integer("n_selected", n_selected, least=0)
     n_positions = None if n_positions is None else check_integer("n_positions", n_positions, least=0)
+    n_teachers = check_integer("n_teachers", n_teachers, least=1)
+    check_choice("mixture", mixture, ("geometric", "arithmetic"))
     settings = Settings.given_or_named(settings, options)
     backend, scope = "triton" if settings.backend == "auto" else settings.backend, settings.scope
     divergence = resolve_divergence(settings.divergence)
@@ -184,6 +189,8 @@ def estimate_communication(
         selector=bound_selector(named_selector(settings.selector), torch.Generator(), no_position),
         divergence=divergence,
         backend=backend,
+        n_teachers=n_teachers,
+        n_normalisers=n_teachers if n_teachers > 1 and mixture == "arithmetic" else 0,
         shard=Shard(_RecordingRanks(n=tp), (-(-V // tp),) * tp, V),
     )
     return Communication(N, _joined([*call.forward(), *call.backward()]))
@@ -231,6 +238,8 @@ class _Communication:
     selector: Selector
     divergence: Divergence
     backend: str
+    n_teachers: int  # models of a mixture
+    n_normalisers: int  # of them that are swept for their normalisers first
     shard: Shard
 
     @property
@@ -239,11 +248,14 @@ class _Communication:
 
     def forward(self) -> Iterator[Collective]:
         """In the order of the stages: call/prepare.py, score.py, choose.py, losses.py, reduce.py."""
-        sides = 3 if isinstance(self.divergence, Extrapolated) else 2
-        yield from self._vocabulary("widths", "all_gather", 16 * sides)  # inputs/vocabulary.py: each side's positions and ids
+        yield from self._vocabulary(
+            "widths", "all_gather", 16 * (1 + self.n_teachers)
+        )  # inputs/vocabulary.py: each side's positions and ids
         if self.backend == "triton":
             yield from self._vocabulary("widths", "all_reduce", 8)  # whether all ranks can run it
         yield from self._selection("responses", self._responses())
+        for _ in range(self.n_normalisers):
+            yield from self._statistics("statistics", self.N, 1, models=1)
         yield from self._statistics("statistics", self.N, self.settings.top_k, kernels=self.backend == "triton")
         if self.backend != "eager" and "jsd" in getattr(self.selector, "needs", ()):
             yield from self._vocabulary("statistics", "all_reduce", SUMS_BYTES * self.N)
@@ -257,13 +269,17 @@ class _Communication:
         if self.divergence.reads_tokens:
             yield from self._tokens()
         yield from self._loss()
-        yield from self._selection("denominator", [("all_reduce", 16)])  # two int64
+        by_response = self.settings.denominator == "sequence"  # twice: before and after infinite losses are known
+        n = self.n_sequences if by_response and self.n_sequences is not None else 1
+        for _ in range(2 if by_response else 1):
+            yield from self._selection("denominator", [("all_reduce", 16 * n)])  # two int64
 
     def _tokens(self) -> Iterator[Collective]:
         """The models' logits of the sampled tokens, for a ratio and for metrics (call/losses.py)."""
-        if self.divergence.importance is not None and self.backend == "triton":  # the student's normalisers in fp32
-            yield from self._statistics("tokens", self.M, 1, models=1)
-        support = self.divergence.on_support
+        support, ratio = self.divergence.on_support, self.divergence.importance
+        if ratio is not None and self.backend == "triton":  # normalisers in fp32
+            models, kernels = (2, True) if ratio.kind == "ppo" else (1, False)
+            yield from self._statistics("tokens", self.M, 1, models=models, kernels=kernels)
         for _ in range(2 if support is not None and support.with_token else 1):
             yield from self._vocabulary("tokens", "all_reduce", self.M * self.dtype.itemsize)
 

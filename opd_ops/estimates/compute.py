@@ -4,7 +4,8 @@
   score 1 + r;  selected rows again rho (1 + r);  dH rho;  dW rho (none for a frozen head)
   on "torch" a sum over the vocabulary sweeps the selected rows once more, rho (1 + r); a loss on a list sweeps the teacher,
   rho r, and each model whose mass off the list it reads; the gradient of a list does not read the teacher
-  a ratio to old probabilities, on "triton": the student's normalisers in fp32, rho
+  a ratio to old probabilities, on "triton": the student's normalisers in fp32, rho; "ppo" those of both models, rho (1 + r)
+  a mixture of teachers: r is the sum of theirs; an arithmetic one reads their normalisers first, r more
   student_stats: score r, and K dot products per position and model; backend "torch" scores the selected rows again
   float8: score in 8 bits, and the 2 M best positions again from fp32 logits
 
@@ -15,6 +16,7 @@ Not here: seconds, which follow from a device's rates (benchmarks/).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,7 +26,7 @@ from opd_ops.arguments import check_choice, check_integer
 from opd_ops.backends.shared.grids import BlockGrid, SelectedGrid, gradient_grid, padded, score_grid, score_rows, tile_dtype
 from opd_ops.divergences import SUPPORTS, Divergence, Summed, resolve_divergence
 from opd_ops.inputs import float8
-from opd_ops.inputs.sources import Source, Transform
+from opd_ops.inputs.sources import Mixing, Source, Transform
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.budget import SHORTLIST, most_selected
 from opd_ops.settings import SCORE_DTYPES, LossOptions, Settings, check_top_k
@@ -56,37 +58,43 @@ def estimate(
     N: int,
     V: int,
     Ds: int,
-    Dt: int,
+    Dt: int | Sequence[int],
     settings: Settings | None = None,
     *,
     dtype: torch.dtype = torch.bfloat16,
     trainable_head: bool = True,
     student_stats: bool = False,
+    mixture: str = "geometric",
     **options: Unpack[LossOptions],
 ) -> Estimate:
     """The cost of `selective_opd_loss` with a `LinearHead` on both sides, and of its backward.
 
     Kernels count for every divergence on "triton", also where docs/features.md names another backend for it. The gradient of a
-    list alone ("local_support") counts as if no two rows had an id in common: the most. A reference's head (`Extrapolated`)
-    is not counted.
+    list alone ("local_support") counts as if no two rows had an id in common: the most. `Routed` teachers of one width cost as
+    one teacher.
 
     Args:
         N: Valid positions; with "teachability-released" all positions of the responses.
         V: Entries of the common vocabulary.
-        Ds, Dt: Hidden sizes of student and teacher.
+        Ds, Dt: Hidden sizes of student and teacher; of a `Mixture` a sequence, the size of each teacher.
         settings: Settings of the call, or `options`, settings by name. Only these are read: fraction, workspace_bytes, top_k,
             score_dtype, divergence, and backend: "triton" (also for "auto") or "torch".
         dtype: Dtype of hidden states and weights.
         trainable_head: Whether the student's weight requires a gradient. The hidden states require one.
         student_stats: Whether the student's statistics come from the rollout.
+        mixture: The kind of a `Mixture`, "geometric" or "arithmetic".
     Returns: `Estimate`.
     Raises: ValueError, TypeError: an argument that does not fit, by name.
     Example: 16,384 tokens of a vocabulary of 151,936, hidden sizes 2048 and 4096.
         >>> round(estimate(16_384, 151_936, 2048, 4096).matmul_units, 2)
         3.25
     """
-    sizes = {"N": N, "V": V, "Ds": Ds, "Dt": Dt}
-    N, V, Ds, Dt = (check_integer(name, value, least=1) for name, value in sizes.items())
+    sizes = {"N": N, "V": V, "Ds": Ds}
+    N, V, Ds = (check_integer(name, value, least=1) for name, value in sizes.items())
+    widths = tuple(check_integer("Dt", value, least=1) for value in (Dt if isinstance(Dt, Sequence) else (Dt,)))
+    check_choice("mixture", mixture, ("geometric", "arithmetic"))
+    if not widths:
+        raise ValueError("Dt: got no size, expected that of each teacher")
     settings = Settings.given_or_named(settings, options)
     backend = "triton" if settings.backend == "auto" else settings.backend
     check_choice("backend", backend, ("triton", "torch"))
@@ -97,24 +105,27 @@ def estimate(
     if in_float8 and backend != "triton":
         raise ValueError("score_dtype: got 'float8', which needs backend='triton'")
     score_dtype = None if settings.score_dtype is None else SCORE_DTYPES[settings.score_dtype]
-    call = _Costs(N, V, Ds, Dt, dtype, settings, backend, trainable_head, student_stats)
+    call = _Costs(N, V, Ds, widths, dtype, settings, backend, trainable_head, student_stats)
     M = most_selected(N, fraction)
 
     passes = [call.score(N, score_dtype)]
+    normalisers = _Pass(0, 0)
+    if len(widths) > 1 and mixture == "arithmetic":
+        normalisers = call.normalisers()
     if in_float8:
         passes.append(call.score(most_selected(N, min(1.0, SHORTLIST * fraction)), torch.float32))
     divergence = resolve_divergence(settings.divergence)
     if student_stats and divergence.reads_whole_rows and (backend == "torch" or divergence.whole is None):
         passes.append(call.both_again(M))
-    passes += [call.before_gradient(M, divergence), call.selected(M, divergence)]
+    passes += [normalisers, call.before_gradient(M, divergence), call.selected(M, divergence)]
     flops = sum(cost.flops for cost in passes)
     gradients = dtype.itemsize * Ds * (N + (V if trainable_head else 0))
-    float8_bytes = V * (Dt + (0 if student_stats else Ds)) if in_float8 else 0
+    float8_bytes = V * ((widths[0] if len(widths) == 1 else 0) + (0 if student_stats else Ds)) if in_float8 else 0
     sums = 0 if backend == "triton" or dtype.itemsize >= 4 else 4 * M * Ds  # fp32 sums of the gradient of 16-bit hidden states
     return Estimate(
         matmul_units=flops / (2 * N * V * Ds),
         flops=flops,
-        float8_flops=passes[0].flops - call.dots(N) if in_float8 else 0,
+        float8_flops=call.float8_flops() if in_float8 else 0,
         bytes_moved=sum(cost.bytes for cost in passes),
         gradient_bytes=gradients,
         peak_bytes=workspace_bytes + gradients + POSITION_BYTES * N + float8_bytes + sums,
@@ -135,12 +146,16 @@ class _Costs:
     N: int
     V: int
     Ds: int
-    Dt: int
+    widths: tuple[int, ...]  # of the teachers
     dtype: torch.dtype
     settings: Settings
     backend: str
     trainable_head: bool
     student_stats: bool
+
+    @property
+    def Dt(self) -> int:
+        return sum(self.widths)
 
     @property
     def workspace(self) -> Workspace:
@@ -170,10 +185,28 @@ class _Costs:
         transform = Transform(True, self.V, 1.0)
         with torch.device("meta"):
             pairs = [
-                (torch.empty(n, D, dtype=self.dtype), torch.empty(self.V, D, dtype=self.dtype)) for D in (self.Ds, self.Dt)
+                (torch.empty(n, D, dtype=self.dtype), torch.empty(self.V, D, dtype=self.dtype)) for D in (self.Ds, *self.widths)
             ]
-        student, teacher = (Source(transform, *pair) for pair in pairs)
+        student, teacher, *others = (Source(transform, *pair) for pair in pairs)
+        if others:
+            mixing = Mixing((1.0,) * len(self.widths), "geometric")
+            teacher = teacher._replace(transform=replace(transform, mixing=mixing), others=tuple(others))
         return student, teacher
+
+    def _in_float8(self, source: Source, score_dtype: torch.dtype | None) -> bool:
+        return score_dtype == float8.DTYPE and source.transform.mixing is None
+
+    def float8_flops(self) -> int:
+        """FLOP of the first ranking in 8 bits; a mixture ranks by its models' own dtypes."""
+        swept = [] if self.student_stats else [self.Ds]
+        swept += list(self.widths) if len(self.widths) == 1 else []
+        return 2 * self.N * padded(self.V) * sum(swept)
+
+    def normalisers(self) -> _Pass:
+        """One sweep of each teacher of an arithmetic mixture."""
+        flops = 2 * self.N * self.V * self.Dt
+        moved = self.dtype.itemsize * self.Dt * (self.N + self.V) + 2 * 4 * self.N * self.V * len(self.widths)
+        return _Pass(flops, moved)
 
     def dots(self, n: int) -> int:
         """FLOP of each model's logits on the other model's top-K, with `student_stats`."""
@@ -190,11 +223,11 @@ class _Costs:
             grid = score_grid(swept[0], swept[-1], n, top_k=self.top_k, whole_rows=False, workspace=workspace)
             rows = grid.rows
         flops, moved = self.dots(n), 0
-        for source in swept:
-            width = source.leading.shape[-1]
-            weight_bytes = 1 if score_dtype == float8.DTYPE else self.dtype.itemsize
+        for source, model in ((x, model) for x in swept for model in (x, *x.others)):
+            width, in_float8 = model.leading.shape[-1], self._in_float8(source, score_dtype)
+            weight_bytes = 1 if in_float8 else self.dtype.itemsize
             logit_bytes = tile_dtype(source, score_dtype).itemsize if self.backend == "triton" else 4
-            flops += 2 * n * (padded(self.V) if score_dtype == float8.DTYPE else self.V) * width
+            flops += 2 * n * (padded(self.V) if in_float8 else self.V) * width
             moved += -(-n // rows) * self.V * width * weight_bytes + n * width * self.dtype.itemsize
             moved += 2 * n * self.V * logit_bytes  # written, and read by the statistics
         return _Pass(flops, moved)
@@ -219,7 +252,10 @@ class _Costs:
                 swept += [self.Dt] * support.reads_teacher_off_list
                 is_of_teacher = models == ("teacher",) and not support.with_token
                 listed += support.length * (self.Ds + (0 if is_of_teacher else self.Dt))
-        if ratio is not None and (self.backend == "triton" or self.student_stats):
+        in_16_bits = ratio is not None and self.backend == "triton"
+        if ratio is not None and ratio.kind == "ppo" and in_16_bits:
+            swept += [self.Ds, self.Dt]
+        elif in_16_bits or (self.student_stats and divergence.reads_tokens):
             swept += [self.Ds]
         if divergence.reads_tokens:
             listed += self.Ds + (self.Dt if support is not None and support.with_token else 0)

@@ -5,21 +5,24 @@
   TopKLogprobs      forward_kl_topk, TopK on the teacher's list or the intersection       all that need no whole row
   ... of="student"  TopK on the student's list                                            the same
   SampledLogprobs   sampled                                                               entropy, random, all, prefix
+  Mixture, Routed   as their members: logits and heads
 
 Not here: the checks of other arguments (call/prepare.py) and of selectors (selection/selectors.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch.distributed as dist
 from torch import Tensor
 
 from opd_ops.arguments import check_layout, traced_as_constant, warn_user
-from opd_ops.divergences import DIVERGENCES, Divergence, Extrapolated
+from opd_ops.divergences import DIVERGENCES, Divergence
+from opd_ops.inputs.ensembles import Mixture, Routed, named_models
 from opd_ops.inputs.linear_head import LinearHead
-from opd_ops.inputs.sources import Source
+from opd_ops.inputs.sources import Mixing, Source
 from opd_ops.inputs.teacher_lists import SampledLogprobs, SparseTeacher, TeacherLists, TopKLogprobs
 from opd_ops.inputs.vocabulary import one_group, part_of, share_out, to_local
 from opd_ops.inputs.workspace import Workspace
@@ -42,10 +45,7 @@ def check_sources(
     """Both sides over their common vocabulary; one warning if vocabularies differ and `vocab_size` is None."""
     sides = [to_local("student", _source_of("student", student))]
     if not isinstance(teacher, (TopKLogprobs, SampledLogprobs)):
-        sides.append(to_local("teacher", _source_of("teacher", teacher)))
-        if isinstance(divergence, Extrapolated):
-            name = "Extrapolated.reference"
-            sides.append(to_local(name, _source_of(name, divergence.reference)))
+        sides += [to_local(name, _source_of(name, model)) for name, model in named_models(teacher)]
     vocabularies = share_out(sides, one_group(process_group, sides))
     student_source, *others = (side.source for side in sides)
     for side in sides[1:]:
@@ -59,11 +59,11 @@ def check_sources(
     vocab = _check_vocabulary(totals[0], totals[1], vocab_size)
     if any(eos_id >= vocab for eos_id in eos_ids):
         raise ValueError(f"eos_ids: got {list(eos_ids)}, expected ids below the vocabulary size, {vocab}")
-    if totals[-1] < vocab:
-        raise ValueError(
-            f"Extrapolated.reference: has a vocabulary of {totals[-1]}, expected at least the call's, {vocab}; pass "
-            f"vocab_size={totals[-1]}"
-        )
+    for side, total in zip(sides, totals, strict=False):
+        if total < vocab:
+            raise ValueError(
+                f"{side.name}: has a vocabulary of {total}, expected at least the call's, {vocab}; pass vocab_size={total}"
+            )
     shard, merged = vocabularies.shard(vocab), eos_ids if len(eos_ids) > 1 else ()
     if shard is not None:
         others = [part_of(side, widths, shard) for side, widths in zip(sides[1:], vocabularies.others, strict=True)]
@@ -80,18 +80,44 @@ def check_sources(
         is_cut = not support.with_token and getattr(teacher, "of", "teacher") == "teacher"
         longest = max(top_k, support.top_k) if is_cut else None
         return student_source, TeacherLists.of(teacher, vocab, dtype, merged, longest=longest, workspace=workspace)
-    if isinstance(divergence, Extrapolated) and divergence.lam != 1.0:
-        reference = others[1]._replace(transform=replace(others[1].transform, merged=()))  # ids are merged after mixing
-        others[0] = others[0]._replace(transform=replace(others[0].transform, lam=divergence.lam), reference=reference)
-    return student_source, others[0]
+    return student_source, _combined(teacher, others)
+
+
+def _combined(teacher: object, models: Sequence[Source]) -> Source:
+    """The source of a teacher whose models, in the order of `named_models`, are `models`."""
+    if isinstance(teacher, Mixture):
+        return _mixed(teacher, models)
+    if not isinstance(teacher, Routed):
+        return models[0]
+    remaining, sources, index, positions = iter(models), [], teacher.index, models[0].shape
+    for routed in teacher.teachers:
+        own = [next(remaining) for _ in named_models(routed)]
+        sources.append(_mixed(routed, own) if isinstance(routed, Mixture) else own[0])
+    if index.shape != positions[: index.dim()]:
+        raise ValueError(
+            f"Routed.index: got shape {tuple(index.shape)}, expected the positions' shape {tuple(positions)}, or its first "
+            "dimensions"
+        )
+    if index.device != models[0].device:
+        raise ValueError(f"Routed.index: is on {index.device}, the teachers are on {models[0].device}; move them to one device")
+    routes = index.long().reshape(*index.shape, *(1,) * (len(positions) - index.dim())).expand(positions).flatten()
+    transform = replace(sources[0].transform, mixing=None)
+    return sources[0]._replace(transform=transform, others=tuple(sources), routes=routes, logsumexp=None)
+
+
+def _mixed(mixture: Mixture, models: Sequence[Source]) -> Source:
+    kept = [(x, weight) for x, weight in zip(models[1:], mixture.weights[1:], strict=True) if weight]
+    if not kept and mixture.weights[0] == 1:
+        return models[0]
+    mixing = Mixing((mixture.weights[0], *(weight for _, weight in kept)), mixture.kind)
+    others = tuple(x._replace(transform=replace(x.transform, merged=())) for x, _ in kept)  # ids are merged after mixing
+    return models[0]._replace(transform=replace(models[0].transform, mixing=mixing), others=others)
 
 
 def _check_sparse(
     teacher: SparseTeacher, student: Source, divergence: Divergence, temperature: float, eos_ids: tuple[int, ...]
 ) -> None:
     name = type(teacher).__name__
-    if isinstance(divergence, Extrapolated):
-        raise ValueError(f"divergence: got 'extrapolated', which mixes logits, but the teacher is {name}; pass its logits")
     check_list_divergence(divergence, name, getattr(teacher, "of", "teacher"))
     if teacher.positions != student.shape:
         raise ValueError(
@@ -157,7 +183,7 @@ def _check_same_positions(name: str, side: Source, student: Source) -> None:
 def _source_of(name: str, side: object) -> Source:
     """The source of one side, checked by itself."""
     if not isinstance(side, (Tensor, LinearHead)):
-        more = ", TopKLogprobs or SampledLogprobs" if name == "teacher" else ""
+        more = ", TopKLogprobs, SampledLogprobs, Mixture or Routed" if name == "teacher" else ""
         raise TypeError(f"{name}: got {type(side).__name__}, expected a logits tensor (..., V) or a LinearHead{more}")
     if isinstance(side, Tensor) and side.dim() < 1:
         raise ValueError(f"{name}: got logits of shape {tuple(side.shape)}, expected (..., V) with V >= 1")

@@ -2,7 +2,7 @@
 
   x = dense row, or hidden @ weight[:V].T + bias[:V];  logits = softcap(scale * x) / temperature
   V is the common vocabulary: both models are sliced to it before any softmax, never padded.
-  mixed with a reference model:  lam * logits + (1 - lam) * reference logits     (arXiv 2602.12125); a teacher's -inf stays
+  mixed with the logits of other models, as inputs/ensembles.py says: `Mixing`
   merged ids e0, e1, ... count as one action: logit e0 becomes log sum e^logits of all merged ids, the others -inf
   masked: a stored logit of at most `mask_limit` has probability 0: -inf, or finfo.min as the library transformers writes it
   a shard: the source holds the ids first ... first + width - 1, other ranks hold the other ids; lists of ids are global
@@ -12,7 +12,8 @@ Not here: computations on the logits (backends/), the checks of both sides (pair
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,6 +49,13 @@ class Shard:
         return sum(self.widths)
 
 
+class Mixing(NamedTuple):
+    """How the logits of several models become the logits of one teacher: inputs/ensembles.py has the equations."""
+
+    weights: tuple[float, ...]  # of the source itself, then of its `others`
+    kind: str  # "geometric" or "arithmetic"
+
+
 @dataclass(frozen=True)
 class Transform:
     """The steps from stored numbers to logits: a source without its tensors."""
@@ -57,7 +65,7 @@ class Transform:
     temperature: float
     scale: float = 1.0
     softcap: float | None = None
-    lam: float = 1.0  # weight of these logits if they are mixed with a reference's
+    mixing: Mixing | None = None  # with the source's `others`; None: these are the logits of one model
     merged: tuple[int, ...] = ()  # ids that count as one action, with the first id
     shard: Shard | None = None  # None: this process holds the whole vocabulary
 
@@ -79,7 +87,9 @@ class Source(NamedTuple):
     weight: Tensor | None = None  # (V', D)
     bias: Tensor | None = None  # (V',)
     float8: Float8Rows | None = None  # the weight in 8 bits, only for a score pass in 8 bits
-    reference: Source | None = None  # the model whose logits are mixed in
+    others: tuple[Source, ...] = ()  # the models whose logits are mixed in, or with `routes` all models
+    logsumexp: Tensor | None = None  # (N,) of these logits alone, at the rows that the call reads: in an arithmetic mixture
+    routes: Tensor | None = None  # (N,) int64, which of `others` each position has; None: they are mixed in
     uncounted: tuple[bool, bool, bool] = (False, False, False)  # leading, weight, bias: no version counter
 
     @staticmethod
@@ -129,14 +139,10 @@ class Source(NamedTuple):
         return None if self.bias is None else torch.float32  # its logits are computed in fp32 or wider
 
     @property
-    def is_plain(self) -> bool:
-        """Whether each logit depends on one stored number: no reference, no merged ids."""
-        return self.reference is None and not self.transform.merged
-
-    @property
     def tensors(self) -> tuple[Tensor, ...]:
-        tensors = tuple(t for t in (self.leading, self.weight, self.bias) if t is not None)
-        return tensors if self.reference is None else tensors + self.reference.tensors
+        own = self.leading, self.weight, self.bias, self.logsumexp, self.routes
+        tensors = tuple(t for t in own if t is not None)
+        return tensors + tuple(t for other in self.others for t in other.tensors)
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Source:
         """The same source with other tensors, in the order of `self.tensors`."""
@@ -144,7 +150,9 @@ class Source(NamedTuple):
         source = self._replace(leading=next(remaining))
         source = source if self.weight is None else source._replace(weight=next(remaining))
         source = source if self.bias is None else source._replace(bias=next(remaining))
-        return source if self.reference is None else source._replace(reference=self.reference.with_tensors(list(remaining)))
+        source = source if self.logsumexp is None else source._replace(logsumexp=next(remaining))
+        source = source if self.routes is None else source._replace(routes=next(remaining))
+        return source._replace(others=tuple(x.with_tensors([next(remaining) for _ in x.tensors]) for x in self.others))
 
     def emptied(self) -> Source:
         """The same source with empty tensors, for `with_tensors` to fill."""
@@ -230,10 +238,26 @@ def finish_logits(x: Tensor, transform: Transform, stored: torch.dtype | None) -
     return x
 
 
-def mix_logits(x: Tensor, reference: Tensor, lam: float) -> Tensor:
-    """lam x + (1 - lam) reference, in place of x; an x of -inf stays -inf."""
+def mix(x: Tensor, others: Iterable[Tensor], mixing: Mixing) -> Tensor:
+    """The mixture of several models' logits (inputs/ensembles.py), in place of the first model's, `x`.
+
+    Args:
+        x, others: Logits of the models; in an arithmetic mixture log-probabilities. Each of `others` is read, and may be
+            overwritten, before the next one is taken.
+    """
+    weight, *weights = mixing.weights
+    if mixing.kind == "arithmetic":
+        x.add_(math.log(weight))
+        for other, other_weight in zip(others, weights, strict=True):
+            torch.logaddexp(x, other.add_(math.log(other_weight)), out=x)
+        return x
     masked = x == -torch.inf
-    return x.mul_(lam).add_(reference, alpha=1 - lam).masked_fill_(masked, -torch.inf)
+    x.mul_(weight)
+    for other, other_weight in zip(others, weights, strict=True):
+        if other_weight > 0:  # where another model is -inf too, with a negative weight, the sum is NaN
+            masked |= other == -torch.inf
+        x.add_(other, alpha=other_weight)
+    return x.masked_fill_(masked, -torch.inf)
 
 
 def logit_slope(logits: Tensor, transform: Transform) -> Tensor | float:

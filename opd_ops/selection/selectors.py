@@ -10,8 +10,8 @@
   tip                     h + d - h d                          TIP eq. 7; h, d clipped min-max of H, min-max of KL(p||q)
   overconfident           KL(q||p) (1 - h)                     TIP section 7.3, Q3
   multinomial             H^alpha JSD^gamma, sampled           TIP table 3
-  teachability-released   teachability as TA's released code computes it: from the two top-K lists, with its own normaliser,
-                          order of ties and added positions
+  ...-released            teachability, teachability+entropy, tip and entropy as TA's released code computes them: from the two
+                          top-K lists, with its own normaliser, order of ties and added positions
   random, all, prefix     controls
   Norm(z) = clip((z - Q.05) / (Q.95 - Q.05 + eps), 0, 1), TA eq. 11, over the valid positions of the whole batch.
 
@@ -38,7 +38,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from opd_ops.arguments import is_traced, real, shown, take_plain
+from opd_ops.arguments import check_choice, is_traced, real, shown, take_plain
 from opd_ops.distributed.order_statistics import order_statistics
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.selection.budget import SelectionOptions
@@ -235,33 +235,56 @@ def everything(stats: TokenStats) -> Tensor:
 
 
 @dataclass(frozen=True)
-class TeachabilityReleased:
-    """TA's released code (its `dlearn_high`): Norm(D) Norm(C), from the two top-K lists.
+class Released:
+    """What TA's released code selects, from the two top-K lists: docs/features.md compares it with the paper.
 
-    D is computed from the lists, each renormalised; C is the sum of q over S ∩ T. Norm has no epsilon. It is fitted on all
-    positions of the responses, masked positions too. A response without a selected position gets its best position by
-    soft-or(Norm(H), Norm(D C)). H is the entropy of the student's renormalised list over the logarithm of its length; D C is
-    the product before normalising. Of equal scores the smaller place in the response wins, then the earlier response.
+    With d = Norm(D), c = Norm(C), h = Norm(H), e = Norm(D C), the product before normalising:
+        "teachability": d c; "teachability+entropy": h + e - h e; "tip": h + d - h d; "entropy": h
+    D is `released_kl`, H `topk_entropy`, C the sum of q over S ∩ T. Norm has no epsilon. Whatever the score, a response without
+    a selected position gets its best one by h + e - h e, and of equal scores the smaller place in the response wins, then the
+    earlier response.
+
+    Args:
+        score: The code's `dlearn_high`, `ca_softor`, `tip` or `entropy`.
+        fit: Norm is fitted on "all" positions of the responses, masked ones too, or on the "valid" ones, as in IER's copy.
+        exact_mass: C is the sum of q over S, the code's `--opd-exact-cmass`; from a teacher's own list it is the same bound.
     """
 
+    score: str = "teachability"
+    fit: str = "all"
+    exact_mass: bool = False
     needs: ClassVar[frozenset[str]] = frozenset({"released_kl", "topk_entropy", "response_place"})
     keep_one_per_sequence: ClassVar[bool] = True
     ties_by_place: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        check_choice("Released.score", self.score, ("teachability", "teachability+entropy", "tip", "entropy"))
+        check_choice("Released.fit", self.fit, ("all", "valid"))
+
     def __call__(self, stats: TokenStats) -> Tensor:
-        assert stats.released_kl is not None
-        assert stats.response_place is not None
-        among = stats.response_place > 0
-        return released_norm(stats.released_kl, among) * released_norm(stats.overlap_mass, among)
+        norm = self._norms(stats)
+        if self.score == "teachability":
+            return norm("D") * norm("C")
+        if self.score == "entropy":
+            return norm("H")
+        return _released_or(norm("H"), norm("D" if self.score == "tip" else "DC"))
 
     def keep_scores(self, stats: TokenStats) -> Tensor:
-        """The released code's `ca_softor`: the scores for the one position that a response without a selected one gets."""
-        assert stats.released_kl is not None
-        assert stats.topk_entropy is not None
-        assert stats.response_place is not None
-        among = stats.response_place > 0
-        h = released_norm(stats.topk_entropy, among)
-        return 1 - (1 - h) * (1 - released_norm(stats.released_kl * stats.overlap_mass, among))  # ties at exactly 1
+        """The scores for the one position that a response without a selected one gets."""
+        norm = self._norms(stats)
+        return _released_or(norm("H"), norm("DC"))
+
+    def _norms(self, stats: TokenStats) -> Callable[[str], Tensor]:
+        d, h, c = stats.released_kl, stats.topk_entropy, stats.support_mass if self.exact_mass else stats.overlap_mass
+        assert d is not None
+        assert h is not None
+        among = stats.present if self.fit == "all" else stats.present & stats.valid
+        return lambda name: released_norm({"D": d, "C": c, "DC": d * c, "H": h}[name], among)
+
+
+def _released_or(a: Tensor, b: Tensor) -> Tensor:
+    """The soft-or, written so that it is exactly 1 where a or b is: there are ties."""
+    return 1 - (1 - a) * (1 - b)
 
 
 @dataclass(frozen=True)
@@ -326,7 +349,10 @@ def _uniform(stats: TokenStats, generator: torch.Generator | None) -> Tensor:
 SELECTORS: dict[str, Selector] = {
     "teachability": teachability,
     "teachability+entropy": teachability_entropy,
-    "teachability-released": TeachabilityReleased(),
+    "teachability-released": Released(),
+    "teachability+entropy-released": Released("teachability+entropy"),
+    "tip-released": Released("tip"),
+    "entropy-released": Released("entropy"),
     "incompatibility": incompatibility,
     "compatibility": compatibility,
     "entropy": entropy,
@@ -366,7 +392,7 @@ def bound_selector(selector: Selector, generator: torch.Generator | None, sequen
 
 def is_own(selector: Selector) -> bool:
     """Whether the selector is defined in this file."""
-    return isinstance(selector, (Multinomial, Random, Prefix)) or selector in SELECTORS.values()
+    return isinstance(selector, (Multinomial, Random, Prefix, Released)) or selector in SELECTORS.values()
 
 
 def is_deterministic(selector: Selector) -> bool:
@@ -438,6 +464,7 @@ def own_name(selector: Selector) -> str | None:
 def _name(selector: Selector) -> str:
     """The selector's name in SELECTORS, also with other parameters; for a user's own selector its class name."""
     for name, candidate in SELECTORS.items():
-        if candidate is selector or (isinstance(candidate, (Multinomial, Random)) and type(candidate) is type(selector)):
+        has_parameters = isinstance(candidate, (Multinomial, Random, Released))
+        if candidate is selector or (has_parameters and type(candidate) is type(selector)):
             return name
     return type(selector).__name__

@@ -59,7 +59,7 @@ class TokenStats(NamedTuple):
     overlap_mass: Tensor  # sum over S ∩ T of q: a lower bound on C, known from two top-K lists (TA eq. 17)
     union_kl: Tensor  # D = KL(q || p), both renormalised on U (TA eq. 9)
     jsd: Tensor | None = None  # Jensen-Shannon divergence, beta = 1/2
-    released_kl: Tensor | None = None  # D of TA's released code: selectors.py::TeachabilityReleased
+    released_kl: Tensor | None = None  # D of TA's released code: selectors.py::Released
     topk_entropy: Tensor | None = None  # H(p renormalised on S') / ln |S'|, S' the ids of S with p > 0
     response_place: Tensor | None = None  # int64: 1, 2, ... along its response; 0: in no response (inputs/positions.py)
     # `REFERENCE_COLUMNS`, for gradients of backend "torch"; a: the student's most likely id (backends/streamed/reference.py)
@@ -69,6 +69,12 @@ class TokenStats(NamedTuple):
     reference_log_ratio: Tensor | None = None  # log p_a - log q_a, with that other logit where the teacher masks a
     top_log_ratio: Tensor | None = None  # log p_a - log q_a: +inf where the teacher masks a
     reverse_kl_excess: Tensor | None = None  # reverse_kl - reference_log_ratio, computed as a sum; 0 where infinite
+
+    @property
+    def present(self) -> Tensor:
+        """Bool: in a response, masked positions too."""
+        assert self.response_place is not None
+        return self.response_place > 0
 
     def clone(self) -> TokenStats:
         """A copy of the columns."""

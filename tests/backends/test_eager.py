@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from opd_ops import LinearHead, score_positions, selective_opd_loss
-from opd_ops.selection.selectors import Multinomial, TeachabilityReleased
+from opd_ops.selection.selectors import Multinomial, Released
 from opd_ops.selection.stats import OPTIONAL_COLUMNS
 from tests.support.cases import head_pair, leaf, logit_pair, to_double
 from tests.support.tolerances import assert_gradient
@@ -71,7 +71,7 @@ def test_token_stats_match_the_equations_by_hand(top_k):
             assert getattr(stats, name)[row].item() == pytest.approx(want, rel=1e-12, abs=1e-13), name
 
 
-@pytest.mark.parametrize("selector", [Multinomial(), TeachabilityReleased()])
+@pytest.mark.parametrize("selector", [Multinomial(), Released()])
 def test_optional_columns_are_computed_only_when_asked_for(selector):
     student, teacher = logit_pair(6, 29)
     _, stats = score_positions(student, teacher, backend="eager")

@@ -3,6 +3,7 @@
   Invariant with `num_items_in_batch`: scope "sequence" with a selector that does not normalise over the batch
     denominator "valid"      for any lengths
     denominator "selected"   where rho N_i is whole for every sequence; else rounding up changes a sequence's share
+    denominator "sequence"   for any lengths, with the number of responses as `num_items_in_batch`
   Not invariant: scope "batch" (one budget per call) and selectors that normalise over the call's positions. For these a host
   scores the whole step first: scores by a callable, the cut by `threshold=`.
 
@@ -15,8 +16,15 @@ import math
 import pytest
 import torch
 
-from opd_ops import LinearHead, score_positions, select_positions, selective_opd_loss
-from tests.support.cases import generator, head_pair, leaf
+from opd_ops import (
+    LinearHead,
+    Settings,
+    score_positions,
+    select_positions,
+    selective_opd_loss,
+    selective_opd_token_losses,
+)
+from tests.support.cases import generator, head_pair, leaf, logit_pair
 from tests.support.tolerances import assert_gradient, relative_error
 
 SEQUENCES, LENGTH, VOCAB = 16, 30, 61
@@ -70,6 +78,73 @@ def test_micro_batches_of_any_lengths_add_up_with_the_valid_denominator(n_parts)
     options = {"scope": "sequence", "fraction": 0.07, "denominator": "valid", "num_items": torch.tensor(int(mask.sum()))}
     got, want = (gradient(student, teacher, mask, cuts, **options) for cuts in (CUTS[n_parts], []))
     assert_gradient(got, want, 1e-5)
+
+
+def mean_of_responses(losses, selected, valid):
+    """The mean over the selected positions of each row, then over the rows with a valid position."""
+    means = [losses[i][selected[i]].mean() for i in range(len(losses)) if selected[i].any()]
+    return torch.stack(means).sum() / int(valid.any(1).sum())
+
+
+@pytest.mark.parametrize("backend", ["torch", "eager", pytest.param("triton", marks=pytest.mark.full)])
+def test_the_sequence_denominator_is_a_mean_over_responses(backend):
+    student, teacher, mask = batch(whole_budgets=False)
+    student, teacher, mask = part(student, slice(0, 5)), part(teacher, slice(0, 5)), mask[:5].clone()
+    mask[3] = False  # a prompt without a response
+    weights = 0.5 + torch.rand(mask.shape, generator=generator(2))
+    options = {"mask": mask, "weights": weights, "selector": "entropy", "fraction": 0.1, "backend": backend}
+    got, want = leaf(student.hidden), leaf(student.hidden)
+    out = selective_opd_loss(LinearHead(got, student.weight), teacher, denominator="sequence", **options)
+    per_token = selective_opd_token_losses(LinearHead(want, student.weight), teacher, **options)
+    assert torch.equal(out.selected, per_token.selected)
+    assert not out.selected.any(1).all()  # in scope "batch" some responses have none
+    loss = mean_of_responses(per_token.losses, per_token.selected, mask)
+    out.loss.backward()
+    loss.backward()
+    torch.testing.assert_close(out.loss, loss, rtol=1e-5, atol=1e-7)
+    assert_gradient(got.grad, want.grad, 1e-5)
+    torch.testing.assert_close(out.metrics["loss_sum"], per_token.metrics["loss_sum"], rtol=1e-5, atol=1e-6)
+    packed = selective_opd_loss(
+        LinearHead(student.hidden[mask], student.weight),
+        LinearHead(teacher.hidden[mask], teacher.weight),
+        denominator="sequence",
+        cu_seqlens=torch.cat((torch.zeros(1, dtype=torch.long), mask.sum(1).cumsum(0))),
+        **options | {"mask": None, "weights": weights[mask]},
+    )
+    torch.testing.assert_close(packed.loss, out.loss, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("n_parts", CUTS)
+def test_micro_batches_of_any_lengths_add_up_with_the_sequence_denominator(n_parts):
+    student, teacher, mask = batch(whole_budgets=False)
+    options = {"scope": "sequence", "fraction": 0.2, "denominator": "sequence", "num_items": SEQUENCES}
+    got, want = (gradient(student, teacher, mask, cuts, **options) for cuts in (CUTS[n_parts], []))
+    assert_gradient(got, want, 1e-5)
+    counted = gradient(student, teacher, mask, [], **options | {"num_items": None})
+    assert_gradient(counted, want, 1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "eager"])
+def test_rows_that_turn_out_infinite_leave_the_mean_of_their_response(backend):
+    s, u = (x.view(4, 5, 31) for x in logit_pair(20, 31))
+    s[1, 2].scatter_(-1, u[1, 2].argmax(-1, keepdim=True), -math.inf)
+    s[2].scatter_(-1, u[2].argmax(-1, keepdim=True), -math.inf)  # a whole response
+    options = {"divergence": "forward_kl_topk", "selector": "entropy", "fraction": 1.0, "backend": backend}
+    x, y = leaf(s), leaf(s)
+    out = selective_opd_loss(x, u, denominator="sequence", **options)
+    assert out.selected.sum(1).tolist() == [5, 4, 0, 5]
+    out.loss.backward()
+    per_token = selective_opd_token_losses(y, u, **options)
+    mean_of_responses(per_token.losses, per_token.selected, torch.ones(4, 5)).backward()
+    assert_gradient(x.grad, y.grad, 1e-5)
+
+
+def test_the_sequence_denominator_is_not_for_hosts_that_count_tokens():
+    with pytest.raises(ValueError, match="denominator: got 'sequence', a mean over responses, but this host divides"):
+        Settings(denominator="sequence").for_host(passes_tokens=True)
+    student, teacher, mask = batch(whole_budgets=False)
+    with pytest.raises(ValueError, match="num_items_in_batch: got 0"):
+        selective_opd_loss(student, teacher, mask=mask, denominator="sequence", num_items_in_batch=0)
 
 
 def test_rounding_up_is_all_that_moves_the_selected_denominator():

@@ -17,6 +17,7 @@ from opd_ops import (
     Extrapolated,
     LinearHead,
     LocalSupport,
+    Mixture,
     Multinomial,
     SampledLogprobs,
     SampledToken,
@@ -125,7 +126,6 @@ ARGUMENTS = [
     ({"threshold": torch.tensor(0.5).to_sparse()}, TypeError, "threshold: got a tensor of layout"),
     ({"num_items_in_batch": torch.tensor(5.0).to_sparse()}, TypeError, "num_items_in_batch: got a tensor of layout"),
     ({"selector": lambda stats: stats.student_entropy.to_sparse()}, ValueError, "selector: returned a tensor of layout"),
-    ({"divergence": Extrapolated(1.2, LOGITS.to_sparse())}, TypeError, "Extrapolated.reference: got a tensor of layout"),
 ]
 
 
@@ -142,6 +142,7 @@ def test_selective_opd_loss_rejects(options, error, message):
         (LOGITS.long(), LOGITS, TypeError, "student: got logits of dtype torch.int64, expected a floating-point"),
         (LOGITS, LOGITS.int(), TypeError, "teacher: got logits of dtype torch.int32"),
         (LOGITS, None, TypeError, "teacher: got NoneType, expected a logits tensor"),
+        (LOGITS, Extrapolated(1.2, LOGITS, LOGITS.to_sparse()), TypeError, r"Mixture.teachers\[1\]: got a tensor of layout"),
         (LOGITS, LOGITS[:3], ValueError, r"teacher: got positions of shape \(3, 3\), expected those of the student, \(4, 3\)"),
         (LOGITS, LOGITS.to("meta"), ValueError, "teacher: is on the meta device"),
         (torch.tensor(1.0), LOGITS, ValueError, r"student: got logits of shape \(\), expected \(\.\.\., V\)"),
@@ -238,7 +239,7 @@ def test_select_positions_rejects():
         (lambda x: SampledToken(x), "SampledToken.clip"),
         (lambda x: EntropyAware(alpha=x), "EntropyAware.alpha"),
         (lambda x: EntropyAware(tau=x), "EntropyAware.tau"),
-        (lambda x: Extrapolated(x, LOGITS), "Extrapolated.lam"),
+        (lambda x: Extrapolated(x, LOGITS, LOGITS), "Extrapolated.lam"),
         (lambda x: LocalSupport(x), "TopK.top_k"),
         (lambda x: Multinomial(gamma=x), "Multinomial.gamma"),
         (lambda x: TopKLogprobs(IDS, -torch.ones(4, 3), temperature=x), "TopKLogprobs.temperature"),
@@ -311,7 +312,7 @@ def test_numpy_s_numbers_in_objects_become_python_s(make):
     for got, want in pairs:
         assert got == want
         assert repr(got) == repr(want)
-    assert type(Extrapolated(half, LOGITS).lam) is float
+    assert type(Mixture((LOGITS, LOGITS), (half, half)).weights[0]) is float
     head = LinearHead(HIDDEN, WEIGHT, scale=half, softcap=half)
     assert (type(head.scale), type(head.softcap)) == (float, float)
     assert type(TopKLogprobs(IDS, -torch.ones(4, 3), temperature=half).temperature) is float

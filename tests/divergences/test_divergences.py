@@ -18,7 +18,6 @@ import torch
 from opd_ops import (
     JSD,
     EntropyAware,
-    Extrapolated,
     ForwardKL,
     ImportanceWeighted,
     LinearHead,
@@ -274,7 +273,6 @@ def test_jsd_at_its_ends_is_a_kl(backend):
         ends = [
             (JSD(beta), kl),
             (EntropyAware(divergence=JSD(beta)), EntropyAware(divergence=kl)),
-            (Extrapolated(1.25, s + 1, divergence=JSD(beta)), Extrapolated(1.25, s + 1, divergence=kl)),
         ]
         for jsd, want in ends:
             assert torch.equal(run(jsd, s, u, backend).loss, run(want, s, u, backend).loss)
@@ -446,8 +444,6 @@ def test_heads_in_16_bits_get_gradients_of_their_dtype(case, dtype):
         ),
         (lambda: EntropyAware(alpha=0.0), ValueError, "EntropyAware.alpha: got 0.0, expected a finite number > 0"),
         (lambda: EntropyAware(divergence=TailAware()), TypeError, "EntropyAware.divergence: got TopK"),
-        (lambda: Extrapolated(INF, torch.ones(2, 5)), ValueError, "Extrapolated.lam: got inf"),
-        (lambda: Extrapolated(1.2, torch.ones(2, 5), divergence="reverse_kl"), TypeError, "Extrapolated.divergence: got str"),
     ],
 )
 def test_divergence_rejects(make, error, message):
@@ -461,12 +457,6 @@ def test_divergence_of_a_call_rejects():
         run("local_support", s, u, "torch")
     with pytest.raises(ValueError, match="tokens: got None, but divergence 'sampled' reads the sampled token"):
         run("sampled", s, u, "torch")
-    with pytest.raises(
-        ValueError, match=r"Extrapolated.reference: got positions of shape \(2,\), expected those of the student"
-    ):
-        run(Extrapolated(1.25, u[:2]), s, u, "torch")
-    with pytest.raises(ValueError, match=r"Extrapolated.reference: has a vocabulary of 11, expected at least the call's, 20"):
-        run(Extrapolated(1.25, u[:, :11]), s, u, "torch")
     with pytest.raises(ValueError, match=r"inplace_backward: got True, .* reverse or forward KL; this call .* 'jsd'"):
         run("jsd", leaf(s) * 1.0, u, "triton", inplace_backward=True)
 

@@ -20,12 +20,14 @@ from opd_ops import (
     Extrapolated,
     ForwardKL,
     ImportanceWeighted,
+    LinearHead,
     LocalSupport,
     ReverseKL,
     SampledLogprobs,
     SampledToken,
     StudentStats,
     TailAware,
+    TopK,
     TopKLogprobs,
     selective_opd_loss,
     selective_opd_token_losses,
@@ -217,6 +219,36 @@ def test_the_ratio_is_of_the_present_student_where_statistics_come_from_the_roll
     assert_within(losses[1], losses[0], absolute=1e-6, relative=1e-5, name="loss")
 
 
+@pytest.mark.parametrize("divergence", ["sampled", TopK("reverse", "student", "sampled", 8)], ids=str)
+def test_kl_sampled_is_of_the_present_student_where_statistics_come_from_the_rollout(divergence):
+    s, u = logit_pair(5, 61, scale=2.0, seed=3)
+    older = StudentStats.of_logits(s + 0.5 * torch.randn(s.shape, generator=generator(1)))
+    tokens = draw_tokens(s)
+    got, want = (run(divergence, s, u, "torch", tokens, student_stats=x).metrics["kl_sampled_sum"] for x in (None, older))
+    assert_within(got, want, absolute=1e-6, relative=1e-5, name="kl_sampled_sum")
+
+
+@pytest.mark.full
+def test_ppo_on_16_bit_heads_reads_the_sign_of_a_small_advantage_in_fp32():
+    """Advantages of 1e-3 to 1e-2; the rounding of 16-bit logits of 10 is 3e-2."""
+    student, _ = head_pair((24,), 61, seed=5, dtype=torch.bfloat16)
+    noise = torch.randn(24, 8, generator=generator(1), dtype=torch.float64)
+    teacher = LinearHead(
+        torch.cat((student.hidden, noise.bfloat16()), 1),
+        torch.cat((student.weight, 0.002 * noise[:8].repeat(8, 1)[:61].bfloat16()), 1),
+    )
+    s, u = (eager.logits(Source.of(to_double(x), 61, 1.0), torch.arange(24), torch.float64) for x in (student, teacher))
+    tokens = draw_tokens(s)
+    log_p, log_q = (x.log_softmax(1).gather(1, tokens.unsqueeze(1)).squeeze(1) for x in (s, u))
+    advantages = log_q - log_p
+    clear = advantages.abs() > 1e-4
+    assert clear.sum() > 12
+    assert advantages.abs().max() < 0.03
+    options = {"mask": clear, "old_logprobs": (log_p - math.log(1.5)).float()}  # a ratio above the bounds: dropped if A > 0
+    out = run(SampledToken(ratio="ppo"), leaf_head(student), teacher, "triton", tokens, **options)
+    assert out.metrics["ratio_dropped_sum"] == (clear & (advantages > 0)).sum()
+
+
 @pytest.mark.parametrize("divergence", [SampledToken(ratio="tis"), ImportanceWeighted(JSD(), ratio="icepop")], ids=str)
 def test_a_constant_a_permutation_and_micro_batches_change_no_gradient(divergence):
     s, u = logit_pair(6, 41, scale=2.0, dtype=torch.float64, seed=4)
@@ -267,12 +299,12 @@ def test_the_student_of_a_lists_teacher_may_have_a_ratio():
     assert_gradient(x.grad, ratios.unsqueeze(1) * oracle.sampled(s, u, tokens)[1])
 
 
-def test_a_mixed_teacher_goes_around_the_ratio():
+def test_a_ratio_weights_the_divergence_to_a_mixed_teacher():
     s, u = logit_pair(4, 61, scale=2.0, seed=4)
     tokens, log_mu, log_p = with_old_logprobs(s, u)
-    mixed = Extrapolated(1.25, s + 1, divergence=ImportanceWeighted(ReverseKL(), "is"))
+    mixed = Extrapolated(1.25, u, s + 1)
     losses = oracle.reverse_kl(s, 1.25 * u - 0.25 * (s + 1))[0]
-    out = run(mixed, s, u, "torch", tokens, old_logprobs=log_mu)
+    out = run(ImportanceWeighted(ReverseKL(), "is"), s, mixed, "torch", tokens, old_logprobs=log_mu)
     assert_within(out.loss, ((log_p - log_mu).exp() * losses).sum(), absolute=1e-5, relative=1e-4, name="loss")
 
 

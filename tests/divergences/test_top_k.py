@@ -7,9 +7,6 @@ Not here: more properties of local_support and tail_aware (test_divergences.py),
 (tests/inputs/test_vocabulary.py), units (tests/loss/test_cost_divergences.py).
 """
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -429,18 +426,6 @@ def test_two_of_them_have_names():
         "tail_aware",
         "topk_jsd_union_drop",
     ]
-
-
-def test_each_method_of_the_documentation_is_one_line():
-    page = (Path(__file__).parents[2] / "docs" / "features.md").read_text()
-    section = page.split("### Lists of top-K ids")[1].split("\n## ")[0].split("| method |")[1]
-    lines = re.findall(r"`(TopK\([^`]*\)|LocalSupport\(\)|TailAware\(\))`", section)
-    s, u = logit_pair(3, 131)
-    got = [eval(line) for line in lines]
-    assert len(got) == 9
-    assert got[0] == got[1] == LocalSupport()
-    assert got[2] == got[3] == TailAware()
-    assert all(run(divergence, s, u, "torch", draw_tokens(s)).loss.isfinite() for divergence in got)
 
 
 @pytest.mark.parametrize(("beta", "direction"), [(0, "forward"), (1.0, "reverse")])

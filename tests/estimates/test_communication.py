@@ -20,15 +20,14 @@ from benchmarks.cpu import communication as paper
 from opd_ops import (
     JSD,
     EntropyAware,
-    Extrapolated,
     ImportanceWeighted,
     LinearHead,
     LocalSupport,
+    Mixture,
     ReverseKL,
     SampledToken,
     TailAware,
     TopK,
-    TotalVariation,
     estimate,
     estimate_communication,
     selective_opd_loss,
@@ -48,10 +47,6 @@ KINDS = {"sum": "all_reduce", "gather": "all_gather", "first": "broadcast"}
 def noisy(stats):
     """A selector of a user's own, which draws and normalises."""
     return quantile_norm(stats.union_kl, stats.valid).float() + torch.rand(stats.valid.shape)
-
-
-def extrapolated():
-    return Extrapolated(1.25, logit_pair(27, VOCAB, seed=7)[1].view(*SHAPE, VOCAB), TotalVariation())
 
 
 DIVERGENCES = {
@@ -86,7 +81,7 @@ CASES = [
         for name in ("tip", "entropy", "random", "multinomial", "teachability-released")
     ),
     case(kind="logits", tp=4, selector=noisy),
-    case(kind="logits", tp=2, divergence="extrapolated"),
+    *(case(kind="logits", tp=2, divergence="total_variation", mixture=kind) for kind in ("geometric", "arithmetic")),
     case(kind="heads", tp=4, dtype=torch.bfloat16),
     case(kind="heads", tp=2, dtype=torch.float64, divergence="tail_aware", selector="multinomial"),
     case(kind="heads", tp=4, workspace_bytes=2**17, divergence="sampled"),  # statistics in several slices
@@ -103,6 +98,7 @@ CASES = [
     case(kind="heads", dp=4, scope="global", none_valid=True),
     case(kind="logits", dp=2, scope="global", dtype=torch.float64),
     case(kind="logits", cp=2, scope="sequence"),
+    *(case(kind="logits", **shared, denominator="sequence") for shared in SHARED),
     case(kind="logits", cp=4, scope="sequence", selector="entropy"),
     case(kind="logits", dp=2, cp=2, scope="sequence", selector="random"),
     case(kind="logits", dp=2, cp=2, scope="global", selector="entropy"),
@@ -161,13 +157,6 @@ def sides(kind, widths, seed, dtype):
     return leaf_head(student), teacher
 
 
-def divergence_of(name, widths):
-    if name != "extrapolated":
-        return DIVERGENCES[name]
-    got, place = extrapolated(), dist.get_rank() % len(widths)
-    return replace(got, reference=got.reference[..., sum(widths[:place]) : sum(widths[: place + 1])].clone())
-
-
 def mask_of(backend, seed, none_valid):
     if backend == "triton":
         return (torch.arange(27) % 9 == 0).view(SHAPE)
@@ -185,12 +174,17 @@ def sent(
     backend="torch",
     dtype=torch.float32,
     none_valid=False,
+    mixture=None,
     **options,
 ):
     """What the call and its backward sent, and what was to be: (group, kind, bytes) of each."""
     vocabulary, selection, i = groups(tp, dp, cp, scope)
     widths = (EVEN if backend == "eager" else CUTS)[tp]
     student, teacher = sides(kind, widths, i, dtype)
+    of_mixture = {}
+    if mixture is not None:
+        teacher = Mixture((teacher, teacher + 0.1 * student.detach()), (0.75, 0.25), mixture)
+        of_mixture = {"n_teachers": 2, "mixture": mixture}
     options = {"workspace_bytes": 2**22, "top_k": 6, "fraction": 0.3, "selector": "teachability"} | options
     tokens = torch.randint(0, VOCAB, SHAPE, generator=generator(5))
     old_logprobs = -torch.ones(SHAPE) if "," in divergence else None
@@ -214,7 +208,7 @@ def sent(
             mask=mask_of(backend, i, none_valid),
             tokens=tokens,
             old_logprobs=old_logprobs,
-            divergence=divergence_of(divergence, widths),
+            divergence=DIVERGENCES[divergence],
             backend=backend,
             scope=scope,
             selection_group=selection,
@@ -232,11 +226,12 @@ def sent(
         dp=dp,
         cp=cp,
         scope=scope,
-        divergence=divergence_of(divergence, widths),
+        divergence=DIVERGENCES[divergence],
         backend=backend,
         n_sequences=SHAPE[0],
         n_selected=int(out.metrics["n_selected"]),
         n_positions=27,
+        **of_mixture,
         **options,
     )
     assert (tp == 1 and dp * cp == 1) or scope == "batch" or calls

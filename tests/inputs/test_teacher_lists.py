@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from opd_ops import (
-    Extrapolated,
     LocalSupport,
     SampledLogprobs,
     SampledToken,
@@ -405,8 +404,6 @@ def test_call_rejects_a_sparse_teacher_of_other_positions_or_temperature():
         selective_opd_loss(s, TopKLogprobs(*top_k(u)), divergence="tail_aware", temperature=2.0)
     with pytest.raises(ValueError, match=r"TopKLogprobs.ids: got shape \(\), expected \(..., K\) with K >= 1"):
         TopKLogprobs(torch.tensor(1), torch.tensor(-1.0))
-    with pytest.raises(ValueError, match="'extrapolated', which mixes logits"):
-        selective_opd_loss(s, TopKLogprobs(*top_k(u)), divergence=Extrapolated(1.25, u))
 
 
 def test_temperature_of_the_lists_is_that_of_the_call():

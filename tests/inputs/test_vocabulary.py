@@ -16,13 +16,13 @@ import torch.distributed as dist
 
 from opd_ops import (
     JSD,
-    Extrapolated,
     ImportanceWeighted,
     LinearHead,
+    Mixture,
+    Routed,
     SampledLogprobs,
     SampledToken,
     TopKLogprobs,
-    TotalVariation,
     score_positions,
     selective_opd_loss,
     selective_opd_token_losses,
@@ -121,16 +121,22 @@ def _two_ranks(kind, backend):
     _agree(*sides_of(kind, seed=3), (40, 57), own_pair(), **options_of(backend=backend))
 
 
-def _extrapolated(kind, backend):
+def _mixed(kind, backend, mixture, divergence):
     student, teacher = sides_of(kind)
-    reference = sides_of(kind, seed=7)[1]
+    members = teacher, sides_of(kind, seed=7)[1]
     rank, widths = dist.get_rank(), CUTS["uneven"]
-    of_whole = Extrapolated(1.25, reference, TotalVariation())
-    of_part = Extrapolated(1.25, cut(reference, widths, rank), TotalVariation())
+    weights = (1.25, -0.25) if mixture == "geometric" else (0.75, 0.25)
+    index = torch.tensor([0, 1, 0])
+
+    def several(members):
+        mixed = Mixture(members, weights, mixture)
+        return mixed if mixture == "geometric" else Routed((mixed, members[0]), index)
+
     whole, mine = leaf_side(student), cut(student, widths, rank, requires_grad=True)
-    want = selective_opd_loss(whole, teacher, divergence=of_whole, **(options_of(backend=backend) | {"backend": "torch"}))
-    options = options_of(backend=backend, divergence=of_part, process_group=dist.group.WORLD)
-    got = selective_opd_loss(mine, cut(teacher, widths, rank), **options)
+    options = options_of(backend=backend, divergence=divergence)
+    want = selective_opd_loss(whole, several(members), **(options | {"backend": "torch"}))
+    parts = several([cut(x, widths, rank) for x in members])
+    got = selective_opd_loss(mine, parts, process_group=dist.group.WORLD, **options)
     assert torch.equal(got.selected, want.selected)
     torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=1e-6)
     want.loss.backward()
@@ -348,10 +354,19 @@ def test_two_ranks(ranks, kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "backend"), [("logits", "torch"), ("heads", "torch"), ("heads", "triton"), ("logits", "eager"), ("heads", "eager")]
+    ("kind", "backend"),
+    [
+        ("logits", "torch"),
+        ("heads", "torch"),
+        ("logits", "triton"),
+        ("heads", "triton"),
+        ("logits", "eager"),
+        ("heads", "eager"),
+    ],
 )
-def test_an_extrapolated_teacher_has_a_reference_of_the_same_parts(ranks, kind, backend):
-    ranks.run(_extrapolated, kind, backend)
+def test_the_models_of_a_mixture_have_the_same_parts(ranks, kind, backend):
+    ranks.run(_mixed, kind, backend, "geometric", "total_variation")
+    ranks.run(_mixed, kind, backend, "arithmetic", "reverse_kl")
 
 
 def test_selectors_score_as_one_process_and_draw_alike_on_every_rank(ranks):

@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from opd_ops import Extrapolated, LinearHead, SampledLogprobs, TopK, TopKLogprobs, estimate, selective_opd_loss
+from opd_ops import LinearHead, Mixture, SampledLogprobs, TopK, TopKLogprobs, estimate, selective_opd_loss
 from opd_ops.divergences import DIVERGENCES, resolve_divergence
 from tests.support.cases import generator, head_pair, leaf, leaf_head, logit_pair
 from tests.support.meters import LiveBytes, saved_bytes
@@ -130,11 +130,15 @@ def test_units_of_a_sampled_teacher_are_the_student_s_alone():
     assert 1 + 4 * FRACTION <= got + 1e-12 <= 1 + 4 * FRACTION + dots("sampled")
 
 
-def test_units_of_a_mixed_teacher_count_both_heads():
+@pytest.mark.parametrize(("kind", "units"), [("geometric", 3), pytest.param("arithmetic", 5, marks=pytest.mark.full)])
+def test_units_of_a_mixed_teacher_count_both_heads(kind, units):
     student, teacher = heads()
-    reference = LinearHead(teacher.hidden + 0.1, teacher.weight)
-    got = count_units(leaf_head(student), teacher, divergence=Extrapolated(1.25, reference))
-    assert got == pytest.approx(3 + 5 * FRACTION, rel=1e-12)
+    mixed = Mixture((teacher, LinearHead(teacher.hidden + 0.1, teacher.weight)), (0.75, 0.25), kind)
+    got = count_units(leaf_head(student), mixed)
+    assert got == pytest.approx(units + 5 * FRACTION, rel=1e-12)
+    for backend in ("torch", "triton"):
+        options = {"fraction": FRACTION, "backend": backend, "dtype": torch.float32, "mixture": kind}
+        assert estimate(N, VOCAB, DIM, (DIM, DIM), **options).matmul_units == pytest.approx(got, rel=1e-12)
 
 
 @pytest.mark.parametrize("workspace_bytes", [pytest.param(2**20, marks=pytest.mark.full), 2**22])
@@ -154,6 +158,23 @@ def test_head_peak_is_workspace_plus_gradients_plus_order_n(divergence, workspac
     lists = 8 * 40 * k * n * fraction  # ids, both models' logits in fp64, their gradients and temporaries
     assert meter.peak > required
     assert meter.peak - required <= workspace_bytes + selected + 8 * 60 * n + lists
+    assert meter.largest <= max(workspace_bytes // 4, student.weight.numel())
+
+
+@pytest.mark.parametrize("kind", ["geometric", pytest.param("arithmetic", marks=pytest.mark.full)])
+def test_mixed_heads_keep_no_row_of_logits_beyond_the_workspace(kind):
+    n_teachers = 5
+    n, fraction, workspace_bytes = 160, 0.3, 2**20  # a whole tile of logits has 4 MB
+    student, teacher = heads(n)
+    student = leaf_head(student)
+    others = [LinearHead(teacher.hidden + 0.1 * i, teacher.weight) for i in range(1, n_teachers)]
+    mixture = Mixture([teacher, *others], (1 / n_teachers,) * n_teachers, kind)
+    with LiveBytes() as meter:
+        selective_opd_loss(
+            student, mixture, fraction=fraction, workspace_bytes=workspace_bytes, backend="torch"
+        ).loss.backward()
+    required = 4 * (student.weight.numel() + student.hidden.numel())
+    assert meter.peak - required <= workspace_bytes + 4 * n * fraction * 3 * DIM + 8 * 60 * n
     assert meter.largest <= max(workspace_bytes // 4, student.weight.numel())
 
 

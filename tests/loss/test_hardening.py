@@ -97,7 +97,7 @@ class Call:
         student, passed, teacher = self.made()
         options = {**self.options, **changed}
         if self.reference is not None:
-            options["divergence"] = Extrapolated(1.25, self.reference.to(self.dtype), divergence=options["divergence"])
+            teacher = Extrapolated(1.25, teacher, self.reference.to(self.dtype))
         out = selective_opd_loss(passed, teacher, tokens=self.tokens, backend=backend, generator=generator(0), **options)
         out.loss.backward()
         return out, student.grad

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from opd_ops import (
     LinearHead,
+    Routed,
     StudentStats,
     TokenStats,
     score_positions,
@@ -104,6 +105,8 @@ def losses(scope):
     ):
         sent = compared(scope, {"fraction": 0.3} | options)
         assert_sent(sent, quantiles, quantiles, search, **selection)
+    sent = compared(scope, {"fraction": 0.3, "selector": "entropy", "denominator": "sequence"})
+    assert_sent(sent, search, **selection | {"summed": [16 * n] * 2})
     sent = compared(scope, {"fraction": 0.3, "selector": "entropy", "divergence": "forward_kl"})
     assert_sent(sent, search, **selection)
     sent = compared(scope, {"selector": "tip", "threshold": 0.6})
@@ -176,11 +179,37 @@ def late_infinities():
         assert torch.equal(out.selected, want.selected[rows])
         assert added_up(out.loss).item() == pytest.approx(want.loss.item(), rel=1e-5)
         assert_gradient(own.grad, whole.grad[rows], 1e-5)
+    options = {"divergence": "forward_kl_topk", "selector": "entropy", "fraction": 1.0, "denominator": "sequence"}
+    whole, own = leaf(student), leaf(student[rows])
+    selective_opd_loss(whole, teacher, **options).loss.backward()
+    selective_opd_loss(own, teacher[rows], scope="global", **options).loss.backward()
+    assert_gradient(own.grad, whole.grad[rows], 1e-5)
     return True
 
 
 def test_infinite_losses_leave_the_count_of_all_ranks(ranks):
     assert ranks.run(late_infinities) == [True] * SIZE
+
+
+def routed():
+    student, teacher, mask = heads()
+    teachers, part = (teacher, LinearHead(0.8 * teacher.hidden, teacher.weight)), part_of("global")
+    index = torch.arange(SHAPE[0]) % 2
+    weight, own_weight, options = leaf(student.weight), leaf(student.weight), {"fraction": 0.3, "selector": "entropy"}
+    want = selective_opd_loss(LinearHead(student.hidden, weight), Routed(teachers, index), mask=mask, **options)
+    want.loss.backward()
+    mine = Routed([cut(x, part) for x in teachers], index[part])
+    out = selective_opd_loss(cut(student, part, own_weight), mine, mask=mask[part], scope="global", **options)
+    out.loss.backward()
+    assert torch.equal(out.selected, want.selected[part])
+    assert_gradient(added_up(own_weight.grad), weight.grad, 1e-5)
+    for name in ("n_selected_teacher_0", "n_valid_teacher_1", "loss_teacher_1_sum"):
+        torch.testing.assert_close(added_up(out.metrics[name]), want.metrics[name], rtol=1e-5, atol=1e-6)
+    return True
+
+
+def test_routed_teachers_share_one_budget_over_ranks(ranks):
+    assert ranks.run(routed) == [True] * SIZE
 
 
 def token_losses():

@@ -96,9 +96,9 @@ def test_an_overwritten_frozen_head_of_inference_mode_is_noticed(backend):
 def test_an_overwritten_reference_of_inference_mode_is_noticed():
     student, teacher = logit_pair(6, 70)
     reference = in_inference_mode(teacher + 0.1 * student)
-    loss = selective_opd_loss(leaf(student), teacher, fraction=0.5, divergence=Extrapolated(1.25, reference)).loss
+    loss = selective_opd_loss(leaf(student), Extrapolated(1.25, teacher, reference), fraction=0.5).loss
     overwrite(reference)
-    with pytest.raises(RuntimeError, match=f"Extrapolated.reference: a tensor {NOTICED}"):
+    with pytest.raises(RuntimeError, match=rf"teachers\[1\]: a tensor {NOTICED}"):
         loss.backward()
 
 

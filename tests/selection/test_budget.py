@@ -168,6 +168,17 @@ def test_teachability_released_selects_what_the_released_code_does(backend):
     assert min(differ.values()) > 10, differ  # each of the three decides often
 
 
+@pytest.mark.parametrize("kind", ["teachability+entropy", "tip", "entropy"])
+def test_the_released_code_s_relatives_select_what_it_does(kind):
+    for seed in range(4):
+        student, teacher, responses, mask = released_oracle.case(seed)
+        for fraction in (0.05, 0.4):
+            want = released_oracle.released(student, teacher, responses, mask, fraction=fraction, top_k=5, kind=kind)
+            options = {"mask": mask, "fraction": fraction, "top_k": 5}
+            out = selective_opd_loss(student, teacher, selector=f"{kind}-released", **options)
+            assert out.selected.tolist() == want.selected.tolist(), (seed, fraction)
+
+
 def test_teachability_released_with_a_threshold_or_a_budget_for_each_sequence():
     for seed in range(12):
         student, teacher, responses, mask = released_oracle.case(seed)

@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from opd_ops import Multinomial, StudentStats, TopKLogprobs, score_positions, selective_opd_loss
+from opd_ops import (
+    Multinomial,
+    Released,
+    SampledLogprobs,
+    StudentStats,
+    TopKLogprobs,
+    score_positions,
+    selective_opd_loss,
+)
 from opd_ops.selection.selectors import SELECTORS, minmax_norm, quantile_norm, released_norm
 from tests.support import released_oracle
 from tests.support.cases import generator, logit_pair
@@ -64,7 +72,7 @@ def test_selector_matches_the_paper(selector, case):
 
 
 def test_every_named_selector_has_a_test():
-    assert {*EQUATIONS, "teachability-released", "random", "multinomial", "prefix"} == set(SELECTORS)
+    assert {*EQUATIONS, *RELEASED_KINDS, "random", "multinomial", "prefix"} == set(SELECTORS)
 
 
 @pytest.mark.parametrize("normaliser", [quantile_norm, released_norm, minmax_norm])
@@ -130,12 +138,13 @@ def test_released_norm_is_zero_where_the_range_is_below_its_least(step, want):
 
 
 RELEASED = "teachability-released"
+RELEASED_KINDS = {f"{kind}-released": kind for kind in ("teachability", "teachability+entropy", "tip", "entropy")}
 
 
-def released_scores(student, teacher, **options):
+def released_scores(student, teacher, selector=RELEASED, **options):
     """Scores of the selector and by which it keeps one."""
-    scores, stats = score_positions(student, teacher, selector=RELEASED, **options)
-    return scores, SELECTORS[RELEASED].keep_scores(stats), stats
+    scores, stats = score_positions(student, teacher, selector=selector, **options)
+    return scores, SELECTORS.get(selector, selector).keep_scores(stats), stats
 
 
 @pytest.mark.parametrize(("seed", "backend"), [(0, "eager"), (3, "eager"), (0, "torch"), (3, "torch"), (7, "triton")])
@@ -157,6 +166,41 @@ def test_teachability_released_matches_the_released_code(seed, backend):
     # Fitted on the valid rows alone it would be another ranking.
     other = released_oracle.released(student, teacher, mask, mask, fraction=0.1, top_k=5)
     assert np.abs(other.scores - want.scores)[mask.numpy()].max() > 3e-3
+
+
+@pytest.mark.parametrize("exact_mass", [False, True])
+@pytest.mark.parametrize("name", RELEASED_KINDS)
+def test_the_released_code_s_relatives_match_it(name, exact_mass):
+    student, teacher, responses, mask = released_oracle.case(3)
+    kind = RELEASED_KINDS[name]
+    want = released_oracle.released(student, teacher, responses, mask, fraction=0.1, top_k=5, kind=kind, exact_mass=exact_mass)
+    selector = Released(kind, exact_mass=True) if exact_mass else name
+    scores, keep_scores, _ = released_scores(student, teacher, selector, mask=mask, top_k=5, backend="torch")
+    np.testing.assert_allclose(scores[mask].numpy(), want.scores[mask.numpy()], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(keep_scores[mask].numpy(), want.keep_scores[mask.numpy()], rtol=1e-9, atol=1e-12)
+    # Fitted on the valid rows, as IER's copy does.
+    want = released_oracle.released(student, teacher, mask, mask, fraction=0.1, top_k=5, kind=kind, exact_mass=exact_mass)
+    fitted = Released(kind, fit="valid", exact_mass=exact_mass)
+    got, keep_scores, _ = released_scores(student, teacher, fitted, mask=mask, top_k=5, backend="torch")
+    np.testing.assert_allclose(got[mask].numpy(), want.scores[mask.numpy()], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(keep_scores[mask].numpy(), want.keep_scores[mask.numpy()], rtol=1e-9, atol=1e-12)
+    assert (got - scores)[mask].abs().max() > 1e-4
+
+
+def test_released_names_its_choices():
+    assert SELECTORS[RELEASED] == Released()
+    with pytest.raises(ValueError, match=r"Released.score: got 'ta', expected one of: teachability, .*, tip, entropy"):
+        Released("ta")
+    with pytest.raises(ValueError, match=r"Released.fit: got 'batch', expected one of: all, valid"):
+        Released(fit="batch")
+    s, u = logit_pair(3, 33)
+    lists = SampledLogprobs(torch.zeros(3, dtype=torch.long), -torch.ones(3))
+    with pytest.raises(ValueError, match="selector: got 'teachability-released', which needs the teacher's row"):
+        selective_opd_loss(s, lists, selector=Released("entropy", fit="valid"), divergence="sampled")
+    exact = {"selector": Released(exact_mass=True), "mask": torch.ones(3), "top_k": 4}
+    of_student = TopKLogprobs(s.topk(4).indices, u.log_softmax(1).gather(1, s.topk(4).indices), of="student")
+    both = [score_positions(s, t, **exact)[1].support_mass for t in (u, of_student)]
+    torch.testing.assert_close(*both)
 
 
 @pytest.mark.parametrize("known", ["lists", "rollout", "packed"])
@@ -202,9 +246,10 @@ def test_masked_rows_are_scored_only_where_a_selector_reads_whole_responses():
     student, teacher, responses, mask = released_oracle.case(1)
     for selector in sorted(SELECTORS):
         _, stats = score_positions(student, teacher, mask=mask, selector=selector)
-        read = responses if selector == RELEASED else mask
+        read = responses if selector in RELEASED_KINDS else mask
         assert torch.equal(stats.student_entropy > 0, read), selector
-        assert (stats.response_place is None) == (selector != RELEASED)
+        assert (stats.response_place is None) == (selector not in RELEASED_KINDS)
+        assert selector not in RELEASED_KINDS or torch.equal(stats.present, responses)
         assert torch.equal(stats.valid, mask)
 
 

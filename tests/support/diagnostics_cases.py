@@ -11,7 +11,7 @@ import torch
 
 from opd_ops import score_positions
 from opd_ops.diagnostics import Contexts
-from opd_ops.selection.selectors import TeachabilityReleased
+from opd_ops.selection.selectors import Released
 from tests.support.cases import generator, logit_pair
 
 VOCAB = 97
@@ -25,7 +25,7 @@ def frozen_contexts(b: int = 12, length: int = 20, *, trained: bool = True, seed
     g = generator(seed + 1)
     lengths = torch.randint(length // 2, length + 1, (b, 1), generator=g)
     mask = torch.arange(length) < lengths
-    _, before = score_positions(student, teacher, mask=mask, selector=TeachabilityReleased())
+    _, before = score_positions(student, teacher, mask=mask, selector=Released())
     after = None
     if trained:
         noise = torch.randn(student.shape, generator=g, dtype=torch.float64)

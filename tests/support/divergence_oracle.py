@@ -83,6 +83,16 @@ def power(s, u, alpha=5.0):
     return loss, p * (slope - (p * slope).sum(1, keepdim=True))
 
 
+def geometric(models, weights):
+    """Logits of the geometric mixture: q is proportional to the product of the models' q_m^w_m."""
+    return sum(w * u.double().log_softmax(1) for w, u in zip(weights, models, strict=True))
+
+
+def arithmetic(models, weights):
+    """Logits of the arithmetic mixture: q is the sum of w_m q_m."""
+    return sum(w * u.double().softmax(1) for w, u in zip(weights, models, strict=True)).log()
+
+
 def local_support(s, u, top_k=32):
     _, log_q = _rows(s, u)
     best = _teachers_best(log_q, top_k)

@@ -3,7 +3,9 @@
   D = sum_{S u T} max(q^, 1e-12) (log max(q^, 1e-12) - log max(p^, 1e-12)),  p^, q^: each list over its own mass
   C = sum_{S n T} q;  H = -sum_S p^ log p^ / ln K
   Norm(z) = clip((z - Q.05) / (Q.95 - Q.05), 0, 1) over all rows of the responses, masked or not; 0 if the range is < 1e-12
-  score = Norm(D) Norm(C), the max(1, ceil(rho N)) best; then for a response with none h + a - h a, h = Norm(H), a = Norm(D C)
+  scores: "teachability" Norm(D) Norm(C), "teachability+entropy" h + a - h a, "tip" h + d - h d, "entropy" h, with h = Norm(H),
+  d = Norm(D), a = Norm(D C); the max(1, ceil(rho N)) best; then for a response with none h + a - h a
+  `exact_mass`: C = sum_S q
   equal scores: the smaller place in the response, across responses; then the earlier response
 
 `case(seed)` draws what it is compared on: responses of unequal length with masked positions inside, repeated rows for ties.
@@ -34,7 +36,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum()
 
 
-def statistics(s: np.ndarray, u: np.ndarray, k: int) -> tuple[float, float, float]:
+def statistics(s: np.ndarray, u: np.ndarray, k: int, exact_mass: bool = False) -> tuple[float, float, float]:
     """D, C and H of one row of logits; nothing of a row that is no numbers."""
     if np.isnan(s).any() or np.isnan(u).any():
         return 0.0, 0.0, 0.0
@@ -42,7 +44,7 @@ def statistics(s: np.ndarray, u: np.ndarray, k: int) -> tuple[float, float, floa
     p, q = (dict(zip(top, softmax(x[top]), strict=True)) for x, top in ((s, top_s), (u, top_t)))
     pairs = [(max(q.get(v, 0.0), 1e-12), max(p.get(v, 0.0), 1e-12)) for v in {*top_s, *top_t}]
     d = math.fsum(a * (math.log(a) - math.log(b)) for a, b in pairs)
-    c = math.fsum(softmax(u)[v] for v in {*top_s} & {*top_t})
+    c = math.fsum(softmax(u)[v] for v in ({*top_s} if exact_mass else {*top_s} & {*top_t}))
     h = -math.fsum(x * math.log(x) for x in p.values() if x > 0)
     return d, c, h / math.log(max(k, 2))
 
@@ -62,16 +64,24 @@ def released(
     fraction: float,
     top_k: int,
     threshold: float | None = None,
+    kind: str = "teachability",
+    exact_mass: bool = False,
 ) -> Released:
     """Of (B, L, V) logits; `responses` (B, L) bool, one run a row; `mask` (B, L) bool, within them."""
     rows = [(b, i) for b, i in responses.nonzero().tolist()]
     s, u = student.double().numpy(), teacher.double().numpy()
-    d, c, h = np.array([statistics(s[row], u[row], top_k) for row in rows]).T if rows else np.zeros((3, 0))
+    d, c, h = np.array([statistics(s[row], u[row], top_k, exact_mass) for row in rows]).T if rows else np.zeros((3, 0))
     if not rows:
         none = np.zeros(responses.shape)
         return Released(none, none, none.astype(bool))
-    score, a = norm(d) * norm(c), norm(d * c)
-    keep = norm(h) + a - norm(h) * a
+    a, d_norm, h_norm = norm(d * c), norm(d), norm(h)
+    keep = h_norm + a - h_norm * a
+    score = {
+        "teachability": d_norm * norm(c),
+        "teachability+entropy": keep,
+        "tip": h_norm + d_norm - h_norm * d_norm,
+        "entropy": h_norm,
+    }[kind]
     first = {b: min(i for r, i in rows if r == b) for b, _ in rows}
     valid = [j for j, row in enumerate(rows) if mask[row]]
 

@@ -93,8 +93,8 @@ def gradient_grid(student: Source, teacher: Source, m: int, *, workspace: Worksp
 
 
 def _mixed(*sources: Source) -> int:
-    """Blocks alive for a reference's logits before they are mixed in: 1, or 0 without a reference."""
-    return int(any(source.reference is not None for source in sources))
+    """Blocks alive for the logits of one more model before they are mixed in: 1, or 0 without a mixture."""
+    return int(any(source.others for source in sources))
 
 
 def _even(total: int, most: int, multiple: int = 1) -> int:
@@ -116,12 +116,14 @@ def _rows_of_hidden(*sources: Source, workspace: Workspace, size: int) -> int:
 
 
 def _hidden_width(*sources: Source) -> int:
-    return sum(source.leading.shape[-1] for source in sources if source.transform.is_head)
+    models = [model for source in sources for model in (source, *source.others)]
+    return sum(model.leading.shape[-1] for model in models if model.transform.is_head)
 
 
 def _cast_columns(student: Source, teacher: Source, workspace: Workspace, size: int) -> int:
     dtype = compute_dtype(student, teacher)
-    weights = [source.weight for source in (student, teacher) if source.weight is not None]
+    models = (student, teacher, *student.others, *teacher.others)
+    weights = [model.weight for model in models if model.weight is not None]
     width = max((2 * weight.shape[1] for weight in weights if weight.dtype != dtype), default=0)
     return workspace.count(width * size) if width else student.transform.vocab_size
 
@@ -159,9 +161,9 @@ def tile_dtype(source: Source, score_dtype: torch.dtype | None) -> torch.dtype:
 
 
 def row_bytes(source: Source, score_dtype: torch.dtype | None = None) -> int:
-    """Scratch per row beyond its logits: the hidden row, its copy in fp32 or in 8 bits; both also of a reference."""
+    """Scratch per row beyond its logits: the hidden row, its copy in fp32 or in 8 bits; both of each model of a mixture."""
     own = source.leading.shape[-1] * (source.leading.element_size() + (12 if score_dtype == float8.DTYPE else 4))
-    return own if source.reference is None else own + row_bytes(source.reference)
+    return own + sum(map(row_bytes, source.others))
 
 
 def weight_casts(source: Source, workspace: Workspace) -> int:
@@ -172,8 +174,8 @@ def weight_casts(source: Source, workspace: Workspace) -> int:
 
 
 def copies(*sources: Source) -> int:
-    """Rows of logits alive at once: one per model, and one per reference before it is mixed in."""
-    return sum(1 if source.reference is None else 2 for source in sources)
+    """Rows of logits alive at once: one per source, and in a mixture that of one more model before it is mixed in."""
+    return sum(2 if source.others else 1 for source in sources)
 
 
 def _whole_tiles(n: int, bytes_per_row: int, workspace: Workspace) -> int:

@@ -8,13 +8,14 @@ Not here: whole rows (tiles.py, backends/eager.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from opd_ops.inputs.chunks import chunks
-from opd_ops.inputs.sources import Source, coordinates, finish_logits, mix_logits, take_rows
+from opd_ops.inputs.sources import Source, coordinates, finish_logits, mix, take_rows
 from opd_ops.inputs.workspace import Workspace
 
 
@@ -48,38 +49,47 @@ def merged_logits(source: Source, rows: Tensor, dtype: torch.dtype) -> tuple[Ten
 
 def _gathered(source: Source, rows: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """(n, K) logits before merging."""
-    if source.weight is None:
-        places = (x.unsqueeze(1) for x in coordinates(rows, source.leading.shape[:-1]))
-        x = source.leading[(*places, ids)].to(dtype, copy=True)
-    else:
-        hidden = take_rows(source.leading, rows)
+
+    def read(model: Source) -> Tensor:
+        if model.weight is None:
+            places = (x.unsqueeze(1) for x in coordinates(rows, model.leading.shape[:-1]))
+            return model.leading[(*places, ids)].to(dtype, copy=True)
+        hidden = take_rows(model.leading, rows)
         with torch.autocast(hidden.device.type, enabled=False):  # autocast would round these logits to 16 bits
-            x = torch.bmm(source.weight[ids].to(dtype), hidden.to(dtype).unsqueeze(2)).squeeze(2)
-        if source.bias is not None:
-            x = x + source.bias[ids]
-    x = finish_logits(x, source.transform, source.stored_dtype)
-    if source.reference is None:
-        return x
-    return mix_logits(x, _gathered(source.reference, rows, ids, dtype), source.transform.lam)
+            x = torch.bmm(model.weight[ids].to(dtype), hidden.to(dtype).unsqueeze(2)).squeeze(2)
+        return x if model.bias is None else x + model.bias[ids]
+
+    return _finished(source, rows, read)
 
 
 def _column(source: Source, rows: Tensor, i: int, dtype: torch.dtype) -> Tensor:
     """(n, 1) logits at one id `i` of every row, before merging."""
-    if source.weight is None:
-        x = take_rows(source.leading[..., i : i + 1], rows).to(dtype, copy=True)
-    else:
-        hidden = take_rows(source.leading, rows)
+
+    def read(model: Source) -> Tensor:
+        if model.weight is None:
+            return take_rows(model.leading[..., i : i + 1], rows).to(dtype, copy=True)
+        hidden = take_rows(model.leading, rows)
         with torch.autocast(hidden.device.type, enabled=False):
-            x = hidden.to(dtype) @ source.weight[i : i + 1].to(dtype).T
-        if source.bias is not None:
-            x = x + source.bias[i : i + 1]
-    x = finish_logits(x, source.transform, source.stored_dtype)
-    if source.reference is None:
+            x = hidden.to(dtype) @ model.weight[i : i + 1].to(dtype).T
+        return x if model.bias is None else x + model.bias[i : i + 1]
+
+    return _finished(source, rows, read)
+
+
+def _finished(source: Source, rows: Tensor, read: Callable[[Source], Tensor]) -> Tensor:
+    """(n, K) logits before merging, of several models mixed or each at its rows; `read` returns a model's stored logits."""
+    if source.routes is not None:
+        routes, (x, *others) = source.routes[rows].unsqueeze(1), (_finished(other, rows, read) for other in source.others)
+        for i, other in enumerate(others, 1):
+            x = torch.where(routes == i, other, x)
         return x
-    return mix_logits(x, _column(source.reference, rows, i, dtype), source.transform.lam)
+    x = finish_logits(read(source), source.transform, source.stored_dtype)
+    x = x if source.logsumexp is None else x.sub_(source.logsumexp[rows].unsqueeze(1))
+    mixing = source.transform.mixing
+    return x if mixing is None else mix(x, (_finished(other, rows, read) for other in source.others), mixing)
 
 
 def gathered_bytes(source: Source, k: int) -> int:
     """Scratch of `logits_at` per row: the hidden row, and K rows of the weight in their own and in the compute dtype."""
     own = source.leading.shape[-1] * (8 + 12 * k) if source.transform.is_head else 8 * k
-    return own if source.reference is None else own + gathered_bytes(source.reference, k)
+    return own + sum(gathered_bytes(other, k) for other in source.others)

@@ -114,10 +114,10 @@ def _read_source(name: str, source: Source, rows: Tensor) -> Iterator[tuple[str,
         ".bias": (None if source.bias is None else source.bias[:vocab].unsqueeze(0), None),
     }
     for (part, (tensor, places)), uncounted in zip(tensors.items(), source.uncounted, strict=True):
-        if uncounted and tensor is not None:
+        if uncounted and tensor is not None and source.routes is None:
             yield name + part, tensor, places
-    if source.reference is not None:
-        yield from _read_source("Extrapolated.reference", source.reference, rows)
+    for i, other in enumerate(source.others, 1 if source.routes is None else 0):
+        yield from _read_source(f"{name}s[{i}]", other, rows)
 
 
 def _digest(tensor: Tensor, rows: Tensor | None, workspace: Workspace) -> Tensor:

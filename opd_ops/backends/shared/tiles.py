@@ -3,7 +3,7 @@
   stored   the kernels' input: logits before scale, soft-cap and temperature, which are in `transform`
   logits   finished, with merged ids (inputs/sources.py defines a source's logits)
 
-A tile is a copy of logits, or a matmul (matmul.py). The logits of an extrapolated teacher are mixed from two models.
+A tile is a copy of logits, or a matmul (matmul.py). The logits of a mixture are mixed in it, one model after another.
 Not here: a few ids of a row (logits_at.py), sizes of tiles (grids.py), the work on a tile (streamed/, triton/).
 """
 
@@ -19,7 +19,7 @@ from opd_ops.backends.shared.logits_at import merged_logits
 from opd_ops.backends.shared.matmul import head_product, operand_dtype
 from opd_ops.inputs import float8
 from opd_ops.inputs.float8 import Float8Rows
-from opd_ops.inputs.sources import Source, Transform, finish_logits, mix_logits, take_rows
+from opd_ops.inputs.sources import Source, Transform, finish_logits, mix, take_rows
 
 
 class TileReader:
@@ -30,9 +30,10 @@ class TileReader:
     """
 
     def __init__(self, source: Source, rows: Tensor, dtype: torch.dtype, cast_columns: int, *, in_float8: bool = False) -> None:
-        self.source = source.in_float8() if in_float8 else source
-        self.rows, self.dtype, self.cast_columns, self.in_float8 = rows, dtype, cast_columns, in_float8
-        self.reference = None if source.reference is None else TileReader(source.reference, rows, dtype, cast_columns)
+        self.in_float8 = in_float8 and source.transform.mixing is None  # a mixture ranks by the models' own dtypes
+        self.source = source.in_float8() if self.in_float8 else source
+        self.rows, self.dtype, self.cast_columns = rows, dtype, cast_columns
+        self.others = [TileReader(other, rows, dtype, cast_columns) for other in source.others]
         self._hidden: tuple[slice, torch.dtype, Tensor] | None = None
         self._merged: tuple[slice, Tensor, Tensor] | None = None
 
@@ -40,7 +41,7 @@ class TileReader:
     def transform(self) -> Transform:
         """The transform from stored to finished logits; mixed logits lack only the temperature."""
         own = self.source.transform
-        return own if self.reference is None else Transform(True, own.vocab_size, own.temperature)
+        return own if own.mixing is None else Transform(True, own.vocab_size, own.temperature)
 
     def hidden(self, group: slice, dtype: torch.dtype | None = None) -> Tensor:
         """(n, D) hidden states of some of the rows, kept until the next other group. `dtype`: None: their own."""
@@ -53,12 +54,20 @@ class TileReader:
     def stored(self, group: slice, columns: slice, out: Tensor) -> Tensor:
         """Stored logits of some of the rows, in `out`, (n, B)."""
         self._read(group, columns, out)
-        if self.reference is not None:
-            reference = self.reference._read(group, columns, torch.empty_like(out))
-            for x, reader in ((out, self), (reference, self.reference)):
-                finish_logits(x, replace(reader.source.transform, temperature=1.0), reader.source.stored_dtype)
-            mix_logits(out, reference, self.source.transform.lam)
-        return out
+        mixing = self.source.transform.mixing
+        if mixing is None:
+            return out
+        scratch = torch.empty_like(out)
+        others = (reader._mixable(group, reader._read(group, columns, scratch)) for reader in self.others)
+        mix(self._mixable(group, out), others, mixing)
+        return out if mixing.kind == "geometric" else out.mul_(self.source.transform.temperature)
+
+    def _mixable(self, group: slice, x: Tensor) -> Tensor:
+        """Logits without the temperature, or log-probabilities at the temperature, in place of this source's stored logits."""
+        source = self.source
+        if source.logsumexp is None:
+            return finish_logits(x, replace(source.transform, temperature=1.0), source.stored_dtype)
+        return finish_logits(x, source.transform, source.stored_dtype).sub_(source.logsumexp[self.rows[group]].unsqueeze(1))
 
     def ranked(self, group: slice, out: Tensor) -> Tensor:
         """(n, V) stored logits that rank positions, in `out` from `aligned_buffer`."""
@@ -74,7 +83,7 @@ class TileReader:
         """(n, B) logits of some of the rows, in the flat `buffer`, row by row or column by column."""
         n, width = group.stop - group.start, columns.stop - columns.start
         out = buffer[: n * width].view(width, n).T if by_column else buffer[: n * width].view(n, width)
-        stored_dtype = None if self.reference is not None else self.source.stored_dtype
+        stored_dtype = self.source.stored_dtype if self.source.transform.mixing is None else None
         finish_logits(self.stored(group, columns, out), self.transform, stored_dtype)
         for i, place in self.merged_in(columns):
             if i:

@@ -234,8 +234,9 @@ TRITON = Triton()
 def _refusal(student: Source, teacher: Source | TeacherLists, needs: Needs) -> str | None:
     """Why this backend cannot run the call, and what to do instead; None if it can."""
     sides = [("student", student)] + ([("teacher", teacher)] if isinstance(teacher, Source) else [])
-    for name, source in sides:
-        for tensor in source.tensors[:2]:
+    models = [(name, model) for name, source in sides for model in (source, *source.others)]
+    for name, source in models:
+        for tensor in (source.leading, source.leading if source.weight is None else source.weight):
             if tensor.dtype not in DTYPES:
                 return f"{name} has dtype {tensor.dtype}, expected fp32, bf16 or fp16; 'torch' and 'eager' take it"
         if source.weight is not None and source.weight.dtype != source.leading.dtype:

@@ -8,6 +8,7 @@ Not here: the kernels alone (tests/kernels/), reverse and forward KL (test_backe
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,14 @@ from opd_ops import (
     selective_opd_loss,
 )
 from opd_ops.backends import eager
+from opd_ops.backends.ensembles import RoutedBackend
+from opd_ops.backends.interface import Needs
 from opd_ops.backends.triton import heads_loss as triton_heads_loss
 from opd_ops.backends.triton import kernel_loss
+from opd_ops.backends.triton.backend import TRITON
+from opd_ops.backends.triton.traced import TRACED_TRITON
 from opd_ops.divergences import DIVERGENCES
-from opd_ops.inputs.sources import Source
+from opd_ops.inputs.sources import Mixing, Source
 from tests.divergences.test_divergences import CASES, draw_tokens, expected, run
 from tests.support import divergence_oracle as oracle
 from tests.support.cases import gradients, head_pair, leaf, leaf_head, logit_pair, to_double
@@ -145,7 +150,7 @@ def test_a_mixed_teacher_is_read_in_tiles(is_head):
     mixed = (1.25 * u - 0.25 * r) / 0.7
     result = leaf_head(student) if is_head else leaf(s.detach().float() * 0.7)
     sides = (teacher, reference) if is_head else (u.float(), r.float())
-    out = run(Extrapolated(1.25, sides[1]), result, sides[0], "triton", temperature=0.7, workspace_bytes=30_000)
+    out = run("reverse_kl", result, Extrapolated(1.25, *sides), "triton", temperature=0.7, workspace_bytes=30_000)
     out.loss.backward()
     losses, gradient = oracle.reverse_kl(s.detach(), mixed)
     assert_within(out.loss, losses.sum(), absolute=5 * HEAD_ABSOLUTE, relative=1e-4, name="loss")
@@ -231,3 +236,21 @@ def test_the_documentation_says_which_losses_have_kernels():
     stated = {name: place.strip() == "kernels" for names, place in rows for name in re.findall(r"`(\w+)`", names)}
     assert stated == {name: kernel_loss.refusal(divergence) is None for name, divergence in DIVERGENCES.items()}
     assert f"more than {kernel_loss.MAX_LIST} ids" in section
+
+
+@pytest.mark.parametrize("kind", ["geometric", "arithmetic"])
+def test_kernels_compute_the_same_losses_for_a_mixture_of_teachers_as_for_one(kind):
+    """docs/features.md: a Mixture changes nothing in the table; kernels read mixed tiles, of any number of models."""
+    s, u = (Source.of(x) for x in logit_pair(2, 31))
+    mixing = Mixing((0.5, 0.3, 0.2), kind)
+    mixture = u._replace(transform=replace(u.transform, mixing=mixing), others=(s, u))
+    routed = RoutedBackend(TRITON)
+    for divergence in DIVERGENCES.values():
+        assert TRITON.hands_over(s, mixture, divergence) == TRITON.hands_over(s, u, divergence)
+        needs = Needs(divergence, 5)
+        assert TRITON.refusal(s, mixture, needs) is None
+        of_double = mixture._replace(others=(s, u._replace(leading=u.leading.double())))
+        assert "teacher has dtype torch.float64" in TRITON.refusal(s, of_double, needs)
+        assert "is a Mixture, which torch.compile cannot trace" in TRACED_TRITON.refusal(s, mixture, needs)
+    assert routed.scores_selected_rows(s, mixture)
+    assert not routed.scores_selected_rows(s, u)

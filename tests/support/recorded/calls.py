@@ -30,7 +30,6 @@ from opd_ops import (
     TailAware,
     TopKForwardKL,
     TopKLogprobs,
-    TotalVariation,
 )
 from tests.support.cases import generator, head_pair, logit_pair
 from tests.support.recorded.case import DTYPES, Call
@@ -55,6 +54,9 @@ SELECTORS = (
     "teachability",
     "teachability+entropy",
     "teachability-released",
+    "teachability+entropy-released",
+    "tip-released",
+    "entropy-released",
     "incompatibility",
     "compatibility",
     "entropy",
@@ -152,19 +154,23 @@ def divergences() -> Iterator[Call]:
         for kind in KINDS:
             for dtype in DTYPES:
                 for label, divergence in divergences_of(backend, kind, dtype).items():
+                    student, teacher = sides(kind, dtype)
+                    if label.startswith("extrapolated"):
+                        lam = 1.5 if label.endswith("tv") else 1.25
+                        teacher = Extrapolated(lam, teacher, sides(kind, dtype, seed=7)[1])
                     more = {"tokens": tokens()} if label.startswith("sampled") else {}
                     yield Call(
                         f"divergence/{label}/{kind}/{dtype}/{backend}",
-                        *sides(kind, dtype),
+                        student,
+                        teacher,
                         options(backend, divergence=divergence, **more),
                     )
 
 
 def divergences_of(backend: str, kind: str, dtype: str) -> dict[str, Any]:
-    reference = sides(kind, dtype, seed=7)[1]
-    extrapolated = {"extrapolated": Extrapolated(1.25, reference)}
+    extrapolated = {"extrapolated": "reverse_kl"}
     if backend != "triton":
-        variation = {"extrapolated-tv": Extrapolated(1.5, reference, TotalVariation())}
+        variation = {"extrapolated-tv": "total_variation"}
         return {name: name for name in DIVERGENCES} | PARAMETERS | extrapolated | variation
     if dtype == "fp64":  # which kernels do not take
         return {"reverse_kl": "reverse_kl"}

@@ -97,7 +97,8 @@ def shared_out(
     if more.pop("rollout", False):
         more["student_stats"] = StudentStats.of_logits(dense(student), top_k=8)
     if more.get("divergence") == "extrapolated":
-        more["divergence"] = Extrapolated(1.25, cut(sides(kind, dtype, seed=7)[1]), TotalVariation())
+        more["divergence"] = TotalVariation()
+        taught = Extrapolated(1.25, taught, cut(sides(kind, dtype, seed=7)[1]))
     given = options(backend, process_group=group, **more)
     if function == "score_positions":
         del given["fraction"]
