@@ -70,7 +70,7 @@ def selective_opd_loss(
     Returns: `SelectiveOPDOutput`: `loss`, 0-dim; `selected`, `scores`, `stats` of the mask's shape; `metrics`.
     Raises: ValueError, TypeError: a wrong argument, before any work, with the value that came and the value that was expected.
         ValueError: logits that are not finite (`check_finite`), a `num_items_in_batch` of 0, after scoring.
-    More: docs/reference/ (selectors, divergences, metrics, errors), docs/numerics.md (non-finite logits), docs/guides/ (ranks).
+    More: docs/reference/ (selectors, divergences, metrics, errors), docs/numerics.md, docs/guides/.
     Example: a student equal to its teacher has nothing to learn.
         >>> logits = torch.randn(6, 32)
         >>> selective_opd_loss(logits, logits).loss

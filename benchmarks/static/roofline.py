@@ -37,6 +37,7 @@ from opd_kernels.place import place_fwd
 from opd_kernels.reverse_kl import reverse_kl_grad
 from opd_kernels.scale import scale
 from opd_kernels.score import COLUMNS, score_fwd
+from opd_kernels.skew_kl import forward_skew_fwd, forward_skew_grad, reverse_skew_fwd, reverse_skew_grad
 from opd_kernels.support import support_fwd
 from opd_kernels.totals import totals_fwd
 from opd_kernels.zero_rows import zero_rows
@@ -55,7 +56,7 @@ TARGETS = {
 # would allow twice as many.
 BUDGET = {
     "score_fwd": 17.1, "reverse_kl_grad": 21, "forward_kl_grad": 21, "jsd_fwd": 31, "jsd_grad": 32, "off_list_fwd": 15.5,
-    "off_list_grad": 31,
+    "off_list_grad": 31, "reverse_skew_fwd": 31, "forward_skew_fwd": 31, "reverse_skew_grad": 35, "forward_skew_grad": 33,
 }  # fmt: skip
 # With soft-cap two tanh a pair set the time, not memory: ceilings a little above what was counted, so that it gets no worse.
 CAPPED_BUDGET = {
@@ -67,8 +68,9 @@ ODD_BUDGET = {"score_fwd": 27, "reverse_kl_grad": 26, "forward_kl_grad": 30, "js
 # The bf16 score, whose maxima are of words of two logits: fewer instructions, and five programs an SM by its registers.
 BF16_SCORE = ("bf16", "bf16 rows", "bf16 split", "bf16 V=32008")
 BF16_SCORE_BUDGET, BF16_SCORE_REGISTERS = 16, 96
-STREAMING = ("score", "reverse_kl", "forward_kl", "jsd_", "off_list_")  # kernels with a main loop over the vocabulary
+STREAMING = ("score", "reverse_", "forward_", "jsd_", "off_list_")  # kernels with a main loop over the vocabulary
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+SKEW = (reverse_skew_fwd, reverse_skew_grad), (forward_skew_fwd, forward_skew_grad)
 PLAIN = {"temperature": 1.0, "s_scale": 1.0, "t_scale": 1.0, "s_softcap": None, "t_softcap": None}
 CAPPED = dict(PLAIN, s_softcap=30.0, t_softcap=50.0)
 ONE_PLAIN = {"temperature": 1.0, "scale": 1.0, "softcap": None}
@@ -157,6 +159,9 @@ def configurations():
         for kind, pair, one in kinds if dtype == "bf16" else kinds[:1]:
             yield record(dtype + (kind or " rows"), jsd_fwd, s, t, rows(409), columns, beta=0.5, **pair)[:2]
             yield record(dtype + (kind or " rows"), jsd_grad, s, t, *chosen, sums, top=top, out=s, beta=0.5, **pair)[:2]
+            for fwd, grad in SKEW if not kind else ():
+                yield record(f"{dtype} rows", fwd, s, t, rows(409), columns, beta=0.9, **pair)[:2]
+                yield record(f"{dtype} rows", grad, s, t, *chosen, sums, top=top, out=s, beta=0.9, **pair)[:2]
             yield record(dtype + (kind or " K=32"), off_list_fwd, s, rows(409), ids, **one)[:2]
             one = dict(one, out=t, first_id=0)
             yield record(dtype + (kind or " K=32"), off_list_grad, s, rows(409), *listed, add=False, **one)[:2]
@@ -193,9 +198,9 @@ def configurations():
 
 
 def kernel_name(launch) -> str:
-    """The launcher's name; the kernel of all gradients goes by the name of its divergence."""
-    kernel = launch[2].get("SLOPE", launch[0]).__name__.strip("_")
-    return kernel.removesuffix("_kernel").replace("_slope", "_grad")
+    """The launcher's name; the kernels of all gradients and of all sums go by the name of their divergence."""
+    kernel = launch[2].get("SLOPE", launch[2].get("TERMS", launch[0])).__name__.strip("_")
+    return kernel.removesuffix("_kernel").replace("_slope", "_grad").replace("_terms", "_fwd")
 
 
 def compile_launch(launch, target: GPUTarget):

@@ -2,14 +2,15 @@
 
   out[rows[i], v] = weights[i] p[v] slope[v] dlogit/dx,  x the stored logit       [nats]
   slope: centred, sum_v p[v] slope[v] = 0; at a top id with p > 1/2: minus the sum of the others
-  A divergence brings two functions: its constants of a row, and p slope of a block (reverse_kl.py, forward_kl.py, jsd.py).
+  A divergence brings two functions: its constants of a row, and p slope of a block (reverse_kl.py, forward_kl.py, jsd.py,
+  skew_kl.py).
 
 Shapes: N tokens, M selected rows, V vocabulary
   s, t        (N, V)    in   stored logits, fp32/bf16/fp16, unit stride along V
   rows        (M,)      in   row numbers in [0, N), each at most once; None: rows 0 .. M-1
   weights     (M,)      in   fp32; 0 writes zeros, even if the row holds NaN
   columns     (12, M)   in   score.py's columns of these rows
-  sums        (2, M)    in   fp32, jsd.py's; None: the divergence reads columns alone
+  sums        (2, M)    in   fp32, of sums.py; None: the divergence reads columns alone
   top         (M,)      in   int32, argmax.py, -1: not in these tables; None: s, t and out are a block of the vocabulary
   elsewhere   (M,)      in   fp32, sum of d loss / d logit over the ids of a shared vocabulary that are not in these tables;
                              None: there are none
@@ -25,7 +26,7 @@ Numerics
   NaN logits give NaN gradients, but where the row's weight is 0.
 
 Not here: which rows (opd_ops/call/choose.py), weights (opd_ops/call/reduce.py), block sizes (launch_table.py).
-Specification: autograd of opd_ops/backends/eager.py. Tests: tests/kernels/test_grad.py, tests/kernels/test_jsd.py.
+Specification: autograd of opd_ops/backends/eager.py. Tests: tests/kernels/test_grad.py, test_jsd.py, test_skew_kl.py.
 """
 
 import torch
@@ -132,8 +133,8 @@ def launch(
     rows: Tensor | None,  # (M,) int32 or int64; None: all rows
     weights: Tensor,  # (M,) fp32, d total / d each row's loss
     columns: Tensor,  # (12, M) fp32, Score.columns of these rows, of the whole vocabulary
+    sums: Tensor | None = None,  # (2, M) fp32, of sums.py with the same beta
     *,
-    sums: Tensor | None = None,  # (2, M) fp32, of jsd_fwd
     top: Tensor | None,  # (M,) int32, argmax_fwd of these rows; None: student, teacher and out are a block of the vocabulary
     elsewhere: Tensor | None = None,  # (M,) fp32, the sum over ids that are not in these tables; None: they hold all ids
     out: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary; may be student

@@ -14,7 +14,7 @@ Shapes: N tokens, M selected rows, V vocabulary
 
 Grid: (M,). Traffic: 2 V logits read by the loss.
 
-Not here: the kernel of the gradient and its launch (gradient.py), normalisers (score.py).
+Not here: the kernels and their launches (sums.py, gradient.py), normalisers (score.py).
 Specification: the equations above, by autograd (tests/support/kernel_oracle.py). Tests: tests/kernels/test_jsd.py.
 """
 
@@ -33,13 +33,13 @@ Specification: the equations above, by autograd (tests/support/kernel_oracle.py)
 #   both (d = inf - inf) are products of 0 and a finite number. NaN logits reach p or q, hence the loss, and
 #   the gradient through mean_slope.
 
-import torch
+from functools import partial
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from . import gradient, launch_table
-from .device import LN_2, _load_normalisers, _log2_probs, row_step, transform
+from . import gradient, sums
+from .device import LN_2, _load_normalisers
 
 
 @triton.jit
@@ -69,64 +69,25 @@ def _mixture(norm, beta):
 
 
 @triton.jit
-def _jsd_fwd_block(
-    s_row, t_row, offs, V, a, c, total_p, total_q, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    if MASKED:
-        s = tl.load(s_row + offs, mask=offs < V, other=float("-inf"))
-        t = tl.load(t_row + offs, mask=offs < V, other=float("-inf"))
-    else:
-        s = tl.load(s_row + offs)
-        t = tl.load(t_row + offs)
-    log2_p, log2_q, d, _ = _log2_probs(s, t, pre_s, cap_s, k_s, pre_t, cap_t, k_t, norm, CAP_S, CAP_T, SAME_K)
-    p = tl.exp2(log2_p)
-    q = tl.exp2(log2_q)
-    if MASKED:  # a soft-cap turns the -inf of a column beyond V into a finite logit
-        p = tl.where(offs < V, p, 0.0)
-        q = tl.where(offs < V, q, 0.0)
-    d = tl.clamp(d, -256.0, 256.0)  # finite, also for NaN (both logits -inf)
+def _jsd_sums_constants(norm, beta):
+    norm, a, c = _mixture(norm, beta)
+    return norm, (a, c)
+
+
+@triton.jit
+def _jsd_terms(p, q, d, constants, total_p, total_q):
+    # sums of p f and q g, in bits
+    a, c = constants
     last = _log2_one_plus(d)
     f = (a - last) + tl.minimum(d, 0.0)
     g = (c - last) - tl.maximum(d, 0.0)
     return tl.fma(p, f, total_p), tl.fma(q, g, total_q)
 
 
-@triton.jit(do_not_specialize=["M"])
-def _jsd_fwd_kernel(
-    s_ptr, t_ptr, rows_ptr, score_ptr, sums_ptr, stride_sn, stride_tn, M, V, beta,
-    k_s, pre_s, cap_s, k_t, pre_t, cap_t,
-    HAS_ROWS: tl.constexpr, UNIT_S: tl.constexpr, UNIT_T: tl.constexpr,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, SAME_K: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    k_s = tl.cast(k_s, tl.float32)
-    k_t = tl.cast(k_t, tl.float32)
-    beta = tl.cast(beta, tl.float32)
-    pid_m = tl.program_id(0).to(tl.int64)
-    row = pid_m
-    if HAS_ROWS:
-        row = tl.load(rows_ptr + pid_m).to(tl.int64)
-    s_row = s_ptr + row * stride_sn * UNIT_S
-    t_row = t_ptr + row * stride_tn * UNIT_T
-    norm, a, c = _mixture(_load_normalisers(score_ptr, M, pid_m), beta)
-
-    lane = tl.arange(0, BLOCK_V)
-    n_full = V // BLOCK_V
-    zeros = tl.zeros((BLOCK_V,), tl.float32)
-    total_p, total_q = _jsd_fwd_block(
-        s_row, t_row, n_full * BLOCK_V + lane, V, a, c, zeros, zeros, pre_s, cap_s, k_s, pre_t, cap_t, k_t,
-        norm, CAP_S, CAP_T, SAME_K, True,
-    )  # fmt: skip
-    for b in range(n_full):
-        total_p, total_q = _jsd_fwd_block(
-            s_row, t_row, b * BLOCK_V + lane, V, a, c, total_p, total_q, pre_s, cap_s, k_s, pre_t, cap_t,
-            k_t, norm, CAP_S, CAP_T, SAME_K, False,
-        )  # fmt: skip
-    mean_slope = tl.sum(total_p, 0) * LN_2
-    jsd = tl.fma(1.0 - beta, mean_slope, beta * (tl.sum(total_q, 0) * LN_2))
-    tl.store(sums_ptr + pid_m, tl.maximum(jsd, 0.0, propagate_nan=tl.PropagateNan.ALL))
-    # the clamp of d hides a NaN of the teacher from mean_slope: write NaN here
-    tl.store(sums_ptr + M + pid_m, tl.where(jsd == jsd, mean_slope, jsd))
+@triton.jit
+def _jsd_results(total_p, total_q, beta):
+    mean_slope = total_p * LN_2
+    return tl.fma(1.0 - beta, mean_slope, beta * (total_q * LN_2)), mean_slope
 
 
 @triton.jit
@@ -143,53 +104,5 @@ def _jsd_slope(log2_p, log2_q, gap, shift):
     return tl.exp2(log2_p) * ((shift - _log2_one_plus(d)) + tl.minimum(d, 0.0))
 
 
-def jsd_fwd(
-    student: Tensor,  # (N, >= vocab_size), unit stride along the vocabulary
-    teacher: Tensor,  # (N, >= vocab_size)
-    rows: Tensor | None,  # (M,) int32 or int64; None: all rows
-    columns: Tensor,  # (12, M) fp32, Score.columns of these rows
-    *,
-    beta: float,  # weight of the teacher in the mixture, inside (0, 1)
-    vocab_size: int,
-    temperature: float,
-    s_scale: float,
-    t_scale: float,
-    s_softcap: float | None,
-    t_softcap: float | None,
-) -> Tensor:
-    """(2, M) fp32: each row's divergence, and the mean_slope that the gradient reads."""
-    M = columns.shape[1]
-    assert 0 < beta < 1
-    assert student.stride(1) == teacher.stride(1) == 1, "unit stride along the vocabulary"
-    assert columns.shape == (12, M)
-    assert columns.is_contiguous()
-    sums = torch.empty((2, M), dtype=torch.float32, device=student.device)
-    if M == 0:
-        return sums
-    s = transform(s_scale, s_softcap, temperature)
-    t = transform(t_scale, t_softcap, temperature)
-    tile = launch_table.grad()
-    (stride_s, unit_s), (stride_t, unit_t) = row_step(student), row_step(teacher)
-    _jsd_fwd_kernel[(M,)](
-        student, teacher, rows, columns, sums, stride_s, stride_t, M, vocab_size, beta,
-        s.k, s.pre, s.cap, t.k, t.pre, t.cap,
-        HAS_ROWS=rows is not None, UNIT_S=unit_s, UNIT_T=unit_t, CAP_S=s.has_cap, CAP_T=t.has_cap, SAME_K=s.k == t.k,
-        **tile.constants, num_warps=tile.num_warps, enable_fp_fusion=False,
-    )  # fmt: skip
-    return sums
-
-
-def jsd_grad(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Tensor | None,
-    weights: Tensor,
-    columns: Tensor,
-    sums: Tensor,  # (2, M) fp32, of jsd_fwd with the same beta
-    *,
-    beta: float,
-    **arguments,
-) -> None:
-    """Write the gradient into whole rows of `out`, at `rows`; other arguments as of gradient.py's `launch`."""
-    assert 0 < beta < 1
-    gradient.launch(_jsd_constants, _jsd_slope, student, teacher, rows, weights, columns, sums=sums, beta=beta, **arguments)
+jsd_fwd = partial(sums.launch, _jsd_sums_constants, _jsd_terms, _jsd_results)
+jsd_grad = partial(gradient.launch, _jsd_constants, _jsd_slope)

@@ -161,14 +161,12 @@ def test_head_peak_is_workspace_plus_gradients_plus_order_n(divergence, workspac
     assert meter.largest <= max(workspace_bytes // 4, student.weight.numel())
 
 
-@pytest.mark.parametrize("kind", ["geometric", pytest.param("arithmetic", marks=pytest.mark.full)])
-def test_mixed_heads_keep_no_row_of_logits_beyond_the_workspace(kind):
-    n_teachers = 5
-    n, fraction, workspace_bytes = 160, 0.3, 2**20  # a whole tile of logits has 4 MB
+def test_mixed_heads_keep_no_row_of_logits_beyond_the_workspace():
+    n_teachers, n, fraction, workspace_bytes = 3, 80, 0.3, 2**20  # a whole tile of logits has 2 MB
     student, teacher = heads(n)
     student = leaf_head(student)
     others = [LinearHead(teacher.hidden + 0.1 * i, teacher.weight) for i in range(1, n_teachers)]
-    mixture = Mixture([teacher, *others], (1 / n_teachers,) * n_teachers, kind)
+    mixture = Mixture([teacher, *others], (1 / n_teachers,) * n_teachers, "arithmetic")
     with LiveBytes() as meter:
         selective_opd_loss(
             student, mixture, fraction=fraction, workspace_bytes=workspace_bytes, backend="torch"

@@ -1,6 +1,6 @@
 """A divergence by kernels on two tables of stored logits: the losses of some rows, and the gradient of these losses.
 
-  first     score.py's columns; jsd.py's sums; both models on the list and off it (support.py, off_list.py)
+  first     score.py's columns; sums.py's; both models on the list and off it (support.py, off_list.py)
   gradient  gradient.py with the functions of the divergence; then off_list.py adds the gradient of the part on a list
   (divergences/ defines the losses; shared/list_losses.py differentiates a part on a list)
 
@@ -24,13 +24,14 @@ from opd_kernels.jsd import jsd_fwd, jsd_grad
 from opd_kernels.off_list import off_list_fwd, off_list_grad
 from opd_kernels.reverse_kl import reverse_kl_grad
 from opd_kernels.score import Score, score_fwd
+from opd_kernels.skew_kl import forward_skew_fwd, forward_skew_grad, reverse_skew_fwd, reverse_skew_grad
 from opd_kernels.support import support_fwd
 from torch import Tensor
 
 from opd_ops.backends.shared.list_ids import best_of_sent, list_ids, sent_logprobs, without_masked
 from opd_ops.backends.shared.list_losses import evaluate
 from opd_ops.backends.triton.launches import launch_options
-from opd_ops.divergences import JSD, SUPPORTS, Divergence, ForwardKL, OnSupport, ReverseKL, Support
+from opd_ops.divergences import JSD, SUPPORTS, Divergence, ForwardKL, OnSupport, ReverseKL, SkewKL, Support, WholeRow
 from opd_ops.inputs.sources import Transform, finish_logits
 from opd_ops.inputs.teacher_lists import LAST_ID, TeacherLists, tail
 
@@ -42,13 +43,23 @@ LIST_BYTES = 320  # per row and id: ids, both models' logits in fp64, their grad
 def refusal(divergence: Divergence) -> str | None:
     """Why no kernel computes it, or None."""
     whole = divergence.whole
-    if whole is not None and type(whole) not in (*GRADIENTS, JSD):
-        return f"{type(whole).__name__} has no kernel"
-    if isinstance(whole, JSD) and whole.entry_clip is not None:
-        return "JSD with entry_clip has no kernel"
+    if whole is not None and type(whole) not in GRADIENTS and _summed(whole) is None:
+        clipped = " with entry_clip" if isinstance(whole, JSD) else ""
+        return f"{type(whole).__name__}{clipped} has no kernel"
     if divergence.on_support is not None and divergence.on_support.length > MAX_LIST:
         return f"its list has {divergence.on_support.length} ids, kernels take at most {MAX_LIST}"
     return None
+
+
+def _summed(whole: WholeRow) -> tuple[Callable[..., Tensor], Callable[..., None], float] | None:
+    """The kernel of a divergence's sums, that of its gradient, and the teacher's share of its mixture; None: it has none."""
+    if type(whole) is JSD and whole.entry_clip is None:
+        return jsd_fwd, jsd_grad, float(whole.beta)
+    if type(whole) is not SkewKL:
+        return None
+    if whole.direction == "reverse":
+        return reverse_skew_fwd, reverse_skew_grad, 1 - float(whole.alpha)
+    return forward_skew_fwd, forward_skew_grad, float(whole.alpha)
 
 
 # Fields of `KernelConstants` whose first dimension is the row; in the others the row is the last dimension.
@@ -70,7 +81,7 @@ class KernelConstants(NamedTuple):
     """The numbers of each row that the gradient reads; None: the divergence has no such part."""
 
     columns: Tensor | None  # (12, M) of score.py
-    sums: Tensor | None  # (2, M) of jsd.py
+    sums: Tensor | None  # (2, M) of sums.py
     top: Tensor | None  # (M,) int32, the student's most likely id; -1: in another rank's part of the vocabulary
     elsewhere: Tensor | None  # (M,) sum of d loss / d logit over the other ranks' ids; None: there are none
     at_top: Tensor | None  # (M, 1) the gradient at `top`, known once whole rows of it were computed
@@ -150,9 +161,9 @@ class KernelLoss:
         if whole is not None:
             assert score is not None
             top = argmax_fwd(s, rows, score, vocab_size=self.student.vocab_size)
-        if isinstance(whole, JSD):
-            assert t is not None
-            sums = jsd_fwd(s, t, rows, columns, beta=float(whole.beta), **self._options)
+        summed = None if whole is None else _summed(whole)
+        if summed is not None:
+            sums = summed[0](s, t, rows, columns, beta=summed[2], **self._options)
             losses = losses + sums[0]
         elif whole is not None:
             assert whole.column is not None
@@ -265,8 +276,9 @@ class KernelLoss:
             assert t is not None
             top = constants.top if width == self.student.vocab_size else None
             options = {**self._options, "vocab_size": width, "top": top, "out": out}
-            if isinstance(whole, JSD):
-                jsd_grad(s, t, rows, weights, constants.columns, constants.sums, beta=float(whole.beta), **options)
+            summed = _summed(whole)
+            if summed is not None:
+                summed[1](s, t, rows, weights, constants.columns, constants.sums, beta=summed[2], **options)
             else:
                 GRADIENTS[type(whole)](s, t, rows, weights, constants.columns, elsewhere=constants.elsewhere, **options)
         if constants.ids is not None:

@@ -15,6 +15,7 @@ from tests.benchmarks.static.commands import rows_of
 KERNELS = {
     "score_fwd", "merge_fwd", "argmax_fwd", "support_groups_fwd", "support_topk_fwd", "support_stats_fwd",
     "reverse_kl_grad", "forward_kl_grad", "jsd_fwd", "jsd_grad", "off_list_fwd", "off_list_grad", "scale", "zero_rows",
+    "reverse_skew_fwd", "reverse_skew_grad", "forward_skew_fwd", "forward_skew_grad",
     "quantiles_fwd", "place_fwd", "choose_fwd", "list_fwd", "totals_fwd",
 }  # fmt: skip
 GOOD = {
