@@ -3,6 +3,7 @@
   pipeline       one step of selective on-policy distillation
   five-tokens    the worked example of concepts/teachability.md, from the numbers that the page's own code computes
   architecture   the rooms of the package, and the way of one call through them
+  memory         peak memory against the number of positions, from benchmarks/results/scaling.json
 
 Run: .venv/bin/python -m docs.draw (from the repository's root, after `make docs`)
 Not here: the charts of benchmarks (benchmarks/), the coloured rollout (examples/run_report.py).
@@ -10,6 +11,7 @@ Not here: the charts of benchmarks (benchmarks/), the coloured rollout (examples
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +22,8 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+from benchmarks.cpu.methods import METHODS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -205,7 +209,31 @@ def architecture(colours: Colours) -> Figure:
     return figure
 
 
-PICTURES = {"pipeline": pipeline, "five-tokens": five_tokens, "architecture": architecture}
+def memory(colours: Colours) -> Figure:
+    points = json.loads((DOCS.parent / "benchmarks/results/scaling.json").read_text())["against_n"]
+    figure, axes = plt.subplots(figsize=(8.0, 4.2), layout="constrained")
+    for place, name in enumerate(dict.fromkeys(point["method"] for point in points)):
+        own = [point for point in points if point["method"] == name and point["status"] == "ok"]
+        sizes, peaks = [point["n"] for point in own], [point["peak_bytes"] / 2**30 for point in own]
+        style = {"color": colours.selected, "linewidth": 3, "zorder": 3} if name == "ours" else {"linewidth": 1.3}
+        axes.plot(sizes, peaks, marker="os^Dv<>P"[place], markersize=5, label=METHODS[name].title, **style)
+    gradients = sorted({(point["n"], point["gradient_bytes"] / 2**30) for point in points})
+    axes.plot(*zip(*gradients, strict=True), color=colours.ink, linestyle=":", label="the gradients asked for")
+    axes.set(xlabel="positions N", ylabel="peak memory over the inputs, GiB", xlim=(0, None), ylim=(0, None))
+    axes.set_title(f"Forward and backward from hidden states, V = {points[0]['vocab']:,}, fp32, CPU", color=colours.ink)
+    axes.grid(alpha=0.25)
+    axes.patch.set_alpha(0)
+    axes.tick_params(colors=colours.ink)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_color(colours.ink)
+    axes.spines["top"].set_visible(False)
+    axes.spines["right"].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(colours.quiet)
+    axes.legend(fontsize=9, frameon=False, labelcolor=colours.ink)
+    return figure
+
+
+PICTURES = {"pipeline": pipeline, "five-tokens": five_tokens, "architecture": architecture, "memory": memory}
 
 
 def main(folder: Path = DOCS / "images") -> None:

@@ -46,7 +46,7 @@ LIMITS = {
     "parameters of a function": 10,
     "places of a default": 1,
     "words of a docstring": 350,
-    "README lines": 133,
+    "README lines": 136,
     "README words": 690,
     "Any in signatures": 0,
 }
