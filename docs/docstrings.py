@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SETTINGS = "Settings by name: [all settings](settings.md#all-settings)."
 LABEL = re.compile(r"(Args|Returns|Raises|Cost|Shapes|Example|Non-finite logits|More)(?=[^:]*: \S)")
-SECTION = re.compile(r"(Args|Attributes)[^:]*:$")
+SECTION = re.compile(r"(Args|Attributes|Raises)[^:]*:$")
 FIELD = re.compile(r"^    (\w+): [^#\n]*?# (.*)$", re.MULTILINE)
 
 
