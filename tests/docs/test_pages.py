@@ -1,7 +1,8 @@
 """What the pages state as a list or a number, against the package itself.
 
   Compared: the worked example's table with its own code; names on the reference pages with the package's; messages of the
-  errors' page with errors that are provoked here; the navigation and the links of README.md and CONTRIBUTING.md with the files.
+  errors' page with errors that are provoked here; the pictures with what docs/draw.py draws; the
+  navigation and the links of README.md and CONTRIBUTING.md with the files.
   Run: make test ARGS=tests/docs/test_pages.py
 
 Not here: whether code blocks run (test_code_blocks.py); links between pages, which `make docs` checks.
@@ -16,6 +17,7 @@ import yaml
 from torch import nn
 
 import opd_ops
+from docs import draw
 from opd_ops import (
     JSD,
     ImportanceWeighted,
@@ -115,6 +117,16 @@ def test_the_page_of_errors_quotes_them(message):
         _errors()[message]()
     assert message in str(error.value)
     assert message.strip() in page("reference/errors.md")
+
+
+@pytest.mark.full
+def test_the_pictures_are_what_the_script_draws(tmp_path, capsys):
+    draw.main(tmp_path)
+    capsys.readouterr()
+    for name in draw.PICTURES:
+        for scheme in draw.SCHEMES:
+            file = f"{name}-{scheme}.svg"
+            assert (tmp_path / file).read_text() == (DOCS / "images" / file).read_text(), file
 
 
 def test_every_setting_has_a_sentence_for_the_table():
