@@ -1,5 +1,5 @@
-# How to run everything: `make demo`, `make train`, `make test`, `make lint`, `make bench`, `make roofline`, `make model`; each
-# creates .venv on its own. `make gpu` runs on the python it is given.
+# How to run everything: `make demo`, `make train`, `make docs`, `make test`, `make lint`, `make bench`, `make roofline`,
+# `make model`; each creates .venv on its own. `make gpu` runs on the python it is given.
 #
 # Not here: versions (constraints.txt), extras that users install (setup.py), groups that only developers install
 # (pyproject.toml), what the commands do (README.md, CONTRIBUTING.md).
@@ -13,7 +13,8 @@ export PIP_CONSTRAINT := $(abspath constraints.txt)
 # Python compiles what is imported; compiling all that is installed takes half of the installation.
 export PIP_COMPILE := 0
 
-.PHONY: demo train test test-all test-full test-interpreted test-triton36 lint bench bench-host roofline model gpu gpu-wheels clean
+.PHONY: demo train docs docs-serve test test-all test-full test-interpreted test-triton36 lint bench bench-host roofline model gpu \
+	gpu-wheels clean
 
 # RANKS=2: on two processes over gloo.
 demo: $(VENV)/.demo
@@ -21,6 +22,14 @@ demo: $(VENV)/.demo
 
 train: $(VENV)/.train
 	$(BIN)/opd-train --config examples/prompt_distillation.yaml $(ARGS)
+
+# Strict: a warning is an error. The site is in out/site. The variable silences Material's notice about its own future.
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict $(ARGS)
+
+docs-serve: $(VENV)/.docs
+	$(BIN)/mkdocs serve $(ARGS)
 
 # Whole files to a process, because what is slow is built once a file.
 PARALLEL := --numprocesses 2 --dist loadfile
@@ -117,6 +126,10 @@ $(VENV)/.demo: $(VENV)/.core
 
 $(VENV)/.train: $(VENV)/.demo
 	$(PIP) install --editable '.[train]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.core pyproject.toml
+	$(PIP) install --group docs
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.demo pyproject.toml

@@ -3,8 +3,8 @@
   rank r of R answers questions [r B / R, (r + 1) B / R) of a step's B, so that ranks hold them in the order of one process
   dL/dw = sum_r dL_r/dw, because the ranks' losses, each with the denominator of all (scope "global"), add up to L
 
-A step sends what selection does (docs/features.md), one all-reduce a parameter, and one all-gather of a few metrics. Every
-rank keeps a whole model and optimizer; they stay equal to the bit, as all apply the same summed gradients.
+A step sends what selection does (docs/guides/several-gpus.md), one all-reduce a parameter, and one all-gather of a few metrics.
+Every rank keeps a whole model and optimizer; they stay equal to the bit, as all apply the same summed gradients.
 Not here: the step itself (prompt_distillation.py), the collectives (opd_ops/distributed/ranks.py), sharded models
 (opd_ops/trainer/).
 """

@@ -58,7 +58,8 @@ def selective_opd_loss(
         teacher: The same; or `TopKLogprobs` or `SampledLogprobs` from a server; or several models, `Mixture` or `Routed`.
         mask: (...) non-zero on the tokens that the student wrote; None: all.
         weights: (...) a factor per position's loss.
-        labels, shift_labels: (...) int64 targets. The loss shifts `labels`; `shift_labels` are shifted already, and win.
+        labels: (...) int64 targets, which the loss shifts.
+        shift_labels: (...) targets that are shifted already; they win.
         tokens: (...) integers, the predicted tokens, for "sampled" and `special_ids`; None: taken from the labels.
         old_logprobs: (...) the tokens' log-probabilities when they were sampled, for a divergence with a ratio: `SampledToken`.
         cu_seqlens: (n_sequences + 1,) int32 or int64 boundaries of packed sequences in the flattened positions.
@@ -69,7 +70,7 @@ def selective_opd_loss(
     Returns: `SelectiveOPDOutput`: `loss`, 0-dim; `selected`, `scores`, `stats` of the mask's shape; `metrics`.
     Raises: ValueError, TypeError: a wrong argument, before any work, with the value that came and the value that was expected.
         ValueError: logits that are not finite (`check_finite`), a `num_items_in_batch` of 0, after scoring.
-    Selectors, divergences, non-finite logits, denominators, ranks, torch.compile: docs/features.md.
+    More: docs/reference/ (selectors, divergences, metrics, errors), docs/numerics.md, docs/guides/.
     Example: a student equal to its teacher has nothing to learn.
         >>> logits = torch.randn(6, 32)
         >>> selective_opd_loss(logits, logits).loss

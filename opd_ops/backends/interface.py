@@ -65,7 +65,7 @@ class Backend(ABC):
         return False
 
     def hands_over(self, student: Source, teacher: Source | TeacherLists, divergence: Divergence) -> str | None:
-        """Why another backend computes this loss on the same device (docs/features.md has the table); None: none does."""
+        """Why another backend computes this loss on the same device (docs/reference/backends.md); None: none does."""
         return None
 
     def float8_refusal(self, student: Source, teacher: Source | TeacherLists) -> str | None:

@@ -146,12 +146,14 @@ def estimate_communication(
             vocabulary's parts count as equally wide.
         dtype: Dtype of logits, or of hidden states and weights, on both sides.
         tp: Number of ranks that share out the vocabulary: `process_group`.
-        dp, cp: Number of ranks with different sequences, and with different parts of the same sequences. `selection_group` has
-            dp cp ranks with scope "global", cp with "sequence", none with "batch".
+        dp: Number of ranks with different sequences.
+        cp: Number of ranks with different parts of the same sequences. `selection_group` has dp cp ranks with scope "global",
+            cp with "sequence", none with "batch".
         n_sequences: Sequences with a budget each, with scope "sequence".
         n_selected: Positions that this rank trains on; None: the budget of N, the average over ranks.
         n_positions: All positions of the call, masked positions too: a selector that draws sends a number for each. None: N.
-        n_teachers, mixture: Of a `Mixture`, the number of its teachers and its kind, "geometric" or "arithmetic".
+        n_teachers: Number of teachers of a `Mixture`.
+        mixture: Its kind, "geometric" or "arithmetic".
     Returns: `Communication`.
     Raises: ValueError, TypeError: an argument that does not fit, by name.
     Example: eight ranks share out the vocabulary. Each sends 440 bytes of statistics per token, and normalisers and gradients

@@ -77,14 +77,15 @@ def estimate(
 ) -> Estimate:
     """The cost of `selective_opd_loss` with a `LinearHead` on both sides, and of its backward.
 
-    Kernels count for every divergence on "triton", also where docs/features.md names another backend for it. The gradient of a
-    list alone ("local_support") counts as if no two rows had an id in common: the most. `Routed` teachers of one width cost as
-    one teacher.
+    Kernels count for every divergence on "triton", also where docs/reference/backends.md names another backend for it. The
+    gradient of a list alone ("local_support") counts as if no two rows had an id in common: the most. `Routed` teachers of one
+    width cost as one teacher.
 
     Args:
         N: Valid positions; with "teachability-released" all positions of the responses.
         V: Entries of the common vocabulary.
-        Ds, Dt: Hidden sizes of student and teacher; of a `Mixture` a sequence, the size of each teacher.
+        Ds: Hidden size of the student.
+        Dt: Hidden size of the teacher; of a `Mixture` a sequence, the size of each teacher.
         settings: Settings of the call, or `options`, settings by name. Only these are read: fraction, workspace_bytes, top_k,
             score_dtype, divergence, and backend: "triton" (also for "auto") or "torch".
         dtype: Dtype of hidden states and weights.

@@ -111,7 +111,8 @@ class LinearHead:
         """A `LinearHead` from an `nn.Linear`-like module. A LoRA-wrapped module is an error: its adapter would never train.
 
         A weight sharded by FSDP2 or ZeRO-3 is gathered once, on all its ranks. Its gradient is the mean over ranks, as FSDP2
-        and ZeRO-3 make it. To keep a DTensor sharded over the vocabulary, pass it as `weight` (docs/features.md).
+        and ZeRO-3 make it. To keep a DTensor sharded over the vocabulary, pass it as `weight`
+        (docs/guides/vocabulary-parallel.md).
         """
         if not isinstance(hidden, Tensor):
             raise TypeError(f"hidden: got {type(hidden).__name__}, expected a tensor (..., D)")

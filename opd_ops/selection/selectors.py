@@ -251,7 +251,7 @@ def everything(stats: TokenStats) -> Tensor:
 
 @dataclass(frozen=True)
 class Released:
-    """What TA's released code selects, from the two top-K lists: docs/features.md compares it with the paper.
+    """What TA's released code selects, from the two top-K lists: docs/reference/selectors.md compares it with the paper.
 
     With d = Norm(D), c = Norm(C), h = Norm(H), e = Norm(D C), the product before normalising:
         "teachability": d c; "teachability+entropy": h + e - h e; "tip": h + d - h d; "entropy": h

@@ -94,7 +94,7 @@ def test_digits_cover_the_key_and_histograms_stay_small(dtype, n_groups, n_targe
 
 
 def test_cost_of_the_common_searches():
-    """What docs/features.md states."""
+    """What docs/guides/several-gpus.md states."""
     assert [cost(torch.float32, 1, n) for n in (1, 4, 6)] == [(3, 20_480), (3, 69_632), (3, 102_400)]
     assert cost(torch.float32, 64, 1) == (4, 262_144)
     assert cost(torch.float32, 1, 1) == (3, 4 * (2**10 + 2**11 + 2**11))

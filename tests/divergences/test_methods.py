@@ -15,10 +15,8 @@ from opd_ops import LocalSupport, TailAware, TopK, score_positions
 from tests.divergences.test_divergences import draw_tokens
 from tests.support.cases import generator, leaf, logit_pair
 
-PAGE = (Path(__file__).parents[2] / "docs" / "features.md").read_text()
-ROWS = re.findall(
-    r"^\| (.*?) \| `(loss\(.*?\))`", PAGE.split("## Methods, each in one line")[1].split("\n## ")[0], re.MULTILINE
-)
+PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "methods.md").read_text()
+ROWS = re.findall(r"^\| (.*?) \| `(loss\(.*?\))`", PAGE, re.MULTILINE)
 
 
 def names():

@@ -9,8 +9,6 @@ Not here: shapes, clip and baseline token by token (test_divergences.py), units 
 """
 
 import math
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -347,14 +345,3 @@ def test_old_logprobs_are_checked():
         run(SampledToken(baseline="kl"), s, SampledLogprobs(tokens, log_mu), "torch")
     mask = torch.tensor([True, True, False])  # masked positions may hold anything
     assert run(weighted, s, u, "torch", tokens, mask=mask, old_logprobs=log_mu.masked_fill(~mask, math.nan)).loss.isfinite()
-
-
-def test_the_documentation_of_old_probabilities_runs():
-    text = (Path(__file__).parents[2] / "docs" / "features.md").read_text()
-    code = re.search(r"### The sampled token, and old probabilities.*?```python\n(.*?)```", text, re.DOTALL)[1]
-    s, u = logit_pair(20, 61, scale=2.0, seed=4)
-    y, log_mu, _ = with_old_logprobs(s, u)
-    names = {"student": leaf(s), "teacher": u, "y": y, "log_mu": log_mu}
-    exec(code, names | {x.__name__: x for x in (JSD, ImportanceWeighted, SampledToken, selective_opd_loss)}, names)
-    assert names["out"].loss.isfinite()
-    assert names["out"].metrics["ratio"] > 0

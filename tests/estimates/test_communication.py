@@ -302,7 +302,7 @@ def test_what_selection_sends_depends_on_sizes_of_groups_alone():
 
     got = of(10, 100)
     assert got == replace(of(10**6, 10**5), N=10)
-    # docs/features.md
+    # docs/guides/vocabulary-parallel.md
     assert (got.only(kind="all_reduce").count, got.only(kind="all_gather").count) == (10, 1)
     assert got.only(kind="all_reduce").bytes == 2 * 69_632 + 20_480 + 16
     assert of(10, 100, selector="entropy").only(kind="all_reduce").bytes == 20_480 + 16

@@ -348,6 +348,6 @@ def test_exact_scores_of_mixed_dense_logits_are_fp32():
 def test_a_selector_of_whole_responses_needs_a_teacher_at_masked_positions_too():
     teacher = Routed((LOGITS, LOGITS), INDEX.clone().index_fill(0, torch.tensor([1]), 7))
     mask = torch.ones(len(INDEX), dtype=torch.bool).index_fill(0, torch.tensor([1]), False)
-    score_positions(LOGITS, teacher, mask=mask)
+    score_positions(LOGITS, teacher, mask=mask, top_k=4)
     with pytest.raises(ValueError, match=r"Routed.index: got 7 at position 1 .* expected 0 ... 1"):
-        score_positions(LOGITS, teacher, mask=mask, selector="teachability-released")
+        score_positions(LOGITS, teacher, mask=mask, selector="teachability-released", top_k=4)

@@ -1,7 +1,7 @@
 """Losses of positions that several processes select together, against one process that holds all of them.
 
   Compared: losses and gradients, added up over ranks, within 1e-5; the number of collectives and their bytes with what
-  docs/features.md states. Ranks hold unequal parts, some of them none.
+  docs/guides/several-gpus.md states. Ranks hold unequal parts, some of them none.
   Run: make test ARGS=tests/loss/test_loss_over_ranks.py
 
 A function that `ranks.run` calls makes the whole data on every rank, from a seed, and compares its own part.
@@ -265,7 +265,7 @@ def test_the_shortlist_of_eight_bits_is_one_of_all_ranks(ranks):
 
 
 def window(selector):
-    """docs/features.md: several micro-batches on every rank are scored, then selected from once."""
+    """docs/guides/several-gpus.md: several micro-batches on every rank are scored, then selected from once."""
     student, teacher, mask = heads(3)
     rank = dist.get_rank(own_pair())
     micro = [slice(0, 1), slice(1, 3)] if rank == 0 else [slice(3, 4), slice(4, 6)]

@@ -1,7 +1,7 @@
 """Selection over several processes, against one process that holds all their positions.
 
-  Compared: selected sets and normalised scores exactly; the number of collectives and their bytes with what docs/features.md
-  states. Ranks hold unequal parts, some of them none.
+  Compared: selected sets and normalised scores exactly; the number of collectives and their bytes with what
+  docs/guides/several-gpus.md states. Ranks hold unequal parts, some of them none.
   Run: make test ARGS=tests/selection/test_budget_over_ranks.py
 
 A function that `ranks.run` calls makes the whole data on every rank, from a seed, and compares its own part.

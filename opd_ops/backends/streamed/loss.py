@@ -1,7 +1,7 @@
 """The loss of the streamed backend: it reads the selected rows a second time, block by block of the vocabulary.
 
   forward:  reverse and forward KL are columns of the score pass: no matmul. Other divergences sweep the selected rows:
-            `Summed` both models in one sweep (2 rho), `OnSupport` one model at a time (rho each; docs/features.md)
+            `Summed` both models in one sweep (2 rho), `OnSupport` one model at a time (rho each; docs/reference/divergences.md)
   backward: the rows' logits again (2 rho; rho where the gradient does not read the teacher), then dH and dW (2 rho)
   (rho: the share of rows that is selected; costs are in head-matmul units, streamed/backend.py)
 

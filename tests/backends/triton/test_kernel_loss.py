@@ -240,7 +240,7 @@ def test_torch_compile_rejects_divergences_without_an_operator(divergence):
 
 
 def test_the_documentation_says_which_losses_have_kernels():
-    section = (ROOT / "docs" / "features.md").read_text().split("## Losses by kernels\n")[1].split("\n## ")[0]
+    section = (ROOT / "docs" / "reference" / "backends.md").read_text().split("## Losses by kernels\n")[1].split("\n## ")[0]
     rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| `")]
     stated = {name: place.strip() == "kernels" for names, place in rows for name in re.findall(r"`(\w+)`", names)}
     assert stated == {name: kernel_loss.refusal(divergence) is None for name, divergence in DIVERGENCES.items()}
@@ -249,7 +249,7 @@ def test_the_documentation_says_which_losses_have_kernels():
 
 @pytest.mark.parametrize("kind", ["geometric", "arithmetic"])
 def test_kernels_compute_the_same_losses_for_a_mixture_of_teachers_as_for_one(kind):
-    """docs/features.md: a Mixture changes nothing in the table; kernels read mixed tiles, of any number of models."""
+    """docs/reference/backends.md: a Mixture changes nothing in the table; kernels read mixed tiles, of any number of models."""
     s, u = (Source.of(x) for x in logit_pair(2, 31))
     mixing = Mixing((0.5, 0.3, 0.2), kind)
     mixture = u._replace(transform=replace(u.transform, mixing=mixing), others=(s, u))

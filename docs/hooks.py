@@ -1,0 +1,69 @@
+"""What MkDocs does to the pages as it builds the site (mkdocs.yml names this file).
+
+  - The changelog, and the pictures that benchmarks draw, stand outside of docs/: they become files of the site.
+  - A link that leaves docs/ works where the pages are read as files. In the site a picture is found at its new place, and a
+    link to source becomes the path of that source.
+  - `<!-- table of settings -->` becomes a table of `Settings`, from the package itself.
+
+Not here: the look (site.css), the pictures that the site draws for itself (draw.py).
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mkdocs.structure.files import File
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+RESULTS = "benchmarks/results"
+LINK = re.compile(r"(!?)\[([^\]]*)\]\((\.\./[^)#\s]+)(#[^)]*)?\)")
+HIDDEN = re.compile(r"^<!-- (hidden\n.*?|full )-->\n", re.DOTALL | re.MULTILINE)  # for tests alone: tests/docs/pages.py
+SETTINGS = "<!-- table of settings -->"
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    files.append(File.generated(config, "changelog.md", abs_src_path=str(ROOT / "CHANGELOG.md")))
+    for picture in sorted((ROOT / RESULTS).rglob("*.png")):
+        name = picture.relative_to(ROOT).as_posix()
+        files.append(File.generated(config, name.removeprefix("benchmarks/"), abs_src_path=str(picture)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    here = posixpath.dirname(f"docs/{page.file.src_uri}")
+
+    def inside(match: re.Match[str]) -> str:
+        mark, text, target, _ = match.groups()
+        path = posixpath.normpath(posixpath.join(here, target))
+        if path.startswith("docs/"):
+            return match[0]
+        if not (ROOT / path).exists():
+            raise FileNotFoundError(f"{page.file.src_uri}: links to {target}, which is no file of the repository")
+        if path.endswith(".png"):
+            return f"{mark}[{text}]({os.path.relpath(path.replace('benchmarks', 'docs', 1), here)})"
+        label = text.strip("`")
+        return f"`{path}`" if posixpath.basename(path) == label else f"{text} (`{path}`)"
+
+    return LINK.sub(inside, HIDDEN.sub("", markdown)).replace(SETTINGS, _settings() if SETTINGS in markdown else "")
+
+
+def _settings() -> str:
+    """A table of the names, the defaults and the sentences of all settings."""
+    from opd_ops.settings import Settings
+
+    rows = ["| setting | default | meaning |", "|---|---|---|"]
+    for setting in fields(Settings):
+        default = f'"{setting.default}"' if isinstance(setting.default, str) else setting.default
+        sentence = setting.metadata["help"].replace("|", "\\|")
+        rows.append(f"| `{setting.name}` | `{default}` | {sentence} |")
+    return "\n".join(rows)
