@@ -106,7 +106,7 @@ class OPDTrainer:
         if holds_run and not config.resume:
             raise ValueError(f"output_dir: {self.folder} holds a run; pass resume to continue it, or another folder")
         self.prompts, self.held_out = self._read_prompts(prompts, eval_prompts)
-        is_student = teacher is None and config.teacher == SAME and config.teacher_url is None
+        is_student = teacher is None and config.teacher == SAME and not config.teacher_sends_lists
         if is_student and config.teacher_system is None and all(prompt.teacher_system is None for prompt in self.prompts):
             raise ValueError(
                 "teacher: got 'same' and no teacher_system, so that student and teacher are one and there is nothing to learn; "
@@ -125,11 +125,11 @@ class OPDTrainer:
         self.start, self.damaged = choose(self.folder / FOLDER, self.accelerator) if config.resume else (None, {})
         self.changed = {} if self.start is None else check_resume(self.start, config, digests)
         self.tokenizer = load_tokenizer(config.student) if tokenizer is None else tokenizer
-        if teacher is None:
-            check_teacher(config, self.tokenizer, [*self.prompts, *self.held_out])
+        lists = check_teacher(config, self.tokenizer, [*self.prompts, *self.held_out]) if teacher is None else None
         check_rollout_server(config, self.accelerator.num_processes, self.tokenizer, self.prompts)
         model = load_student(self.config) if student is None else make_trainable(student, self.config)
-        teacher = make_teacher(config, model, self.tokenizer, self.accelerator.device) if teacher is None else teacher
+        if teacher is None:
+            teacher = make_teacher(config, model, self.tokenizer, self.accelerator.device, lists)
         is_alone = self.accelerator.num_processes == 1 or isinstance(teacher, (LocalTeacher, BaseTeacher))
         self.teacher = teacher if is_alone else JointTeacher(teacher, self.accelerator)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
