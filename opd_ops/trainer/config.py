@@ -92,6 +92,9 @@ class OPDConfig:
         120.0,
         "How long a server's failed requests are sent again before a checkpoint is saved and the run ends.",
     )
+    process_timeout: float | None = _option(
+        None, "How long a process waits for the others, in seconds; none: as torch does, 1800, with NCCL 600."
+    )
     # loss
     selector: str = _option(str(DEFAULTS.selector), HELP["selector"])
     fraction: float = _option(DEFAULTS.fraction, HELP["fraction"])
@@ -200,6 +203,8 @@ class OPDConfig:
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "temperature", "lora_dropout", "server_retry_seconds"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a finite number of at least 0")
+        if self.process_timeout is not None and not 0 < self.process_timeout < math.inf:
+            raise ValueError(f"process_timeout: got {self.process_timeout}, expected a finite number of seconds > 0")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: got {self.top_p}, expected a number in (0, 1]")
         if self.temperature == 0:

@@ -70,6 +70,7 @@ def test_every_option_has_a_help_text_and_a_flag(capsys):
         (["--top_k=0"], "top_k: got 0, expected at least 1"),
         (["--steps=0"], "steps: got 0, expected an integer of at least 1"),
         (["--learning_rate=nan"], "learning_rate: got nan, expected a finite number"),
+        (["--process_timeout=0"], "process_timeout: got 0.0, expected a finite number of seconds > 0"),
         (["--temperature=0"], "temperature: got 0, expected a number > 0"),
         (["--top_p=0"], r"top_p: got 0.0, expected a number in \(0, 1\]"),
         (["--teacher_url=http://x"], "divergence: got 'reverse_kl', which TopKLogprobs cannot give"),
