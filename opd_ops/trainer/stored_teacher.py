@@ -6,6 +6,7 @@
 Both have `score(contexts, answers)` of a server's client (servers/scoring.py), with the same numbers to the bit: the
 server's fp32 numbers are stored. All shards of a folder have one teacher, one tokenizer and one K. Each process writes shards
 under names of its own, so several may fill one folder; it sees the shards of others that were there when it opened the folder.
+Scores of given ids (`score_ids`) are not stored.
 Not here: the file (stored_shard.py), the servers (servers/).
 """
 
@@ -32,10 +33,10 @@ if TYPE_CHECKING:
 SHARD_BYTES = 2 << 20  # of ids and log-probabilities; a shard that has more is not added to
 
 
-class MissingAnswerError(ServerError):
-    """A stored teacher was asked for an answer that its folder lacks."""
+class StoreError(ServerError):
+    """A folder lacks an answer, or cannot be written. It ends all processes of a run, as a server's error does."""
 
-    resume_when = "once the folder has them"
+    resume_when = "once that is mended"
 
 
 class StoredTeacher:
@@ -86,7 +87,7 @@ class StoredTeacher:
     def score(self, contexts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> TopKLogprobs:
         """As `TeacherServer.score`.
 
-        Raises: ValueError: an answer without a context. MissingAnswerError: the folder lacks an answer.
+        Raises: ValueError: an answer without a context. StoreError: the folder lacks an answer.
         """
         check_questions(contexts, answers)
         shape = len(answers), max(map(len, answers), default=0), self.source.top_k + 1
@@ -100,7 +101,7 @@ class StoredTeacher:
                 missing.append(b)
         if missing:
             context, answer = contexts[missing[0]], answers[missing[0]]
-            raise MissingAnswerError(
+            raise StoreError(
                 f"{self.folder}: lacks {len(missing)} of {len(answers)} answers, the first has the tokens {list(answer)[:8]} … "
                 f"after a context of {len(context)} tokens, {list(context)[:8]} …; a run with the same options and with "
                 "teacher_url (in another output_dir) adds them"
@@ -147,7 +148,7 @@ class StoringTeacher:
         self._growing: list[StoredAnswer] = []  # the answers of the shard that is not full yet
 
     def score(self, contexts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> TopKLogprobs:
-        """As `TeacherServer.score`."""
+        """As `TeacherServer.score`. Raises: StoreError: the folder cannot be written."""
         check_questions(contexts, answers)
         pairs = [(tuple(context), tuple(answer)) for context, answer in zip(contexts, answers, strict=True) if len(answer)]
         lacking = [pair for pair in dict.fromkeys(pairs) if self.stored.find(*pair) is None]  # each once, in their order
@@ -162,7 +163,10 @@ class StoringTeacher:
         for b, (context, answer) in enumerate(zip(contexts, answers, strict=True)):
             self._growing.append(StoredAnswer(context, answer, lists.ids[b, : len(answer)], lists.logprobs[b, : len(answer)]))
         path = self.stored.folder / f"{self._name}-{self._n_full:06}{SUFFIX}"
-        write_shard(path, self.stored.source, self._growing)
+        try:
+            write_shard(path, self.stored.source, self._growing)
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be written ({error.strerror}); free some room, or check the folder") from error
         self.stored.add(Shard(path))
         if sum(8 * answer.ids.numel() for answer in self._growing) > SHARD_BYTES:
             self._growing, self._n_full = [], self._n_full + 1

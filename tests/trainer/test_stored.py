@@ -23,7 +23,7 @@ from opd_ops.trainer import stored_teacher as stored
 from opd_ops.trainer.servers.retries import ServerError
 from opd_ops.trainer.servers.teacher import ServedTeacher
 from opd_ops.trainer.stored_shard import Shard, Source, StoredAnswer, write_shard
-from opd_ops.trainer.stored_teacher import MissingAnswerError, StoredTeacher, StoringTeacher, vocabulary_digest
+from opd_ops.trainer.stored_teacher import StoredTeacher, StoreError, StoringTeacher, vocabulary_digest
 from tests.integrations.models import VOCAB, tokenizer
 from tests.support.cases import generator, leaf
 from tests.support.servers import Clock, StandIn, prompt_logprobs, scripted
@@ -107,7 +107,7 @@ def test_answers_are_reached_by_number_and_by_their_tokens(tmp_path, server):
 
 def test_an_answer_that_the_folder_lacks_is_named(tmp_path, server):
     filled(tmp_path, server[0])
-    with pytest.raises(MissingAnswerError) as error:
+    with pytest.raises(StoreError) as error:
         StoredTeacher(tmp_path).score([*CONTEXTS, [1, 2]], [*ANSWERS, [3, 4]])
     assert f"{tmp_path}: lacks 1 of 5 answers, the first has the tokens [3, 4] … after a context of 2 tokens, [1, 2]" in str(
         error.value
@@ -159,6 +159,17 @@ def test_a_server_that_fails_leaves_the_folder_as_it_was(tmp_path, server):
     with scripted(StandIn(prompt_logprobs, fails=[400])) as (url, _), pytest.raises(ServerError, match="answered 400"):
         keeping(url, tmp_path).score([[1]], [[2]])
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [before]
+
+
+def test_a_full_disk_is_an_error_that_ends_all_processes(tmp_path, server, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stored, "write_shard", full)
+    with pytest.raises(
+        StoreError, match=r"-000000\.safetensors: cannot be written \(No space left on device\); free some room"
+    ):
+        keeping(server[0], tmp_path).score([[1]], [[2]])
 
 
 def fill(folder, rank):
@@ -274,7 +285,7 @@ def test_a_run_with_the_folder_alone_is_the_run_with_the_server_to_the_bit(tmp_p
 def test_a_run_that_lacks_an_answer_saves_and_continues_once_it_is_there(tmp_path, server):
     url, folder = server[0], str(tmp_path / "answers")
     trainer(tmp_path / "short", steps=1, teacher_url=url, teacher_store=folder, **LISTS).train()
-    with pytest.raises(ServerError, match=r"lacks 2 of 2 .* Saved after step 1: pass resume to continue once the folder has"):
+    with pytest.raises(ServerError, match=r"lacks 2 of 2 .* Saved after step 1: pass resume to continue once that is mended"):
         trainer(tmp_path / "alone", steps=2, teacher_store=folder, **LISTS).train()
     trainer(tmp_path / "whole", steps=2, teacher_url=url, teacher_store=folder, **LISTS).train()
     trainer(tmp_path / "alone", steps=2, teacher_store=folder, resume=True, **LISTS).train()
