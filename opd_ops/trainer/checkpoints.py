@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # Options that may change between a run and its continuation without a note in the log: no step depends on them.
 FREE = {"steps", "eval_every", "completions", "save_every", "keep_checkpoints", "output_dir", "resume", "report_to", "run_name"}
-FREE |= {"teacher_api_key_env", "rollout_api_key_env", "server_retry_seconds"}
+FREE |= {"teacher_api_key_env", "rollout_api_key_env", "server_retry_seconds", "process_timeout"}
 # Options that may change with a note in the log: size of the next updates, and their memory. All other options decide what is
 # learned, from which prompts, and the meaning of the logged numbers. These may not change: all lines of a log mean the same.
 LOGGED = {"learning_rate", "weight_decay", "max_grad_norm", "gradient_checkpointing", "workspace_bytes"}

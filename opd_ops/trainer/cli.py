@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from opd_ops.trainer.config import read_config
+from opd_ops.trainer.lost_processes import LostProcessError
 from opd_ops.trainer.servers.retries import ServerError
 
 
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         OPDTrainer(config).train()
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error}; opd-train needs what pip install 'opd-ops[train]' installs")
-    except (ValueError, OSError, FloatingPointError, ServerError) as error:
+    except (ValueError, OSError, FloatingPointError, ServerError, LostProcessError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")  # one line, also if a library's error has several
 
 

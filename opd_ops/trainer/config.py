@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SAME = "same"
 PASSED_AS_OBJECT = "passed as an object"
-PATHS = ("student", "teacher", "prompts", "eval_prompts", "output_dir")  # options that may be paths
+PATHS = ("student", "teacher", "teacher_store", "prompts", "eval_prompts", "output_dir")  # options that may be paths
 Scope = Literal["batch", "sequence", "global"]
 Value = TypeVar("Value")
 
@@ -61,6 +61,9 @@ class OPDConfig:
         None, "Environment variable that holds the key of the server of `teacher_url`, if any."
     )
     teacher_top_k: int = _option(16, "Log-probabilities that are asked of that server for each token.")
+    teacher_store: str | None = _option(
+        None, "Folder that keeps that server's log-probabilities, so that it is asked once; without teacher_url: the teacher."
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = _option("float32", "Of the student's weights; 'auto': as stored.")
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option("auto", "Of the teacher's weights.")
     mixed_precision: Literal["no", "bf16"] = _option("no", "bf16: the student's body computes in 16 bits, its weights stay.")
@@ -88,6 +91,9 @@ class OPDConfig:
     server_retry_seconds: float = _option(
         120.0,
         "How long a server's failed requests are sent again before a checkpoint is saved and the run ends.",
+    )
+    process_timeout: float | None = _option(
+        None, "How long a process waits for the others, in seconds; none: as torch does, 1800, with NCCL 600."
     )
     # loss
     selector: str = _option(str(DEFAULTS.selector), HELP["selector"])
@@ -126,6 +132,11 @@ class OPDConfig:
     resume: bool = _option(False, "Continue from the newest intact checkpoint in output_dir, if there is one.")
     report_to: str = _option("", "Trackers, like tensorboard,wandb.")
     run_name: str = _option("opd", "The run's folder in TensorBoard, its project in Weights & Biases.")
+
+    @property
+    def teacher_sends_lists(self) -> bool:
+        """Whether the teacher is a server or a folder, and so no model on this machine."""
+        return self.teacher_url is not None or self.teacher_store is not None
 
     def settings(self) -> Settings:
         """Settings of the loss."""
@@ -192,12 +203,15 @@ class OPDConfig:
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "temperature", "lora_dropout", "server_retry_seconds"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a finite number of at least 0")
+        if self.process_timeout is not None and not 0 < self.process_timeout < math.inf:
+            raise ValueError(f"process_timeout: got {self.process_timeout}, expected a finite number of seconds > 0")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: got {self.top_p}, expected a number in (0, 1]")
         if self.temperature == 0:
             raise ValueError("temperature: got 0, expected a number > 0: on-policy training needs sampled answers")
-        if self.teacher_url is not None and self.teacher != SAME:
-            raise ValueError(f"teacher: got {self.teacher!r} beside teacher_url, expected one of the two")
+        for name in ("teacher_url", "teacher_store"):
+            if getattr(self, name) is not None and self.teacher != SAME:
+                raise ValueError(f"teacher: got {self.teacher!r} and a {name}, expected one of the two")
         if self.teacher == SAME and self.lora_rank > 0 and self.teacher_dtype != "auto":
             raise ValueError(
                 f"teacher_dtype: got {self.teacher_dtype!r}, but under LoRA the teacher 'same' is the student's base"
@@ -253,6 +267,11 @@ class OPDConfig:
             )
 
     def _check_servers(self) -> None:
+        if self.teacher_store is not None and self.teacher_url is None and not Path(self.teacher_store).is_dir():
+            raise ValueError(
+                f"teacher_store: got {self.teacher_store!r}, expected a folder that exists; with teacher_url a run makes and "
+                "fills it"
+            )
         if self.teacher_api not in ("vllm", "sglang"):
             raise ValueError(f"teacher_api: got {self.teacher_api!r}, expected 'vllm' or 'sglang'")
         for role in ("teacher", "rollout"):
@@ -281,7 +300,7 @@ class OPDConfig:
             raise ValueError(f"report_to: got {missing[0]!r}, whose package is not installed; pip install it, or leave it out")
 
     def _check_loss(self) -> None:
-        self.settings().for_host(passes_tokens=True, teacher=None if self.teacher_url is None else "TopKLogprobs")
+        self.settings().for_host(passes_tokens=True, teacher="TopKLogprobs" if self.teacher_sends_lists else None)
 
 
 def read_config(arguments: Sequence[str] | None = None) -> OPDConfig:

@@ -28,11 +28,11 @@ def read_text(path: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write the file so that a reader, also after a crash, sees either the whole text or the previous content."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write the file so that a reader, also after a crash, sees either the whole content or the previous one."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

@@ -17,12 +17,13 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor
 from transformers import get_scheduler
 
@@ -32,6 +33,7 @@ from opd_ops.trainer import evaluation
 from opd_ops.trainer.blow_up import are_finite, blow_up
 from opd_ops.trainer.checkpoints import FOLDER, Checkpoints, check_resume, choose, save_model
 from opd_ops.trainer.config import PASSED_AS_OBJECT, SAME, OPDConfig
+from opd_ops.trainer.lost_processes import LostProcesses
 from opd_ops.trainer.model_card import describe_teacher, model_card
 from opd_ops.trainer.models import load_tokenizer
 from opd_ops.trainer.order import seed_of
@@ -106,7 +108,7 @@ class OPDTrainer:
         if holds_run and not config.resume:
             raise ValueError(f"output_dir: {self.folder} holds a run; pass resume to continue it, or another folder")
         self.prompts, self.held_out = self._read_prompts(prompts, eval_prompts)
-        is_student = teacher is None and config.teacher == SAME and config.teacher_url is None
+        is_student = teacher is None and config.teacher == SAME and not config.teacher_sends_lists
         if is_student and config.teacher_system is None and all(prompt.teacher_system is None for prompt in self.prompts):
             raise ValueError(
                 "teacher: got 'same' and no teacher_system, so that student and teacher are one and there is nothing to learn; "
@@ -120,16 +122,22 @@ class OPDTrainer:
             raise ValueError(f"output_dir: got {config.output_dir!r}, expected a folder ({error.strerror})") from None
         precision = None if config.mixed_precision == "no" else config.mixed_precision
         trackers = config.trackers() or None
-        self.accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_dir=str(self.folder))
+        timeout = None if config.process_timeout is None else timedelta(seconds=config.process_timeout)
+        self.accelerator = Accelerator(
+            mixed_precision=precision,
+            log_with=trackers,
+            project_dir=str(self.folder),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+        )
         digests = {"prompts": digest_of(self.prompts), "held-out prompts": digest_of(self.held_out)}
         self.start, self.damaged = choose(self.folder / FOLDER, self.accelerator) if config.resume else (None, {})
         self.changed = {} if self.start is None else check_resume(self.start, config, digests)
         self.tokenizer = load_tokenizer(config.student) if tokenizer is None else tokenizer
-        if teacher is None:
-            check_teacher(config, self.tokenizer, [*self.prompts, *self.held_out])
+        lists = check_teacher(config, self.tokenizer, [*self.prompts, *self.held_out]) if teacher is None else None
         check_rollout_server(config, self.accelerator.num_processes, self.tokenizer, self.prompts)
         model = load_student(self.config) if student is None else make_trainable(student, self.config)
-        teacher = make_teacher(config, model, self.tokenizer, self.accelerator.device) if teacher is None else teacher
+        if teacher is None:
+            teacher = make_teacher(config, model, self.tokenizer, self.accelerator.device, lists)
         is_alone = self.accelerator.num_processes == 1 or isinstance(teacher, (LocalTeacher, BaseTeacher))
         self.teacher = teacher if is_alone else JointTeacher(teacher, self.accelerator)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -161,7 +169,8 @@ class OPDTrainer:
 
         Raises: SystemExit(143): SIGTERM came; a checkpoint was saved first. FloatingPointError: a loss, a gradient or weights
             are not finite; the weights are not saved, and the message names the checkpoint to continue from. ServerError: a
-            server failed for longer than `server_retry_seconds`; a checkpoint was saved.
+            server failed for longer than `server_retry_seconds`; a checkpoint was saved. LostProcessError: another process
+            did not take part for `process_timeout`; the message names it.
         """
         settings = {name: value for name, value in dataclasses.asdict(self.config).items() if value is not None}
         self.accelerator.init_trackers(self.config.run_name, config=settings)
@@ -169,6 +178,7 @@ class OPDTrainer:
             closing(self.sampler) if isinstance(self.sampler, ServerSampler) else nullcontext(),
             Stopping(self.accelerator) as stopping,
             RunLog(self.folder, self.accelerator, self.config.steps) as log,
+            LostProcesses(self.accelerator),
         ):
             self.done = self._begin(log)
             try:

@@ -17,8 +17,10 @@ from opd_ops.trainer.models import PACKAGE
 
 def describe_teacher(config: OPDConfig) -> str:
     """The teacher, in words."""
-    name = config.teacher_url or ("the student's own initial weights" if config.teacher == SAME else config.teacher)
-    return f"{name}, told more in its system message" if config.teacher_system or config.teacher == SAME else name
+    is_student = config.teacher == SAME and not config.teacher_sends_lists
+    name = "the student's own initial weights" if is_student else config.teacher
+    name = config.teacher_url or config.teacher_store or name
+    return f"{name}, told more in its system message" if config.teacher_system or is_student else name
 
 
 def model_card(config: OPDConfig, teacher: str, before: Mapping[str, float], after: Mapping[str, float]) -> str:

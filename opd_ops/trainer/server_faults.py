@@ -45,7 +45,7 @@ class JointTeacher:
 def save_after_failure(checkpoints: Checkpoints, done: int, contexts: Rollouts | None, failure: ServerError) -> ServerError:
     """Save the weights after `done` updates, unless a checkpoint has them. Returns the error that ends the run."""
     if done == 0:
-        return ServerError(f"{failure}. No update was made yet: pass resume to begin anew when the server is back")
+        return ServerError(f"{failure}. No update was made yet: pass resume to begin anew {failure.resume_when}")
     if not any(step_of(path) == done for path in complete(checkpoints.folder)):
         checkpoints.save(done, contexts, prunes=False)
-    return ServerError(f"{failure}. Saved after step {done}: pass resume to continue when the server is back")
+    return ServerError(f"{failure}. Saved after step {done}: pass resume to continue {failure.resume_when}")

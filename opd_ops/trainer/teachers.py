@@ -1,16 +1,19 @@
-"""Teachers: a local model, the student's base model under LoRA, or a server. Each reads rollouts with its own system message.
+"""Teachers: a local model, the student's base model under LoRA, a server, or a folder of what a server said.
+
+Each reads rollouts with its own system message.
 
   teacher(rollouts) -> LinearHead over (B, L, D), or TopKLogprobs (B, L, K);  row i predicts answer token i
 
 The student's tokenizer and chat template write the teacher's prompt too: both models share one vocabulary.
-Not here: the server's protocol (servers/teacher.py), how prompts and answers are aligned (rollouts.py).
+Not here: the server's protocol (servers/teacher.py), the folder (stored_teacher.py), how prompts and answers are aligned
+(rollouts.py).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -21,6 +24,7 @@ from opd_ops.trainer.config import SAME, OPDConfig
 from opd_ops.trainer.models import load_model, load_tokenizer
 from opd_ops.trainer.prompts import Prompt
 from opd_ops.trainer.rollouts import Rollouts, context_ids, head_over, longest_context
+from opd_ops.trainer.stored_teacher import StoredTeacher, StoringTeacher, vocabulary_digest
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -58,10 +62,17 @@ class BaseTeacher:
         return head
 
 
-class ServerTeacher:
-    """Top-K log-probabilities from a server."""
+class ListSource(Protocol):
+    """A server's client, or a folder of a server's answers."""
 
-    def __init__(self, server: TeacherServer, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> None:
+    def score(self, contexts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> TopKLogprobs:
+        """As `TeacherServer.score`."""
+
+
+class ServerTeacher:
+    """Top-K log-probabilities from a server, or from a folder of its answers."""
+
+    def __init__(self, server: ListSource, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> None:
         self.server, self.tokenizer, self.system = server, tokenizer, system
 
     def __call__(self, rollouts: Rollouts) -> TopKLogprobs:
@@ -75,19 +86,25 @@ class ServerTeacher:
         return TopKLogprobs(ids.to(device), logprobs.to(device))
 
 
-def check_teacher(config: OPDConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> None:
-    """Check the teacher before any model loads.
+def check_teacher(config: OPDConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> ListSource | None:
+    """Check the teacher before any model loads. Returns the source of its lists, if it sends lists.
 
-    Raises: ValueError: the teacher has another vocabulary. ServerError: the server cannot teach, or its model cannot read the
-        longest prompt and answer.
+    Raises: ValueError: the teacher has another vocabulary, or its folder has a damaged or foreign shard. ServerError: the
+        server cannot teach, or its model cannot read the longest prompt and answer.
     """
     if config.teacher_url is not None:
         server = _server(config)
         server.check()
         longest = longest_context(tokenizer, prompts, systems(prompts, config.teacher_system))
         server.check_length(longest, config.max_new_tokens)
-    elif config.teacher != SAME:
+        if config.teacher_store is None:
+            return server
+        return StoringTeacher(server, config.teacher_store, tokenizer=vocabulary_digest(tokenizer))
+    if config.teacher_store is not None:
+        return StoredTeacher(config.teacher_store, tokenizer=vocabulary_digest(tokenizer), top_k=config.teacher_top_k)
+    if config.teacher != SAME:
         check_tokenizers(tokenizer, load_tokenizer(config.teacher))
+    return None
 
 
 def _server(config: OPDConfig) -> TeacherServer:
@@ -106,11 +123,15 @@ def _server(config: OPDConfig) -> TeacherServer:
 
 
 def make_teacher(
-    config: OPDConfig, student: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    config: OPDConfig,
+    student: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    lists: ListSource | None,
 ) -> Teacher:
-    """The teacher that the options name and `check_teacher` has checked; `student` is the model before any training."""
-    if config.teacher_url is not None:
-        return ServerTeacher(_server(config), tokenizer, config.teacher_system)
+    """The teacher that the options name. `student`: the model before any training; `lists`: the result of `check_teacher`."""
+    if lists is not None:
+        return ServerTeacher(lists, tokenizer, config.teacher_system)
     if config.teacher == SAME and config.lora_rank > 0:
         return BaseTeacher(student, tokenizer, config.teacher_system)
     if config.teacher == SAME:

@@ -28,7 +28,10 @@ class ServerError(RuntimeError):
     Attributes:
         code: The HTTP status; None: there was no answer.
         is_temporary: Whether the same request may succeed later.
+        resume_when: When a run that ended with it may continue, in words.
     """
+
+    resume_when = "when the server is back"
 
     def __init__(self, message: str, *, code: int | None = None, is_temporary: bool = False) -> None:
         super().__init__(message)

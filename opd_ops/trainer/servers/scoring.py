@@ -98,7 +98,7 @@ class TeacherServer(ABC):
         Raises: ServerError: it cannot.
         """
         what = f"context ({n_context}) + answer ({n_answer}) + 1"
-        self.client.check_length(self._served(), n_context + n_answer + 1, what)
+        self.client.check_length(self.served(), n_context + n_answer + 1, what)
 
     def score(self, contexts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> TopKLogprobs:
         """The teacher's log-probabilities after it has read `contexts[b]` and `answers[b][:i]`.
@@ -115,7 +115,7 @@ class TeacherServer(ABC):
         questions = self._questions(contexts, answers, None)
         shape = len(answers), max(map(len, answers), default=0), self.top_k + 1
         ids, logprobs = torch.full(shape, -1), torch.full(shape, -torch.inf)
-        for b, rows in zip(questions, self._top(self._served().name, list(questions.values())), strict=True):
+        for b, rows in zip(questions, self._top(self.served().name, list(questions.values())), strict=True):
             padded = [self._padded(pairs) for pairs in rows]
             ids[b, : len(rows)] = torch.tensor([[token for token, _ in pairs] for pairs in padded])
             logprobs[b, : len(rows)] = torch.tensor([[logprob for _, logprob in pairs] for pairs in padded])
@@ -144,7 +144,7 @@ class TeacherServer(ABC):
         lengths = torch.tensor([len(answer) for answer in answers]).unsqueeze(1)
         given = ids.cpu().masked_fill((torch.arange(ids.shape[1]) >= lengths).unsqueeze(2), -1)
         logprobs = torch.full(ids.shape, -torch.inf)
-        for b, rows in zip(questions, self._given(self._served().name, list(questions.values())), strict=True):
+        for b, rows in zip(questions, self._given(self.served().name, list(questions.values())), strict=True):
             logprobs[b, : len(rows)] = rows
         return TopKLogprobs(given, logprobs.masked_fill((given < 0) | (logprobs <= MISSING_LOGPROB), -torch.inf))
 
@@ -156,7 +156,8 @@ class TeacherServer(ABC):
     def _given(self, model: str, questions: Sequence[Question]) -> list[Tensor]:
         """For each question, the (length of the answer, K) log-probabilities of its ids; any number where the id is -1."""
 
-    def _served(self) -> ServedModel:
+    def served(self) -> ServedModel:
+        """The model that is asked. Raises: ServerError: the server does not have it."""
         if self._chosen is None:
             self._chosen = self.client.choose(self.model)
             self.model = self._chosen.name
@@ -166,13 +167,7 @@ class TeacherServer(ABC):
         self, contexts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], ids: Tensor | None
     ) -> dict[int, Question]:
         """The questions about answers that are not empty, by their rows in the batch."""
-        if len(contexts) != len(answers):
-            raise ValueError(f"answers: got {len(answers)}, expected one for each of the {len(contexts)} contexts")
-        empty = [i for i, context in enumerate(contexts) if not len(context)]
-        if empty:
-            raise ValueError(
-                f"contexts: number {empty[0]} is empty, expected a token at least; the first predicts nothing else"
-            )
+        check_questions(contexts, answers)
         questions = {}
         for b, (context, answer) in enumerate(zip(contexts, answers, strict=True)):
             if len(answer):
@@ -202,3 +197,15 @@ class TeacherServer(ABC):
             raise ServerError(
                 f"{where} has {largest:.4g}, expected log-probabilities, at most 0, not logits; {self.not_normalised}"
             )
+
+
+def check_questions(contexts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> None:
+    """Check that each answer has a context, and that no context is empty.
+
+    Raises: ValueError: otherwise.
+    """
+    if len(contexts) != len(answers):
+        raise ValueError(f"answers: got {len(answers)}, expected one for each of the {len(contexts)} contexts")
+    empty = [i for i, context in enumerate(contexts) if not len(context)]
+    if empty:
+        raise ValueError(f"contexts: number {empty[0]} is empty, expected a token at least; the first predicts nothing else")

@@ -1,0 +1,72 @@
+"""The names of lost processes: ranks that stand still, that ended, and a store that has gone, without processes of their own.
+
+  Run: make test ARGS=tests/trainer/test_lost_processes.py
+
+Not here: hosts that are cut off (test_two_hosts.py).
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
+from torch.distributed import TCPStore
+
+from opd_ops.trainer import lost_processes
+from opd_ops.trainer.lost_processes import LostProcessError, LostProcesses
+
+TIMED_OUT = "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 15000ms for recv operation to complete"
+
+
+@pytest.fixture
+def store(monkeypatch):
+    for name, seconds in (("BEAT", 0.02), ("WATCHED", 0.4), ("REACHED", 0.5)):
+        monkeypatch.setattr(lost_processes, name, seconds)
+    opened = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=1), wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(opened.port))
+    return opened
+
+
+def process(rank, size=3):
+    return LostProcesses(SimpleNamespace(process_index=rank, num_processes=size))
+
+
+def error_of(rank, said=TIMED_OUT):
+    with pytest.raises(LostProcessError) as error, process(rank):
+        raise RuntimeError(said)
+    return str(error.value)
+
+
+def test_a_rank_that_stands_still_is_named_and_one_that_counts_is_not(store):
+    with process(1):
+        text = error_of(0)
+    assert text.startswith("rank 0 of 3: rank 2 did not answer for 0.4 s, so its host was cut off or its process was killed")
+    assert "Timed out waiting 15000ms" in text
+    assert text.endswith("Start all processes again, with resume")
+
+
+def test_ranks_that_ended_are_named_where_none_is_lost(store):
+    with process(1), pytest.raises(MemoryError), process(2):
+        raise MemoryError  # an error of its own, which stays what it is
+    with process(1):
+        assert "rank 0 of 3: rank 2 ended; the output of that process has its error" in error_of(0)
+        with process(2):
+            assert "all processes answer, but a collective failed; was one slower than process_timeout?" in error_of(0)
+
+
+def test_a_store_that_has_gone_names_the_first_rank(store, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "9")
+    assert "rank 1 of 3: rank 0 does not answer, nor does the store of its host at 127.0.0.1:9" in error_of(1)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: an illegal memory access"), ValueError("gloo")])
+def test_other_errors_stay_as_they_are(error, store):
+    with pytest.raises(type(error), match=str(error)), process(0):
+        raise error
+
+
+def test_one_process_needs_no_store():
+    with pytest.raises(RuntimeError, match="gloo"), process(0, size=1):
+        raise RuntimeError("gloo")
