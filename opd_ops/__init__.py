@@ -35,7 +35,7 @@ from opd_ops.selection.selectors import Multinomial, Released, Selector
 from opd_ops.selection.stats import TokenStats
 from opd_ops.settings import Settings
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "JSD",

@@ -224,6 +224,12 @@ def test_main_learns_writes_and_repeats(loaded, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert f"{runs[0].held_out_kl[0]:.3f} -> {runs[0].held_out_kl[2]:.3f} nats" in said
     assert "tokens/s" in said
+    phases = ("Loading: ", "Evaluating: ", "Training: ", "Comparing: ")
+    assert [sum(line.startswith(phase) for line in said.splitlines()) for phase in phases] == [len(runs)] * len(phases)
+    last = " ".join(said.split())
+    assert last.endswith(
+        f"Now open {tmp_path / 'b'}/tokens.html in a browser: every token with its score, the selected ones outlined."
+    )
     assert (tmp_path / "a" / "kl.png").read_bytes().startswith(b"\x89PNG")
     pages = [(tmp_path / name / "tokens.html").read_text(encoding="utf-8") for name in ("a", "b")]
     assert pages[0] == pages[1]
