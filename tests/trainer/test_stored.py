@@ -53,7 +53,8 @@ def keeping(url, folder, **options):
 
 
 def scored(asked):
-    return [body["prompt"] for path, body, _ in asked if path == "/v1/completions"]
+    """The tokens of the requests, sorted: they come at the same time."""
+    return sorted(body["prompt"] for path, body, _ in asked if path == "/v1/completions")
 
 
 def filled(folder, url):
