@@ -22,6 +22,7 @@ FLAGS = [
     *("--max-model-len", "1024"),
     *("--max-logprobs", "64"),
     "--enforce-eager",
+    "--enable-scale-out",  # the route for scores of given ids
     "--enable-lora",
     *("--max-lora-rank", "16"),
     # Without these modules, prompt log-probabilities with --enable-lora end the engine; so does seeded sampling while the
@@ -34,7 +35,9 @@ ENVIRONMENT = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
+    # One thread, on whichever core is free.
     "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 
 
