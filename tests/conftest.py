@@ -22,6 +22,8 @@ hypothesis.settings.load_profile("repeatable")
 kernels.use()
 # Liger's kernels of this release take Python numbers where PTX has none: they need the interpreter.
 collect_ignore = ["support/ptx"] if kernels.IS_INTERPRETED else ["parity/test_liger.py"]
+if "OPD_VLLM" not in os.environ:  # a server in a virtual environment of its own: `make test-vllm`
+    collect_ignore.append("vllm")
 from opd_ops.call import choose  # noqa: E402
 from opd_ops.inputs import pair  # noqa: E402
 

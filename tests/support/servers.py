@@ -72,7 +72,8 @@ class StandIn:
 
     It lists loaded adapters among its models, each with the `parent` that base models do not have, and only base models with a
     `max_model_len`; it answers 404 to a model or an adapter that it does not have, and 400 to a name that is loaded already;
-    it cuts an answer at the context length, with finish_reason "length".
+    it cuts an answer at the context length, with finish_reason "length"; it answers 403 to scores of given ids, as without
+    --enable-scale-out.
 
     Args:
         fails: Codes that it answers first, to whatever is asked but /v1/models.
@@ -104,6 +105,8 @@ class StandIn:
                 return _error(404, f"The lora adapter '{name}' cannot be found.")
             self.adapters.remove(name)
             return 200, f"Success: LoRA adapter '{name}' removed successfully.".encode()
+        if path == "/inference/v1/generate":
+            return _error(403, "Scale-out endpoints are disabled. Restart vllm serve with --enable-scale-out to enable them.")
         if path != "/v1/completions":
             return _error(404, "Not Found")
         if body["model"] not in (*self.models, *self.adapters):

@@ -180,8 +180,10 @@ class ServerClient:
         except urllib.error.HTTPError as error:
             message = f"{self.url}{path}: answered {error.code}: {_reason(error)}"
             if error.code in (401, 403):
-                sent = "no key was sent" if self.api_key is None else "the key that was sent is not accepted"
-                message += f"; {sent}, pass api_key= (opd-train: {self.role}_api_key_env, the variable that holds the key)"
+                # vLLM also answers 403 where a flag has not enabled a route.
+                refused = "no key was sent" if self.api_key is None else "the key that was sent is not accepted"
+                about = refused if error.code == 401 else f"if this is about a key: {refused}"
+                message += f"; {about}, pass api_key= (opd-train: {self.role}_api_key_env, the variable that holds the key)"
             is_temporary = error.code >= 500 or error.code == 429
             raise ServerError(message, code=error.code, is_temporary=is_temporary) from error
         except (OSError, http.client.HTTPException) as error:

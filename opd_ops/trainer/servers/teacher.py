@@ -6,7 +6,8 @@
   given ids    POST /inference/v1/generate with "prompt_logprob_token_ids" [rows, K] and "prompt_logprob_start", the number of
                the context's tokens - 1: the answer has "prompt_token_id_logprobs", an fp32 matrix as base64 of a .npy file,
                whose row i scores answer token i (vLLM's docs/training/prompt_token_id_logprobs.md, pull request 56984 and
-               later). Needs its V2 model runner. Tested with recorded answers of this shape, not with vLLM itself.
+               later, like 0.32.0). Needs --enable-scale-out and the V2 model runner, and that Triton, on CPUs too. Tested
+               with recorded answers of this shape; of vLLM itself, with its refusals where these are missing.
 
 Not here: what all servers share (scoring.py), SGLang (sglang.py), a server to try it with (examples/serve_teacher.py).
 """
@@ -26,8 +27,8 @@ from opd_ops.trainer.servers.scoring import Pairs, Question, TeacherServer
 
 SERVE = "serve the teacher with vLLM: vllm serve MODEL --max-logprobs {k}"
 SERVE_IDS = (
-    "scores of given ids need a vLLM that has prompt_logprob_token_ids with one list a position, started with "
-    "VLLM_USE_V2_MODEL_RUNNER=1 and --max-logprobs {k}"
+    "scores of given ids need a vLLM that has prompt_logprob_token_ids with one list a position (like 0.32.0), started with "
+    "VLLM_USE_V2_MODEL_RUNNER=1, --enable-scale-out and --max-logprobs {k}"
 )
 
 
@@ -74,7 +75,7 @@ class ServedTeacher(TeacherServer):
         try:
             answers = self.client.post(path, bodies)
         except ServerError as error:
-            if error.code in (400, 404, 405, 422):
+            if error.code in (400, 403, 404, 405, 422):
                 raise ServerError(f"{error}; {hint}", code=error.code) from error
             raise
         return [self._matrix(answer, question, hint) for answer, question in zip(answers, questions, strict=True)]

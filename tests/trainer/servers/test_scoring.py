@@ -24,7 +24,7 @@ from opd_ops.trainer.servers.sglang import SGLangTeacher
 from opd_ops.trainer.servers.teacher import ServedTeacher
 from tests.integrations.models import VOCAB, language_model
 from tests.support.cases import generator, leaf
-from tests.support.servers import Clock, scripted
+from tests.support.servers import Clock, StandIn, scripted
 from tests.trainer.runs import trainer
 
 CONTEXTS, ANSWERS = [[5, 6, 7], [9], [4, 8]], [[10, 11], [12, 13, 14, 15, 12], []]
@@ -205,6 +205,10 @@ def test_the_trainer_learns_from_an_sglang_teacher(tmp_path, model):
             r"answered 404: Not Found; scores of given ids need a vLLM .*V2_MODEL_RUNNER=1",
         ),
         ((400, {"error": {"message": "unknown field"}}), "answered 400: unknown field; scores of given ids need"),
+        (
+            StandIn(None)("/inference/v1/generate", {}),
+            r"answered 403: Scale-out .* if this is about a key: .*; scores of given ids",
+        ),
         ((200, {"choices": []}), "answered without prompt_token_id_logprobs; scores of given ids need .* prefix cache"),
         ((200, {"prompt_token_id_logprobs": None}), "answered without prompt_token_id_logprobs"),
         ((200, {"prompt_token_id_logprobs": "not base64"}), r"cannot be read .*, expected base64 of a .npy array"),
