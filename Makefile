@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 export HF_HUB_OFFLINE := 1
 export PIP_CONSTRAINT := $(abspath constraints.txt)
+# Python compiles what is imported; compiling all that is installed takes half of the installation.
+export PIP_COMPILE := 0
 
 .PHONY: demo train test test-all test-full test-interpreted test-triton36 lint bench roofline model gpu gpu-wheels clean
 

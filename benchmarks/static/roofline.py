@@ -318,7 +318,8 @@ def load_bytes(instruction: str) -> int:
     return 4
 
 
-def nvidia_counts(kernel):
+def nvidia_counts(kernel, streams):
+    """Disassembled, which takes the tool most of a second, only where a loop is counted or a frame is looked into."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         cubin = os.path.join(folder, "kernel.cubin")
@@ -327,8 +328,10 @@ def nvidia_counts(kernel):
         def tool(name, *options):
             return subprocess.run([tools / name, *options, cubin], capture_output=True, text=True, check=True).stdout
 
-        sass, usage = tool("nvdisasm", "-c"), tool("cuobjdump", "-res-usage")
-    used = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        used = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", tool("cuobjdump", "-res-usage"))}
+        if not streams and not used.get("STACK", 0) + used.get("LOCAL", 0):
+            return {"registers": used["REG"], "spill_bytes": 0, "local_ops": 0}, [], [], LDG
+        sass = tool("nvdisasm", "-c")
     blocks, successors = basic_blocks(sass.splitlines(), **SASS)
     loop = main_loop(blocks, successors, LDG)
     every = [x for b in blocks for x in b]
@@ -336,10 +339,10 @@ def nvidia_counts(kernel):
     # A frame that no instruction touches is not a spill.
     spill = used.get("STACK", 0) + used.get("LOCAL", 0) if local else 0
     inner = inner_loops(blocks, successors, LDG, loop)
-    return {"registers": used["REG"], "spill_bytes": spill, "local_ops": local}, loop, inner, every, LDG
+    return {"registers": used["REG"], "spill_bytes": spill, "local_ops": local}, loop, inner, LDG
 
 
-def amd_counts(kernel):
+def amd_counts(kernel, _):
     text = kernel.asm["amdgcn"]
     fields = r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)"
     used = {k: int(v) for k, v in re.findall(fields, text)}
@@ -349,15 +352,15 @@ def amd_counts(kernel):
     local = sum(x.startswith("scratch_") for x in every)
     spill = used["private_segment_fixed_size"] + 4 * used["vgpr_spill_count"]
     inner = inner_loops(blocks, successors, GLOBAL_LOAD, loop)
-    return {"registers": used["vgpr_count"], "spill_bytes": spill, "local_ops": local}, loop, inner, every, GLOBAL_LOAD
+    return {"registers": used["vgpr_count"], "spill_bytes": spill, "local_ops": local}, loop, inner, GLOBAL_LOAD
 
 
 def count(config: str, launch, target: str) -> dict:
     kernel, pair_bytes = compile_launch(launch, TARGETS[target])
     read = amd_counts if TARGETS[target].backend == "hip" else nvidia_counts
-    resources, loop, inner, every, load = read(kernel)
     name = kernel_name(launch)
     streams = name.startswith(STREAMING)
+    resources, loop, inner, load = read(kernel, streams)
     loads = [load_bytes(x) for x in loop if load.search(x) and x not in inner] if streams else []
     pairs = sum(loads) / pair_bytes if loads else 0
     return dict(
@@ -366,7 +369,7 @@ def count(config: str, launch, target: str) -> dict:
         config=config,
         **resources,
         shared_bytes=kernel.metadata.shared,
-        ldg128=sum(load_bytes(x) >= 16 for x in (loop if streams else every) if load.search(x)),
+        ldg128=sum(load_bytes(x) >= 16 for x in loop if load.search(x)) if streams else None,
         narrow_loads=sum(size < 16 for size in loads),
         barriers=sum(bool(re.search(r"\bBAR\b|s_barrier", x)) for x in loop) if streams else None,
         pairs=pairs or None,

@@ -264,6 +264,7 @@ class Eager(Backend):
     """Full (n, V) tensors, and autograd."""
 
     name = "eager"
+    takes_transforms = True
     token_stats = staticmethod(token_stats)
     own_stats = staticmethod(own_stats)
     selected_loss = staticmethod(selected_loss)

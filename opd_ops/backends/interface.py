@@ -53,6 +53,8 @@ class Backend(ABC):
     name: ClassVar[str]
     drops_weightless_rows: ClassVar[bool] = False
     """Whether a row with weight 0 has a gradient of exactly zero even if its logits are NaN."""
+    takes_transforms: ClassVar[bool] = False
+    """Whether it is plain differentiable torch, which the transforms of torch.func go through."""
 
     def refusal(self, student: Source, teacher: Source | TeacherLists, needs: Needs) -> str | None:
         """Why this backend cannot run the call, and what to do instead; None if it can."""

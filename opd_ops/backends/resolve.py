@@ -23,6 +23,7 @@ from opd_ops.inputs.teacher_lists import TeacherLists
 
 _log = logging.getLogger("opd_ops")
 KNOWN = ("auto", "eager", "torch", "triton")
+ANYWHERE: dict[str, Backend] = {backend.name: backend for backend in (EAGER, STREAMED)}  # on any device, with torch alone
 OLDEST_TRITON = (3, 6)
 OLDEST_CAPABILITY = (8, 0)  # of the current device: the oldest that triton compiles for and that has bf16
 DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
@@ -39,7 +40,7 @@ def resolve_backend(name: str, student: Source, teacher: Source | TeacherLists, 
     Raises: ValueError: that backend cannot run the call; the message says why.
     """
     device, models = student.leading.device.type, routed_models(teacher)
-    backend: Backend = EAGER if name == "eager" else STREAMED
+    backend = ANYWHERE.get(name, STREAMED)
     choice_reason = "chosen by name"
     if name == "triton" or (name == "auto" and device in DEVICES):
         reason = _without_triton(device)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from opd_ops.arguments import is_in_graph, is_traced, may_look, per_position, real, shown
 from opd_ops.backends.interface import Backend, Needs
-from opd_ops.backends.resolve import resolve_backend
+from opd_ops.backends.resolve import ANYWHERE, resolve_backend
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.divergences import Divergence, ReverseKL, SampledToken, TopK, resolve_divergence
 from opd_ops.inputs.batch import Batch
@@ -326,17 +326,18 @@ def check_num_items(value: object) -> Tensor | float | None:
 
 
 def check_transforms(backend: str, *, has_vmap: bool, has_gradient: bool) -> None:
-    """Refuse torch.func's transforms (grad, vmap, jvp, ...). Backend "eager" may allow some: it is plain torch.
+    """Refuse torch.func's transforms (grad, vmap, jvp, ...), unless the backend is plain torch.
 
-    `has_vmap`, `has_gradient`: whether backend "eager" has a rule for vmap, and for the other transforms.
+    `has_vmap`, `has_gradient`: whether such a backend has a rule for vmap, and for the other transforms, in this function.
     """
     if is_traced() or not torch._C._are_functorch_transforms_active():
         return
     active = [interpreter.key().name.lower() for interpreter in torch._C._functorch.get_interpreter_stack() or ()]
-    refused = [name for name in active if backend != "eager" or not (has_vmap if name == "vmap" else has_gradient)]
+    is_plain = backend in ANYWHERE and ANYWHERE[backend].takes_transforms
+    refused = [name for name in active if not is_plain or not (has_vmap if name == "vmap" else has_gradient)]
     if refused:
         instead = "loss.backward() or torch.autograd.grad"
-        if backend != "eager" and has_gradient:
+        if not is_plain and has_gradient:
             instead += ", or backend='eager'" + ("" if has_vmap else " (not under vmap)")
         raise ValueError(
             f"backend: got {backend!r} under a transform of torch.func ({', '.join(refused)}), for which it has no rule; use "

@@ -37,7 +37,7 @@ FREE = {"steps", "eval_every", "completions", "save_every", "keep_checkpoints", 
 FREE |= {"teacher_api_key_env", "rollout_api_key_env", "server_retry_seconds"}
 # Options that may change with a note in the log: size of the next updates, and their memory. All other options decide what is
 # learned, from which prompts, and the meaning of the logged numbers. These may not change: all lines of a log mean the same.
-LOGGED = {"learning_rate", "weight_decay", "max_grad_norm", "gradient_checkpointing", "workspace_mib"}
+LOGGED = {"learning_rate", "weight_decay", "max_grad_norm", "gradient_checkpointing", "workspace_bytes"}
 FOLDER = "checkpoints"  # in output_dir
 ADAPTERS = "adapters.safetensors"
 CONTEXTS = "held_out.safetensors"

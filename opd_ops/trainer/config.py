@@ -99,7 +99,7 @@ class OPDConfig:
     divergence: str = _option(str(DEFAULTS.divergence), HELP["divergence"])
     divergence_args: str = _option("", "Its parameters, like beta=0.3 or top_k=8,alpha=0.5.")
     top_k: int = _option(DEFAULTS.top_k, HELP["top_k"])
-    workspace_mib: int = _option(256, "Scratch memory of the loss, MiB.")
+    workspace_bytes: int = _option(DEFAULTS.workspace_bytes, HELP["workspace_bytes"])
     # optimisation
     steps: int = _option(100, "Updates of the student.")
     batch_size: int = _option(8, "Prompts in a micro-batch of one process.")
@@ -135,7 +135,7 @@ class OPDConfig:
             scope=self.scope,
             divergence=self.resolved_divergence(),
             top_k=self.top_k,
-            workspace_bytes=self.workspace_mib * 2**20,
+            workspace_bytes=self.workspace_bytes,
         )
 
     def resolved_divergence(self) -> Divergence:
@@ -182,7 +182,7 @@ class OPDConfig:
         for name in ("student", "prompts"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: got nothing, expected {OPDConfig.__dataclass_fields__[name].metadata['help']}")
-        least = {"steps": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "max_new_tokens": 1, "workspace_mib": 1}
+        least = {"steps": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "max_new_tokens": 1, "workspace_bytes": 1}
         least |= {"eval_every": 1, "keep_checkpoints": 1, "teacher_top_k": 1, "lora_alpha": 1}
         for name in ("eval_size", "warmup_steps", "completions", "save_every", "lora_rank", "seed"):
             least[name] = 0

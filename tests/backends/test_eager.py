@@ -3,7 +3,7 @@
   Compared: every column of TokenStats on rows small enough to loop over; d loss / d logits with p[(log p - log q) - l] and
   p - q, and with finite differences. Run: make test ARGS=tests/backends/test_eager.py
 
-Not here: the fast backend against this one (tests/backends/test_token_stats.py, tests/loss/test_gradients.py).
+Not here: the fast backend against this one (tests/backends/streamed/test_score.py, tests/loss/test_gradients.py).
 """
 
 import math

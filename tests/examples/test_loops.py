@@ -4,7 +4,7 @@
   itself before.
 Command: make test ARGS=tests/examples/test_loops.py
 
-Not here: the demonstration and the plain loop (test_demo.py), the client of the server (trainer/test_served.py).
+Not here: the demonstration and the plain loop (test_demo.py), the client of the server (tests/trainer/servers/).
 """
 
 from itertools import pairwise

@@ -3,7 +3,7 @@
   Bounds: entropy and log-sum-exp 1e-5 (absolute 1e-6), KL 1e-6 + 1e-4 KL, never negative.
 
 Run: make test ARGS=tests/kernels/test_score.py. Registers and instructions
-are counted in benchmarks/test_roofline.py, traffic in support/ptx/test_traffic.py.
+are counted in tests/benchmarks/static/test_roofline.py, traffic in support/ptx/test_traffic.py.
 Not here: top-K (test_support.py), gradients (test_grad.py).
 """
 

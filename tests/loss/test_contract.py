@@ -5,7 +5,7 @@
 
 300 rows for each backend and divergence. Run: make test ARGS=tests/loss/test_contract.py
 
-Not here: rows at chosen hard cases (backends/test_token_stats.py, test_gradients.py), ranks that share out the vocabulary
+Not here: rows at chosen hard cases (backends/streamed/test_score.py, test_gradients.py), ranks that share out the vocabulary
 (inputs/test_vocabulary.py).
 """
 

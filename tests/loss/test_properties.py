@@ -3,7 +3,7 @@
   Finite results; gradient exactly zero off the selection; the budget met; both backends agree; permuting the vocabulary or
   shifting a row of logits changes no statistic. Run: make test ARGS=tests/loss/test_properties.py
 
-Not here: values against the oracle at chosen hard cases (tests/backends/test_token_stats.py, tests/loss/test_gradients.py).
+Not here: values against the oracle at chosen hard cases (tests/backends/streamed/test_score.py, tests/loss/test_gradients.py).
 """
 
 import math

@@ -3,7 +3,7 @@ against support/released_oracle.py.
 
   Compared: scores at valid positions. Run: make test ARGS=tests/selection/test_selectors.py
 
-Not here: which positions the scores keep (tests/selection/test_budget.py), the statistics (tests/backends/test_token_stats.py).
+Not here: which positions the scores keep (tests/selection/test_budget.py), the statistics (tests/backends/).
 """
 
 import math

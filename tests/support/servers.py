@@ -1,6 +1,6 @@
 """A server that follows a script and keeps what it was asked, answers in vLLM's format, and a clock for its clients.
 
-Not here: what is asked of it (trainer/test_served.py), a server with a model (examples/serve_teacher.py).
+Not here: what is asked of it (tests/trainer/servers/), a server with a model (examples/serve_teacher.py).
 """
 
 import json

@@ -138,7 +138,7 @@ def test_resume_with_another_learning_rate_or_weight_decay_is_the_update_of_adam
         torch.testing.assert_close(after["decay"][i] - after["same"][i], -1e-3 * 0.5 * weights, rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("changed", [{"max_grad_norm": 0.01}, {"gradient_checkpointing": True}, {"workspace_mib": 1}])
+@pytest.mark.parametrize("changed", [{"max_grad_norm": 0.01}, {"gradient_checkpointing": True}, {"workspace_bytes": 2**20}])
 def test_resume_takes_other_clipping_and_memory_and_logs_them(changed, tmp_path, capsys):
     trainer(tmp_path, steps=1, eval_size=0).train()
     run = trainer(tmp_path, steps=2, eval_size=0, resume=True, **changed)

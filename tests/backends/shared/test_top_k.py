@@ -3,7 +3,7 @@
   Both ways to take in a block are forced, and the data that makes the pruned way give up.
   Run: make test ARGS=tests/backends/shared/test_top_k.py
 
-Not here: the support statistics (tests/backends/test_token_stats.py), the kernel's lists (tests/kernels/test_support.py).
+Not here: the support statistics (tests/backends/streamed/test_score.py), the kernel's lists (tests/kernels/test_support.py).
 """
 
 import math

@@ -1,8 +1,8 @@
 """The files of a GPU run: what is kept of an earlier one, and what is drawn of a JSON file later.
 
-  Run: make test ARGS=tests/benchmarks/test_gpu_report.py
+  Run: make test ARGS=tests/benchmarks/gpu/test_report.py
 
-Not here: the run itself (test_gpu.py).
+Not here: the run itself (test_run.py).
 """
 
 import json

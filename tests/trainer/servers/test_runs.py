@@ -1,8 +1,8 @@
 """The reference trainer with servers: a teacher that sends lists against the same model here; answers sampled elsewhere, which
 must come from the adapters as they are at every step.
 
-Command: make test ARGS=tests/trainer/test_servers.py
-Not here: the protocols (tests/trainer/test_served.py), faults of servers (tests/trainer/test_server_faults.py).
+Command: make test ARGS=tests/trainer/servers/test_runs.py
+Not here: the protocols (test_teacher_and_rollouts.py), faults of servers (test_faults.py).
 """
 
 from __future__ import annotations

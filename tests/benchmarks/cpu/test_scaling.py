@@ -1,6 +1,6 @@
 """The growth benchmark: what it makes of its measurements, which are made up here.
 
-  Run: make test ARGS=tests/benchmarks/test_scaling.py
+  Run: make test ARGS=tests/benchmarks/cpu/test_scaling.py
 
 Not here: one measurement (test_compare.py), the figures (python -m benchmarks.cpu.scaling).
 """

@@ -1,6 +1,6 @@
 """The study's runs and report on a tiny model: what arms of one seed share, and tables against means computed once more.
 
-Command: make test ARGS=tests/benchmarks/test_study.py
+Command: make test ARGS=tests/benchmarks/study/test_run.py
 Not here: the diagnostics (diagnostics/test_diagnostics.py), the study itself on real weights (benchmarks/results/study/).
 """
 

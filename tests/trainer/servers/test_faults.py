@@ -2,9 +2,9 @@
 the context length, logits for log-probabilities, refused keys, minutes without an answer; clients alone, and whole runs.
 
   Compared: what was asked of the server; a run that its server interrupted with the run that nothing interrupted, line by line.
-  Run: make test ARGS=tests/trainer/test_server_faults.py
+  Run: make test ARGS=tests/trainer/servers/test_faults.py
 
-Not here: the protocols (test_served.py), runs without faults (test_servers.py).
+Not here: the protocols (test_teacher_and_rollouts.py), runs without faults (test_runs.py).
 """
 
 from __future__ import annotations

@@ -1,22 +1,17 @@
 """The model of the kernels' loops: decoding of control codes, paths and replays of tiny programs whose cycles are known; the
-gates on our kernels and the published times of others.
+published times of others.
 
-Run: make test ARGS=tests/benchmarks/test_model.py; with its tests marked `full` about three minutes, no GPU.
-Not here: counts of instructions (test_roofline.py).
+Run: make test ARGS=tests/benchmarks/static/test_model.py; with its test marked `full` about a minute, no GPU.
+Not here: counts of instructions, and the gates on our kernels (test_roofline.py).
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from statistics import median
 
 import pytest
 
 from benchmarks.static import gates, path, pipes, published, replay, sass
+from tests.benchmarks.static.commands import rows_of
 
-ROOT = Path(__file__).resolve().parents[2]
 # One quarter whose memory brings 4 bytes a cycle at 1 GHz.
 TINY = pipes.Device("tiny", 1, 1.0, 16e9, 2**20)
 
@@ -200,29 +195,9 @@ def test_a_gate_refuses_a_figure_that_got_worse(monkeypatch, change):
     assert gates.failures(KEPT | change | {"config": "no gate"}) == []
 
 
-def measured(folder, *arguments):
-    out = folder / "rows.json"
-    # Kernels of an interpreting process cannot be compiled, hence another one.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.static.model", *arguments, "--json", str(out)],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert out.exists(), done.stdout + done.stderr
-    return json.loads(out.read_text())
-
-
-@pytest.mark.full
-def test_our_kernels_keep_their_gates(tmp_path):
-    rows = measured(tmp_path, "--targets", *pipes.DEVICES, "--gated", "--no-peers")["rows"]
-    expected = sorted((gate.target, gate.kernel, gate.config) for gate in gates.GATES)
-    assert sorted((r["target"], r["kernel"], r["config"]) for r in rows) == expected
-    assert [f"{r['kernel']} {r['target']} {r['config']}: {x}" for r in rows for x in gates.failures(r)] == []
-
-
 @pytest.mark.full
 def test_predictions_of_published_times_are_within_the_stated_error(tmp_path):
-    peers = measured(tmp_path, "--configs", "none")["peers"]
+    peers = rows_of("model", tmp_path, "--configs", "none")["peers"]
     assert len(peers) == len(published.FIGURES)
     assert {r["kernel"].replace(",", "").split()[0] for r in peers} == {"TRL", "Liger"}
     assert [f"{r['kernel']} {r['config']}: {r['error']:+.1%}" for r in peers if abs(r["error"]) > gates.MODEL_ERROR] == []

@@ -1,7 +1,7 @@
 """Statistics of the streamed backend against the fp64 oracle, on dense logits and on heads.
 
   Compared: every column of TokenStats, by the bounds of support/tolerances.py. Run: make test
-  ARGS=tests/backends/test_token_stats.py
+  ARGS=tests/backends/streamed/test_score.py
 
 Not here: the oracle against the equations (tests/backends/test_eager.py), gradients (tests/loss/test_gradients.py).
 """

@@ -1,9 +1,9 @@
 """The GPU benchmark as far as a CPU shows it: every line runs, and nothing is written that looks measured.
 
   What a failure, a late part and a clock that waits for launches do to a run, with failures and a clock of the test's own.
-  Run: make test ARGS=tests/benchmarks/test_gpu.py
+  Run: make test ARGS=tests/benchmarks/gpu/test_run.py
 
-Not here: the figures, which need a GPU (`make gpu`); files and their merging (test_gpu_report.py).
+Not here: the figures, which need a GPU (`make gpu`); files and their merging (test_report.py).
 """
 
 import json

@@ -1,6 +1,6 @@
 """The trace of launches as a gate: so many launches a call, tiles that fill waves, groups that fill the matmul's tiles.
 
-Run: make test ARGS=tests/benchmarks/test_launches.py
+Run: make test ARGS=tests/benchmarks/static/test_launches.py
 """
 
 import json

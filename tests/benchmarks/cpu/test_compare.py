@@ -2,7 +2,7 @@
 
   Compared: the three files with what must be in them; a method that is absent, wrong or failing with its row;
   200 MiB of fresh pages with what the meter says of them. No time is asserted.
-  Run: make test ARGS=tests/benchmarks/test_compare.py
+  Run: make test ARGS=tests/benchmarks/cpu/test_compare.py
 
 Not here: the loss itself (loss/test_loss.py and others); the peers, which the test environment does not install.
 """

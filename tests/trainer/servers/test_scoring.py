@@ -3,9 +3,9 @@ logits, and by answers that do not fit.
 
   Compared: scores with the model's own log-softmax at these ids; the loss on the student's top-K with that of lists made here;
   the requests with the servers' documented fields.
-  Run: make test ARGS=tests/trainer/test_given_ids.py
+  Run: make test ARGS=tests/trainer/servers/test_scoring.py
 
-Not here: vLLM's lists of its own tokens (test_served.py), faults of servers (test_server_faults.py); the servers themselves.
+Not here: lists of a server's own tokens (test_teacher_and_rollouts.py), faults (test_faults.py); the servers themselves.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The comparison of cheaper rankings, on made-up heads: what it computes, not what a real model gives.
 
-  Run: make test ARGS=tests/benchmarks/test_ranking.py
+  Run: make test ARGS=tests/benchmarks/cpu/test_ranking.py
 
 Not here: the figures (python -m benchmarks.cpu.ranking), the rankings themselves (inputs/test_float8.py,
 inputs/test_rollout.py).

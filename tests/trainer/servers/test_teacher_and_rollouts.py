@@ -3,9 +3,9 @@ follows a script and keeps what it was asked.
 
   Compared: what the served teacher sends with the model's own log-softmax; the loss and gradient from it with those from
   lists made here; served answers with `generate`; requests with vLLM's format.
-  Run: make test ARGS=tests/trainer/test_served.py
+  Run: make test ARGS=tests/trainer/servers/test_teacher_and_rollouts.py
 
-Not here: faults of servers (test_server_faults.py); the training with a served teacher (examples/test_demo.py).
+Not here: faults of servers (test_faults.py); the training with a served teacher (examples/test_demo.py).
 """
 
 import socket

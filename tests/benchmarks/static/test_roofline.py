@@ -1,23 +1,16 @@
 """The static roofline as a gate: every shipped kernel configuration, compiled for sm_90, against its limits
 (no spill, no local memory, 128-bit loads only, 16 instructions per logit pair for the bf16 score); every kernel in one
-configuration or more for the other targets.
+configuration or more for the other targets; then the gates of the model, on the kernels that the counts have compiled.
 
-Run: make test ARGS=tests/benchmarks/test_roofline.py; about a minute, no GPU. Every configuration for every target:
+Run: make test ARGS=tests/benchmarks/static/test_roofline.py; some five minutes, no GPU. Every configuration for every target:
 python -m benchmarks.static.roofline
-Not here: values (test_kernel_*.py).
+Not here: values (tests/kernels), the model itself (test_model.py).
 """
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from benchmarks.static import roofline
-
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.static import gates, pipes, roofline
+from tests.benchmarks.static.commands import rows_of
 
 KERNELS = {
     "score_fwd", "merge_fwd", "argmax_fwd", "support_groups_fwd", "support_topk_fwd", "support_stats_fwd",
@@ -30,21 +23,9 @@ GOOD = {
 }  # fmt: skip
 
 
-def compiled(folder, *arguments):
-    out = folder / "rows.json"
-    # Kernels of an interpreting process cannot be compiled, hence another one.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.static.roofline", *arguments, "--json", str(out)],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert out.exists(), done.stdout + done.stderr
-    return json.loads(out.read_text())["rows"]
-
-
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    return compiled(tmp_path_factory.mktemp("roofline"), "--targets", "sm_90")
+    return rows_of("roofline", tmp_path_factory.mktemp("roofline"), "--targets", "sm_90")["rows"]
 
 
 @pytest.mark.full
@@ -57,7 +38,7 @@ def test_static_roofline_other_targets_keep_their_limits(tmp_path):
     targets = "sm_80", "sm_100", "gfx942"
     configs = "bf16", "bf16 rows", "bf16 K=128", "bf16 K=32", "bf16 split", "fp32 to bf16"
     configs += "N=16384", "N=16384 tip", "N=16384 bounds"
-    got = compiled(tmp_path, "--targets", *targets, "--configs", *configs)
+    got = rows_of("roofline", tmp_path, "--targets", *targets, "--configs", *configs)["rows"]
     assert {row["target"] for row in got} == set(targets)
     for target in targets:
         assert {row["kernel"] for row in got if row["target"] == target} == KERNELS
@@ -76,6 +57,15 @@ def test_static_roofline_score_loop_has_no_barrier(rows):
     assert all(row["barriers"] == 0 for row in scores)
     pairs = {"bf16 V=50257": 8, "fp32 V=50257": 8, "fp32 softcap": 16}
     assert all(row["pairs"] == pairs.get(row["config"], 32) for row in scores)
+
+
+# Here and not beside the model's other tests: Triton's cache has these kernels by now.
+@pytest.mark.full
+def test_the_model_s_gates_hold_for_our_kernels(tmp_path):
+    rows = rows_of("model", tmp_path, "--targets", *pipes.DEVICES, "--gated", "--no-peers")["rows"]
+    expected = sorted((gate.target, gate.kernel, gate.config) for gate in gates.GATES)
+    assert sorted((r["target"], r["kernel"], r["config"]) for r in rows) == expected
+    assert [f"{r['kernel']} {r['target']} {r['config']}: {x}" for r in rows for x in gates.failures(r)] == []
 
 
 @pytest.mark.parametrize(

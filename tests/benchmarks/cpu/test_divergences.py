@@ -1,6 +1,6 @@
 """The benchmark of the divergences at a small size: every one of them runs, what is counted is counted.
 
-  Run: make test ARGS=tests/benchmarks/test_divergences.py
+  Run: make test ARGS=tests/benchmarks/cpu/test_divergences.py
 
 Not here: the counts themselves (tests/loss/test_cost_divergences.py), the figures (python -m benchmarks.cpu.divergences).
 """
