@@ -31,6 +31,7 @@ from opd_ops.inputs.rollout import RolloutRecorder, StudentStats
 from opd_ops.inputs.teacher_lists import SampledLogprobs, TopKLogprobs
 from opd_ops.loss import SelectiveOPDLoss, selective_opd_loss, selective_opd_token_losses
 from opd_ops.scoring import score_positions, select_positions
+from opd_ops.selection.sampled import Dial, LogRatio
 from opd_ops.selection.selectors import Multinomial, Released, Selector
 from opd_ops.selection.stats import TokenStats
 from opd_ops.settings import Settings
@@ -41,6 +42,7 @@ __all__ = [
     "JSD",
     "Collective",
     "Communication",
+    "Dial",
     "Divergence",
     "EntropyAware",
     "Estimate",
@@ -50,6 +52,7 @@ __all__ = [
     "ImportanceWeighted",
     "LinearHead",
     "LocalSupport",
+    "LogRatio",
     "Mixture",
     "Multinomial",
     "Power",

@@ -39,6 +39,7 @@ from opd_ops.divergences import DIVERGENCES, Divergence, resolve_divergence
 from opd_ops.inputs import float8
 from opd_ops.inputs.batch import Batch
 from opd_ops.inputs.pair import check_list_divergence
+from opd_ops.selection.budget import Budget
 from opd_ops.selection.selectors import (
     SELECTORS,
     Selector,
@@ -83,6 +84,7 @@ class TokenLossOptions(ScoringOptions, total=False):
     """The settings of `ScoringOptions`, and the settings that select positions."""
 
     fraction: float
+    count: int | None
     threshold: Tensor | float | None
     scope: str
     ignore_index: int
@@ -111,6 +113,9 @@ class Settings:
         "`TokenStats` and returns scores, (...).",
     )
     fraction: float = _setting(0.05, "Share of the valid positions to train on, in (0, 1]; 1.0: plain distillation.")
+    count: int | None = _setting(
+        None, "Instead of a share: train on this many valid positions of each scope, or on all of them where there are fewer."
+    )
     threshold: Tensor | float | None = _setting(
         None, "Instead of a share: train on all valid positions that score this or more."
     )
@@ -161,6 +166,7 @@ class Settings:
         eos_ids = check_ids("eos_ids", self.eos_ids)
         checked: dict[str, object] = {
             "fraction": check_fraction(self.fraction),
+            "count": None if self.count is None else check_integer("count", self.count, least=1),
             "threshold": check_threshold(self.threshold),
             "top_k": check_integer("top_k", self.top_k, least=1),
             "temperature": check_positive("temperature", self.temperature),
@@ -192,7 +198,17 @@ class Settings:
                 raise ValueError(
                     "threshold: score_dtype='float8' scores only a shortlist of the budget exactly; pass one of the two"
                 )
+            if getattr(selector, "both_ends", False):
+                raise ValueError(
+                    "score_dtype: got 'float8', whose shortlist holds the highest scores alone, but the selector takes both ends"
+                )
         self._check_groups()
+        if self.threshold is not None and self.count is not None:
+            raise ValueError("threshold: got one beside a count, each of which decides how many positions; pass one of the two")
+        if self.threshold is not None and getattr(selector, "both_ends", False):
+            raise ValueError(
+                "threshold: the selector takes both ends of its scores by a budget; pass fraction or count instead"
+            )
         if self.scope == "sequence" and self.selection_group is not None:
             check_whole_sequences(selector)
             if self.special_ids:
@@ -278,7 +294,12 @@ class Settings:
     @property
     def every_token(self) -> Settings:
         """The same settings for an evaluation: every valid position of this process is selected."""
-        return replace(self, fraction=1.0, selector="all", threshold=None, scope="batch", selection_group=None)
+        return replace(self, fraction=1.0, count=None, selector="all", threshold=None, scope="batch", selection_group=None)
+
+    @property
+    def budget(self) -> Budget:
+        """How many positions of a scope are selected."""
+        return Budget(self.fraction, self.count, self.threshold)
 
     @property
     def in_float8(self) -> bool:

@@ -31,7 +31,7 @@ from opd_ops.backends.triton import heads, heads_loss
 from opd_ops.divergences import ReverseKL
 from opd_ops.inputs.sources import Source, Transform
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.budget import most_selected
+from opd_ops.selection.budget import Budget
 
 V, STUDENT_DIM, TEACHER_DIM, TOP_K, MULTIPROCESSORS = 151_936, 2048, 4096, 16, 132
 MATMULS = {"mm", "addmm", "bmm", "_scaled_mm"}
@@ -75,7 +75,7 @@ def traced(run) -> dict:
 
 def of_call(n: int, *, fraction: float = 0.05, workspace_bytes: int = 2**29, dtype: torch.dtype = torch.bfloat16) -> dict:
     """Launches of the score pass and of the loss with its backward, for two heads."""
-    m = most_selected(n, fraction)
+    m = Budget(fraction).most(n)
 
     def source(dim: int) -> Source:
         hidden, weight = (torch.empty(rows, dim, dtype=dtype, device="meta") for rows in (n, V))

@@ -35,7 +35,8 @@ from opd_ops.inputs.teacher_lists import (
     plus_tokens,
 )
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.selectors import Selector, bound_selector, check_known, named_selector
+from opd_ops.selection.selectors import Selector, bound_selector, check_known, named_selector, needs_of, selector_name
+from opd_ops.selection.stats import TOKEN_COLUMNS
 from opd_ops.settings import SCORE_DTYPES, Settings, check_divergence_top_k, check_top_k, scalar_of
 
 
@@ -70,6 +71,11 @@ class Call:
         return self.batch.student_stats
 
     @property
+    def needs(self) -> frozenset[str]:
+        """The optional columns of statistics that the call reads."""
+        return needs_of(self.selector)
+
+    @property
     def workspace(self) -> Workspace:
         return Workspace(self.settings.workspace_bytes)
 
@@ -89,6 +95,8 @@ def prepare(
     """Check all arguments that depend on the tensors, before any work. `selects`: False for a call that only scores."""
     ranks = selecting_ranks(settings, selects=selects)
     divergence = resolve_divergence(settings.divergence)
+    needed = needs_of(named_selector(settings.selector))
+    reads_tokens = bool(needed & TOKEN_COLUMNS)
     student_source, teacher_source = check_sources(
         student,
         teacher,
@@ -99,6 +107,7 @@ def prepare(
         process_group=settings.process_group,
         top_k=settings.top_k,
         workspace=Workspace(settings.workspace_bytes),
+        reads_tokens=reads_tokens,
     )
     shard, vocab = student_source.transform.shard, student_source.transform.whole_vocab_size
     if shard is not None:
@@ -112,7 +121,7 @@ def prepare(
         device,
         ignore_index=settings.ignore_index,
         special_ids=settings.special_ids,
-        vocab_size=vocab if divergence.reads_tokens else None,
+        vocab_size=vocab if divergence.reads_tokens or reads_tokens else None,
     )
     needs = Needs(divergence, settings.top_k, inplace=settings.inplace_backward, float8=settings.in_float8, traced=is_traced())
     if isinstance(teacher_source, Source) and teacher_source.routes is not None:
@@ -143,6 +152,7 @@ def prepare(
         assert isinstance(teacher_source, TeacherLists)
         tokens, support = checked_positions.tokens, divergence.on_support
         reads_log_q = support is not None and support.with_token  # a ratio alone reads the student
+        reads_log_q = reads_log_q or "teacher_logprob" in needed
         if reads_log_q and tokens is not None and not teacher_source.with_token:
             lists = plus_tokens(teacher_source.ids, teacher_source.logprobs, tokens.flatten(), tuple(settings.eos_ids))
             teacher_source = teacher_source._replace(ids=lists[0], logprobs=lists[1], with_token=True)
@@ -162,6 +172,8 @@ def prepare(
         ranks=ranks,
         in_graph=is_in_graph(device),
     )
+    if reads_tokens:
+        _check_tokens(call, f"the selector {selector_name(selector)!r}")
     if selects:
         _check_loss(call)
     return call
@@ -234,12 +246,12 @@ def _check_loss(call: Call) -> None:
             "torch.compile or CUDA reads none: call the loss outside of the graph"
         )
     if call.divergence.reads_tokens:
-        _check_tokens(call)
+        _check_tokens(call, f"divergence {call.divergence.name!r}")
     _check_old_logprobs(call)
 
 
-def _check_tokens(call: Call) -> None:
-    """A divergence on the sampled token needs the tokens."""
+def _check_tokens(call: Call, reader: str) -> None:
+    """What reads the sampled token needs the tokens."""
     tokens, teacher = call.positions.tokens, call.teacher
     if isinstance(teacher, TeacherLists) and teacher.is_sampled:
         if tokens is not None and may_look(tokens):
@@ -251,9 +263,7 @@ def _check_tokens(call: Call) -> None:
                 )
         return
     if tokens is None:
-        raise ValueError(
-            f"tokens: got None, but divergence {call.divergence.name!r} reads the sampled token; pass tokens=, or shift_labels="
-        )
+        raise ValueError(f"tokens: got None, but {reader} reads the sampled token; pass tokens=, or shift_labels=")
 
 
 def _check_old_logprobs(call: Call) -> None:

@@ -17,11 +17,12 @@ from opd_ops.backends.ensembles import with_normalisers
 from opd_ops.backends.interface import Placed
 from opd_ops.backends.shared import two_lists
 from opd_ops.call.prepare import Call
+from opd_ops.call.tokens import with_token_columns
 from opd_ops.divergences import Divergence
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.selection.selectors import is_deterministic, is_own, over_ranks, own_name
-from opd_ops.selection.stats import BACKEND_COLUMNS, TokenStats
+from opd_ops.selection.stats import BACKEND_COLUMNS, TOKEN_COLUMNS, TokenStats
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def _every_row(call: Call, rows: Tensor | None) -> Tensor:
 def _placed(call: Call, rows: Tensor | None) -> Placed | None:
     """Statistics of all positions, and maybe scores, by kernels; None where the backend has none for this call."""
     is_plain = call.ranks is None and call.student_stats is None and not call.settings.in_float8
-    if not is_plain or not isinstance(call.teacher, Source) or BACKEND_COLUMNS & frozenset(getattr(call.selector, "needs", ())):
+    if not is_plain or not isinstance(call.teacher, Source) or call.needs & (BACKEND_COLUMNS | TOKEN_COLUMNS):
         return None
     return call.backend.placed_stats(
         call.student,
@@ -114,7 +115,7 @@ def stats_of(call: Call, rows: Tensor, score_dtype: torch.dtype | None = None) -
     """(n,) columns at the rows. `score_dtype`: None: the call's score_dtype."""
     student, teacher = call.student, call.teacher
     score_dtype = score_dtype or call.score_dtype
-    columns = frozenset(getattr(call.selector, "needs", ())) & BACKEND_COLUMNS
+    columns = call.needs & BACKEND_COLUMNS
     workspace, top_k = call.workspace, call.settings.top_k
     if call.student_stats is not None or isinstance(teacher, TeacherLists):
         stats = two_lists.token_stats(
@@ -138,6 +139,7 @@ def stats_of(call: Call, rows: Tensor, score_dtype: torch.dtype | None = None) -
             workspace=workspace,
             score_dtype=score_dtype,
         )
+    stats = with_token_columns(call, rows, stats)
     if isinstance(teacher, Source):  # a non-finite teacher must not hide a non-finite student
         stats = stats._replace(valid=stats.valid | ~torch.isfinite(stats.student_logsumexp))
     return stats
@@ -153,7 +155,7 @@ def is_finite(stats: TokenStats, divergence: Divergence) -> Tensor:
 
 def _response_places(call: Call) -> Tensor | None:
     """The column `response_place`, if the selector needs it; whole responses are then scored."""
-    if "response_place" not in getattr(call.selector, "needs", ()):
+    if "response_place" not in call.needs:
         return None
     return call.positions.response_places(call.ranks if call.scope == "sequence" else None)
 

@@ -45,6 +45,12 @@ def support_columns(
         out["released_kl"] = (log_q.exp() * (log_q - log_p_at_t)).sum(1) + only_s
     if "topk_entropy" in columns:
         out["topk_entropy"] = topk_entropy(s_at_s)
+    if "top1_agreement" in columns:
+        out["top1_agreement"] = (student.ids[:, 0] == teacher.ids[:, 0]).double()
+    if "teacher_rank" in columns:
+        is_first = (student.ids[:, :1] == teacher.ids) & (t_at_t > -math.inf)
+        rank = torch.where(is_first.any(1), is_first.long().argmax(1), teacher.ids.shape[1]) + 1
+        out["teacher_rank"] = rank.double()
     return out
 
 

@@ -4,6 +4,8 @@
     log Z_s = s_a + log1p(sum_{v != a} e^{s_v - s_a}),   H = log Z - s_a - E_p[s - s_a]
   Gaps are relative to the student's top id a:  g_v = (s_v - s_a) - (u_v - u_a),  r_a = log p_a - log q_a
     KL(p||q) = r_a + E_p[g],   KL(q||p) = -r_a - E_q[g]                                        (algebra of TokenStats)
+    Var_p[log p - log q] = Var_p[g], if asked for: of sums A and B by Chan's rule, with W = sum e and the means of g,
+    squares = squares_A + squares_B + (mean_A - mean_B)^2 W_A W_B / (W_A + W_B), which subtracts no large numbers
 
 Numerics
   Each model's maximum is subtracted before the models are subtracted: models that differ by a constant lose no digit.
@@ -28,6 +30,8 @@ from torch import Tensor
 from opd_ops.backends.shared.top_k import TopKList
 from opd_ops.divergences.equations import LOG_ZERO
 
+TINY = torch.finfo(torch.float64).tiny  # a divisor in the place of a sum that is 0
+
 
 class RunningSums(NamedTuple):
     """Sums over some columns, in fp64, with e = e^{x - maximum}. Columns of (2, n): the student's row, then the teacher's."""
@@ -38,10 +42,13 @@ class RunningSums(NamedTuple):
     gap: Tensor  # (2, n) sum e g
     alone: Tensor  # (2, n) the largest logit among the entries that only the other model masks; -inf if there are none
     centre: Tensor  # (n,) s_a - u_a
+    squares: Tensor | None = None  # (n,) sum e (g - mean)^2 of the student's row; None: not computed
 
 
-def block_sums(s: Tensor, u: Tensor, s_best: TopKList, t_best: TopKList, first_id: int, scratch: Tensor) -> RunningSums:
-    """Sums of one block.
+def block_sums(
+    s: Tensor, u: Tensor, s_best: TopKList, t_best: TopKList, first_id: int, scratch: Tensor, *, squares: bool = False
+) -> RunningSums:
+    """Sums of one block, with `squares` only if asked for.
 
     Args:
         s, u: (n, B) logits; the block begins at the id `first_id`.
@@ -57,12 +64,15 @@ def block_sums(s: Tensor, u: Tensor, s_best: TopKList, t_best: TopKList, first_i
     # A top entry of this block is set to 0 before the sum of e; the bound +inf changes nothing.
     bounds = torch.zeros_like(places, dtype=s.dtype).masked_fill_(outside, math.inf)
     sums, alone = s.new_empty(2, 3, n), s.new_full((2, n), -math.inf)
+    square_sums = s.new_empty(n) if squares else None
     step = min(n, scratch.numel() // (3 * width))
     work = scratch[: 3 * step * width].view(3, step, width).unbind()
     columns = (*finite.unsqueeze(2), u_reference.unsqueeze(1), *places.clamp_(0, width - 1), *bounds)
     # All views are created here, because creating them chunk by chunk costs as much as a pass over the logits.
     views = (x.split(step) for x in (s, u, *columns, *sums.view(6, n), *alone))
     chunks = [_Chunk(*chunk) for chunk in zip(*views, strict=True)]
+    if square_sums is not None:
+        chunks = [chunk._replace(squares=x) for chunk, x in zip(chunks, square_sums.split(step), strict=True)]
     # On a CPU, masks are used only where a sum is not finite. On a device this test would synchronise: masks are always used.
     on_cpu = s.device.type == "cpu"
     holds_top = [not x for x in outside.flatten(1).all(1).tolist()] if on_cpu else [True, True]
@@ -77,7 +87,9 @@ def block_sums(s: Tensor, u: Tensor, s_best: TopKList, t_best: TopKList, first_i
     for chunk in masked_chunks:
         chunk.sum(work, holds_top, masked=True)
     z, x, gap = sums.double().unbind(1)
-    return RunningSums(maximum.double(), z, x, gap, alone.double(), finite[0].double() - u_reference.double())
+    centre = finite[0].double() - u_reference.double()
+    block_squares = None if square_sums is None else square_sums.double()
+    return RunningSums(maximum.double(), z, x, gap, alone.double(), centre, block_squares)
 
 
 class _Chunk(NamedTuple):
@@ -100,6 +112,7 @@ class _Chunk(NamedTuple):
     t_gap: Tensor
     s_alone: Tensor
     t_alone: Tensor
+    squares: Tensor | None = None
 
     def sum(self, work: Sequence[Tensor], holds_top: Sequence[bool], *, masked: bool) -> None:
         """Compute the sums. `masked`: leave out -inf logits. `work`: three buffers of (c or more, B)."""
@@ -122,6 +135,9 @@ class _Chunk(NamedTuple):
                 shifted.masked_fill_(is_masked, 0.0)  # 0 * -inf would be NaN
             torch.sum(shifted.mul_(weight), 1, out=x)
             torch.sum(torch.mul(weight, gap, out=shifted), 1, out=gap_sum)
+            if self.squares is not None and logits is self.s:
+                mean = gap_sum / weight.sum(1).clamp_min(torch.finfo(weight.dtype).tiny)
+                torch.sum(torch.sub(gap, mean.unsqueeze(1), out=shifted).square_().mul_(weight), 1, out=self.squares)
             if has_top:
                 weight.scatter_reduce_(1, top, bound, "amin")
             torch.sum(weight, 1, out=z)
@@ -142,23 +158,44 @@ def extended_sums(sums: RunningSums | None, block: RunningSums) -> RunningSums:
     """The sums with one more block (None: the first), whose maxima and centre are those of all blocks so far."""
     if sums is None:
         return block
-    moved = _moved(sums, block.maximum, sums.maximum == block.maximum, sums.centre - block.centre)
-    alone = torch.maximum(sums.alone, block.alone)
-    return RunningSums(block.maximum, moved.z + block.z, moved.x + block.x, moved.gap + block.gap, alone, block.centre)
+    keeps_top = sums.maximum == block.maximum
+    moved = _moved(sums, block.maximum, keeps_top, sums.centre - block.centre)
+    alone, squares = torch.maximum(sums.alone, block.alone), None
+    if block.squares is not None:
+        assert moved.squares is not None
+        z, gap = (torch.stack((x[0], y[0])) for x, y in ((moved.z, block.z), (moved.gap, block.gap)))
+        both = torch.stack((moved.squares, block.squares))
+        squares = _joined_squares(z, gap, both, torch.stack((keeps_top[0], ~keeps_top[0])))
+    sums = RunningSums(block.maximum, moved.z + block.z, moved.x + block.x, moved.gap + block.gap, alone, block.centre)
+    return sums._replace(squares=squares)
+
+
+def _joined_squares(z: Tensor, gap: Tensor, squares: Tensor, has_top: Tensor) -> Tensor:
+    """(n,) sum e (g - mean)^2 over all parts, from (parts, n) sums relative to one maximum and centre (Chan's rule).
+
+    `has_top`: which part has the top entry, which its z leaves out.
+    """
+    weight = z + has_top
+    mean = (gap / weight.clamp_min(TINY)).masked_fill(weight == 0, 0)
+    whole_mean = gap.sum(0) / weight.sum(0).clamp_min(TINY)
+    return (squares + weight * (mean - whole_mean).square()).sum(0)
 
 
 EMPTY_SUMS = {
     f"{model}_{field}": -math.inf if field in ("maximum", "alone") else 0.0
-    for field in RunningSums._fields[:-1]
+    for field in RunningSums._fields[:-2]
     for model in ("student", "teacher")
 } | {"centre": 0.0}
 """The sums over no column, by the names under which ranks send them."""
+SQUARES = {"squares": 0.0}
+"""One more of them, sent if the column "ratio_variance" is asked for."""
 
 
 def named_sums(sums: RunningSums) -> dict[str, Tensor]:
-    """The sums as (n,) columns with the names of `EMPTY_SUMS`."""
-    columns = [column for pair in sums[:-1] for column in pair]
-    return dict(zip(EMPTY_SUMS, (*columns, sums.centre), strict=True))
+    """The sums as (n,) columns with the names of `EMPTY_SUMS`, and of `SQUARES` if they are computed."""
+    columns = [column for pair in sums[:-2] for column in pair]
+    named = dict(zip(EMPTY_SUMS, (*columns, sums.centre), strict=True))
+    return named if sums.squares is None else named | {"squares": sums.squares}
 
 
 def joined_sums(parts: dict[str, Tensor], student: TopKList, teacher: TopKList) -> dict[str, Tensor]:
@@ -166,12 +203,17 @@ def joined_sums(parts: dict[str, Tensor], student: TopKList, teacher: TopKList) 
     stacked = torch.stack([parts[name] for name in EMPTY_SUMS])
     pairs = stacked[:-1].unflatten(0, (-1, 2)).transpose(1, 2)  # (fields, ranks, 2, n)
     every = RunningSums(pairs[0], pairs[1], pairs[2], pairs[3], pairs[4], stacked[-1].unsqueeze(1))
+    if "squares" in parts:
+        every = every._replace(squares=parts["squares"])
     best = torch.stack((student.own[:, 0], teacher.own[:, 0])).double()
     centre = _finite(best[0]) - _teacher_reference(student, _finite(teacher.own[:, 0])).double()
     maximum, owner = every.maximum.max(0)
     keeps_top = torch.zeros_like(every.maximum, dtype=torch.bool).scatter_(0, owner.unsqueeze(0), True)
     moved = _moved(every, maximum, keeps_top, every.centre - centre)
     sums = RunningSums(maximum, moved.z.sum(0), moved.x.sum(0), moved.gap.sum(0), moved.alone.amax(0), centre)
+    if moved.squares is not None:
+        has_top = keeps_top[:, 0] & (every.maximum[:, 0] > -math.inf)
+        sums = sums._replace(squares=_joined_squares(moved.z[:, 0], moved.gap[:, 0], moved.squares, has_top))
     return statistics(sums, student)
 
 
@@ -187,7 +229,10 @@ def statistics(sums: RunningSums, student: TopKList) -> dict[str, Tensor]:
     divergences = torch.stack((s_gap + log_ratio, -log_ratio - t_gap)).clamp_min(0)  # KL(p||q), KL(q||p)
     infinite = (sums.alone - lse > LOG_ZERO) & ~divergences.isnan()
     divergences = divergences.masked_fill(infinite, math.inf)
-    return {
+    optional = {}
+    if sums.squares is not None:
+        optional["ratio_variance"] = (sums.squares / total[0]).masked_fill(infinite[0], math.inf)
+    return optional | {
         "student_entropy": entropy[0],
         "teacher_entropy": entropy[1],
         "reverse_kl": divergences[0],
@@ -237,4 +282,5 @@ def _moved(sums: RunningSums, maximum: Tensor, keeps_top: Tensor, shift: Tensor)
         factor * (sums.gap + total * shift),
         sums.alone,
         sums.centre,
+        None if sums.squares is None else factor.select(-2, 0) * sums.squares,
     )

@@ -25,6 +25,7 @@ from opd_ops.backends.shared.tiles import TileReader
 from opd_ops.backends.shared.top_k import TopKList, extended
 from opd_ops.backends.streamed.running import (
     EMPTY_SUMS,
+    SQUARES,
     RunningSums,
     block_sums,
     extended_sums,
@@ -54,12 +55,13 @@ def token_stats(
     """All statistics of the given positions, (n,) each, from one sweep of both heads, always in the compute dtype."""
     dtype, shard = compute_dtype(student, teacher), student.transform.shard
     if shard is not None:
-        parts = Parts(partial(_part, student, teacher), EMPTY_SUMS, joined_sums)
+        sent = EMPTY_SUMS | (SQUARES if "ratio_variance" in columns else {})
+        parts = Parts(partial(_part, student, teacher, columns), sent, joined_sums)
         whole = joined.token_stats(parts, shard, rows, top_k=top_k, columns=columns, workspace=workspace, dtype=dtype)
         return with_jsd(whole, student, teacher, rows, workspace) if "jsd" in columns else whole
     names = _computed(columns)
     out = torch.empty((len(names), len(rows)), dtype=dtype, device=rows.device)
-    for part, grid, sums, jsd, s_list, t_list in _sweep(student, teacher, rows, top_k, "jsd" in columns, workspace):
+    for part, grid, sums, jsd, s_list, t_list in _sweep(student, teacher, rows, top_k, columns, workspace):
         whole_row = jsd | statistics(sums, s_list)
         s_lse, t_lse = whole_row["student_logsumexp"], whole_row["teacher_logsumexp"]
         for group in chunks(len(s_lse), grid.list_rows):
@@ -74,13 +76,13 @@ def _computed(columns: frozenset[str]) -> list[str]:
     return [name for name in TokenStats._fields if name != "valid" and (name not in OPTIONAL_COLUMNS or name in columns)]
 
 
-def _part(student: Source, teacher: Source, rows: Tensor, top_k: int, workspace: Workspace) -> Part:
+def _part(student: Source, teacher: Source, columns: frozenset[str], rows: Tensor, top_k: int, workspace: Workspace) -> Part:
     """This rank's sums and lists of the rows."""
-    columns, lists = [], []
-    for _, _, sums, _, s_list, t_list in _sweep(student, teacher, rows, top_k, False, workspace):
-        columns.append(named_sums(sums))
+    tiles, lists = [], []
+    for _, _, sums, _, s_list, t_list in _sweep(student, teacher, rows, top_k, columns - {"jsd"}, workspace):
+        tiles.append(named_sums(sums))
         lists.append((s_list, t_list))
-    whole = {name: torch.cat([tile[name] for tile in columns]) for name in EMPTY_SUMS}
+    whole = {name: torch.cat([tile[name] for tile in tiles]) for name in tiles[0]}
     student_list, teacher_list = (
         TopKList(*(torch.cat(column) for column in zip(*side, strict=True))) for side in zip(*lists, strict=True)
     )
@@ -88,17 +90,17 @@ def _part(student: Source, teacher: Source, rows: Tensor, top_k: int, workspace:
 
 
 def _sweep(
-    student: Source, teacher: Source, rows: Tensor, top_k: int, with_jsd: bool, workspace: Workspace
+    student: Source, teacher: Source, rows: Tensor, top_k: int, columns: frozenset[str], workspace: Workspace
 ) -> Iterator[tuple[slice, ScoreGrid, RunningSums, dict[str, Tensor], TopKList, TopKList]]:
-    """Per tile: its rows, its grid, their (n,) fp64 sums over the vocabulary, "jsd" if `with_jsd`, and both models' lists."""
+    """Per tile: its rows, its grid, their (n,) fp64 sums over the vocabulary, "jsd" if in `columns`, and both models' lists."""
     dtype = compute_dtype(student, teacher)
-    grid = score_grid(student, teacher, len(rows), top_k=top_k, whole_rows=with_jsd, workspace=workspace)
+    grid = score_grid(student, teacher, len(rows), top_k=top_k, whole_rows="jsd" in columns, workspace=workspace)
     buffers = [pages.empty((grid.rows * grid.columns,), dtype, rows.device) for _ in range(2)]
     scratch = torch.empty(3 * grid.chunk * grid.columns, dtype=dtype, device=rows.device)
     with torch.autocast(rows.device.type, enabled=False):
         for part in chunks(len(rows), grid.rows):
             sides = [TileReader(source.detach(), rows[part], dtype, grid.cast_columns) for source in (student, teacher)]
-            yield part, grid, *_tile(sides[0], sides[1], grid, top_k, with_jsd, buffers, scratch)
+            yield part, grid, *_tile(sides[0], sides[1], grid, top_k, columns, buffers, scratch)
 
 
 def _tile(
@@ -106,7 +108,7 @@ def _tile(
     teacher: TileReader,
     grid: ScoreGrid,
     top_k: int,
-    with_jsd: bool,
+    columns: frozenset[str],
     buffers: list[Tensor],
     scratch: Tensor,
 ) -> tuple[RunningSums, dict[str, Tensor], TopKList, TopKList]:
@@ -120,9 +122,10 @@ def _tile(
         s, u = student.logits(rows, block, buffers[0]), teacher.logits(rows, block, buffers[1])
         s_list = extended(s_list, s, u, top_k, first_id + block.start, grid.candidates)
         t_list = extended(t_list, u, s, top_k, first_id + block.start, grid.candidates)
-        if with_jsd:  # the grid has one block, as wide as the vocabulary
+        if "jsd" in columns:  # the grid has one block, as wide as the vocabulary
             jsd["jsd"] = torch.cat([row_jsd(s[chunk], u[chunk]) for chunk in chunks(rows, grid.chunk)])
-        sums = extended_sums(sums, block_sums(s, u, s_list, t_list, first_id + block.start, scratch))
+        squares = "ratio_variance" in columns
+        sums = extended_sums(sums, block_sums(s, u, s_list, t_list, first_id + block.start, scratch, squares=squares))
     assert sums is not None
     assert s_list is not None
     assert t_list is not None
