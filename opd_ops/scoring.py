@@ -78,7 +78,8 @@ def select_positions(
 
     n = max(1, ceil(fraction * n_valid)) positions of the batch, or of each sequence (arXiv 2605.26844 eq. 13, arXiv
     2604.14084 eq. 8). Of equal scores the earlier position wins; a score of -inf or NaN is never selected. A selector may need
-    `keep_one_per_sequence`, `keep_scores`, `places` and `both_ends`: `selectors.selection_options(selector, stats)` returns them.
+    `keep_one_per_sequence`, `keep_scores`, `places` and `both_ends`: `selectors.selection_options(selector, stats)` returns
+    them.
 
     Args:
         scores: (...) floating point.

@@ -39,7 +39,7 @@ from opd_ops.divergences import DIVERGENCES, Divergence, resolve_divergence
 from opd_ops.inputs import float8
 from opd_ops.inputs.batch import Batch
 from opd_ops.inputs.pair import check_list_divergence
-from opd_ops.selection.budget import Budget
+from opd_ops.selection.budget import SHORTLIST, Budget
 from opd_ops.selection.selectors import (
     SELECTORS,
     Selector,
@@ -200,7 +200,7 @@ class Settings:
                 )
             if getattr(selector, "both_ends", False):
                 raise ValueError(
-                    "score_dtype: got 'float8', whose shortlist holds the highest scores alone, but the selector takes both ends"
+                    "score_dtype: got 'float8', whose shortlist has the highest scores alone, but the selector takes both ends"
                 )
         self._check_groups()
         if self.threshold is not None and self.count is not None:
@@ -300,6 +300,11 @@ class Settings:
     def budget(self) -> Budget:
         """How many positions of a scope are selected."""
         return Budget(self.fraction, self.count, self.threshold)
+
+    @property
+    def shortlist_budget(self) -> Budget:
+        """How many positions of a scope are scored again after a ranking in 8 bits."""
+        return self.budget.times(SHORTLIST)
 
     @property
     def in_float8(self) -> bool:

@@ -17,8 +17,8 @@ Shapes: N rows in the tables, n of them scored, V vocabulary, NG = ceil(V / 128)
                           entries beyond NG are not written
 
 Grid: (n * parts,). A program walks one part of a row in blocks of LANES * VEC * R logits, and the end of the row, which fills
-no block, in blocks of LANES * TAIL_R. With parts > 1 (few rows) it writes its running values, ten or twelve, and _merge_fwd_kernel
-joins all parts, in order.
+no block, in blocks of LANES * TAIL_R. With parts > 1 (few rows) it writes its running values,
+ten or twelve, and _merge_fwd_kernel joins all parts, in order.
 Traffic: 2 V logits read once, 2 NG values and 48 bytes written.
 
 Not here: how a lane holds its logits (words.py), running sums and columns (score_sums.py), rows with masked logits

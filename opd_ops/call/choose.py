@@ -21,7 +21,7 @@ from opd_ops.call.prepare import Call
 from opd_ops.call.score import Scored, check_scores, is_finite, whole_stats_of
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.inputs.sequences import numbered_sequences
-from opd_ops.selection.budget import SHORTLIST, Budget, SelectionOptions, select, select_over_ranks
+from opd_ops.selection.budget import Budget, SelectionOptions, select, select_over_ranks
 from opd_ops.selection.selectors import is_own, over_ranks, selection_options
 from opd_ops.selection.stats import TokenStats
 
@@ -48,7 +48,7 @@ class Chosen:
 
 def shortlist(scored: Scored) -> Tensor:
     """(...) bool: the best positions of a first ranking in 8 bits, twice the budget. They are scored again."""
-    return _selected(scored, scored.call.settings.budget.times(SHORTLIST))
+    return _selected(scored, scored.call.settings.shortlist_budget)
 
 
 def choose(scored: Scored) -> Chosen:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from opd_ops.arguments import may_look
+from opd_ops.backends.shared.token_logprobs import token_logprobs, tokens_at
 from opd_ops.call.choose import Chosen, warn_of_infinite
 from opd_ops.call.score import is_finite
-from opd_ops.call.tokens import logprobs_at, tokens_at
 from opd_ops.divergences import SampledToken
 from opd_ops.inputs.sources import Source
 
@@ -63,13 +63,17 @@ def sampled(chosen: Chosen) -> Sampled | None:
     call, divergence, old = chosen.call, chosen.call.divergence, chosen.call.batch.old_logprobs
     if not divergence.reads_tokens:
         return None
-    tokens, support, rule = tokens_at(call, chosen.rows), divergence.on_support, divergence.importance
+    tokens, support, rule = (
+        tokens_at(call.positions.tokens, call.student, call.teacher, chosen.rows),
+        divergence.on_support,
+        divergence.importance,
+    )
     names = "student_logsumexp", "teacher_logsumexp", "reverse_kl"
     columns = {name: getattr(chosen.stats, name).flatten()[chosen.rows] for name in names} | _exact_columns(chosen)
-    log_p = logprobs_at(call, call.student, chosen.rows, tokens, columns["student_logsumexp"])
+    log_p = token_logprobs(call.student, chosen.rows, tokens, columns["student_logsumexp"], call.workspace)
     log_q = advantages = ratios = weights = None
     if support is not None and support.with_token:
-        log_q = logprobs_at(call, call.teacher, chosen.rows, tokens, columns["teacher_logsumexp"])
+        log_q = token_logprobs(call.teacher, chosen.rows, tokens, columns["teacher_logsumexp"], call.workspace)
     if isinstance(support, SampledToken) and log_q is not None:
         advantages = support.advantage(log_p, log_q, columns["reverse_kl"])
     if rule is not None and old is not None:

@@ -16,8 +16,8 @@ from torch import Tensor
 from opd_ops.backends.ensembles import with_normalisers
 from opd_ops.backends.interface import Placed
 from opd_ops.backends.shared import two_lists
+from opd_ops.backends.shared.token_logprobs import token_logprobs, tokens_at
 from opd_ops.call.prepare import Call
-from opd_ops.call.tokens import with_token_columns
 from opd_ops.divergences import Divergence
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
@@ -139,7 +139,13 @@ def stats_of(call: Call, rows: Tensor, score_dtype: torch.dtype | None = None) -
             workspace=workspace,
             score_dtype=score_dtype,
         )
-    stats = with_token_columns(call, rows, stats)
+    if call.needs & TOKEN_COLUMNS:
+        tokens = tokens_at(call.positions.tokens, student, teacher, rows)
+        for name, side in (("student", student), ("teacher", teacher)):  # in one order on all ranks
+            if f"{name}_logprob" in call.needs:
+                # A log-sum-exp of 16-bit logits may be below the token's own logit.
+                logprob = token_logprobs(side, rows, tokens, getattr(stats, f"{name}_logsumexp"), workspace).clamp_max(0)
+                stats = stats._replace(**{f"{name}_logprob": logprob})
     if isinstance(teacher, Source):  # a non-finite teacher must not hide a non-finite student
         stats = stats._replace(valid=stats.valid | ~torch.isfinite(stats.student_logsumexp))
     return stats

@@ -28,7 +28,6 @@ from opd_ops.divergences import SUPPORTS, Divergence, Summed, resolve_divergence
 from opd_ops.inputs import float8
 from opd_ops.inputs.sources import Mixing, Source, Transform
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.budget import SHORTLIST
 from opd_ops.settings import SCORE_DTYPES, LossOptions, Settings, check_top_k
 
 if TYPE_CHECKING:
@@ -77,8 +76,8 @@ def estimate(
         N: Valid positions; with "teachability-released" all positions of the responses.
         V: Entries of the common vocabulary.
         Ds, Dt: Hidden sizes of student and teacher; of a `Mixture` a sequence, the size of each teacher.
-        settings: Settings of the call, or `options`, settings by name. Only these are read: fraction, count, workspace_bytes, top_k,
-            score_dtype, divergence, and backend: "triton" (also for "auto") or "torch".
+        settings: Settings of the call, or `options`, settings by name. Only these are read: fraction, count, workspace_bytes,
+            top_k, score_dtype, divergence, and backend: "triton" (also for "auto") or "torch".
         dtype: Dtype of hidden states and weights.
         trainable_head: Whether the student's weight requires a gradient. The hidden states require one.
         student_stats: Whether the student's statistics come from the rollout.
@@ -113,7 +112,7 @@ def estimate(
     if len(widths) > 1 and mixture == "arithmetic":
         normalisers = call.normalisers()
     if in_float8:
-        passes.append(call.score(budget.times(SHORTLIST).most(N), torch.float32))
+        passes.append(call.score(settings.shortlist_budget.most(N), torch.float32))
     divergence = resolve_divergence(settings.divergence)
     if student_stats and divergence.reads_whole_rows and (backend == "torch" or divergence.whole is None):
         passes.append(call.both_again(M))

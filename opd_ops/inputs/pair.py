@@ -4,7 +4,7 @@
   logits, head      all                                                                   all
   TopKLogprobs      forward_kl_topk, TopK on the teacher's list or the intersection       all that need no whole row
   ... of="student"  TopK on the student's list                                            the same
-  SampledLogprobs   sampled                                                               entropy, dial, log-ratio, random, all, prefix
+  SampledLogprobs   sampled                                                               entropy, dial, log-ratio, controls
   Mixture, Routed   as their members: logits and heads
 
 Not here: the checks of other arguments (call/prepare.py) and of selectors (selection/selectors.py).

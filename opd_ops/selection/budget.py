@@ -37,7 +37,7 @@ SHORTLIST = 2  # the budget times this: positions that are scored again exactly 
 class Budget:
     """How many of the valid positions of a scope are selected: a share, or a count, or all from a threshold on."""
 
-    fraction: float = 1.0
+    fraction: float
     count: int | None = None  # at most so many; None: the fraction
     threshold: Tensor | float | None = None  # select scores of at least this, without a budget
 

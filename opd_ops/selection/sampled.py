@@ -5,7 +5,7 @@
   LogRatio        A ("high"), -A ("low"), or half of the budget from either end ("both")       sparse OPD, arXiv 2609.04565
   RatioVariance   Var_p[r] = sum_v p_v (r_v - KL(p || q))^2 = sum_v g_v^2 / p_v, g the gradient of reverse KL
 
-Not here: the columns (call/tokens.py, backends/), the other selectors (selectors.py), weights (weighting.py).
+Not here: the columns (call/score.py, backends/), the other selectors (selectors.py), weights (weighting.py).
 """
 
 from __future__ import annotations

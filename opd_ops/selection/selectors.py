@@ -407,7 +407,7 @@ def is_own(selector: Selector) -> bool:
 
 
 def is_deterministic(selector: Selector) -> bool:
-    """Whether equal statistics give equal scores. True for selectors of this package that do not draw, False for a user's own."""
+    """Whether equal statistics give equal scores. True for this package's that do not draw, False for a user's own."""
     return is_own(selector) and not isinstance(selector, (Multinomial, Random))
 
 

@@ -77,7 +77,7 @@ def check_scores(seed, n, selector):
 def check_choice(seed, placed, *, cu_seqlens=False):
     """Positions selected by one budget, and by one for each sequence, against the torch path's."""
     n, scores, valid, infinite = len(placed.scores), placed.scores, placed.valid.bool(), placed.infinite
-    budget = (Budget(0.05), Budget(0.1), Budget(count=7), Budget(0.3), Budget(1.0))[seed % 5]
+    budget = (Budget(0.05), Budget(0.1), Budget(1.0, 7), Budget(0.3), Budget(1.0))[seed % 5]
     ratio = dict(zip(("numerator", "denominator"), budget.ratio, strict=True))
     given = placed.scores, placed.valid, infinite
     n_rows = budget.most(n)
