@@ -34,11 +34,13 @@ from opd_ops.scoring import score_positions, select_positions
 from opd_ops.selection.sampled import Dial, LogRatio
 from opd_ops.selection.selectors import Multinomial, Released, Selector
 from opd_ops.selection.stats import TokenStats
+from opd_ops.selection.weighting import IW, FiRe, Reading
 from opd_ops.settings import Settings
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "IW",
     "JSD",
     "Collective",
     "Communication",
@@ -47,6 +49,7 @@ __all__ = [
     "EntropyAware",
     "Estimate",
     "Extrapolated",
+    "FiRe",
     "Float8Rows",
     "ForwardKL",
     "ImportanceWeighted",
@@ -56,6 +59,7 @@ __all__ = [
     "Mixture",
     "Multinomial",
     "Power",
+    "Reading",
     "Released",
     "ReverseKL",
     "RolloutRecorder",

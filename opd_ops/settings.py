@@ -47,7 +47,10 @@ from opd_ops.selection.selectors import (
     check_ranks_twice,
     check_whole_sequences,
     named_selector,
+    needs_of,
 )
+from opd_ops.selection.stats import TOKEN_COLUMNS
+from opd_ops.selection.weighting import MEANS, WEIGHTINGS, check_weighting_known, named_weighting
 
 SCOPES = ("batch", "sequence", "global")
 DENOMINATORS = ("selected", "valid", "sequence")
@@ -87,6 +90,8 @@ class TokenLossOptions(ScoringOptions, total=False):
     count: int | None
     threshold: Tensor | float | None
     scope: str
+    weighting: str | Selector | None
+    weight_mean: str | None
     ignore_index: int
 
 
@@ -126,6 +131,15 @@ class Settings:
     )
     selection_group: dist.ProcessGroup | None = _setting(
         None, "Ranks that select together: under 'global' (None: all), or under 'sequence' if they hold parts of sequences."
+    )
+    weighting: str | Selector | None = _setting(
+        None,
+        f"The rule that weights the losses, detached: {', '.join(WEIGHTINGS)}, a selector's name, or a callable that takes "
+        "`TokenStats` and returns weights, (...). They multiply `weights`.",
+    )
+    weight_mean: str | None = _setting(
+        None,
+        "Divide these weights by their mean over the 'valid' or 'selected' positions, or the valid ones of each 'sequence'.",
     )
     divergence: str | Divergence = _setting(
         "reverse_kl",
@@ -186,7 +200,13 @@ class Settings:
         check_choice("scope", self.scope, SCOPES)
         check_choice("denominator", self.denominator, DENOMINATORS)
         check_backend(self.backend)
-        selector = named_selector(self.selector)
+        selector, weighting = named_selector(self.selector), named_weighting(self.weighting)
+        if self.weight_mean is not None:
+            check_choice("weight_mean", self.weight_mean, MEANS)
+            if weighting is None:
+                raise ValueError(
+                    f"weight_mean: got {self.weight_mean!r} without a weighting, whose mean it would be; pass both"
+                )
         resolve_divergence(self.divergence)
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
             raise TypeError(f"generator: got {self.generator!r}, expected a torch.Generator or None")
@@ -211,6 +231,8 @@ class Settings:
             )
         if self.scope == "sequence" and self.selection_group is not None:
             check_whole_sequences(selector)
+            if weighting is not None:
+                check_whole_sequences(weighting, "weighting")
             if self.special_ids:
                 raise ValueError(
                     "special_ids: got ids, whose first occurrence in a sequence may be on another rank of selection_group; "
@@ -273,6 +295,8 @@ class Settings:
         if teacher is not None:
             check_list_divergence(divergence, teacher)
             check_known(named_selector(self.selector), teacher)
+            if (weighting := named_weighting(self.weighting)) is not None:
+                check_weighting_known(weighting, teacher)
         if divergence.importance is not None:
             raise ValueError(
                 f"old_logprobs: got None, but divergence {divergence.name!r} has the ratio {divergence.importance.kind!r} to "
@@ -281,6 +305,11 @@ class Settings:
         if divergence.reads_tokens and not passes_tokens and teacher != "SampledLogprobs":
             raise ValueError(
                 f"tokens: got None, but divergence {divergence.name!r} reads the sampled token, which this host does not pass"
+            )
+        if self.needs & TOKEN_COLUMNS and not passes_tokens and teacher != "SampledLogprobs":
+            raise ValueError(
+                f"tokens: got None, but selector {self.selector!r} or weighting {self.weighting!r} reads the sampled token, "
+                "which this host does not pass"
             )
         if self.denominator == "sequence":
             raise ValueError(
@@ -292,9 +321,25 @@ class Settings:
         return self
 
     @property
+    def needs(self) -> frozenset[str]:
+        """The optional columns of statistics that the selector and the weighting read."""
+        weighting = named_weighting(self.weighting)
+        return needs_of(named_selector(self.selector)) | (frozenset() if weighting is None else needs_of(weighting))
+
+    @property
     def every_token(self) -> Settings:
         """The same settings for an evaluation: every valid position of this process is selected."""
-        return replace(self, fraction=1.0, count=None, selector="all", threshold=None, scope="batch", selection_group=None)
+        return replace(
+            self,
+            fraction=1.0,
+            count=None,
+            selector="all",
+            threshold=None,
+            scope="batch",
+            selection_group=None,
+            weighting=None,
+            weight_mean=None,
+        )
 
     @property
     def budget(self) -> Budget:

@@ -24,6 +24,7 @@ from opd_ops.inputs.sequences import numbered_sequences
 from opd_ops.selection.budget import Budget, SelectionOptions, select, select_over_ranks
 from opd_ops.selection.selectors import is_own, over_ranks, selection_options
 from opd_ops.selection.stats import TokenStats
+from opd_ops.selection.weighting import with_mean_one
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Chosen:
     scores: Tensor  # (...)
     stats: TokenStats  # columns (...)
     placed: Placed | None = None  # where kernels made `stats`
+    weights: Tensor | None = None  # (...) the weighting's factors of the losses, detached; None: no weighting
     counts: tuple[int, int] | None = None  # of selected and valid positions, where the CPU knows them
 
     @property
@@ -68,11 +70,33 @@ def choose(scored: Scored) -> Chosen:
             n_selected, n_valid, n_infinite = choice.counts.tolist()
             rows, counts = rows[:n_selected], (n_selected, n_valid)
             warn_of_infinite_counts(n_infinite, n_valid, "valid", call.divergence.name)
+    weights = _weights(scored, selected)
     scores_again = call.backend.scores_selected_rows(call.student, call.teacher) and call.divergence.whole is not None
     if call.student_stats is not None and call.divergence.reads_whole_rows and not scores_again:
         rows, trained, selected, stats = _with_whole_rows(call, rows, trained, selected, stats)
-        return Chosen(call, rows, trained, selected, scored.scores, stats)
-    return Chosen(call, rows, trained, selected, scored.scores, stats, scored.placed, counts)
+        return Chosen(call, rows, trained, selected, scored.scores, stats, weights=weights)
+    return Chosen(call, rows, trained, selected, scored.scores, stats, scored.placed, weights, counts)
+
+
+def _weights(scored: Scored, selected: Tensor) -> Tensor | None:
+    """(...) factors of the losses from the call's weighting, without a graph; None: it has none."""
+    call, stats = scored.call, scored.stats
+    if call.weighting is None:
+        return None
+    with torch.no_grad(), nullcontext() if call.ranks is None else over_ranks(call.ranks):
+        weights = call.weighting(stats.clone())  # a user's weighting may change its argument in place
+        check_scores(weights, call.shape, stats.valid.device, "weighting")
+        shard, kind = call.student.transform.shard, call.settings.weight_mean
+        if shard is not None:  # to the bit the same on all ranks, whatever the callable does
+            weights = shard.ranks.first(weights.clone(memory_format=torch.contiguous_format))
+        if kind is None:
+            return weights
+        among = selected if kind == "selected" else stats.valid
+        ids, n, ranks = torch.zeros_like(among, dtype=torch.long).flatten(), 1, call.ranks
+        if kind == "sequence":
+            ids, n = numbered_sequences(call.shape, call.batch.cu_seqlens, stats.valid.device)
+            ranks = ranks if call.scope == "sequence" else None
+        return with_mean_one(weights.flatten(), among.flatten(), ids, n, ranks).view(call.shape)
 
 
 def _chosen_by_kernels(scored: Scored) -> Choice | None:

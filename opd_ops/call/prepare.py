@@ -37,6 +37,7 @@ from opd_ops.inputs.teacher_lists import (
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.selectors import Selector, bound_selector, check_known, named_selector, needs_of, selector_name
 from opd_ops.selection.stats import TOKEN_COLUMNS
+from opd_ops.selection.weighting import check_weighting_known, named_weighting
 from opd_ops.settings import SCORE_DTYPES, Settings, check_divergence_top_k, check_top_k, scalar_of
 
 
@@ -50,6 +51,7 @@ class Call:
     batch: Batch
     settings: Settings
     selector: Selector
+    weighting: Selector | None
     divergence: Divergence
     backend: Backend
     scope: str  # as the settings' scope; "batch" instead of "global" if this process selects alone
@@ -73,7 +75,7 @@ class Call:
     @property
     def needs(self) -> frozenset[str]:
         """The optional columns of statistics that the call reads."""
-        return needs_of(self.selector)
+        return self.settings.needs
 
     @property
     def workspace(self) -> Workspace:
@@ -95,8 +97,7 @@ def prepare(
     """Check all arguments that depend on the tensors, before any work. `selects`: False for a call that only scores."""
     ranks = selecting_ranks(settings, selects=selects)
     divergence = resolve_divergence(settings.divergence)
-    needed = needs_of(named_selector(settings.selector))
-    reads_tokens = bool(needed & TOKEN_COLUMNS)
+    reads_tokens = bool(settings.needs & TOKEN_COLUMNS)
     student_source, teacher_source = check_sources(
         student,
         teacher,
@@ -128,6 +129,8 @@ def prepare(
         teacher_source = _with_checked_routes(teacher_source, checked_positions.valid)
     backend = resolve_backend(settings.backend, student_source, teacher_source, needs)
     selector = bound_selector(named_selector(settings.selector), settings.generator, checked_positions.sequences)
+    weighting = named_weighting(settings.weighting)
+    weighting = None if weighting is None else bound_selector(weighting, None, checked_positions.sequences)
     holds_parts = selects and settings.scope == "sequence" and ranks is not None
     if holds_parts and batch.labels is not None and batch.shift_labels is None:
         raise ValueError(
@@ -148,16 +151,20 @@ def prepare(
             valid=checked_positions.valid,
         )
         check_known(selector, "student_stats")
+        if weighting is not None:
+            check_weighting_known(weighting, "student_stats")
     if isinstance(teacher, (TopKLogprobs, SampledLogprobs)):
         assert isinstance(teacher_source, TeacherLists)
         tokens, support = checked_positions.tokens, divergence.on_support
         reads_log_q = support is not None and support.with_token  # a ratio alone reads the student
-        reads_log_q = reads_log_q or "teacher_logprob" in needed
+        reads_log_q = reads_log_q or "teacher_logprob" in settings.needs
         if reads_log_q and tokens is not None and not teacher_source.with_token:
             lists = plus_tokens(teacher_source.ids, teacher_source.logprobs, tokens.flatten(), tuple(settings.eos_ids))
             teacher_source = teacher_source._replace(ids=lists[0], logprobs=lists[1], with_token=True)
         check_lists(teacher, teacher_source.logprobs, checked_positions.valid)
         check_known(selector, type(teacher).__name__)
+        if weighting is not None:
+            check_weighting_known(weighting, type(teacher).__name__)
     scope = settings.scope if selects and not (settings.scope == "global" and ranks is None) else "batch"
     call = Call(
         student=student_source,
@@ -166,6 +173,7 @@ def prepare(
         batch=batch,
         settings=settings,
         selector=selector,
+        weighting=weighting,
         divergence=divergence,
         backend=backend,
         scope=scope,
@@ -173,7 +181,8 @@ def prepare(
         in_graph=is_in_graph(device),
     )
     if reads_tokens:
-        _check_tokens(call, f"the selector {selector_name(selector)!r}")
+        is_selector = needs_of(selector) & TOKEN_COLUMNS
+        _check_tokens(call, f"the selector {selector_name(selector)!r}" if is_selector else "the weighting")
     if selects:
         _check_loss(call)
     return call

@@ -179,18 +179,18 @@ def _scored(call: Call, stats: TokenStats) -> Scored:
     return Scored(call, torch.where(trainable, scores.to(stats.reverse_kl.dtype), -torch.inf), stats)
 
 
-def check_scores(scores: object, shape: torch.Size, device: torch.device) -> None:
-    """Check the scores that a selector returned."""
-    expected = f"expected a tensor of scores of shape {tuple(shape)}"
+def check_scores(scores: object, shape: torch.Size, device: torch.device, argument: str = "selector") -> None:
+    """Check the scores that a selector returned, or the weights of a weighting: `argument`."""
+    expected = f"expected a tensor of shape {tuple(shape)}"
     if not isinstance(scores, Tensor):
-        hint = "; it reads a column that is not computed: name it in the selector's `needs`" if scores is None else ""
-        raise ValueError(f"selector: returned {type(scores).__name__}, {expected}{hint}")
+        hint = f"; it reads a column that is not computed: name it in the {argument}'s `needs`" if scores is None else ""
+        raise ValueError(f"{argument}: returned {type(scores).__name__}, {expected}{hint}")
     if scores.shape != shape:
-        raise ValueError(f"selector: returned {tuple(scores.shape)}, {expected}")
+        raise ValueError(f"{argument}: returned {tuple(scores.shape)}, {expected}")
     if scores.layout != torch.strided:
-        raise ValueError(f"selector: returned a tensor of layout {scores.layout}, {expected}")
+        raise ValueError(f"{argument}: returned a tensor of layout {scores.layout}, {expected}")
     if scores.device != device or scores.is_complex():
-        raise ValueError(f"selector: returned {scores.dtype} scores on {scores.device}, expected real ones on {device}")
+        raise ValueError(f"{argument}: returned {scores.dtype} scores on {scores.device}, expected real ones on {device}")
 
 
 def _check_finite(scored: Scored) -> None:

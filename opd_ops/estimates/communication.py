@@ -52,11 +52,11 @@ from opd_ops.selection.selectors import (
     bound_selector,
     is_deterministic,
     named_selector,
-    needs_of,
     over_ranks,
     selection_options,
 )
 from opd_ops.selection.stats import OPTIONAL_COLUMNS, SWEPT_COLUMNS, TOKEN_COLUMNS, TokenStats
+from opd_ops.selection.weighting import named_weighting
 from opd_ops.settings import LossOptions, Settings, check_divergence_top_k, check_top_k
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ class Collective:
     """Equal collectives in a row."""
 
     phase: str  # "forward", "backward"
-    purpose: str  # "widths", "responses", "statistics", "scores", "draw", "budget", "tokens", "loss", "denominator", or
-    # "gradient"
+    purpose: str  # "widths", "responses", "statistics", "scores", "draw", "budget", "weights", "tokens", "loss",
+    # "denominator", or "gradient"
     group: str  # "vocabulary", "selection"
     kind: str  # "all_gather", "all_reduce", "broadcast"
     ranks: int  # of the group
@@ -252,7 +252,7 @@ class _Communication:
     @property
     def needs(self) -> frozenset[str]:
         """The optional columns of statistics that the call reads."""
-        return needs_of(self.selector)
+        return self.settings.needs
 
     def forward(self) -> Iterator[Collective]:
         """In the order of the stages: call/prepare.py, score.py, choose.py, losses.py, reduce.py."""
@@ -279,6 +279,7 @@ class _Communication:
         options, sent = self._options()
         yield from self._selection("scores", sent)
         yield from self._selection("budget", self._budget(options))
+        yield from self._weights()
         if self.divergence.reads_tokens:
             yield from self._tokens()
         yield from self._loss()
@@ -388,6 +389,22 @@ class _Communication:
         with torch.no_grad(), over_ranks(ranks):
             scores = self.selector(self._statistics_of_no_position())
         return scores, ranks.sent
+
+    def _weights(self) -> Iterator[Collective]:
+        """The weighting's normalisers, its first rank's weights, and their mean (call/choose.py)."""
+        weighting = named_weighting(self.settings.weighting)
+        if weighting is None:
+            return
+        ranks = _RecordingRanks(n=self.n_selecting)
+        with torch.no_grad(), over_ranks(ranks):
+            weights = weighting(self._statistics_of_no_position())
+        yield from self._selection("weights", ranks.sent)
+        yield from self._vocabulary("weights", "broadcast", weights.dtype.itemsize * self.n_positions)
+        kind, n = self.settings.weight_mean, 1 if self.n_sequences is None else self.n_sequences
+        if kind == "sequence" and self.n_sequences is not None:
+            yield from self._selection("weights", [("all_reduce", 16 * n)])  # two fp64
+        elif kind in ("valid", "selected"):
+            yield from self._selection("weights", [("all_reduce", 16)])
 
     def _options(self) -> tuple[SelectionOptions, list[tuple[str, int]]]:
         """The options that the selector sets for the selection, and the collectives of their normalisers."""

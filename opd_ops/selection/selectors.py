@@ -169,6 +169,12 @@ def minmax_norm(z: Tensor, valid: Tensor, *, clip: float | None = None) -> Tenso
     return _infinite_is_one(z, scaled).view(shape)
 
 
+def largest(z: Tensor, valid: Tensor) -> Tensor:
+    """The largest finite value of each column of z, (columns, 1, ...), over the valid positions of all ranks; +inf if none."""
+    columns, fitted = _fitted(z, valid)
+    return _quantiles(columns, fitted, (1.0,), z.dtype)[0]
+
+
 def _infinite_is_one(z: Tensor, scaled: Tensor) -> Tensor:
     return torch.where(z.isnan(), z, torch.where(z == math.inf, 1.0, scaled.clamp(0, 1)))
 
@@ -391,8 +397,8 @@ def bound_selector(selector: Selector, generator: torch.Generator | None, sequen
     """The selector, with the call's generator or sequences if it has none."""
     if isinstance(selector, (Multinomial, Random)) and selector.generator is None:
         return replace(selector, generator=generator)
-    if isinstance(selector, Prefix) and selector.sequence_ids is None:
-        return replace(selector, sequence_ids=sequence_ids)
+    if getattr(selector, "sequence_ids", sequence_ids) is None:
+        return replace(selector, sequence_ids=sequence_ids)  # type: ignore[type-var]
     return selector
 
 
@@ -459,12 +465,12 @@ def check_ranks_twice(selector: Selector) -> None:
         )
 
 
-def check_whole_sequences(selector: Selector) -> None:
-    """Refuse a selector that counts along whole sequences if this rank holds parts of sequences."""
-    if isinstance(selector, Prefix):
+def check_whole_sequences(selector: Selector, argument: str = "selector") -> None:
+    """Refuse a selector that counts along whole sequences if this rank holds parts of sequences. `argument`: its name."""
+    if hasattr(selector, "sequence_ids"):
         raise ValueError(
-            "selector: got 'prefix', which counts the positions of whole sequences, but with scope 'sequence' and a "
-            "selection_group a rank holds parts of them; pass scores of your own by a callable"
+            f"{argument}: got {type(selector).__name__.lower()!r}, which counts the positions of whole sequences, but with "
+            "scope 'sequence' and a selection_group a rank holds parts of them; pass scores of your own by a callable"
         )
 
 

@@ -43,8 +43,8 @@ REFERENCE_COLUMNS = (
 class TokenStats(NamedTuple):
     """Statistics per position, each of the mask's shape; fp32 (fp64 for fp64 inputs), 0 where not valid.
 
-    `jsd` to `response_place` are None unless the selector or the weighting names them in `needs`. Only backend "torch" fills the
-    last six columns; other backends leave them None. With `response_place` all positions of the responses are scored: the
+    `jsd` to `response_place` are None unless the selector or the weighting names them in `needs`. Only backend "torch" fills
+    the last six columns; other backends leave them None. With `response_place` all positions of the responses are scored: the
     columns then hold masked positions too, and 0 outside the responses. `reverse_kl` and `forward_kl` take the student's whole
     row: with `student_stats` they are NaN at positions whose row was not read.
     """
