@@ -5,6 +5,7 @@
 Not here: the trainer, the diagnostics, the integrations. Importing `opd_ops` needs only torch.
 """
 
+from opd_ops.backends.mapped import mapped_teacher
 from opd_ops.call.reduce import SelectiveOPDOutput, TokenLosses
 from opd_ops.divergences import (
     JSD,
@@ -26,6 +27,7 @@ from opd_ops.estimates.communication import Collective, Communication, estimate_
 from opd_ops.estimates.compute import Estimate, estimate
 from opd_ops.inputs.ensembles import Extrapolated, Mixture, Routed
 from opd_ops.inputs.float8 import Float8Rows
+from opd_ops.inputs.id_map import IdMap, MappedTeacher
 from opd_ops.inputs.linear_head import LinearHead
 from opd_ops.inputs.rollout import RolloutRecorder, StudentStats
 from opd_ops.inputs.teacher_lists import SampledLogprobs, TopKLogprobs
@@ -52,10 +54,12 @@ __all__ = [
     "FiRe",
     "Float8Rows",
     "ForwardKL",
+    "IdMap",
     "ImportanceWeighted",
     "LinearHead",
     "LocalSupport",
     "LogRatio",
+    "MappedTeacher",
     "Mixture",
     "Multinomial",
     "Power",
@@ -81,6 +85,7 @@ __all__ = [
     "TotalVariation",
     "estimate",
     "estimate_communication",
+    "mapped_teacher",
     "score_positions",
     "select_positions",
     "selective_opd_loss",
