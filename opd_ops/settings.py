@@ -24,6 +24,7 @@ from torch import Tensor
 from opd_ops.arguments import (
     DEFAULT_TEMPERATURE,
     DEFAULT_TOP_K,
+    DEFAULT_WORKSPACE_BYTES,
     check_choice,
     check_ids,
     check_integer,
@@ -168,7 +169,7 @@ class Settings:
     generator: torch.Generator | None = _setting(None, "For selectors that draw; must be None under activation checkpointing.")
     backend: str = _setting("auto", "'triton' (a GPU), 'torch' (any device), 'eager' (the specification); 'auto' chooses.")
     workspace_bytes: int = _setting(
-        512 * 2**20, "Most scratch memory of a call, beyond inputs, outputs, gradients and O(N) numbers."
+        DEFAULT_WORKSPACE_BYTES, "Most scratch memory of a call, beyond inputs, outputs, gradients and O(N) numbers."
     )
     score_dtype: str | None = _setting(
         None, "Dtype of a head's logits for scores, on 'triton': 'float32', 'float8' (Hopper); None: the head's dtype."

@@ -13,7 +13,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from opd_ops.arguments import DEFAULT_TEMPERATURE, DEFAULT_TOP_K, check_integer, check_positive, may_look, per_position
+from opd_ops.arguments import (
+    DEFAULT_TEMPERATURE,
+    DEFAULT_TOP_K,
+    DEFAULT_WORKSPACE_BYTES,
+    check_integer,
+    check_positive,
+    may_look,
+    per_position,
+)
 from opd_ops.backends.shared.logits_at import logits_at
 from opd_ops.backends.streamed.one_model import own_stats
 from opd_ops.inputs.chunks import chunks
@@ -33,7 +41,7 @@ def mapped_teacher(
     *,
     top_k: int = DEFAULT_TOP_K,
     temperature: float = DEFAULT_TEMPERATURE,
-    workspace_bytes: int = 512 * 2**20,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
 ) -> MappedTeacher:
     """The teacher's log-probabilities of the student's likeliest shared ids, at the positions that both have.
 

