@@ -176,7 +176,7 @@ def _scored(call: Call, stats: TokenStats) -> Scored:
 
 def check_scores(scores: object, shape: torch.Size, device: torch.device, argument: str = "selector") -> None:
     """Check the scores that a selector returned, or the weights of a weighting: `argument`."""
-    expected = f"expected a tensor of shape {tuple(shape)}"
+    expected = f"expected a tensor of {'scores' if argument == 'selector' else 'weights'} of shape {tuple(shape)}"
     if not isinstance(scores, Tensor):
         hint = f"; it reads a column that is not computed: name it in the {argument}'s `needs`" if scores is None else ""
         raise ValueError(f"{argument}: returned {type(scores).__name__}, {expected}{hint}")
