@@ -5,6 +5,7 @@
 Not here: the trainer, the diagnostics, the integrations. Importing `opd_ops` needs only torch.
 """
 
+from opd_ops.backends.mapped import mapped_teacher
 from opd_ops.call.reduce import SelectiveOPDOutput, TokenLosses
 from opd_ops.divergences import (
     JSD,
@@ -26,33 +27,43 @@ from opd_ops.estimates.communication import Collective, Communication, estimate_
 from opd_ops.estimates.compute import Estimate, estimate
 from opd_ops.inputs.ensembles import Extrapolated, Mixture, Routed
 from opd_ops.inputs.float8 import Float8Rows
+from opd_ops.inputs.id_map import IdMap, MappedTeacher
 from opd_ops.inputs.linear_head import LinearHead
 from opd_ops.inputs.rollout import RolloutRecorder, StudentStats
 from opd_ops.inputs.teacher_lists import SampledLogprobs, TopKLogprobs
 from opd_ops.loss import SelectiveOPDLoss, selective_opd_loss, selective_opd_token_losses
 from opd_ops.scoring import score_positions, select_positions
+from opd_ops.selection.sampled import Dial, LogRatio
 from opd_ops.selection.selectors import Multinomial, Released, Selector
 from opd_ops.selection.stats import TokenStats
+from opd_ops.selection.weighting import IW, FiRe, Reading
 from opd_ops.settings import Settings
 
 __version__ = "0.2.0"
 
 __all__ = [
+    "IW",
     "JSD",
     "Collective",
     "Communication",
+    "Dial",
     "Divergence",
     "EntropyAware",
     "Estimate",
     "Extrapolated",
+    "FiRe",
     "Float8Rows",
     "ForwardKL",
+    "IdMap",
     "ImportanceWeighted",
     "LinearHead",
     "LocalSupport",
+    "LogRatio",
+    "MappedTeacher",
     "Mixture",
     "Multinomial",
     "Power",
+    "Reading",
     "Released",
     "ReverseKL",
     "RolloutRecorder",
@@ -74,6 +85,7 @@ __all__ = [
     "TotalVariation",
     "estimate",
     "estimate_communication",
+    "mapped_teacher",
     "score_positions",
     "select_positions",
     "selective_opd_loss",

@@ -19,6 +19,7 @@ from torch import Tensor
 LARGEST_INTEGER = 2**63 - 1  # torch takes no larger one
 LARGEST_ID = 2**31 - 2  # torch cuts a larger id to 32 bits when it compares it with 32-bit tokens: 2^40 would be token 0
 LONGEST_SHOWN = 60
+DEFAULT_WORKSPACE_BYTES = 512 * 2**20  # of the settings, and of a teacher of other ids that is read for a call
 DEFAULT_TOP_K = 16  # this and the next: of the settings, and of statistics that a rollout records for a call
 DEFAULT_TEMPERATURE = 1.0
 Function = TypeVar("Function", bound=Callable[..., object])

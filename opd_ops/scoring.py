@@ -64,24 +64,28 @@ def select_positions(
     *,
     mask: Tensor | None = None,
     fraction: float = DEFAULTS.fraction,
+    count: int | None = None,
     scope: str = DEFAULTS.scope,
     selection_group: dist.ProcessGroup | None = None,
     cu_seqlens: Tensor | None = None,
     keep_one_per_sequence: bool = False,
     keep_scores: Tensor | None = None,
     places: Tensor | None = None,
+    both_ends: bool = False,
     threshold: Tensor | float | None = None,
 ) -> Tensor:
     """The best-scored share of the valid positions: the second half of `selective_opd_loss`.
 
     n = max(1, ceil(fraction * n_valid)) positions of the batch, or of each sequence (arXiv 2605.26844 eq. 13, arXiv
     2604.14084 eq. 8). Of equal scores the earlier position wins; a score of -inf or NaN is never selected. A selector may need
-    `keep_one_per_sequence`, `keep_scores` and `places`: `selectors.selection_options(selector, stats)` returns them.
+    `keep_one_per_sequence`, `keep_scores`, `places` and `both_ends`: `selectors.selection_options(selector, stats)` returns
+    them.
 
     Args:
         scores: (...) floating point.
         mask: (...) any dtype, non-zero: valid; None: all.
         fraction: rho in (0, 1], exact as written: 0.1 of 30 is 3.
+        count: Instead of a share: so many positions of each scope, or all where there are fewer.
         scope: "batch": one budget; "sequence": a budget per sequence, which is a row of the last dimension or a span of
             `cu_seqlens` (n_sequences + 1,) over the flattened positions; "global": one over the ranks of `selection_group`.
         selection_group: The ranks that select together, as one process with the positions of all ranks in rank order would.
@@ -90,6 +94,7 @@ def select_positions(
         keep_one_per_sequence: A sequence without a selected position gets its best position.
         keep_scores: (...) floating point scores that define this best position; None: `scores`.
         places: (...) int64, below 2**24: of equal scores the smaller place wins, across sequences, then the earlier position.
+        both_ends: Half of the budget, rounded up, takes the highest scores, the other half the lowest of the others.
         threshold: Select all valid positions that score at least this, without a budget.
     Returns: `selected` (...) bool.
     Raises: ValueError, TypeError: an argument that does not fit, by name.
@@ -98,8 +103,10 @@ def select_positions(
         got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
         raise TypeError(f"scores: got {got}, expected a floating-point tensor")
     check_layout("scores", scores)
-    settings = Settings(fraction=fraction, threshold=threshold, scope=scope, selection_group=selection_group)
+    settings = Settings(fraction=fraction, count=count, threshold=threshold, scope=scope, selection_group=selection_group)
     check_cu_seqlens(cu_seqlens, scores.shape)
+    if both_ends and threshold is not None:
+        raise ValueError("threshold: got one with both_ends=True, which divides a budget; pass fraction or count")
     if keep_scores is not None and not keep_one_per_sequence:
         raise ValueError("keep_scores: got scores, but keep_one_per_sequence=False keeps nothing by them; pass True")
     if keep_scores is not None:
@@ -113,11 +120,15 @@ def select_positions(
     return select_in_scope(
         scores,
         valid,
-        settings.fraction,
+        settings.budget,
         scope=scope,
         sequences=lambda: sequence_ids(scores.shape, cu_seqlens, scores.device),
         ranks=selecting_ranks(settings, selects=True),
         cu_seqlens=cu_seqlens,
-        options={"keep_one_per_sequence": keep_one_per_sequence, "keep_scores": keep_scores, "places": places},
-        threshold=settings.threshold,
+        options={
+            "keep_one_per_sequence": keep_one_per_sequence,
+            "keep_scores": keep_scores,
+            "places": places,
+            "both_ends": both_ends,
+        },
     )

@@ -24,6 +24,7 @@ from torch import Tensor
 from opd_ops.arguments import (
     DEFAULT_TEMPERATURE,
     DEFAULT_TOP_K,
+    DEFAULT_WORKSPACE_BYTES,
     check_choice,
     check_ids,
     check_integer,
@@ -39,6 +40,7 @@ from opd_ops.divergences import DIVERGENCES, Divergence, resolve_divergence
 from opd_ops.inputs import float8
 from opd_ops.inputs.batch import Batch
 from opd_ops.inputs.pair import check_list_divergence
+from opd_ops.selection.budget import SHORTLIST, Budget
 from opd_ops.selection.selectors import (
     SELECTORS,
     Selector,
@@ -46,7 +48,10 @@ from opd_ops.selection.selectors import (
     check_ranks_twice,
     check_whole_sequences,
     named_selector,
+    needs_of,
 )
+from opd_ops.selection.stats import TOKEN_COLUMNS
+from opd_ops.selection.weighting import MEANS, WEIGHTINGS, check_weighting_known, named_weighting
 
 SCOPES = ("batch", "sequence", "global")
 DENOMINATORS = ("selected", "valid", "sequence")
@@ -83,8 +88,11 @@ class TokenLossOptions(ScoringOptions, total=False):
     """The settings of `ScoringOptions`, and the settings that select positions."""
 
     fraction: float
+    count: int | None
     threshold: Tensor | float | None
     scope: str
+    weighting: str | Selector | None
+    weight_mean: str | None
     ignore_index: int
 
 
@@ -111,6 +119,9 @@ class Settings:
         "`TokenStats` and returns scores, (...).",
     )
     fraction: float = _setting(0.05, "Share of the valid positions to train on, in (0, 1]; 1.0: plain distillation.")
+    count: int | None = _setting(
+        None, "Instead of a share: train on this many valid positions of each scope, or on all of them where there are fewer."
+    )
     threshold: Tensor | float | None = _setting(
         None, "Instead of a share: train on all valid positions that score this or more."
     )
@@ -121,6 +132,15 @@ class Settings:
     )
     selection_group: dist.ProcessGroup | None = _setting(
         None, "Ranks that select together: under 'global' (None: all), or under 'sequence' if they hold parts of sequences."
+    )
+    weighting: str | Selector | None = _setting(
+        None,
+        f"The rule that weights the losses, detached: {', '.join(WEIGHTINGS)}, a selector's name, or a callable that takes "
+        "`TokenStats` and returns weights, (...). They multiply `weights`.",
+    )
+    weight_mean: str | None = _setting(
+        None,
+        "Divide these weights by their mean over the 'valid' or 'selected' positions, or the valid ones of each 'sequence'.",
     )
     divergence: str | Divergence = _setting(
         "reverse_kl",
@@ -149,7 +169,7 @@ class Settings:
     generator: torch.Generator | None = _setting(None, "For selectors that draw; must be None under activation checkpointing.")
     backend: str = _setting("auto", "'triton' (a GPU), 'torch' (any device), 'eager' (the specification); 'auto' chooses.")
     workspace_bytes: int = _setting(
-        512 * 2**20, "Most scratch memory of a call, beyond inputs, outputs, gradients and O(N) numbers."
+        DEFAULT_WORKSPACE_BYTES, "Most scratch memory of a call, beyond inputs, outputs, gradients and O(N) numbers."
     )
     score_dtype: str | None = _setting(
         None, "Dtype of a head's logits for scores, on 'triton': 'float32', 'float8' (Hopper); None: the head's dtype."
@@ -161,6 +181,7 @@ class Settings:
         eos_ids = check_ids("eos_ids", self.eos_ids)
         checked: dict[str, object] = {
             "fraction": check_fraction(self.fraction),
+            "count": None if self.count is None else check_integer("count", self.count, least=1),
             "threshold": check_threshold(self.threshold),
             "top_k": check_integer("top_k", self.top_k, least=1),
             "temperature": check_positive("temperature", self.temperature),
@@ -180,7 +201,13 @@ class Settings:
         check_choice("scope", self.scope, SCOPES)
         check_choice("denominator", self.denominator, DENOMINATORS)
         check_backend(self.backend)
-        selector = named_selector(self.selector)
+        selector, weighting = named_selector(self.selector), named_weighting(self.weighting)
+        if self.weight_mean is not None:
+            check_choice("weight_mean", self.weight_mean, MEANS)
+            if weighting is None:
+                raise ValueError(
+                    f"weight_mean: got {self.weight_mean!r} without a weighting, whose mean it would be; pass both"
+                )
         resolve_divergence(self.divergence)
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
             raise TypeError(f"generator: got {self.generator!r}, expected a torch.Generator or None")
@@ -192,9 +219,21 @@ class Settings:
                 raise ValueError(
                     "threshold: score_dtype='float8' scores only a shortlist of the budget exactly; pass one of the two"
                 )
+            if getattr(selector, "both_ends", False):
+                raise ValueError(
+                    "score_dtype: got 'float8', whose shortlist has the highest scores alone, but the selector takes both ends"
+                )
         self._check_groups()
+        if self.threshold is not None and self.count is not None:
+            raise ValueError("threshold: got one beside a count, each of which decides how many positions; pass one of the two")
+        if self.threshold is not None and getattr(selector, "both_ends", False):
+            raise ValueError(
+                "threshold: the selector takes both ends of its scores by a budget; pass fraction or count instead"
+            )
         if self.scope == "sequence" and self.selection_group is not None:
             check_whole_sequences(selector)
+            if weighting is not None:
+                check_whole_sequences(weighting, "weighting")
             if self.special_ids:
                 raise ValueError(
                     "special_ids: got ids, whose first occurrence in a sequence may be on another rank of selection_group; "
@@ -257,6 +296,8 @@ class Settings:
         if teacher is not None:
             check_list_divergence(divergence, teacher)
             check_known(named_selector(self.selector), teacher)
+            if (weighting := named_weighting(self.weighting)) is not None:
+                check_weighting_known(weighting, teacher)
         if divergence.importance is not None:
             raise ValueError(
                 f"old_logprobs: got None, but divergence {divergence.name!r} has the ratio {divergence.importance.kind!r} to "
@@ -265,6 +306,11 @@ class Settings:
         if divergence.reads_tokens and not passes_tokens and teacher != "SampledLogprobs":
             raise ValueError(
                 f"tokens: got None, but divergence {divergence.name!r} reads the sampled token, which this host does not pass"
+            )
+        if self.needs & TOKEN_COLUMNS and not passes_tokens and teacher != "SampledLogprobs":
+            raise ValueError(
+                f"tokens: got None, but selector {self.selector!r} or weighting {self.weighting!r} reads the sampled token, "
+                "which this host does not pass"
             )
         if self.denominator == "sequence":
             raise ValueError(
@@ -276,9 +322,35 @@ class Settings:
         return self
 
     @property
+    def needs(self) -> frozenset[str]:
+        """The optional columns of statistics that the selector and the weighting read."""
+        weighting = named_weighting(self.weighting)
+        return needs_of(named_selector(self.selector)) | (frozenset() if weighting is None else needs_of(weighting))
+
+    @property
     def every_token(self) -> Settings:
         """The same settings for an evaluation: every valid position of this process is selected."""
-        return replace(self, fraction=1.0, selector="all", threshold=None, scope="batch", selection_group=None)
+        return replace(
+            self,
+            fraction=1.0,
+            count=None,
+            selector="all",
+            threshold=None,
+            scope="batch",
+            selection_group=None,
+            weighting=None,
+            weight_mean=None,
+        )
+
+    @property
+    def budget(self) -> Budget:
+        """How many positions of a scope are selected."""
+        return Budget(self.fraction, self.count, self.threshold)
+
+    @property
+    def shortlist_budget(self) -> Budget:
+        """How many positions of a scope are scored again after a ranking in 8 bits."""
+        return self.budget.times(SHORTLIST)
 
     @property
     def in_float8(self) -> bool:

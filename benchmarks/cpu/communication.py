@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from opd_ops import Communication, LocalSupport, TailAware, estimate, estimate_communication
-from opd_ops.selection.budget import most_selected
+from opd_ops.selection.budget import Budget
 
 V, FRACTION, TOP_K, DTYPE = 151_936, 0.05, 16, torch.bfloat16
 DP = 128  # ranks of FSDP, and of selection beside it
@@ -64,7 +64,7 @@ class Work(NamedTuple):
 
 def work_of(N: int, V: int, Ds: int, Dt: int, tp: int, **options: int) -> Work:
     """Of heads on backend "triton", whose ranks hold V / tp ids each."""
-    part, M = -(-V // tp), most_selected(N, FRACTION)
+    part, M = -(-V // tp), Budget(FRACTION).most(N)
     alone = estimate(N, part, Ds, Dt, fraction=FRACTION, dtype=DTYPE, **options)
     if tp == 1:
         return Work(alone.flops, alone.peak_bytes)

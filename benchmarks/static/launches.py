@@ -31,7 +31,7 @@ from opd_ops.backends.triton import heads, heads_loss
 from opd_ops.divergences import ReverseKL
 from opd_ops.inputs.sources import Source, Transform
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.budget import most_selected
+from opd_ops.selection.budget import Budget
 
 V, STUDENT_DIM, TEACHER_DIM, TOP_K, MULTIPROCESSORS = 151_936, 2048, 4096, 16, 132
 FRACTION = 0.05
@@ -130,12 +130,12 @@ def traced(run) -> Traced:
 def of_call(n: int) -> dict:
     """Launches of the score pass and of the loss with its backward, for two heads."""
     score, loss = parts(n)
-    return {"n": n, "selected": most_selected(n, FRACTION), "score": score.as_dict(), "loss": loss.as_dict()}
+    return {"n": n, "selected": Budget(FRACTION).most(n), "score": score.as_dict(), "loss": loss.as_dict()}
 
 
 def parts(n: int, *, workspace_bytes: int = 2**29, dtype: torch.dtype = torch.bfloat16) -> tuple[Traced, Traced]:
     """The score pass of n positions, and the loss with its backward."""
-    m = most_selected(n, FRACTION)
+    m = Budget(FRACTION).most(n)
 
     def source(dim: int) -> Source:
         hidden, weight = (torch.empty(rows, dim, dtype=dtype, device="meta") for rows in (n, V))

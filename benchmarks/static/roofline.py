@@ -69,6 +69,7 @@ CAPPED_BUDGET = {
 ODD_BUDGET = {"score_fwd": 27, "reverse_kl_grad": 26, "forward_kl_grad": 30, "jsd_fwd": 35}
 # Models whose multipliers differ: each one's logarithms are rounded by themselves.
 SCALES_BUDGET = {"reverse_kl_grad": 17, "forward_kl_grad": 21}
+VARIANCE_BUDGET = {"score_fwd": 24.1}  # the score with the variance of the log-ratio: a little above what was counted
 # The bf16 score, whose maxima are of words of two logits: fewer instructions, and five programs an SM by its registers.
 BF16_SCORE = ("bf16", "bf16 rows", "bf16 split", "bf16 V=32008")
 BF16_SCORE_BUDGET, BF16_SCORE_REGISTERS = 16, 96
@@ -180,6 +181,11 @@ def configurations():
     s, t = logits("bf16", 8192), logits("bf16", 8192)
     s32, t32 = logits("fp32", 409), logits("fp32", 409)
     yield record("bf16 softcap", score_fwd, s, t, None, **CAPPED)[:2]
+    for dtype in TYPES:
+        pair, variance = (logits(dtype, 8192), logits(dtype, 8192)), torch.empty(8192, device="meta")
+        yield record(f"{dtype} variance", score_fwd, *pair, None, variance=variance, **PLAIN)[:2]
+    few = logits("bf16", 4)
+    yield record("bf16 variance split", score_fwd, few, few, None, variance=variance[:4], **PLAIN)[:2]
     yield record("fp32 softcap", score_fwd, s32, t32, None, **CAPPED)[:2]
     yield record("fp32/bf16", score_fwd, logits("fp32", 8192), t, None, **PLAIN)[:2]
     # Heads: tiles of fp32 logits of the selected rows, whose gradient is made in 16 bits; scales that differ.
@@ -398,6 +404,8 @@ def budget(name: str, config: str) -> float | None:
     """Instructions per pair that the kernel may take on sm_90."""
     if name == "score_fwd" and config in BF16_SCORE:
         return BF16_SCORE_BUDGET
+    if "variance" in config:
+        return VARIANCE_BUDGET.get(name)
     budgets = CAPPED_BUDGET if "softcap" in config else ODD_BUDGET if _is_odd(config) else BUDGET
     return SCALES_BUDGET.get(name) if "scales" in config else budgets.get(name)
 

@@ -1,6 +1,6 @@
 """The budget's cut: which positions are selected, and the list of them.
 
-  n = min(m, max(1, ceil(rho m)))  of m valid positions, the best-scored; of equal scores the earlier position
+  n = min(m, max(1, ceil(rho m))), or min(m, count)  of m valid positions, the best-scored; of equal scores the earlier one
   Source: arXiv 2605.26844 eq. 13, one budget for all; arXiv 2604.14084 eq. 8, one for each sequence (rounded up here).
   A score of -inf or NaN is never selected, though a valid position with it counts in m.
 
@@ -82,7 +82,8 @@ def _choose_fwd_kernel(
             n_present, smallest, largest = n_present + sizes[0], tl.minimum(smallest, sizes[1]), tl.maximum(largest, sizes[2])
         tl.debug_barrier()  # other threads read these keys
     denominator = tl.cast(denominator, tl.int64)
-    wanted = ((tl.cast(n_valid, tl.int64) * numerator + denominator - 1) // denominator).to(tl.int32)
+    share = (tl.cast(n_valid, tl.int64) * numerator + denominator - 1) // tl.maximum(denominator, 1)
+    wanted = tl.where(denominator == 0, tl.cast(numerator, tl.int64), share).to(tl.int32)
     wanted = tl.minimum(tl.minimum(tl.maximum(wanted, 1), n_valid), n_present)
     own_keys = keys_ptr if WHOLE else keys_ptr + begin
     key = _kth_largest(keys, own_keys, n, tl.maximum(wanted, 1), tl.minimum(smallest, largest), largest, WHOLE, BLOCK)
@@ -154,7 +155,7 @@ def choose_fwd(
     infinite: Tensor,  # (N,) uint8, contiguous
     *,
     numerator: int,  # of the fraction, with `denominator`: below 2^20 both
-    denominator: int,
+    denominator: int,  # 0: `numerator` is the number to select
     n_rows: int,  # the length of the list
     length: int | None = None,  # one budget for each sequence of so many positions
     bounds: Tensor | None = None,  # one budget for each sequence between two of these bounds

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .device import FLOOR, VOID, _is_masked, _transform
-from .score_sums import _add_pair, _join_lanes, _rescale
+from .score_sums import _add_pair, _join_lanes, _join_spread, _rescale, _spread_of
 from .words import _columns
 
 
@@ -32,15 +32,38 @@ def _clamped(z, k, ref):
 
 
 @triton.jit
+def _careful_spread(zs, zt, total, k_s, ref_s, k_t, ref_t, WIDTH: tl.constexpr):
+    # the mean and the sum of squares of d = x - y, by 2^x, of the entries that neither model masks
+    top = tl.full(ref_s.shape, float("-inf"), tl.float32)
+    offset = tl.zeros_like(ref_s)
+    for i in tl.static_range(WIDTH):
+        is_higher = (zs[i] > top) & (zt[i] > float("-inf"))
+        top = tl.where(is_higher, zs[i], top)
+        offset = tl.where(is_higher, _clamped(zs[i], k_s, ref_s) - _clamped(zt[i], k_t, ref_t), offset)
+    sum_1 = tl.zeros_like(ref_s)
+    sum_2 = tl.zeros_like(ref_s)
+    for i in tl.static_range(WIDTH):
+        x = _clamped(zs[i], k_s, ref_s)
+        shared = (zs[i] > float("-inf")) & (zt[i] > float("-inf"))
+        e = tl.where(shared, x - _clamped(zt[i], k_t, ref_t) - offset, 0.0)
+        weighted = tl.exp2(x) * e
+        sum_1 += weighted
+        sum_2 = tl.fma(weighted, e, sum_2)
+    return _spread_of(total, offset, sum_1, sum_2)
+
+
+@triton.jit
 def _careful_total(
     s_row, t_row, first, last, k_s, pre_s, cap_s, k_t, pre_t, cap_t,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, VARIANCE: tl.constexpr,
 ):  # fmt: skip
-    # the ten running values of the logits first .. last - 1; WIDTH logits a lane and iteration
+    # the running values of the logits first .. last - 1; WIDTH logits a lane and iteration
     m_s = tl.full((LANES,), FLOOR, tl.float32)
     m_t = tl.full((LANES,), FLOOR, tl.float32)
     zero = tl.zeros((LANES,), tl.float32)
     sums = (zero, zero, zero, zero, zero, zero)
+    if VARIANCE:
+        sums = sums + (zero, zero)
     alone_s = tl.full((LANES,), float("-inf"), tl.float32)
     alone_t = tl.full((LANES,), float("-inf"), tl.float32)
     for v in range(first, last, LANES * WIDTH):
@@ -59,5 +82,11 @@ def _careful_total(
         c = (zero, zero, zero, zero, zero, zero)
         for i in tl.static_range(WIDTH):
             c = _add_pair(c, _clamped(zs[i], k_s, ref_s), _clamped(zt[i], k_t, ref_t))
-        sums = _rescale(sums, old_ref_s - ref_s, old_ref_t - ref_t, c)
-    return _join_lanes(m_s, m_t, sums, alone_s, alone_t, k_s, k_t)
+        down_s = old_ref_s - ref_s
+        down_t = old_ref_t - ref_t
+        new_sums = _rescale(sums, down_s, down_t, c)
+        if VARIANCE:
+            block = _careful_spread(zs, zt, c[0], k_s, ref_s, k_t, ref_t, WIDTH)
+            new_sums = new_sums + _join_spread((sums[6], sums[7]), sums[0], down_s, down_s - down_t, block, c[0])
+        sums = new_sums
+    return _join_lanes(m_s, m_t, sums, alone_s, alone_t, k_s, k_t, VARIANCE)

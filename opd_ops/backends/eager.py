@@ -122,6 +122,11 @@ def jsd(s: Tensor, u: Tensor) -> Tensor:
     return JSD(0.5).loss(torch.log_softmax(s, -1), torch.log_softmax(u, -1))
 
 
+def ratio_variance(s: Tensor, u: Tensor) -> Tensor:
+    """Var_p[log p - log q]."""
+    return equations.ratio_variance(torch.log_softmax(s, -1), torch.log_softmax(u, -1))
+
+
 def top_k_ids(logits: Tensor, k: int) -> Tensor:
     """(n, k) ids in the order (logit descending, id ascending)."""
     return torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :k]
@@ -150,6 +155,12 @@ def released_kl(s: Tensor, u: Tensor, in_s: Tensor, in_t: Tensor) -> Tensor:
     return torch.where(in_s | in_t, log_q.exp() * (log_q - log_p), 0).sum(-1)
 
 
+def teacher_rank(s_ids: Tensor, t_ids: Tensor, u: Tensor) -> Tensor:
+    """The place of the student's first id on the teacher's list, whose masked ids do not count; K + 1: not on it."""
+    is_first = (s_ids[:, :1] == t_ids) & (u.gather(1, t_ids) > -math.inf)
+    return torch.where(is_first.any(1), is_first.long().argmax(1), t_ids.shape[1]) + 1
+
+
 @torch.no_grad()
 def token_stats(
     student: Source,
@@ -167,7 +178,8 @@ def token_stats(
     q = torch.softmax(u, dim=-1)
     s_ids = top_k_ids(s, top_k)
     in_s = membership(s_ids, s.shape[1])
-    in_t = membership(top_k_ids(u, top_k), u.shape[1])
+    t_ids = top_k_ids(u, top_k)
+    in_t = membership(t_ids, u.shape[1])
     s_lse, t_lse = torch.logsumexp(s, -1), torch.logsumexp(u, -1)
     return TokenStats(
         valid=torch.isfinite(t_lse),
@@ -185,6 +197,9 @@ def token_stats(
         jsd=jsd(s, u) if "jsd" in columns else None,
         released_kl=released_kl(s, u, in_s, in_t) if "released_kl" in columns else None,
         topk_entropy=equations.topk_entropy(s.gather(1, s_ids)) if "topk_entropy" in columns else None,
+        ratio_variance=ratio_variance(s, u) if "ratio_variance" in columns else None,
+        top1_agreement=(s_ids[:, 0] == t_ids[:, 0]).to(dtype) if "top1_agreement" in columns else None,
+        teacher_rank=teacher_rank(s_ids, t_ids, u).to(dtype) if "teacher_rank" in columns else None,
     )
 
 

@@ -21,6 +21,7 @@ from opd_ops.divergences import Divergence
 from opd_ops.inputs.sources import Source, compute_dtype
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.inputs.workspace import Workspace
+from opd_ops.selection.budget import Budget
 from opd_ops.selection.stats import OwnStats, TokenStats
 
 
@@ -62,12 +63,12 @@ class RoutedBackend(Backend):
         valid: Tensor,
         infinite: Tensor,
         *,
-        fraction: float,
+        budget: Budget,
         n_rows: int,
         length: int | None,
         bounds: Tensor | None,
     ) -> Choice | None:
-        return self.backend.choose(scores, valid, infinite, fraction=fraction, n_rows=n_rows, length=length, bounds=bounds)
+        return self.backend.choose(scores, valid, infinite, budget=budget, n_rows=n_rows, length=length, bounds=bounds)
 
     def token_stats(
         self,

@@ -17,6 +17,7 @@ from opd_ops.divergences import Divergence
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.inputs.workspace import Workspace
+from opd_ops.selection.budget import Budget
 from opd_ops.selection.stats import OwnStats, TokenStats
 
 
@@ -105,7 +106,7 @@ class Backend(ABC):
         valid: Tensor,
         infinite: Tensor,
         *,
-        fraction: float,
+        budget: Budget,
         n_rows: int,
         length: int | None,
         bounds: Tensor | None,

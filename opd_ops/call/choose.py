@@ -22,9 +22,10 @@ from opd_ops.call.prepare import Call
 from opd_ops.call.score import Scored, check_scores, is_infinite, whole_stats_of
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.inputs.sequences import numbered_sequences
-from opd_ops.selection.budget import SHORTLIST, SelectionOptions, most_selected, select, select_over_ranks
+from opd_ops.selection.budget import Budget, SelectionOptions, select, select_over_ranks
 from opd_ops.selection.selectors import is_own, over_ranks, selection_options
 from opd_ops.selection.stats import TokenStats
+from opd_ops.selection.weighting import with_mean_one
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Chosen:
     stats: TokenStats  # columns (...)
     infinite: Tensor  # (...) bool: valid positions whose divergence is known to be +inf
     placed: Placed | None = None  # where kernels made `stats` and the choice
+    weights: Tensor | None = None  # (...) the weighting's factors of the losses, detached; None: no weighting
     counts: tuple[int, int] | None = None  # of selected and valid positions, where the CPU knows them
 
     @property
@@ -50,7 +52,7 @@ class Chosen:
 
 def shortlist(scored: Scored) -> Tensor:
     """(...) bool: the best positions of a first ranking in 8 bits, twice the budget. They are scored again."""
-    return _selected(scored, min(1.0, SHORTLIST * scored.call.settings.fraction))
+    return _selected(scored, scored.call.settings.shortlist_budget)
 
 
 def choose(scored: Scored) -> Chosen:
@@ -58,7 +60,7 @@ def choose(scored: Scored) -> Chosen:
     call, stats, counts = scored.call, scored.stats, None
     choice = _chosen_by_kernels(scored)
     if choice is None:
-        selected = _selected(scored, call.settings.fraction)
+        selected = _selected(scored, call.settings.budget)
         rows, trained = _rows_of(selected, call)
         if not call.in_graph:  # the CPU has just waited for the device, to list the rows
             n_valid, n_infinite = _counts(stats.valid, scored.infinite)
@@ -72,28 +74,52 @@ def choose(scored: Scored) -> Chosen:
             rows, counts = rows[:n_selected], (n_selected, n_valid)
     if counts is not None:
         warn_of_infinite_counts(n_infinite, n_valid, "valid", call.divergence.name)
+    weights = _weights(scored, selected)
     scores_again = call.backend.scores_selected_rows(call.student, call.teacher) and call.divergence.whole is not None
     if call.student_stats is not None and call.divergence.reads_whole_rows and not scores_again:
         rows, trained, selected, stats = _with_whole_rows(call, rows, trained, selected, stats)
         infinite = stats.valid & is_infinite(stats, call.divergence)
-        return Chosen(call, rows, trained, selected, scored.scores, stats, infinite)
+        return Chosen(call, rows, trained, selected, scored.scores, stats, infinite, weights=weights)
     placed = None if choice is None else scored.placed
-    return Chosen(call, rows, trained, selected, scored.scores, stats, scored.infinite, placed, counts)
+    return Chosen(call, rows, trained, selected, scored.scores, stats, scored.infinite, placed, weights, counts)
+
+
+def _weights(scored: Scored, selected: Tensor) -> Tensor | None:
+    """(...) factors of the losses from the call's weighting, without a graph; None: it has none."""
+    call, stats = scored.call, scored.stats
+    if call.weighting is None:
+        return None
+    with torch.no_grad(), nullcontext() if call.ranks is None else over_ranks(call.ranks):
+        weights = call.weighting(stats.clone())  # a user's weighting may change its argument in place
+        check_scores(weights, call.shape, stats.valid.device, "weighting")
+        shard, kind = call.student.transform.shard, call.settings.weight_mean
+        if shard is not None:  # to the bit the same on all ranks, whatever the callable does
+            weights = shard.ranks.first(weights.clone(memory_format=torch.contiguous_format))
+        if kind is None:
+            return weights
+        among = selected if kind == "selected" else stats.valid
+        ids, n, ranks = torch.zeros_like(among, dtype=torch.long).flatten(), 1, call.ranks
+        if kind == "sequence":
+            ids, n = numbered_sequences(call.shape, call.batch.cu_seqlens, stats.valid.device)
+            ranks = ranks if call.scope == "sequence" else None
+        return with_mean_one(weights.flatten(), among.flatten(), ids, n, ranks).view(call.shape)
 
 
 def _chosen_by_kernels(scored: Scored) -> Choice | None:
     """The selected positions, where the backend's kernels can select them: by a budget, on this process alone."""
     call, selector = scored.call, scored.call.selector
     by_place = getattr(selector, "ties_by_place", False) and call.scope != "sequence"
-    keeps_one = getattr(selector, "keep_one_per_sequence", False)
+    keeps_one = getattr(selector, "keep_one_per_sequence", False) or getattr(selector, "both_ends", False)
     if call.ranks is not None or call.settings.threshold is not None or keeps_one or by_place:
         return None
     if call.in_graph and not _has_fixed_list(call):
         return None
     n, length, bounds = call.shape.numel(), None, None
-    n_rows = most_selected(n, call.settings.fraction)
+    budget = call.settings.budget
+    n_rows = budget.most(n)
     if call.scope == "sequence":
-        n_rows, bounds = min(n, n_rows + call.positions.n_sequences), call.batch.cu_seqlens
+        n_rows = min(n, n_rows + call.positions.n_sequences if budget.count is None else n_rows * call.positions.n_sequences)
+        bounds = call.batch.cu_seqlens
         if bounds is None:
             length = call.shape[-1] if len(call.shape) else 1
         else:
@@ -103,41 +129,39 @@ def _chosen_by_kernels(scored: Scored) -> Choice | None:
             scored.scores,
             scored.stats.valid,
             scored.infinite,
-            fraction=call.settings.fraction,
+            budget=budget,
             n_rows=n_rows,
             length=length,
             bounds=bounds,
         )
 
 
-def _selected(scored: Scored, fraction: float) -> Tensor:
+def _selected(scored: Scored, budget: Budget) -> Tensor:
     """(...) bool: the best-scored share of the valid positions."""
     call, options = scored.call, _selection_options(scored)
     with torch.no_grad():
         return select_in_scope(
             scored.scores,
             scored.stats.valid,
-            fraction,
+            budget,
             scope=call.scope,
             sequences=call.positions.sequences,
             ranks=call.ranks,
             cu_seqlens=call.batch.cu_seqlens,
             options=options,
-            threshold=call.settings.threshold,
         )
 
 
 def select_in_scope(
     scores: Tensor,
     valid: Tensor,
-    fraction: float,
+    budget: Budget,
     *,
     scope: str,
     sequences: Callable[[], Tensor],
     ranks: Ranks | None,
     cu_seqlens: Tensor | None,
     options: SelectionOptions,
-    threshold: Tensor | float | None,
 ) -> Tensor:
     """(...) bool: the best-scored share of the valid positions of this process, or of all `ranks` together.
 
@@ -151,15 +175,16 @@ def select_in_scope(
     ids = sequences().flatten() if keeps_one or (is_sequence and ranks is None) else None
     keep_one_in = ids if keeps_one else None
     keep_scores, places = (None if x is None else x.flatten() for x in (options["keep_scores"], options["places"]))
+    both_ends = options["both_ends"]
     if ranks is None:
         ids = ids if is_sequence else None
         selected = select(
-            *flat, fraction, ids, keep_one_in=keep_one_in, keep_scores=keep_scores, places=places, threshold=threshold
+            *flat, budget, ids, keep_one_in=keep_one_in, keep_scores=keep_scores, places=places, both_ends=both_ends
         )
         return selected.view(scores.shape)
     numbered = numbered_sequences(scores.shape, cu_seqlens, scores.device) if is_sequence else None
     selected = select_over_ranks(
-        *flat, fraction, ranks, numbered, keep_one_in=keep_one_in, keep_scores=keep_scores, places=places, threshold=threshold
+        *flat, budget, ranks, numbered, keep_one_in=keep_one_in, keep_scores=keep_scores, places=places, both_ends=both_ends
     )
     return selected.view(scores.shape)
 
@@ -203,7 +228,7 @@ def _rows_of(selected: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
     flat = selected.flatten()
     if call.settings.threshold is not None or not _has_fixed_list(call) or not call.in_graph:
         return flat.nonzero().squeeze(1), None
-    n_rows = most_selected(len(flat), call.settings.fraction)
+    n_rows = call.settings.budget.most(len(flat))
     if getattr(call.selector, "keep_one_per_sequence", False):  # these positions come on top of the budget
         n_rows += call.positions.n_sequences
     rows = torch.sort(flat.to(torch.uint8), descending=True, stable=True).indices[:n_rows]

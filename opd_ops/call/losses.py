@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from opd_ops.arguments import may_look
-from opd_ops.backends.shared.logits_at import logits_at
+from opd_ops.backends.shared.token_logprobs import token_logprobs, tokens_at
 from opd_ops.call.choose import Chosen, warn_of_infinite
 from opd_ops.divergences import SampledToken
 from opd_ops.inputs.sources import Source
-from opd_ops.inputs.teacher_lists import TeacherLists
 
 
 class Settled(NamedTuple):
@@ -63,13 +62,17 @@ def sampled(chosen: Chosen) -> Sampled | None:
     call, divergence, old = chosen.call, chosen.call.divergence, chosen.call.batch.old_logprobs
     if not divergence.reads_tokens:
         return None
-    tokens, support, rule = _tokens(chosen), divergence.on_support, divergence.importance
+    tokens, support, rule = (
+        tokens_at(call.positions.tokens, call.student, call.teacher, chosen.rows),
+        divergence.on_support,
+        divergence.importance,
+    )
     names = "student_logsumexp", "teacher_logsumexp", "reverse_kl"
     columns = {name: getattr(chosen.stats, name).flatten()[chosen.rows] for name in names} | _exact_columns(chosen)
-    log_p = _logprobs(chosen, call.student, tokens, columns["student_logsumexp"])
+    log_p = token_logprobs(call.student, chosen.rows, tokens, columns["student_logsumexp"], call.workspace)
     log_q = advantages = ratios = weights = None
     if support is not None and support.with_token:
-        log_q = _logprobs(chosen, call.teacher, tokens, columns["teacher_logsumexp"])
+        log_q = token_logprobs(call.teacher, chosen.rows, tokens, columns["teacher_logsumexp"], call.workspace)
     if isinstance(support, SampledToken) and log_q is not None:
         advantages = support.advantage(log_p, log_q, columns["reverse_kl"])
     if rule is not None and old is not None:
@@ -78,26 +81,6 @@ def sampled(chosen: Chosen) -> Sampled | None:
         if chosen.trained is not None:  # rows that only fill up the list of a graph may hold NaN
             weights = torch.where(chosen.trained, weights, 0)
     return Sampled(tokens, log_p, log_q, advantages, ratios, weights)
-
-
-def _tokens(chosen: Chosen) -> Tensor:
-    """(M,) tokens that the student sampled, merged ids as the first of them."""
-    call = chosen.call
-    if isinstance(call.teacher, TeacherLists) and call.teacher.tokens is not None:
-        return call.teacher.tokens[chosen.rows]
-    assert call.positions.tokens is not None
-    tokens, merged = call.positions.tokens.flatten()[chosen.rows].long(), call.student.transform.merged
-    for token_id in merged[1:]:
-        tokens = tokens.masked_fill(tokens == token_id, merged[0])
-    return tokens
-
-
-def _logprobs(chosen: Chosen, side: Source | TeacherLists, tokens: Tensor, logsumexp: Tensor) -> Tensor:
-    """(M,) log-probabilities of the tokens. `logsumexp`: (M,) of a model that has logits."""
-    if isinstance(side, TeacherLists):
-        return side.logprobs[chosen.rows, -1]
-    dtype, workspace = chosen.stats.student_logsumexp.dtype, chosen.call.workspace
-    return logits_at(side.detach(), chosen.rows, tokens.unsqueeze(1), dtype, workspace).squeeze(1) - logsumexp
 
 
 def _exact_columns(chosen: Chosen) -> dict[str, Tensor]:

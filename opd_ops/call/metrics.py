@@ -97,6 +97,11 @@ def clip_metrics(advantages: Tensor, clip: float, trained: Tensor) -> Metrics:
     return _means(trained, advantage_clipped=advantages.abs() > clip)
 
 
+def weight_metrics(weights: Tensor, trained: Tensor) -> Metrics:
+    """The mean of the weighting's (M,) factors over the rows that are `trained`."""
+    return _means(trained, weight=weights)
+
+
 def ratio_metrics(ratios: Tensor, weights: Tensor, trained: Tensor) -> Metrics:
     """Ratios p(y) / mu(y) of the `trained` rows: mean, maximum, and the shares that have another weight, or a weight of 0."""
     is_dropped = (weights == 0) & (ratios != 0)

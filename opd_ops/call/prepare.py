@@ -35,7 +35,9 @@ from opd_ops.inputs.teacher_lists import (
     plus_tokens,
 )
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.selectors import Selector, bound_selector, check_known, named_selector
+from opd_ops.selection.selectors import Selector, bound_selector, check_known, named_selector, needs_of, selector_name
+from opd_ops.selection.stats import TOKEN_COLUMNS
+from opd_ops.selection.weighting import check_weighting_known, named_weighting
 from opd_ops.settings import SCORE_DTYPES, Settings, check_divergence_top_k, check_top_k, scalar_of
 
 
@@ -49,6 +51,7 @@ class Call:
     batch: Batch
     settings: Settings
     selector: Selector
+    weighting: Selector | None
     divergence: Divergence
     backend: Backend
     scope: str  # as the settings' scope; "batch" instead of "global" if this process selects alone
@@ -70,6 +73,11 @@ class Call:
         return self.batch.student_stats
 
     @property
+    def needs(self) -> frozenset[str]:
+        """The optional columns of statistics that the call reads."""
+        return self.settings.needs
+
+    @property
     def workspace(self) -> Workspace:
         return Workspace(self.settings.workspace_bytes)
 
@@ -89,6 +97,7 @@ def prepare(
     """Check all arguments that depend on the tensors, before any work. `selects`: False for a call that only scores."""
     ranks = selecting_ranks(settings, selects=selects)
     divergence = resolve_divergence(settings.divergence)
+    reads_tokens = bool(settings.needs & TOKEN_COLUMNS)
     student_source, teacher_source = check_sources(
         student,
         teacher,
@@ -99,6 +108,7 @@ def prepare(
         process_group=settings.process_group,
         top_k=settings.top_k,
         workspace=Workspace(settings.workspace_bytes),
+        reads_tokens=reads_tokens,
     )
     shard, vocab = student_source.transform.shard, student_source.transform.whole_vocab_size
     if shard is not None:
@@ -112,14 +122,16 @@ def prepare(
         device,
         ignore_index=settings.ignore_index,
         special_ids=settings.special_ids,
-        vocab_size=vocab if divergence.reads_tokens else None,
+        vocab_size=vocab if divergence.reads_tokens or reads_tokens else None,
     )
     selector = bound_selector(named_selector(settings.selector), settings.generator, checked_positions.sequences)
     needs = Needs(divergence, settings.top_k, inplace=settings.inplace_backward, float8=settings.in_float8, traced=is_traced())
     if isinstance(teacher_source, Source) and teacher_source.routes is not None:
-        reads_responses = "response_place" in getattr(selector, "needs", ())
+        reads_responses = "response_place" in settings.needs
         teacher_source = _with_checked_routes(teacher_source, None if reads_responses else checked_positions.valid)
     backend = resolve_backend(settings.backend, student_source, teacher_source, needs)
+    weighting = named_weighting(settings.weighting)
+    weighting = None if weighting is None else bound_selector(weighting, None, checked_positions.sequences)
     holds_parts = selects and settings.scope == "sequence" and ranks is not None
     if holds_parts and batch.labels is not None and batch.shift_labels is None:
         raise ValueError(
@@ -140,15 +152,20 @@ def prepare(
             valid=checked_positions.valid,
         )
         check_known(selector, "student_stats")
+        if weighting is not None:
+            check_weighting_known(weighting, "student_stats")
     if isinstance(teacher, (TopKLogprobs, SampledLogprobs)):
         assert isinstance(teacher_source, TeacherLists)
         tokens, support = checked_positions.tokens, divergence.on_support
         reads_log_q = support is not None and support.with_token  # a ratio alone reads the student
+        reads_log_q = reads_log_q or "teacher_logprob" in settings.needs
         if reads_log_q and tokens is not None and not teacher_source.with_token:
             lists = plus_tokens(teacher_source.ids, teacher_source.logprobs, tokens.flatten(), tuple(settings.eos_ids))
             teacher_source = teacher_source._replace(ids=lists[0], logprobs=lists[1], with_token=True)
         check_lists(teacher, teacher_source.logprobs, checked_positions.valid)
         check_known(selector, type(teacher).__name__)
+        if weighting is not None:
+            check_weighting_known(weighting, type(teacher).__name__)
     scope = settings.scope if selects and not (settings.scope == "global" and ranks is None) else "batch"
     call = Call(
         student=student_source,
@@ -157,12 +174,16 @@ def prepare(
         batch=batch,
         settings=settings,
         selector=selector,
+        weighting=weighting,
         divergence=divergence,
         backend=backend,
         scope=scope,
         ranks=ranks,
         in_graph=is_in_graph(device),
     )
+    if reads_tokens:
+        is_selector = needs_of(selector) & TOKEN_COLUMNS
+        _check_tokens(call, f"the selector {selector_name(selector)!r}" if is_selector else "the weighting")
     if selects:
         _check_loss(call)
     return call
@@ -237,12 +258,12 @@ def _check_loss(call: Call) -> None:
             "torch.compile or CUDA reads none: call the loss outside of the graph"
         )
     if call.divergence.reads_tokens:
-        _check_tokens(call)
+        _check_tokens(call, f"divergence {call.divergence.name!r}")
     _check_old_logprobs(call)
 
 
-def _check_tokens(call: Call) -> None:
-    """A divergence on the sampled token needs the tokens."""
+def _check_tokens(call: Call, reader: str) -> None:
+    """What reads the sampled token needs the tokens."""
     tokens, teacher = call.positions.tokens, call.teacher
     if isinstance(teacher, TeacherLists) and teacher.is_sampled:
         if tokens is not None and may_look(tokens):
@@ -254,9 +275,7 @@ def _check_tokens(call: Call) -> None:
                 )
         return
     if tokens is None:
-        raise ValueError(
-            f"tokens: got None, but divergence {call.divergence.name!r} reads the sampled token; pass tokens=, or shift_labels="
-        )
+        raise ValueError(f"tokens: got None, but {reader} reads the sampled token; pass tokens=, or shift_labels=")
 
 
 def _check_old_logprobs(call: Call) -> None:

@@ -1,6 +1,7 @@
 """The last stage of a call: the mean loss over the selected positions, or a loss per position, connected to the graph.
 
   loss = sum_t w_t l_t / total          losses_t = w_t l_t at the selected t, 0 elsewhere
+  w_t: the caller's weight, times that of the weighting, times that of a ratio
   denominator "sequence": loss = 1/R sum_r 1/n_r sum_{t in r} losses_t, n_r the selected positions of response r, R responses
 
 The forward of losses per position builds no graph. The caller differentiates a sum of c_t losses_t, and only the backward
@@ -32,6 +33,7 @@ from opd_ops.call.metrics import (
     ratio_metrics,
     routed_metrics,
     sampled_metrics,
+    weight_metrics,
 )
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.divergences import SampledToken
@@ -164,7 +166,8 @@ def _summed_by_kernels(chosen: Chosen, weighted: Tensor, losses: Tensor, row_wei
     # A copy: autograd saves it, and the caller may change the metrics, which share its memory, in place.
     scale = totals["scale"].clone().to(weighted.dtype)
     loss = weighted * scale
-    return SelectiveOPDOutput(loss, chosen.selected, chosen.scores, chosen.stats, metrics_of_totals(loss, totals))
+    metrics = metrics_of_totals(loss, totals) | _weight_metrics(chosen, losses != torch.inf)
+    return SelectiveOPDOutput(loss, chosen.selected, chosen.scores, chosen.stats, metrics)
 
 
 def denominator(
@@ -189,12 +192,15 @@ def _ids(tokens: Sampled | None) -> Tensor | None:
 
 
 def _row_weights(chosen: Chosen, tokens: Sampled | None, dtype: torch.dtype) -> Tensor | None:
-    """(M,) factors of the losses: the caller's weights times the ratios' weights; None: all are 1."""
-    weights = chosen.call.batch.weights
-    given = None if weights is None else weights.detach().flatten()[chosen.rows].to(dtype)
-    if tokens is None or tokens.weights is None:
-        return given
-    return tokens.weights.to(dtype) if given is None else given * tokens.weights.to(dtype)
+    """(M,) factors of the losses: the caller's weights, the weighting's and the ratios', multiplied; None: all are 1."""
+    of_position = [x.detach().flatten()[chosen.rows] for x in (chosen.call.batch.weights, chosen.weights) if x is not None]
+    if chosen.trained is not None:  # rows that only fill up the list of a graph may hold NaN
+        of_position = [torch.where(chosen.trained, x, 0) for x in of_position]
+    factors = [*of_position, *([] if tokens is None or tokens.weights is None else [tokens.weights])]
+    product = None
+    for factor in factors:
+        product = factor.to(dtype) if product is None else product * factor.to(dtype)
+    return product
 
 
 def _ratio(number: Tensor | float, total: Tensor) -> Tensor:
@@ -229,6 +235,10 @@ def nan_if_nonfinite(losses: Tensor, chosen: Chosen) -> Tensor:
     return losses * torch.where(is_ok, 1.0, torch.nan).to(losses.dtype)
 
 
+def _weight_metrics(chosen: Chosen, trained: Tensor) -> Metrics:
+    return {} if chosen.weights is None else weight_metrics(chosen.weights.flatten()[chosen.rows], trained)
+
+
 def _metrics(
     settled: Settled,
     tokens: Sampled | None,
@@ -248,6 +258,7 @@ def _metrics(
         is_bound=isinstance(chosen.call.teacher, TeacherLists),
     )
     trained = torch.ones_like(terms, dtype=torch.bool) if settled.trained is None else settled.trained
+    metrics |= _weight_metrics(chosen, trained)
     teacher = chosen.call.teacher
     if isinstance(teacher, Source) and teacher.routes is not None:
         metrics |= routed_metrics(teacher.routes, len(teacher.others), chosen.stats.valid, chosen.rows, trained, terms)

@@ -16,12 +16,13 @@ from torch import Tensor
 from opd_ops.backends.ensembles import with_normalisers
 from opd_ops.backends.interface import Placed
 from opd_ops.backends.shared import two_lists
+from opd_ops.backends.shared.token_logprobs import token_logprobs, tokens_at
 from opd_ops.call.prepare import Call
 from opd_ops.divergences import Divergence
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.selection.selectors import is_deterministic, is_own, over_ranks, own_name
-from opd_ops.selection.stats import BACKEND_COLUMNS, TokenStats, is_finite
+from opd_ops.selection.stats import BACKEND_COLUMNS, TOKEN_COLUMNS, TokenStats, is_finite
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def _every_row(call: Call, rows: Tensor | None) -> Tensor:
 def _placed(call: Call, rows: Tensor | None) -> Placed | None:
     """Statistics of all positions, and maybe scores, by kernels; None where the backend has none for this call."""
     is_plain = call.ranks is None and call.student_stats is None and not call.settings.in_float8
-    if not is_plain or not isinstance(call.teacher, Source) or BACKEND_COLUMNS & frozenset(getattr(call.selector, "needs", ())):
+    if not is_plain or not isinstance(call.teacher, Source) or call.needs & (BACKEND_COLUMNS | TOKEN_COLUMNS):
         return None
     return call.backend.placed_stats(
         call.student,
@@ -108,7 +109,7 @@ def stats_of(call: Call, rows: Tensor, score_dtype: torch.dtype | None = None) -
     """(n,) columns at the rows. `score_dtype`: None: the call's score_dtype."""
     student, teacher = call.student, call.teacher
     score_dtype = score_dtype or call.score_dtype
-    columns = frozenset(getattr(call.selector, "needs", ())) & BACKEND_COLUMNS
+    columns = call.needs & BACKEND_COLUMNS
     workspace, top_k = call.workspace, call.settings.top_k
     if call.student_stats is not None or isinstance(teacher, TeacherLists):
         stats = two_lists.token_stats(
@@ -132,6 +133,13 @@ def stats_of(call: Call, rows: Tensor, score_dtype: torch.dtype | None = None) -
             workspace=workspace,
             score_dtype=score_dtype,
         )
+    if call.needs & TOKEN_COLUMNS:
+        tokens = tokens_at(call.positions.tokens, student, teacher, rows)
+        for name, side in (("student", student), ("teacher", teacher)):  # in one order on all ranks
+            if f"{name}_logprob" in call.needs:
+                # A log-sum-exp of 16-bit logits may be below the token's own logit.
+                logprob = token_logprobs(side, rows, tokens, getattr(stats, f"{name}_logsumexp"), workspace).clamp_max(0)
+                stats = stats._replace(**{f"{name}_logprob": logprob})
     if isinstance(teacher, Source):  # a non-finite teacher must not hide a non-finite student
         stats = stats._replace(valid=stats.valid >= is_finite(stats.student_logsumexp))  # valid or not finite
     return stats
@@ -147,7 +155,7 @@ def is_infinite(stats: TokenStats, divergence: Divergence) -> Tensor:
 
 def _response_places(call: Call) -> Tensor | None:
     """The column `response_place`, if the selector needs it; whole responses are then scored."""
-    if "response_place" not in getattr(call.selector, "needs", ()):
+    if "response_place" not in call.needs:
         return None
     return call.positions.response_places(call.ranks if call.scope == "sequence" else None)
 
@@ -166,18 +174,18 @@ def _scored(call: Call, stats: TokenStats) -> Scored:
     return Scored(call, scores.to(stats.reverse_kl.dtype).masked_fill(excluded, -torch.inf), stats, infinite)
 
 
-def check_scores(scores: object, shape: torch.Size, device: torch.device) -> None:
-    """Check the scores that a selector returned."""
-    expected = f"expected a tensor of scores of shape {tuple(shape)}"
+def check_scores(scores: object, shape: torch.Size, device: torch.device, argument: str = "selector") -> None:
+    """Check the scores that a selector returned, or the weights of a weighting: `argument`."""
+    expected = f"expected a tensor of {'scores' if argument == 'selector' else 'weights'} of shape {tuple(shape)}"
     if not isinstance(scores, Tensor):
-        hint = "; it reads a column that is not computed: name it in the selector's `needs`" if scores is None else ""
-        raise ValueError(f"selector: returned {type(scores).__name__}, {expected}{hint}")
+        hint = f"; it reads a column that is not computed: name it in the {argument}'s `needs`" if scores is None else ""
+        raise ValueError(f"{argument}: returned {type(scores).__name__}, {expected}{hint}")
     if scores.shape != shape:
-        raise ValueError(f"selector: returned {tuple(scores.shape)}, {expected}")
+        raise ValueError(f"{argument}: returned {tuple(scores.shape)}, {expected}")
     if scores.layout != torch.strided:
-        raise ValueError(f"selector: returned a tensor of layout {scores.layout}, {expected}")
+        raise ValueError(f"{argument}: returned a tensor of layout {scores.layout}, {expected}")
     if scores.device != device or scores.is_complex():
-        raise ValueError(f"selector: returned {scores.dtype} scores on {scores.device}, expected real ones on {device}")
+        raise ValueError(f"{argument}: returned {scores.dtype} scores on {scores.device}, expected real ones on {device}")
 
 
 def _check_finite(scored: Scored) -> None:

@@ -96,6 +96,15 @@ def relative_to_top(x: Tensor) -> Tensor:
     return (x - largest.masked_fill(is_masked, 0)).scatter(1, top, zero)
 
 
+def ratio_variance(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Var_p[log p - log q] over the last dimension; p = 0 adds 0; q = 0 with p > 0 gives +inf."""
+    absent = log_p < LOG_ZERO
+    log_ratio = log_p.masked_fill(absent, 0) - log_q.masked_fill(absent, 0)
+    mean = (log_p.exp() * log_ratio).sum(-1, keepdim=True)
+    variance = (log_p.exp() * (log_ratio - mean).square()).sum(-1)
+    return variance.masked_fill((log_ratio == math.inf).any(-1), math.inf)
+
+
 def topk_entropy(logits: Tensor) -> Tensor:
     """(n,) entropy of the softmax over a list's (n, K) logits, divided by the log of the number of ids with p > 0."""
     log_p = torch.log_softmax(logits, -1)

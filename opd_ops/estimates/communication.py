@@ -7,7 +7,9 @@
   group        purpose                  collective   bytes
   vocabulary   widths of the parts      all-gather   16 a side
                can backend triton run   all-reduce   8
-               statistics of N rows     all-gather   N row_bytes(K), in slices of an eighth of the workspace
+               statistics of N rows     all-gather   N row_bytes(K), in slices of an eighth of the workspace; 8 N more for
+                                                     the variance of the log-ratio
+               log p(y), log q(y)       all-reduce   c N each, if the selector or the weighting reads it
                a draw                   broadcast    8 a position
                loss of M rows           all-gather   "triton": M row_bytes(1), to read the rows again; "torch": none for the KLs
                                         all-reduce   other divergences: 24 M, summed over the vocabulary, or lists of K ids
@@ -44,7 +46,7 @@ from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.positions import Positions
 from opd_ops.inputs.sources import Shard
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.budget import SelectionOptions, most_selected, select_over_ranks
+from opd_ops.selection.budget import Budget, SelectionOptions, select_over_ranks
 from opd_ops.selection.selectors import (
     Selector,
     bound_selector,
@@ -53,7 +55,8 @@ from opd_ops.selection.selectors import (
     over_ranks,
     selection_options,
 )
-from opd_ops.selection.stats import OPTIONAL_COLUMNS, SWEPT_COLUMNS, TokenStats
+from opd_ops.selection.stats import OPTIONAL_COLUMNS, SWEPT_COLUMNS, TOKEN_COLUMNS, TokenStats
+from opd_ops.selection.weighting import named_weighting
 from opd_ops.settings import LossOptions, Settings, check_divergence_top_k, check_top_k
 
 if TYPE_CHECKING:
@@ -67,8 +70,8 @@ class Collective:
     """Equal collectives in a row."""
 
     phase: str  # "forward", "backward"
-    purpose: str  # "widths", "responses", "statistics", "scores", "draw", "budget", "tokens", "loss", "denominator", or
-    # "gradient"
+    purpose: str  # "widths", "responses", "statistics", "scores", "draw", "budget", "weights", "tokens", "loss",
+    # "denominator", or "gradient"
     group: str  # "vocabulary", "selection"
     kind: str  # "all_gather", "all_reduce", "broadcast"
     ranks: int  # of the group
@@ -182,7 +185,7 @@ def estimate_communication(
     call = _Communication(
         N=N,
         Ds=Ds,
-        M=most_selected(N, settings.fraction) if n_selected is None else n_selected,
+        M=settings.budget.most(N) if n_selected is None else n_selected,
         n_positions=N if n_positions is None else n_positions,
         settings=settings,
         dtype=torch.float64 if dtype == torch.float64 else torch.float32,
@@ -248,6 +251,11 @@ class _Communication:
     def tp(self) -> int:
         return self.shard.ranks.size
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """The optional columns of statistics that the call reads."""
+        return self.settings.needs
+
     def forward(self) -> Iterator[Collective]:
         """In the order of the stages: call/prepare.py, score.py, choose.py, losses.py, reduce.py."""
         yield from self._vocabulary(
@@ -258,9 +266,14 @@ class _Communication:
         yield from self._selection("responses", self._responses())
         for _ in range(self.n_normalisers):
             yield from self._statistics("statistics", self.N, 1, models=1)
-        yield from self._statistics("statistics", self.N, self.settings.top_k, kernels=self.backend == "triton")
-        if self.backend != "eager" and "jsd" in getattr(self.selector, "needs", ()):
+        optional = len(self.needs & {"ratio_variance"})
+        yield from self._statistics(
+            "statistics", self.N, self.settings.top_k, kernels=self.backend == "triton", optional=optional
+        )
+        if self.backend != "eager" and "jsd" in self.needs:
             yield from self._vocabulary("statistics", "all_reduce", SUMS_BYTES * self.N)
+        for _ in self.needs & TOKEN_COLUMNS:
+            yield from self._vocabulary("statistics", "all_reduce", self.dtype.itemsize * self.N)
         scores, sent = self._scores()
         yield from self._selection("scores", sent)
         if not is_deterministic(self.selector):
@@ -268,6 +281,7 @@ class _Communication:
         options, sent = self._options()
         yield from self._selection("scores", sent)
         yield from self._selection("budget", self._budget(options))
+        yield from self._weights()
         if self.divergence.reads_tokens:
             yield from self._tokens()
         yield from self._loss()
@@ -299,13 +313,21 @@ class _Communication:
             yield from self._vocabulary("gradient", "all_reduce", self.M * self.Ds * self.dtype.itemsize, phase=phase)
 
     def _statistics(
-        self, purpose: str, n: int, top_k: int, *, models: int = 2, kernels: bool = False, dtype: torch.dtype | None = None
+        self,
+        purpose: str,
+        n: int,
+        top_k: int,
+        *,
+        models: int = 2,
+        kernels: bool = False,
+        dtype: torch.dtype | None = None,
+        optional: int = 0,
     ) -> Iterator[Collective]:
         """Statistics of n rows, from both models or one (backends/shared/joined.py).
 
-        `kernels`: whether kernels compute them; `dtype`: None: the compute dtype.
+        `kernels`: whether kernels compute them; `dtype`: None: the compute dtype; `optional`: number of optional columns sent.
         """
-        dtype, columns = dtype or self.dtype, len(SWEPT_COLUMNS if kernels else EMPTY_SUMS) if models == 2 else 2
+        dtype, columns = dtype or self.dtype, len(SWEPT_COLUMNS if kernels else EMPTY_SUMS) + optional if models == 2 else 2
         if self.backend == "eager":  # the logits of all ranks
             for _ in range(models):
                 yield from self._vocabulary(purpose, "all_gather", n * self.shard.width * self.dtype.itemsize)
@@ -352,13 +374,13 @@ class _Communication:
     def _responses(self) -> list[tuple[str, int]]:
         """Collectives that find the responses of sequences, if ranks hold parts of them."""
         ranks = _RecordingRanks(n=self.n_selecting)
-        if self.n_sequences is not None and "response_place" in getattr(self.selector, "needs", ()):
+        if self.n_sequences is not None and "response_place" in self.needs:
             no_position = torch.Size((self.n_sequences, 0))
             Positions(None, None, None, None, no_position, torch.device("cpu")).response_places(ranks)
         return ranks.sent
 
     def _statistics_of_no_position(self) -> TokenStats:
-        optional = OPTIONAL_COLUMNS - frozenset(getattr(self.selector, "needs", ()))
+        optional = OPTIONAL_COLUMNS - self.needs
         columns = {name: torch.empty(0, dtype=self.dtype) for name in TokenStats._fields if name not in optional}
         integers = {"response_place": torch.empty(0, dtype=torch.long)} if "response_place" in columns else {}
         return TokenStats(**columns | integers | {"valid": torch.empty(0, dtype=torch.bool)})
@@ -369,6 +391,22 @@ class _Communication:
         with torch.no_grad(), over_ranks(ranks):
             scores = self.selector(self._statistics_of_no_position())
         return scores, ranks.sent
+
+    def _weights(self) -> Iterator[Collective]:
+        """The weighting's normalisers, its first rank's weights, and their mean (call/choose.py)."""
+        weighting = named_weighting(self.settings.weighting)
+        if weighting is None:
+            return
+        ranks = _RecordingRanks(n=self.n_selecting)
+        with torch.no_grad(), over_ranks(ranks):
+            weights = weighting(self._statistics_of_no_position())
+        yield from self._selection("weights", ranks.sent)
+        yield from self._vocabulary("weights", "broadcast", weights.dtype.itemsize * self.n_positions)
+        kind, n = self.settings.weight_mean, 1 if self.n_sequences is None else self.n_sequences
+        if kind == "sequence" and self.n_sequences is not None:
+            yield from self._selection("weights", [("all_reduce", 16 * n)])  # two fp64
+        elif kind in ("valid", "selected"):
+            yield from self._selection("weights", [("all_reduce", 16)])
 
     def _options(self) -> tuple[SelectionOptions, list[tuple[str, int]]]:
         """The options that the selector sets for the selection, and the collectives of their normalisers."""
@@ -383,7 +421,8 @@ class _Communication:
         sequences = None if self.n_sequences is None else (valid.long(), self.n_sequences)
         places = options["places"] if sequences is None else None  # as call/choose.py
         scores = torch.empty(0, dtype=self.dtype)
-        select_over_ranks(scores, valid, self.settings.fraction, ranks, sequences, places=places)
+        budget, both_ends = Budget(self.settings.fraction, self.settings.count), options["both_ends"]
+        select_over_ranks(scores, valid, budget, ranks, sequences, places=places, both_ends=both_ends)
         return ranks.sent
 
     def _vocabulary(self, purpose: str, kind: str, n_bytes: int, *, phase: str = "forward") -> Iterator[Collective]:

@@ -36,7 +36,6 @@ from opd_ops.backends.shared.grids import (
 from opd_ops.divergences import SUPPORTS, Divergence, Summed, resolve_divergence
 from opd_ops.inputs.sources import Mixing, Source, Transform
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.budget import SHORTLIST, most_selected
 from opd_ops.settings import SCORE_DTYPES, LossOptions, Settings, check_top_k
 
 if TYPE_CHECKING:
@@ -86,8 +85,8 @@ def estimate(
         V: Entries of the common vocabulary.
         Ds: Hidden size of the student.
         Dt: Hidden size of the teacher; of a `Mixture` a sequence, the size of each teacher.
-        settings: Settings of the call, or `options`, settings by name. Only these are read: fraction, workspace_bytes, top_k,
-            score_dtype, divergence, and backend: "triton" (also for "auto") or "torch".
+        settings: Settings of the call, or `options`, settings by name. Only these are read: fraction, count, workspace_bytes,
+            top_k, score_dtype, divergence, and backend: "triton" (also for "auto") or "torch".
         dtype: Dtype of hidden states and weights.
         trainable_head: Whether the student's weight requires a gradient. The hidden states require one.
         student_stats: Whether the student's statistics come from the rollout.
@@ -107,7 +106,7 @@ def estimate(
     settings = Settings.given_or_named(settings, options)
     backend = "triton" if settings.backend == "auto" else settings.backend
     check_choice("backend", backend, ("triton", "torch"))
-    fraction, in_float8, workspace_bytes = settings.fraction, settings.in_float8, settings.workspace_bytes
+    budget, in_float8, workspace_bytes = settings.budget, settings.in_float8, settings.workspace_bytes
     check_top_k(settings.top_k, V)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype: got {dtype!r}, expected a floating-point torch.dtype")
@@ -115,14 +114,14 @@ def estimate(
         raise ValueError("score_dtype: got 'float8', which needs backend='triton'")
     score_dtype = None if settings.score_dtype is None else SCORE_DTYPES[settings.score_dtype]
     call = _Costs(N, V, Ds, widths, dtype, settings, backend, trainable_head, student_stats)
-    M = most_selected(N, fraction)
+    M = budget.most(N)
 
     passes = [call.score(N, score_dtype)]
     normalisers = _Pass(0, 0)
     if len(widths) > 1 and mixture == "arithmetic":
         normalisers = call.normalisers()
     if in_float8:
-        passes.append(call.score(most_selected(N, min(1.0, SHORTLIST * fraction)), torch.float32))
+        passes.append(call.score(settings.shortlist_budget.most(N), torch.float32))
     divergence = resolve_divergence(settings.divergence)
     if student_stats and divergence.reads_whole_rows and (backend == "torch" or divergence.whole is None):
         passes.append(call.both_again(M))

@@ -4,7 +4,7 @@
   logits, head      all                                                                   all
   TopKLogprobs      forward_kl_topk, TopK on the teacher's list or the intersection       all that need no whole row
   ... of="student"  TopK on the student's list                                            the same
-  SampledLogprobs   sampled                                                               entropy, random, all, prefix
+  SampledLogprobs   sampled                                                               entropy, dial, log-ratio, controls
   Mixture, Routed   as their members: logits and heads
 
 Not here: the checks of other arguments (call/prepare.py) and of selectors (selection/selectors.py).
@@ -41,8 +41,12 @@ def check_sources(
     process_group: dist.ProcessGroup | None,
     top_k: int,
     workspace: Workspace,
+    reads_tokens: bool,
 ) -> tuple[Source, Source | TeacherLists]:
-    """Both sides over their common vocabulary; one warning if vocabularies differ and `vocab_size` is None."""
+    """Both sides over their common vocabulary; one warning if vocabularies differ and `vocab_size` is None.
+
+    `reads_tokens`: whether the statistics hold the teacher's log-probability of the sampled token.
+    """
     sides = [to_local("student", _source_of("student", student))]
     if not isinstance(teacher, (TopKLogprobs, SampledLogprobs)):
         sides += [to_local(name, _source_of(name, model)) for name, model in named_models(teacher)]
@@ -77,7 +81,7 @@ def check_sources(
     if isinstance(teacher, (TopKLogprobs, SampledLogprobs)):
         assert divergence.on_support is not None
         dtype, support = student_source.compute_dtype, divergence.on_support
-        is_cut = not support.with_token and getattr(teacher, "of", "teacher") == "teacher"
+        is_cut = not (support.with_token or reads_tokens) and getattr(teacher, "of", "teacher") == "teacher"
         longest = max(top_k, support.top_k) if is_cut else None
         return student_source, TeacherLists.of(teacher, vocab, dtype, merged, longest=longest, workspace=workspace)
     return student_source, _combined(teacher, others)

@@ -1,5 +1,6 @@
 """From scores to selected positions: the budget, and the positions that fill it.
 
+  n = min(count, N), or
   n = max(1, ceil(rho N))      scope "batch":    one budget for all N valid positions     arXiv 2605.26844 eq. 13
   n_i = max(1, ceil(rho N_i))  scope "sequence": one per sequence                         arXiv 2604.14084 eq. 8
   scope "global": one budget for the valid positions of all ranks. Scope "sequence" also works over ranks that hold parts of
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from typing import TypedDict
@@ -32,22 +34,41 @@ from opd_ops.inputs.sequences import check_same_sequences
 SHORTLIST = 2  # the budget times this: positions that are scored again exactly after a ranking in 8 bits
 
 
-def budget(n_valid: Tensor, fraction: float) -> Tensor:
-    """max(1, ceil(fraction * n_valid)), and 0 where nothing is valid; exact.
+@dataclass(frozen=True)
+class Budget:
+    """How many of the valid positions of a scope are selected: a share, or a count, or all from a threshold on."""
 
-    0.1 * 30 is 3.0000000000000004 in floating point. So the fraction becomes a ratio of integers: the nearest ratio with a
-    denominator of at most a million, as the user wrote it. The product is then of integers.
-    """
-    numerator, denominator = as_ratio(fraction)
-    if not numerator:  # the fraction is below every such ratio
-        return n_valid.clamp_max(1)
-    return -((n_valid * -numerator) // denominator)
+    fraction: float
+    count: int | None = None  # at most so many; None: the fraction
+    threshold: Tensor | float | None = None  # select scores of at least this, without a budget
 
+    def of(self, n_valid: Tensor) -> Tensor:
+        """max(1, ceil(fraction n_valid)), and 0 where nothing is valid; or min(count, n_valid). Exact.
 
-def most_selected(n: int, fraction: float) -> int:
-    """The budget of n valid positions: the largest budget that n positions can have."""
-    numerator, denominator = as_ratio(fraction)
-    return min(n, max(1, -((-n * numerator) // denominator)))
+        0.1 * 30 is 3.0000000000000004 in floating point. So the fraction becomes a ratio of integers: the nearest ratio with a
+        denominator of at most a million, as the user wrote it. The product is then of integers.
+        """
+        if self.count is not None:
+            return n_valid.clamp_max(self.count)
+        numerator, denominator = as_ratio(self.fraction)
+        if not numerator:  # the fraction is below every such ratio
+            return n_valid.clamp_max(1)
+        return -((n_valid * -numerator) // denominator)
+
+    def most(self, n: int) -> int:
+        """The budget of n valid positions: the largest budget that n positions can have."""
+        numerator, denominator = self.ratio
+        return min(n, numerator if not denominator else max(1, -((-n * numerator) // denominator)))
+
+    @property
+    def ratio(self) -> tuple[int, int]:
+        """Numerator and denominator of the fraction, as kernels take them: (count, 0) for a count."""
+        return as_ratio(self.fraction) if self.count is None else (self.count, 0)
+
+    def times(self, factor: int) -> Budget:
+        """So many times the budget."""
+        count = None if self.count is None else factor * self.count
+        return replace(self, fraction=min(1.0, factor * self.fraction), count=count)
 
 
 def as_ratio(fraction: float) -> tuple[int, int]:
@@ -71,18 +92,19 @@ class SelectionOptions(TypedDict):
     keep_one_per_sequence: bool
     keep_scores: Tensor | None
     places: Tensor | None
+    both_ends: bool
 
 
 def select(
     scores: Tensor,
     valid: Tensor,
-    fraction: float,
+    budget: Budget,
     ids: Tensor | None,
     *,
     keep_one_in: Tensor | None = None,
     keep_scores: Tensor | None = None,
     places: Tensor | None = None,
-    threshold: Tensor | float | None = None,
+    both_ends: bool = False,
 ) -> Tensor:
     """Which of the flattened positions are selected, (N,) bool.
 
@@ -93,14 +115,17 @@ def select(
         keep_one_in: (N,) sequence numbers: a sequence without a selected position gets its best position.
         keep_scores: (N,) scores that define this best position; -inf and NaN of `scores` still exclude. None: `scores`.
         places: (N,) int64: of equal scores the smaller place wins, then the earlier position; None: the earlier position.
-        threshold: Select scores of at least this, without a budget.
+        both_ends: Half of the budget, rounded up, takes the highest scores, the other half the lowest of the others.
     """
     keys = _keys(scores)
-    if threshold is None:
-        n_valid = valid.sum().view(1) if ids is None else _count(valid, ids)
-        selected = _best(keys, budget(n_valid, fraction), ids, places)
+    if budget.threshold is None:
+        n = budget.of(valid.sum().view(1) if ids is None else _count(valid, ids))
+        highest = (n + 1) // 2 if both_ends else n
+        selected = _best(keys, highest, ids, places)
+        if both_ends:
+            selected = selected | _best(_low_keys(keys, selected), n - highest, ids, places)
     else:
-        selected = _at_least(keys, threshold)
+        selected = _at_least(keys, budget.threshold)
     if keep_one_in is not None:
         empty = _count(selected, keep_one_in) == 0
         selected = selected | _best(_keep_keys(keys, keep_scores), empty.long(), keep_one_in, places)
@@ -110,14 +135,14 @@ def select(
 def select_over_ranks(
     scores: Tensor,
     valid: Tensor,
-    fraction: float,
+    budget: Budget,
     ranks: Ranks,
     sequences: tuple[Tensor, int] | None,
     *,
     keep_one_in: Tensor | None = None,
     keep_scores: Tensor | None = None,
     places: Tensor | None = None,
-    threshold: Tensor | float | None = None,
+    both_ends: bool = False,
 ) -> Tensor:
     """`select` of the positions of all ranks, in rank order: which of this rank's flattened positions are selected, (N,) bool.
 
@@ -130,15 +155,23 @@ def select_over_ranks(
     Collectives, with a budget:
         `sequences`: a gather of an int64, for which the CPU waits;
         a search with one target per sequence (distributed/order_statistics.py), and with `places` a second one, in fp32;
-        a gather of (n_sequences,) int64.
+        a gather of (n_sequences,) int64. With `both_ends` the last two come twice.
     With a threshold: none, but for `keep_one_in` with `sequences`: all of the above and a sum of (n_sequences,) int64.
     """
     keys = _keys(scores)
+    threshold = budget.threshold
     if sequences is not None and (threshold is None or keep_one_in is not None):
         check_same_sequences(sequences[1], ranks, keys.device)
     ids, n = (torch.zeros_like(valid, dtype=torch.long), 1) if sequences is None else sequences
     if threshold is None:
-        selected = _best_over_ranks(keys, valid, lambda count: budget(count, fraction), ids, n, ranks, places)
+
+        def highest(count: Tensor) -> Tensor:
+            return (budget.of(count) + 1) // 2 if both_ends else budget.of(count)
+
+        selected = _best_over_ranks(keys, valid, highest, ids, n, ranks, places)
+        if both_ends:
+            lowest = _low_keys(keys, selected)
+            selected = selected | _best_over_ranks(lowest, valid, lambda x: budget.of(x) // 2, ids, n, ranks, places)
     else:
         selected = _at_least(keys, threshold)
     if keep_one_in is None:
@@ -185,6 +218,11 @@ def _best_over_ranks(
 def _keys(scores: Tensor) -> Tensor:
     """The scores, -inf for NaN."""
     return scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+
+
+def _low_keys(keys: Tensor, selected: Tensor) -> Tensor:
+    """Keys that rank the lowest first, without those selected."""
+    return (-keys).masked_fill(selected | (keys == -math.inf), -math.inf)
 
 
 def _keep_keys(keys: Tensor, keep_scores: Tensor | None) -> Tensor:

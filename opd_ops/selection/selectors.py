@@ -12,6 +12,7 @@
   multinomial             H^alpha JSD^gamma, sampled           TIP table 3
   ...-released            teachability, teachability+entropy, tip and entropy as TA's released code computes them: from the two
                           top-K lists, with its own normaliser, order of ties and added positions
+  dial, log-ratio, ratio-variance   of the sampled token, of the log-ratio: sampled.py has the equations
   random, all, prefix     controls
   Norm(z) = clip((z - Q.05) / (Q.95 - Q.05 + eps), 0, 1), TA eq. 11, over the valid positions of the whole batch.
 
@@ -20,6 +21,7 @@ A selector is any callable TokenStats -> scores, also a user's own. It may have 
   keep_one_per_sequence    True: a sequence without a selected position gets its best position
   keep_scores              TokenStats -> scores that define this best position, instead of the selector's scores
   ties_by_place            True: of equal scores the smaller `response_place` wins, across sequences
+  both_ends                True: half of a budget takes the lowest scores
 Over ranks (`over_ranks`) normalisers use the valid positions of all ranks, as one process with all positions would.
 Everything is computed in fp64 on the device. Infinite statistics (student or teacher logits of -inf) are left out of the fit
 of a normaliser and get its largest value, 1.
@@ -42,7 +44,8 @@ from opd_ops.arguments import check_choice, is_traced, real, shown, take_plain
 from opd_ops.distributed.order_statistics import order_statistics
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.selection.budget import SelectionOptions
-from opd_ops.selection.stats import TokenStats, is_finite
+from opd_ops.selection.sampled import Dial, LogRatio, RatioVariance
+from opd_ops.selection.stats import WHOLE_ROW_COLUMNS, TokenStats, is_finite
 
 Selector = Callable[[TokenStats], Tensor]
 EPSILON = 1e-8
@@ -183,6 +186,12 @@ def minmax_norm(z: Tensor, valid: Tensor, *, clip: float | Sequence[float | None
     height, width = z - low, high - low
     flat = (width <= _rounding(quantiles, dtype)) & (z < math.inf)  # False where z is NaN
     return height.div_(width).masked_fill_(flat, 0.0).clamp(0, 1).view(shape)
+
+
+def largest(z: Tensor, valid: Tensor) -> Tensor:
+    """(columns, 1, ...) largest finite value of each column over the valid positions of all ranks; if none, LARGEST."""
+    columns, fitted = _fitted(z, valid)
+    return _quantiles(columns, fitted, [(1.0, 1.0)] * len(columns), z.dtype)[:, 1]
 
 
 def _soft_or(a: Tensor, b: Tensor) -> Tensor:
@@ -376,6 +385,9 @@ SELECTORS: dict[str, Selector] = {
     "tip": tip,
     "overconfident": overconfident,
     "multinomial": Multinomial(),
+    "dial": Dial(),
+    "log-ratio": LogRatio(),
+    "ratio-variance": RatioVariance(),
     "random": Random(),
     "all": everything,
     "prefix": Prefix(),
@@ -400,18 +412,23 @@ def bound_selector(selector: Selector, generator: torch.Generator | None, sequen
     """The selector, with the call's generator or sequences if it has none."""
     if isinstance(selector, (Multinomial, Random)) and selector.generator is None:
         return replace(selector, generator=generator)
-    if isinstance(selector, Prefix) and selector.sequence_ids is None:
-        return replace(selector, sequence_ids=sequence_ids())
+    if getattr(selector, "sequence_ids", sequence_ids) is None:
+        return replace(selector, sequence_ids=sequence_ids())  # type: ignore[type-var]
     return selector
 
 
+def needs_of(selector: Selector) -> frozenset[str]:
+    """The optional columns of statistics that the selector reads."""
+    return frozenset(getattr(selector, "needs", ()))
+
+
 def is_own(selector: Selector) -> bool:
-    """Whether the selector is defined in this file."""
-    return isinstance(selector, (Multinomial, Random, Prefix, Released)) or selector in SELECTORS.values()
+    """Whether the selector is one of this package."""
+    return isinstance(selector, (Multinomial, Random, Prefix, Released, Dial, LogRatio)) or selector in SELECTORS.values()
 
 
 def is_deterministic(selector: Selector) -> bool:
-    """Whether equal statistics give equal scores. True for selectors of this file that do not draw, False for a user's own."""
+    """Whether equal statistics give equal scores. True for this package's that do not draw, False for a user's own."""
     return is_own(selector) and not isinstance(selector, (Multinomial, Random))
 
 
@@ -422,6 +439,7 @@ def selection_options(selector: Selector, stats: TokenStats) -> SelectionOptions
         "keep_one_per_sequence": getattr(selector, "keep_one_per_sequence", False),
         "keep_scores": None if keep_scores is None else keep_scores(stats),
         "places": stats.response_place if getattr(selector, "ties_by_place", False) else None,
+        "both_ends": getattr(selector, "both_ends", False),
     }
 
 
@@ -441,15 +459,15 @@ def check_known(selector: Selector, known: str) -> None:
 
     def fits(candidate: Selector) -> bool:
         if known == "SampledLogprobs" and candidate in SELECTORS.values():
-            return candidate in STUDENT_ONLY or isinstance(candidate, (Random, Prefix))
-        return candidate not in WHOLE_ROW and "jsd" not in getattr(candidate, "needs", ())
+            return candidate in STUDENT_ONLY or isinstance(candidate, (Random, Prefix, Dial, LogRatio))
+        return candidate not in WHOLE_ROW and not needs_of(candidate) & WHOLE_ROW_COLUMNS
 
-    named = SELECTORS.get(_name(selector), selector)  # an instance with other parameters has the same needs
+    named = SELECTORS.get(selector_name(selector), selector)  # an instance with other parameters has the same needs
     if not fits(named):
         expected = ", ".join(name for name, x in SELECTORS.items() if fits(x))
         instead = "pass no student_stats" if known == "student_stats" else "pass the teacher's logits or a LinearHead"
         raise ValueError(
-            f"selector: got {_name(selector)!r}, which {PARTLY_KNOWN[known]}; expected one of: {expected}; or {instead}"
+            f"selector: got {selector_name(selector)!r}, which {PARTLY_KNOWN[known]}; expected one of: {expected}; or {instead}"
         )
 
 
@@ -457,17 +475,17 @@ def check_ranks_twice(selector: Selector) -> None:
     """Refuse a selector that draws if positions are ranked twice: the second draw would differ."""
     if isinstance(selector, (Multinomial, Random)):
         raise ValueError(
-            f"selector: got {_name(selector)!r}, which draws at random, but score_dtype='float8' ranks twice; "
+            f"selector: got {selector_name(selector)!r}, which draws at random, but score_dtype='float8' ranks twice; "
             "pass score_dtype=None"
         )
 
 
-def check_whole_sequences(selector: Selector) -> None:
-    """Refuse a selector that counts along whole sequences if this rank holds parts of sequences."""
-    if isinstance(selector, Prefix):
+def check_whole_sequences(selector: Selector, argument: str = "selector") -> None:
+    """Refuse a selector that counts along whole sequences if this rank holds parts of sequences. `argument`: its name."""
+    if hasattr(selector, "sequence_ids"):
         raise ValueError(
-            "selector: got 'prefix', which counts the positions of whole sequences, but with scope 'sequence' and a "
-            "selection_group a rank holds parts of them; pass scores of your own by a callable"
+            f"{argument}: got {type(selector).__name__.lower()!r}, which counts the positions of whole sequences, but with "
+            "scope 'sequence' and a selection_group a rank holds parts of them; pass scores of your own by a callable"
         )
 
 
@@ -476,10 +494,10 @@ def own_name(selector: Selector) -> str | None:
     return next((name for name, candidate in SELECTORS.items() if candidate is selector), None)
 
 
-def _name(selector: Selector) -> str:
+def selector_name(selector: Selector) -> str:
     """The selector's name in SELECTORS, also with other parameters; for a user's own selector its class name."""
     for name, candidate in SELECTORS.items():
-        has_parameters = isinstance(candidate, (Multinomial, Random, Released))
+        has_parameters = isinstance(candidate, (Multinomial, Random, Released, Dial, LogRatio))
         if candidate is selector or (has_parameters and type(candidate) is type(selector)):
             return name
     return type(selector).__name__

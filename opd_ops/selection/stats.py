@@ -16,8 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BACKEND_COLUMNS = frozenset({"jsd", "released_kl", "topk_entropy"})  # optional columns that a backend computes
-OPTIONAL_COLUMNS = BACKEND_COLUMNS | {"response_place"}
+WHOLE_ROW_COLUMNS = frozenset({"jsd", "ratio_variance"})  # optional columns that need both models' whole rows
+LIST_COLUMNS = frozenset({"released_kl", "topk_entropy", "top1_agreement", "teacher_rank"})  # made of both top-K lists
+BACKEND_COLUMNS = WHOLE_ROW_COLUMNS | LIST_COLUMNS  # optional columns that a backend computes
+TOKEN_COLUMNS = frozenset({"student_logprob", "teacher_logprob"})  # of the sampled token (call/score.py)
+OPTIONAL_COLUMNS = BACKEND_COLUMNS | TOKEN_COLUMNS | {"response_place"}
 SWEPT_COLUMNS = (  # columns from one sweep of both models over the vocabulary
     "student_entropy",
     "teacher_entropy",
@@ -49,10 +52,10 @@ def is_finite(x: Tensor) -> Tensor:
 class TokenStats(NamedTuple):
     """Statistics per position, each of the mask's shape; fp32 (fp64 for fp64 inputs), 0 where not valid.
 
-    `jsd` to `response_place` are None unless the selector names them in `needs`. Only backend "torch" fills the last six
-    columns; other backends leave them None. With `response_place` all positions of the responses are scored: the columns then
-    hold masked positions too, and 0 outside the responses. `reverse_kl` and `forward_kl` take the student's whole row: with
-    `student_stats` they are NaN at positions whose row was not read.
+    `jsd` to `response_place` are None unless the selector or the weighting names them in `needs`. Only backend "torch" fills
+    the last six columns; other backends leave them None. With `response_place` all positions of the responses are scored: the
+    columns then hold masked positions too, and 0 outside the responses. `reverse_kl` and `forward_kl` take the student's whole
+    row: with `student_stats` they are NaN at positions whose row was not read.
     """
 
     valid: Tensor  # bool: mask non-zero, and the teacher's softmax is finite or the student's is not
@@ -70,6 +73,11 @@ class TokenStats(NamedTuple):
     jsd: Tensor | None = None  # Jensen-Shannon divergence, beta = 1/2
     released_kl: Tensor | None = None  # D of TA's released code: selectors.py::Released
     topk_entropy: Tensor | None = None  # H(p renormalised on S') / ln |S'|, S' the ids of S with p > 0
+    ratio_variance: Tensor | None = None  # Var_p[log p - log q]; +inf where p > 0 meets q = 0
+    top1_agreement: Tensor | None = None  # 1 if both models have the same most likely id, else 0
+    teacher_rank: Tensor | None = None  # place of the student's first id in the teacher's list: 1, 2, ...; K + 1: not on it
+    student_logprob: Tensor | None = None  # log p(y), y the sampled token
+    teacher_logprob: Tensor | None = None  # log q(y)
     response_place: Tensor | None = None  # int64: 1, 2, ... along its response; 0: in no response (inputs/positions.py)
     # `REFERENCE_COLUMNS`, for gradients of backend "torch"; a: the student's most likely id (backends/streamed/reference.py)
     reference_student: Tensor | None = None  # s_a

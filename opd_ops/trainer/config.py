@@ -98,6 +98,10 @@ class OPDConfig:
     # loss
     selector: str = _option(str(DEFAULTS.selector), HELP["selector"])
     fraction: float = _option(DEFAULTS.fraction, HELP["fraction"])
+    fraction_end: float | None = _option(None, "Fraction of the last step; none: `fraction` in every step.")
+    fraction_schedule: Literal["linear", "cosine"] = _option(
+        "linear", "How the fraction goes from `fraction` in the first step to `fraction_end` in the last."
+    )
     scope: Scope = _option(  # noqa: RUF009  # `_option` is a dataclass field
         cast("Scope", DEFAULTS.scope),
         HELP["scope"],
@@ -138,11 +142,19 @@ class OPDConfig:
         """Whether the teacher is a server or a folder, and so no model on this machine."""
         return self.teacher_url is not None or self.teacher_store is not None
 
-    def settings(self) -> Settings:
-        """Settings of the loss."""
+    def fraction_at(self, step: int) -> float:
+        """The fraction of the step, 0 ... steps - 1: of the options and the step alone, so that a resumed run has it."""
+        if self.fraction_end is None:
+            return self.fraction
+        done = step / max(1, self.steps - 1)
+        share = done if self.fraction_schedule == "linear" else (1 - math.cos(math.pi * done)) / 2
+        return self.fraction + (self.fraction_end - self.fraction) * share
+
+    def settings(self, step: int = 0) -> Settings:
+        """Settings of the loss in a step."""
         return Settings(
             selector=self.selector,
-            fraction=self.fraction,
+            fraction=self.fraction_at(step),
             scope=self.scope,
             divergence=self.resolved_divergence(),
             top_k=self.top_k,
@@ -300,6 +312,12 @@ class OPDConfig:
             raise ValueError(f"report_to: got {missing[0]!r}, whose package is not installed; pip install it, or leave it out")
 
     def _check_loss(self) -> None:
+        if self.fraction_end is not None and not 0 < self.fraction_end <= 1:
+            raise ValueError(f"fraction_end: got {self.fraction_end}, expected a number in (0, 1]")
+        if self.fraction_end is None and self.fraction_schedule != OPDConfig.__dataclass_fields__["fraction_schedule"].default:
+            raise ValueError(f"fraction_schedule: got {self.fraction_schedule!r} without fraction_end; set that too")
+        if self.fraction_schedule not in ("linear", "cosine"):
+            raise ValueError(f"fraction_schedule: got {self.fraction_schedule!r}, expected 'linear' or 'cosine'")
         self.settings().for_host(passes_tokens=True, teacher="TopKLogprobs" if self.teacher_sends_lists else None)
 
 

@@ -260,6 +260,8 @@ class OPDTrainer:
                 totals[name] = totals.get(name, 0) + value.double()
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm or math.inf)
         numbers = self._numbers(totals) | {"grad_norm": float(norm), "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        if self.config.fraction_end is not None:
+            numbers["fraction"] = self.config.fraction_at(step)
         for name, value in (("gradient's norm", numbers["grad_norm"]), ("loss", numbers["loss"])):
             if not math.isfinite(value):
                 what = f"step {step + 1}: the {name} is {value}, expected a finite number; nothing was updated"
@@ -293,7 +295,7 @@ class OPDTrainer:
             student = head_over(self.model, self.tokenizer, batch, unwrapped=self.unwrapped)
         if self.config.mixed_precision == "bf16":  # the body computes in bf16 too; gradients are summed in fp32
             student = in_bf16(student)
-        settings = dataclasses.replace(self.config.settings(), generator=torch.Generator(device).manual_seed(seed))
+        settings = dataclasses.replace(self.config.settings(step), generator=torch.Generator(device).manual_seed(seed))
         loss_fn = SelectiveOPDLoss(settings)
         return loss_fn(student, self.teacher(batch), mask=batch.mask, tokens=batch.tokens, num_items_in_batch=n_items)
 

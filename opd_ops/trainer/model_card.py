@@ -44,7 +44,7 @@ def model_card(config: OPDConfig, teacher: str, before: Mapping[str, float], aft
         f"# {config.student}, distilled on-policy",
         "",
         f"Trained by `opd_ops` {__version__} for {config.steps} steps on answers it wrote itself. Teacher: {teacher}.",
-        f"Of each micro-batch {100 * config.fraction:g} % of the tokens, chosen by `{config.selector}`, were trained on with "
+        f"Of each micro-batch {_shares(config)} of the tokens, chosen by `{config.selector}`, were trained on with "
         f"`{config.divergence}`.",
         "",
         *(["| held out, nats a token | before | after |", "|---|---|---|", *rows, ""] if rows else []),
@@ -55,3 +55,8 @@ def model_card(config: OPDConfig, teacher: str, before: Mapping[str, float], aft
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _shares(config: OPDConfig) -> str:
+    shares = [config.fraction] if config.fraction_end is None else [config.fraction, config.fraction_end]
+    return " to ".join(f"{100 * share:g} %" for share in shares)

@@ -13,7 +13,7 @@ import torch
 
 from opd_ops import LinearHead, score_positions, selective_opd_loss
 from opd_ops.selection.selectors import Multinomial, Released
-from opd_ops.selection.stats import OPTIONAL_COLUMNS
+from opd_ops.selection.stats import BACKEND_COLUMNS, OPTIONAL_COLUMNS
 from tests.support.cases import head_pair, leaf, logit_pair, to_double
 from tests.support.tolerances import assert_gradient
 
@@ -36,6 +36,7 @@ def by_hand(s: list[float], u: list[float], k: int) -> dict[str, float]:
     m = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
     p_list = dict(zip(top_s, softmax([s[v] for v in top_s]), strict=True))
     q_list = dict(zip(top_t, softmax([u[v] for v in top_t]), strict=True))
+    ratio = [math.log(a) - math.log(b) for a, b in zip(p, q, strict=True)]
     released = [(max(q_list.get(v, 0), 1e-12), max(p_list.get(v, 0), 1e-12)) for v in union]
     return {
         "student_entropy": -math.fsum(x * math.log(x) for x in p),
@@ -51,11 +52,14 @@ def by_hand(s: list[float], u: list[float], k: int) -> dict[str, float]:
         "jsd": (kl(p, m) + kl(q, m)) / 2,
         "released_kl": math.fsum(a * (math.log(a) - math.log(b)) for a, b in released),
         "topk_entropy": -math.fsum(x * math.log(x) for x in p_list.values()) / math.log(max(k, 2)),
+        "ratio_variance": math.fsum(a * (r - kl(p, q)) ** 2 for a, r in zip(p, ratio, strict=True)),
+        "top1_agreement": float(top_s[0] == top_t[0]),
+        "teacher_rank": top_t.index(top_s[0]) + 1 if top_s[0] in top_t else k + 1,
     }
 
 
 class _Everything:
-    needs = frozenset({"jsd", "released_kl", "topk_entropy"})
+    needs = BACKEND_COLUMNS
 
     def __call__(self, stats):
         return stats.jsd

@@ -26,6 +26,7 @@ def names():
     reference, maths, code = (u + shift for shift in shifts)
     return {name: getattr(opd_ops, name) for name in opd_ops.__all__} | {
         "loss": opd_ops.selective_opd_loss,
+        "torch": torch,
         "student": leaf(s),
         "teacher": u,
         "reference": reference,

@@ -77,6 +77,7 @@ def test_the_page_of_metrics_names_all_of_them():
         selective_opd_loss(s, u, tokens=y, old_logprobs=log_mu, divergence=ImportanceWeighted(JSD(0.5), "tis")),
         selective_opd_loss(s, TopKLogprobs(ids, values), divergence="tail_aware"),
         selective_opd_loss(s, Routed([u, u], torch.tensor([0, 0]))),
+        selective_opd_loss(s, u, weighting="fire"),
     ]
     text = page("reference/metrics.md")
     known = {name for call in calls for name in call.metrics if not name.endswith("teacher_1") and "teacher_1" not in name}

@@ -23,6 +23,7 @@ from opd_ops import (
     ImportanceWeighted,
     LinearHead,
     LocalSupport,
+    LogRatio,
     Mixture,
     ReverseKL,
     SampledToken,
@@ -78,7 +79,7 @@ CASES = [
     *(case(kind="heads", tp=4, divergence=name) for name in ("reverse_kl", "jsd", "tail_aware", "sampled")),
     *(
         case(kind="logits", tp=2, selector=name)
-        for name in ("tip", "entropy", "random", "multinomial", "teachability-released")
+        for name in ("tip", "entropy", "random", "multinomial", "teachability-released", "dial", "ratio-variance")
     ),
     case(kind="logits", tp=4, selector=noisy),
     *(case(kind="logits", tp=2, divergence="total_variation", mixture=kind) for kind in ("geometric", "arithmetic")),
@@ -97,6 +98,7 @@ CASES = [
     case(kind="heads", dp=4, scope="batch"),
     case(kind="heads", dp=4, scope="global", none_valid=True),
     case(kind="logits", dp=2, scope="global", dtype=torch.float64),
+    case(kind="logits", dp=2, scope="global", count=3, selector=LogRatio("both")),
     case(kind="logits", cp=2, scope="sequence"),
     *(case(kind="logits", **shared, denominator="sequence") for shared in SHARED),
     case(kind="logits", cp=4, scope="sequence", selector="entropy"),

@@ -370,9 +370,10 @@ def test_the_models_of_a_mixture_have_the_same_parts(ranks, kind, backend):
 
 
 def test_selectors_score_as_one_process_and_draw_alike_on_every_rank(ranks):
-    names = ["teachability", "tip", "teachability-released", "overconfident", "random", "multinomial"]
+    names = ["teachability", "tip", "teachability-released", "overconfident", "random", "dial", "ratio-variance", "multinomial"]
     ranks.run(_selectors, "logits", "torch", names)
-    ranks.run(_selectors, "logits", "triton", names[-1:])
+    ranks.run(_selectors, "logits", "triton", names[-2:])
+    ranks.run(_selectors, "heads", "triton", ["ratio-variance"])
 
 
 @pytest.mark.parametrize("name", [*LIST_ALONE, "sampled", "topk_student"])

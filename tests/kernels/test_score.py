@@ -13,6 +13,7 @@ from opd_kernels import launch_table
 from opd_kernels.device import row_step, rows_are_aligned
 from opd_kernels.score import GROUP, score_fwd
 
+from opd_ops.backends import eager
 from tests.support import kernel_oracle as oracle
 from tests.support.cases import logit_pair
 from tests.support.kernel_oracle import COMMON
@@ -122,6 +123,52 @@ def test_score_fwd_takes_no_rows():
 def test_score_fwd_offsets_pass_two_to_the_31(tmp_path):
     s, t = oracle.sparse_pair(tmp_path)
     check(s, t, rows=torch.tensor([69999, 0]))
+
+
+# the variance of the log-ratio
+
+
+def check_variance(s, t, **changed):
+    """The variance within 1e-4 of float64's, beside what rounding the mean of the gap leaves; the other columns as without."""
+    common, variance = {**COMMON, **changed}, torch.full((len(s),), torch.nan)
+    with_it = score_fwd(s, t, None, variance=variance, vocab_size=s.shape[1], **common)
+    without = score_fwd(s, t, None, vocab_size=s.shape[1], **common)
+    assert torch.equal(with_it.columns.nan_to_num(7.0), without.columns.nan_to_num(7.0))
+    models = (("s", s), ("t", t))
+    pair = [oracle.logit(x, common[f"{name}_scale"], common[f"{name}_softcap"], common["temperature"]) for name, x in models]
+    want = eager.ratio_variance(*pair)
+    close = torch.isfinite(want)
+    assert torch.equal(variance.double().nan_to_num(7.0, 8.0)[~close], want.nan_to_num(7.0, 8.0)[~close])
+    size = torch.stack(pair).masked_fill(torch.stack(pair).isinf(), 0).abs().amax((0, 2))
+    bound = 1e-4 * want + (4e-7 * size).square()
+    assert bool((((variance - want).abs() <= bound) | ~close).all()), (variance, want, bound)
+    return variance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("scale", "noise", "V"), [(4, 1, 9001), (3, 1e-3, 9001), (60, 5, 131), (0.1, 3e-3, 7)])
+def test_score_fwd_variance_matches_float64(dtype, scale, noise, V):
+    check_variance(*logit_pair(1, V, scale=scale, noise=noise, dtype=dtype, seed=3))
+
+
+def test_score_fwd_variance_of_many_programs_a_row_of_transformed_and_of_saturated_logits():
+    s, t = logit_pair(3, 9001, scale=2, seed=5)  # few rows: several programs each
+    s[:2, 7] = torch.tensor([40.0, 25.0])
+    t[:, 9] = 30
+    check_variance(s, t, temperature=0.7)
+    check_variance(*logit_pair(2, 4501, scale=8, seed=4), s_softcap=20.0, t_softcap=50.0, s_scale=0.5)
+
+
+def test_score_fwd_variance_of_masked_rows():
+    s, t = logit_pair(6, 4501, scale=4)
+    s[0, :100], t[0, :100] = -INF, -INF
+    t[1, 50:60], s[2, 40:50] = -INF, -INF
+    s[3, 5] = torch.nan
+    s[4], t[4] = -INF, -INF
+    s[5, 9], t[5, 9] = -2000.0, -INF  # p is 0 in float64
+    variance = check_variance(s, t)
+    assert variance[1] == INF
+    assert bool(variance[[0, 2, 5]].isfinite().all())
 
 
 # -inf

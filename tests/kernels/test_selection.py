@@ -19,8 +19,8 @@ from opd_kernels.score import COLUMNS
 from opd_kernels.support import SUPPORT_COLUMNS
 
 from opd_ops.inputs.sequences import sequence_ids
-from opd_ops.selection.budget import as_ratio, most_selected, select
-from opd_ops.selection.selectors import SELECTORS, is_deterministic
+from opd_ops.selection.budget import Budget, select
+from opd_ops.selection.selectors import SELECTORS, is_deterministic, needs_of
 from opd_ops.selection.stats import TokenStats
 from tests.support.cases import generator
 from tests.support.kernel_oracle import same
@@ -77,12 +77,12 @@ def check_scores(seed, n, selector):
 def check_choice(seed, placed, *, cu_seqlens=False):
     """Positions selected by one budget, and by one for each sequence, against the torch path's."""
     n, scores, valid, infinite = len(placed.scores), placed.scores, placed.valid.bool(), placed.infinite
-    fraction = (0.05, 0.1, 0.3, 1.0)[seed % 4]
-    ratio = dict(zip(("numerator", "denominator"), as_ratio(fraction), strict=True))
+    budget = (Budget(0.05), Budget(0.1), Budget(1.0, 7), Budget(0.3), Budget(1.0))[seed % 5]
+    ratio = dict(zip(("numerator", "denominator"), budget.ratio, strict=True))
     given = placed.scores, placed.valid, infinite
-    n_rows = most_selected(n, fraction)
+    n_rows = budget.most(n)
     choice = choose_fwd(*given, n_rows=n_rows, **ratio)
-    selected = select(scores, valid, fraction, None)
+    selected = select(scores, valid, budget, None)
     assert torch.equal(choice.selected.bool(), selected)
     assert torch.equal(choice.rows, torch.sort(selected.byte(), descending=True, stable=True).indices[:n_rows])
     assert choice.counts.tolist() == [int(x.sum()) for x in (selected, valid, infinite)]
@@ -94,7 +94,7 @@ def check_choice(seed, placed, *, cu_seqlens=False):
     else:
         lengths, ids = {"length": 20 + seed % 97}, torch.arange(n) // (20 + seed % 97)
     choice = choose_fwd(*given, n_rows=n, **lengths, **ratio)
-    selected = select(scores, valid, fraction, ids)
+    selected = select(scores, valid, budget, ids)
     assert torch.equal(choice.selected.bool(), selected)
     assert torch.equal(choice.rows[: int(selected.sum())], selected.nonzero().squeeze(1))
     assert choice.counts.tolist() == [int(x.sum()) for x in (selected, valid, infinite)]
@@ -139,7 +139,7 @@ def test_quantiles_of_equal_and_of_close_values_are_exact():
 
 def test_every_selector_that_does_not_draw_and_scores_by_columns_of_the_kernels_has_a_score_here():
     # These count along sequences, or read optional columns.
-    others = {"prefix", *(name for name in SELECTORS if name.endswith("-released"))}
+    others = {"prefix", *(name for name, selector in SELECTORS.items() if needs_of(selector))}
     assert set(FITS) == {name for name, selector in SELECTORS.items() if is_deterministic(selector)} - others
 
 

@@ -22,7 +22,7 @@ from opd_ops.arguments import traced_as_constant
 from opd_ops.backends.triton import operators as triton_ops
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.budget import budget, most_selected
+from opd_ops.selection.budget import Budget
 from tests.support.cases import head_pair, leaf, leaf_head, logit_pair
 
 OPTIONS = 2**20, 130, 0.7  # workspace_bytes, vocab_size, temperature
@@ -147,7 +147,7 @@ def test_a_captured_call_trains_on_what_is_kept_on_top_of_the_budget(monkeypatch
         with _NoSynchronisation() if capturing else nullcontext():
             out = selective_opd_loss(student, heads[1], **options)
             out.loss.backward()
-        assert out.selected.sum() > most_selected(12, 0.1)
+        assert out.selected.sum() > Budget(0.1).most(12)
         runs.append([out.loss.detach(), out.selected, student.weight.grad, student.hidden.grad])
     assert torch.equal(runs[0][1], runs[1][1])
     for a, b in zip(*runs, strict=True):
@@ -248,7 +248,7 @@ def test_the_package_loads_no_compiler():
 @pytest.mark.parametrize("fraction", [0.05, 0.1, 0.3, 1.0])
 def test_most_selected_is_the_budget_of_all(fraction):
     for n in range(50):
-        assert most_selected(n, fraction) == budget(torch.tensor(n), fraction)
+        assert Budget(fraction).most(n) == Budget(fraction).of(torch.tensor(n))
 
 
 @pytest.mark.full

@@ -57,6 +57,7 @@ ON_LIST = [LocalSupport(top_k=K), TailAware(top_k=K), TopKForwardKL(top_k=K), To
 SAMPLED = [SampledToken(), SampledToken(clip=0.5), SampledToken(shape="power"), SampledToken(shape="tanh")]
 OF_LISTS = ["teachability", "teachability+entropy", "teachability-released", "incompatibility", "compatibility", "divergence"]
 OF_STUDENT = ["entropy", "random", "all", "prefix"]
+OF_TOKENS = ["dial", "log-ratio"]
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def calls(
     )
     teacher = draw(st.sampled_from(["dense", "head", "top_k", "sampled"]))
     kinds = {"top_k": ON_LIST, "sampled": SAMPLED}.get(teacher, WHOLE + ON_LIST + SAMPLED)
-    names = {"top_k": OF_LISTS + OF_STUDENT, "sampled": OF_STUDENT}.get(teacher, sorted(SELECTORS))
+    names = {"top_k": OF_LISTS + OF_STUDENT, "sampled": OF_STUDENT + OF_TOKENS}.get(teacher, sorted(SELECTORS))
     is_mixed = teacher in ("dense", "head") and draw(st.booleans())
     tokens = torch.multinomial(s.softmax(-1).view(n, vocab), 1, generator=generator(1)).view(shape)
     mask = torch.rand(shape, generator=generator(draw(st.integers(0, 9)))) > 0.4

@@ -57,6 +57,7 @@ def calls(draw):
 def test_loss_is_finite_and_its_gradient_is_zero_off_the_selection(call, selector, divergence, fraction):
     student, teacher, options = call
     student = leaf(student)
+    options["tokens"] = student.argmax(-1)
     out = selective_opd_loss(
         student, teacher, selector=selector, divergence=divergence, fraction=fraction, generator=generator(0), **options
     )

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from opd_ops import select_positions, selective_opd_loss
-from opd_ops.selection.budget import budget
+from opd_ops import LogRatio, Settings, select_positions, selective_opd_loss
+from opd_ops.selection.budget import Budget
 from opd_ops.selection.selectors import SELECTORS, selection_options
 from tests.support import released_oracle
-from tests.support.cases import generator
+from tests.support.cases import generator, logit_pair
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,57 @@ from tests.support.cases import generator
 def test_budget_is_the_exact_ceiling(numerator, denominator):
     n = torch.arange(0, 3000)
     want = [max(1, math.ceil(Fraction(numerator, denominator) * int(k))) if k else 0 for k in n]
-    assert budget(n, numerator / denominator).tolist() == want
+    assert Budget(numerator / denominator).of(n).tolist() == want
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+def test_a_count_is_the_budget_of_each_scope_or_all_of_a_smaller_one(scope):
+    scores = torch.rand(4, 9, generator=generator(1))
+    mask = torch.ones(4, 9, dtype=torch.bool)
+    mask[1, 2:], mask[2] = False, False
+    selected = select_positions(scores, mask=mask, count=3, scope=scope)
+    assert selected.sum(1).tolist() == [3, 2, 0, 3] if scope == "sequence" else selected.sum() == 3
+    assert torch.equal(selected, select_positions(scores, mask=mask, count=3, fraction=0.9, scope=scope))
+    assert torch.equal(select_positions(scores, mask=mask, count=99), mask)
+
+
+def test_both_ends_are_the_highest_and_then_the_lowest_of_the_others():
+    scores = torch.tensor([[0.1, 0.9, 0.5, -2.0, 0.9, -math.inf, 0.3]])
+    for n, want in enumerate(([1], [1, 3], [1, 3, 4], [0, 1, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 6]), 1):
+        got = select_positions(scores, count=n, both_ends=True, scope="sequence")
+        assert got[0].nonzero().squeeze(1).tolist() == want, n
+    assert select_positions(torch.zeros(5), count=4, both_ends=True).tolist() == [True] * 4 + [False]
+
+
+def test_a_count_beside_a_threshold_and_a_threshold_for_both_ends_are_refused():
+    with pytest.raises(ValueError, match="threshold: got one beside a count"):
+        Settings(count=3, threshold=0.1)
+    with pytest.raises(ValueError, match="threshold: the selector takes both ends"):
+        Settings(selector=LogRatio("both"), threshold=0.1)
+    with pytest.raises(ValueError, match="count: got 0"):
+        Settings(count=0)
+    with pytest.raises(ValueError, match="threshold: got one with both_ends"):
+        select_positions(torch.rand(4), threshold=0.1, both_ends=True)
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+def test_a_count_selects_the_same_by_kernels(scope):
+    student, teacher = (x.view(2, 5, 67) for x in logit_pair(10, 67))
+    options = {"selector": "entropy", "count": 2, "scope": scope, "denominator": "valid"}
+    want, got = (selective_opd_loss(student, teacher, backend=backend, **options) for backend in ("torch", "triton"))
+    assert torch.equal(got.selected, want.selected)
+    assert got.metrics["n_selected"] == (2 if scope == "batch" else 4)
+
+
+def test_minmaxtok_takes_one_token_of_each_end_of_each_response():
+    student, teacher = (x.view(3, 8, 67) for x in logit_pair(24, 67))
+    y = torch.randint(0, 67, (3, 8), generator=generator(1))
+    options = {"tokens": y, "count": 2, "scope": "sequence", "denominator": "valid", "divergence": "sampled"}
+    for backend in ("torch", "triton"):
+        out = selective_opd_loss(student, teacher, selector=LogRatio("both"), backend=backend, **options)
+        a = out.stats.teacher_logprob - out.stats.student_logprob
+        ends = torch.stack((a.argmax(1), a.argmin(1)), 1).sort(1).values
+        assert torch.equal(out.selected.nonzero()[:, 1].view(3, 2), ends)
 
 
 def test_budget_of_a_tenth_of_thirty_is_three():

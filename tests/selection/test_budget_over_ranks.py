@@ -69,6 +69,11 @@ def one_budget(seeds):
             )
         assert_sent(sent, (scores.dtype, 1, 1), (torch.float32, 1, 1), gathered=[8])
         assert torch.equal(got, select_positions(scores, mask=mask, places=places, **options)[mine]), seed
+        ends = {"count": 1 + seed % 6, "both_ends": True}
+        with collectives() as sent:
+            got = select_positions(scores[mine], mask=mask[mine], scope="global", selection_group=group, **ends)
+        assert_sent(sent, *[(scores.dtype, 1, 1)] * 2, gathered=[8, 8])
+        assert torch.equal(got, select_positions(scores, mask=mask, **ends)[mine]), seed
         with collectives() as sent:
             got = select_positions(scores[mine], threshold=0.25, scope="global", selection_group=group)
         assert not sent

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from opd_ops import (
+    Dial,
+    LogRatio,
     Multinomial,
     Released,
     SampledLogprobs,
@@ -58,6 +60,9 @@ EQUATIONS = {
     "divergence-reverse-kl": lambda x: x.reverse_kl,
     "tip": lambda x: either(minmax(x.student_entropy, 0.98), minmax(x.reverse_kl)),
     "overconfident": lambda x: x.forward_kl * (1 - minmax(x.student_entropy, 0.98)),
+    "dial": lambda x: np.abs(np.exp(x.teacher_logprob) - np.exp(x.student_logprob)),
+    "log-ratio": lambda x: x.teacher_logprob - x.student_logprob,
+    "ratio-variance": lambda x: x.ratio_variance,
     "all": lambda x: np.zeros_like(x.reverse_kl),
 }
 
@@ -65,7 +70,8 @@ EQUATIONS = {
 @pytest.mark.parametrize("selector", sorted(EQUATIONS))
 def test_selector_matches_the_paper(selector, case):
     student, teacher, mask = case
-    scores, stats = score_positions(student, teacher, mask=mask, selector=selector)
+    tokens = torch.randint(0, 211, mask.shape, generator=generator(2))
+    scores, stats = score_positions(student, teacher, mask=mask, tokens=tokens, selector=selector)
     valid = type(stats)(*(None if c is None else c[mask].double().numpy() for c in stats))
     np.testing.assert_allclose(scores[mask].numpy(), EQUATIONS[selector](valid), rtol=2e-6, atol=1e-7)
     assert bool((scores[~mask] == -math.inf).all())
@@ -73,6 +79,82 @@ def test_selector_matches_the_paper(selector, case):
 
 def test_every_named_selector_has_a_test():
     assert {*EQUATIONS, *RELEASED_KINDS, "random", "multinomial", "prefix"} == set(SELECTORS)
+
+
+def test_dial_is_its_equation_from_equal_models_to_an_unlikely_token(case):
+    student, teacher, _ = case
+    y = torch.randint(0, 211, (4, 15), generator=generator(3))
+    teacher = torch.cat((student[:1], teacher[1:]))
+    log_p, log_q = (x.double().log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1).numpy() for x in (student, teacher))
+    a, p, q = log_q - log_p, np.exp(log_p), np.exp(log_q)
+    for beta in (0.0, 0.5, 1.0, 1.2):
+        scores, stats = score_positions(student.double(), teacher.double(), tokens=y, selector=Dial(beta))
+        want = np.abs(a[1:]) ** (1 - beta) * np.abs(q - p)[1:] ** beta
+        np.testing.assert_allclose(scores[1:].numpy(), want, rtol=1e-9)
+        assert not scores[0].any()
+    np.testing.assert_allclose(stats.student_logprob.numpy(), log_p, rtol=1e-12)
+    np.testing.assert_allclose(stats.teacher_logprob.numpy(), log_q, rtol=1e-12)
+
+
+def test_dial_of_a_token_that_the_teacher_masks():
+    stats = score_positions(*logit_pair(3, 29), tokens=torch.zeros(3).long(), selector="dial")[1]
+    stats = stats._replace(teacher_logprob=torch.full((3,), -math.inf))
+    torch.testing.assert_close(Dial()(stats), stats.student_logprob.double().exp())
+    assert bool((Dial(0.5)(stats) == math.inf).all())
+    assert not Dial(1.2)(stats).any()
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch", "triton"])
+def test_selectors_of_the_sampled_token_agree_on_every_backend_and_on_what_servers_send(backend):
+    student, teacher = (x.view(2, 4, 131) for x in logit_pair(8, 131, scale=2.5, seed=2))
+    y = torch.randint(0, 131, (2, 4), generator=generator(4))
+    log_p, log_q = (x.double().log_softmax(-1) for x in (student, teacher))
+    at = [x.gather(-1, y.unsqueeze(-1)).squeeze(-1) for x in (log_p, log_q)]
+    best = log_q.float().topk(16)
+    ids = torch.cat((best.indices, y.unsqueeze(-1)), -1)
+    sent = TopKLogprobs(ids, log_q.float().gather(-1, ids)), SampledLogprobs(y, at[1].float())
+    for source in (teacher, *sent):
+        scores, stats = score_positions(student, source, tokens=y, selector="log-ratio", backend=backend)
+        torch.testing.assert_close(scores.double(), at[1] - at[0], rtol=0, atol=5e-6)
+        torch.testing.assert_close(stats.student_logprob.double(), at[0], rtol=0, atol=3e-6)
+    low, _ = score_positions(student, teacher, tokens=y, selector=LogRatio("low"), backend=backend)
+    torch.testing.assert_close(low.double(), at[0] - at[1], rtol=0, atol=5e-6)
+    scores, _ = score_positions(student, teacher, selector="ratio-variance", backend=backend)
+    p, r = log_p.exp(), log_p - log_q
+    torch.testing.assert_close(scores.double(), (p * r.square()).sum(-1) - (p * r).sum(-1).square(), rtol=1e-4, atol=1e-6)
+
+
+def test_ratio_variance_is_the_norm_of_the_reverse_kl_gradient_over_p():
+    student, teacher = logit_pair(5, 97, dtype=torch.float64)
+    leaf = student.clone().requires_grad_()
+    out = selective_opd_loss(leaf, teacher, fraction=1.0, selector="ratio-variance", denominator="valid", num_items_in_batch=1)
+    out.loss.backward()
+    want = (leaf.grad.square() / student.softmax(-1)).sum(-1)
+    torch.testing.assert_close(out.scores, want, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("selector", ["dial", "log-ratio"])
+def test_a_selector_of_the_sampled_token_needs_tokens(selector, case):
+    with pytest.raises(ValueError, match=f"tokens: got None, but the selector '{selector}' reads the sampled token"):
+        selective_opd_loss(*case[:2], selector=selector)
+
+
+@pytest.mark.parametrize("name", ["top1_agreement", "teacher_rank"])
+def test_the_rank_of_the_student_s_choice_counts_no_id_that_the_teacher_masks(name):
+    student, teacher = logit_pair(4, 33, scale=1.0, noise=0.0)
+    teacher[0, student[0].argmax()] = -math.inf
+    teacher[1, 3:] = -math.inf
+    student[1, 7] = 50.0
+    teacher[2, student[2].topk(3).indices[2]] += 20
+
+    def column(stats):
+        return getattr(stats, name)
+
+    column.needs = frozenset({name})
+    want = {"top1_agreement": [0, 0, 0, 1], "teacher_rank": [6, 6, 2, 1]}[name]
+    for backend in ("eager", "torch", "triton"):
+        _, stats = score_positions(student, teacher, selector=column, top_k=5, divergence="jsd", backend=backend)
+        assert getattr(stats, name).tolist() == want, backend
 
 
 @pytest.mark.parametrize("normaliser", [quantile_norm, released_norm, minmax_norm])
@@ -245,7 +327,7 @@ def test_a_students_nan_at_a_valid_position_is_not_hidden_by_the_released_normal
 def test_masked_rows_are_scored_only_where_a_selector_reads_whole_responses():
     student, teacher, responses, mask = released_oracle.case(1)
     for selector in sorted(SELECTORS):
-        _, stats = score_positions(student, teacher, mask=mask, selector=selector)
+        _, stats = score_positions(student, teacher, mask=mask, selector=selector, tokens=student.argmax(-1))
         read = responses if selector in RELEASED_KINDS else mask
         assert torch.equal(stats.student_entropy > 0, read), selector
         assert (stats.response_place is None) == (selector not in RELEASED_KINDS)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from tests.support.source_tree import Definition, Function, Tree, is_property
 
-RESULTS = ("TokenStats", "OwnStats", "SelectiveOPDOutput", "TokenLosses")  # numbers: the argument is no longer inside
+RESULTS = ("TokenStats", "OwnStats", "SelectionOptions", "SelectiveOPDOutput", "TokenLosses")  # numbers and flags
 COPIES = ("replace", "dataclasses.replace", "_replace", "detach")
 CONTAINERS = ("list", "tuple", "iter", "next", "zip", "reversed", "enumerate")
 

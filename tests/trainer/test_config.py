@@ -59,6 +59,8 @@ def test_every_option_has_a_help_text_and_a_flag(capsys):
         (["--student="], "student: got nothing, expected Model to train"),
         (["--prompts=none.jsonl"], "prompts: got 'none.jsonl', expected a file that exists"),
         (["--fraction=1.5"], r"fraction: got 1.5, expected a number in \(0, 1\]"),
+        (["--fraction_end=0"], r"fraction_end: got 0.0, expected a number in \(0, 1\]"),
+        (["--fraction_schedule=cosine"], "fraction_schedule: got 'cosine' without fraction_end"),
         (["--selector=best"], "selector: got 'best', expected a callable or one of"),
         (["--divergence=l2"], "divergence: got 'l2', expected one of"),
         (

@@ -38,6 +38,12 @@ def support_columns(student: TopKList, teacher: TopKList, lse: Tensor, columns: 
         out["released_kl"] = _released_kl(student, teacher, logits[0, :, :k], logits[1, :, k:], t_in_s, place())
     if "topk_entropy" in columns:
         out["topk_entropy"] = topk_entropy(logits[0, :, :k])
+    if "top1_agreement" in columns:
+        out["top1_agreement"] = (student.ids[:, 0] == teacher.ids[:, 0]).double()
+    if "teacher_rank" in columns:
+        is_first = (student.ids[:, :1] == teacher.ids) & (teacher.own > -math.inf)
+        rank = torch.where(is_first.any(1), is_first.long().argmax(1), teacher.ids.shape[1]) + 1
+        out["teacher_rank"] = rank.double()
     logits[:, :, k:].masked_fill_(t_in_s, -math.inf)  # U: the entries of T that S has are left out
     return out | {"union_kl": _kl(torch.log_softmax(logits, 2))}
 

@@ -26,7 +26,7 @@ from opd_ops.inputs.rollout import StudentStats
 from opd_ops.inputs.sources import Source, compute_dtype, take_rows
 from opd_ops.inputs.teacher_lists import LAST_ID, TeacherLists, is_missing
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.stats import OwnStats, TokenStats
+from opd_ops.selection.stats import WHOLE_ROW_COLUMNS, OwnStats, TokenStats
 
 OWN_LIST_BYTES = 32  # per row and K: ids, and both models' logits
 SUPPORT_COLUMNS = ("support_mass", "student_support_mass", "overlap_mass", "union_kl")
@@ -90,7 +90,9 @@ def _span_stats(
         lists = teacher.take(rows)
         t, valid = _from_server(lists), lists.valid
     nan_column = torch.full_like(s.logsumexp, math.nan)
+    unknown = columns & WHOLE_ROW_COLUMNS
     if isinstance(teacher, TeacherLists) and teacher.is_sampled:
+        unknown = columns
         out = dict.fromkeys(SUPPORT_COLUMNS, nan_column)
         out["student_support_mass"] = torch.exp(s.logits - s.logsumexp.unsqueeze(1)).sum(1).to(dtype)
     else:
@@ -105,6 +107,7 @@ def _span_stats(
         teacher_logsumexp=t.logsumexp,
         logsumexp_gap=s.logsumexp - t.logsumexp,
         **out,
+        **dict.fromkeys(unknown, nan_column),
     )
 
 

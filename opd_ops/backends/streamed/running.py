@@ -4,6 +4,8 @@
     log Z_s = s_a + log1p(sum_{v != a} e^{s_v - s_a}),   H = log Z - s_a - E_p[s - s_a]
   Gaps are relative to the student's top id a:  g_v = (s_v - s_a) - (u_v - u_a),  r_a = log p_a - log q_a
     KL(p||q) = r_a + E_p[g],   KL(q||p) = -r_a - E_q[g]                                        (algebra of TokenStats)
+    Var_p[log p - log q] = Var_p[g], if asked for: of sums A and B by Chan's rule, with W = sum e and the means of g,
+    squares = squares_A + squares_B + (mean_A - mean_B)^2 W_A W_B / (W_A + W_B), which subtracts no large numbers
 
 Numerics
   Each model's maximum is subtracted before the models are subtracted: models that differ by a constant lose no digit.
@@ -28,6 +30,8 @@ from opd_ops.backends.shared.top_k import TopKList
 from opd_ops.divergences.equations import LOG_ZERO
 from opd_ops.selection.stats import is_finite
 
+TINY = torch.finfo(torch.float64).tiny  # a divisor in the place of a sum that is 0
+
 
 class RunningSums(NamedTuple):
     """Sums over some columns, in fp64, with e = e^{x - maximum}. Columns of (2, n): the student's row, then the teacher's."""
@@ -38,6 +42,7 @@ class RunningSums(NamedTuple):
     gap: Tensor  # (2, n) sum e g
     alone: Tensor | None  # (2, n) the largest logit among the entries that only the other model masks; -inf if there are none
     centre: Tensor  # (n,) s_a - u_a
+    squares: Tensor | None = None  # (n,) sum e (g - mean)^2 of the student's row; None: not computed
     # `alone` is None where no logit of these rows is masked, which only a CPU looks for.
 
 
@@ -65,8 +70,8 @@ class Tops(NamedTuple):
         return Tops(best.own[:, 0].expand(2, -1), best.ids[:, 0].expand(2, -1), best.own[:, 0])
 
 
-def block_sums(x: Tensor, tops: Tops, first_id: int, scratch: Tensor, *, is_first: bool) -> RunningSums:
-    """Sums of one block.
+def block_sums(x: Tensor, tops: Tops, first_id: int, scratch: Tensor, *, is_first: bool, squares: bool = False) -> RunningSums:
+    """Sums of one block, with `squares` only if asked for.
 
     Args:
         x: (2, n, B) logits of both models; the block begins at the id `first_id`.
@@ -87,12 +92,16 @@ def block_sums(x: Tensor, tops: Tops, first_id: int, scratch: Tensor, *, is_firs
         holds_top = not (on_cpu and bool(outside.all()))
     sums, step = x.new_empty(3, 2, n), min(n, scratch.numel() // (5 * width))
     work = scratch[: 5 * step * width].view(5, step, width)
+    square_sums = x.new_empty(n) if squares else None
     # All views are created here, because creating them chunk by chunk costs as much as a pass over the logits.
     columns = x.split(step, 1), places.split(step, 1), bounds.split(step, 1), sums.split(step, 2)
 
     def chunks(maximum: Tensor, u_reference: Tensor) -> list[_Chunk]:
         references = maximum.unsqueeze(2).split(step, 1), u_reference.unsqueeze(1).split(step)
-        return [_Chunk(*views) for views in zip(*references, *columns, strict=True)]
+        views = [_Chunk(*views) for views in zip(*references, *columns, strict=True)]
+        if square_sums is None:
+            return views
+        return [chunk._replace(squares=out) for chunk, out in zip(views, square_sums.split(step), strict=True)]
 
     # On a CPU, masks are used only where a sum is not finite. On a device this test would synchronise: masks are always used.
     maximum, u_reference, alone = tops.logits, tops.teacher, None
@@ -110,7 +119,8 @@ def block_sums(x: Tensor, tops: Tops, first_id: int, scratch: Tensor, *, is_firs
                 chunk.sum(work, holds_top, alone_of_chunk)
         alone = alone.double()
     rows = torch.cat((maximum, sums.view(6, n), finite[:1], u_reference.unsqueeze(0))).double()
-    return RunningSums(rows[:2], rows[2:4], rows[4:6], rows[6:8], alone, rows[8] - rows[9])
+    block_squares = None if square_sums is None else square_sums.double()
+    return RunningSums(rows[:2], rows[2:4], rows[4:6], rows[6:8], alone, rows[8] - rows[9], block_squares)
 
 
 class _Chunk(NamedTuple):
@@ -122,6 +132,7 @@ class _Chunk(NamedTuple):
     top: Tensor  # (2, c, 1) columns of the top entries
     bound: Tensor  # (2, c, 1) 0 where this block holds the top entry, else +inf
     sums: Tensor  # (3, 2, c)
+    squares: Tensor | None = None  # (c,)
 
     def sum(self, work: Tensor, holds_top: bool, alone: Tensor | None = None) -> None:
         """Compute the sums. `alone`: (2, c), to be written; -inf logits are then left out. `work`: (5, c or more, B)."""
@@ -139,6 +150,10 @@ class _Chunk(NamedTuple):
             shifted.masked_fill_(masked, 0.0)  # 0 * -inf would be NaN
         _sum_rows(shifted.mul_(weight), self.sums[1])
         _sum_rows(torch.mul(weight, gap, out=shifted), self.sums[2])
+        if self.squares is not None:
+            mean = self.sums[2, 0] / weight[0].sum(1).clamp_min_(torch.finfo(weight.dtype).tiny)
+            distance = torch.sub(gap, mean.unsqueeze(1), out=shifted[0])
+            torch.sum(distance.square_().mul_(weight[0]), 1, out=self.squares)
         if holds_top:
             weight.scatter_reduce_(2, self.top, self.bound, "amin")
         _sum_rows(weight, self.sums[0])
@@ -159,26 +174,47 @@ def extended_sums(sums: RunningSums | None, block: RunningSums) -> RunningSums:
     """The sums with one more block (None: the first), whose maxima and centre are those of all blocks so far."""
     if sums is None:
         return block
-    moved = _moved(sums, block.maximum, sums.maximum == block.maximum, sums.centre - block.centre)
-    alone = sums.alone if block.alone is None else block.alone
+    keeps_top = sums.maximum == block.maximum
+    moved = _moved(sums, block.maximum, keeps_top, sums.centre - block.centre)
+    alone, squares = sums.alone if block.alone is None else block.alone, None
     if sums.alone is not None and block.alone is not None:
         alone = torch.maximum(sums.alone, block.alone)
-    return RunningSums(block.maximum, moved.z + block.z, moved.x + block.x, moved.gap + block.gap, alone, block.centre)
+    if block.squares is not None:
+        assert moved.squares is not None
+        z, gap = (torch.stack((x[0], y[0])) for x, y in ((moved.z, block.z), (moved.gap, block.gap)))
+        both = torch.stack((moved.squares, block.squares))
+        squares = _joined_squares(z, gap, both, torch.stack((keeps_top[0], ~keeps_top[0])))
+    z, x, gap = moved.z + block.z, moved.x + block.x, moved.gap + block.gap
+    return RunningSums(block.maximum, z, x, gap, alone, block.centre, squares)
+
+
+def _joined_squares(z: Tensor, gap: Tensor, squares: Tensor, has_top: Tensor) -> Tensor:
+    """(n,) sum e (g - mean)^2 over all parts, from (parts, n) sums relative to one maximum and centre (Chan's rule).
+
+    `has_top`: which part has the top entry, which its z leaves out.
+    """
+    weight = z + has_top
+    mean = (gap / weight.clamp_min(TINY)).masked_fill(weight == 0, 0)
+    whole_mean = gap.sum(0) / weight.sum(0).clamp_min(TINY)
+    return (squares + weight * (mean - whole_mean).square()).sum(0)
 
 
 EMPTY_SUMS = {
     f"{model}_{field}": -math.inf if field in ("maximum", "alone") else 0.0
-    for field in RunningSums._fields[:-1]
+    for field in RunningSums._fields[:-2]
     for model in ("student", "teacher")
 } | {"centre": 0.0}
 """The sums over no column, by the names under which ranks send them."""
+SQUARES = {"squares": 0.0}
+"""One more of them, sent if the column "ratio_variance" is asked for."""
 
 
 def named_sums(sums: RunningSums) -> dict[str, Tensor]:
-    """The sums as (n,) columns with the names of `EMPTY_SUMS`."""
+    """The sums as (n,) columns with the names of `EMPTY_SUMS`, and of `SQUARES` if they are computed."""
     alone = torch.full_like(sums.maximum, -math.inf) if sums.alone is None else sums.alone
     columns = [column for pair in (sums.maximum, sums.z, sums.x, sums.gap, alone) for column in pair]
-    return dict(zip(EMPTY_SUMS, (*columns, sums.centre), strict=True))
+    named = dict(zip(EMPTY_SUMS, (*columns, sums.centre), strict=True))
+    return named if sums.squares is None else named | {"squares": sums.squares}
 
 
 def joined_sums(parts: dict[str, Tensor], student: TopKList, teacher: TopKList) -> dict[str, Tensor]:
@@ -186,13 +222,18 @@ def joined_sums(parts: dict[str, Tensor], student: TopKList, teacher: TopKList) 
     stacked = torch.stack([parts[name] for name in EMPTY_SUMS])
     pairs = stacked[:-1].unflatten(0, (-1, 2)).transpose(1, 2)  # (fields, ranks, 2, n)
     every = RunningSums(pairs[0], pairs[1], pairs[2], pairs[3], pairs[4], stacked[-1].unsqueeze(1))
+    every = every._replace(squares=parts.get("squares"))
     tops = Tops.of(student, teacher)
     finite = _finite(tops.logits).double()
     centre = finite[0] - torch.where(tops.teacher == -math.inf, finite[1], tops.teacher.double())
     maximum, owner = every.maximum.max(0)
     keeps_top = torch.zeros_like(every.maximum, dtype=torch.bool).scatter_(0, owner.unsqueeze(0), True)
     moved = _moved(every, maximum, keeps_top, every.centre - centre)
-    sums = RunningSums(maximum, moved.z.sum(0), moved.x.sum(0), moved.gap.sum(0), pairs[4].amax(0), centre)
+    squares = None
+    if moved.squares is not None:
+        has_top = keeps_top[:, 0] & (every.maximum[:, 0] > -math.inf)
+        squares = _joined_squares(moved.z[:, 0], moved.gap[:, 0], moved.squares, has_top)
+    sums = RunningSums(maximum, moved.z.sum(0), moved.x.sum(0), moved.gap.sum(0), pairs[4].amax(0), centre, squares)
     return statistics(sums, tops)
 
 
@@ -210,11 +251,13 @@ def statistics(sums: RunningSums, tops: Tops) -> dict[str, Tensor]:
     divergences = gap + log_ratio
     divergences[1].neg_()
     divergences, excess = divergences.clamp_min_(0), gap[0]  # KL(p||q), KL(q||p)
+    optional = {} if sums.squares is None else {"ratio_variance": sums.squares / total[0]}
     if sums.alone is not None:
         infinite = (sums.alone - lse > LOG_ZERO) & ~divergences.isnan()
         divergences, excess = divergences.masked_fill(infinite, math.inf), excess.masked_fill(infinite[0], 0)
+        optional = {name: column.masked_fill(infinite[0], math.inf) for name, column in optional.items()}
         top_log_ratio = log_ratio.masked_fill(tops.teacher == -math.inf, math.inf)
-    return {
+    return optional | {
         "student_entropy": entropy[0],
         "teacher_entropy": entropy[1],
         "reverse_kl": divergences[0],
@@ -264,4 +307,5 @@ def _moved(sums: RunningSums, maximum: Tensor, keeps_top: Tensor, shift: Tensor)
         factor * (sums.gap + total * shift),
         sums.alone,
         sums.centre,
+        None if sums.squares is None else factor.select(-2, 0) * sums.squares,
     )

@@ -25,6 +25,7 @@ from opd_ops.backends.shared.tiles import TileReader
 from opd_ops.backends.shared.top_k import TopKList, extended
 from opd_ops.backends.streamed.running import (
     EMPTY_SUMS,
+    SQUARES,
     RunningSums,
     Tops,
     block_sums,
@@ -55,12 +56,13 @@ def token_stats(
     """All statistics of the given positions, (n,) each, from one sweep of both heads, always in the compute dtype."""
     dtype, shard = compute_dtype(student, teacher), student.transform.shard
     if shard is not None:
-        parts = Parts(partial(_part, student, teacher), EMPTY_SUMS, joined_sums)
+        sent = EMPTY_SUMS | (SQUARES if "ratio_variance" in columns else {})
+        parts = Parts(partial(_part, student, teacher, columns), sent, joined_sums)
         whole = joined.token_stats(parts, shard, rows, top_k=top_k, columns=columns, workspace=workspace, dtype=dtype)
         return with_jsd(whole, student, teacher, rows, workspace) if "jsd" in columns else whole
     names = _computed(columns)
     tiles: list[Tensor] = []
-    for grid, sums, jsd, lists in _sweep(student, teacher, rows, top_k, "jsd" in columns, workspace):
+    for grid, sums, jsd, lists in _sweep(student, teacher, rows, top_k, columns, workspace):
         whole_row, (s_list, t_list) = jsd | statistics(sums, Tops.of_both(lists)), lists.halves()
         lse = torch.stack((whole_row["student_logsumexp"], whole_row["teacher_logsumexp"]))
         for group in chunks(lse.shape[1], grid.list_rows):
@@ -76,13 +78,13 @@ def _computed(columns: frozenset[str]) -> list[str]:
     return [name for name in TokenStats._fields if name != "valid" and (name not in OPTIONAL_COLUMNS or name in columns)]
 
 
-def _part(student: Source, teacher: Source, rows: Tensor, top_k: int, workspace: Workspace) -> Part:
+def _part(student: Source, teacher: Source, columns: frozenset[str], rows: Tensor, top_k: int, workspace: Workspace) -> Part:
     """This rank's sums and lists of the rows."""
-    columns, lists = [], []
-    for _, sums, _, both in _sweep(student, teacher, rows, top_k, False, workspace):
-        columns.append(named_sums(sums))
+    tiles, lists = [], []
+    for _, sums, _, both in _sweep(student, teacher, rows, top_k, columns - {"jsd"}, workspace):
+        tiles.append(named_sums(sums))
         lists.append(both.halves())
-    whole = {name: torch.cat([tile[name] for tile in columns]) for name in EMPTY_SUMS}
+    whole = {name: torch.cat([tile[name] for tile in tiles]) for name in tiles[0]}
     student_list, teacher_list = (
         TopKList(*(torch.cat(column) for column in zip(*side, strict=True))) for side in zip(*lists, strict=True)
     )
@@ -90,21 +92,21 @@ def _part(student: Source, teacher: Source, rows: Tensor, top_k: int, workspace:
 
 
 def _sweep(
-    student: Source, teacher: Source, rows: Tensor, top_k: int, with_jsd: bool, workspace: Workspace
+    student: Source, teacher: Source, rows: Tensor, top_k: int, columns: frozenset[str], workspace: Workspace
 ) -> Iterator[tuple[ScoreGrid, RunningSums, dict[str, Tensor], TopKList]]:
-    """Per tile: its grid, its rows' fp64 sums over the vocabulary, "jsd" if `with_jsd`, and both models' lists, (2 n, K)."""
+    """Per tile: its grid, its rows' fp64 sums over the vocabulary, "jsd" if in `columns`, and both models' lists, (2 n, K)."""
     dtype = compute_dtype(student, teacher)
-    grid = score_grid(student, teacher, len(rows), top_k=top_k, whole_rows=with_jsd, workspace=workspace)
+    grid = score_grid(student, teacher, len(rows), top_k=top_k, whole_rows="jsd" in columns, workspace=workspace)
     buffer = pages.empty((2 * grid.rows * grid.columns,), dtype, rows.device)
     scratch = torch.empty(5 * grid.chunk * grid.columns, dtype=dtype, device=rows.device)
     with torch.autocast(rows.device.type, enabled=False):
         for part in chunks(len(rows), grid.rows):
             sides = [TileReader(source.detach(), rows[part], dtype, grid.cast_columns) for source in (student, teacher)]
-            yield grid, *_tile(sides, grid, top_k, with_jsd, buffer, scratch)
+            yield grid, *_tile(sides, grid, top_k, columns, buffer, scratch)
 
 
 def _tile(
-    sides: Sequence[TileReader], grid: ScoreGrid, top_k: int, with_jsd: bool, buffer: Tensor, scratch: Tensor
+    sides: Sequence[TileReader], grid: ScoreGrid, top_k: int, columns: frozenset[str], buffer: Tensor, scratch: Tensor
 ) -> tuple[RunningSums, dict[str, Tensor], TopKList]:
     """RunningSums, "jsd" and both lists of one tile of rows, from one sweep over the vocabulary."""
     n, transform = len(sides[0].rows), sides[0].source.transform
@@ -118,9 +120,10 @@ def _tile(
             side.logits(rows, block, out.view(-1))
         first_id, is_first = transform.first_id + block.start, lists is None
         lists = extended(lists, x, top_k, first_id, grid.candidates)
-        if with_jsd:  # the grid has one block, as wide as the vocabulary
+        if "jsd" in columns:  # the grid has one block, as wide as the vocabulary
             jsd["jsd"] = torch.cat([row_jsd(x[0, chunk], x[1, chunk]) for chunk in chunks(rows, grid.chunk)])
-        sums = extended_sums(sums, block_sums(x, Tops.of_both(lists), first_id, scratch, is_first=is_first))
+        tops, squares = Tops.of_both(lists), "ratio_variance" in columns
+        sums = extended_sums(sums, block_sums(x, tops, first_id, scratch, is_first=is_first, squares=squares))
     assert sums is not None
     assert lists is not None
     return sums, jsd, lists

@@ -29,7 +29,7 @@ from opd_ops.inputs import float8
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.budget import as_ratio
+from opd_ops.selection.budget import Budget
 from opd_ops.selection.stats import OwnStats, TokenStats
 
 _log = logging.getLogger("opd_ops")
@@ -141,13 +141,13 @@ class Triton(Backend):
         valid: Tensor,
         infinite: Tensor,
         *,
-        fraction: float,
+        budget: Budget,
         n_rows: int,
         length: int | None,
         bounds: Tensor | None,
     ) -> Choice | None:
         flags = selection.bytes_of(valid), selection.bytes_of(infinite)
-        ratio = as_ratio(fraction)
+        ratio = budget.ratio
         return selection.choice(self._launch_choice(scores.reshape(-1), *flags, *ratio, n_rows, length or 0, bounds))
 
     def totals(

@@ -22,6 +22,7 @@ from opd_ops.backends.streamed.running import row_jsd
 from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Transform, finish_logits
 from opd_ops.inputs.workspace import Workspace
+from opd_ops.selection.stats import LIST_COLUMNS
 
 JSD_BUFFERS = 10  # fp32 rows of V alive at once in row_jsd
 
@@ -70,11 +71,13 @@ def write_columns(
     """
     options = launch_options(*transforms)
     of_score, of_support, others = out.split((len(COLUMNS), len(SUPPORT_COLUMNS), len(columns)))
-    score = score_fwd(*tables, rows, out=of_score, **options)
+    optional = dict(zip(sorted(columns), others, strict=True))
+    score = score_fwd(*tables, rows, out=of_score, variance=optional.get("ratio_variance"), **options)
     lists = support_fwd(*tables, rows, score, out=of_support, top_k=top_k, **options)
-    optional = _list_columns(lists, score, columns - {"jsd"}, workspace)
-    for name, column in zip(sorted(columns), others, strict=True):
-        column.copy_(_jsd(tables, rows, transforms, workspace) if name == "jsd" else optional[name])
+    for name, column in _list_columns(lists, score, columns & LIST_COLUMNS, workspace).items():
+        optional[name].copy_(column)
+    if "jsd" in columns:
+        optional["jsd"].copy_(_jsd(tables, rows, transforms, workspace))
     return score, lists
 
 

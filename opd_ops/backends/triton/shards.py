@@ -4,6 +4,7 @@
   Z_s,r, Z_t,r: their sums of e^logit over it;
   g_r = log Z_s,r - log Z_t,r: the part's gap;  g: the whole vocabulary's gap;  d_r = log P_r / Q_r = g_r - g
   KL(p||q) = sum_r P_r KL(p_r||q_r) + KL(P||Q),     KL(P||Q) = sum_r P_r (d_r + e^{-d_r} - 1)      (the chain rule)
+  Var_p[log p - log q] = sum_r P_r (Var_r + (KL(p_r||q_r) + d_r - KL(p||q))^2), Var_r that of the part
 
 No term of the KL is negative, and an error of d_r enters each term in second order: nothing large is subtracted.
 The loss of reverse and forward KL: the ranks join the selected rows' normalisers to more digits. The gradient kernels then read
@@ -19,6 +20,7 @@ kernels' launches (dense.py, heads.py), gradients in autograd (dense_loss.py, he
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from functools import partial
 
 import torch
@@ -41,6 +43,7 @@ from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import SWEPT_COLUMNS, OwnStats, TokenStats
 
 EMPTY_COLUMNS = {name: -math.inf if name.endswith("logsumexp") else 0.0 for name in SWEPT_COLUMNS}
+VARIANCE = {"ratio_variance": 0.0}  # one more of them, if it is asked for
 
 
 def token_stats(
@@ -55,24 +58,32 @@ def token_stats(
     score_dtype: torch.dtype | None,
 ) -> TokenStats:
     """All statistics of the given positions over the whole vocabulary, (n,) each."""
-    parts = Parts(partial(_part, student.detach(), teacher.detach(), score_dtype), EMPTY_COLUMNS, joined_columns)
+    sent = EMPTY_COLUMNS | (VARIANCE if "ratio_variance" in columns else {})
+    parts = Parts(partial(_part, student.detach(), teacher.detach(), sent.keys(), score_dtype), sent, joined_columns)
     stats = joined.token_stats(parts, shard, rows, top_k=top_k, columns=columns, workspace=workspace, dtype=torch.float32)
     return with_jsd(stats, student, teacher, rows, workspace) if "jsd" in columns else stats
 
 
 def _part(
-    student: Source, teacher: Source, score_dtype: torch.dtype | None, rows: Tensor, top_k: int, workspace: Workspace
+    student: Source,
+    teacher: Source,
+    sent: Collection[str],
+    score_dtype: torch.dtype | None,
+    rows: Tensor,
+    top_k: int,
+    workspace: Workspace,
 ) -> Part:
-    """This rank's columns and lists of the rows, from its part of the vocabulary."""
+    """This rank's columns and lists of the rows, from its part of the vocabulary; `sent`: the names of the columns."""
     launches: list[tuple[Score, Support]] = []
+    optional = frozenset(sent) & VARIANCE.keys()
     if is_computed(student, teacher):
-        no_optional: frozenset[str] = frozenset()
-        heads.launch_columns(student, teacher, rows, top_k, no_optional, workspace, score_dtype, keep=launches.append)
+        table = heads.launch_columns(student, teacher, rows, top_k, optional, workspace, score_dtype, keep=launches.append)
     else:
         stored = student.leading, teacher.leading
         width, temperature = student.transform.vocab_size, student.transform.temperature
-        dense.launch_columns(*stored, rows, top_k, frozenset(), workspace, width, temperature, keep=launches.append)
+        table = dense.launch_columns(*stored, rows, top_k, optional, workspace, width, temperature, keep=launches.append)
     columns = {name: torch.cat([getattr(score, name) for score, _ in launches]) for name in SWEPT_COLUMNS}
+    columns |= dict.fromkeys(optional, table[-1])
     names = ("s_ref", "s_log2z", "t_ref", "t_log2z", "log2z_gap")
     s_ref, s_log2z, t_ref, t_log2z, log2z_gap = (torch.cat([getattr(score, x) for score, _ in launches]) for x in names)
     models = _stored(student), _stored(teacher)
@@ -133,7 +144,8 @@ def _constants(
         return columns
 
     # Statistics again, because the score pass may have read 16-bit logits.
-    parts = Parts(partial(_part, student.detach(), teacher.detach(), torch.float32), EMPTY_COLUMNS, join)
+    read = partial(_part, student.detach(), teacher.detach(), EMPTY_COLUMNS.keys(), torch.float32)
+    parts = Parts(read, EMPTY_COLUMNS, join)
     exact = joined.token_stats(parts, shard, rows, top_k=1, columns=frozenset(), workspace=workspace, dtype=torch.float64)
     return KernelConstants.of_row(_columns(student, teacher, exact), torch.cat(tops), elsewhere=torch.cat(elsewhere))
 
@@ -184,7 +196,12 @@ def joined_columns(parts: dict[str, Tensor], student: TopKList, teacher: TopKLis
     p_without_q = ((p > 0) & ((t == -math.inf) | (parts["reverse_kl"] == math.inf))).any(0)
     q_without_p = ((q > 0) & ((s == -math.inf) | (parts["forward_kl"] == math.inf))).any(0)
     reverse_kl, forward_kl = reverse.sum(0).clamp_min(0), forward.sum(0).clamp_min(0)
-    return {
+    optional = {}
+    if "ratio_variance" in parts:
+        variances = parts["ratio_variance"] + (parts["reverse_kl"] + d - reverse_kl).square()
+        variance = torch.where(shared, _times(p, variances), 0).sum(0)
+        optional["ratio_variance"] = variance.masked_fill(p_without_q & ~reverse_kl.isnan(), math.inf)
+    return optional | {
         "student_entropy": joint_entropy(p, parts["student_entropy"]),
         "teacher_entropy": joint_entropy(q, parts["teacher_entropy"]),
         "reverse_kl": reverse_kl.masked_fill(p_without_q & ~reverse_kl.isnan(), math.inf),

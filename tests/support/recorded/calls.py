@@ -66,9 +66,13 @@ SELECTORS = (
     "overconfident",
     "multinomial",
     "random",
+    "dial",
+    "log-ratio",
+    "ratio-variance",
     "all",
     "prefix",
 )
+OF_TOKENS = ("dial", "log-ratio")
 LISTS = {"local_support": LocalSupport(8), "tail_aware": TailAware(8), "forward_kl_topk": TopKForwardKL(8)}
 PARAMETERS = {
     **{f"{name}-8": instance for name, instance in LISTS.items()},
@@ -133,6 +137,8 @@ def mask(backend: str) -> Tensor:
 
 def options(backend: str, **more: Any) -> dict[str, Any]:
     share = 0.5 if backend == "triton" else 0.3
+    if more.get("selector") in OF_TOKENS:
+        more = {"tokens": tokens()} | more
     return {"mask": mask(backend), "fraction": share, "top_k": TOP_K, "backend": backend} | more
 
 

@@ -23,6 +23,7 @@ from tests.support.ranks import SIZE, Processes, own_pair
 from tests.support.recorded.calls import (
     DIVERGENCES,
     LISTS,
+    OF_TOKENS,
     SELECTORS,
     dense,
     options,
@@ -173,6 +174,8 @@ def selected_together(scope: str, backend: str, kind: str, function: str = "sele
     pair = [LinearHead(x.hidden[where], x.weight) for x in (student, teacher)]
     pair = [dense(x) for x in pair] if kind == "logits" else pair
     given = {"mask": valid[where], "top_k": 6, "backend": backend, "selection_group": dist.group.WORLD} | more
+    if more.get("selector") in OF_TOKENS:
+        given["tokens"] = torch.randint(0, 43, (6, 9), generator=generator(5))[where]
     if function == "score_positions":
         return called(*pair, given, function)
     return called(*pair, {"fraction": 0.3, "scope": scope} | given, function)
