@@ -374,9 +374,9 @@ def test_top_k_teacher_rejects_selectors_of_whole_rows(selector):
 def test_sampled_teacher_rejects_selectors_of_the_teacher(selector):
     s, _ = logit_pair(3, 60)
     teacher = SampledLogprobs(torch.tensor([1, 2, 3]), torch.full((3,), -1.0))
-    with pytest.raises(ValueError, match=f"'{selector}', .*expected one of: entropy, random, all, prefix"):
+    with pytest.raises(ValueError, match=f"'{selector}', .*expected one of: entropy, dial, log-ratio, random, all, prefix"):
         selective_opd_loss(s, teacher, divergence="sampled", selector=selector)
-    for allowed in ("entropy", "random", "all", "prefix", lambda stats: stats.student_support_mass):
+    for allowed in ("entropy", "dial", "log-ratio", "random", "all", "prefix", lambda stats: stats.student_support_mass):
         assert selective_opd_loss(s, teacher, divergence="sampled", selector=allowed).loss.isfinite()
 
 
