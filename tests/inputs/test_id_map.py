@@ -150,7 +150,7 @@ def test_two_real_tokenizers_share_most_ids_and_positions_and_the_held_out_loss_
     id_map = IdMap.of(*tokenizers)
     places = id_map.align(*(x.tolist() for x in ids))
     assert id_map.n_shared > 25_000
-    assert (places >= 0).double().mean() > 0.7
+    assert (places >= 0).double().mean() > 0.6  # of pages with tables and code
     # Position t predicts token t + 1; the token before it must be aligned too, for it is all that bigrams read.
     index = torch.where((places[1:] > 0) & (places[:-1] >= 0) & (places[:-1] == places[1:] - 1), places[1:] - 1, -1)
     counts: dict[int, list[int]] = {}
