@@ -46,7 +46,8 @@ def mapped_teacher(
     """The teacher's log-probabilities of the student's likeliest shared ids, at the positions that both have.
 
     Args:
-        student, teacher: (..., T, V) and (..., T', V') logits or `LinearHead`s, each with its own ids and positions.
+        student: (..., T, V) logits or a `LinearHead`, with its own ids and positions.
+        teacher: (..., T', V') likewise.
         index: (..., T) int64: of each position of the student, the teacher's position 0 ... T' - 1 that predicts the same token
             after the same text (`IdMap.align`); -1: not aligned.
         top_k: K, or the number of shared ids if that is smaller.

@@ -50,7 +50,8 @@ class IdMap:
 
     Args:
         student_to_teacher: (V,) int64, of the student's V ids: the teacher's id of the same bytes; -1: it has none.
-        student_bytes, teacher_bytes: The bytes of each id, empty for special ones: `align` reads them. None: not known.
+        student_bytes: The bytes of each id, empty for special ones: `align` reads them. None: not known.
+        teacher_bytes: The same of the teacher's ids.
     """
 
     student_to_teacher: Tensor
