@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from opd_ops import selective_opd_loss
-from opd_ops.selection.selectors import quantile_norm
+from opd_ops.selection.normalisers import quantile_norm
 
 FRACTION, TOP_K, CHUNK = 0.05, 16, 512
 Method = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -23,7 +23,8 @@ from opd_ops.call.score import Scored, check_scores, is_infinite, whole_stats_of
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.inputs.sequences import numbered_sequences
 from opd_ops.selection.budget import Budget, SelectionOptions, select, select_over_ranks
-from opd_ops.selection.selectors import is_own, over_ranks, selection_options
+from opd_ops.selection.normalisers import over_ranks
+from opd_ops.selection.selectors import is_own, selection_options
 from opd_ops.selection.stats import TokenStats
 from opd_ops.selection.weighting import with_mean_one
 

@@ -21,7 +21,8 @@ from opd_ops.call.prepare import Call
 from opd_ops.divergences import Divergence
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
-from opd_ops.selection.selectors import is_deterministic, is_own, over_ranks, own_name
+from opd_ops.selection.normalisers import over_ranks
+from opd_ops.selection.selectors import is_deterministic, is_own, own_name
 from opd_ops.selection.stats import BACKEND_COLUMNS, TOKEN_COLUMNS, TokenStats, is_finite
 
 

@@ -47,14 +47,8 @@ from opd_ops.inputs.positions import Positions
 from opd_ops.inputs.sources import Shard
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.budget import Budget, SelectionOptions, select_over_ranks
-from opd_ops.selection.selectors import (
-    Selector,
-    bound_selector,
-    is_deterministic,
-    named_selector,
-    over_ranks,
-    selection_options,
-)
+from opd_ops.selection.normalisers import over_ranks
+from opd_ops.selection.selectors import Selector, bound_selector, is_deterministic, named_selector, selection_options
 from opd_ops.selection.stats import OPTIONAL_COLUMNS, SWEPT_COLUMNS, TOKEN_COLUMNS, TokenStats
 from opd_ops.selection.weighting import named_weighting
 from opd_ops.settings import LossOptions, Settings, check_divergence_top_k, check_top_k

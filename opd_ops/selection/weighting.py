@@ -22,8 +22,9 @@ from torch import Tensor
 
 from opd_ops.arguments import real, shown, take_plain
 from opd_ops.distributed.ranks import Ranks
+from opd_ops.selection.normalisers import largest
 from opd_ops.selection.sampled import LOGPROBS, log_ratio
-from opd_ops.selection.selectors import SELECTORS, Multinomial, Random, Selector, largest, needs_of
+from opd_ops.selection.selectors import SELECTORS, Multinomial, Random, Selector, needs_of
 from opd_ops.selection.stats import WHOLE_ROW_COLUMNS, TokenStats
 
 MEANS = ("valid", "selected", "sequence")

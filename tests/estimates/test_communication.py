@@ -34,7 +34,7 @@ from opd_ops import (
     selective_opd_loss,
 )
 from opd_ops.distributed.ranks import Ranks
-from opd_ops.selection.selectors import quantile_norm
+from opd_ops.selection.normalisers import quantile_norm
 from tests.support.cases import generator, head_pair, leaf, leaf_head, logit_pair
 from tests.support.meters import LiveBytes
 from tests.support.ranks import SIZE, own_pair

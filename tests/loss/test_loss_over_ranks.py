@@ -26,7 +26,8 @@ from opd_ops import (
     selective_opd_token_losses,
 )
 from opd_ops.distributed.ranks import Ranks
-from opd_ops.selection.selectors import SELECTORS, over_ranks
+from opd_ops.selection.normalisers import over_ranks
+from opd_ops.selection.selectors import SELECTORS
 from tests.support import released_oracle
 from tests.support.cases import generator, head_pair, leaf, logit_pair
 from tests.support.ranks import SIZE, own_pair

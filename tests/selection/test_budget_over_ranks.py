@@ -21,7 +21,8 @@ from opd_ops import (
     selective_opd_loss,
 )
 from opd_ops.distributed.ranks import Ranks
-from opd_ops.selection.selectors import SELECTORS, minmax_norm, over_ranks, quantile_norm, released_norm
+from opd_ops.selection.normalisers import minmax_norm, over_ranks, quantile_norm, released_norm
+from opd_ops.selection.selectors import SELECTORS
 from tests.support.cases import generator, logit_pair
 from tests.support.ranks import SIZE, own_pair
 from tests.support.selecting_ranks import assert_sent, collectives, parts, unequal

@@ -23,7 +23,8 @@ from opd_ops import (
     score_positions,
     selective_opd_loss,
 )
-from opd_ops.selection.selectors import SELECTORS, minmax_norm, quantile_norm, released_norm
+from opd_ops.selection.normalisers import minmax_norm, quantile_norm, released_norm
+from opd_ops.selection.selectors import SELECTORS
 from tests.support import released_oracle
 from tests.support.cases import generator, logit_pair
 
