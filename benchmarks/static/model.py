@@ -43,7 +43,7 @@ class Kernel:
         self.device = device
         self.pair_bytes = pair_bytes or read
         self.row_bytes = row_bytes or self.pair_bytes * named["V"] / named.get("parts", 1)
-        self.registers = roofline.nvidia_counts(compiled)[0]["registers"]
+        self.registers = roofline.nvidia_counts(compiled, streams=False)[0]["registers"]
         self.warps = compiled.metadata.num_warps
         self.programs = pipes.programs(self.registers, self.warps, compiled.metadata.shared, device)
         self.code = sass.disassemble(compiled.asm["cubin"])
