@@ -66,9 +66,11 @@ class LostProcesses(AbstractContextManager["LostProcesses"]):
     def _beat(self) -> None:
         with suppress(RuntimeError):  # the store has gone, which a failed collective will say
             store, n = self._store(), 0
-            while not self._stop.wait(BEAT):
+            while True:  # at once: the store may hold the end of a run before this one
                 n += 1
                 store.set(KEY.format(self.rank), str(n))
+                if self._stop.wait(BEAT):
+                    break
             store.set(KEY.format(self.rank), ENDED.decode())
 
     def _store(self) -> TCPStore:

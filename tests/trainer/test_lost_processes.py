@@ -7,6 +7,8 @@ Not here: hosts that are cut off (test_two_hosts.py).
 
 from __future__ import annotations
 
+import threading
+import time
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from opd_ops.trainer import lost_processes
-from opd_ops.trainer.lost_processes import LostProcessError, LostProcesses
+from opd_ops.trainer.lost_processes import ENDED, KEY, LostProcessError, LostProcesses
 
 TIMED_OUT = "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 15000ms for recv operation to complete"
 
@@ -26,7 +28,11 @@ def store(monkeypatch):
     opened = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=1), wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(opened.port))
-    return opened
+    before = set(threading.enumerate())
+    yield opened
+    for thread in set(threading.enumerate()) - before:  # one that is in the store's code would abort the interpreter at its end
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def process(rank, size=3):
@@ -54,6 +60,19 @@ def test_ranks_that_ended_are_named_where_none_is_lost(store):
         assert "rank 0 of 3: rank 2 ended; the output of that process has its error" in error_of(0)
         with process(2):
             assert "all processes answer, but a collective failed; was one slower than process_timeout?" in error_of(0)
+
+
+def test_a_run_counts_at_once_where_the_store_holds_the_end_of_another(store, monkeypatch):
+    with process(2):
+        pass
+    assert store.get(KEY.format(2)) == ENDED
+    monkeypatch.setattr(lost_processes, "BEAT", 60.0)
+    with process(2):
+        for _ in range(500):
+            if store.get(KEY.format(2)) != ENDED:
+                break
+            time.sleep(0.01)
+        assert store.get(KEY.format(2)) == b"1"
 
 
 def test_a_store_that_has_gone_names_the_first_rank(store, monkeypatch):

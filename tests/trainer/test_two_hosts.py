@@ -3,8 +3,7 @@
   Compared: the log of two hosts with that of one process with twice the micro-batches (equal but for rounding); a run whose
   link was cut in the middle of a step, and which was started again, with the run that was not cut, to the bit; selection with
   scope="global", and vocabulary parts, over the hosts with one process that has all.
-  Run, as root: OPD_TWO_HOSTS=1 make test ARGS=tests/trainer/test_two_hosts.py   (a minute on two idle cores; no part of
-  test-all, because once in three runs the error of the cut came from the launcher before it named the rank)
+  Run, as root: make test ARGS=tests/trainer/test_two_hosts.py      (a minute on two idle cores)
 
 The hosts share this machine's files, as hosts with a shared output_dir do.
 Not here: two processes of one host (test_processes.py), four ranks (tests/support/ranks.py).
@@ -130,7 +129,6 @@ def log(folder):
 
 
 @pytest.mark.full
-@pytest.mark.skipif("OPD_TWO_HOSTS" not in os.environ, reason="its timeouts depend on the machine: OPD_TWO_HOSTS=1 runs it")
 def test_two_hosts_are_one_with_twice_the_micro_batches_also_after_a_cut(hosts, tmp_path):
     running = launch(hosts, tmp_path, "cut")
     trainer(tmp_path / "one", steps=STEPS, gradient_accumulation_steps=4).train()
