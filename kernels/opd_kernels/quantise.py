@@ -51,15 +51,14 @@ def _quantise_kernel(x_ptr, values_ptr, scales_ptr, stride_xn, stride_xd, n, D, 
     width = tl.where(row < n, D, 0)
     largest = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, width, BLOCK):
-        x = tl.load(x_row + (first + lane).to(tl.int64) * stride_xd, mask=first + lane < D, other=0.0).to(tl.float32)
+        x = tl.load(x_row + (first + lane).to(tl.int64) * stride_xd, mask=first + lane < width, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, x.to(tl.int32, bitcast=True) & MAGNITUDE)
     scale = tl.max(largest, 0).to(tl.float32, bitcast=True) * INVERSE_LARGEST
     scale = tl.where(scale >= SMALLEST_SCALE, scale, 1.0)
     tl.store(scales_ptr + row, scale)
     inverse = tl.div_rn(1.0, scale)
     for first in range(0, D, BLOCK):
-        inside = (first + lane < D) & (row < n)
-        x = tl.load(x_row + (first + lane).to(tl.int64) * stride_xd, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_row + (first + lane).to(tl.int64) * stride_xd, mask=first + lane < width, other=0.0).to(tl.float32)
         tl.store(values_row + first + lane, _e4m3(x * inverse).to(tl.uint8), mask=first + lane < D)
 
 
