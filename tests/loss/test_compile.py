@@ -104,7 +104,7 @@ class _NoSynchronisation(TorchDispatchMode):
 def test_a_captured_call_never_asks_the_host(inputs, monkeypatch):
     heads, options = head_pair((2, 3), 131), {"fraction": 0.4, "backend": "triton", "num_items_in_batch": 7}
     if "rollout" in inputs:
-        options["student_stats"] = StudentStats.of_logits(heads[0].hidden @ heads[0].weight.T)
+        options["student_stats"] = StudentStats.from_logits(heads[0].hidden @ heads[0].weight.T)
     monkeypatch.setattr("opd_ops.call.prepare.check_student_stats", lambda *_, **__: None)  # which looks at ids, on a CPU alone
     runs = []
     for capturing in (False, True):

@@ -234,7 +234,7 @@ def test_long_statistics_of_a_rollout_are_put_in_order_within_the_workspace():
     n, vocab, width, workspace_bytes = 512, 600, 512, 2**19
     student, teacher = logit_pair(n, vocab)
     logprobs, ids = teacher.log_softmax(-1).topk(16)
-    known = StudentStats.of_logits(student, top_k=width)
+    known = StudentStats.from_logits(student, top_k=width)
     options = {"student_stats": known, "workspace_bytes": workspace_bytes, "divergence": TailAware(top_k=16)}
     with LiveBytes() as meter:
         scores, _ = score_positions(student, TopKLogprobs(ids, logprobs), **options)

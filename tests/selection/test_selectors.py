@@ -295,7 +295,7 @@ def test_teachability_released_is_the_same_from_what_else_may_be_known(known):
         best = torch.log_softmax(teacher, -1).topk(8)
         teacher = TopKLogprobs(best.indices, best.values)
     elif known == "rollout":
-        options["student_stats"] = StudentStats.of_logits(student, top_k=7)
+        options["student_stats"] = StudentStats.from_logits(student, top_k=7)
     else:
         student, teacher, options["mask"] = student.flatten(0, 1), teacher.flatten(0, 1), mask.flatten()
         options["cu_seqlens"] = torch.tensor([0, 12, 12, 24, 36, 48, 60])
