@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from opd_ops.arguments import warn_user
-from opd_ops.backends.interface import Choice, Placed
+from opd_ops.backends.interface import Choice, Cut, Placed
 from opd_ops.call.prepare import Call
 from opd_ops.call.score import Scored, check_scores, is_infinite, whole_stats_of
 from opd_ops.distributed.ranks import Ranks
@@ -126,15 +126,8 @@ def _chosen_by_kernels(scored: Scored) -> Choice | None:
         else:
             bounds = bounds.to(scored.scores.device)
     with torch.no_grad():
-        return call.backend.choose(
-            scored.scores,
-            scored.stats.valid,
-            scored.infinite,
-            budget=budget,
-            n_rows=n_rows,
-            length=length,
-            bounds=bounds,
-        )
+        cut = Cut(budget, n_rows, length, bounds)
+        return call.backend.choose(scored.scores, scored.stats.valid, scored.infinite, cut)
 
 
 def _selected(scored: Scored, budget: Budget) -> Tensor:

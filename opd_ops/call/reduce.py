@@ -193,10 +193,10 @@ def _ids(tokens: Sampled | None) -> Tensor | None:
 
 def _row_weights(chosen: Chosen, tokens: Sampled | None, dtype: torch.dtype) -> Tensor | None:
     """(M,) factors of the losses: the caller's weights, the weighting's and the ratios', multiplied; None: all are 1."""
-    of_position = [x.detach().flatten()[chosen.rows] for x in (chosen.call.batch.weights, chosen.weights) if x is not None]
+    position_weights = [x.detach().flatten()[chosen.rows] for x in (chosen.call.batch.weights, chosen.weights) if x is not None]
     if chosen.trained is not None:  # rows that only fill up the list of a graph may hold NaN
-        of_position = [torch.where(chosen.trained, x, 0) for x in of_position]
-    factors = [*of_position, *([] if tokens is None or tokens.weights is None else [tokens.weights])]
+        position_weights = [torch.where(chosen.trained, x, 0) for x in position_weights]
+    factors = [*position_weights, *([] if tokens is None or tokens.weights is None else [tokens.weights])]
     product = None
     for factor in factors:
         product = factor.to(dtype) if product is None else product * factor.to(dtype)

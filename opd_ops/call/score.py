@@ -23,7 +23,7 @@ from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.selection.normalisers import over_ranks
 from opd_ops.selection.selectors import is_deterministic, is_own, own_name
-from opd_ops.selection.stats import BACKEND_COLUMNS, TOKEN_COLUMNS, TokenStats, is_finite
+from opd_ops.selection.stats import BACKEND_COLUMNS, TOKEN_COLUMNS, Scoring, TokenStats, is_finite
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,7 @@ def _placed(call: Call, rows: Tensor | None) -> Placed | None:
         call.student,
         call.teacher,
         rows,
-        top_k=call.settings.top_k,
-        workspace=call.workspace,
-        score_dtype=call.score_dtype,
+        Scoring(call.settings.top_k, call.workspace, call.score_dtype),
         selector=own_name(call.selector),
         loss=None if call.divergence.whole is None else call.divergence.whole.column,
     )
@@ -109,37 +107,17 @@ def whole_stats_of(call: Call, rows: Tensor) -> TokenStats:
 def stats_of(call: Call, rows: Tensor, score_dtype: torch.dtype | None = None) -> TokenStats:
     """(n,) columns at the rows. `score_dtype`: None: the call's score_dtype."""
     student, teacher = call.student, call.teacher
-    score_dtype = score_dtype or call.score_dtype
-    columns = call.needs & BACKEND_COLUMNS
-    workspace, top_k = call.workspace, call.settings.top_k
+    scoring = Scoring(call.settings.top_k, call.workspace, score_dtype or call.score_dtype, call.needs & BACKEND_COLUMNS)
     if call.student_stats is not None or isinstance(teacher, TeacherLists):
-        stats = two_lists.token_stats(
-            call.backend,
-            student,
-            teacher,
-            rows,
-            call.student_stats,
-            top_k=top_k,
-            columns=columns,
-            workspace=workspace,
-            score_dtype=score_dtype,
-        )
+        stats = two_lists.token_stats(call.backend, student, teacher, rows, call.student_stats, scoring)
     else:
-        stats = call.backend.token_stats(
-            student,
-            teacher,
-            rows,
-            top_k=top_k,
-            columns=columns,
-            workspace=workspace,
-            score_dtype=score_dtype,
-        )
+        stats = call.backend.token_stats(student, teacher, rows, scoring)
     if call.needs & TOKEN_COLUMNS:
         tokens = tokens_at(call.positions.tokens, student, teacher, rows)
         for name, side in (("student", student), ("teacher", teacher)):  # in one order on all ranks
             if f"{name}_logprob" in call.needs:
                 # A log-sum-exp of 16-bit logits may be below the token's own logit.
-                logprob = token_logprobs(side, rows, tokens, getattr(stats, f"{name}_logsumexp"), workspace).clamp_max(0)
+                logprob = token_logprobs(side, rows, tokens, getattr(stats, f"{name}_logsumexp"), call.workspace).clamp_max(0)
                 stats = stats._replace(**{f"{name}_logprob": logprob})
     if isinstance(teacher, Source):  # a non-finite teacher must not hide a non-finite student
         stats = stats._replace(valid=stats.valid >= is_finite(stats.student_logsumexp))  # valid or not finite

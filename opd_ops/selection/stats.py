@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opd_ops.inputs.workspace import Workspace
+
 WHOLE_ROW_COLUMNS = frozenset({"jsd", "ratio_variance"})  # optional columns that need both models' whole rows
 LIST_COLUMNS = frozenset({"released_kl", "topk_entropy", "top1_agreement", "teacher_rank"})  # made of both top-K lists
 BACKEND_COLUMNS = WHOLE_ROW_COLUMNS | LIST_COLUMNS  # optional columns that a backend computes
@@ -157,6 +159,15 @@ class TokenStats(NamedTuple):
     def _map(self, function: Callable[[Tensor], Tensor]) -> TokenStats:
         columns = self._asdict().items()
         return TokenStats(**{name: function(column) for name, column in columns if column is not None})
+
+
+class Scoring(NamedTuple):
+    """How a backend computes statistics."""
+
+    top_k: int  # K
+    workspace: Workspace
+    score_dtype: torch.dtype | None = None  # of a head's logits; None: the backend's choice, which may be the head's 16 bits
+    columns: frozenset[str] = frozenset()  # the optional columns to compute
 
 
 class OwnStats(NamedTuple):

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from opd_ops.arguments import may_look
+from opd_ops.backends.interface import WeightedRows
 from opd_ops.backends.shared import pages
 from opd_ops.backends.shared.gradient_in_backward import GradientPlan, connected
 from opd_ops.backends.shared.grids import gradient_grid
@@ -42,7 +43,6 @@ from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Source, logit_slope, put_rows, take_rows
 from opd_ops.inputs.teacher_lists import LAST_ID, TeacherLists
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.stats import TokenStats
 
 
 class _Constants(NamedTuple):
@@ -245,20 +245,18 @@ def _add_product(total: Tensor, dlogits: Tensor, w: Tensor) -> Tensor:
 def selected_loss(
     student: Source,
     teacher: Source | TeacherLists,
-    rows: Tensor,
-    weights: Tensor,
-    stats: TokenStats,
-    *,
+    selected: WeightedRows,
     divergence: Divergence,
-    tokens: Tensor | None,
     workspace: Workspace,
+    *,
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of the losses over the selected positions, connected to the student's tensors, and the (M,) losses.
 
-    `stats`: of the selected positions, computed by `token_stats` from the same tensors.
+    `token_stats` computed the rows' statistics from the same tensors.
     """
     assert not inplace
+    rows, weights, stats, tokens = selected
     whole, support = divergence.whole, divergence.on_support
     constants = _Constants(rows, *(None,) * (N_CONSTANTS - 1))
     losses: Tensor | None = None

@@ -21,17 +21,17 @@ from opd_ops.backends.streamed.running import RunningSums, Tops, block_sums, ext
 from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Source, compute_dtype
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.stats import OwnStats
+from opd_ops.selection.stats import OwnStats, Scoring
 
 
 @torch.no_grad()
-def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace: Workspace, score_dtype: torch.dtype | None) -> OwnStats:
-    """One model's statistics at the rows, from one sweep of its head."""
+def own_stats(source: Source, rows: Tensor, scoring: Scoring) -> OwnStats:
+    """One model's statistics at the rows, from one sweep of its head, always in the compute dtype."""
     shard = source.transform.shard
     if shard is not None:
-        read = partial(_own_part, source, rows, min(top_k, shard.width), workspace)
-        return joined.own_stats(read, shard, rows, top_k=top_k, workspace=workspace, dtype=compute_dtype(source))
-    return _own_part(source, rows, top_k, workspace)
+        read = partial(_own_part, source, rows, min(scoring.top_k, shard.width), scoring.workspace)
+        return joined.own_stats(read, shard, rows, scoring, compute_dtype(source))
+    return _own_part(source, rows, scoring.top_k, scoring.workspace)
 
 
 def _own_part(source: Source, rows: Tensor, top_k: int, workspace: Workspace) -> OwnStats:

@@ -39,30 +39,21 @@ from opd_ops.backends.streamed.summed import with_jsd
 from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Source, compute_dtype
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.stats import OPTIONAL_COLUMNS, TokenStats, is_finite
+from opd_ops.selection.stats import OPTIONAL_COLUMNS, Scoring, TokenStats, is_finite
 
 
 @torch.no_grad()
-def token_stats(
-    student: Source,
-    teacher: Source,
-    rows: Tensor,
-    *,
-    top_k: int,
-    columns: frozenset[str],
-    workspace: Workspace,
-    score_dtype: torch.dtype | None,
-) -> TokenStats:
+def token_stats(student: Source, teacher: Source, rows: Tensor, scoring: Scoring) -> TokenStats:
     """All statistics of the given positions, (n,) each, from one sweep of both heads, always in the compute dtype."""
-    dtype, shard = compute_dtype(student, teacher), student.transform.shard
+    dtype, shard, columns = compute_dtype(student, teacher), student.transform.shard, scoring.columns
     if shard is not None:
         sent = EMPTY_SUMS | (SQUARES if "ratio_variance" in columns else {})
         parts = Parts(partial(_part, student, teacher, columns), sent, joined_sums)
-        whole = joined.token_stats(parts, shard, rows, top_k=top_k, columns=columns, workspace=workspace, dtype=dtype)
-        return with_jsd(whole, student, teacher, rows, workspace) if "jsd" in columns else whole
+        whole = joined.token_stats(parts, shard, rows, scoring, dtype)
+        return with_jsd(whole, student, teacher, rows, scoring.workspace) if "jsd" in columns else whole
     names = _computed(columns)
     tiles: list[Tensor] = []
-    for grid, sums, jsd, lists in _sweep(student, teacher, rows, top_k, columns, workspace):
+    for grid, sums, jsd, lists in _sweep(student, teacher, rows, scoring):
         whole_row, (s_list, t_list) = jsd | statistics(sums, Tops.of_both(lists)), lists.halves()
         lse = torch.stack((whole_row["student_logsumexp"], whole_row["teacher_logsumexp"]))
         for group in chunks(lse.shape[1], grid.list_rows):
@@ -81,7 +72,7 @@ def _computed(columns: frozenset[str]) -> list[str]:
 def _part(student: Source, teacher: Source, columns: frozenset[str], rows: Tensor, top_k: int, workspace: Workspace) -> Part:
     """This rank's sums and lists of the rows."""
     tiles, lists = [], []
-    for _, sums, _, both in _sweep(student, teacher, rows, top_k, columns - {"jsd"}, workspace):
+    for _, sums, _, both in _sweep(student, teacher, rows, Scoring(top_k, workspace, columns=columns - {"jsd"})):
         tiles.append(named_sums(sums))
         lists.append(both.halves())
     whole = {name: torch.cat([tile[name] for tile in tiles]) for name in tiles[0]}
@@ -92,10 +83,11 @@ def _part(student: Source, teacher: Source, columns: frozenset[str], rows: Tenso
 
 
 def _sweep(
-    student: Source, teacher: Source, rows: Tensor, top_k: int, columns: frozenset[str], workspace: Workspace
+    student: Source, teacher: Source, rows: Tensor, scoring: Scoring
 ) -> Iterator[tuple[ScoreGrid, RunningSums, dict[str, Tensor], TopKList]]:
-    """Per tile: its grid, its rows' fp64 sums over the vocabulary, "jsd" if in `columns`, and both models' lists, (2 n, K)."""
+    """Per tile: its grid, its rows' fp64 sums over the vocabulary, "jsd" if asked for, and both models' lists, (2 n, K)."""
     dtype = compute_dtype(student, teacher)
+    top_k, workspace, _, columns = scoring
     grid = score_grid(student, teacher, len(rows), top_k=top_k, whole_rows="jsd" in columns, workspace=workspace)
     buffer = pages.empty((2 * grid.rows * grid.columns,), dtype, rows.device)
     scratch = torch.empty(5 * grid.chunk * grid.columns, dtype=dtype, device=rows.device)

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from opd_kernels.score import COLUMNS, Score, score_fwd
-from opd_kernels.support import SUPPORT_COLUMNS, Support, support_fwd
+from opd_kernels.support import SUPPORT_COLUMNS, TopKLists, support_fwd
 from torch import Tensor
 
 from opd_ops.backends.shared.grids import UNION_BYTES
@@ -63,17 +63,17 @@ def write_columns(
     columns: frozenset[str],
     top_k: int,
     workspace: Workspace,
-) -> tuple[Score, Support]:
+) -> tuple[Score, TopKLists]:
     """Fill `out`, (columns, n) in the order of `column_names`, with the statistics of the tables' rows (None: all, in order).
 
     Returns: the kernels' outputs.
     `workspace` bounds the scratch of the optional columns; the launch itself takes `score_bytes` a row besides.
     """
     options = launch_options(*transforms)
-    of_score, of_support, others = out.split((len(COLUMNS), len(SUPPORT_COLUMNS), len(columns)))
+    score_out, support_out, others = out.split((len(COLUMNS), len(SUPPORT_COLUMNS), len(columns)))
     optional = dict(zip(sorted(columns), others, strict=True))
-    score = score_fwd(*tables, rows, out=of_score, variance=optional.get("ratio_variance"), **options)
-    lists = support_fwd(*tables, rows, score, out=of_support, top_k=top_k, **options)
+    score = score_fwd(*tables, rows, out=score_out, variance=optional.get("ratio_variance"), **options)
+    lists = support_fwd(*tables, rows, score, out=support_out, top_k=top_k, **options)
     for name, column in _list_columns(lists, score, columns & LIST_COLUMNS, workspace).items():
         optional[name].copy_(column)
     if "jsd" in columns:
@@ -81,14 +81,14 @@ def write_columns(
     return score, lists
 
 
-def top_k_lists(lists: Support, first_id: int = 0) -> tuple[TopKList, TopKList]:
+def top_k_lists(lists: TopKLists, first_id: int = 0) -> tuple[TopKList, TopKList]:
     """Student's and teacher's list; the kernels counted ids from `first_id`."""
     s_at_s, t_at_s, s_at_t, t_at_t = lists.logits.unbind(1)
     student = TopKList(lists.s_ids.long() + first_id, s_at_s, t_at_s)
     return student, TopKList(lists.t_ids.long() + first_id, t_at_t, s_at_t)
 
 
-def _list_columns(lists: Support, score: Score, columns: frozenset[str], workspace: Workspace) -> dict[str, Tensor]:
+def _list_columns(lists: TopKLists, score: Score, columns: frozenset[str], workspace: Workspace) -> dict[str, Tensor]:
     """Optional columns from the kernels' lists, a group of rows at a time."""
     n, _, k = lists.ids.shape
     out = {name: torch.empty(n, dtype=torch.float32, device=lists.ids.device) for name in columns}
