@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opd_ops.arguments import may_look
+from opd_ops.arguments import may_look, number_in
 from opd_ops.backends.interface import WeightedRows
 from opd_ops.backends.shared.token_logprobs import token_logprobs, tokens_at
 from opd_ops.call.choose import Chosen, warn_of_infinite
@@ -108,7 +108,7 @@ def settle(chosen: Chosen, losses: Tensor) -> Settled:
     # Without such a column only the losses of selected rows are known.
     among, kind = (stats.valid, "valid") if is_known else (chosen.selected, "selected")
     can_look = may_look(losses) and not call.in_graph
-    if chosen.trained is None and can_look and (not len(rows) or float(losses.amax()) < torch.inf):
+    if chosen.trained is None and can_look and (not len(rows) or number_in(losses.amax()) < torch.inf):
         if chosen.counts is None:
             warn_of_infinite(chosen.infinite, among, kind, call.divergence.name)
         return Settled(replace(chosen, stats=stats), None, True)

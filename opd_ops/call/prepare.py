@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opd_ops.arguments import is_in_graph, is_traced, may_look, per_position, real, shown
+from opd_ops.arguments import active_transforms, is_in_graph, is_traced, may_look, per_position, real, shown
 from opd_ops.backends.interface import Backend, Needs
 from opd_ops.backends.resolve import ANYWHERE, resolve_backend
 from opd_ops.distributed.ranks import Ranks
@@ -354,9 +354,8 @@ def check_transforms(backend: str, *, has_vmap: bool, has_gradient: bool) -> Non
 
     `has_vmap`, `has_gradient`: whether such a backend has a rule for vmap, and for the other transforms, in this function.
     """
-    if is_traced() or not torch._C._are_functorch_transforms_active():
+    if is_traced() or not (active := active_transforms()):
         return
-    active = [interpreter.key().name.lower() for interpreter in torch._C._functorch.get_interpreter_stack() or ()]
     is_plain = backend in ANYWHERE and ANYWHERE[backend].takes_transforms
     refused = [name for name in active if not is_plain or not (has_vmap if name == "vmap" else has_gradient)]
     if refused:

@@ -23,7 +23,7 @@ from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.selection.normalisers import over_ranks
 from opd_ops.selection.selectors import is_deterministic, is_own, own_name
-from opd_ops.selection.stats import BACKEND_COLUMNS, TOKEN_COLUMNS, Scoring, TokenStats, is_finite
+from opd_ops.selection.stats import BACKEND_COLUMNS, TOKEN_COLUMNS, Scoring, TokenStats, all_set, is_finite
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def stats_of(call: Call, rows: Tensor, score_dtype: torch.dtype | None = None) -
                 # A log-sum-exp of 16-bit logits may be below the token's own logit.
                 logprob = token_logprobs(side, rows, tokens, getattr(stats, f"{name}_logsumexp"), call.workspace).clamp_max(0)
                 stats = stats._replace(**{f"{name}_logprob": logprob})
-    if isinstance(teacher, Source):  # a non-finite teacher must not hide a non-finite student
+    if isinstance(teacher, Source) and not all_set(stats.valid):  # a non-finite teacher must not hide a non-finite student
         stats = stats._replace(valid=stats.valid >= is_finite(stats.student_logsumexp))  # valid or not finite
     return stats
 

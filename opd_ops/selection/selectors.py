@@ -246,6 +246,8 @@ SELECTORS: dict[str, Selector] = {
 
 def named_selector(selector: str | Selector) -> Selector:
     """The selector with this name; a callable is returned unchanged."""
+    if isinstance(selector, str) and selector in SELECTORS:
+        return SELECTORS[selector]
     names = ", ".join(SELECTORS)
     if isinstance(selector, type):
         raise TypeError(f"selector: got the class {selector.__name__}, expected an instance of it, or one of: {names}")
@@ -253,9 +255,7 @@ def named_selector(selector: str | Selector) -> Selector:
         return selector
     if not isinstance(selector, str):
         raise TypeError(f"selector: got {type(selector).__name__}, expected a callable or one of: {names}")
-    if selector not in SELECTORS:
-        raise ValueError(f"selector: got {selector!r}, expected a callable or one of: {names}")
-    return SELECTORS[selector]
+    raise ValueError(f"selector: got {selector!r}, expected a callable or one of: {names}")
 
 
 def bound_selector(selector: Selector, generator: torch.Generator | None, sequence_ids: Callable[[], Tensor]) -> Selector:

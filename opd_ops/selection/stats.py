@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opd_ops.arguments import may_look, number_in
 from opd_ops.inputs.workspace import Workspace
 
 WHOLE_ROW_COLUMNS = frozenset({"jsd", "ratio_variance"})  # optional columns that need both models' whole rows
@@ -49,6 +50,11 @@ KL_REFERENCE_COLUMNS = frozenset(REFERENCE_COLUMNS) - {"top_log_ratio"}
 def is_finite(x: Tensor) -> Tensor:
     """torch.isfinite in half as many operators."""
     return x.abs() < math.inf
+
+
+def all_set(flags: Tensor) -> bool:
+    """Whether a CPU sees that every flag is set. Elsewhere looking would make it wait."""
+    return may_look(flags) and bool(number_in(flags.all()))
 
 
 class TokenStats(NamedTuple):
@@ -127,15 +133,18 @@ class TokenStats(NamedTuple):
 
         All columns of one dtype are placed at once: a launch for each would cost more than the columns themselves.
         """
+        is_valid = all_set(self.valid)
+        if rows is None and is_valid:
+            return self if len(shape) == 1 else self._map(lambda column: column.view(shape))
         columns = {name: column for name, column in self._asdict().items() if column is not None}
-        invalid = ~self.valid
         placed: dict[str, Tensor] = {}
         for dtype in dict.fromkeys(column.dtype for column in columns.values()):
             names = [name for name, column in columns.items() if column.dtype == dtype]
             if names == ["valid"]:
                 values = self.valid.unsqueeze(0)
             else:
-                values = torch.stack([columns[name] for name in names]).masked_fill_(invalid, 0)
+                values = torch.stack([columns[name] for name in names])
+                values = values if is_valid else values.masked_fill_(~self.valid, 0)
             if rows is not None:
                 values = values.new_zeros((len(names), shape.numel())).index_copy_(1, rows, values)
             placed |= dict(zip(names, values.view(len(names), *shape).unbind(0), strict=True))
