@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Literal, TypeVar, cast
 from opd_ops.divergences import Divergence, resolve_divergence
 from opd_ops.settings import DEFAULTS, HELP, Settings
 from opd_ops.trainer.files import check_path, check_text, read_text
+from opd_ops.trainer.privileged import PrivilegedContext
 from opd_ops.trainer.prompts import PromptSource
+from opd_ops.trainer.self_teacher import FROZEN, own_weights
 
 if TYPE_CHECKING:
     import yaml
@@ -48,9 +50,17 @@ class OPDConfig:
     student: str = _option(
         "", "Model to train: a folder, a name on the hub, a .gguf file, or package:NAME for one in a package."
     )
-    teacher: str = _option(SAME, "Model that teaches, named alike; 'same': the student's own initial weights.")
+    teacher: str = _option(SAME, "Model that teaches, named alike; 'same': the student's own.")
+    teacher_weights: str = _option(
+        FROZEN, "Of the teacher 'same': frozen (the initial ones), live, lag=N (of N updates before), ema=D (average, decay D)."
+    )
     teacher_system: str | None = _option(
         None, "System message that only the teacher reads; a prompt's own teacher_system wins."
+    )
+    teacher_prompt: str | None = _option(
+        None,
+        "Template of the last message that only the teacher reads, with {prompt}, {answer} and {demonstration} of the row; "
+        "a prompt's own teacher_prompt wins.",
     )
     teacher_url: str | None = _option(
         None, "Server that answers log-probabilities of the prompt's tokens: the teacher instead of a model."
@@ -177,6 +187,10 @@ class OPDConfig:
             raise ValueError(f"divergence_args: got {self.divergence_args!r}, expected {what}") from None
         return dataclasses.replace(divergence, **values)  # type: ignore[type-var]
 
+    def privileged_context(self) -> PrivilegedContext:
+        """What the teacher alone reads."""
+        return PrivilegedContext(self.teacher_system, self.teacher_prompt)
+
     def train_source(self) -> PromptSource:
         return PromptSource(self.prompts, self.prompts_split, self.prompts_name)
 
@@ -224,10 +238,7 @@ class OPDConfig:
         for name in ("teacher_url", "teacher_store"):
             if getattr(self, name) is not None and self.teacher != SAME:
                 raise ValueError(f"teacher: got {self.teacher!r} and a {name}, expected one of the two")
-        if self.teacher == SAME and self.lora_rank > 0 and self.teacher_dtype != "auto":
-            raise ValueError(
-                f"teacher_dtype: got {self.teacher_dtype!r}, but under LoRA the teacher 'same' is the student's base"
-            )
+        self._check_own_weights()
         if not self.output_dir:
             raise ValueError("output_dir: got nothing, expected a folder")
         if not self.lora_dropout < 1:
@@ -257,6 +268,19 @@ class OPDConfig:
         self._check_trackers()
         self._check_loss()
         return self
+
+    def _check_own_weights(self) -> None:
+        self.privileged_context()
+        own_weights(self.teacher_weights)
+        if self.teacher_weights != FROZEN and (self.teacher != SAME or self.teacher_sends_lists):
+            raise ValueError(
+                f"teacher_weights: got {self.teacher_weights!r}, but the teacher is another than the student; leave it out, or "
+                "set teacher to 'same' without a server"
+            )
+        if self.teacher == SAME and self.teacher_dtype != "auto" and (self.lora_rank > 0 or self.teacher_weights != FROZEN):
+            raise ValueError(
+                f"teacher_dtype: got {self.teacher_dtype!r}, but this teacher is the student's own model (under LoRA its base)"
+            )
 
     def _check_sources(self) -> None:
         for name in ("split", "name"):

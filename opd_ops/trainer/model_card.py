@@ -13,14 +13,15 @@ from pathlib import Path
 from opd_ops import __version__
 from opd_ops.trainer.config import PASSED_AS_OBJECT, SAME, OPDConfig
 from opd_ops.trainer.models import PACKAGE
+from opd_ops.trainer.self_teacher import own_weights
 
 
 def describe_teacher(config: OPDConfig) -> str:
     """The teacher, in words."""
     is_student = config.teacher == SAME and not config.teacher_sends_lists
-    name = "the student's own initial weights" if is_student else config.teacher
+    name = own_weights(config.teacher_weights).name if is_student else config.teacher
     name = config.teacher_url or config.teacher_store or name
-    return f"{name}, told more in its system message" if config.teacher_system or is_student else name
+    return f"{name}, told more in its prompt" if config.teacher_system or config.teacher_prompt or is_student else name
 
 
 def model_card(config: OPDConfig, teacher: str, before: Mapping[str, float], after: Mapping[str, float]) -> str:

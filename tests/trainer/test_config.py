@@ -87,7 +87,7 @@ def test_every_option_has_a_help_text_and_a_flag(capsys):
         (["--teacher_url=teacher:8000", "--divergence=tail_aware"], "teacher_url: got 'teacher:8000', expected an address"),
         (["--answer_pattern=("], "answer_pattern: got '\\(', expected a regular expression"),
         (["--output_dir="], "output_dir: got nothing"),
-        (["--lora_rank=4", "--teacher_dtype=bfloat16"], "teacher_dtype: got 'bfloat16', but under LoRA"),
+        (["--lora_rank=4", "--teacher_dtype=bfloat16"], "teacher_dtype: got 'bfloat16', but this teacher is"),
         (["--eval_prompts_split=test"], "eval_prompts_split: got 'test' without eval_prompts; set that too"),
         (["--eval_prompts_name=main"], "eval_prompts_name: got 'main' without eval_prompts; set that too"),
         (["--prompts=gsm8k", "--eval_prompts=gsm8k"], "eval_prompts: got 'gsm8k', the very prompts that are trained on"),
