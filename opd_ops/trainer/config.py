@@ -112,10 +112,13 @@ class OPDConfig:
     fraction_schedule: Literal["linear", "cosine"] = _option(
         "linear", "How the fraction goes from `fraction` in the first step to `fraction_end` in the last."
     )
+    count: int | None = _option(DEFAULTS.count, HELP["count"])
     scope: Scope = _option(  # noqa: RUF009  # `_option` is a dataclass field
         cast("Scope", DEFAULTS.scope),
         HELP["scope"],
     )
+    weighting: str | None = _option(cast("str | None", DEFAULTS.weighting), HELP["weighting"])
+    weight_mean: str | None = _option(DEFAULTS.weight_mean, HELP["weight_mean"])
     divergence: str = _option(str(DEFAULTS.divergence), HELP["divergence"])
     divergence_args: str = _option("", "Its parameters, like beta=0.3 or top_k=8,alpha=0.5.")
     top_k: int = _option(DEFAULTS.top_k, HELP["top_k"])
@@ -165,7 +168,10 @@ class OPDConfig:
         return Settings(
             selector=self.selector,
             fraction=self.fraction_at(step),
+            count=self.count,
             scope=self.scope,
+            weighting=self.weighting,
+            weight_mean=self.weight_mean,
             divergence=self.resolved_divergence(),
             top_k=self.top_k,
             workspace_bytes=self.workspace_bytes,
@@ -338,6 +344,10 @@ class OPDConfig:
     def _check_loss(self) -> None:
         if self.fraction_end is not None and not 0 < self.fraction_end <= 1:
             raise ValueError(f"fraction_end: got {self.fraction_end}, expected a number in (0, 1]")
+        if self.fraction_end is not None and self.count is not None:
+            raise ValueError(
+                f"count: got {self.count} and a fraction_end, each of which decides how many tokens; pass one of them"
+            )
         if self.fraction_end is None and self.fraction_schedule != OPDConfig.__dataclass_fields__["fraction_schedule"].default:
             raise ValueError(f"fraction_schedule: got {self.fraction_schedule!r} without fraction_end; set that too")
         if self.fraction_schedule not in ("linear", "cosine"):

@@ -70,6 +70,7 @@ MEANS = {  # logged name: (sum of the metric, count that divides it)
     "support_mass": ("support_mass_sum", "n_valid"),
     "support_mass_lower_bound": ("support_mass_lower_bound_sum", "n_valid"),
     "kl_sampled": ("kl_sampled_sum", "n_selected"),
+    "weight": ("weight_sum", "n_selected"),
 }
 COUNTS = ("n_valid", "n_selected", "n_infinite", "n_teacher_nonfinite")
 

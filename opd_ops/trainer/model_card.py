@@ -45,8 +45,8 @@ def model_card(config: OPDConfig, teacher: str, before: Mapping[str, float], aft
         f"# {config.student}, distilled on-policy",
         "",
         f"Trained by `opd_ops` {__version__} for {config.steps} steps on answers it wrote itself. Teacher: {teacher}.",
-        f"Of each micro-batch {_shares(config)} of the tokens, chosen by `{config.selector}`, were trained on with "
-        f"`{config.divergence}`.",
+        f"{_shares(config)}, chosen by `{config.selector}`, were trained on with `{config.divergence}`"
+        f"{f', weighted by `{config.weighting}`' if config.weighting else ''}.",
         "",
         *(["| held out, nats a token | before | after |", "|---|---|---|", *rows, ""] if rows else []),
         "## Settings",
@@ -59,5 +59,7 @@ def model_card(config: OPDConfig, teacher: str, before: Mapping[str, float], aft
 
 
 def _shares(config: OPDConfig) -> str:
+    if config.count is not None:
+        return f"Of each {'answer' if config.scope == 'sequence' else 'micro-batch'} at most {config.count} tokens"
     shares = [config.fraction] if config.fraction_end is None else [config.fraction, config.fraction_end]
-    return " to ".join(f"{100 * share:g} %" for share in shares)
+    return f"Of each micro-batch {' to '.join(f'{100 * share:g} %' for share in shares)} of the tokens"

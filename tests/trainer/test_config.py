@@ -61,6 +61,10 @@ def test_every_option_has_a_help_text_and_a_flag(capsys):
         (["--fraction=1.5"], r"fraction: got 1.5, expected a number in \(0, 1\]"),
         (["--fraction_end=0"], r"fraction_end: got 0.0, expected a number in \(0, 1\]"),
         (["--fraction_schedule=cosine"], "fraction_schedule: got 'cosine' without fraction_end"),
+        (["--count=0"], "count: got 0, expected at least 1"),
+        (["--count=3", "--fraction_end=0.5"], "count: got 3 and a fraction_end, each of which decides how many tokens"),
+        (["--weighting=best"], "weighting: got 'best', expected None, a callable, or one of"),
+        (["--weight_mean=valid"], "weight_mean: got 'valid' without a weighting"),
         (["--selector=best"], "selector: got 'best', expected a callable or one of"),
         (["--divergence=l2"], "divergence: got 'l2', expected one of"),
         (
