@@ -79,8 +79,9 @@ def test_a_row_is_written_once_and_read_by_full_sectors():
     from tests.support.ptx import driver
 
     x = torch.randn(64, 4096).bfloat16()
-    quantised(x)
-    traffic = driver.launches[-1].traffic
+    with driver.counted() as launches:
+        quantised(x)
+    traffic = launches[-1].traffic
     assert traffic.written_bytes == x.numel() + 4 * 64
     assert traffic.read_bytes == 2 * x.nbytes  # the second time from L1 or L2
     assert traffic.read_sectors * 32 == traffic.read_bytes

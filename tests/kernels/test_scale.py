@@ -36,7 +36,8 @@ def test_a_factor_of_one_costs_no_traffic():
     from tests.support.ptx import driver
 
     for factor, n_bytes in ((1.0, 0), (2.0, 2 * 10_000)):
-        scale(torch.ones(10_000, dtype=torch.bfloat16), torch.tensor([factor]))
-        traffic = driver.launches[-1].traffic
+        with driver.counted() as launches:
+            scale(torch.ones(10_000, dtype=torch.bfloat16), torch.tensor([factor]))
+        traffic = launches[-1].traffic
         assert traffic.written_bytes == n_bytes
         assert traffic.read_bytes >= n_bytes

@@ -33,7 +33,8 @@ def test_a_row_is_written_once_by_full_sectors(width):
     from tests.support.ptx import driver
 
     table = torch.ones(3, width, dtype=torch.bfloat16)
-    zero_rows(table, torch.tensor([0, 1, 0], dtype=torch.uint8))
-    traffic = driver.launches[-1].traffic
+    with driver.counted() as launches:
+        zero_rows(table, torch.tensor([0, 1, 0], dtype=torch.uint8))
+    traffic = launches[-1].traffic
     assert traffic.written_bytes == 2 * 2 * width
     assert traffic.written_sectors * 32 <= 1.01 * traffic.written_bytes + 2 * 2 * 32

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opd_ops import LinearHead, StudentStats, selective_opd_loss
+from opd_ops import LinearHead, Mixture, StudentStats, selective_opd_loss
 from opd_ops.arguments import traced_as_constant
 from opd_ops.backends.triton import operators as triton_ops
 from opd_ops.inputs.sources import Source
@@ -237,6 +237,18 @@ def test_inplace_backward_is_rejected_while_tracing():
 
     with pytest.raises(Exception, match="inplace_backward"):
         compiled(call)(leaf(student), teacher)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_mixture_is_refused_while_tracing(backend):
+    s, u = logit_pair(2, 31)
+    teacher = Mixture((u, s), (0.6, 0.4))
+
+    def loss(x):
+        return selective_opd_loss(x, teacher, backend=backend).loss
+
+    with pytest.raises(Exception, match=r"got Mixture, which torch\.compile cannot trace"):
+        torch.compile(loss, fullgraph=True, dynamic=False, backend="eager")(s)
 
 
 def test_a_constant_of_the_trace_is_marked_as_torch_marks_it():

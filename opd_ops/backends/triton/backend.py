@@ -41,6 +41,7 @@ class Triton(Backend):
 
     name = "triton"
     drops_weightless_rows = True
+    totals = staticmethod(selection.totals)
     _launch_scores = staticmethod(selection.launch_scores)
     _launch_choice = staticmethod(selection.launch_choice)
     _head_loss: ClassVar[Callable[..., tuple[Tensor, Tensor]]] = staticmethod(heads_loss.selected_loss)
@@ -110,20 +111,6 @@ class Triton(Backend):
         flags = selection.bytes_of(valid), selection.bytes_of(infinite)
         columns = scores.reshape(-1), *flags, *cut.budget.ratio
         return selection.choice(self._launch_choice(*columns, cut.n_rows, cut.length or 0, cut.bounds))
-
-    def totals(
-        self,
-        placed: Placed,
-        selected: Tensor,
-        rows: Tensor,
-        losses: Tensor,
-        row_weights: Tensor | None,
-        unmasked: Tensor | None,
-        *,
-        loss: str | None,
-        by_selected: bool,
-    ) -> dict[str, Tensor]:
-        return selection.totals(placed, selected, rows, losses, row_weights, unmasked, loss=loss, by_selected=by_selected)
 
     def own_stats(self, source: Source, rows: Tensor, scoring: Scoring) -> OwnStats:
         if source.transform.shard is None:

@@ -26,8 +26,6 @@ class TracedTriton(Triton):
     _column_loss = staticmethod(operators.column_losses)
 
     def refusal(self, student: Source, teacher: Source | TeacherLists, needs: Needs) -> str | None:
-        if isinstance(teacher, Source) and teacher.transform.mixing is not None:
-            return "the teacher is a Mixture, which torch.compile cannot trace here; call it outside of the graph"
         if not (is_column(needs.divergence) and needs.divergence.importance is None and isinstance(teacher, Source)):
             name = needs.divergence.name
             return f"divergence is {name!r}, which torch.compile cannot trace here; call it outside of the graph"

@@ -1,7 +1,7 @@
 """A driver for Triton whose device runs PTX on the CPU: kernels are compiled as for a GPU, all the way, and take CPU tensors.
 
   use(target)  Triton launches on it from then on: its specialisation of arguments, compiler and cache are those of any GPU.
-  launches     what the latest launches executed and moved
+  counted()    a context: the list of what its launches executed and moved
 
 Not here: how PTX is run (machine.py).
 """
@@ -12,7 +12,8 @@ import fcntl
 import importlib
 import os
 import pkgutil
-from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,13 +32,22 @@ from tests.support.ptx.program import parse
 NUMBERS = {"i32": np.int32, "i64": np.int64, "u32": np.uint32, "u64": np.uint64, "fp32": np.float32}
 SHARED_LIMIT = 163 * 1024  # the least of the targets
 COMPILE = triton.compiler.compile
-launches: deque[Launched] = deque(maxlen=100)
+_counts: list[list[Launched]] = []  # of the contexts that are open
 
 
 class Launched(NamedTuple):
     kernel: str
     instructions: int  # of PTX, by its warps
     traffic: Traffic
+
+
+@contextmanager
+def counted() -> Iterator[list[Launched]]:
+    _counts.append([])
+    try:
+        yield _counts[-1]
+    finally:
+        _counts.pop()
 
 
 class Launcher:
@@ -54,9 +64,10 @@ class Launcher:
         tensors = [value for kind, value in given if kind[0] == "*"]
         numbers = [np.uint64(v.data_ptr()) if kind[0] == "*" else NUMBERS[kind](v) for kind, v in given]
         scratch = [np.uint64(0)] * 2  # of no byte
-        buffers = Buffers(tensors)
-        executed = launch(program, x, numbers + scratch, self.shared_bytes, buffers)
-        launches.append(Launched(program.name, executed, buffers.traffic))
+        traffic = Traffic() if _counts else None
+        executed = launch(program, x, numbers + scratch, self.shared_bytes, Buffers(tensors, traffic))
+        for count in _counts:
+            count.append(Launched(program.name, executed, traffic))
 
 
 class Utilities:

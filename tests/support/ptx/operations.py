@@ -33,7 +33,7 @@ error_sign = 0  # of every approximate instruction: -1, 1, or 0: by the bits of 
 def flush(x):
     """Subnormal fp32 to zero of the same sign."""
     small = np.abs(x) < SMALLEST
-    return np.where(small, np.copysign(np.float32(0), x), x) if small.any() else x
+    return np.where(small, np.copysign(np.float32(0), x), x) if np.count_nonzero(small) else x
 
 
 def approximate(exact, ulps: int):
@@ -75,17 +75,19 @@ def convert(types, *operands):
 
 
 def compare(comparison):
+    is_unordered = comparison[-1] == "u" and comparison[:-1] in COMPARE  # true of NaN as well
+    function = COMPARE.get(comparison[:-1] if is_unordered else comparison)
+
     def compared(types, a, b):
         if types[-1] == "bf16":
             a, b = bf16_to_float(a), bf16_to_float(b)
-        unordered = np.isnan(a) | np.isnan(b) if a.dtype.kind == "f" or b.dtype.kind == "f" else np.False_
-        if comparison == "nan":
-            return unordered
-        if comparison == "num":
-            return ~unordered
-        name = comparison[:-1] if comparison[-1] == "u" and comparison[:-1] in COMPARE else comparison
-        result = COMPARE[name](a, b)
-        return result | unordered if name != comparison else result & ~unordered
+        if function is not None and not is_unordered and (comparison != "ne" or a.dtype.kind != "f"):
+            return function(a, b)  # numpy, too, compares NaN to nothing; only that it is unequal to all
+        unordered = np.isnan(a) | np.isnan(b) if a.dtype.kind == "f" else np.False_
+        if function is None:
+            return unordered if comparison == "nan" else ~unordered
+        result = function(a, b)
+        return result | unordered if is_unordered else result & ~unordered
 
     return compared
 
@@ -101,6 +103,8 @@ def shift(function):
 
     def shifted(types, a, count):
         bits = 8 * a.dtype.itemsize
+        if not count.ndim and count < bits:
+            return function(a, a.dtype.type(count))
         count = np.asarray(count).astype(np.uint32)
         if a.dtype.kind == "i":
             return function(a, np.minimum(count, bits - 1).astype(a.dtype))
@@ -111,7 +115,10 @@ def shift(function):
 
 def fma(types, a, b, c):
     """The product of two fp32 is exact in fp64. The sum is rounded there too, so that rarely the last bit is not a GPU's."""
-    return (a.astype(np.float64) * b + c).astype(np.float32)
+    exact = a.astype(np.float64)
+    exact *= b  # in place, where it is no scalar
+    exact += c
+    return exact.astype(np.float32)
 
 
 def divide(types, a, b):

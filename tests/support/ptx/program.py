@@ -10,9 +10,14 @@ Not here: what instructions do (operations.py), how threads walk the blocks (mac
 from __future__ import annotations
 
 import re
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 WIDTHS = {"pred": 1, "b16": 16, "b32": 32, "b64": 64, "f32": 32, "f64": 64, "u32": 32, "s32": 32, "u64": 64, "s64": 64}
+DECLARATION = re.compile(r"\.reg \.(\w+)\s+(%\w+?)(?:<\d+>)?;")
+INSTRUCTION = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*);")
+OPERAND = re.compile(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,])+")
+NUMBER = re.compile(r"0[fFdD]([0-9A-Fa-f]{8,16})|(0[xX][0-9A-Fa-f]+)U?|(-?\d+)U?")
 
 
 class Vector(tuple):
@@ -41,9 +46,10 @@ class Program(NamedTuple):
     blocks: list[list[Instruction]]
     labels: dict[str, int]  # label -> block
     register_types: dict[str, object]  # machine.py: of each register that was used
-    plans: dict[int, object]  # machine.py: how an instruction that was executed is
+    steps: dict[int, list]  # machine.py: functions of the instructions of each block that was reached
 
 
+@cache  # kernels that differ in what they do not use have the same text
 def parse(ptx: str) -> Program:
     entry = re.search(r"\.visible \.entry (\w+)\((.*?)\)(.*)", ptx, re.DOTALL)
     depot = re.search(r"\.local \.align \d+ \.b8\s+__local_depot\d+\[(\d+)\]", ptx)
@@ -51,13 +57,15 @@ def parse(ptx: str) -> Program:
     blocks: list[list[Instruction]] = [[]]
     labels: dict[str, int] = {}
     for line in entry[3].splitlines():
-        line = re.sub(r"//.*", "", line).strip()
-        if declared := re.fullmatch(r"\.reg \.(\w+)\s+(%\w+?)(?:<\d+>)?;", line):
+        line = line.partition("//")[0].strip()
+        if line.startswith(".reg ") and (declared := DECLARATION.fullmatch(line)):
             widths[declared[2]] = WIDTHS[declared[1]]
-        elif label := re.fullmatch(r"(\$L_\w+):", line):
+        elif line.startswith("$L_") and line[-1] == ":":
+            if line.startswith(("$L__tmp", "$L__func")):  # a place in the source: no branch goes there
+                continue
             if blocks[-1]:
                 blocks.append([])
-            labels[label[1]] = len(blocks) - 1
+            labels[line[:-1]] = len(blocks) - 1
         elif line.startswith(".section"):
             break
         elif line not in ("", "{", "}") and line[0] not in ".$":
@@ -74,19 +82,25 @@ def parse(ptx: str) -> Program:
         blocks=blocks,
         labels=labels,
         register_types={},
-        plans={},
+        steps={},
     )
 
 
 def _instruction(line: str) -> Instruction:
-    got = re.fullmatch(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*);", line)
-    if got is None:
+    match = INSTRUCTION.fullmatch(line)
+    if match is None:
         raise ValueError(f"not an instruction of PTX: {line!r}")
-    negation, guard, opcode, operands = got.groups()
-    parts = re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,])+", operands)
-    return Instruction(tuple(opcode.split(".")), tuple(_operand(x.strip()) for x in parts), guard, bool(negation), line)
+    negation, guard, opcode, operands = match.groups()
+    parts = tuple(_operand(x.strip()) for x in OPERAND.findall(operands))
+    return Instruction(_opcode(opcode), parts, guard, bool(negation), line)
 
 
+@lru_cache(maxsize=4096)
+def _opcode(text: str) -> tuple[str, ...]:
+    return tuple(text.split("."))
+
+
+@lru_cache(maxsize=65536)  # most lines name registers of lines before
 def _operand(text: str) -> object:
     if text[0] == "{":
         return Vector(_operand(x.strip()) for x in text[1:-1].split(","))
@@ -95,7 +109,7 @@ def _operand(text: str) -> object:
         return Address(_operand(base), int(offset or 0))
     if "|" in text:
         return Vector(_operand(x) for x in text.split("|"))
-    if number := re.fullmatch(r"0[fFdD]([0-9A-Fa-f]{8,16})|(0[xX][0-9A-Fa-f]+)U?|(-?\d+)U?", text):
+    if number := NUMBER.fullmatch(text):
         bits, hexadecimal, decimal = number.groups()
         return int(bits, 16) if bits else int(hexadecimal, 16) if hexadecimal else int(decimal)
     return text

@@ -17,7 +17,7 @@ from opd_kernels.support import support_fwd
 from benchmarks.static.call_time import TOP_K_INSTRUCTIONS
 from tests.support.cases import logit_pair
 from tests.support.kernel_oracle import COMMON
-from tests.support.ptx.driver import launches
+from tests.support.ptx.driver import counted
 from tests.support.ptx.memory import SECTOR
 
 V, ODD = 151_936, 50_257
@@ -32,8 +32,8 @@ def pair():
 
 def launched(launcher, *arguments, **options):
     """What it returned, and its launches."""
-    launches.clear()
-    return launcher(*arguments, **options), list(launches)
+    with counted() as launches:
+        return launcher(*arguments, **options), launches
 
 
 def test_score_reads_every_logit_once_by_whole_sectors(pair):
