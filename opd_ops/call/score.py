@@ -88,17 +88,20 @@ def _placed(call: Call, rows: Tensor | None, places: Tensor | None) -> Placed | 
         of_rows = {name: getattr(stats, f"{name}_logsumexp").flatten() for name in ("student", "teacher")}
         if rows is not None:
             of_rows = {name: column[rows] for name, column in of_rows.items()}
-        for name, column in _token_columns(call, _every_row(call, rows), of_rows).items():
-            every = column if rows is None else column.new_zeros(call.shape.numel()).index_copy_(0, rows, column)
-            stats = stats._replace(**{name: every.view(call.shape).masked_fill(~stats.valid, 0)})
+        columns = _token_columns(call, _every_row(call, rows), of_rows)
+        values = torch.stack(list(columns.values())).clamp_max_(0)
+        if rows is not None:
+            values = values.new_zeros((len(columns), call.shape.numel())).index_copy_(1, rows, values)
+        every = values.view(-1, *call.shape).masked_fill_(~stats.valid, 0)
+        stats = stats._replace(**dict(zip(columns, every.unbind(), strict=True)))
     return placed._replace(stats=stats)
 
 
 def _scored_placed(call: Call, placed: Placed) -> Scored:
     if call.backend.scores_by_kernels(own_name(call.selector)):
         return Scored(call, placed.scores, placed.stats, placed.infinite, placed)
-    scored = _scored(call, placed.stats)
-    return replace(scored, placed=placed._replace(scores=scored.scores), infinite=placed.infinite)
+    scored = _scored(call, placed.stats, placed.infinite)
+    return replace(scored, placed=placed._replace(scores=scored.scores))
 
 
 def score_again(scored: Scored, shortlist: Tensor) -> Scored:
@@ -128,21 +131,22 @@ def stats_of(call: Call, rows: Tensor, score_dtype: torch.dtype | None = None) -
         stats = call.backend.token_stats(student, teacher, rows, scoring)
     if call.needs & TOKEN_COLUMNS:
         logsumexps = {"student": stats.student_logsumexp, "teacher": stats.teacher_logsumexp}
-        stats = stats._replace(**_token_columns(call, rows, logsumexps))
+        stats = stats._replace(**{name: x.clamp_max(0) for name, x in _token_columns(call, rows, logsumexps).items()})
     if isinstance(teacher, Source) and not all_set(stats.valid):  # a non-finite teacher must not hide a non-finite student
         stats = stats._replace(valid=stats.valid >= is_finite(stats.student_logsumexp))  # valid or not finite
     return stats
 
 
 def _token_columns(call: Call, rows: Tensor, logsumexps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """(n,) log-probabilities of the sampled tokens at the rows, of the models whose column is asked for."""
+    """(n,) log-probabilities of the sampled tokens at the rows, of the models whose column is asked for.
+
+    They may be above 0: a log-sum-exp of 16-bit logits may be below the token's own logit.
+    """
     columns = {}
     tokens = tokens_at(call.positions.tokens, call.student, call.teacher, rows)
     for name, side in (("student", call.student), ("teacher", call.teacher)):  # in one order on all ranks
         if f"{name}_logprob" in call.needs:
-            # A log-sum-exp of 16-bit logits may be below the token's own logit.
-            logprobs = token_logprobs(side, rows, tokens, logsumexps[name], call.workspace)
-            columns[f"{name}_logprob"] = logprobs.clamp_max(0)
+            columns[f"{name}_logprob"] = token_logprobs(side, rows, tokens, logsumexps[name], call.workspace)
     return columns
 
 
@@ -161,7 +165,8 @@ def _response_places(call: Call) -> Tensor | None:
     return call.positions.response_places(call.ranks if call.scope == "sequence" else None)
 
 
-def _scored(call: Call, stats: TokenStats) -> Scored:
+def _scored(call: Call, stats: TokenStats, infinite: Tensor | None = None) -> Scored:
+    """`infinite`: as of `Scored`; None: it is computed."""
     # A user's selector may change its argument in place: the losses must not see that.
     selector_stats = stats if is_own(call.selector) else stats.clone()
     keep_scores = None
@@ -171,7 +176,7 @@ def _scored(call: Call, stats: TokenStats) -> Scored:
         with nullcontext() if call.ranks is None else over_ranks(call.ranks):
             scores = call.selector(selector_stats)
     check_scores(scores, call.shape, stats.valid.device)
-    infinite = stats.valid & is_infinite(stats, call.divergence)
+    infinite = stats.valid & is_infinite(stats, call.divergence) if infinite is None else infinite
     shard = call.student.transform.shard
     if shard is not None and not is_deterministic(call.selector):  # all ranks take the scores that the first rank drew
         scores = shard.ranks.first(scores.clone(memory_format=torch.contiguous_format))
