@@ -7,7 +7,7 @@
   overlap        how far the selectors agree on one batch of SmolLM2, from benchmarks/results/overlap.json
 
 Run: .venv/bin/python -m docs.draw (from the repository's root, after `make docs`)
-Not here: the charts of benchmarks (benchmarks/), the coloured rollout (examples/run_report.py).
+Not here: the charts of benchmarks (benchmarks/), pictures of pages that a run writes (photograph.py).
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@
     link to source becomes the path of that source.
   - `<!-- table of settings -->` and `<!-- table of options -->` become tables of `Settings` and of `OPDConfig`, from the
     package itself.
+  - "5 %" does not break at its space.
 
 Not here: the look (site.css), the pictures that the site draws for itself (draw.py).
 """
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 RESULTS = "benchmarks/results"
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((\.\./[^)#\s]+)(#[^)]*)?\)")
+PERCENT = re.compile(r"(?<=\d) (?=%)")  # a line must not end between both
 HIDDEN = re.compile(r"^<!-- (hidden\n.*?|full )-->\n", re.DOTALL | re.MULTILINE)  # for tests alone: tests/docs/pages.py
 TABLES = {
     "<!-- table of settings -->": ("setting", "opd_ops.settings", "Settings"),
@@ -60,6 +62,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"`{path}`" if posixpath.basename(path) == label else f"{text} (`{path}`)"
 
     text = LINK.sub(inside, HIDDEN.sub("", markdown))
+    # Every second part is a block of code.
+    text = "```".join(part if i % 2 else PERCENT.sub("\u00a0", part) for i, part in enumerate(text.split("```")))
     for mark, (kind, module, name) in TABLES.items():
         if mark in text:
             text = text.replace(mark, _table(kind, getattr(import_module(module), name)))
@@ -72,5 +76,6 @@ def _table(kind: str, dataclass: type) -> str:
     for field in fields(dataclass):
         default = f'"{field.default}"' if isinstance(field.default, str) else field.default
         sentence = field.metadata["help"].replace("|", "\\|")
-        rows.append(f"| `{field.name}` | `{default}` | {sentence} |")
+        name = field.name.replace("_", "_<wbr>")  # a long name may break there, on a phone
+        rows.append(f"| <code>{name}</code> | `{default}` | {sentence} |")
     return "\n".join(rows)
