@@ -16,6 +16,7 @@ from torch import Tensor
 from opd_ops.backends.ensembles import with_normalisers
 from opd_ops.backends.interface import Placed
 from opd_ops.backends.shared import two_lists
+from opd_ops.backends.shared.candidates import ier
 from opd_ops.backends.shared.token_logprobs import token_logprobs, tokens_at
 from opd_ops.call.prepare import Call
 from opd_ops.divergences import Divergence
@@ -119,6 +120,12 @@ def stats_of(call: Call, rows: Tensor, score_dtype: torch.dtype | None = None) -
                 # A log-sum-exp of 16-bit logits may be below the token's own logit.
                 logprob = token_logprobs(side, rows, tokens, getattr(stats, f"{name}_logsumexp"), call.workspace).clamp_max(0)
                 stats = stats._replace(**{f"{name}_logprob": logprob})
+        if "ier" in call.needs:
+            assert stats.student_logprob is not None
+            assert stats.teacher_logprob is not None
+            logprobs = stats.student_logprob, stats.teacher_logprob
+            column = ier(call.backend, student, teacher, rows, call.student_stats, tokens, logprobs, scoring)
+            stats = stats._replace(ier=column)
     if isinstance(teacher, Source) and not all_set(stats.valid):  # a non-finite teacher must not hide a non-finite student
         stats = stats._replace(valid=stats.valid >= is_finite(stats.student_logsumexp))  # valid or not finite
     return stats
