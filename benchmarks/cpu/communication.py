@@ -131,8 +131,8 @@ def in_short() -> Iterator[str]:
         f"{percent(vocabulary.wire_bytes / student_step(STUDENT, N, 8).over_tp)} of what tensor parallelism sends for it."
     )
     yield (
-        f"* Selecting over all ranks sends {number(selection.bytes / 1000)} kB in {selection.count} collectives a call, from "
-        "any number of tokens, and of ranks but for 8 bytes of each. Its price is latency: the last table."
+        f"* Selecting over all ranks sends {number(selection.bytes / 1000)} kB in {selection.count} collectives a call, for "
+        "any number of tokens; each further rank adds 8 bytes. It costs latency, not bytes: see the last table."
     )
     shares = (
         f"{percent(work_of(N, V, student.D, TEACHER.D, 1).flops / student_step(student, N, 1).flops)} ({student.name})"
@@ -140,8 +140,8 @@ def in_short() -> Iterator[str]:
     )
     yield f"* On one rank the loss's matmuls are these shares of 6 P N: {', '.join(shares)}."
     yield (
-        f"* Where ranks share out the vocabulary, scoring the selected {percent(FRACTION)} once more raises the share of an "
-        f"{STUDENT.name} student from {percent(alone)} to {percent(shared_out)}."
+        f"* Where ranks share out the vocabulary, the selected {percent(FRACTION)} are scored once more. That raises the "
+        f"share of an {STUDENT.name} student from {percent(alone)} to {percent(shared_out)}."
     )
 
 

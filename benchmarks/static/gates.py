@@ -25,8 +25,8 @@ class Gate(NamedTuple):
 
 
 # A few points looser than what the model said on 2026-11-29, with triton 3.9. Asked of the score on sm_90: 0.95 at all points
-# in bf16 and fp16; in bf16 an alu of at most 0.40, and five programs. With the log-ratio's variance it keeps 0.95 at two points:
-# at the lowered clock 0.86 and 0.87, because 128 registers leave room for four programs (with 96 it spills; LOG.md).
+# in bf16 and fp16; in bf16 an alu of at most 0.40, and five programs. With the log-ratio's variance it keeps 0.95
+# at two points; at the lowered clock 0.86 and 0.87: 128 registers leave room for four programs, and with 96 it spills (LOG.md).
 GATES = (
     Gate("sm_90", "score_fwd", "bf16", (1.00, 1.00, 1.00), issue=0.52, alu=0.26, programs=5),
     Gate("sm_90", "score_fwd", "bf16 rows", (1.00, 1.00, 1.00), issue=0.52, alu=0.26, programs=5),

@@ -188,7 +188,7 @@ def token_stats(student: Source, teacher: Source, rows: Tensor, scoring: Scoring
         union_kl=kl_on(in_s | in_t, u, s),
         jsd=jsd(s, u) if "jsd" in columns else None,
         released_kl=released_kl(s, u, in_s, in_t) if "released_kl" in columns else None,
-        topk_entropy=equations.topk_entropy(s.gather(1, s_ids)) if "topk_entropy" in columns else None,
+        topk_entropy=equations.topk_entropy(torch.log_softmax(s.gather(1, s_ids), -1)) if "topk_entropy" in columns else None,
         ratio_variance=ratio_variance(s, u) if "ratio_variance" in columns else None,
         top1_agreement=(s_ids[:, 0] == t_ids[:, 0]).to(dtype) if "top1_agreement" in columns else None,
         teacher_rank=teacher_rank(s_ids, t_ids, u).to(dtype) if "teacher_rank" in columns else None,

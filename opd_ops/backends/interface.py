@@ -106,12 +106,14 @@ class Backend(ABC):
         rows: Tensor | None,
         scoring: Scoring,
         *,
+        unmasked: Tensor | None,
         selector: str | None,
         loss: str | None,
     ) -> Placed | None:
         """Statistics of all positions by kernels, and a selector's scores; None: this backend cannot.
 
-        `rows`: ascending positions that have statistics; None: all. `selector`: a name; None, or a name that kernels do not
+        `rows`: ascending positions that have statistics; None: all. `unmasked`: bool of the positions' shape, which of them are
+        valid; None: all that have statistics. `selector`: a name; None, or a name that kernels do not
         know: scores of 0. `loss`: the column that holds the divergence; None: no column does.
         """
         return None

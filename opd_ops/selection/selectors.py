@@ -137,24 +137,38 @@ class Released:
         check_choice("Released.fit", self.fit, ("all", "valid"))
 
     def __call__(self, stats: TokenStats) -> Tensor:
-        if self.score == "teachability":
-            d, c = self._norms(stats, "D", "C")
-            return d * c
-        if self.score == "entropy":
-            return self._norms(stats, "H")[0]
-        return _released_or(*self._norms(stats, "H", "D" if self.score == "tip" else "DC"))
+        return self._score(self._norms(stats, *self._names))
 
     def keep_scores(self, stats: TokenStats) -> Tensor:
         """The scores for the one position that a response without a selected one gets."""
-        return _released_or(*self._norms(stats, "H", "DC"))
+        norms = self._norms(stats, "H", "DC")
+        return _released_or(norms["H"], norms["DC"])
 
-    def _norms(self, stats: TokenStats, *names: str) -> tuple[Tensor, ...]:
+    def both_scores(self, stats: TokenStats) -> tuple[Tensor, Tensor]:
+        """Its scores and `keep_scores`, from one normaliser of all columns."""
+        norms = self._norms(stats, *dict.fromkeys((*self._names, "H", "DC")))
+        scores = self._score(norms)
+        return scores, scores if self.score == "teachability+entropy" else _released_or(norms["H"], norms["DC"])
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        names = {"teachability": ("D", "C"), "teachability+entropy": ("H", "DC"), "tip": ("H", "D"), "entropy": ("H",)}
+        return names[self.score]
+
+    def _score(self, norms: dict[str, Tensor]) -> Tensor:
+        first, *others = (norms[name] for name in self._names)
+        if not others:
+            return first
+        return first * others[0] if self.score == "teachability" else _released_or(first, others[0])
+
+    def _norms(self, stats: TokenStats, *names: str) -> dict[str, Tensor]:
         d, h, c = stats.released_kl, stats.topk_entropy, stats.support_mass if self.exact_mass else stats.overlap_mass
         assert d is not None
         assert h is not None
         among = stats.present if self.fit == "all" else stats.present & stats.valid
         columns = {"D": d, "C": c, "H": h} | ({"DC": d * c} if "DC" in names else {})
-        return released_norm(torch.stack([columns[name] for name in names]), among).unbind()
+        norms = released_norm(torch.stack([columns[name] for name in names]), among)
+        return dict(zip(names, norms.unbind(), strict=True))
 
 
 def _released_or(a: Tensor, b: Tensor) -> Tensor:
@@ -323,12 +337,16 @@ def is_deterministic(selector: Selector) -> bool:
     return is_own(selector) and not isinstance(selector, (Multinomial, Random))
 
 
-def selection_options(selector: Selector, stats: TokenStats) -> SelectionOptions:
-    """The options of `select_positions` that a selector's attributes set, from the statistics that it ranked."""
-    keep_scores = getattr(selector, "keep_scores", None)
+def selection_options(selector: Selector, stats: TokenStats, keep_scores: Tensor | None = None) -> SelectionOptions:
+    """The options of `select_positions` that a selector's attributes set, from the statistics that it ranked.
+
+    `keep_scores`: The selector's, where the caller has them; None: they are computed.
+    """
+    if keep_scores is None and hasattr(selector, "keep_scores"):
+        keep_scores = selector.keep_scores(stats)
     return {
         "keep_one_per_sequence": getattr(selector, "keep_one_per_sequence", False),
-        "keep_scores": None if keep_scores is None else keep_scores(stats),
+        "keep_scores": keep_scores,
         "places": stats.response_place if getattr(selector, "ties_by_place", False) else None,
         "both_ends": getattr(selector, "both_ends", False),
     }

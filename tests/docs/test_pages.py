@@ -30,6 +30,7 @@ from opd_ops import (
 )
 from opd_ops.divergences import DIVERGENCES
 from opd_ops.selection.selectors import SELECTORS
+from opd_ops.trainer.config import OPDConfig
 from tests.docs.pages import ROOT, blocks, run
 from tests.support.cases import logit_pair
 
@@ -130,9 +131,13 @@ def test_the_pictures_are_what_the_script_draws(tmp_path, capsys):
             assert (tmp_path / file).read_text() == (DOCS / "images" / file).read_text(), file
 
 
-def test_every_setting_has_a_sentence_for_the_table():
-    assert all(setting.metadata["help"] for setting in fields(Settings))
-    assert "<!-- table of settings -->" in page("reference/settings.md")
+@pytest.mark.parametrize(
+    ("name", "mark", "documented"),
+    [("reference/settings.md", "settings", Settings), ("reference/trainer.md", "options", OPDConfig)],
+)
+def test_every_setting_and_option_has_a_sentence_for_its_table(name, mark, documented):
+    assert all(field.metadata["help"] for field in fields(documented))
+    assert f"<!-- table of {mark} -->" in page(name)
 
 
 def test_the_navigation_has_every_page():

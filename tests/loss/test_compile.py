@@ -28,11 +28,19 @@ from tests.support.cases import head_pair, leaf, leaf_head, logit_pair
 OPTIONS = 2**20, 130, 0.7  # workspace_bytes, vocab_size, temperature
 HEAD_OPTIONS = "jsd,released_kl,topk_entropy", torch.float32  # optional columns, score_dtype
 FLAGS = torch.ones(2, dtype=torch.uint8)
+PLACES = torch.tensor([0, 2, 3])
 OPERATORS = {
     "token_columns": lambda s, t, rows: (s, t, rows, 8, "jsd,released_kl,topk_entropy", *OPTIONS),
     "divergence_gradient": lambda s, t, rows: (s, t, rows, torch.ones(2), "reverse_kl", *OPTIONS),
     "selected_losses": lambda s, t, rows: (leaf(s), t, rows, torch.ones(2), "forward_kl", *OPTIONS),
-    "placed_scores": lambda s, t, rows: (s.view(-1)[:48].view(16, 3).exp(), torch.tensor([0, 2, 3]), 4, "tip", "reverse_kl"),
+    "placed_scores": lambda s, t, rows: (
+        s.view(-1)[:51].view(17, 3).exp(),
+        torch.tensor([0, 2, 3]),
+        4,
+        None,
+        "tip",
+        "reverse_kl",
+    ),
     "chosen_positions": lambda s, t, rows: (s[0, :, 0], FLAGS, 0 * FLAGS, 1, 2, 1, 0, None),
 }
 

@@ -34,18 +34,27 @@ def support_columns(student: TopKList, teacher: TopKList, lse: Tensor, columns: 
         "overlap_mass": p[1, :, k:].mul_(t_in_s).sum(1),
     }
     del p
-    if "released_kl" in columns:
-        out["released_kl"] = _released_kl(student, teacher, logits[0, :, :k], logits[1, :, k:], t_in_s)
-    if "topk_entropy" in columns:
-        out["topk_entropy"] = topk_entropy(logits[0, :, :k])
+    out |= list_columns(student, teacher, columns)
+    logits[:, :, k:].masked_fill_(t_in_s, -math.inf)  # U: the entries of T that S has are left out
+    return out | {"union_kl": _kl(torch.log_softmax(logits, 2))}
+
+
+def list_columns(student: TopKList, teacher: TopKList, columns: frozenset[str]) -> dict[str, Tensor]:
+    """Those of `stats.LIST_COLUMNS` that are in `columns`, (n,) fp64: they read each model's logits on its own list."""
+    out = {}
+    if columns & {"released_kl", "topk_entropy"}:
+        log_p = torch.log_softmax(student.own.double(), 1)
+        if "released_kl" in columns:
+            out["released_kl"] = _released_kl(student.ids, log_p, teacher.ids, torch.log_softmax(teacher.own.double(), 1))
+        if "topk_entropy" in columns:
+            out["topk_entropy"] = topk_entropy(log_p)
     if "top1_agreement" in columns:
         out["top1_agreement"] = (student.ids[:, 0] == teacher.ids[:, 0]).double()
     if "teacher_rank" in columns:
         is_first = (student.ids[:, :1] == teacher.ids) & (teacher.own > -math.inf)
         rank = torch.where(is_first.any(1), is_first.long().argmax(1), teacher.ids.shape[1]) + 1
         out["teacher_rank"] = rank.double()
-    logits[:, :, k:].masked_fill_(t_in_s, -math.inf)  # U: the entries of T that S has are left out
-    return out | {"union_kl": _kl(torch.log_softmax(logits, 2))}
+    return out
 
 
 def _kl(log_p_and_q: Tensor) -> Tensor:
@@ -54,14 +63,13 @@ def _kl(log_p_and_q: Tensor) -> Tensor:
     return (q - p).mul_(log_p_and_q[1].exp()).sum(1).clamp_min_(0)
 
 
-def _released_kl(student: TopKList, teacher: TopKList, s_at_s: Tensor, t_at_t: Tensor, t_in_s: Tensor) -> Tensor:
-    """(n,) KL of TA's released code: each list renormalised alone, and a missing id counted as `RELEASED_FLOOR`."""
+def _released_kl(s_ids: Tensor, log_p: Tensor, t_ids: Tensor, log_q: Tensor) -> Tensor:
+    """(n,) KL of TA's released code, from each model's list renormalised alone: a missing id counts as `RELEASED_FLOOR`."""
     floor = math.log(RELEASED_FLOOR)
-    s_in_t, place = is_among(student.ids, teacher.ids), matches(teacher.ids, student.ids)[1]
-    log_p = torch.log_softmax(s_at_s, 1).clamp_min(floor)  # on S
-    log_q = torch.log_softmax(t_at_t, 1).clamp_min(floor)  # on T
-    log_p_at_t = torch.where(t_in_s, log_p.gather(1, place), floor)
-    only_s = torch.where(s_in_t, 0, RELEASED_FLOOR * (floor - log_p)).sum(1)
+    (t_in_s, place), s_in_t = matches(t_ids, s_ids), is_among(s_ids, t_ids)
+    log_p, log_q = log_p.clamp_min(floor), log_q.clamp_min(floor)
+    log_p_at_t = log_p.gather(1, place).masked_fill_(~t_in_s, floor)
+    only_s = ((floor - log_p) * RELEASED_FLOOR).masked_fill_(s_in_t, 0).sum(1)
     return (log_q.exp() * (log_q - log_p_at_t)).sum(1) + only_s
 
 

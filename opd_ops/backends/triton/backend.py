@@ -89,6 +89,7 @@ class Triton(Backend):
         rows: Tensor | None,
         scoring: Scoring,
         *,
+        unmasked: Tensor | None,
         selector: str | None,
         loss: str | None,
     ) -> Placed | None:
@@ -99,7 +100,9 @@ class Triton(Backend):
             every_row = torch.arange(n, device=student.leading.device) if rows is None else rows
             table = self._columns(student, teacher, every_row, scoring)
             known = selector if selector is not None and self.scores_by_kernels(selector) else "all"
-            return selection.placed(self._launch_scores(table, rows, n, known, loss), student.shape)
+            mask = None if unmasked is None else selection.bytes_of(unmasked)
+            outputs = self._launch_scores(table, rows, n, mask, known, loss)
+            return selection.placed(outputs, student.shape, sorted(scoring.columns))
 
     def scores_by_kernels(self, selector: str | None) -> bool:
         return selector in selection.SELECTORS

@@ -54,16 +54,21 @@ def _(student: Tensor, teacher: Tensor, rows: Tensor, top_k: int, optional: str,
 
 
 @torch.library.custom_op("opd_ops::placed_scores", mutates_args=())
-def placed_scores(table: Tensor, rows: Tensor | None, n: int, selector: str, loss: str | None) -> tuple[Tensor, Tensor, Tensor]:
+def placed_scores(
+    table: Tensor, rows: Tensor | None, n: int, unmasked: Tensor | None, selector: str, loss: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """`selection.launch_scores`."""
-    columns, flags, scores = selection.launch_scores(table, rows, n, selector, loss)
+    columns, flags, scores = selection.launch_scores(table, rows, n, unmasked, selector, loss)
     return columns, flags, scores
 
 
 @placed_scores.register_fake
-def _(table: Tensor, rows: Tensor | None, n: int, selector: str, loss: str | None) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    table: Tensor, rows: Tensor | None, n: int, unmasked: Tensor | None, selector: str, loss: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
     flags = torch.empty((2, n), dtype=torch.uint8, device=table.device)
-    return table.new_empty((len(STATS), n)), flags, table.new_empty(n)
+    n_columns = len(STATS) + table.shape[0] - len(column_names(frozenset()))
+    return table.new_empty((n_columns, n)), flags, table.new_empty(n)
 
 
 @torch.library.custom_op("opd_ops::chosen_positions", mutates_args=())
