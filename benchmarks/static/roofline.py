@@ -112,6 +112,10 @@ def selection():
             with Recorder() as launches:
                 placed = place_fwd(table, rows, 2 * n, selector=selector, loss="reverse_kl")
             yield f"N={n} {selector}", launches
+        with Recorder() as launches:  # scores by torch, of optional statistics too
+            wide, mask = torch.empty((20, n), device="meta"), placed.valid
+            place_fwd(wide, rows, 2 * n, mask, selector="all", loss="reverse_kl")
+        yield f"N={n} optional", launches
         given, options = (
             tuple(x[:n] for x in (placed.scores, *placed.flags.unbind(0))),
             {"numerator": 1, "denominator": 20, "n_rows": n // 20},

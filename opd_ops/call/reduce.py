@@ -166,7 +166,9 @@ def _summed_by_kernels(chosen: Chosen, weighted: Tensor, losses: Tensor, row_wei
     # A copy: autograd saves it, and the caller may change the metrics, which share its memory, in place.
     scale = totals["scale"].clone().to(weighted.dtype)
     loss = weighted * scale
-    metrics = metrics_of_totals(loss, totals) | _weight_metrics(chosen, losses != torch.inf)
+    metrics = metrics_of_totals(loss, totals)
+    if chosen.weights is not None:
+        metrics |= _weight_metrics(chosen, losses != torch.inf)
     return SelectiveOPDOutput(loss, chosen.selected, chosen.scores, chosen.stats, metrics)
 
 

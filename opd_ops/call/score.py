@@ -17,6 +17,7 @@ from torch import Tensor
 from opd_ops.backends.ensembles import with_normalisers
 from opd_ops.backends.interface import Placed
 from opd_ops.backends.shared import two_lists
+from opd_ops.backends.shared.candidates import ier
 from opd_ops.backends.shared.token_logprobs import token_logprobs, tokens_at
 from opd_ops.call.prepare import Call
 from opd_ops.divergences import Divergence
@@ -85,20 +86,23 @@ def _placed(call: Call, rows: Tensor | None, places: Tensor | None) -> Placed | 
         return None
     stats = placed.stats._replace(response_place=places)
     if call.needs & TOKEN_COLUMNS:
-        of_rows = {name: getattr(stats, f"{name}_logsumexp").flatten() for name in ("student", "teacher")}
+        logsumexps = {name: getattr(stats, f"{name}_logsumexp").flatten() for name in ("student", "teacher")}
         if rows is not None:
-            of_rows = {name: column[rows] for name, column in of_rows.items()}
-        for name, column in _token_columns(call, _every_row(call, rows), of_rows).items():
-            every = column if rows is None else column.new_zeros(call.shape.numel()).index_copy_(0, rows, column)
-            stats = stats._replace(**{name: every.view(call.shape).masked_fill(~stats.valid, 0)})
+            logsumexps = {name: column[rows] for name, column in logsumexps.items()}
+        columns = _token_columns(call, _every_row(call, rows), logsumexps)
+        values = torch.stack(list(columns.values()))
+        if rows is not None:
+            values = values.new_zeros((len(columns), call.shape.numel())).index_copy_(1, rows, values)
+        every = values.view(-1, *call.shape).masked_fill_(~stats.valid, 0)
+        stats = stats._replace(**dict(zip(columns, every.unbind(), strict=True)))
     return placed._replace(stats=stats)
 
 
 def _scored_placed(call: Call, placed: Placed) -> Scored:
     if call.backend.scores_by_kernels(own_name(call.selector)):
         return Scored(call, placed.scores, placed.stats, placed.infinite, placed)
-    scored = _scored(call, placed.stats)
-    return replace(scored, placed=placed._replace(scores=scored.scores), infinite=placed.infinite)
+    scored = _scored(call, placed.stats, placed.infinite)
+    return replace(scored, placed=placed._replace(scores=scored.scores))
 
 
 def score_again(scored: Scored, shortlist: Tensor) -> Scored:
@@ -135,14 +139,19 @@ def stats_of(call: Call, rows: Tensor, score_dtype: torch.dtype | None = None) -
 
 
 def _token_columns(call: Call, rows: Tensor, logsumexps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """(n,) log-probabilities of the sampled tokens at the rows, of the models whose column is asked for."""
-    columns = {}
+    """(n,) columns of the sampled tokens at the rows that are asked for."""
+    columns: dict[str, Tensor] = {}
     tokens = tokens_at(call.positions.tokens, call.student, call.teacher, rows)
     for name, side in (("student", call.student), ("teacher", call.teacher)):  # in one order on all ranks
         if f"{name}_logprob" in call.needs:
             # A log-sum-exp of 16-bit logits may be below the token's own logit.
             logprobs = token_logprobs(side, rows, tokens, logsumexps[name], call.workspace)
             columns[f"{name}_logprob"] = logprobs.clamp_max(0)
+    if "ier" in call.needs:
+        in_pair = columns["student_logprob"], columns["teacher_logprob"]
+        dtype = torch.float32 if call.settings.in_float8 else call.score_dtype
+        scoring = Scoring(call.settings.top_k, call.workspace, dtype)
+        columns["ier"] = ier(call.backend, call.student, call.teacher, rows, call.student_stats, tokens, in_pair, scoring)
     return columns
 
 
@@ -161,7 +170,8 @@ def _response_places(call: Call) -> Tensor | None:
     return call.positions.response_places(call.ranks if call.scope == "sequence" else None)
 
 
-def _scored(call: Call, stats: TokenStats) -> Scored:
+def _scored(call: Call, stats: TokenStats, infinite: Tensor | None = None) -> Scored:
+    """`infinite`: as of `Scored`; None: it is computed."""
     # A user's selector may change its argument in place: the losses must not see that.
     selector_stats = stats if is_own(call.selector) else stats.clone()
     keep_scores = None
@@ -171,7 +181,7 @@ def _scored(call: Call, stats: TokenStats) -> Scored:
         with nullcontext() if call.ranks is None else over_ranks(call.ranks):
             scores = call.selector(selector_stats)
     check_scores(scores, call.shape, stats.valid.device)
-    infinite = stats.valid & is_infinite(stats, call.divergence)
+    infinite = stats.valid & is_infinite(stats, call.divergence) if infinite is None else infinite
     shard = call.student.transform.shard
     if shard is not None and not is_deterministic(call.selector):  # all ranks take the scores that the first rank drew
         scores = shard.ranks.first(scores.clone(memory_format=torch.contiguous_format))

@@ -115,7 +115,10 @@ def positions(
     tokens = targets if tokens is None else tokens
     if vocab_size is not None and tokens is not None:  # a position without a token cannot be trained on
         conditions.append((tokens >= 0) & (tokens < vocab_size))
-    valid = allowed = None if not conditions else torch.stack(conditions).all(0)
+    valid = None
+    if conditions:
+        valid = conditions[0] if len(conditions) == 1 else torch.stack(conditions).all(0)
+    allowed = valid
     if len(special_ids):
         if tokens is None:
             raise ValueError("special_ids: got ids, but no tokens to look among; pass tokens=, or labels to the loss")
