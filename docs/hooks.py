@@ -5,7 +5,7 @@
     link to source becomes the path of that source.
   - `<!-- table of settings -->` and `<!-- table of options -->` become tables of `Settings` and of `OPDConfig`, from the
     package itself.
-  - "5 %" does not break at its space.
+  - "5 %" and "2 + 4ρ" do not break at their spaces.
 
 Not here: the look (site.css), the pictures that the site draws for itself (draw.py).
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 RESULTS = "benchmarks/results"
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((\.\./[^)#\s]+)(#[^)]*)?\)")
-PERCENT = re.compile(r"(?<=\d) (?=%)")  # a line must not end between both
+UNBROKEN = re.compile(r"(?<=\d) (?=%)|(?<=\d) (?=\+ \d*ρ)|(?<=\d \+) (?=\d*ρ)")  # a line must not end at these spaces
 HIDDEN = re.compile(r"^<!-- (hidden\n.*?|full )-->\n", re.DOTALL | re.MULTILINE)  # for tests alone: tests/docs/pages.py
 TABLES = {
     "<!-- table of settings -->": ("setting", "opd_ops.settings", "Settings"),
@@ -63,7 +63,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     text = LINK.sub(inside, HIDDEN.sub("", markdown))
     # Every second part is a block of code.
-    text = "```".join(part if i % 2 else PERCENT.sub("\u00a0", part) for i, part in enumerate(text.split("```")))
+    text = "```".join(part if i % 2 else UNBROKEN.sub("\u00a0", part) for i, part in enumerate(text.split("```")))
     for mark, (kind, module, name) in TABLES.items():
         if mark in text:
             text = text.replace(mark, _table(kind, getattr(import_module(module), name)))

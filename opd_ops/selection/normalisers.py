@@ -3,6 +3,7 @@
   quantile_norm   clip((z - Q.05) / (Q.95 - Q.05 + eps), 0, 1)                   arXiv 2605.26844 (TA) eq. 11
   minmax_norm     (z - min) / (max - min) after z <- min(z, Q.98)                arXiv 2604.14084 (TIP) section 6
   released_norm   as TA's released code: no epsilon, a range below 1e-12 gives 0
+  rank_norm       the place in the ascending order, 0 ... n - 1, over n - 1          IER, arXiv 2609.24432
 
 Over ranks (`over_ranks`) they use the valid positions of all ranks, as one process with all positions would.
 Everything is computed in fp64 on the device. Infinite statistics (student or teacher logits of -inf) are left out of the fit
@@ -191,6 +192,25 @@ def minmax_norm(z: Tensor, valid: Tensor, *, clip: float | Sequence[float | None
     if _may_be_constant(quantiles, dtype):
         scaled.masked_fill_((width <= _rounding(quantiles, dtype)) & (z < math.inf), 0.0)  # not where z is NaN
     return scaled.clamp(0, 1).view(shape)
+
+
+def rank_norm(z: Tensor, valid: Tensor) -> Tensor:
+    """The place of z in the ascending order of the valid positions, divided by the last place; equal: the earlier is lower.
+
+    Over ranks each sends its number of positions and its values; the positions of lower ranks are the earlier ones.
+    """
+    own = torch.where(valid, z.double(), math.inf).flatten()
+    ranks = None if is_traced() else _ranks.get()
+    if ranks is None:
+        values, first = own, 0
+    else:
+        longest = int(ranks.gather(torch.tensor([len(own)], device=own.device)).max())
+        values = ranks.gather(torch.nn.functional.pad(own, (0, longest - len(own)), value=math.inf)).flatten()
+        first = ranks.rank * longest
+    order = values.sort(stable=True).indices
+    places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+    last = ((values < math.inf).sum() - 1).clamp_min(1)
+    return (places[first : first + len(own)] / last).double().clamp_max(1).view(z.shape)
 
 
 def largest(z: Tensor, valid: Tensor) -> Tensor:

@@ -12,6 +12,7 @@
   multinomial             H^alpha JSD^gamma, sampled           TIP table 3
   ...-released            teachability, teachability+entropy, tip and entropy as TA's released code computes them: from the two
                           top-K lists, with its own normaliser, order of ties and added positions
+  ier                     signal over noise of the gradient on S ∪ T ∪ {y}: backends/shared/candidates.py has the equation
   dial, log-ratio, ratio-variance   of the sampled token, of the log-ratio: sampled.py has the equations
   random, all, prefix     controls
   Norm(z) = clip((z - Q.05) / (Q.95 - Q.05 + eps), 0, 1), TA eq. 11, over the valid positions of the whole batch.
@@ -37,7 +38,7 @@ from torch import Tensor
 
 from opd_ops.arguments import check_choice, real, shown, take_plain
 from opd_ops.selection.budget import SelectionOptions
-from opd_ops.selection.normalisers import minmax_norm, quantile_norm, released_norm
+from opd_ops.selection.normalisers import minmax_norm, quantile_norm, rank_norm, released_norm
 from opd_ops.selection.sampled import Dial, LogRatio, RatioVariance
 from opd_ops.selection.stats import WHOLE_ROW_COLUMNS, TokenStats
 
@@ -176,6 +177,43 @@ def _released_or(a: Tensor, b: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class IER:
+    """The column `ier` alone, or its rank among the valid positions joined to a base score of 0 ... 1 (arXiv 2609.24432).
+
+    A response without a selected position gets its best one.
+
+    Args:
+        base: A selector whose scores lie in 0 ... 1, by its name or itself, like "teachability" or Released("tip"); None: none.
+        combine: "and": base times rank; "or": base + rank - base times rank.
+    """
+
+    base: str | Selector | None = None
+    combine: str = "and"
+    keep_one_per_sequence: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_choice("IER.combine", self.combine, ("and", "or"))
+        if self.base is not None and isinstance(named_selector(self.base), (Multinomial, Random, Prefix, IER)):
+            raise ValueError(
+                f"IER.base: got {self.base!r}, expected a selector of statistics alone: not one that draws, counts along "
+                "sequences, or is an IER itself"
+            )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The column, the sampled token's, and those of the base."""
+        base = frozenset() if self.base is None else needs_of(named_selector(self.base))
+        return base | {"ier", "student_logprob", "teacher_logprob"}
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        assert stats.ier is not None
+        if self.base is None:
+            return stats.ier
+        rank, base = rank_norm(stats.ier, stats.valid), named_selector(self.base)(stats).double()
+        return base * rank if self.combine == "and" else _soft_or(base, rank)
+
+
+@dataclass(frozen=True)
 class Multinomial:
     """Draws positions without replacement with weight H^alpha JSD^gamma (TIP table 3).
 
@@ -252,6 +290,7 @@ SELECTORS: dict[str, Selector] = {
     "dial": Dial(),
     "log-ratio": LogRatio(),
     "ratio-variance": RatioVariance(),
+    "ier": IER(),
     "random": Random(),
     "all": everything,
     "prefix": Prefix(),
@@ -288,6 +327,8 @@ def needs_of(selector: Selector) -> frozenset[str]:
 
 def is_own(selector: Selector) -> bool:
     """Whether the selector is one of this package."""
+    if isinstance(selector, IER) and selector.base is not None:
+        return is_own(named_selector(selector.base))
     return isinstance(selector, (Multinomial, Random, Prefix, Released, Dial, LogRatio)) or selector in SELECTORS.values()
 
 
@@ -330,6 +371,8 @@ def check_known(selector: Selector, known: str) -> None:
             return candidate in STUDENT_ONLY or isinstance(candidate, (Random, Prefix, Dial, LogRatio))
         return candidate not in WHOLE_ROW and not needs_of(candidate) & WHOLE_ROW_COLUMNS
 
+    if isinstance(selector, IER) and selector.base is not None:
+        check_known(named_selector(selector.base), known)
     named = SELECTORS.get(selector_name(selector), selector)  # an instance with other parameters has the same needs
     if not fits(named):
         expected = ", ".join(name for name, x in SELECTORS.items() if fits(x))
@@ -365,7 +408,7 @@ def own_name(selector: Selector) -> str | None:
 def selector_name(selector: Selector) -> str:
     """The selector's name in SELECTORS, also with other parameters; for a user's own selector its class name."""
     for name, candidate in SELECTORS.items():
-        has_parameters = isinstance(candidate, (Multinomial, Random, Released, Dial, LogRatio))
+        has_parameters = isinstance(candidate, (Multinomial, Random, Released, Dial, LogRatio, IER))
         if candidate is selector or (has_parameters and type(candidate) is type(selector)):
             return name
     return type(selector).__name__

@@ -22,7 +22,7 @@ from opd_ops.inputs.workspace import Workspace
 WHOLE_ROW_COLUMNS = frozenset({"jsd", "ratio_variance"})  # optional columns that need both models' whole rows
 LIST_COLUMNS = frozenset({"released_kl", "topk_entropy", "top1_agreement", "teacher_rank"})  # made of both top-K lists
 BACKEND_COLUMNS = WHOLE_ROW_COLUMNS | LIST_COLUMNS  # optional columns that a backend computes
-TOKEN_COLUMNS = frozenset({"student_logprob", "teacher_logprob"})  # of the sampled token (call/score.py)
+TOKEN_COLUMNS = frozenset({"student_logprob", "teacher_logprob", "ier"})  # of the sampled token (call/score.py)
 OPTIONAL_COLUMNS = BACKEND_COLUMNS | TOKEN_COLUMNS | {"response_place"}
 SWEPT_COLUMNS = (  # columns from one sweep of both models over the vocabulary
     "student_entropy",
@@ -86,6 +86,7 @@ class TokenStats(NamedTuple):
     teacher_rank: Tensor | None = None  # place of the student's first id in the teacher's list: 1, 2, ...; K + 1: not on it
     student_logprob: Tensor | None = None  # log p(y), y the sampled token
     teacher_logprob: Tensor | None = None  # log q(y)
+    ier: Tensor | None = None  # signal over noise of the gradient on S ∪ T ∪ {y} (backends/shared/candidates.py)
     response_place: Tensor | None = None  # int64: 1, 2, ... along its response; 0: in no response (inputs/positions.py)
     # `REFERENCE_COLUMNS`, for gradients of backend "torch"; a: the student's most likely id (backends/streamed/reference.py)
     reference_student: Tensor | None = None  # s_a

@@ -17,7 +17,7 @@ import yaml
 from torch import nn
 
 import opd_ops
-from docs import draw
+from docs import draw, photograph
 from opd_ops import (
     JSD,
     ImportanceWeighted,
@@ -28,6 +28,7 @@ from opd_ops import (
     TopKLogprobs,
     selective_opd_loss,
 )
+from opd_ops.diagnostics import token_heatmap
 from opd_ops.divergences import DIVERGENCES
 from opd_ops.selection.selectors import SELECTORS
 from opd_ops.trainer.config import OPDConfig
@@ -129,6 +130,12 @@ def test_the_pictures_are_what_the_script_draws(tmp_path, capsys):
         for scheme in draw.SCHEMES:
             file = f"{name}-{scheme}.svg"
             assert (tmp_path / file).read_text() == (DOCS / "images" / file).read_text(), file
+
+
+def test_the_pictures_of_pages_exist_in_both_schemes_and_the_pages_have_both():
+    files = [f"{name}-{scheme}.png" for name in photograph.SHOTS for scheme in draw.SCHEMES]
+    assert not [file for file in files if not (DOCS / "images" / file).exists()]
+    assert photograph.DARK in token_heatmap.STYLE
 
 
 @pytest.mark.parametrize(

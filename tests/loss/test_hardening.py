@@ -143,7 +143,7 @@ def calls(
     return Call(s, u, reference, tokens, teacher, student, draw(st.sampled_from(dtypes)), options)
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(calls())
 def test_results_are_finite_and_the_gradient_is_zero_off_the_selection(call):
     out, gradient = call.run()
@@ -166,7 +166,7 @@ def assert_same(got, want, *, bound):
         assert relative_error(got[1], want[1]) <= bound
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(calls(dtypes=(torch.float64,)))
 def test_the_streamed_backend_is_the_specification(call):
     assert_same(call.run("torch"), call.run("eager"), bound=1e-7)
@@ -179,7 +179,7 @@ def test_the_triton_backend_is_the_specification(call):
     assert_same(call.run("triton"), replace(call, dtype=torch.float64).run("eager"), bound=1e-4)
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(calls(dtypes=(torch.float64,)), st.integers(0, 9))
 def test_permuting_the_vocabulary_permutes_the_gradient(call, seed):
     vocab = call.s.shape[-1]
@@ -201,7 +201,7 @@ def test_permuting_the_vocabulary_permutes_the_gradient(call, seed):
     assert_same((out, gradient[..., place]), want, bound=1e-8)
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(calls(dtypes=(torch.float64,), selectors=("entropy", "divergence", "compatibility", "tip", "teachability", "all")))
 def test_permuting_the_sequences_permutes_the_gradient(call):
     order = torch.arange(len(call.s)).flip(0)
@@ -224,7 +224,7 @@ def test_permuting_the_sequences_permutes_the_gradient(call):
     assert_same((out._replace(selected=out.selected[order]), gradient[order]), want, bound=1e-7)
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(calls(dtypes=(torch.float64,)), st.sampled_from([-20.0, 0.5, 300.0]))
 def test_adding_a_constant_to_a_row_s_logits_changes_nothing(call, shift):
     rows = torch.linspace(0, 1, call.s[..., 0].numel(), dtype=torch.float64).view(*call.s.shape[:-1], 1)

@@ -23,7 +23,7 @@ from opd_ops import (
     selective_opd_loss,
 )
 from opd_ops.distributed.ranks import Ranks
-from opd_ops.selection.normalisers import minmax_norm, over_ranks, quantile_norm, released_norm
+from opd_ops.selection.normalisers import minmax_norm, over_ranks, quantile_norm, rank_norm, released_norm
 from opd_ops.selection.selectors import SELECTORS
 from tests.support.cases import generator, logit_pair
 from tests.support.ranks import SIZE, own_pair
@@ -198,6 +198,10 @@ def normalised(seeds):
             assert_sent(sent, *[(dtype, 1, 4)] * n_columns.get(name, 0))
             want = SELECTORS[name](stats)[mine]
             assert torch.equal(got.nan_to_num(nan=7.0), want.nan_to_num(nan=7.0)), (seed, name)
+        with over_ranks(world), collectives() as sent:
+            got = rank_norm(stats.take(mine).ier, stats.take(mine).valid)
+        assert_sent(sent, gathered=[8, 8 * max(sizes)] if max(sizes) else [8])
+        assert torch.equal(got, rank_norm(stats.ier, stats.valid)[mine])
         released = SELECTORS["teachability-released"]
         with over_ranks(world), collectives() as sent:
             got = released.keep_scores(stats.take(mine))

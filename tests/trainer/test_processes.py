@@ -1,6 +1,8 @@
-"""Two processes of the reference trainer, by `accelerate launch --num_processes 2` over gloo, against one with twice the
-micro-batches, number by number: whole models, and models that FSDP2 shards, the second of these cut in two and continued
-from a sharded checkpoint, the newer one being damaged. A teacher's server that fails in one of the processes.
+"""Two processes of the reference trainer over gloo against one with twice the micro-batches, number by number: whole models,
+by `accelerate launch --num_processes 2`, and models that FSDP2 shards, the run of these cut in two and continued from a sharded
+checkpoint, the newer one being damaged. A teacher's server that fails in one of the processes.
+
+The file is also the server that forks processes with the environment of a launcher's: importing takes most of a run otherwise.
 
 Command: make test ARGS=tests/trainer/test_processes.py
 Not here: selection over several processes (selection/test_budget_over_ranks.py), shared vocabularies
@@ -14,25 +16,15 @@ import os
 import socket
 import subprocess
 import sys
+import traceback
+from pathlib import Path
 
 import pytest
+from accelerate.state import DistributedType, PartialState
 
 from tests.support.servers import StandIn, prompt_logprobs, scripted
 from tests.trainer.runs import trainer
 
-TRAIN = """
-import os, sys
-from pathlib import Path
-from accelerate.state import DistributedType, PartialState
-if os.environ.get("ACCELERATE_USE_FSDP"):
-    # accelerate decides by the kind of machine and has no FSDP for CPUs: here they pass for another kind, over gloo.
-    PartialState(cpu=True)
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
-from tests.trainer.runs import trainer
-run = trainer(Path(sys.argv[1]), steps=int(sys.argv[2]), gradient_accumulation_steps=2, resume=True, save_every=1)
-print("kind", run.accelerator.distributed_type.value, type(next(run.unwrapped.parameters())).__name__)
-run.train()
-"""
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -41,28 +33,99 @@ FSDP2 = {
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
 }
+CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
 
 
-SERVED = """
-import sys
-from pathlib import Path
-from tests.trainer.runs import trainer
-options = {"taught_by": None, "divergence": "tail_aware", "teacher_top_k": 4, "lora_rank": 2, "server_retry_seconds": 0}
-trainer(Path(sys.argv[1]), steps=int(sys.argv[2]), resume=True, teacher_url=sys.argv[3], **options).train()
-"""
+# --- in each process -------------------------------------------------------------------------------------------------
 
 
-def _launch(folder, steps, *arguments, script=TRAIN, fails=False, **environment):
+def train(folder, steps):
+    if os.environ.get("ACCELERATE_USE_FSDP"):
+        # accelerate decides by the kind of machine and has no FSDP for CPUs: here they pass for another kind, over gloo.
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+    run = trainer(Path(folder), steps=int(steps), gradient_accumulation_steps=2, resume=True, save_every=1)
+    print("kind", run.accelerator.distributed_type.value, type(next(run.unwrapped.parameters())).__name__)
+    run.train()
+
+
+def train_served(folder, steps, url):
+    options = {"taught_by": None, "divergence": "tail_aware", "teacher_top_k": 4, "lora_rank": 2, "server_retry_seconds": 0}
+    trainer(Path(folder), steps=int(steps), resume=True, teacher_url=url, **options).train()
+
+
+FUNCTIONS = {"train": train, "train_served": train_served}
+
+
+def _rank(number, environment, output, name, arguments):
+    """Fork: a process that runs the function as a launcher's, what it says at the end of the file `output`."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        os.environ.update(environment | {"RANK": str(number), "LOCAL_RANK": str(number)})
+        with open(output, "ab", buffering=0) as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        FUNCTIONS[name](*arguments)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _serve():
+    """For each line of the input: two processes of a job, then a line with whether both ended well."""
+    for line in sys.stdin:
+        ranks = [_rank(number, *json.loads(line)) for number in range(2)]
+        statuses = [os.waitpid(pid, 0)[1] for pid in ranks]
+        print(json.dumps(not any(statuses)), flush=True)
+
+
+# --- tests -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """A process that has imported all that a trainer needs, which takes most of the time of a job; it forks each job's."""
+    here = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    command, environment = [sys.executable, "-m", "tests.trainer.test_processes"], os.environ | CPU | {"PYTHONPATH": here}
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as server:
+        yield server
+        server.stdin.close()
+
+
+def _fork(server, folder, name, *arguments, fails=False, **environment):
+    """What the two processes said; the store of a job is its own."""
+    output = folder / "said"
+    output.write_text("")
+    of_both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    job = (environment | of_both, str(output), name, [str(folder / "two"), *map(str, arguments)])
+    print(json.dumps(job), file=server.stdin, flush=True)
+    good = json.loads(server.stdout.readline())
+    said = output.read_text()
+    assert good != fails, said
+    return said
+
+
+def _launch(folder, steps):
+    """By accelerate's launcher."""
     path = folder / "script.py"
-    path.write_text(script)
+    path.write_text("import sys\nfrom tests.trainer.test_processes import train\ntrain(*sys.argv[1:])\n")
     # --multi_gpu is its word for several processes of one machine; without it it starts one on a machine without a GPU.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
     command += ["--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={_free_port()}", str(path)]
     here = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
-    environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": here}
-    command += [str(folder / "two"), str(steps), *arguments]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=600, check=False)
-    assert bool(done.returncode) == fails, done.stdout + done.stderr
+    command += [str(folder / "two"), str(steps)]
+    environment = os.environ | CPU | {"PYTHONPATH": here}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
@@ -81,13 +144,13 @@ def _logs(folder):
     ("kind", "environment", "cuts"),
     [("MULTI_CPU Parameter", {}, [3]), ("FSDP DTensor", FSDP2, [2, 3])],
 )
-def test_two_processes_are_one_with_twice_the_micro_batches(kind, environment, cuts, tmp_path):
+def test_two_processes_are_one_with_twice_the_micro_batches(forks, kind, environment, cuts, tmp_path):
     trainer(tmp_path / "one", steps=3, gradient_accumulation_steps=4).train()
     for steps in cuts:
         checkpoints = sorted((tmp_path / "two" / "checkpoints").glob("step-*"))
         for path in checkpoints[-1:]:  # damaged: both processes go back to the one before, saved in the middle of a step
             os.truncate(next(path.rglob("*.distcp")), 100)
-        said = _launch(tmp_path, steps, **environment)
+        said = _fork(forks, tmp_path, "train", steps, **environment) if environment else _launch(tmp_path, steps)
         assert f"kind {kind}" in said
         assert said.count("is now damaged-") == bool(checkpoints)
     for one, two in zip(*_logs(tmp_path), strict=True):
@@ -99,7 +162,7 @@ def test_two_processes_are_one_with_twice_the_micro_batches(kind, environment, c
 
 
 @pytest.mark.full
-def test_a_server_that_fails_in_one_process_ends_both_with_a_checkpoint(tmp_path):
+def test_a_server_that_fails_in_one_process_ends_both_with_a_checkpoint(forks, tmp_path):
     server, asked = StandIn(prompt_logprobs), []
 
     def answer(path, body):
@@ -109,10 +172,14 @@ def test_a_server_that_fails_in_one_process_ends_both_with_a_checkpoint(tmp_path
         return (503, {"error": {"message": "no room"}}) if n == 20 else server(path, body)
 
     with scripted(answer) as (url, _):
-        said = _launch(tmp_path, 3, url, script=SERVED, fails=True, NO_PROXY="127.0.0.1")
+        said = _fork(forks, tmp_path, "train_served", 3, url, fails=True)
         assert said.count("answered 503: no room. Saved after step 1: pass resume to continue") == 1
         assert "failed in another process, whose output has its error. Saved after step 1" in said
         assert [path.name for path in (tmp_path / "two" / "checkpoints").iterdir()] == ["step-000001"]
-        _launch(tmp_path, 3, url, script=SERVED, NO_PROXY="127.0.0.1")
+        _fork(forks, tmp_path, "train_served", 3, url)
     rows = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
+
+
+if __name__ == "__main__":
+    _serve()

@@ -59,18 +59,9 @@ def _span_stats(
 ) -> TokenStats:
     columns = scoring.columns
     dtype = compute_dtype(student, *([teacher] if isinstance(teacher, Source) else []))
-
-    def swept(source: Source) -> OwnStats:
-        stats = backend.own_stats(source, rows, scoring)
-        return stats._replace(logsumexp=stats.logsumexp.to(dtype), entropy=stats.entropy.to(dtype))
-
-    s = swept(student) if rollout is None else _from_rollout(rollout, rows, scoring.top_k, dtype)
-    if isinstance(teacher, Source):
-        t = swept(teacher)
-        valid = torch.isfinite(t.logsumexp)
-    else:
-        lists = teacher.take(rows)
-        t, valid = _from_server(lists), lists.valid
+    s = list_of_student(backend, student, rows, rollout, scoring, dtype)
+    t = list_of_teacher(backend, teacher, rows, scoring, dtype)
+    valid = torch.isfinite(t.logsumexp) if isinstance(teacher, Source) else teacher.take(rows).valid
     nan_column = torch.full_like(s.logsumexp, math.nan)
     unknown = columns & WHOLE_ROW_COLUMNS
     if isinstance(teacher, TeacherLists) and teacher.is_sampled:
@@ -91,6 +82,29 @@ def _span_stats(
         **out,
         **dict.fromkeys(unknown, nan_column),
     )
+
+
+def list_of_student(
+    backend: Backend, student: Source, rows: Tensor, rollout: StudentStats | None, scoring: Scoring, dtype: torch.dtype
+) -> OwnStats:
+    """The student's list at the rows, as it was sent, else by a sweep."""
+    if rollout is None:
+        return _swept(backend, student, rows, scoring, dtype)
+    return _from_rollout(rollout, rows, scoring.top_k, dtype)
+
+
+def list_of_teacher(
+    backend: Backend, teacher: Source | TeacherLists, rows: Tensor, scoring: Scoring, dtype: torch.dtype
+) -> OwnStats:
+    """The teacher's list at the rows, as it was sent, else by a sweep."""
+    if isinstance(teacher, Source):
+        return _swept(backend, teacher, rows, scoring, dtype)
+    return _from_server(teacher.take(rows))
+
+
+def _swept(backend: Backend, source: Source, rows: Tensor, scoring: Scoring, dtype: torch.dtype) -> OwnStats:
+    stats = backend.own_stats(source, rows, scoring)
+    return stats._replace(logsumexp=stats.logsumexp.to(dtype), entropy=stats.entropy.to(dtype))
 
 
 def _from_rollout(rollout: StudentStats, rows: Tensor, top_k: int, dtype: torch.dtype) -> OwnStats:

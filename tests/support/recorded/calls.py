@@ -64,6 +64,7 @@ SELECTORS = (
     "divergence-reverse-kl",
     "tip",
     "overconfident",
+    "ier",
     "multinomial",
     "random",
     "dial",
