@@ -4,9 +4,10 @@
   five-tokens    the worked example of concepts/teachability.md, from the numbers that the page's own code computes
   architecture   the rooms of the package, and the way of one call through them
   memory         peak memory against the number of positions, from benchmarks/results/scaling.json
+  overlap        how far the selectors agree on one batch of SmolLM2, from benchmarks/results/overlap.json
 
 Run: .venv/bin/python -m docs.draw (from the repository's root, after `make docs`)
-Not here: the charts of benchmarks (benchmarks/), the coloured rollout (examples/run_report.py).
+Not here: the charts of benchmarks (benchmarks/), pictures of pages that a run writes (photograph.py).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import matplotlib
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.colors import to_rgba
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from benchmarks.cpu.methods import METHODS
 
@@ -233,7 +235,39 @@ def memory(colours: Colours) -> Figure:
     return figure
 
 
-PICTURES = {"pipeline": pipeline, "five-tokens": five_tokens, "architecture": architecture, "memory": memory}
+def overlap(colours: Colours) -> Figure:
+    """A matrix for each fraction; its lower half, because it is symmetric. A cell's opacity is the overlap."""
+    result = json.loads((DOCS.parent / "benchmarks/results/overlap.json").read_text())
+    names = result["selectors"]
+    n = len(names) - 1  # rows: all names but the first; columns: all but the last
+    figure, panels = plt.subplots(1, 2, figsize=(8.0, 3.9), sharey=True)
+    figure.subplots_adjust(left=0.19, right=0.995, top=0.99, bottom=0.29, wspace=0.06)
+    for axes, (fraction, matrix) in zip(panels, result["overlaps"].items(), strict=True):
+        for row in range(n):
+            for column in range(row + 1):
+                value = matrix[row + 1][column]
+                style = {"facecolor": to_rgba(colours.selected, value), "edgecolor": colours.quiet, "linewidth": 0.4}
+                axes.add_patch(Rectangle((column + 0.04, row + 0.04), 0.92, 0.92, **style))
+                ink = SCHEMES["light"].ink if value > 0.5 else colours.ink  # a full cell is bright in both schemes
+                axes.text(column + 0.5, row + 0.52, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8.5)
+        axes.set(xlim=(0, n), ylim=(n, 0), xticks=[k + 0.5 for k in range(n)], yticks=[k + 0.5 for k in range(n)])
+        axes.set_xticklabels(names[:-1], rotation=40, ha="right", rotation_mode="anchor")
+        axes.set_yticklabels(names[1:])
+        axes.tick_params(colors=colours.ink, length=0, labelsize=9)
+        axes.spines[:].set_visible(False)
+        axes.patch.set_alpha(0)
+        text = f"{100 * float(fraction):g} % of {result['positions']:,} tokens"
+        axes.text(n, 0.5, text, ha="right", va="center", color=colours.ink, fontsize=11, fontweight="bold")
+    return figure
+
+
+PICTURES = {
+    "pipeline": pipeline,
+    "five-tokens": five_tokens,
+    "architecture": architecture,
+    "memory": memory,
+    "overlap": overlap,
+}
 
 
 def main(folder: Path = DOCS / "images") -> None:

@@ -3,7 +3,9 @@
   - The changelog, and the pictures that benchmarks draw, stand outside of docs/: they become files of the site.
   - A link that leaves docs/ works where the pages are read as files. In the site a picture is found at its new place, and a
     link to source becomes the path of that source.
-  - `<!-- table of settings -->` becomes a table of `Settings`, from the package itself.
+  - `<!-- table of settings -->` and `<!-- table of options -->` become tables of `Settings` and of `OPDConfig`, from the
+    package itself.
+  - "5 %" and "2 + 4ρ" do not break at their spaces.
 
 Not here: the look (site.css), the pictures that the site draws for itself (draw.py).
 """
@@ -14,6 +16,7 @@ import os
 import posixpath
 import re
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,8 +30,12 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 RESULTS = "benchmarks/results"
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((\.\./[^)#\s]+)(#[^)]*)?\)")
+UNBROKEN = re.compile(r"(?<=\d) (?=%)|(?<=\d) (?=\+ \d*ρ)|(?<=\d \+) (?=\d*ρ)")  # a line must not end at these spaces
 HIDDEN = re.compile(r"^<!-- (hidden\n.*?|full )-->\n", re.DOTALL | re.MULTILINE)  # for tests alone: tests/docs/pages.py
-SETTINGS = "<!-- table of settings -->"
+TABLES = {
+    "<!-- table of settings -->": ("setting", "opd_ops.settings", "Settings"),
+    "<!-- table of options -->": ("option", "opd_ops.trainer.config", "OPDConfig"),
+}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -54,16 +61,21 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         label = text.strip("`")
         return f"`{path}`" if posixpath.basename(path) == label else f"{text} (`{path}`)"
 
-    return LINK.sub(inside, HIDDEN.sub("", markdown)).replace(SETTINGS, _settings() if SETTINGS in markdown else "")
+    text = LINK.sub(inside, HIDDEN.sub("", markdown))
+    # Every second part is a block of code.
+    text = "```".join(part if i % 2 else UNBROKEN.sub("\u00a0", part) for i, part in enumerate(text.split("```")))
+    for mark, (kind, module, name) in TABLES.items():
+        if mark in text:
+            text = text.replace(mark, _table(kind, getattr(import_module(module), name)))
+    return text
 
 
-def _settings() -> str:
-    """A table of the names, the defaults and the sentences of all settings."""
-    from opd_ops.settings import Settings
-
-    rows = ["| setting | default | meaning |", "|---|---|---|"]
-    for setting in fields(Settings):
-        default = f'"{setting.default}"' if isinstance(setting.default, str) else setting.default
-        sentence = setting.metadata["help"].replace("|", "\\|")
-        rows.append(f"| `{setting.name}` | `{default}` | {sentence} |")
+def _table(kind: str, dataclass: type) -> str:
+    """The names, the defaults and the sentences of a dataclass's fields."""
+    rows = [f"| {kind} | default | meaning |", "|---|---|---|"]
+    for field in fields(dataclass):
+        default = f'"{field.default}"' if isinstance(field.default, str) else field.default
+        sentence = field.metadata["help"].replace("|", "\\|")
+        name = field.name.replace("_", "_<wbr>")  # a long name may break there, on a phone
+        rows.append(f"| <code>{name}</code> | `{default}` | {sentence} |")
     return "\n".join(rows)

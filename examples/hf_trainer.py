@@ -52,7 +52,7 @@ class OnPolicyTrainer(SelectiveDistillationTrainer):
     def answer(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Prompts and sampled answers; labels are -100 on the prompts and after the end."""
         rollouts = sample(self.model, self.processing_class, prompts, max_new_tokens=self.n_tokens)
-        inputs, width = model_inputs(self.processing_class, rollouts, [None] * len(prompts))
+        inputs, width = model_inputs(self.processing_class, rollouts)
         labels = inputs["input_ids"].clone()
         labels[:, :width] = -100
         labels[:, width:][~rollouts.mask] = -100

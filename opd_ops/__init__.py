@@ -34,7 +34,7 @@ from opd_ops.inputs.teacher_lists import SampledLogprobs, TopKLogprobs
 from opd_ops.loss import SelectiveOPDLoss, selective_opd_loss, selective_opd_token_losses
 from opd_ops.scoring import score_positions, select_positions
 from opd_ops.selection.sampled import Dial, LogRatio
-from opd_ops.selection.selectors import Multinomial, Released, Selector
+from opd_ops.selection.selectors import IER, Multinomial, Released, Selector
 from opd_ops.selection.stats import TokenStats
 from opd_ops.selection.weighting import IW, FiRe, Reading
 from opd_ops.settings import Settings
@@ -42,6 +42,7 @@ from opd_ops.settings import Settings
 __version__ = "0.2.0"
 
 __all__ = [
+    "IER",
     "IW",
     "JSD",
     "Collective",

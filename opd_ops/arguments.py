@@ -11,7 +11,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -49,8 +49,23 @@ def traced_as_constant(function: Function) -> Function:
 
 
 def may_look(tensor: Tensor) -> bool:
-    """Whether reading the numbers costs nothing. Otherwise the CPU waits for a device, or torch.compile breaks the graph."""
-    return tensor.device.type == "cpu" and not is_traced()
+    """Whether reading the numbers costs nothing. Otherwise the CPU waits for a device, or torch.compile breaks the graph.
+
+    Under torch.func.vmap a tensor has no numbers of its own.
+    """
+    return tensor.device.type == "cpu" and not is_traced() and "vmap" not in active_transforms()
+
+
+def number_in(tensor: Tensor) -> float:
+    """The number of a 0-dim tensor that `may_look` allows to read. `float(tensor)` is an operator of torch, with its cost."""
+    return cast("float", tensor.tolist())
+
+
+def active_transforms() -> list[str]:
+    """The transforms of torch.func in which this code runs."""
+    if not torch._C._are_functorch_transforms_active():
+        return []
+    return [interpreter.key().name.lower() for interpreter in torch._C._functorch.get_interpreter_stack() or ()]
 
 
 def warn_user(message: str) -> None:

@@ -48,8 +48,8 @@ def expected(model: Model, steps: list[list[list[tuple[Tensor, Tensor]]]]) -> di
     stepper = optimizer(model)
     for micro_batches in steps:
         stepper.zero_grad()
-        for of_ranks in micro_batches:
-            tokens, teacher = (torch.cat(x) for x in zip(*of_ranks, strict=True))
+        for rank_batches in micro_batches:
+            tokens, teacher = (torch.cat(x) for x in zip(*rank_batches, strict=True))
             log_p = model.head(model(tokens)).log_softmax(-1)
             kl = (log_p.exp() * (log_p - teacher.log_softmax(-1))).sum(-1).mean()
             (kl / len(micro_batches)).backward()
@@ -79,8 +79,8 @@ def worst(*, tied: bool, n_micro_batches: int) -> float:
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer(model), config=config)
     for micro_batches in steps:
-        for of_ranks in micro_batches:
-            tokens, teacher = of_ranks[dist.get_rank()]
+        for rank_batches in micro_batches:
+            tokens, teacher = rank_batches[dist.get_rank()]
             head = LinearHead.from_module(engine(tokens), model.head)
             engine.backward(selective_opd_loss(head, teacher, fraction=1.0).loss)
             engine.step()

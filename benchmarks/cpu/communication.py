@@ -72,7 +72,7 @@ def work_of(N: int, V: int, Ds: int, Dt: int, tp: int, **options: int) -> Work:
     return Work(alone.flops + 2 * M * part * (Ds + Dt), alone.peak_bytes + 4 * M * Ds)
 
 
-def of_call(N: int, D: int = STUDENT.D, **options: object) -> Communication:
+def call_communication(N: int, D: int = STUDENT.D, **options: object) -> Communication:
     return estimate_communication(N, V, D, fraction=FRACTION, dtype=DTYPE, top_k=TOP_K, **options)
 
 
@@ -88,7 +88,7 @@ class Step(NamedTuple):
         return self.flops / RATES["bf16"]
 
 
-def of_student(student: Model, N: int, tp: int) -> Step:
+def student_step(student: Model, N: int, tp: int) -> Step:
     over_tp = TP_OWN * student.layers * N * student.D * DTYPE.itemsize * 2 * (tp - 1) / tp
     return Step(6 * student.parameters * N / tp, over_tp, FSDP_OWN * student.parameters / tp * DTYPE.itemsize * (DP - 1) / DP)
 
@@ -120,28 +120,28 @@ def percent(x: float) -> str:
 
 def in_short() -> Iterator[str]:
     N = 16_384
-    got = of_call(N, tp=8, dp=DP, scope="global")
+    got = call_communication(N, tp=8, dp=DP, scope="global")
     vocabulary, selection = (got.only(group=group) for group in ("vocabulary", "selection"))
-    alone, of_part = (work_of(N, V, STUDENT.D, TEACHER.D, tp).flops / of_student(STUDENT, N, tp).flops for tp in (1, 8))
+    alone, shared_out = (work_of(N, V, STUDENT.D, TEACHER.D, tp).flops / student_step(STUDENT, N, tp).flops for tp in (1, 8))
     yield "## In short"
     yield ""
     yield (
         f"* Sharing out the vocabulary sends {number(vocabulary.bytes_per_token)} bytes a token (an {STUDENT.name} student, "
         f"tp = 8; {number(vocabulary.wire_bytes_per_token)} on the wire), "
-        f"{percent(vocabulary.wire_bytes / of_student(STUDENT, N, 8).over_tp)} of what tensor parallelism sends for it."
+        f"{percent(vocabulary.wire_bytes / student_step(STUDENT, N, 8).over_tp)} of what tensor parallelism sends for it."
     )
     yield (
-        f"* Selecting over all ranks sends {number(selection.bytes / 1000)} kB in {selection.count} collectives a call, from "
-        "any number of tokens, and of ranks but for 8 bytes of each. Its price is latency: the last table."
+        f"* Selecting over all ranks sends {number(selection.bytes / 1000)} kB in {selection.count} collectives a call, for "
+        "any number of tokens; each further rank adds 8 bytes. It costs latency, not bytes: see the last table."
     )
     shares = (
-        f"{percent(work_of(N, V, student.D, TEACHER.D, 1).flops / of_student(student, N, 1).flops)} ({student.name})"
+        f"{percent(work_of(N, V, student.D, TEACHER.D, 1).flops / student_step(student, N, 1).flops)} ({student.name})"
         for student in STUDENTS
     )
     yield f"* On one rank the loss's matmuls are these shares of 6 P N: {', '.join(shares)}."
     yield (
-        f"* Where ranks share out the vocabulary, scoring the selected {percent(FRACTION)} once more raises the share of an "
-        f"{STUDENT.name} student from {percent(alone)} to {percent(of_part)}."
+        f"* Where ranks share out the vocabulary, the selected {percent(FRACTION)} are scored once more. That raises the "
+        f"share of an {STUDENT.name} student from {percent(alone)} to {percent(shared_out)}."
     )
 
 
@@ -158,7 +158,7 @@ def layouts() -> Iterator[str]:
     for gpus, tp, cp in LAYOUTS:
         dp = gpus // (tp * cp)
         for N in TOKENS:
-            got = of_call(N, tp=tp, dp=dp, cp=cp, scope="global")
+            got = call_communication(N, tp=tp, dp=dp, cp=cp, scope="global")
             both = [got.only(group=group) for group in ("vocabulary", "selection")]
             work = work_of(N, V, STUDENT.D, TEACHER.D, tp)
             rows.append(
@@ -203,9 +203,9 @@ def selections() -> Iterator[str]:
         ("sequence", "teachability", 64),
     ):
         by_ranks = {
-            ranks: of_call(4_096, dp=ranks, cp=ranks, scope=scope, selector=selector, n_sequences=n_sequences)
+            ranks: call_communication(4_096, dp=ranks, cp=ranks, scope=scope, selector=selector, n_sequences=n_sequences)
             if scope == "sequence"
-            else of_call(4_096, dp=ranks, scope=scope, selector=selector)
+            else call_communication(4_096, dp=ranks, scope=scope, selector=selector)
             for ranks in (8, 1024)
         }
         got = by_ranks[8]
@@ -244,17 +244,17 @@ def divergences() -> Iterator[str]:
         ("`sampled`", {"divergence": "sampled"}),
         ("`entropy_aware`", {"divergence": "entropy_aware"}),
     ):
-        of_heads, of_logits = (
+        heads_in, logits_in = (
             estimate_communication(N, V, D, fraction=FRACTION, dtype=DTYPE, tp=8, **options) for D in (STUDENT.D, None)
         )
         rows.append(
             (
                 name,
-                of_heads.count,
-                number(of_heads.only(phase="forward").bytes_per_token),
-                number(of_heads.only(phase="backward").bytes_per_token),
-                number(of_heads.wire_bytes_per_token),
-                number(of_logits.wire_bytes_per_token),
+                heads_in.count,
+                number(heads_in.only(phase="forward").bytes_per_token),
+                number(heads_in.only(phase="backward").bytes_per_token),
+                number(heads_in.wire_bytes_per_token),
+                number(logits_in.wire_bytes_per_token),
             )
         )
     yield from table(
@@ -275,7 +275,7 @@ def steps() -> Iterator[str]:
     for student in STUDENTS:
         for tp in (1, 8):
             work = work_of(N, V, student.D, TEACHER.D, tp)
-            own, of_teacher = of_student(student, N, tp), 2 * TEACHER.parameters * N / tp
+            own, teacher_flops = student_step(student, N, tp), 2 * TEACHER.parameters * N / tp
             rows.append(
                 (
                     student.name,
@@ -283,7 +283,7 @@ def steps() -> Iterator[str]:
                     number(own.flops / 1e12),
                     number(work.flops / 1e12),
                     percent(work.flops / own.flops),
-                    percent(work.flops / (own.flops + of_teacher)),
+                    percent(work.flops / (own.flops + teacher_flops)),
                 )
             )
     yield from table(
@@ -306,9 +306,9 @@ def steps() -> Iterator[str]:
     rows = []
     for student in STUDENTS:
         for tp in (1, 2, 8):
-            got = of_call(N, student.D, tp=tp, dp=DP, scope="global")
+            got = call_communication(N, student.D, tp=tp, dp=DP, scope="global")
             vocabulary, selection = (got.only(group=group).wire_bytes for group in ("vocabulary", "selection"))
-            _, over_tp, over_dp = of_student(student, N, tp)
+            _, over_tp, over_dp = student_step(student, N, tp)
             rows.append(
                 (
                     student.name,
@@ -337,8 +337,8 @@ def steps() -> Iterator[str]:
             cells: list[object] = [student.name, tp]
             for selector in ("teachability", "entropy"):
                 for tokens in TOKENS:
-                    own = of_student(student, tokens, tp).seconds
-                    count = of_call(tokens, student.D, dp=DP, scope="global", selector=selector).count
+                    own = student_step(student, tokens, tp).seconds
+                    count = call_communication(tokens, student.D, dp=DP, scope="global", selector=selector).count
                     cells.append(number(1e6 * 0.01 * own / count))
             rows.append(cells)
     heads = (f"`{selector}`, N = {tokens:,}" for selector in ("teachability", "entropy") for tokens in TOKENS)

@@ -68,9 +68,9 @@ def steps(heads: Heads) -> dict[str, Step]:
     for words in (("reverse", "student", "drop"), ("reverse", "student", "mass"), ("reverse", "student", "sampled")):
         got[f"`TopK{words}`".replace("'", '"')] = step(teacher, TopK(*words))
     got['`TopK("jsd", "union", "bucket")`'] = step(teacher, TopK("jsd", "union", "bucket"))
-    of_student = TopKLogprobs(ids, listed.logprobs, of="student")
+    student_lists = TopKLogprobs(ids, listed.logprobs, of="student")
     got['`TopK("reverse", "student", "mass")` from `TopKLogprobs(..., of="student")`, one head'] = step(
-        of_student, TopK("reverse", "student", "mass")
+        student_lists, TopK("reverse", "student", "mass")
     )
     return got
 

@@ -56,7 +56,7 @@ def real_inputs(n_answers: int, n_tokens: int, seed: int = 0) -> Inputs:
     student, teacher = (head_over(model, tokenizer, rollouts, system=told) for told in (None, INSTRUCTION))
     rounded = head_over(copy.deepcopy(model).bfloat16(), tokenizer, rollouts)
     mask = rollouts.mask
-    in_bf16 = StudentStats.of_logits(rounded.hidden[mask] @ rounded.weight.T)
+    in_bf16 = StudentStats.from_logits(rounded.hidden[mask] @ rounded.weight.T)
     stats, length = recorder.stats(), mask.shape[1]
     columns = (x[:, :length][mask] for x in (stats.logsumexp, stats.entropy, stats.ids, stats.logprobs))
     heads = [LinearHead(head.hidden[mask], head.weight) for head in (student, teacher)]

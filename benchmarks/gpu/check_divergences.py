@@ -43,7 +43,7 @@ def _compare(divergence: str | Divergence, sides: tuple[Any, Any], double: tuple
         assert_gradient(result, wanted, GRADIENT[dtype])
 
 
-def of_logits(name: str, dtype: torch.dtype) -> Check:
+def check_logits(name: str, dtype: torch.dtype) -> Check:
     def check(bench: Bench) -> None:
         n, vocab = _sizes(bench)
         s, u = logit_pair(n, vocab, dtype=dtype, seed=1, device=bench.device)
@@ -52,7 +52,7 @@ def of_logits(name: str, dtype: torch.dtype) -> Check:
     return check
 
 
-def of_heads(name: str, dtype: torch.dtype) -> Check:
+def check_heads(name: str, dtype: torch.dtype) -> Check:
     def check(bench: Bench) -> None:
         n, vocab = _sizes(bench)
         student, teacher = head_pair((n,), vocab, student_dim=32, teacher_dim=48, dtype=dtype, device=bench.device)
@@ -62,7 +62,7 @@ def of_heads(name: str, dtype: torch.dtype) -> Check:
     return check
 
 
-def of_lists(name: str, top_k: int = 32) -> Check:
+def check_lists(name: str, top_k: int = 32) -> Check:
     def check(bench: Bench) -> None:
         n, vocab = _sizes(bench)
         s, u = logit_pair(n, vocab, seed=1, device=bench.device)
@@ -89,10 +89,10 @@ def mixed(bench: Bench) -> None:
 NAMES = sorted(set(DIVERGENCES) - {"reverse_kl", "forward_kl"})
 CHECKS: dict[str, Check] = {
     "mixed teacher": mixed,
-    **{f"{name}, logits, {dtype}": of_logits(name, dtype) for name in NAMES for dtype in GRADIENT},
-    **{f"{name}, heads, {dtype}": of_heads(name, dtype) for name in NAMES for dtype in GRADIENT},
-    **{f"{name}, lists": of_lists(name) for name in ("tail_aware", "local_support", "forward_kl_topk", "sampled")},
-    "tail_aware, lists of 128": of_lists("tail_aware", 128),
+    **{f"{name}, logits, {dtype}": check_logits(name, dtype) for name in NAMES for dtype in GRADIENT},
+    **{f"{name}, heads, {dtype}": check_heads(name, dtype) for name in NAMES for dtype in GRADIENT},
+    **{f"{name}, lists": check_lists(name) for name in ("tail_aware", "local_support", "forward_kl_topk", "sampled")},
+    "tail_aware, lists of 128": check_lists("tail_aware", 128),
 }
 DRY = 11  # a dry run proves the program, not the divergences: every so many checks
 

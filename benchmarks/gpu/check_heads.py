@@ -77,7 +77,7 @@ def gradient(dtype: torch.dtype, workspace_bytes: int, divergence: str = "revers
 
 def rollout(bench: Bench) -> None:
     student, teacher = _pair(bench, torch.float32)
-    stats = StudentStats.of_logits(student.hidden.double() @ student.weight.double().T)
+    stats = StudentStats.from_logits(student.hidden.double() @ student.weight.double().T)
     got, _ = score_positions(student, teacher, student_stats=stats, backend="triton")
     want, _ = score_positions(to_double(student), to_double(teacher), backend="eager")
     assert relative_error(got, want) < 1e-3, f"scores differ by {relative_error(got, want):.1e}"

@@ -47,7 +47,7 @@ class Case:
     @staticmethod
     @torch.no_grad()
     def of(heads: Heads) -> Case:
-        parts = [StudentStats.of_logits(h @ heads.student_weight.T) for h in heads.student_hidden.split(512)]
+        parts = [StudentStats.from_logits(h @ heads.student_weight.T) for h in heads.student_hidden.split(512)]
         columns = zip(*((x.logsumexp, x.entropy, x.ids, x.logprobs) for x in parts), strict=True)
         weight = heads.teacher_weight
         kept = Float8Rows.of(weight) if weight.shape[1] % 16 == 0 else None

@@ -110,8 +110,8 @@ def sweeps(bench: Bench) -> Iterator[Sweep]:
         lambda: support_fwd(student, teacher, None, score, top_k=TOP_K, **pair),
     )  # fmt: skip
     chosen = student, teacher, rows
-    of_chosen = score_fwd(*chosen, **pair)
-    columns, top = of_chosen.columns, argmax_fwd(student, rows, of_chosen, vocab_size=V)
+    chosen_score = score_fwd(*chosen, **pair)
+    columns, top = chosen_score.columns, argmax_fwd(student, rows, chosen_score, vocab_size=V)
     write = {"top": top, "out": out, **pair}
     sums = jsd_fwd(*chosen, columns, beta=BETA, **pair)
     grad, blocks = launch_table.grad(), list(grad_tiles())

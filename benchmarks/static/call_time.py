@@ -70,8 +70,8 @@ def kernel_ms(launch, programs: int) -> float:
     """Time of a launch of a kernel over the vocabulary, at the first of the model's points."""
     clock, latency_ns = POINTS[0]
     ghz = clock * DEVICE.ghz
-    of_one = -(-programs // DEVICE.multiprocessors)  # programs of the multiprocessor that has most
-    return of_one * Kernel(launch, TARGET, DEVICE).cycles(ghz, latency_ns, of_one) / (ghz * 1e6)
+    programs_each = -(-programs // DEVICE.multiprocessors)  # programs of the multiprocessor that has most
+    return programs_each * Kernel(launch, TARGET, DEVICE).cycles(ghz, latency_ns, programs_each) / (ghz * 1e6)
 
 
 def _kernels(part: Traced, where: str) -> Iterator[Term]:

@@ -32,6 +32,7 @@ from opd_ops.divergences import ReverseKL
 from opd_ops.inputs.sources import Source, Transform
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.budget import Budget
+from opd_ops.selection.stats import Scoring
 
 V, STUDENT_DIM, TEACHER_DIM, TOP_K, MULTIPROCESSORS = 151_936, 2048, 4096, 16, 132
 FRACTION = 0.05
@@ -127,7 +128,7 @@ def traced(run) -> Traced:
     return Traced(kernels, recorder.programs, trace.matmuls, dict(trace.names), dict(trace.nbytes))
 
 
-def of_call(n: int) -> dict:
+def call_trace(n: int) -> dict:
     """Launches of the score pass and of the loss with its backward, for two heads."""
     score, loss = parts(n)
     return {"n": n, "selected": Budget(FRACTION).most(n), "score": score.as_dict(), "loss": loss.as_dict()}
@@ -146,7 +147,7 @@ def parts(n: int, *, workspace_bytes: int = 2**29, dtype: torch.dtype = torch.bf
     weights, dtotal, workspace = torch.empty(m, device="meta"), torch.empty((), device="meta"), Workspace(workspace_bytes)
 
     def score_pass() -> None:
-        heads.launch_columns(student, teacher, rows, TOP_K, frozenset(), workspace, None)
+        heads.launch_columns(student, teacher, rows, Scoring(TOP_K, workspace))
 
     def loss() -> None:
         needs = [True, True]
@@ -164,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--n", type=int, nargs="+", default=[1024, 4096, 16_384, 65_536])
     options = parser.parse_args(argv)
-    rows = [of_call(n) for n in options.n]
+    rows = [call_trace(n) for n in options.n]
     options.json.write_text(json.dumps(rows, indent=1))
     print(f"{'N':>7} {'launches':>9} {'score':>6} {'loss':>5}  rows of a score tile, of a group")
     for row in rows:

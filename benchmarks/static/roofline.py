@@ -112,6 +112,10 @@ def selection():
             with Recorder() as launches:
                 placed = place_fwd(table, rows, 2 * n, selector=selector, loss="reverse_kl")
             yield f"N={n} {selector}", launches
+        with Recorder() as launches:  # scores by torch, of optional statistics too
+            wide, mask = torch.empty((20, n), device="meta"), placed.valid
+            place_fwd(wide, rows, 2 * n, mask, selector="all", loss="reverse_kl")
+        yield f"N={n} optional", launches
         given, options = (
             tuple(x[:n] for x in (placed.scores, *placed.flags.unbind(0))),
             {"numerator": 1, "denominator": 20, "n_rows": n // 20},
@@ -189,29 +193,29 @@ def configurations():
     yield record("fp32 softcap", score_fwd, s32, t32, None, **CAPPED)[:2]
     yield record("fp32/bf16", score_fwd, logits("fp32", 8192), t, None, **PLAIN)[:2]
     # Heads: tiles of fp32 logits of the selected rows, whose gradient is made in 16 bits; scales that differ.
-    of_tile = (None, *chosen[1:])
+    tile_rows = (None, *chosen[1:])
     for grad in (reverse_kl_grad, forward_kl_grad):
         for name, pair in (("", PLAIN), (" scales", dict(PLAIN, s_scale=0.5)), (" softcap", CAPPED)):
-            yield record(f"fp32 to bf16{name}", grad, s32, t32, *of_tile, top=top, out=logits("bf16", 409), **pair)[:2]
-    yield record("fp32 to bf16", jsd_grad, s32, t32, *of_tile, sums, top=top, out=logits("bf16", 409), beta=0.5, **PLAIN)[:2]
+            yield record(f"fp32 to bf16{name}", grad, s32, t32, *tile_rows, top=top, out=logits("bf16", 409), **pair)[:2]
+    yield record("fp32 to bf16", jsd_grad, s32, t32, *tile_rows, sums, top=top, out=logits("bf16", 409), beta=0.5, **PLAIN)[:2]
     yield record("bf16 K=1", support_fwd, s, t, None, whole[2], top_k=1, **PLAIN)[:2]
     # Rows 16 bytes apart but no multiple of 16 elements.
     narrow, other = logits("bf16", 8192, NARROW), logits("bf16", 8192, NARROW)
-    of_narrow = {"vocab_size": NARROW}
-    got = record(f"bf16 V={NARROW}", score_fwd, narrow, other, None, **of_narrow, **PLAIN)
+    narrow_size = {"vocab_size": NARROW}
+    got = record(f"bf16 V={NARROW}", score_fwd, narrow, other, None, **narrow_size, **PLAIN)
     yield got[:2]
-    yield record(f"bf16 V={NARROW}", support_fwd, narrow, other, None, got[2], top_k=16, **of_narrow, **PLAIN)[:2]
-    yield record(f"bf16 V={NARROW}", reverse_kl_grad, narrow, other, *chosen, top=top, out=narrow, **of_narrow, **PLAIN)[:2]
-    yield record(f"bf16 V={NARROW}", jsd_fwd, narrow, other, rows(409), columns, beta=0.5, **of_narrow, **PLAIN)[:2]
-    yield record(f"bf16 V={NARROW}", off_list_fwd, narrow, rows(409), ids, **of_narrow, **ONE_PLAIN)[:2]
+    yield record(f"bf16 V={NARROW}", support_fwd, narrow, other, None, got[2], top_k=16, **narrow_size, **PLAIN)[:2]
+    yield record(f"bf16 V={NARROW}", reverse_kl_grad, narrow, other, *chosen, top=top, out=narrow, **narrow_size, **PLAIN)[:2]
+    yield record(f"bf16 V={NARROW}", jsd_fwd, narrow, other, rows(409), columns, beta=0.5, **narrow_size, **PLAIN)[:2]
+    yield record(f"bf16 V={NARROW}", off_list_fwd, narrow, rows(409), ids, **narrow_size, **ONE_PLAIN)[:2]
     for dtype in ("bf16", "fp32"):
-        odd, other, of_odd = logits(dtype, 8192, ODD), logits(dtype, 8192, ODD), {"vocab_size": ODD}
-        got = record(f"{dtype} V={ODD}", score_fwd, odd, other, None, **of_odd, **PLAIN)
+        odd, other, odd_size = logits(dtype, 8192, ODD), logits(dtype, 8192, ODD), {"vocab_size": ODD}
+        got = record(f"{dtype} V={ODD}", score_fwd, odd, other, None, **odd_size, **PLAIN)
         yield got[:2]
-        yield record(f"{dtype} V={ODD}", support_fwd, odd, other, None, got[2], top_k=16, **of_odd, **PLAIN)[:2]
+        yield record(f"{dtype} V={ODD}", support_fwd, odd, other, None, got[2], top_k=16, **odd_size, **PLAIN)[:2]
         for grad in (reverse_kl_grad, forward_kl_grad):
-            yield record(f"{dtype} V={ODD}", grad, odd, other, *chosen, top=top, out=odd, **of_odd, **PLAIN)[:2]
-        yield record(f"{dtype} V={ODD}", jsd_fwd, odd, other, rows(409), columns, beta=0.5, **of_odd, **PLAIN)[:2]
+            yield record(f"{dtype} V={ODD}", grad, odd, other, *chosen, top=top, out=odd, **odd_size, **PLAIN)[:2]
+        yield record(f"{dtype} V={ODD}", jsd_fwd, odd, other, rows(409), columns, beta=0.5, **odd_size, **PLAIN)[:2]
 
 
 def kernel_name(launch) -> str:

@@ -53,7 +53,7 @@ def load(folder: Path) -> Arms:
     for path in sorted(folder.glob("*.pt")):
         run = torch.load(path)
         runs.setdefault(run["arm"], {})[run["seed"]] = run
-    seeds = sorted({seed for of_arm in runs.values() for seed in of_arm})
+    seeds = sorted({seed for arm_runs in runs.values() for seed in arm_runs})
     missing = [f"{arm} seed {seed}" for arm in runs for seed in seeds if seed not in runs[arm]]
     if missing or "all" not in runs:
         raise ValueError(
@@ -62,16 +62,16 @@ def load(folder: Path) -> Arms:
     names = ["all", *(name for name in sorted(runs, key=_order) if name != "all")]
     steps = sorted(runs["all"][seeds[0]]["forward_kl"])
     valid = {seed: runs["all"][seed]["before"]["valid"] for seed in seeds}
-    of_arm = [
+    arm_runs = [
         torch.stack([torch.cat([runs[name][seed]["forward_kl"][step][valid[seed]] for seed in seeds]) for step in steps])
         for name in names
     ]
     clusters = torch.cat([torch.arange(len(v)).unsqueeze(1).expand(v.shape)[v] for v in valid.values()])
-    every = [run for of_seed in runs.values() for run in of_seed.values()]
+    every = [run for seed_runs in runs.values() for run in seed_runs.values()]
     return Arms(
         names,
         steps,
-        torch.stack(of_arm).double(),
+        torch.stack(arm_runs).double(),
         torch.cat([torch.full((int(v.sum()),), i) for i, v in enumerate(valid.values())]),
         clusters,
         {name: sum(run["n_trained"] for run in runs[name].values()) // len(seeds) for name in names},

@@ -166,15 +166,15 @@ def choose_fwd(
     rows = torch.empty(n_rows, dtype=torch.int64, device=device)
     counts = torch.empty(len(COUNTS), dtype=torch.int64, device=device)
     one_budget = length is None and bounds is None
-    of_sequence = n if length is None else length
-    n_programs = 1 if one_budget else bounds.shape[0] if bounds is not None else triton.cdiv(n, max(1, of_sequence))
-    tile = launch_table.selection(of_sequence)
-    whole = of_sequence <= tile.constants["BLOCK"]
+    sequence_length = n if length is None else length
+    n_programs = 1 if one_budget else bounds.shape[0] if bounds is not None else triton.cdiv(n, max(1, sequence_length))
+    tile = launch_table.selection(sequence_length)
+    whole = sequence_length <= tile.constants["BLOCK"]
     keys = counts if whole else torch.empty(n, dtype=torch.int32, device=device)
     if n_programs:
         _choose_fwd_kernel[(n_programs,)](
             scores, valid, infinite, bounds, keys, selected, rows, counts,
-            n, of_sequence if bounds is None else n_programs - 1, numerator, denominator, n_rows,
+            n, sequence_length if bounds is None else n_programs - 1, numerator, denominator, n_rows,
             LISTS=one_budget, HAS_BOUNDS=bounds is not None, WHOLE=whole, **tile.constants,
             SCAN=min(SCAN, tile.constants["BLOCK"]), num_warps=tile.num_warps, enable_fp_fusion=False,
         )  # fmt: skip

@@ -32,7 +32,7 @@ VOID = tl.constexpr(-(2.0**120))
 LOG2_ZERO = tl.constexpr(-745.0 / math.log(2.0))
 
 
-class Transform(NamedTuple):
+class Exp2Transform(NamedTuple):
     """How one model's stored logits become logits: the four numbers that kernels take."""
 
     k: float  # multiplier of z in the base-2 exponent
@@ -41,12 +41,12 @@ class Transform(NamedTuple):
     has_cap: bool
 
 
-def transform(scale: float, softcap: float | None, temperature: float) -> Transform:
+def transform(scale: float, softcap: float | None, temperature: float) -> Exp2Transform:
     """The kernels' numbers of one model."""
     assert min(scale, temperature) > 0, "order of the stored logits must be that of the logits"
     if softcap is None:
-        return Transform(scale * LOG2_E / temperature, 0.0, 0.0, False)
-    return Transform(LOG2_E / temperature, scale / softcap, float(softcap), True)
+        return Exp2Transform(scale * LOG2_E / temperature, 0.0, 0.0, False)
+    return Exp2Transform(LOG2_E / temperature, scale / softcap, float(softcap), True)
 
 
 def row_step(table: torch.Tensor) -> tuple[int, int]:

@@ -4,16 +4,18 @@
   selectors and their equations: opd_ops/selection/selectors.py; everything in fp64 and in its order of operations, so that
   results equal the selectors' to the bit
 
-Shapes: N positions, n of them have statistics, C columns with quantiles (quantiles.py)
-  table        (>= 11, n)  in   fp32, the order of score.py's COLUMNS and support.py's SUPPORT_COLUMNS
+Shapes: N positions, n of them have statistics, C columns with quantiles (quantiles.py), E optional statistics
+  table        (16 + E, n)  in  fp32, the order of score.py's COLUMNS and support.py's SUPPORT_COLUMNS, then the optional ones
   rows         (n,)        in   int64, ascending: the position of each column entry; None: position i has entry i
+  unmasked     (N,)        in   uint8: which positions are valid if their statistics are; None: all that have statistics
   quantiles    (C, 2 or 3) in   fp64; None for selectors without a normaliser
-  stats        (11, N)     out  fp32, the order of STATS; 0 where not valid
+  stats        (11 + E, N) out  fp32, the order of STATS, then the optional ones; 0 where the statistics are not valid
   valid        (N,)        out  uint8, 0 or 1
   infinite     (N,)        out  uint8: valid, and the divergence is +inf
   scores       (N,)        out  fp32
 
-Grid: (N / BLOCK,). Traffic: 44 bytes read and 50 written a position. With rows, a position searches its entry by bisection.
+Grid: (N / BLOCK,). Traffic: 44 + 4 E bytes read and 50 + 4 E written a position. With rows, a position searches its entry by
+bisection.
 
 Not here: quantiles (quantiles.py), the budget's cut (choose.py). Tests: tests/kernels/test_selection.py.
 """
@@ -32,7 +34,6 @@ from .support import SUPPORT_COLUMNS
 
 N_SCORED = 7  # COLUMNS that are statistics; normalisers of later kernels follow
 STATS = COLUMNS[:N_SCORED] + SUPPORT_COLUMNS
-N_STATS = tl.constexpr(len(STATS))
 SKIPPED = tl.constexpr(len(COLUMNS) - N_SCORED)
 SCORED = tl.constexpr(N_SCORED)
 ENTROPY = tl.constexpr(STATS.index("student_entropy"))
@@ -159,8 +160,9 @@ def _entry_of(rows_ptr, position, n, steps):
 
 @triton.jit(do_not_specialize=["n", "N", "stride", "steps"])
 def _place_fwd_kernel(
-    table_ptr, rows_ptr, quantiles_ptr, stats_ptr, valid_ptr, infinite_ptr, scores_ptr, n, N, stride, steps,
-    SELECTOR: tl.constexpr, LOSS: tl.constexpr, HAS_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    table_ptr, rows_ptr, unmasked_ptr, quantiles_ptr, stats_ptr, valid_ptr, infinite_ptr, scores_ptr, n, N, stride, steps,
+    SELECTOR: tl.constexpr, LOSS: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_MASK: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = position < N
@@ -174,11 +176,13 @@ def _place_fwd_kernel(
     stride = tl.cast(stride, tl.int64)
     valid = present & _is_valid(table_ptr, stride, i, present)
     column = ()
-    for c in tl.static_range(N_STATS):
+    for c in tl.static_range(COLUMNS):
         row = c if c < SCORED else c + SKIPPED
         x = tl.load(table_ptr + row * stride + i, mask=valid, other=0.0)
         tl.store(stats_ptr + c * N.to(tl.int64) + position, x, mask=inside)
         column = column + (x,)
+    if HAS_MASK:
+        valid = valid & (tl.load(unmasked_ptr + position, mask=inside, other=0) != 0)
     infinite = valid & (inside == 0)
     if LOSS >= 0:
         infinite = valid & (column[LOSS] == INF)
@@ -192,7 +196,7 @@ def _place_fwd_kernel(
 class Placed(NamedTuple):
     """Of N positions."""
 
-    stats: Tensor  # (11, N) fp32, the order of STATS
+    stats: Tensor  # (11 + E, N) fp32, the order of STATS, then the optional ones
     flags: Tensor  # (2, N) uint8: valid, infinite
     scores: Tensor  # (N,) fp32
 
@@ -206,9 +210,10 @@ class Placed(NamedTuple):
 
 
 def place_fwd(
-    table: Tensor,  # (>= 16, n) fp32, unit stride along n
+    table: Tensor,  # (16 + E, n) fp32, unit stride along n
     rows: Tensor | None,  # (n,) int64, ascending
     n_positions: int,
+    unmasked: Tensor | None = None,  # (N,) uint8
     *,
     selector: str,  # a name in FITS
     loss: str | None,  # the column that holds the divergence; None: no column does
@@ -218,7 +223,8 @@ def place_fwd(
     assert n <= 1 or table.stride(1) == 1, "unit stride along the rows"
     assert rows is not None or n == n_positions
     fit, tile = FITS[selector], launch_table.place()
-    stats = torch.empty((len(STATS), n_positions), dtype=torch.float32, device=table.device)
+    n_columns = len(STATS) + table.shape[0] - len(COLUMNS + SUPPORT_COLUMNS)
+    stats = torch.empty((n_columns, n_positions), dtype=torch.float32, device=table.device)
     flags = torch.empty((2, n_positions), dtype=torch.uint8, device=table.device)
     scores = torch.empty(n_positions, dtype=torch.float32, device=table.device)
     placed = Placed(stats, flags, scores)
@@ -227,8 +233,8 @@ def place_fwd(
     names = COLUMNS + SUPPORT_COLUMNS
     quantiles = quantiles_fwd(table, [names.index(x) for x in fit.columns], fit.levels) if fit.columns else None
     _place_fwd_kernel[(triton.cdiv(n_positions, tile.constants["BLOCK"]),)](
-        table, rows, quantiles, stats, *flags.unbind(0), scores, n, n_positions, table.stride(0), n.bit_length(),
-        SELECTOR=selector, LOSS=-1 if loss is None else STATS.index(loss), HAS_ROWS=rows is not None, **tile.constants,
-        num_warps=tile.num_warps, enable_fp_fusion=False,
+        table, rows, unmasked, quantiles, stats, *flags.unbind(0), scores, n, n_positions, table.stride(0), n.bit_length(),
+        SELECTOR=selector, LOSS=-1 if loss is None else STATS.index(loss), HAS_ROWS=rows is not None,
+        HAS_MASK=unmasked is not None, COLUMNS=n_columns, **tile.constants, num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
     return placed

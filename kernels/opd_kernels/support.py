@@ -1,4 +1,4 @@
-"""Support: exact top-K of both models, and the statistics on these supports.
+"""TopKLists: exact top-K of both models, and the statistics on these supports.
 
   S, T: ids of the K largest logits of student and teacher, order (logit descending, id ascending)
   support_mass C = sum_S q                    (arXiv:2605.26844 eq. 10; q over the whole vocabulary)
@@ -54,7 +54,7 @@ INT_MAX = tl.constexpr(2**31 - 1)
 SHIFT = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # low bits that are constant once a stored number is fp32
 
 
-class Support(NamedTuple):
+class TopKLists(NamedTuple):
     ids: Tensor  # (n, 2, K) int32, S and T in order
     logits: Tensor  # (n, 4, K) fp32: s at S, t at S, s at T, t at T
     columns: Tensor  # (4, n) fp32, the order of SUPPORT_COLUMNS
@@ -311,7 +311,7 @@ def support_fwd(
     t_scale: float,
     s_softcap: float | None,
     t_softcap: float | None,
-) -> Support:
+) -> TopKLists:
     """Both supports in order, both models' logits there, and the columns of SUPPORT_COLUMNS."""
     assert 1 <= top_k <= min(128, vocab_size), f"top_k: got {top_k}, expected 1 .. min(128, {vocab_size})"
     n, _, stride = score.group_max.shape
@@ -323,7 +323,7 @@ def support_fwd(
     assert columns.shape == (len(SUPPORT_COLUMNS), n)
     assert columns.stride() == score.columns.stride(), "the strides of the score's columns"
     if n == 0:
-        return Support(ids, logits, columns)
+        return TopKLists(ids, logits, columns)
     n_picked = min(top_k, n_groups)
     groups = torch.empty((n, 2, n_picked), dtype=torch.int32, **new)
     places = torch.empty_like(ids)  # among the 128 n_picked candidates
@@ -353,4 +353,4 @@ def support_fwd(
         CHUNK=min(16, triton.next_power_of_2(top_k)),
         num_warps=tile.stats_warps, enable_fp_fusion=False,
     )  # fmt: skip
-    return Support(ids, logits, columns)
+    return TopKLists(ids, logits, columns)

@@ -97,26 +97,26 @@ def _totals_fwd_kernel(
             n_unmasked += tl.load(unmasked_ptr + i, mask=inside, other=0).to(tl.int32)
         else:
             n_unmasked += inside.to(tl.int32)
-    of_selected = tl.sum(n_selected)
-    of_valid = tl.sum(n_valid)
+    selected_count = tl.sum(n_selected)
+    valid_count = tl.sum(n_valid)
     sums = (
         tl.sum(kl_s), tl.sum(entropy_s), tl.sum(mass_s), tl.sum(kl_v), tl.sum(entropy_v), tl.sum(mass_v), tl.sum(teacher_v),
     )  # fmt: skip
     for k in tl.static_range(7):
         tl.store(numbers_ptr + k, sums[k])
-        count = tl.maximum(of_selected if k < 3 else of_valid, 1).to(tl.float32)
+        count = tl.maximum(selected_count if k < 3 else valid_count, 1).to(tl.float32)
         tl.store(numbers_ptr + (7 + k), tl.div_rn(sums[k], count))
     scale = tl.full((), 1.0, tl.float32)
     if BY_SELECTED:
-        scale = tl.cast(M, tl.float64) / tl.maximum(of_selected, 1).to(tl.float64)
-        scale = tl.where(of_selected > 0, scale, 1.0).to(tl.float32)
+        scale = tl.cast(M, tl.float64) / tl.maximum(selected_count, 1).to(tl.float64)
+        scale = tl.where(selected_count > 0, scale, 1.0).to(tl.float32)
     tl.store(numbers_ptr + 14, tl.sum(loss_sum))
     tl.store(numbers_ptr + 15, tl.min(threshold))
     tl.store(numbers_ptr + 16, tl.where(tl.sum(n_bad) > 0, float("nan"), scale))
-    tl.store(counts_ptr, of_selected.to(tl.int64))
-    tl.store(counts_ptr + 1, of_valid.to(tl.int64))
+    tl.store(counts_ptr, selected_count.to(tl.int64))
+    tl.store(counts_ptr + 1, valid_count.to(tl.int64))
     tl.store(counts_ptr + 2, tl.sum(n_infinite).to(tl.int64))
-    tl.store(counts_ptr + 3, (tl.sum(n_unmasked) - of_valid).to(tl.int64))
+    tl.store(counts_ptr + 3, (tl.sum(n_unmasked) - valid_count).to(tl.int64))
 
 
 def totals_fwd(

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_ops.backends.interface import Backend
+from opd_ops.backends.interface import Backend, WeightedRows
 from opd_ops.backends.shared.list_ids import best_of_sent, list_ids, sent_logprobs, without_masked
 from opd_ops.backends.shared.overwritten import unchanged
 from opd_ops.divergences import JSD, Divergence, OnSupport, Support, equations, weighted_sum, without_infinite
 from opd_ops.inputs.sources import Mixing, Shard, Source, compute_dtype, mask_limit, take_rows
 from opd_ops.inputs.teacher_lists import TeacherLists, tail
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.stats import OwnStats, TokenStats
+from opd_ops.selection.stats import OwnStats, Scoring, TokenStats
 
 
 def logits(source: Source, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -162,17 +162,9 @@ def teacher_rank(s_ids: Tensor, t_ids: Tensor, u: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def token_stats(
-    student: Source,
-    teacher: Source,
-    rows: Tensor,
-    *,
-    top_k: int,
-    columns: frozenset[str],
-    workspace: Workspace,
-    score_dtype: torch.dtype | None,
-) -> TokenStats:
-    """All statistics of the given positions, (n,) each. The oracle ignores `workspace` and `score_dtype`."""
+def token_stats(student: Source, teacher: Source, rows: Tensor, scoring: Scoring) -> TokenStats:
+    """All statistics of the given positions, (n,) each, from logits of the compute dtype."""
+    top_k, columns = scoring.top_k, scoring.columns
     dtype = compute_dtype(student, teacher)
     s, u = logits(student, rows, dtype), logits(teacher, rows, dtype)
     q = torch.softmax(u, dim=-1)
@@ -196,7 +188,7 @@ def token_stats(
         union_kl=kl_on(in_s | in_t, u, s),
         jsd=jsd(s, u) if "jsd" in columns else None,
         released_kl=released_kl(s, u, in_s, in_t) if "released_kl" in columns else None,
-        topk_entropy=equations.topk_entropy(s.gather(1, s_ids)) if "topk_entropy" in columns else None,
+        topk_entropy=equations.topk_entropy(torch.log_softmax(s.gather(1, s_ids), -1)) if "topk_entropy" in columns else None,
         ratio_variance=ratio_variance(s, u) if "ratio_variance" in columns else None,
         top1_agreement=(s_ids[:, 0] == t_ids[:, 0]).to(dtype) if "top1_agreement" in columns else None,
         teacher_rank=teacher_rank(s_ids, t_ids, u).to(dtype) if "teacher_rank" in columns else None,
@@ -204,27 +196,25 @@ def token_stats(
 
 
 @torch.no_grad()
-def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace: Workspace, score_dtype: torch.dtype | None) -> OwnStats:
+def own_stats(source: Source, rows: Tensor, scoring: Scoring) -> OwnStats:
     """One model's statistics at the rows, from its logits alone."""
     x = logits(source, rows, compute_dtype(source))
-    ids = top_k_ids(x, top_k)
+    ids = top_k_ids(x, scoring.top_k)
     return OwnStats(torch.logsumexp(x, -1), entropy(x), ids, x.gather(1, ids))
 
 
 def selected_loss(
     student: Source,
     teacher: Source | TeacherLists,
-    rows: Tensor,
-    weights: Tensor,
-    stats: TokenStats,
-    *,
+    selected: WeightedRows,
     divergence: Divergence,
-    tokens: Tensor | None,
     workspace: Workspace,
+    *,
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of the losses over the positions, connected to the student by autograd itself, and the (M,) losses."""
     assert not inplace
+    rows = selected.rows
     dtype = compute_dtype(student, *([teacher] if isinstance(teacher, Source) else []))
     s = equations.relative_to_top(logits(student, rows, dtype))
     u = logits(teacher.detach(), rows, dtype) if isinstance(teacher, Source) else None
@@ -234,16 +224,16 @@ def selected_loss(
         losses = losses + divergence.whole.loss(torch.log_softmax(s, -1), torch.log_softmax(u, -1))
     if divergence.on_support is not None:
         listed = None if isinstance(teacher, Source) else teacher.take(rows)
-        losses = losses + divergence.on_support.loss(support(divergence.on_support, s, u, listed, tokens))
+        losses = losses + divergence.on_support.loss(support(divergence.on_support, s, u, listed, selected.tokens))
     losses = unchanged(losses, rows, student, workspace=workspace)  # autograd saved the student, not the teacher
-    return weighted_sum(losses, without_infinite(losses, weights)), losses.detach()
+    return weighted_sum(losses, without_infinite(losses, selected.weights)), losses.detach()
 
 
 def support(divergence: OnSupport, s: Tensor, u: Tensor | None, listed: TeacherLists | None, tokens: Tensor | None) -> Support:
     """Both models on the divergence's list and off it, from the teacher's (n, V) logits or from the lists that it sent."""
     k, x = divergence.top_k, s.detach()
     if listed is not None:
-        s_ids = best_of_sent(listed.listed_ids, _at(x, listed.listed_ids), k) if listed.of_student else _list(x, k)
+        s_ids = best_of_sent(listed.listed_ids, _at(x, listed.listed_ids), k) if listed.chosen_by_student else _list(x, k)
         ids = list_ids(divergence, s_ids, listed.top(k).ids, listed.tokens)
         log_q = sent_logprobs(listed, ids)
         log_tail, entropy_q = tail(log_q.double()).to(s.dtype), torch.full_like(log_q[:, 0], math.nan)

@@ -11,18 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from opd_ops.backends.interface import Backend, Choice
+from opd_ops.backends.interface import Backend, Choice, Cut, WeightedRows
 from opd_ops.divergences import Divergence
 from opd_ops.inputs.sources import Source, compute_dtype
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.budget import Budget
-from opd_ops.selection.stats import OwnStats, TokenStats
+from opd_ops.selection.stats import OwnStats, Scoring, TokenStats
 
 
 def routed_models(teacher: Source | TeacherLists) -> tuple[Source | TeacherLists, ...]:
@@ -40,7 +38,7 @@ def with_normalisers(backend: Backend, teacher: Source, rows: Tensor, workspace:
         return teacher
     columns, dtype, alone = [], compute_dtype(teacher), replace(teacher.transform, mixing=None, merged=())
     for model in (teacher._replace(transform=alone, others=()), *teacher.others):
-        own = backend.own_stats(model.detach(), rows, top_k=1, workspace=workspace, score_dtype=torch.float32)
+        own = backend.own_stats(model.detach(), rows, Scoring(1, workspace, torch.float32))
         column = torch.zeros(teacher.shape.numel(), dtype=dtype, device=rows.device)
         columns.append(column.index_copy_(0, rows, own.logsumexp.to(dtype)))
     others = zip(teacher.others, columns[1:], strict=True)
@@ -57,70 +55,35 @@ class RoutedBackend(Backend):
     def scores_selected_rows(self, student: Source, teacher: Source | TeacherLists) -> bool:
         return all(self.backend.scores_selected_rows(student, model) for model in routed_models(teacher))
 
-    def choose(
-        self,
-        scores: Tensor,
-        valid: Tensor,
-        infinite: Tensor,
-        *,
-        budget: Budget,
-        n_rows: int,
-        length: int | None,
-        bounds: Tensor | None,
-    ) -> Choice | None:
-        return self.backend.choose(scores, valid, infinite, budget=budget, n_rows=n_rows, length=length, bounds=bounds)
+    def choose(self, scores: Tensor, valid: Tensor, infinite: Tensor, cut: Cut) -> Choice | None:
+        return self.backend.choose(scores, valid, infinite, cut)
 
-    def token_stats(
-        self,
-        student: Source,
-        teacher: Source,
-        rows: Tensor,
-        *,
-        top_k: int,
-        columns: frozenset[str],
-        workspace: Workspace,
-        score_dtype: torch.dtype | None,
-    ) -> TokenStats:
-        read = partial(self.backend.token_stats, top_k=top_k, columns=columns, workspace=workspace, score_dtype=score_dtype)
-        parts = [(x, read(student, model, rows[x])) for model, x in _parts(teacher, rows)]
+    def token_stats(self, student: Source, teacher: Source, rows: Tensor, scoring: Scoring) -> TokenStats:
+        parts = [(x, self.backend.token_stats(student, model, rows[x], scoring)) for model, x in _parts(teacher, rows)]
         names = [name for name, column in parts[0][1]._asdict().items() if column is not None]
         return TokenStats(**{name: _in_order([(x, getattr(stats, name)) for x, stats in parts]) for name in names})
 
-    def own_stats(
-        self, source: Source, rows: Tensor, *, top_k: int, workspace: Workspace, score_dtype: torch.dtype | None
-    ) -> OwnStats:
-        read = partial(self.backend.own_stats, top_k=top_k, workspace=workspace, score_dtype=score_dtype)
+    def own_stats(self, source: Source, rows: Tensor, scoring: Scoring) -> OwnStats:
         if source.routes is None:  # the student
-            return read(source, rows)
-        parts = [(x, read(model, rows[x])) for model, x in _parts(source, rows)]
+            return self.backend.own_stats(source, rows, scoring)
+        parts = [(x, self.backend.own_stats(model, rows[x], scoring)) for model, x in _parts(source, rows)]
         return OwnStats(*(_in_order([(x, stats[i]) for x, stats in parts]) for i in range(len(OwnStats._fields))))
 
     def selected_loss(
         self,
         student: Source,
         teacher: Source | TeacherLists,
-        rows: Tensor,
-        weights: Tensor,
-        stats: TokenStats,
-        *,
+        selected: WeightedRows,
         divergence: Divergence,
-        tokens: Tensor | None,
         workspace: Workspace,
+        *,
         inplace: bool,
     ) -> tuple[Tensor, Tensor]:
         assert isinstance(teacher, Source)
         totals, losses = [], []
-        for model, x in _parts(teacher, rows):
+        for model, x in _parts(teacher, selected.rows):
             total, model_losses = self.backend.selected_loss(
-                student,
-                model,
-                rows[x],
-                weights[x],
-                stats.take(x),
-                divergence=divergence,
-                tokens=None if tokens is None else tokens[x],
-                workspace=workspace,
-                inplace=inplace,
+                student, model, selected.take(x), divergence, workspace, inplace=inplace
             )
             totals.append(total)
             losses.append((x, model_losses))

@@ -10,7 +10,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 from opd_ops.divergences import Divergence
@@ -18,7 +17,7 @@ from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.budget import Budget
-from opd_ops.selection.stats import OwnStats, TokenStats
+from opd_ops.selection.stats import OwnStats, Scoring, TokenStats
 
 
 class Needs(NamedTuple):
@@ -46,6 +45,29 @@ class Choice(NamedTuple):
     selected: Tensor  # (N,) bool
     rows: Tensor  # (R,) int64: the selected positions in order; with one budget for all, then others in order
     counts: Tensor  # (3,) int64: selected, valid, infinite positions
+
+
+class Cut(NamedTuple):
+    """Where a budget cuts the positions' scores."""
+
+    budget: Budget
+    n_rows: int  # the most positions that can be selected
+    length: int | None  # one budget for each sequence of so many positions
+    bounds: Tensor | None  # one for each sequence between two bounds
+
+
+class WeightedRows(NamedTuple):
+    """The M rows of a loss."""
+
+    rows: Tensor  # (M,) int64
+    weights: Tensor  # (M,)
+    stats: TokenStats  # (M,) columns
+    tokens: Tensor | None = None  # (M,) the student's sampled tokens, if the divergence reads them
+
+    def take(self, places: Tensor) -> WeightedRows:
+        """Some of the rows."""
+        tokens = None if self.tokens is None else self.tokens[places]
+        return WeightedRows(self.rows[places], self.weights[places], self.stats.take(places), tokens)
 
 
 class Backend(ABC):
@@ -82,16 +104,16 @@ class Backend(ABC):
         student: Source,
         teacher: Source,
         rows: Tensor | None,
+        scoring: Scoring,
         *,
-        top_k: int,
-        workspace: Workspace,
-        score_dtype: torch.dtype | None,
+        unmasked: Tensor | None,
         selector: str | None,
         loss: str | None,
     ) -> Placed | None:
         """Statistics of all positions by kernels, and a selector's scores; None: this backend cannot.
 
-        `rows`: ascending positions that have statistics; None: all. `selector`: a name; None, or a name that kernels do not
+        `rows`: ascending positions that have statistics; None: all. `unmasked`: bool of the positions' shape, which of them are
+        valid; None: all that have statistics. `selector`: a name; None, or a name that kernels do not
         know: scores of 0. `loss`: the column that holds the divergence; None: no column does.
         """
         return None
@@ -100,22 +122,8 @@ class Backend(ABC):
         """Whether `placed_stats` knows the selector."""
         return False
 
-    def choose(
-        self,
-        scores: Tensor,
-        valid: Tensor,
-        infinite: Tensor,
-        *,
-        budget: Budget,
-        n_rows: int,
-        length: int | None,
-        bounds: Tensor | None,
-    ) -> Choice | None:
-        """The budget's cut by kernels, on positions of any shape; None: this backend has no such kernel.
-
-        `n_rows`: the most positions that can be selected. `length`: one budget for each sequence of so many positions.
-        `bounds`: one for each sequence between two bounds.
-        """
+    def choose(self, scores: Tensor, valid: Tensor, infinite: Tensor, cut: Cut) -> Choice | None:
+        """The budget's cut by kernels, on positions of any shape; None: this backend has no such kernel."""
         return None
 
     def totals(
@@ -138,26 +146,11 @@ class Backend(ABC):
         raise NotImplementedError(f"backend {self.name!r} takes no totals: its `placed_stats` returns None")
 
     @abstractmethod
-    def token_stats(
-        self,
-        student: Source,
-        teacher: Source,
-        rows: Tensor,
-        *,
-        top_k: int,
-        columns: frozenset[str],
-        workspace: Workspace,
-        score_dtype: torch.dtype | None,
-    ) -> TokenStats:
-        """(n,) columns at the rows, without a graph; optional columns only if named in `columns`.
-
-        `score_dtype`: dtype of a head's logits; None: the backend's choice, which may be the head's own 16 bits.
-        """
+    def token_stats(self, student: Source, teacher: Source, rows: Tensor, scoring: Scoring) -> TokenStats:
+        """(n,) columns at the rows, without a graph."""
 
     @abstractmethod
-    def own_stats(
-        self, source: Source, rows: Tensor, *, top_k: int, workspace: Workspace, score_dtype: torch.dtype | None
-    ) -> OwnStats:
+    def own_stats(self, source: Source, rows: Tensor, scoring: Scoring) -> OwnStats:
         """One model's statistics at the rows, without a graph."""
 
     @abstractmethod
@@ -165,19 +158,15 @@ class Backend(ABC):
         self,
         student: Source,
         teacher: Source | TeacherLists,
-        rows: Tensor,
-        weights: Tensor,
-        stats: TokenStats,
-        *,
+        selected: WeightedRows,
         divergence: Divergence,
-        tokens: Tensor | None,
         workspace: Workspace,
+        *,
         inplace: bool,
     ) -> tuple[Tensor, Tensor]:
         """The sum of weights l over the rows, differentiable in the student's tensors, and l, the (M,) losses.
 
         Rows with an infinite loss are left out of the sum.
-        `stats`: the statistics of the rows. `tokens`: (M,) the student's sampled tokens, if the divergence reads them.
         `inplace`: the gradient overwrites the student's logits; True only where `overwrites_logits` is.
         """
 

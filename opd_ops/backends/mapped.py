@@ -30,6 +30,7 @@ from opd_ops.inputs.linear_head import LinearHead
 from opd_ops.inputs.sources import Source, compute_dtype, take_rows
 from opd_ops.inputs.teacher_lists import TopKLogprobs
 from opd_ops.inputs.workspace import Workspace
+from opd_ops.selection.stats import Scoring
 
 
 @torch.no_grad()
@@ -80,7 +81,7 @@ def mapped_teacher(
     other_rows = rows // own.shape[-1] * length + index.flatten()[rows]
     ids = _shared_ids(own, to_teacher >= 0, rows, k, workspace)
     dtype = compute_dtype(other)
-    normaliser = own_stats(other.detach(), other_rows, top_k=1, workspace=workspace, score_dtype=None).logsumexp
+    normaliser = own_stats(other.detach(), other_rows, Scoring(1, workspace)).logsumexp
     log_q = (logits_at(other.detach(), other_rows, to_teacher[ids], dtype, workspace) - normaliser.unsqueeze(1)).to(dtype)
     all_ids = torch.full((mask.numel(), k), -1, dtype=torch.long, device=own.device).index_copy(0, rows, ids)
     logprobs = torch.full((mask.numel(), k), -torch.inf, dtype=dtype, device=own.device).index_copy(0, rows, log_q.clamp_max(0))
@@ -98,10 +99,10 @@ def _shared_ids(student: Source, is_shared: Tensor, rows: Tensor, k: int, worksp
         bias = unshared if student.bias is None else student.bias[:n] + unshared
         plain = replace(student.transform, softcap=None, scale=1.0, temperature=1.0)
         head = student._replace(bias=bias, transform=plain)
-        return own_stats(head, rows, top_k=k, workspace=workspace, score_dtype=None).ids
+        return own_stats(head, rows, Scoring(k, workspace)).ids
     lists = [torch.empty((0, k), dtype=torch.long, device=rows.device)]
     for part in chunks(len(rows), half.count(16 * n)):
         logits = take_rows(student.leading, rows[part])[:, :n] + unshared
         every = torch.arange(len(logits), device=rows.device)
-        lists.append(own_stats(Source.of(logits), every, top_k=k, workspace=half, score_dtype=None).ids)
+        lists.append(own_stats(Source.of(logits), every, Scoring(k, half)).ids)
     return torch.cat(lists)

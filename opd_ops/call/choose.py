@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from opd_ops.arguments import warn_user
-from opd_ops.backends.interface import Choice, Placed
+from opd_ops.backends.interface import Choice, Cut, Placed
 from opd_ops.call.prepare import Call
 from opd_ops.call.score import Scored, check_scores, is_infinite, whole_stats_of
 from opd_ops.distributed.ranks import Ranks
@@ -40,7 +40,7 @@ class Chosen:
     scores: Tensor  # (...)
     stats: TokenStats  # columns (...)
     infinite: Tensor  # (...) bool: valid positions whose divergence is known to be +inf
-    placed: Placed | None = None  # where kernels made `stats` and the choice
+    placed: Placed | None = None  # where kernels made `stats`
     weights: Tensor | None = None  # (...) the weighting's factors of the losses, detached; None: no weighting
     counts: tuple[int, int] | None = None  # of selected and valid positions, where the CPU knows them
 
@@ -81,8 +81,7 @@ def choose(scored: Scored) -> Chosen:
         rows, trained, selected, stats = _with_whole_rows(call, rows, trained, selected, stats)
         infinite = stats.valid & is_infinite(stats, call.divergence)
         return Chosen(call, rows, trained, selected, scored.scores, stats, infinite, weights=weights)
-    placed = None if choice is None else scored.placed
-    return Chosen(call, rows, trained, selected, scored.scores, stats, scored.infinite, placed, weights, counts)
+    return Chosen(call, rows, trained, selected, scored.scores, stats, scored.infinite, scored.placed, weights, counts)
 
 
 def _weights(scored: Scored, selected: Tensor) -> Tensor | None:
@@ -126,15 +125,8 @@ def _chosen_by_kernels(scored: Scored) -> Choice | None:
         else:
             bounds = bounds.to(scored.scores.device)
     with torch.no_grad():
-        return call.backend.choose(
-            scored.scores,
-            scored.stats.valid,
-            scored.infinite,
-            budget=budget,
-            n_rows=n_rows,
-            length=length,
-            bounds=bounds,
-        )
+        cut = Cut(budget, n_rows, length, bounds)
+        return call.backend.choose(scored.scores, scored.stats.valid, scored.infinite, cut)
 
 
 def _selected(scored: Scored, budget: Budget) -> Tensor:
@@ -194,7 +186,7 @@ def _selection_options(scored: Scored) -> SelectionOptions:
     """The options that the selector sets for the selection."""
     call, stats = scored.call, scored.stats
     with torch.no_grad(), nullcontext() if call.ranks is None else over_ranks(call.ranks):
-        options = selection_options(call.selector, stats if is_own(call.selector) else stats.clone())
+        options = selection_options(call.selector, stats if is_own(call.selector) else stats.clone(), scored.keep_scores)
     if options["keep_scores"] is not None:
         check_scores(options["keep_scores"], call.shape, stats.valid.device)
     if call.scope == "sequence":  # in one sequence the smaller place is the earlier position anyway, also over ranks

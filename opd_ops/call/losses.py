@@ -14,11 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opd_ops.arguments import may_look
+from opd_ops.arguments import may_look, number_in
+from opd_ops.backends.interface import WeightedRows
 from opd_ops.backends.shared.token_logprobs import token_logprobs, tokens_at
 from opd_ops.call.choose import Chosen, warn_of_infinite
 from opd_ops.divergences import SampledToken
 from opd_ops.inputs.sources import Source
+from opd_ops.selection.stats import Scoring
 
 
 class Settled(NamedTuple):
@@ -43,17 +45,8 @@ class Sampled(NamedTuple):
 def selected_losses(chosen: Chosen, weights: Tensor, tokens: Tensor | None, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
     """sum weights l, connected to the student's tensors, and the losses l. weights, tokens and l are (M,)."""
     call, stats, rows = chosen.call, chosen.stats, chosen.rows
-    return call.backend.selected_loss(
-        call.student,
-        call.teacher,
-        rows,
-        weights,
-        stats.take_together(rows),
-        divergence=call.divergence,
-        tokens=tokens,
-        workspace=call.workspace,
-        inplace=inplace,
-    )
+    selected = WeightedRows(rows, weights, stats.take_together(rows), tokens)
+    return call.backend.selected_loss(call.student, call.teacher, selected, call.divergence, call.workspace, inplace=inplace)
 
 
 @torch.no_grad()
@@ -93,19 +86,11 @@ def _exact_columns(chosen: Chosen) -> dict[str, Tensor]:
     student, teacher, rows = call.student.detach(), call.teacher, chosen.rows
     in_16_bits = rule is not None and call.backend.scores_selected_rows(call.student, call.teacher)
     if rule is not None and rule.kind == "ppo" and in_16_bits and isinstance(teacher, Source):
-        exact = call.backend.token_stats(
-            student,
-            teacher.detach(),
-            rows,
-            top_k=1,
-            columns=frozenset(),
-            workspace=call.workspace,
-            score_dtype=torch.float32,
-        )
+        exact = call.backend.token_stats(student, teacher.detach(), rows, Scoring(1, call.workspace, torch.float32))
         return {name: getattr(exact, name) for name in ("student_logsumexp", "teacher_logsumexp", "reverse_kl")}
     if call.student_stats is None and not in_16_bits:
         return {}
-    own = call.backend.own_stats(student, rows, top_k=1, workspace=call.workspace, score_dtype=torch.float32)
+    own = call.backend.own_stats(student, rows, Scoring(1, call.workspace, torch.float32))
     return {"student_logsumexp": own.logsumexp.to(dtype)}
 
 
@@ -123,7 +108,7 @@ def settle(chosen: Chosen, losses: Tensor) -> Settled:
     # Without such a column only the losses of selected rows are known.
     among, kind = (stats.valid, "valid") if is_known else (chosen.selected, "selected")
     can_look = may_look(losses) and not call.in_graph
-    if chosen.trained is None and can_look and (not len(rows) or float(losses.amax()) < torch.inf):
+    if chosen.trained is None and can_look and (not len(rows) or number_in(losses.amax()) < torch.inf):
         if chosen.counts is None:
             warn_of_infinite(chosen.infinite, among, kind, call.divergence.name)
         return Settled(replace(chosen, stats=stats), None, True)

@@ -46,11 +46,10 @@ def loss_metrics(
     totals = columns.masked_fill(left_out.unsqueeze(1), 0).sum(2)  # (2, 4)
     means = totals / counts[:2].clamp_min(1).unsqueeze(1)
     metrics = {"loss": loss.detach(), "loss_sum": loss_sum.detach()}
-    for i, names in enumerate(
-        (("kl_selected", "entropy_selected", f"{mass}_selected"), ("kl_all", "entropy", mass, "teacher_entropy"))
-    ):
-        for name, mean, total in zip(names, means[i], totals[i], strict=False):
-            metrics |= {name: mean, f"{name}_sum": total}
+    names = "kl_selected", "entropy_selected", f"{mass}_selected", None, "kl_all", "entropy", mass, "teacher_entropy"
+    for name, mean, total in zip(names, means.view(8).unbind(), totals.view(8).unbind(), strict=True):
+        if name is not None:
+            metrics[name], metrics[f"{name}_sum"] = mean, total
     lowest = scores.flatten().masked_fill(left_out[0], torch.inf)
     return metrics | {
         "n_valid": n_valid,

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opd_ops.arguments import is_in_graph, is_traced, may_look, per_position, real, shown
+from opd_ops.arguments import active_transforms, is_in_graph, is_traced, may_look, per_position, real, shown
 from opd_ops.backends.interface import Backend, Needs
 from opd_ops.backends.resolve import ANYWHERE, resolve_backend
 from opd_ops.distributed.ranks import Ranks
@@ -126,6 +126,8 @@ def prepare(
     )
     selector = bound_selector(named_selector(settings.selector), settings.generator, checked_positions.sequences)
     needs = Needs(divergence, settings.top_k, inplace=settings.inplace_backward, float8=settings.in_float8, traced=is_traced())
+    if isinstance(teacher_source, Source) and teacher_source.transform.mixing is not None and is_traced():
+        raise ValueError("teacher: got Mixture, which torch.compile cannot trace; call the loss outside of the graph")
     if isinstance(teacher_source, Source) and teacher_source.routes is not None:
         reads_responses = "response_place" in settings.needs
         teacher_source = _with_checked_routes(teacher_source, None if reads_responses else checked_positions.valid)
@@ -352,9 +354,8 @@ def check_transforms(backend: str, *, has_vmap: bool, has_gradient: bool) -> Non
 
     `has_vmap`, `has_gradient`: whether such a backend has a rule for vmap, and for the other transforms, in this function.
     """
-    if is_traced() or not torch._C._are_functorch_transforms_active():
+    if is_traced() or not (active := active_transforms()):
         return
-    active = [interpreter.key().name.lower() for interpreter in torch._C._functorch.get_interpreter_stack() or ()]
     is_plain = backend in ANYWHERE and ANYWHERE[backend].takes_transforms
     refused = [name for name in active if not is_plain or not (has_vmap if name == "vmap" else has_gradient)]
     if refused:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opd_ops.arguments import may_look
+from opd_ops.arguments import may_look, number_in
 from opd_ops.backends.shared.gradient_in_backward import GradientPlan, connected
 from opd_ops.backends.shared.overwritten import unchanged
 from opd_ops.call.choose import Chosen, warn_of_infinite_counts
@@ -166,7 +166,9 @@ def _summed_by_kernels(chosen: Chosen, weighted: Tensor, losses: Tensor, row_wei
     # A copy: autograd saves it, and the caller may change the metrics, which share its memory, in place.
     scale = totals["scale"].clone().to(weighted.dtype)
     loss = weighted * scale
-    metrics = metrics_of_totals(loss, totals) | _weight_metrics(chosen, losses != torch.inf)
+    metrics = metrics_of_totals(loss, totals)
+    if chosen.weights is not None:
+        metrics |= _weight_metrics(chosen, losses != torch.inf)
     return SelectiveOPDOutput(loss, chosen.selected, chosen.scores, chosen.stats, metrics)
 
 
@@ -193,10 +195,10 @@ def _ids(tokens: Sampled | None) -> Tensor | None:
 
 def _row_weights(chosen: Chosen, tokens: Sampled | None, dtype: torch.dtype) -> Tensor | None:
     """(M,) factors of the losses: the caller's weights, the weighting's and the ratios', multiplied; None: all are 1."""
-    of_position = [x.detach().flatten()[chosen.rows] for x in (chosen.call.batch.weights, chosen.weights) if x is not None]
+    position_weights = [x.detach().flatten()[chosen.rows] for x in (chosen.call.batch.weights, chosen.weights) if x is not None]
     if chosen.trained is not None:  # rows that only fill up the list of a graph may hold NaN
-        of_position = [torch.where(chosen.trained, x, 0) for x in of_position]
-    factors = [*of_position, *([] if tokens is None or tokens.weights is None else [tokens.weights])]
+        position_weights = [torch.where(chosen.trained, x, 0) for x in position_weights]
+    factors = [*position_weights, *([] if tokens is None or tokens.weights is None else [tokens.weights])]
     product = None
     for factor in factors:
         product = factor.to(dtype) if product is None else product * factor.to(dtype)
@@ -229,7 +231,7 @@ def nan_if_nonfinite(losses: Tensor, chosen: Chosen) -> Tensor:
         return losses
     (least, largest), best = lse.aminmax(), chosen.scores.amax()  # NaN if any is
     if may_look(losses) and not chosen.call.in_graph:
-        is_finite = math.isfinite(float(largest)) and math.isfinite(float(least)) and not math.isnan(float(best))
+        is_finite = math.isfinite(number_in(largest)) and math.isfinite(number_in(least)) and not math.isnan(number_in(best))
         return losses if is_finite else losses * torch.nan
     is_ok = (least > -torch.inf) & (largest < torch.inf) & (best == best)
     return losses * torch.where(is_ok, 1.0, torch.nan).to(losses.dtype)
@@ -257,11 +259,14 @@ def _metrics(
         chosen.infinite,
         is_bound=isinstance(chosen.call.teacher, TeacherLists),
     )
+    teacher = chosen.call.teacher
+    routes = teacher.routes if isinstance(teacher, Source) else None
+    if tokens is None and routes is None and chosen.weights is None:
+        return metrics
     trained = torch.ones_like(terms, dtype=torch.bool) if settled.trained is None else settled.trained
     metrics |= _weight_metrics(chosen, trained)
-    teacher = chosen.call.teacher
-    if isinstance(teacher, Source) and teacher.routes is not None:
-        metrics |= routed_metrics(teacher.routes, len(teacher.others), chosen.stats.valid, chosen.rows, trained, terms)
+    if isinstance(teacher, Source) and routes is not None:
+        metrics |= routed_metrics(routes, len(teacher.others), chosen.stats.valid, chosen.rows, trained, terms)
     if tokens is None:
         return metrics
     if tokens.log_q is not None:

@@ -7,6 +7,7 @@ Not here: computing statistics (backends/), selectors (selection/selectors.py), 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -16,14 +17,15 @@ from torch import Tensor
 from opd_ops.backends.ensembles import with_normalisers
 from opd_ops.backends.interface import Placed
 from opd_ops.backends.shared import two_lists
+from opd_ops.backends.shared.candidates import ier
 from opd_ops.backends.shared.token_logprobs import token_logprobs, tokens_at
 from opd_ops.call.prepare import Call
 from opd_ops.divergences import Divergence
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.selection.normalisers import over_ranks
-from opd_ops.selection.selectors import is_deterministic, is_own, own_name
-from opd_ops.selection.stats import BACKEND_COLUMNS, TOKEN_COLUMNS, TokenStats, is_finite
+from opd_ops.selection.selectors import Released, is_deterministic, is_own, own_name
+from opd_ops.selection.stats import BACKEND_COLUMNS, TOKEN_COLUMNS, Scoring, TokenStats, all_set, is_finite
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Scored:
     stats: TokenStats  # columns (...)
     infinite: Tensor  # (...) bool: valid positions whose divergence is known to be +inf
     placed: Placed | None = None  # where kernels made `stats`; its scores are `scores`
+    keep_scores: Tensor | None = None  # (...) the selector's, where they were computed with its scores
 
 
 def score(call: Call) -> Scored:
@@ -47,7 +50,7 @@ def score(call: Call) -> Scored:
         if isinstance(call.teacher, Source) and call.teacher.others:
             teacher = with_normalisers(call.backend, call.teacher, _every_row(call, rows), call.workspace)
             call = replace(call, teacher=teacher)
-        placed = None if places is not None else _placed(call, rows)
+        placed = _placed(call, rows, places)
         if placed is not None:
             scored = _scored_placed(call, placed)
         else:
@@ -65,28 +68,41 @@ def _every_row(call: Call, rows: Tensor | None) -> Tensor:
     return torch.arange(call.shape.numel(), device=call.student.leading.device) if rows is None else rows
 
 
-def _placed(call: Call, rows: Tensor | None) -> Placed | None:
+def _placed(call: Call, rows: Tensor | None, places: Tensor | None) -> Placed | None:
     """Statistics of all positions, and maybe scores, by kernels; None where the backend has none for this call."""
     is_plain = call.ranks is None and call.student_stats is None and not call.settings.in_float8
-    if not is_plain or not isinstance(call.teacher, Source) or call.needs & (BACKEND_COLUMNS | TOKEN_COLUMNS):
+    if not is_plain or not isinstance(call.teacher, Source) or (places is not None and call.needs & TOKEN_COLUMNS):
         return None
-    return call.backend.placed_stats(
+    placed = call.backend.placed_stats(
         call.student,
         call.teacher,
         rows,
-        top_k=call.settings.top_k,
-        workspace=call.workspace,
-        score_dtype=call.score_dtype,
+        Scoring(call.settings.top_k, call.workspace, call.score_dtype, call.needs & BACKEND_COLUMNS),
+        unmasked=None if places is None else call.unmasked,
         selector=own_name(call.selector),
         loss=None if call.divergence.whole is None else call.divergence.whole.column,
     )
+    if placed is None:
+        return None
+    stats = placed.stats._replace(response_place=places)
+    if call.needs & TOKEN_COLUMNS:
+        logsumexps = {name: getattr(stats, f"{name}_logsumexp").flatten() for name in ("student", "teacher")}
+        if rows is not None:
+            logsumexps = {name: column[rows] for name, column in logsumexps.items()}
+        columns = _token_columns(call, _every_row(call, rows), logsumexps)
+        values = torch.stack(list(columns.values()))
+        if rows is not None:
+            values = values.new_zeros((len(columns), call.shape.numel())).index_copy_(1, rows, values)
+        every = values.view(-1, *call.shape).masked_fill_(~stats.valid, 0)
+        stats = stats._replace(**dict(zip(columns, every.unbind(), strict=True)))
+    return placed._replace(stats=stats)
 
 
 def _scored_placed(call: Call, placed: Placed) -> Scored:
     if call.backend.scores_by_kernels(own_name(call.selector)):
         return Scored(call, placed.scores, placed.stats, placed.infinite, placed)
-    scored = _scored(call, placed.stats)
-    return replace(scored, placed=placed._replace(scores=scored.scores), infinite=placed.infinite)
+    scored = _scored(call, placed.stats, placed.infinite)
+    return replace(scored, placed=placed._replace(scores=scored.scores))
 
 
 def score_again(scored: Scored, shortlist: Tensor) -> Scored:
@@ -109,41 +125,34 @@ def whole_stats_of(call: Call, rows: Tensor) -> TokenStats:
 def stats_of(call: Call, rows: Tensor, score_dtype: torch.dtype | None = None) -> TokenStats:
     """(n,) columns at the rows. `score_dtype`: None: the call's score_dtype."""
     student, teacher = call.student, call.teacher
-    score_dtype = score_dtype or call.score_dtype
-    columns = call.needs & BACKEND_COLUMNS
-    workspace, top_k = call.workspace, call.settings.top_k
+    scoring = Scoring(call.settings.top_k, call.workspace, score_dtype or call.score_dtype, call.needs & BACKEND_COLUMNS)
     if call.student_stats is not None or isinstance(teacher, TeacherLists):
-        stats = two_lists.token_stats(
-            call.backend,
-            student,
-            teacher,
-            rows,
-            call.student_stats,
-            top_k=top_k,
-            columns=columns,
-            workspace=workspace,
-            score_dtype=score_dtype,
-        )
+        stats = two_lists.token_stats(call.backend, student, teacher, rows, call.student_stats, scoring)
     else:
-        stats = call.backend.token_stats(
-            student,
-            teacher,
-            rows,
-            top_k=top_k,
-            columns=columns,
-            workspace=workspace,
-            score_dtype=score_dtype,
-        )
+        stats = call.backend.token_stats(student, teacher, rows, scoring)
     if call.needs & TOKEN_COLUMNS:
-        tokens = tokens_at(call.positions.tokens, student, teacher, rows)
-        for name, side in (("student", student), ("teacher", teacher)):  # in one order on all ranks
-            if f"{name}_logprob" in call.needs:
-                # A log-sum-exp of 16-bit logits may be below the token's own logit.
-                logprob = token_logprobs(side, rows, tokens, getattr(stats, f"{name}_logsumexp"), workspace).clamp_max(0)
-                stats = stats._replace(**{f"{name}_logprob": logprob})
-    if isinstance(teacher, Source):  # a non-finite teacher must not hide a non-finite student
+        logsumexps = {"student": stats.student_logsumexp, "teacher": stats.teacher_logsumexp}
+        stats = stats._replace(**_token_columns(call, rows, logsumexps))
+    if isinstance(teacher, Source) and not all_set(stats.valid):  # a non-finite teacher must not hide a non-finite student
         stats = stats._replace(valid=stats.valid >= is_finite(stats.student_logsumexp))  # valid or not finite
     return stats
+
+
+def _token_columns(call: Call, rows: Tensor, logsumexps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """(n,) columns of the sampled tokens at the rows that are asked for."""
+    columns: dict[str, Tensor] = {}
+    tokens = tokens_at(call.positions.tokens, call.student, call.teacher, rows)
+    for name, side in (("student", call.student), ("teacher", call.teacher)):  # in one order on all ranks
+        if f"{name}_logprob" in call.needs:
+            # A log-sum-exp of 16-bit logits may be below the token's own logit.
+            logprobs = token_logprobs(side, rows, tokens, logsumexps[name], call.workspace)
+            columns[f"{name}_logprob"] = logprobs.clamp_max(0)
+    if "ier" in call.needs:
+        in_pair = columns["student_logprob"], columns["teacher_logprob"]
+        dtype = torch.float32 if call.settings.in_float8 else call.score_dtype
+        scoring = Scoring(call.settings.top_k, call.workspace, dtype)
+        columns["ier"] = ier(call.backend, call.student, call.teacher, rows, call.student_stats, tokens, in_pair, scoring)
+    return columns
 
 
 def is_infinite(stats: TokenStats, divergence: Divergence) -> Tensor:
@@ -161,18 +170,24 @@ def _response_places(call: Call) -> Tensor | None:
     return call.positions.response_places(call.ranks if call.scope == "sequence" else None)
 
 
-def _scored(call: Call, stats: TokenStats) -> Scored:
+def _scored(call: Call, stats: TokenStats, infinite: Tensor | None = None) -> Scored:
+    """`infinite`: as of `Scored`; None: it is computed."""
     # A user's selector may change its argument in place: the losses must not see that.
     selector_stats = stats if is_own(call.selector) else stats.clone()
-    with nullcontext() if call.ranks is None else over_ranks(call.ranks):
-        scores = call.selector(selector_stats)
+    keep_scores = None
+    if isinstance(call.selector, Released) and call.ranks is None:
+        scores, keep_scores = call.selector.both_scores(stats)
+    else:
+        with nullcontext() if call.ranks is None else over_ranks(call.ranks):
+            scores = call.selector(selector_stats)
     check_scores(scores, call.shape, stats.valid.device)
-    infinite = stats.valid & is_infinite(stats, call.divergence)
+    infinite = stats.valid & is_infinite(stats, call.divergence) if infinite is None else infinite
     shard = call.student.transform.shard
     if shard is not None and not is_deterministic(call.selector):  # all ranks take the scores that the first rank drew
         scores = shard.ranks.first(scores.clone(memory_format=torch.contiguous_format))
     excluded = stats.valid <= infinite  # not valid or infinite
-    return Scored(call, scores.to(stats.reverse_kl.dtype).masked_fill(excluded, -torch.inf), stats, infinite)
+    scores = scores.to(stats.reverse_kl.dtype).masked_fill(excluded, -torch.inf)
+    return Scored(call, scores, stats, infinite, keep_scores=keep_scores)
 
 
 def check_scores(scores: object, shape: torch.Size, device: torch.device, argument: str = "selector") -> None:

@@ -30,6 +30,7 @@ from opd_ops.selection.stats import OPTIONAL_COLUMNS
 from opd_ops.settings import DEFAULTS, check_fraction
 from opd_ops.trainer.files import check_path, check_text
 from opd_ops.trainer.models import load_model, load_tokenizer
+from opd_ops.trainer.privileged import PrivilegedContext
 from opd_ops.trainer.prompts import Prompt, load_prompts
 from opd_ops.trainer.teachers import check_tokenizers
 
@@ -100,6 +101,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Flags, list[Prompt]]:
         parser.error(f"argument --prompts: got {settings.prompts!r}, expected a JSONL file")
     try:
         prompts = load_prompts(settings.prompts)[: settings.limit]
+        PrivilegedContext(settings.teacher_system).check(prompts)
     except (OSError, ValueError) as error:
         parser.error(f"argument --prompts: {error}")
     if settings.out.is_dir() or settings.out.suffix == ".json":

@@ -22,9 +22,9 @@ from opd_ops.selection.selectors import everything
 from opd_ops.selection.stats import TokenStats
 from opd_ops.settings import DEFAULTS
 from opd_ops.trainer.order import seed_of
+from opd_ops.trainer.privileged import PrivilegedContext
 from opd_ops.trainer.prompts import Prompt
 from opd_ops.trainer.rollouts import Rollouts, head_over, sample
-from opd_ops.trainer.teachers import systems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,11 +72,12 @@ def compare(
         teacher_system: The teacher's system message for prompts that have no `teacher_system` of their own.
         columns: Names of optional columns of `TokenStats` to compute.
     """
-    batches = []
+    context, batches = PrivilegedContext(teacher_system), []
     for rollouts in frozen:
+        told = rollouts._replace(prompts=context.prompts(rollouts.prompts))
         _, stats = score_positions(
             head_over(student.model, student.tokenizer, rollouts),
-            head_over(teacher.model, teacher.tokenizer, rollouts, system=systems(rollouts.prompts, teacher_system)),
+            head_over(teacher.model, teacher.tokenizer, told),
             mask=rollouts.mask,
             top_k=top_k,
             selector=ColumnRequest(columns),

@@ -105,8 +105,7 @@ def ratio_variance(log_p: Tensor, log_q: Tensor) -> Tensor:
     return variance.masked_fill((log_ratio == math.inf).any(-1), math.inf)
 
 
-def topk_entropy(logits: Tensor) -> Tensor:
-    """(n,) entropy of the softmax over a list's (n, K) logits, divided by the log of the number of ids with p > 0."""
-    log_p = torch.log_softmax(logits, -1)
+def topk_entropy(log_p: Tensor) -> Tensor:
+    """(n,) entropy of (n, K) log-probabilities over a list, divided by the log of the number of ids with p > 0."""
     length = (log_p > LEAST_LISTED).sum(-1).clamp_min(2)
     return entropy(log_p) / length.to(log_p.dtype).log()

@@ -48,8 +48,9 @@ from opd_ops.inputs.sources import Shard
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.budget import Budget, SelectionOptions, select_over_ranks
 from opd_ops.selection.normalisers import over_ranks
-from opd_ops.selection.selectors import Selector, bound_selector, is_deterministic, named_selector, selection_options
-from opd_ops.selection.stats import OPTIONAL_COLUMNS, SWEPT_COLUMNS, TOKEN_COLUMNS, TokenStats
+from opd_ops.selection.sampled import LOGPROBS
+from opd_ops.selection.selectors import IER, Selector, bound_selector, is_deterministic, named_selector, selection_options
+from opd_ops.selection.stats import OPTIONAL_COLUMNS, SWEPT_COLUMNS, TokenStats
 from opd_ops.selection.weighting import named_weighting
 from opd_ops.settings import LossOptions, Settings, check_divergence_top_k, check_top_k
 
@@ -266,8 +267,10 @@ class _Communication:
         )
         if self.backend != "eager" and "jsd" in self.needs:
             yield from self._vocabulary("statistics", "all_reduce", SUMS_BYTES * self.N)
-        for _ in self.needs & TOKEN_COLUMNS:
+        for _ in self.needs & LOGPROBS:
             yield from self._vocabulary("statistics", "all_reduce", self.dtype.itemsize * self.N)
+        for _ in range(2 if "ier" in self.needs else 0):
+            yield from self._statistics("statistics", self.N, self.settings.top_k, models=1)
         scores, sent = self._scores()
         yield from self._selection("scores", sent)
         if not is_deterministic(self.selector):
@@ -384,6 +387,8 @@ class _Communication:
         ranks = _RecordingRanks(n=self.n_selecting)
         with torch.no_grad(), over_ranks(ranks):
             scores = self.selector(self._statistics_of_no_position())
+        if isinstance(self.selector, IER) and self.selector.base is not None:  # its ranks gather the values of all positions
+            ranks.sent[1] = ("all_gather", 8 * self.n_positions)
         return scores, ranks.sent
 
     def _weights(self) -> Iterator[Collective]:

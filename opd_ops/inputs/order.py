@@ -22,7 +22,7 @@ def best_places(values: Tensor, ids: Tensor, k: int) -> Tensor:
         # + 0.0 turns -0.0 into 0.0, its equal. A NaN of either sign comes first.
         bits = (values + 0.0).nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf).view(torch.int32)
         key = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # increases with the value, also for negative values
-        return torch.topk(key.long().bitwise_left_shift_(32).bitwise_or_(0x7FFFFFFF - ids), k, dim=1).indices
+        return torch.topk(torch.add(0x7FFFFFFF - ids, key, alpha=1 << 32), k, dim=1).indices
     by_id = torch.argsort(ids.expand_as(values), dim=1)
     by_value = torch.sort(values.gather(1, by_id), dim=1, descending=True, stable=True).indices[:, :k]
     return by_id.gather(1, by_value)

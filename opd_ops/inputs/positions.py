@@ -50,6 +50,8 @@ class Positions(NamedTuple):
         Collectives: a gather of an int64, for which the CPU waits, and a gather of (3, n_sequences) int64.
         Raises: ValueError, on every rank: ranks with different numbers of sequences.
         """
+        if ranks is None and self.cu_seqlens is None and self.shape.numel():
+            return self._places_along_rows()
         shape, device = self.shape, self.device
         ids, n = numbered_sequences(shape, self.cu_seqlens, device)
         if ranks is not None:
@@ -57,15 +59,30 @@ class Positions(NamedTuple):
         allowed = torch.ones_like(ids, dtype=torch.bool) if self.allowed is None else self.allowed.flatten()
         length = torch.zeros(n, dtype=torch.long, device=device).index_add(0, ids, torch.ones_like(ids))
         place = torch.arange(len(ids), device=device) - (length.cumsum(0) - length)[ids]  # in this rank's part
-        first = torch.full_like(length, BEYOND).scatter_reduce(0, ids, torch.where(allowed, place, BEYOND), "amin")
-        last = torch.full_like(length, -1).scatter_reduce(0, ids, torch.where(allowed, place, -1), "amax")
-        parts = torch.stack((length, first, last))
-        lengths, firsts, lasts = (parts.unsqueeze(0) if ranks is None else ranks.gather(parts)).unbind(1)  # (ranks, n)
-        n_earlier = lengths.cumsum(0) - lengths
-        first = torch.where(lasts < 0, BEYOND, firsts + n_earlier).amin(0)
-        last = torch.where(lasts < 0, -1, lasts + n_earlier).amax(0)
-        place = place + n_earlier[0 if ranks is None else ranks.rank][ids]
-        return torch.where((place >= first[ids]) & (place <= last[ids]), place - first[ids] + 1, 0).view(shape)
+        first = torch.full_like(length, BEYOND).scatter_reduce(0, ids, place.masked_fill(~allowed, BEYOND), "amin")
+        last = torch.full_like(length, -1).scatter_reduce(0, ids, place.masked_fill(~allowed, -1), "amax")
+        if ranks is not None:
+            lengths, firsts, lasts = ranks.gather(torch.stack((length, first, last))).unbind(1)  # (ranks, n)
+            n_earlier = lengths.cumsum(0) - lengths
+            first = torch.where(lasts < 0, BEYOND, firsts + n_earlier).amin(0)
+            last = torch.where(lasts < 0, -1, lasts + n_earlier).amax(0)
+            place = place + n_earlier[ranks.rank][ids]
+        first_place = first[ids]
+        outside = (place < first_place) | (place > last[ids])
+        return (place - first_place + 1).masked_fill(outside, 0).view(shape)
+
+    def _places_along_rows(self) -> Tensor:
+        """`response_places` of rows of one length."""
+        length = self.shape[-1] if len(self.shape) else 1
+        place = torch.arange(length, device=self.device)
+        rows = place.expand(self.shape.numel() // length, length)
+        if self.allowed is None:
+            return (rows + 1).view(self.shape)
+        masked = self.allowed.reshape(rows.shape).logical_not()
+        first = rows.masked_fill(masked, BEYOND).amin(1, keepdim=True)
+        last = rows.masked_fill(masked, -1).amax(1, keepdim=True)
+        outside = (place < first) | (place > last)
+        return (place - first + 1).masked_fill(outside, 0).view(self.shape)
 
 
 def positions(
@@ -98,7 +115,10 @@ def positions(
     tokens = targets if tokens is None else tokens
     if vocab_size is not None and tokens is not None:  # a position without a token cannot be trained on
         conditions.append((tokens >= 0) & (tokens < vocab_size))
-    valid = allowed = None if not conditions else torch.stack(conditions).all(0)
+    valid = None
+    if conditions:
+        valid = conditions[0] if len(conditions) == 1 else torch.stack(conditions).all(0)
+    allowed = valid
     if len(special_ids):
         if tokens is None:
             raise ValueError("special_ids: got ids, but no tokens to look among; pass tokens=, or labels to the loss")

@@ -66,7 +66,9 @@ class StudentStats:
 
     @classmethod
     @torch.no_grad()
-    def of_logits(cls, logits: Tensor, *, top_k: int = DEFAULT_TOP_K, temperature: float = DEFAULT_TEMPERATURE) -> StudentStats:
+    def from_logits(
+        cls, logits: Tensor, *, top_k: int = DEFAULT_TOP_K, temperature: float = DEFAULT_TEMPERATURE
+    ) -> StudentStats:
         """The statistics of (..., V) logits, computed in fp32 (fp64 for fp64), for a user's own sampler.
 
         Raises: ValueError: a top_k below 1, or a temperature that is not above 0. TypeError: a top_k that is no integer.
@@ -95,7 +97,7 @@ class RolloutRecorder:
     It returns the scores unchanged. `generate` applies temperature, top-k and top-p later, so that these do not matter. It
     applies penalties earlier: a `repetition_penalty`, suppressed tokens or a minimum length, in the call or in the model's
     generation_config, would be recorded as the model's own logits. Switch penalties off, as on-policy training needs anyway, or
-    pass raw logits (`output_logits=True`) to `StudentStats.of_logits`. One row per sequence: not for beam search.
+    pass raw logits (`output_logits=True`) to `StudentStats.from_logits`. One row per sequence: not for beam search.
 
     Args:
         top_k: `top_k` of the call that will use the statistics.
@@ -112,7 +114,7 @@ class RolloutRecorder:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """One step: (B, V) scores of the next token of every sequence."""
-        self._steps.append(StudentStats.of_logits(scores, top_k=self.top_k, temperature=self.temperature))
+        self._steps.append(StudentStats.from_logits(scores, top_k=self.top_k, temperature=self.temperature))
         return scores
 
     def stats(self) -> StudentStats:

@@ -135,18 +135,24 @@ class Source(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         own = self.leading, self.weight, self.bias, self.logsumexp, self.routes
-        tensors = tuple(t for t in own if t is not None)
-        return tensors + tuple(t for other in self.others for t in other.tensors)
+        tensors = tuple([t for t in own if t is not None])
+        return tensors + tuple(t for other in self.others for t in other.tensors) if self.others else tensors
+
+    @property
+    def is_uncounted(self) -> bool:
+        """Whether some tensor has no version counter."""
+        return any(self.uncounted) or any(other.is_uncounted for other in self.others)
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Source:
         """The same source with other tensors, in the order of `self.tensors`."""
         remaining = iter(tensors)
-        source = self._replace(leading=next(remaining))
-        source = source if self.weight is None else source._replace(weight=next(remaining))
-        source = source if self.bias is None else source._replace(bias=next(remaining))
-        source = source if self.logsumexp is None else source._replace(logsumexp=next(remaining))
-        source = source if self.routes is None else source._replace(routes=next(remaining))
-        return source._replace(others=tuple(x.with_tensors([next(remaining) for _ in x.tensors]) for x in self.others))
+        leading = next(remaining)
+        weight = None if self.weight is None else next(remaining)
+        bias = None if self.bias is None else next(remaining)
+        logsumexp = None if self.logsumexp is None else next(remaining)
+        routes = None if self.routes is None else next(remaining)
+        others = tuple(x.with_tensors([next(remaining) for _ in x.tensors]) for x in self.others) if self.others else ()
+        return Source(self.transform, leading, weight, bias, self.float8, others, logsumexp, routes, self.uncounted)
 
     def emptied(self) -> Source:
         """The same source with empty tensors, for `with_tensors` to fill."""
@@ -210,6 +216,8 @@ def put_rows(tensor: Tensor, rows: Tensor, values: Tensor) -> None:
 
 def _flattened(tensor: Tensor) -> Tensor | None:
     """(N, last) view of (..., last); None if its strides allow none."""
+    if tensor.dim() == 2:
+        return tensor
     shape, stride = tensor.shape[:-1], tensor.stride()
     if all(stride[i] == stride[i + 1] * shape[i + 1] for i in range(len(shape) - 1)):
         return tensor.view(-1, tensor.shape[-1]) if tensor.numel() else tensor.reshape(shape.numel(), tensor.shape[-1])

@@ -131,7 +131,7 @@ class TeacherLists(NamedTuple):
     ids: Tensor  # (N, K) int64, LAST_ID where missing
     logprobs: Tensor  # (N, K), -inf where missing; NaN at a position that is not valid
     with_token: bool = False
-    of_student: bool = False  # whether the student chose the ids
+    chosen_by_student: bool = False  # whether the student chose the ids
 
     @staticmethod
     def of(
@@ -150,7 +150,7 @@ class TeacherLists(NamedTuple):
             workspace: Scratch memory: lists are sorted in groups that fit; None: all at once.
         """
         n, is_sampled = teacher.positions.numel(), isinstance(teacher, SampledLogprobs)
-        of_student = isinstance(teacher, TopKLogprobs) and teacher.of == "student"
+        chosen_by_student = isinstance(teacher, TopKLogprobs) and teacher.of == "student"
         columns = [x.detach().unsqueeze(-1) if is_sampled else x.detach() for x in (teacher.ids, teacher.logprobs)]
         width, device = columns[0].shape[-1], teacher.ids.device
         length = width if longest is None else min(longest, width)
@@ -162,10 +162,10 @@ class TeacherLists(NamedTuple):
             group_ids, group_logprobs = (take_rows(x, rows) for x in columns)
             ordered = TeacherLists._in_order(group_ids, group_logprobs, vocab_size, dtype, merged)
             ids[group], logprobs[group] = (x[:, :length] for x in ordered)
-            if of_student:
+            if chosen_by_student:
                 missing = _is_missing(group_ids, group_logprobs, vocab_size).any(1, keepdim=True)
                 logprobs[group] = logprobs[group].masked_fill_(missing, torch.nan)
-        return TeacherLists(ids, logprobs, is_sampled, of_student)
+        return TeacherLists(ids, logprobs, is_sampled, chosen_by_student)
 
     @staticmethod
     def _in_order(
@@ -230,8 +230,8 @@ def check_lists(teacher: SparseTeacher, logprobs: Tensor, valid: Tensor | None) 
     place = f"at position {first} ({int(bad.sum())} such positions)"
     if bool((teacher.logprobs[first].isnan() & (teacher.ids[first] >= 0)).any()):
         raise ValueError(f"{name}.logprobs: got NaN {place}, expected log-probabilities, -inf or id -1 where one is missing")
-    of_ids = logprobs[:, : teacher.ids.shape[-1]].view(*teacher.positions, -1)[first]
-    if getattr(teacher, "of", "teacher") == "student" and bool(of_ids.isnan().all()):
+    id_logprobs = logprobs[:, : teacher.ids.shape[-1]].view(*teacher.positions, -1)[first]
+    if getattr(teacher, "of", "teacher") == "student" and bool(id_logprobs.isnan().all()):
         raise ValueError(
             f"{name}: got a missing entry {place}, expected a log-probability of every id, because the student chose the ids "
             "(of='student')"

@@ -26,7 +26,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from opd_ops.arguments import traced_as_constant
+from opd_ops.arguments import may_look, number_in, traced_as_constant
 from opd_ops.distributed.order_statistics import order_statistics
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.inputs.sequences import check_same_sequences
@@ -119,7 +119,11 @@ def select(
     """
     keys = _keys(scores)
     if budget.threshold is None:
-        n = budget.of(valid.sum().view(1) if ids is None else _count(valid, ids))
+        n: Tensor | int
+        if ids is None and may_look(valid):
+            n = budget.most(int(number_in(valid.sum())))
+        else:
+            n = budget.of(valid.sum().view(1) if ids is None else _count(valid, ids))
         highest = (n + 1) // 2 if both_ends else n
         selected = _best(keys, highest, ids, places)
         if both_ends:
@@ -239,10 +243,10 @@ def _count(flags: Tensor, ids: Tensor, n: int | None = None) -> Tensor:
     return torch.zeros(n, dtype=torch.long, device=flags.device).index_add(0, ids, flags.long())
 
 
-def _best(keys: Tensor, n: Tensor, ids: Tensor | None, places: Tensor | None) -> Tensor:
+def _best(keys: Tensor, n: Tensor | int, ids: Tensor | None, places: Tensor | None) -> Tensor:
     """(N,) bool: the n[i] largest keys of each sequence i, no -inf. Among ties: smaller place, then earlier position.
 
-    `ids`: None: all keys are one sequence, and n is (1,).
+    `ids`: None: all keys are one sequence, and n is (1,), or a number that the CPU knows.
     """
     if places is None:
         ordered, order = torch.sort(keys, descending=True, stable=True)
@@ -250,6 +254,11 @@ def _best(keys: Tensor, n: Tensor, ids: Tensor | None, places: Tensor | None) ->
         by_place = torch.sort(places, stable=True).indices
         ordered, by_key = torch.sort(keys[by_place], descending=True, stable=True)
         order = by_place[by_key]
+    if isinstance(n, int):
+        best = order[:n]
+        if n and number_in(ordered[n - 1]) == -math.inf:
+            best = best[ordered[:n] > -math.inf]
+        return torch.zeros_like(keys, dtype=torch.bool).index_fill_(0, best, True)
     index, wanted = torch.arange(len(keys), device=keys.device), n
     if ids is not None:
         by_sequence = torch.sort(ids[order], stable=True).indices

@@ -3,6 +3,7 @@
   quantile_norm   clip((z - Q.05) / (Q.95 - Q.05 + eps), 0, 1)                   arXiv 2605.26844 (TA) eq. 11
   minmax_norm     (z - min) / (max - min) after z <- min(z, Q.98)                arXiv 2604.14084 (TIP) section 6
   released_norm   as TA's released code: no epsilon, a range below 1e-12 gives 0
+  rank_norm       the place in the ascending order, 0 ... n - 1, over n - 1          IER, arXiv 2609.24432
 
 Over ranks (`over_ranks`) they use the valid positions of all ranks, as one process with all positions would.
 Everything is computed in fp64 on the device. Infinite statistics (student or teacher logits of -inf) are left out of the fit
@@ -16,11 +17,12 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from opd_ops.arguments import is_traced
+from opd_ops.arguments import is_traced, may_look
 from opd_ops.distributed.order_statistics import order_statistics
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.selection.stats import is_finite
@@ -29,6 +31,8 @@ EPSILON = 1e-8
 ROUNDING_ULPS = 8
 LARGEST = torch.finfo(torch.float64).max
 RELEASED_RANGE = 1e-12  # TA's released normaliser has no epsilon: a range below this gives 0
+
+Number = TypeVar("Number", float, Tensor)
 
 _ranks: ContextVar[Ranks | None] = ContextVar("ranks", default=None)  # a selector's signature has no argument for ranks
 
@@ -61,6 +65,8 @@ def _quantiles(z: Tensor, among: Tensor, levels: Sequence[tuple[float, float]], 
     if ranks is not None:
         each = zip(columns, flags, levels, strict=True)
         quantiles = torch.stack([_quantiles_over_ranks(x, flag, pair, dtype, ranks) for x, flag, pair in each])
+    elif columns.shape[1] and may_look(columns):
+        quantiles = columns.new_tensor(_looked_up(columns, flags, levels))
     elif columns.shape[1]:
         places = _places(flags.sum(1, dtype=torch.float64), levels)
         ordered = columns.masked_fill(flags.logical_not(), LARGEST).sort(1).values
@@ -71,6 +77,20 @@ def _quantiles(z: Tensor, among: Tensor, levels: Sequence[tuple[float, float]], 
     else:
         quantiles = columns.new_full((len(columns), 2), LARGEST)
     return quantiles.view(-1, 2, *(1,) * (z.dim() - 1))
+
+
+def _looked_up(columns: Tensor, flags: Tensor, levels: Sequence[tuple[float, float]]) -> list[list[float]]:
+    """The quantiles of (columns, N) on a CPU, where Python's fp64 arithmetic costs less than operators of torch."""
+    counts: list[int] = flags.sum(1).tolist()
+    if min(counts) < columns.shape[1]:
+        columns = columns.masked_fill(flags.logical_not(), LARGEST)
+    places = [[level * max(n - 1, 0) for level in pair] for n, pair in zip(counts, levels, strict=True)]
+    index = [[around(place) for around in (math.floor, math.ceil) for place in pair] for pair in places]
+    ends: list[list[float]] = columns.sort(1).values.gather(1, torch.tensor(index)).tolist()
+    return [
+        [_between(low, high, place - math.floor(place)) for low, high, place in zip(four[:2], four[2:], pair, strict=True)]
+        for four, pair in zip(ends, places, strict=True)
+    ]
 
 
 def _quantiles_over_ranks(z: Tensor, among: Tensor, levels: tuple[float, float], dtype: torch.dtype, ranks: Ranks) -> Tensor:
@@ -95,7 +115,7 @@ def _places(n: Tensor, levels: Sequence[tuple[float, float]]) -> Tensor:
     return torch.stack([level * x for pair, x in zip(levels, last, strict=True) for level in pair]).view(-1, 2)
 
 
-def _between(low: Tensor, high: Tensor, beyond: Tensor) -> Tensor:
+def _between(low: Number, high: Number, beyond: Number) -> Number:
     """The quantiles that lie the share `beyond` of the way from low to high.
 
     Not by torch.lerp: whether it fuses the product and the sum depends on the device.
@@ -114,6 +134,13 @@ def _rounding(quantiles: Tensor, dtype: torch.dtype) -> Tensor:
     return quantiles.abs().amax(1).mul_(ROUNDING_ULPS * torch.finfo(dtype).eps)
 
 
+def _may_be_constant(quantiles: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the range of a column may be within its rounding; only a CPU looks."""
+    eps = ROUNDING_ULPS * torch.finfo(dtype).eps
+    pairs = quantiles.flatten(1).tolist() if may_look(quantiles) else [(0.0, 0.0)]
+    return any(high - low <= eps * max(abs(low), abs(high)) for low, high in pairs)
+
+
 def quantile_norm(z: Tensor, valid: Tensor, *, epsilon: float = EPSILON) -> Tensor:
     """TA eq. 11: clip((z - Q.05) / (Q.95 - Q.05 + epsilon), 0, 1); a constant z gives 0.
 
@@ -124,8 +151,11 @@ def quantile_norm(z: Tensor, valid: Tensor, *, epsilon: float = EPSILON) -> Tens
     quantiles = _quantiles(z, fitted, [(0.05, 0.95)] * len(z), dtype)
     low, high = quantiles.unbind(1)
     height, width = z - low, high - low
-    constant = torch.maximum(height.abs(), width) <= _rounding(quantiles, dtype)  # False where z is NaN or infinite
-    return height.div_(width.add_(epsilon)).masked_fill_(constant, 0.0).clamp(0, 1).view(shape)
+    scaled = height / (width + epsilon)
+    if _may_be_constant(quantiles, dtype):
+        constant = torch.maximum(height.abs(), width) <= _rounding(quantiles, dtype)  # False where z is NaN or infinite
+        scaled.masked_fill_(constant, 0.0)
+    return scaled.clamp(0, 1).view(shape)
 
 
 def released_norm(z: Tensor, among: Tensor) -> Tensor:
@@ -157,9 +187,30 @@ def minmax_norm(z: Tensor, valid: Tensor, *, clip: float | Sequence[float | None
             column if x is None else torch.minimum(column, limit) for column, limit, x in zip(z, high, clips, strict=True)
         ]
         z = torch.stack(limited)
-    height, width = z - low, high - low
-    flat = (width <= _rounding(quantiles, dtype)) & (z < math.inf)  # False where z is NaN
-    return height.div_(width).masked_fill_(flat, 0.0).clamp(0, 1).view(shape)
+    width = high - low
+    scaled = (z - low).div_(width)
+    if _may_be_constant(quantiles, dtype):
+        scaled.masked_fill_((width <= _rounding(quantiles, dtype)) & (z < math.inf), 0.0)  # not where z is NaN
+    return scaled.clamp(0, 1).view(shape)
+
+
+def rank_norm(z: Tensor, valid: Tensor) -> Tensor:
+    """The place of z in the ascending order of the valid positions, divided by the last place; equal: the earlier is lower.
+
+    Over ranks each sends its number of positions and its values; the positions of lower ranks are the earlier ones.
+    """
+    own = torch.where(valid, z.double(), math.inf).flatten()
+    ranks = None if is_traced() else _ranks.get()
+    if ranks is None:
+        values, first = own, 0
+    else:
+        longest = int(ranks.gather(torch.tensor([len(own)], device=own.device)).max())
+        values = ranks.gather(torch.nn.functional.pad(own, (0, longest - len(own)), value=math.inf)).flatten()
+        first = ranks.rank * longest
+    order = values.sort(stable=True).indices
+    places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+    last = ((values < math.inf).sum() - 1).clamp_min(1)
+    return (places[first : first + len(own)] / last).double().clamp_max(1).view(z.shape)
 
 
 def largest(z: Tensor, valid: Tensor) -> Tensor:

@@ -25,10 +25,15 @@ LOGPROBS = frozenset({"student_logprob", "teacher_logprob"})
 
 def log_ratio(stats: TokenStats) -> Tensor:
     """A, fp64."""
-    log_p, log_q = stats.student_logprob, stats.teacher_logprob
-    assert log_p is not None
-    assert log_q is not None
-    return log_q.double() - log_p.double()
+    log_p, log_q = logprobs(stats)
+    return log_q - log_p
+
+
+def logprobs(stats: TokenStats) -> tuple[Tensor, Tensor]:
+    """log p(y) and log q(y), fp64."""
+    assert stats.student_logprob is not None
+    assert stats.teacher_logprob is not None
+    return stats.student_logprob.double(), stats.teacher_logprob.double()
 
 
 @dataclass(frozen=True)
@@ -47,15 +52,15 @@ class Dial:
             raise ValueError(f"Dial.beta: got {shown(self.beta)}, expected a finite number of at least 0")
 
     def __call__(self, stats: TokenStats) -> Tensor:
-        size = log_ratio(stats).abs()
-        assert stats.student_logprob is not None
-        assert stats.teacher_logprob is not None
-        larger = torch.maximum(stats.student_logprob, stats.teacher_logprob).double()
+        log_p, log_q = logprobs(stats)
+        size, larger = (log_q - log_p).abs_(), torch.maximum(log_p, log_q).exp_()
         # L = larger (1 - e^-|A|) / |A|: no difference of nearly equal probabilities
-        ratio = torch.where(size == 0, 1.0, -torch.expm1(-size) / torch.where(size == 0, 1.0, size))
-        score = size * (larger.exp() * ratio).pow(self.beta)
-        gap = -torch.expm1(-size) * larger.exp()
-        return torch.where(size == math.inf, size.pow(1 - self.beta) * gap.pow(self.beta), score)
+        missing, is_equal = torch.expm1(-size).neg_(), size == 0
+        mean = (missing / size.masked_fill(is_equal, 1)).masked_fill_(is_equal, 1).mul_(larger)
+        gap = missing.mul_(larger)
+        if self.beta == 1:
+            return torch.where(size == math.inf, gap, mean.mul_(size))
+        return torch.where(size == math.inf, size.pow(1 - self.beta) * gap.pow(self.beta), mean.pow(self.beta).mul_(size))
 
 
 @dataclass(frozen=True)

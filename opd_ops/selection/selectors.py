@@ -12,6 +12,7 @@
   multinomial             H^alpha JSD^gamma, sampled           TIP table 3
   ...-released            teachability, teachability+entropy, tip and entropy as TA's released code computes them: from the two
                           top-K lists, with its own normaliser, order of ties and added positions
+  ier                     signal over noise of the gradient on S ∪ T ∪ {y}: backends/shared/candidates.py has the equation
   dial, log-ratio, ratio-variance   of the sampled token, of the log-ratio: sampled.py has the equations
   random, all, prefix     controls
   Norm(z) = clip((z - Q.05) / (Q.95 - Q.05 + eps), 0, 1), TA eq. 11, over the valid positions of the whole batch.
@@ -37,7 +38,7 @@ from torch import Tensor
 
 from opd_ops.arguments import check_choice, real, shown, take_plain
 from opd_ops.selection.budget import SelectionOptions
-from opd_ops.selection.normalisers import minmax_norm, quantile_norm, released_norm
+from opd_ops.selection.normalisers import minmax_norm, quantile_norm, rank_norm, released_norm
 from opd_ops.selection.sampled import Dial, LogRatio, RatioVariance
 from opd_ops.selection.stats import WHOLE_ROW_COLUMNS, TokenStats
 
@@ -136,29 +137,80 @@ class Released:
         check_choice("Released.fit", self.fit, ("all", "valid"))
 
     def __call__(self, stats: TokenStats) -> Tensor:
-        if self.score == "teachability":
-            d, c = self._norms(stats, "D", "C")
-            return d * c
-        if self.score == "entropy":
-            return self._norms(stats, "H")[0]
-        return _released_or(*self._norms(stats, "H", "D" if self.score == "tip" else "DC"))
+        return self._score(self._norms(stats, *self._names))
 
     def keep_scores(self, stats: TokenStats) -> Tensor:
         """The scores for the one position that a response without a selected one gets."""
-        return _released_or(*self._norms(stats, "H", "DC"))
+        norms = self._norms(stats, "H", "DC")
+        return _released_or(norms["H"], norms["DC"])
 
-    def _norms(self, stats: TokenStats, *names: str) -> tuple[Tensor, ...]:
+    def both_scores(self, stats: TokenStats) -> tuple[Tensor, Tensor]:
+        """Its scores and `keep_scores`, from one normaliser of all columns."""
+        norms = self._norms(stats, *dict.fromkeys((*self._names, "H", "DC")))
+        scores = self._score(norms)
+        return scores, scores if self.score == "teachability+entropy" else _released_or(norms["H"], norms["DC"])
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        names = {"teachability": ("D", "C"), "teachability+entropy": ("H", "DC"), "tip": ("H", "D"), "entropy": ("H",)}
+        return names[self.score]
+
+    def _score(self, norms: dict[str, Tensor]) -> Tensor:
+        first, *others = (norms[name] for name in self._names)
+        if not others:
+            return first
+        return first * others[0] if self.score == "teachability" else _released_or(first, others[0])
+
+    def _norms(self, stats: TokenStats, *names: str) -> dict[str, Tensor]:
         d, h, c = stats.released_kl, stats.topk_entropy, stats.support_mass if self.exact_mass else stats.overlap_mass
         assert d is not None
         assert h is not None
         among = stats.present if self.fit == "all" else stats.present & stats.valid
         columns = {"D": d, "C": c, "H": h} | ({"DC": d * c} if "DC" in names else {})
-        return released_norm(torch.stack([columns[name] for name in names]), among).unbind()
+        norms = released_norm(torch.stack([columns[name] for name in names]), among)
+        return dict(zip(names, norms.unbind(), strict=True))
 
 
 def _released_or(a: Tensor, b: Tensor) -> Tensor:
     """The soft-or, written so that it is exactly 1 where a or b is: there are ties."""
     return 1 - (1 - a) * (1 - b)
+
+
+@dataclass(frozen=True)
+class IER:
+    """The column `ier` alone, or its rank among the valid positions joined to a base score of 0 ... 1 (arXiv 2609.24432).
+
+    A response without a selected position gets its best one.
+
+    Args:
+        base: A selector whose scores lie in 0 ... 1, by its name or itself, like "teachability" or Released("tip"); None: none.
+        combine: "and": base times rank; "or": base + rank - base times rank.
+    """
+
+    base: str | Selector | None = None
+    combine: str = "and"
+    keep_one_per_sequence: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_choice("IER.combine", self.combine, ("and", "or"))
+        if self.base is not None and isinstance(named_selector(self.base), (Multinomial, Random, Prefix, IER)):
+            raise ValueError(
+                f"IER.base: got {self.base!r}, expected a selector of statistics alone: not one that draws, counts along "
+                "sequences, or is an IER itself"
+            )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The column, the sampled token's, and those of the base."""
+        base = frozenset() if self.base is None else needs_of(named_selector(self.base))
+        return base | {"ier", "student_logprob", "teacher_logprob"}
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        assert stats.ier is not None
+        if self.base is None:
+            return stats.ier
+        rank, base = rank_norm(stats.ier, stats.valid), named_selector(self.base)(stats).double()
+        return base * rank if self.combine == "and" else _soft_or(base, rank)
 
 
 @dataclass(frozen=True)
@@ -238,6 +290,7 @@ SELECTORS: dict[str, Selector] = {
     "dial": Dial(),
     "log-ratio": LogRatio(),
     "ratio-variance": RatioVariance(),
+    "ier": IER(),
     "random": Random(),
     "all": everything,
     "prefix": Prefix(),
@@ -246,6 +299,8 @@ SELECTORS: dict[str, Selector] = {
 
 def named_selector(selector: str | Selector) -> Selector:
     """The selector with this name; a callable is returned unchanged."""
+    if isinstance(selector, str) and selector in SELECTORS:
+        return SELECTORS[selector]
     names = ", ".join(SELECTORS)
     if isinstance(selector, type):
         raise TypeError(f"selector: got the class {selector.__name__}, expected an instance of it, or one of: {names}")
@@ -253,9 +308,7 @@ def named_selector(selector: str | Selector) -> Selector:
         return selector
     if not isinstance(selector, str):
         raise TypeError(f"selector: got {type(selector).__name__}, expected a callable or one of: {names}")
-    if selector not in SELECTORS:
-        raise ValueError(f"selector: got {selector!r}, expected a callable or one of: {names}")
-    return SELECTORS[selector]
+    raise ValueError(f"selector: got {selector!r}, expected a callable or one of: {names}")
 
 
 def bound_selector(selector: Selector, generator: torch.Generator | None, sequence_ids: Callable[[], Tensor]) -> Selector:
@@ -274,6 +327,8 @@ def needs_of(selector: Selector) -> frozenset[str]:
 
 def is_own(selector: Selector) -> bool:
     """Whether the selector is one of this package."""
+    if isinstance(selector, IER) and selector.base is not None:
+        return is_own(named_selector(selector.base))
     return isinstance(selector, (Multinomial, Random, Prefix, Released, Dial, LogRatio)) or selector in SELECTORS.values()
 
 
@@ -282,12 +337,16 @@ def is_deterministic(selector: Selector) -> bool:
     return is_own(selector) and not isinstance(selector, (Multinomial, Random))
 
 
-def selection_options(selector: Selector, stats: TokenStats) -> SelectionOptions:
-    """The options of `select_positions` that a selector's attributes set, from the statistics that it ranked."""
-    keep_scores = getattr(selector, "keep_scores", None)
+def selection_options(selector: Selector, stats: TokenStats, keep_scores: Tensor | None = None) -> SelectionOptions:
+    """The options of `select_positions` that a selector's attributes set, from the statistics that it ranked.
+
+    `keep_scores`: The selector's, where the caller has them; None: they are computed.
+    """
+    if keep_scores is None and hasattr(selector, "keep_scores"):
+        keep_scores = selector.keep_scores(stats)
     return {
         "keep_one_per_sequence": getattr(selector, "keep_one_per_sequence", False),
-        "keep_scores": None if keep_scores is None else keep_scores(stats),
+        "keep_scores": keep_scores,
         "places": stats.response_place if getattr(selector, "ties_by_place", False) else None,
         "both_ends": getattr(selector, "both_ends", False),
     }
@@ -312,6 +371,8 @@ def check_known(selector: Selector, known: str) -> None:
             return candidate in STUDENT_ONLY or isinstance(candidate, (Random, Prefix, Dial, LogRatio))
         return candidate not in WHOLE_ROW and not needs_of(candidate) & WHOLE_ROW_COLUMNS
 
+    if isinstance(selector, IER) and selector.base is not None:
+        check_known(named_selector(selector.base), known)
     named = SELECTORS.get(selector_name(selector), selector)  # an instance with other parameters has the same needs
     if not fits(named):
         expected = ", ".join(name for name, x in SELECTORS.items() if fits(x))
@@ -347,7 +408,7 @@ def own_name(selector: Selector) -> str | None:
 def selector_name(selector: Selector) -> str:
     """The selector's name in SELECTORS, also with other parameters; for a user's own selector its class name."""
     for name, candidate in SELECTORS.items():
-        has_parameters = isinstance(candidate, (Multinomial, Random, Released, Dial, LogRatio))
+        has_parameters = isinstance(candidate, (Multinomial, Random, Released, Dial, LogRatio, IER))
         if candidate is selector or (has_parameters and type(candidate) is type(selector)):
             return name
     return type(selector).__name__

@@ -16,10 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opd_ops.arguments import may_look, number_in
+from opd_ops.inputs.workspace import Workspace
+
 WHOLE_ROW_COLUMNS = frozenset({"jsd", "ratio_variance"})  # optional columns that need both models' whole rows
 LIST_COLUMNS = frozenset({"released_kl", "topk_entropy", "top1_agreement", "teacher_rank"})  # made of both top-K lists
 BACKEND_COLUMNS = WHOLE_ROW_COLUMNS | LIST_COLUMNS  # optional columns that a backend computes
-TOKEN_COLUMNS = frozenset({"student_logprob", "teacher_logprob"})  # of the sampled token (call/score.py)
+TOKEN_COLUMNS = frozenset({"student_logprob", "teacher_logprob", "ier"})  # of the sampled token (call/score.py)
 OPTIONAL_COLUMNS = BACKEND_COLUMNS | TOKEN_COLUMNS | {"response_place"}
 SWEPT_COLUMNS = (  # columns from one sweep of both models over the vocabulary
     "student_entropy",
@@ -47,6 +50,11 @@ KL_REFERENCE_COLUMNS = frozenset(REFERENCE_COLUMNS) - {"top_log_ratio"}
 def is_finite(x: Tensor) -> Tensor:
     """torch.isfinite in half as many operators."""
     return x.abs() < math.inf
+
+
+def all_set(flags: Tensor) -> bool:
+    """Whether a CPU sees that every flag is set. Elsewhere looking would make it wait."""
+    return may_look(flags) and bool(number_in(flags.all()))
 
 
 class TokenStats(NamedTuple):
@@ -78,6 +86,7 @@ class TokenStats(NamedTuple):
     teacher_rank: Tensor | None = None  # place of the student's first id in the teacher's list: 1, 2, ...; K + 1: not on it
     student_logprob: Tensor | None = None  # log p(y), y the sampled token
     teacher_logprob: Tensor | None = None  # log q(y)
+    ier: Tensor | None = None  # signal over noise of the gradient on S ∪ T ∪ {y} (backends/shared/candidates.py)
     response_place: Tensor | None = None  # int64: 1, 2, ... along its response; 0: in no response (inputs/positions.py)
     # `REFERENCE_COLUMNS`, for gradients of backend "torch"; a: the student's most likely id (backends/streamed/reference.py)
     reference_student: Tensor | None = None  # s_a
@@ -125,15 +134,18 @@ class TokenStats(NamedTuple):
 
         All columns of one dtype are placed at once: a launch for each would cost more than the columns themselves.
         """
+        is_valid = all_set(self.valid)
+        if rows is None and is_valid:
+            return self if len(shape) == 1 else self._map(lambda column: column.view(shape))
         columns = {name: column for name, column in self._asdict().items() if column is not None}
-        invalid = ~self.valid
         placed: dict[str, Tensor] = {}
         for dtype in dict.fromkeys(column.dtype for column in columns.values()):
             names = [name for name, column in columns.items() if column.dtype == dtype]
             if names == ["valid"]:
                 values = self.valid.unsqueeze(0)
             else:
-                values = torch.stack([columns[name] for name in names]).masked_fill_(invalid, 0)
+                values = torch.stack([columns[name] for name in names])
+                values = values if is_valid else values.masked_fill_(~self.valid, 0)
             if rows is not None:
                 values = values.new_zeros((len(names), shape.numel())).index_copy_(1, rows, values)
             placed |= dict(zip(names, values.view(len(names), *shape).unbind(0), strict=True))
@@ -157,6 +169,15 @@ class TokenStats(NamedTuple):
     def _map(self, function: Callable[[Tensor], Tensor]) -> TokenStats:
         columns = self._asdict().items()
         return TokenStats(**{name: function(column) for name, column in columns if column is not None})
+
+
+class Scoring(NamedTuple):
+    """How a backend computes statistics."""
+
+    top_k: int  # K
+    workspace: Workspace
+    score_dtype: torch.dtype | None = None  # of a head's logits; None: the backend's choice, which may be the head's 16 bits
+    columns: frozenset[str] = frozenset()  # the optional columns to compute
 
 
 class OwnStats(NamedTuple):

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Literal, TypeVar, cast
 from opd_ops.divergences import Divergence, resolve_divergence
 from opd_ops.settings import DEFAULTS, HELP, Settings
 from opd_ops.trainer.files import check_path, check_text, read_text
+from opd_ops.trainer.privileged import PrivilegedContext
 from opd_ops.trainer.prompts import PromptSource
+from opd_ops.trainer.self_teacher import FROZEN, own_weights
 
 if TYPE_CHECKING:
     import yaml
@@ -48,9 +50,17 @@ class OPDConfig:
     student: str = _option(
         "", "Model to train: a folder, a name on the hub, a .gguf file, or package:NAME for one in a package."
     )
-    teacher: str = _option(SAME, "Model that teaches, named alike; 'same': the student's own initial weights.")
+    teacher: str = _option(SAME, "Model that teaches, named alike; 'same': the student's own.")
+    teacher_weights: str = _option(
+        FROZEN, "Of the teacher 'same': frozen (the initial ones), live, lag=N (of N updates before), ema=D (average, decay D)."
+    )
     teacher_system: str | None = _option(
         None, "System message that only the teacher reads; a prompt's own teacher_system wins."
+    )
+    teacher_prompt: str | None = _option(
+        None,
+        "Template of the last message that only the teacher reads, with {prompt}, {answer} and {demonstration} of the row; "
+        "a prompt's own teacher_prompt wins.",
     )
     teacher_url: str | None = _option(
         None, "Server that answers log-probabilities of the prompt's tokens: the teacher instead of a model."
@@ -102,10 +112,13 @@ class OPDConfig:
     fraction_schedule: Literal["linear", "cosine"] = _option(
         "linear", "How the fraction goes from `fraction` in the first step to `fraction_end` in the last."
     )
+    count: int | None = _option(DEFAULTS.count, HELP["count"])
     scope: Scope = _option(  # noqa: RUF009  # `_option` is a dataclass field
         cast("Scope", DEFAULTS.scope),
         HELP["scope"],
     )
+    weighting: str | None = _option(cast("str | None", DEFAULTS.weighting), HELP["weighting"])
+    weight_mean: str | None = _option(DEFAULTS.weight_mean, HELP["weight_mean"])
     divergence: str = _option(str(DEFAULTS.divergence), HELP["divergence"])
     divergence_args: str = _option("", "Its parameters, like beta=0.3 or top_k=8,alpha=0.5.")
     top_k: int = _option(DEFAULTS.top_k, HELP["top_k"])
@@ -155,7 +168,10 @@ class OPDConfig:
         return Settings(
             selector=self.selector,
             fraction=self.fraction_at(step),
+            count=self.count,
             scope=self.scope,
+            weighting=self.weighting,
+            weight_mean=self.weight_mean,
             divergence=self.resolved_divergence(),
             top_k=self.top_k,
             workspace_bytes=self.workspace_bytes,
@@ -176,6 +192,10 @@ class OPDConfig:
             what = f"name=number with names of {', '.join(names)}" if names else f"nothing: {self.divergence} has no parameters"
             raise ValueError(f"divergence_args: got {self.divergence_args!r}, expected {what}") from None
         return dataclasses.replace(divergence, **values)  # type: ignore[type-var]
+
+    def privileged_context(self) -> PrivilegedContext:
+        """What the teacher alone reads."""
+        return PrivilegedContext(self.teacher_system, self.teacher_prompt)
 
     def train_source(self) -> PromptSource:
         return PromptSource(self.prompts, self.prompts_split, self.prompts_name)
@@ -224,10 +244,7 @@ class OPDConfig:
         for name in ("teacher_url", "teacher_store"):
             if getattr(self, name) is not None and self.teacher != SAME:
                 raise ValueError(f"teacher: got {self.teacher!r} and a {name}, expected one of the two")
-        if self.teacher == SAME and self.lora_rank > 0 and self.teacher_dtype != "auto":
-            raise ValueError(
-                f"teacher_dtype: got {self.teacher_dtype!r}, but under LoRA the teacher 'same' is the student's base"
-            )
+        self._check_own_weights()
         if not self.output_dir:
             raise ValueError("output_dir: got nothing, expected a folder")
         if not self.lora_dropout < 1:
@@ -257,6 +274,19 @@ class OPDConfig:
         self._check_trackers()
         self._check_loss()
         return self
+
+    def _check_own_weights(self) -> None:
+        self.privileged_context()
+        own_weights(self.teacher_weights)
+        if self.teacher_weights != FROZEN and (self.teacher != SAME or self.teacher_sends_lists):
+            raise ValueError(
+                f"teacher_weights: got {self.teacher_weights!r}, but the teacher is another than the student; leave it out, or "
+                "set teacher to 'same' without a server"
+            )
+        if self.teacher == SAME and self.teacher_dtype != "auto" and (self.lora_rank > 0 or self.teacher_weights != FROZEN):
+            raise ValueError(
+                f"teacher_dtype: got {self.teacher_dtype!r}, but this teacher is the student's own model (under LoRA its base)"
+            )
 
     def _check_sources(self) -> None:
         for name in ("split", "name"):
@@ -314,6 +344,10 @@ class OPDConfig:
     def _check_loss(self) -> None:
         if self.fraction_end is not None and not 0 < self.fraction_end <= 1:
             raise ValueError(f"fraction_end: got {self.fraction_end}, expected a number in (0, 1]")
+        if self.fraction_end is not None and self.count is not None:
+            raise ValueError(
+                f"count: got {self.count} and a fraction_end, each of which decides how many tokens; pass one of them"
+            )
         if self.fraction_end is None and self.fraction_schedule != OPDConfig.__dataclass_fields__["fraction_schedule"].default:
             raise ValueError(f"fraction_schedule: got {self.fraction_schedule!r} without fraction_end; set that too")
         if self.fraction_schedule not in ("linear", "cosine"):

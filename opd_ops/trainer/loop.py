@@ -48,11 +48,12 @@ from opd_ops.trainer.samplers import (
     rollout_server,
     sampling_options,
 )
+from opd_ops.trainer.self_teacher import SelfTeacher, check_sharded
 from opd_ops.trainer.server_faults import JointTeacher, save_after_failure
 from opd_ops.trainer.servers.retries import ServerError
 from opd_ops.trainer.stopping import Stopping
 from opd_ops.trainer.student import load_student, make_trainable
-from opd_ops.trainer.teachers import BaseTeacher, LocalTeacher, Teacher, check_teacher, make_teacher
+from opd_ops.trainer.teachers import LocalTeacher, Teacher, check_teacher, make_teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,6 +70,7 @@ MEANS = {  # logged name: (sum of the metric, count that divides it)
     "support_mass": ("support_mass_sum", "n_valid"),
     "support_mass_lower_bound": ("support_mass_lower_bound_sum", "n_valid"),
     "kl_sampled": ("kl_sampled_sum", "n_selected"),
+    "weight": ("weight_sum", "n_selected"),
 }
 COUNTS = ("n_valid", "n_selected", "n_infinite", "n_teacher_nonfinite")
 
@@ -108,11 +110,14 @@ class OPDTrainer:
         if holds_run and not config.resume:
             raise ValueError(f"output_dir: {self.folder} holds a run; pass resume to continue it, or another folder")
         self.prompts, self.held_out = self._read_prompts(prompts, eval_prompts)
+        if teacher is None:
+            config.privileged_context().check([*self.prompts, *self.held_out])
         is_student = teacher is None and config.teacher == SAME and not config.teacher_sends_lists
-        if is_student and config.teacher_system is None and all(prompt.teacher_system is None for prompt in self.prompts):
+        told = config.privileged_context().prompts(self.prompts) if is_student else []
+        if is_student and all(x.messages == prompt.messages for x, prompt in zip(told, self.prompts, strict=True)):
             raise ValueError(
-                "teacher: got 'same' and no teacher_system, so that student and teacher are one and there is nothing to learn; "
-                "name another teacher, or tell it more"
+                "teacher: got 'same' and no teacher_system, no teacher_prompt, so that student and teacher are one and there "
+                "is nothing to learn; name another teacher, or tell it more"
             )
         self.taught_by = describe_teacher(config) if teacher is None else PASSED_AS_OBJECT
 
@@ -129,6 +134,9 @@ class OPDTrainer:
             project_dir=str(self.folder),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
         )
+        self.is_sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        if self.is_sharded:
+            check_sharded(config.teacher_weights)
         digests = {"prompts": digest_of(self.prompts), "held-out prompts": digest_of(self.held_out)}
         self.start, self.damaged = choose(self.folder / FOLDER, self.accelerator) if config.resume else (None, {})
         self.changed = {} if self.start is None else check_resume(self.start, config, digests)
@@ -138,7 +146,7 @@ class OPDTrainer:
         model = load_student(self.config) if student is None else make_trainable(student, self.config)
         if teacher is None:
             teacher = make_teacher(config, model, self.tokenizer, self.accelerator.device, lists)
-        is_alone = self.accelerator.num_processes == 1 or isinstance(teacher, (LocalTeacher, BaseTeacher))
+        is_alone = self.accelerator.num_processes == 1 or isinstance(teacher, (LocalTeacher, SelfTeacher))
         self.teacher = teacher if is_alone else JointTeacher(teacher, self.accelerator)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -147,7 +155,8 @@ class OPDTrainer:
         scheduler = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
         self.schedule = get_scheduler(scheduler, self.optimizer, config.warmup_steps, config.steps)
         self.accelerator.register_for_checkpointing(self.schedule)
-        self.is_sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        if isinstance(teacher, SelfTeacher):
+            teacher.begin(optimizer, self.accelerator)
         self.checkpoints = Checkpoints(
             self.folder / FOLDER,
             self.config,

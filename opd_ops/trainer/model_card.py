@@ -13,14 +13,15 @@ from pathlib import Path
 from opd_ops import __version__
 from opd_ops.trainer.config import PASSED_AS_OBJECT, SAME, OPDConfig
 from opd_ops.trainer.models import PACKAGE
+from opd_ops.trainer.self_teacher import own_weights
 
 
 def describe_teacher(config: OPDConfig) -> str:
     """The teacher, in words."""
     is_student = config.teacher == SAME and not config.teacher_sends_lists
-    name = "the student's own initial weights" if is_student else config.teacher
+    name = own_weights(config.teacher_weights).name if is_student else config.teacher
     name = config.teacher_url or config.teacher_store or name
-    return f"{name}, told more in its system message" if config.teacher_system or is_student else name
+    return f"{name}, told more in its prompt" if config.teacher_system or config.teacher_prompt or is_student else name
 
 
 def model_card(config: OPDConfig, teacher: str, before: Mapping[str, float], after: Mapping[str, float]) -> str:
@@ -44,8 +45,8 @@ def model_card(config: OPDConfig, teacher: str, before: Mapping[str, float], aft
         f"# {config.student}, distilled on-policy",
         "",
         f"Trained by `opd_ops` {__version__} for {config.steps} steps on answers it wrote itself. Teacher: {teacher}.",
-        f"Of each micro-batch {_shares(config)} of the tokens, chosen by `{config.selector}`, were trained on with "
-        f"`{config.divergence}`.",
+        f"{_shares(config)}, chosen by `{config.selector}`, were trained on with `{config.divergence}`"
+        f"{f', weighted by `{config.weighting}`' if config.weighting else ''}.",
         "",
         *(["| held out, nats a token | before | after |", "|---|---|---|", *rows, ""] if rows else []),
         "## Settings",
@@ -58,5 +59,7 @@ def model_card(config: OPDConfig, teacher: str, before: Mapping[str, float], aft
 
 
 def _shares(config: OPDConfig) -> str:
+    if config.count is not None:
+        return f"Of each {'answer' if config.scope == 'sequence' else 'micro-batch'} at most {config.count} tokens"
     shares = [config.fraction] if config.fraction_end is None else [config.fraction, config.fraction_end]
-    return " to ".join(f"{100 * share:g} %" for share in shares)
+    return f"Of each micro-batch {' to '.join(f'{100 * share:g} %' for share in shares)} of the tokens"

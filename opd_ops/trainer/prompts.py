@@ -1,9 +1,10 @@
 """Prompts: read from JSONL or a `datasets` dataset, and turned into conversations for the student and the teacher.
 
   a row:  {"prompt": "text"} or {"messages": [{"role": ..., "content": ...}, ...]}, and optionally
-          "answer": the expected answer;  "teacher_system": a system message that only the teacher reads
+          "answer": the expected answer;  "demonstration": an answer that shows how, for a template to quote
+          "teacher_system", "teacher_prompt": a system message, a template of the last message, that only the teacher reads
 
-Not here: tokens (rollouts.py), the prompts of a step (order.py).
+Not here: tokens (rollouts.py), the prompts of a step (order.py), what templates are filled with (privileged.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from opd_ops.trainer.files import check_text, read_text
 
 Conversation = list[dict[str, str]]  # [{"role": ..., "content": ...}, ...]
+TOLD = ("teacher_system", "demonstration", "teacher_prompt")  # texts that only the teacher reads
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Prompt:
     messages: tuple[tuple[str, str], ...]  # (role, content)
     answer: str | None = None  # the expected answer
     teacher_system: str | None = None  # a system message that only the teacher reads
+    demonstration: str | None = None  # text that a template of the teacher may quote
+    teacher_prompt: str | None = None  # a template of the last message that only the teacher reads
 
     @classmethod
     def of(cls, text: str, **options: str | None) -> Prompt:
@@ -110,11 +114,12 @@ def parse_prompt(row: object, where: str) -> Prompt:
         )
     if messages[-1]["role"] == "assistant":
         raise ValueError(f"{where}: ends with an answer of the assistant, expected a prompt; leave the answer out")
-    system, answer = row.get("teacher_system"), row.get("answer")
-    if not isinstance(system, (str, type(None))):
-        raise ValueError(f"{where}: got teacher_system {system!r}, expected text")
-    prompt = Prompt(tuple((m["role"], m["content"]) for m in messages), None if answer is None else str(answer), system)
-    for text in (*(part for message in prompt.messages for part in message), prompt.answer, system):
+    answer, told = row.get("answer"), {name: row.get(name) for name in TOLD}
+    for name, value in told.items():
+        if not isinstance(value, (str, type(None))):
+            raise ValueError(f"{where}: got {name} {value!r}, expected text")
+    prompt = Prompt(tuple((m["role"], m["content"]) for m in messages), None if answer is None else str(answer), **told)
+    for text in (*(part for message in prompt.messages for part in message), prompt.answer, *told.values()):
         if text is not None:
             check_text(text, where)
     return prompt

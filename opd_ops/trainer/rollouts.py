@@ -3,7 +3,7 @@
   left-padded prompt of P columns, then L answer tokens y: hidden state P - 1 + i predicts y[i], for i = 0 ... L - 1
   mask[i] = 1 up to and including the first end token; all tokens after it are padding.
 
-The two models' prompts may differ (the teacher may have a longer system message); the answer's tokens are the same for both.
+The two models' prompts may differ in length (privileged.py); the answer's tokens are the same for both.
 Not here: which prompts (order.py), their text (prompts.py), answers sampled by a server (servers/rollouts.py).
 """
 
@@ -77,16 +77,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversat
     return tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=adds_special)
 
 
-def context_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, system: str | None) -> list[int]:
+def context_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, system: str | None = None) -> list[int]:
     """The token ids of one prompt, without padding, as a server reads it."""
     ids: list[int] = encode(tokenizer, [prompt.conversation(system)])["input_ids"][0].tolist()
     return ids
 
 
-def longest_context(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], systems: Sequence[str | None]) -> int:
-    """The number of tokens of the longest prompt, each under its system message."""
-    pairs = zip(prompts, systems, strict=True)
-    return max((len(context_ids(tokenizer, prompt, system)) for prompt, system in pairs), default=0)
+def longest_context(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> int:
+    """The number of tokens of the longest prompt."""
+    return max((len(context_ids(tokenizer, prompt)) for prompt in prompts), default=0)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -165,12 +164,10 @@ def sample(
 
 
 def model_inputs(
-    tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts, systems: Sequence[str | None]
+    tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts, system: str | None = None
 ) -> tuple[dict[str, Tensor], int]:
-    """The model's inputs: prompts, each under its system message, then answers; and the number of columns of the prompts."""
-    device = rollouts.tokens.device
-    conversations = [prompt.conversation(system) for prompt, system in zip(rollouts.prompts, systems, strict=True)]
-    prompts = encode(tokenizer, conversations).to(device)
+    """The model's inputs: prompts, under a system message if there is one, then answers; and the prompts' number of columns."""
+    prompts = encode(tokenizer, [prompt.conversation(system) for prompt in rollouts.prompts]).to(rollouts.tokens.device)
     ids = torch.cat((prompts["input_ids"], rollouts.tokens), 1)
     attention = torch.cat((prompts["attention_mask"], torch.ones_like(rollouts.tokens)), 1)
     positions = (attention.cumsum(1) - 1).clamp_min(0)  # padding on the left does not count
@@ -183,18 +180,17 @@ def head_over(
     tokenizer: PreTrainedTokenizerBase,
     rollouts: Rollouts,
     *,
-    system: str | Sequence[str | None] | None = None,
+    system: str | None = None,
     unwrapped: nn.Module | None = None,
 ) -> LinearHead:
     """The model's head over hidden states (B, L, D) whose row i predicts answer token i.
 
     Args:
-        system: One system message for all prompts, or one for each; None: the prompts' own.
+        system: The system message of all prompts; None: the prompts' own.
         unwrapped: The model inside `model`, if `model` is a wrapper whose hooks must run (DDP).
     """
     unwrapped = model if unwrapped is None else unwrapped
-    systems = [system] * len(rollouts.prompts) if system is None or isinstance(system, str) else list(system)
-    inputs, width = model_inputs(tokenizer, rollouts, systems)
+    inputs, width = model_inputs(tokenizer, rollouts, system)
     hidden, _ = last_hidden(model, unwrapped, inputs)
     # The last prompt token predicts answer token 0; the last answer token predicts no sampled token.
     return head_of(unwrapped, hidden[:, width - 1 : -1])

@@ -48,7 +48,7 @@ def check_rollout_server(
         raise ValueError(f"rollout_url: got {n_processes} processes, expected one, since the adapter is one")
     client = rollout_server(config, [0]).client  # the tokens that end an answer are those of a model that is not loaded yet
     chosen = client.choose(config.rollout_model)
-    longest = longest_context(tokenizer, prompts, [None] * len(prompts))
+    longest = longest_context(tokenizer, prompts)
     what = f"longest prompt ({longest}) + max_new_tokens ({config.max_new_tokens})"
     client.check_length(chosen, longest + config.max_new_tokens, what)
 
@@ -110,7 +110,7 @@ class ServerSampler:
             self.server.update(self.folder)
             self.step = step
         prompts = self.prompts_of(step, micro_batch)
-        ids = [context_ids(self.tokenizer, prompt, None) for prompt in prompts]
+        ids = [context_ids(self.tokenizer, prompt) for prompt in prompts]
         seed = seed_of(self.config.seed, "sample", step, micro_batch)
         answers = [torch.tensor(row) for row in self.server.sample(ids, seed=seed, **sampling_options(self.config))]
         pad = self.tokenizer.pad_token_id

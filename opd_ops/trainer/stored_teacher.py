@@ -44,7 +44,9 @@ class StoredTeacher:
 
     Args:
         folder: Holds the shards, `*.safetensors`; other files do not count, such as a killed run's `*.partial`.
-        teacher, tokenizer, top_k: What the folder must hold, see `Source`; None: what its first shard holds.
+        teacher: The teacher's name or digest that the shards must have; None: that of the first shard.
+        tokenizer: The tokenizer's name or digest; None: likewise.
+        top_k: K of the lists; None: likewise.
     Raises: ValueError: no shard (unless all three are given), or one that is truncated, altered or foreign; names it.
     """
 

@@ -1,12 +1,12 @@
-"""Teachers: a local model, the student's base model under LoRA, a server, or a folder of what a server said.
+"""Teachers: a local model, the student's own, a server, or a folder of what a server said.
 
-Each reads rollouts with its own system message.
+Each reads rollouts under its own prompt (privileged.py).
 
   teacher(rollouts) -> LinearHead over (B, L, D), or TopKLogprobs (B, L, K);  row i predicts answer token i
 
 The student's tokenizer and chat template write the teacher's prompt too: both models share one vocabulary.
-Not here: the server's protocol (servers/teacher.py), the folder (stored_teacher.py), how prompts and answers are aligned
-(rollouts.py).
+Not here: the student's own weights (self_teacher.py), the server's protocol (servers/teacher.py), the folder
+(stored_teacher.py), how prompts and answers are aligned (rollouts.py).
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from opd_ops.inputs.linear_head import LinearHead
 from opd_ops.inputs.teacher_lists import TopKLogprobs
 from opd_ops.trainer.config import SAME, OPDConfig
 from opd_ops.trainer.models import load_model, load_tokenizer
+from opd_ops.trainer.privileged import PrivilegedContext
 from opd_ops.trainer.prompts import Prompt
 from opd_ops.trainer.rollouts import Rollouts, context_ids, head_over, longest_context
+from opd_ops.trainer.self_teacher import FROZEN, SelfTeacher, own_weights
 from opd_ops.trainer.stored_teacher import StoredTeacher, StoringTeacher, vocabulary_digest
 
 if TYPE_CHECKING:
@@ -36,30 +38,16 @@ Teacher = Callable[[Rollouts], LinearHead | TopKLogprobs]
 
 
 class LocalTeacher:
-    """A frozen model on the student's device; `system`: its system message for prompts without a `teacher_system`."""
+    """A frozen model on the student's device."""
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> None:
-        self.model, self.tokenizer, self.system = model.requires_grad_(False).eval(), tokenizer, system
-
-    @torch.no_grad()
-    def __call__(self, rollouts: Rollouts) -> LinearHead:
-        return head_over(self.model, self.tokenizer, rollouts, system=systems(rollouts.prompts, self.system))
-
-
-class BaseTeacher:
-    """The student without its LoRA adapters: its initial weights, without a second copy in memory."""
-
-    def __init__(self, student: PeftModel, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> None:
-        self.student, self.tokenizer, self.system = student, tokenizer, system
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, context: PrivilegedContext | None = None) -> None:
+        self.model, self.tokenizer = model.requires_grad_(False).eval(), tokenizer
+        self.context = context or PrivilegedContext()
 
     @torch.no_grad()
     def __call__(self, rollouts: Rollouts) -> LinearHead:
-        was_training = self.student.training
-        self.student.eval()
-        with self.student.disable_adapter():
-            head = head_over(self.student, self.tokenizer, rollouts, system=systems(rollouts.prompts, self.system))
-        self.student.train(was_training)
-        return head
+        told = rollouts._replace(prompts=self.context.prompts(rollouts.prompts))
+        return head_over(self.model, self.tokenizer, told)
 
 
 class ListSource(Protocol):
@@ -72,12 +60,13 @@ class ListSource(Protocol):
 class ServerTeacher:
     """Top-K log-probabilities from a server, or from a folder of its answers."""
 
-    def __init__(self, server: ListSource, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> None:
-        self.server, self.tokenizer, self.system = server, tokenizer, system
+    def __init__(
+        self, server: ListSource, tokenizer: PreTrainedTokenizerBase, context: PrivilegedContext | None = None
+    ) -> None:
+        self.server, self.tokenizer, self.context = server, tokenizer, context or PrivilegedContext()
 
     def __call__(self, rollouts: Rollouts) -> TopKLogprobs:
-        pairs = zip(rollouts.prompts, systems(rollouts.prompts, self.system), strict=True)
-        contexts = [context_ids(self.tokenizer, prompt, system) for prompt, system in pairs]
+        contexts = [context_ids(self.tokenizer, prompt) for prompt in self.context.prompts(rollouts.prompts)]
         rows = zip(rollouts.tokens, rollouts.mask, strict=True)
         lists = self.server.score(contexts, [tokens[mask].tolist() for tokens, mask in rows])
         device, missing = rollouts.tokens.device, rollouts.tokens.shape[1] - lists.ids.shape[1]
@@ -95,7 +84,7 @@ def check_teacher(config: OPDConfig, tokenizer: PreTrainedTokenizerBase, prompts
     if config.teacher_url is not None:
         server = _server(config)
         server.check()
-        longest = longest_context(tokenizer, prompts, systems(prompts, config.teacher_system))
+        longest = longest_context(tokenizer, config.privileged_context().prompts(prompts))
         server.check_length(longest, config.max_new_tokens)
         if config.teacher_store is None:
             return server
@@ -130,19 +119,15 @@ def make_teacher(
     lists: ListSource | None,
 ) -> Teacher:
     """The teacher that the options name. `student`: the model before any training; `lists`: the result of `check_teacher`."""
+    context = config.privileged_context()
     if lists is not None:
-        return ServerTeacher(lists, tokenizer, config.teacher_system)
-    if config.teacher == SAME and config.lora_rank > 0:
-        return BaseTeacher(student, tokenizer, config.teacher_system)
+        return ServerTeacher(lists, tokenizer, context)
+    if config.teacher == SAME and (config.lora_rank > 0 or config.teacher_weights != FROZEN):
+        return SelfTeacher(student, tokenizer, context, own_weights(config.teacher_weights))
     if config.teacher == SAME:
         dtype = student.dtype if config.teacher_dtype == "auto" else getattr(torch, config.teacher_dtype)
-        return LocalTeacher(copy.deepcopy(student).to(device, dtype), tokenizer, config.teacher_system)
-    return LocalTeacher(load_model(config.teacher, dtype=config.teacher_dtype).to(device), tokenizer, config.teacher_system)
-
-
-def systems(prompts: Sequence[Prompt], system: str | None) -> list[str | None]:
-    """The system message of each prompt's teacher."""
-    return [system if prompt.teacher_system is None else prompt.teacher_system for prompt in prompts]
+        return LocalTeacher(copy.deepcopy(student).to(device, dtype), tokenizer, context)
+    return LocalTeacher(load_model(config.teacher, dtype=config.teacher_dtype).to(device), tokenizer, context)
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, role: str = "teacher") -> None:

@@ -243,7 +243,7 @@ def test_select_positions_rejects():
         (lambda x: LocalSupport(x), "TopK.top_k"),
         (lambda x: Multinomial(gamma=x), "Multinomial.gamma"),
         (lambda x: TopKLogprobs(IDS, -torch.ones(4, 3), temperature=x), "TopKLogprobs.temperature"),
-        (lambda x: StudentStats.of_logits(LOGITS, temperature=x), "temperature"),
+        (lambda x: StudentStats.from_logits(LOGITS, temperature=x), "temperature"),
         (lambda x: estimate(x, 20, 8, 8), "N"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
@@ -263,7 +263,7 @@ def test_sparse_lists_and_statistics_are_rejected():
     with pytest.raises(TypeError, match=r"StudentStats\.entropy: got a tensor of layout"):
         StudentStats(torch.ones(4, 3), sparse, IDS.unsqueeze(-1), torch.ones(4, 3, 1))
     with pytest.raises(TypeError, match="logits: got a tensor of layout"):
-        StudentStats.of_logits(LOGITS.to_sparse())
+        StudentStats.from_logits(LOGITS.to_sparse())
 
 
 FLOATS, INTEGERS = (np.float16, np.float32, np.float64, np.asarray), (np.int32, np.int64, np.asarray)
@@ -316,7 +316,7 @@ def test_numpy_s_numbers_in_objects_become_python_s(make):
     head = LinearHead(HIDDEN, WEIGHT, scale=half, softcap=half)
     assert (type(head.scale), type(head.softcap)) == (float, float)
     assert type(TopKLogprobs(IDS, -torch.ones(4, 3), temperature=half).temperature) is float
-    of_python, of_numpy = (StudentStats.of_logits(LOGITS, top_k=k, temperature=t) for k, t in ((4, 0.5), (four, half)))
+    of_python, of_numpy = (StudentStats.from_logits(LOGITS, top_k=k, temperature=t) for k, t in ((4, 0.5), (four, half)))
     assert torch.equal(of_numpy.logprobs, of_python.logprobs)
     assert estimate(four, four * 10, four, four, fraction=half, top_k=four) == estimate(4, 40, 4, 4, fraction=0.5, top_k=4)
     sizes = {"tp": np.int64(2), "fraction": half}

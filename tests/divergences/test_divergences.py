@@ -374,12 +374,12 @@ def test_heads_in_16_bits_get_gradients_of_their_dtype(case, dtype):
     student, teacher = head_pair((9,), 211, bias=True, seed=2, dtype=dtype)
     rows = torch.arange(9)
     tokens = draw_tokens(eager.logits(Source.of(student, 211, 1.0), rows, torch.float32))
-    result, of_oracle = leaf_head(student), leaf_head(student, torch.float64)
+    result, double = leaf_head(student), leaf_head(student, torch.float64)
     run(CASES[case][0], result, teacher, "torch", tokens, workspace_bytes=30_000).loss.backward()
-    s, u = (eager.logits(Source.of(x, 211, 1.0), rows, torch.float64) for x in (of_oracle, to_double(teacher)))
+    s, u = (eager.logits(Source.of(x, 211, 1.0), rows, torch.float64) for x in (double, to_double(teacher)))
     s.backward(expected(case, s.detach(), u, tokens)[1])
     bound = 2 * torch.finfo(dtype).eps
-    for got, want in zip(gradients(result), gradients(of_oracle), strict=True):
+    for got, want in zip(gradients(result), gradients(double), strict=True):
         assert got.dtype == dtype
         assert_gradient(got, want, bound)
 

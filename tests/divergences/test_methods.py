@@ -36,7 +36,6 @@ def names():
         "log_mu": s.log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1) - 0.1,
         "stats": score_positions(s, u)[1],
         "index": torch.tensor([0, 1]),
-        "scores": torch.rand(2, 9, generator=generator(5)),
         "w": 0.5 + torch.rand(2, 9, generator=generator(6)),
     }
 

@@ -212,7 +212,7 @@ def test_the_ratio_is_of_the_present_student_where_statistics_come_from_the_roll
     tokens, log_mu, _ = with_old_logprobs(s, u)
     losses = [
         run(divergence, s, u, "torch", tokens, old_logprobs=log_mu, student_stats=known).loss
-        for known in (None, StudentStats.of_logits(older))
+        for known in (None, StudentStats.from_logits(older))
     ]
     assert_within(losses[1], losses[0], absolute=1e-6, relative=1e-5, name="loss")
 
@@ -220,7 +220,7 @@ def test_the_ratio_is_of_the_present_student_where_statistics_come_from_the_roll
 @pytest.mark.parametrize("divergence", ["sampled", TopK("reverse", "student", "sampled", 8)], ids=str)
 def test_kl_sampled_is_of_the_present_student_where_statistics_come_from_the_rollout(divergence):
     s, u = logit_pair(5, 61, scale=2.0, seed=3)
-    older = StudentStats.of_logits(s + 0.5 * torch.randn(s.shape, generator=generator(1)))
+    older = StudentStats.from_logits(s + 0.5 * torch.randn(s.shape, generator=generator(1)))
     tokens = draw_tokens(s)
     got, want = (run(divergence, s, u, "torch", tokens, student_stats=x).metrics["kl_sampled_sum"] for x in (None, older))
     assert_within(got, want, absolute=1e-6, relative=1e-5, name="kl_sampled_sum")

@@ -102,15 +102,15 @@ def test_kernels_match_the_equations(case):
 
 def check_heads(case, backend, **options):
     student, teacher = head_pair((6,), 173, bias=True, softcap=9.0, seed=5)
-    ours, of_oracle = leaf_head(student), leaf_head(student, torch.float64)
-    s, u = (eager.logits(Source.of(x, 173, 0.8), torch.arange(6), torch.float64) for x in (of_oracle, to_double(teacher)))
+    ours, double = leaf_head(student), leaf_head(student, torch.float64)
+    s, u = (eager.logits(Source.of(x, 173, 0.8), torch.arange(6), torch.float64) for x in (double, to_double(teacher)))
     tokens = draw_tokens(s.detach())
     out = run(divergence_of(case), ours, teacher, backend, tokens, temperature=0.8, **options)
     out.loss.backward()
     losses, gradient = expected(case, s.detach(), u, tokens)
     s.backward(gradient)
     assert_within(out.loss, losses.sum(), absolute=6 * HEAD_ABSOLUTE, relative=1e-4, name=str(case))
-    for got, want in zip(gradients(ours), gradients(of_oracle), strict=True):
+    for got, want in zip(gradients(ours), gradients(double), strict=True):
         assert_gradient(got, want)
 
 
@@ -246,18 +246,18 @@ def test_ids_that_mean_the_same_are_one_entry(case, backend):
     s[:, 5], s[:, 70], u[:, 70] = 4.0, 3.0, 4.5
     tokens = draw_tokens(s)
     tokens[0] = 70
-    x, of_oracle = leaf(s), leaf(s, torch.float64)
+    x, double = leaf(s), leaf(s, torch.float64)
     out = run(divergence_of(case), x, u, backend, tokens, eos_ids=(5, 70), workspace_bytes=6_000)
     out.loss.backward()
     others = [i for i in range(90) if i != 70]
     merged = [
-        torch.cat((y[:, :5], torch.logsumexp(y[:, [5, 70]], 1, keepdim=True), y[:, 6:]), 1)[:, others] for y in (of_oracle, u)
+        torch.cat((y[:, :5], torch.logsumexp(y[:, [5, 70]], 1, keepdim=True), y[:, 6:]), 1)[:, others] for y in (double, u)
     ]
     places = torch.tensor([5 if i == 70 else i - (i > 70) for i in range(90)])
     losses, gradient = expected(case, merged[0].detach(), merged[1].double(), places[tokens])
     merged[0].backward(gradient)
     assert_within(out.loss, losses.sum(), absolute=1e-5, relative=1e-4, name=str(case))
-    assert_gradient(x.grad, of_oracle.grad)
+    assert_gradient(x.grad, double.grad)
 
 
 @pytest.mark.parametrize("backend", ["torch", *(pytest.param(x, marks=pytest.mark.full) for x in ("eager", "triton"))])
@@ -335,13 +335,13 @@ def test_kernels_take_lists(case):
 @pytest.mark.parametrize("backend", ["torch", TRITON])
 def test_heads_learn_from_lists_of_the_student_s_choice(backend):
     student, teacher = head_pair((6,), 173, bias=True, seed=5)
-    ours, of_oracle = leaf_head(student), leaf_head(student, torch.float64)
-    s, u = (eager.logits(Source.of(x, 173, 1.0), torch.arange(6), torch.float64) for x in (of_oracle, to_double(teacher)))
+    ours, double = leaf_head(student), leaf_head(student, torch.float64)
+    s, u = (eager.logits(Source.of(x, 173, 1.0), torch.arange(6), torch.float64) for x in (double, to_double(teacher)))
     tokens = draw_tokens(s.detach())
     lists = sent(u, with_token(s.detach().topk(K, dim=1).indices, tokens), of="student")
     run(divergence_of(FEW_CASES[0]), ours, lists, backend, tokens, workspace_bytes=20_000).loss.backward()
     s.backward(expected(FEW_CASES[0], s.detach(), u, tokens)[1])
-    for got, want in zip(gradients(ours), gradients(of_oracle), strict=True):
+    for got, want in zip(gradients(ours), gradients(double), strict=True):
         assert_gradient(got, want)
 
 

@@ -17,7 +17,7 @@ import yaml
 from torch import nn
 
 import opd_ops
-from docs import draw
+from docs import draw, photograph
 from opd_ops import (
     JSD,
     ImportanceWeighted,
@@ -28,8 +28,10 @@ from opd_ops import (
     TopKLogprobs,
     selective_opd_loss,
 )
+from opd_ops.diagnostics import token_heatmap
 from opd_ops.divergences import DIVERGENCES
 from opd_ops.selection.selectors import SELECTORS
+from opd_ops.trainer.config import OPDConfig
 from tests.docs.pages import ROOT, blocks, run
 from tests.support.cases import logit_pair
 
@@ -130,9 +132,19 @@ def test_the_pictures_are_what_the_script_draws(tmp_path, capsys):
             assert (tmp_path / file).read_text() == (DOCS / "images" / file).read_text(), file
 
 
-def test_every_setting_has_a_sentence_for_the_table():
-    assert all(setting.metadata["help"] for setting in fields(Settings))
-    assert "<!-- table of settings -->" in page("reference/settings.md")
+def test_the_pictures_of_pages_exist_in_both_schemes_and_the_pages_have_both():
+    files = [f"{name}-{scheme}.png" for name in photograph.SHOTS for scheme in draw.SCHEMES]
+    assert not [file for file in files if not (DOCS / "images" / file).exists()]
+    assert photograph.DARK in token_heatmap.STYLE
+
+
+@pytest.mark.parametrize(
+    ("name", "mark", "documented"),
+    [("reference/settings.md", "settings", Settings), ("reference/trainer.md", "options", OPDConfig)],
+)
+def test_every_setting_and_option_has_a_sentence_for_its_table(name, mark, documented):
+    assert all(field.metadata["help"] for field in fields(documented))
+    assert f"<!-- table of {mark} -->" in page(name)
 
 
 def test_the_navigation_has_every_page():

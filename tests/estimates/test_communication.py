@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cpu import communication as paper
 from opd_ops import (
+    IER,
     JSD,
     EntropyAware,
     ImportanceWeighted,
@@ -79,7 +80,7 @@ CASES = [
     *(case(kind="heads", tp=4, divergence=name) for name in ("reverse_kl", "jsd", "tail_aware", "sampled")),
     *(
         case(kind="logits", tp=2, selector=name)
-        for name in ("tip", "entropy", "random", "multinomial", "teachability-released", "dial", "ratio-variance")
+        for name in ("tip", "entropy", "random", "multinomial", "teachability-released", "dial", "ratio-variance", "ier")
     ),
     case(kind="logits", tp=4, selector=noisy),
     *(case(kind="logits", tp=2, divergence="total_variation", mixture=kind) for kind in ("geometric", "arithmetic")),
@@ -102,6 +103,7 @@ CASES = [
     case(kind="logits", tp=2, cp=2, scope="sequence", weighting="entropy", weight_mean="sequence"),
     case(kind="logits", tp=2, weighting="iw"),
     case(kind="logits", dp=2, scope="global", count=3, selector=LogRatio("both")),
+    case(kind="logits", dp=2, scope="global", selector=IER("teachability")),
     case(kind="logits", cp=2, scope="sequence"),
     *(case(kind="logits", **shared, denominator="sequence") for shared in SHARED),
     case(kind="logits", cp=4, scope="sequence", selector="entropy"),

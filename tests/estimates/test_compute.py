@@ -51,7 +51,7 @@ OTHERS = [
 def call(*, n=N, dtype=torch.bfloat16, trainable_head=True, student_stats=False, **options):
     """A function that makes the call, and the tensors that go in."""
     student, teacher = head_pair((n,), V, student_dim=DS, teacher_dim=DT, dtype=dtype)
-    known = StudentStats.of_logits(student.hidden @ student.weight.T) if student_stats else None
+    known = StudentStats.from_logits(student.hidden @ student.weight.T) if student_stats else None
     student = leaf_head(student) if trainable_head else LinearHead(leaf(student.hidden), student.weight)
     inputs = [student.hidden, student.weight, teacher.hidden, teacher.weight]
     options = {"fraction": 0.25, "backend": "triton", "workspace_bytes": 2**17, "student_stats": known, **options}

@@ -88,12 +88,12 @@ def test_a_mixture_of_heads_reads_soft_caps_biases_and_widths_of_each(kind, back
     result = leaf_head(student)
     out = run("reverse_kl", result, Mixture(models, KINDS[kind], kind), backend, workspace_bytes=15_000)
     out.loss.backward()
-    of_oracle = leaf_head(student, torch.float64)
-    s = eager.logits(Source.of(of_oracle, 97, 1.0), torch.arange(3), torch.float64)
+    double = leaf_head(student, torch.float64)
+    s = eager.logits(Source.of(double, 97, 1.0), torch.arange(3), torch.float64)
     losses, gradient = oracle.reverse_kl(s.detach(), EQUATIONS[kind]([finished(x) for x in models], KINDS[kind]))
     s.backward(gradient)
     assert_within(out.loss, losses.sum(), absolute=3 * HEAD_ABSOLUTE, relative=1e-4, name="loss")
-    for got, want in zip(gradients(result), gradients(of_oracle), strict=True):
+    for got, want in zip(gradients(result), gradients(double), strict=True):
         assert_gradient(got, want)
 
 
@@ -252,7 +252,7 @@ def test_heads_and_mixtures_are_routed_by_sequence_with_statistics_of_the_rollou
     teachers = [teacher, Mixture((teacher, other), (0.5, 0.5), "arithmetic"), other]
     index = torch.tensor([2, 0, 1, 0])  # a teacher per sequence
     tokens = draw_tokens(finished(LinearHead(student.hidden.flatten(0, 1), student.weight))).view(4, 2)
-    known = StudentStats.of_logits(student.hidden @ student.weight.T)
+    known = StudentStats.from_logits(student.hidden @ student.weight.T)
     cases = ((JSD(0.3), None), ("reverse_kl", known), (SampledToken(baseline="kl"), known))
     for divergence, stats in cases[-1:] if backend == "triton" else cases:
         result, parts = leaf_head(student), leaf_head(student)

@@ -90,7 +90,7 @@ def test_the_common_vocabulary_may_be_smaller():
 
 def test_statistics_from_the_rollout_may_be_joined_with_it():
     student, teacher = heads(8)
-    stats = StudentStats.of_logits(student.hidden @ student.weight.T)
+    stats = StudentStats.from_logits(student.hidden @ student.weight.T)
     # The shortlist is then everything: exact.
     out = selective_opd_loss(
         leaf_head(student), teacher, student_stats=stats, score_dtype="float8", fraction=0.5, backend="triton"

@@ -223,7 +223,7 @@ def test_eos_ids_reject():
     with pytest.raises(ValueError, match="eos_ids: SampledLogprobs knows one of the ids alone"):
         selective_opd_loss(student, one, eos_ids=EOS, divergence="sampled", selector="all")
     with pytest.raises(ValueError, match="eos_ids: student_stats are of the ids apart; pass no student_stats"):
-        selective_opd_loss(student, teacher, eos_ids=EOS, student_stats=StudentStats.of_logits(student))
+        selective_opd_loss(student, teacher, eos_ids=EOS, student_stats=StudentStats.from_logits(student))
     with pytest.raises(ValueError, match=r"backend: got 'triton', but student has merged ids"):
         selective_opd_loss(student, teacher, eos_ids=EOS, backend="triton")
 

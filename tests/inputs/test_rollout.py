@@ -29,7 +29,7 @@ def logits(head):
 
 def heads(shape=(2, 3), vocab=131, **options):
     student, teacher = head_pair(shape, vocab, **options)
-    return student, teacher, StudentStats.of_logits(logits(student).double(), temperature=0.8)
+    return student, teacher, StudentStats.from_logits(logits(student).double(), temperature=0.8)
 
 
 def known(stats):
@@ -107,7 +107,7 @@ def test_an_infinite_divergence_found_late_is_not_trained_on(backend, divergence
     sides = [logits(student), logits(teacher)]
     other = 1 if divergence == "reverse_kl" else 0
     sides[other][2, sides[1 - other][2].argmin()] = -math.inf  # outside both supports: only the whole row shows it
-    stats = StudentStats.of_logits(sides[0])
+    stats = StudentStats.from_logits(sides[0])
     if divergence == "reverse_kl":
         student = leaf_head(student)
         trained, sides = student.hidden, (student, sides[1])
@@ -138,7 +138,7 @@ def test_autocast_changes_nothing(backend):
 def test_it_costs_the_teacher_and_the_selected_rows(backend, units):
     n, vocab, dim, k, rho = 20, 140, 32, 4, 0.2
     student, teacher = head_pair((n,), vocab, student_dim=dim, teacher_dim=dim)
-    stats = StudentStats.of_logits(logits(student), top_k=k)
+    stats = StudentStats.from_logits(logits(student), top_k=k)
     with FlopCounterMode(display=False) as counter:
         selective_opd_loss(
             leaf_head(student), teacher, student_stats=stats, fraction=rho, top_k=k, backend=backend
@@ -199,7 +199,7 @@ def test_it_rejects_statistics_that_do_not_fit():
     with pytest.raises(ValueError, match=r"student_stats.ids: got 10\d \.\.\. \d+ at valid positions, expected 0 \.\.\. 130"):
         score_positions(student, teacher, student_stats=wild)
     with pytest.raises(ValueError, match="top_k: got 0, expected at least 1"):
-        StudentStats.of_logits(stats.logprobs, top_k=0)
+        StudentStats.from_logits(stats.logprobs, top_k=0)
     with pytest.raises(ValueError, match="student_stats: are over the student's own vocabulary of 131, but the call compares"):
         score_positions(student, teacher, student_stats=stats, vocab_size=100)
 
@@ -208,7 +208,7 @@ def test_statistics_of_logits_match_eager_fp64():
     x, _ = logit_pair(4, 300)
     x[0, 5:9] = x[0].max() + 1  # ties: lower ids first
     x[1, 100:] = -math.inf
-    got = StudentStats.of_logits(x.view(2, 2, 300), top_k=7, temperature=0.5)
+    got = StudentStats.from_logits(x.view(2, 2, 300), top_k=7, temperature=0.5)
     double = x.double() / 0.5
     assert_within(got.entropy.flatten(), eager.entropy(double), absolute=1e-6, relative=1e-5, name="entropy")
     assert_within(got.logsumexp.flatten(), double.logsumexp(1), absolute=1e-6, relative=1e-5, name="logsumexp")

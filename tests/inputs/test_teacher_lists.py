@@ -88,15 +88,15 @@ def test_lists_may_come_in_any_order_with_the_sampled_token_and_missing_entries(
 def test_heads_learn_from_a_top_k_teacher(name):
     student, teacher = head_pair((3, 4), 211, bias=True, seed=5)
     rows = torch.arange(12)
-    of_oracle = leaf_head(student, torch.float64)
-    s = eager.logits(Source.of(of_oracle, 211, 1.0), rows, torch.float64)
+    double = leaf_head(student, torch.float64)
+    s = eager.logits(Source.of(double, 211, 1.0), rows, torch.float64)
     u = eager.logits(Source.of(to_double(teacher), 211, 1.0), rows, torch.float64)
     divergence, equation = ON_LISTS[name]
     result = leaf_head(student)
     listed = TopKLogprobs(*(x.view(3, 4, K) for x in top_k(u)))
     selective_opd_loss(result, listed, divergence=divergence, backend="torch", workspace_bytes=9_000, **ALL).loss.backward()
     s.backward(equation(s.detach(), u, top_k=K)[1])
-    for got, want in zip(gradients(result), gradients(of_oracle), strict=True):
+    for got, want in zip(gradients(result), gradients(double), strict=True):
         assert_gradient(got, want)
 
 
@@ -276,7 +276,7 @@ def test_ids_beyond_the_common_vocabulary_are_missing(backend):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_with_rollout_statistics_scoring_reads_no_head(backend):
     s, u = logit_pair(9, 97, scale=3.0, seed=6)
-    listed, known = TopKLogprobs(*top_k(u)), StudentStats.of_logits(s)
+    listed, known = TopKLogprobs(*top_k(u)), StudentStats.from_logits(s)
     options = {"divergence": TailAware(top_k=K), "backend": backend, "fraction": 0.4}
     got = selective_opd_loss(s, listed, student_stats=known, **options)
     want = selective_opd_loss(s, listed, **options)

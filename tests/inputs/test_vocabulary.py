@@ -201,7 +201,7 @@ def _ratios(kind, backend):
 def _student_stats(kind, backend):
     student, teacher = sides_of(kind)
     logits = student if isinstance(student, torch.Tensor) else student.hidden @ student.weight.T + student.bias
-    options = options_of(backend=backend, student_stats=StudentStats.of_logits(logits, top_k=6))
+    options = options_of(backend=backend, student_stats=StudentStats.from_logits(logits, top_k=6))
     _agree(student, teacher, CUTS["uneven"], dist.group.WORLD, **options)
 
 

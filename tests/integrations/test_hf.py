@@ -118,7 +118,7 @@ def test_evaluation_depends_on_no_option_of_the_selection(tmp_path, selection):
     assert logged(made, "eval_opd/n_selected")[0] == want.metrics["n_valid"]
 
 
-def of_padded(data, side):
+def padded_result(data, side):
     """What a padded batch without labels gives by hand: the loss over its rows that predict a token of the text."""
     batch = stacked(list(data))
     real = slice(LENGTH // 2, LENGTH - 1) if side == "left" else slice(LENGTH // 2 - 1)
@@ -136,7 +136,7 @@ def of_padded(data, side):
 def test_a_batch_without_labels_trains_on_no_padding(tmp_path, side):
     data = padded(side)
     made = run(tmp_path, data=data, teacher=language_model(2, width=48), settings=Settings(selector="entropy", fraction=0.5))
-    want, norm = of_padded(data, side)
+    want, norm = padded_result(data, side)
     assert logged(made, "opd/n_valid")[0] == 8 * (LENGTH // 2 - 1)
     assert logged(made, "loss")[0] == pytest.approx(want.loss.item(), rel=1e-4)
     assert logged(made, "grad_norm")[0] == pytest.approx(norm, rel=1e-4)
@@ -147,7 +147,7 @@ def test_compute_loss_func_without_labels_trains_on_no_padding(tmp_path, side):
     data, student = padded(side), language_model(1)
     function = SelectiveComputeLoss(student, language_model(2, width=48), selector="entropy", fraction=0.5)
     made = run(tmp_path, data=data, trainer=Trainer, student=student, compute_loss_func=function)
-    want, norm = of_padded(data, side)
+    want, norm = padded_result(data, side)
     assert function.metrics["n_valid"] == 8 * (LENGTH // 2 - 1)
     assert logged(made, "loss")[0] == pytest.approx(want.loss.item(), rel=1e-4)
     assert logged(made, "grad_norm")[0] == pytest.approx(norm, rel=1e-4)
@@ -180,12 +180,12 @@ def test_the_teacher_may_be_a_callable_and_the_student_lora(tmp_path):
     student = get_peft_model(language_model(1), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     seen = []
 
-    def of_inputs(inputs):
+    def same_inputs(inputs):
         seen.append(set(inputs))
         with torch.no_grad():
             return teacher(inputs["input_ids"]).logits
 
-    made = run(tmp_path, student=student, teacher=of_inputs, settings=Settings(fraction=0.5))
+    made = run(tmp_path, student=student, teacher=same_inputs, settings=Settings(fraction=0.5))
     assert seen == [{"input_ids"}]
     assert logged(made, "grad_norm")[0] > 0
 
@@ -247,7 +247,7 @@ def test_compute_loss_func_evaluates_on_every_token(tmp_path):
     assert function.metrics["n_selected"] == want.metrics["n_valid"]
 
 
-def of_ranks():
+def ranks_result():
     """On each rank: the loss of its own batch, in evaluation, where training has one budget over all ranks."""
     student, rank = language_model(1), torch.distributed.get_rank()
     function = SelectiveComputeLoss(student, language_model(2, width=48), fraction=0.1, scope="global")
@@ -264,7 +264,7 @@ def of_ranks():
 
 @pytest.mark.full
 def test_evaluation_on_ranks_is_each_rank_s_own(ranks):
-    ranks.run(of_ranks)
+    ranks.run(ranks_result)
 
 
 def of_family(family):

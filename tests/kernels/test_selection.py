@@ -64,12 +64,15 @@ def check_scores(seed, n, selector):
     table, mask, loss = drawn_table(seed, n), drawn_mask(seed, n), LOSSES[seed % 3]
     rows = None if mask is None else mask.nonzero().squeeze(1)
     table = table if rows is None else table[:, rows].contiguous()
-    placed = place_fwd(table, rows, n, selector=selector, loss=loss)
+    optional = torch.randn(seed % 3, table.shape[1], generator=generator(seed))
+    placed = place_fwd(torch.cat((table, optional)), rows, n, selector=selector, loss=loss)
     stats, infinite, scores = torch_path(table, rows, n, selector, loss)
+    optional = optional if rows is None else torch.zeros(len(optional), n).index_copy(1, rows, optional)
+    assert torch.equal(placed.stats[len(STATS) :], optional.masked_fill(~stats.valid, 0))
     assert torch.equal(placed.valid.bool(), stats.valid)
     assert torch.equal(placed.infinite.bool(), infinite)
     assert same(placed.scores, scores)
-    for name, column in zip(STATS, placed.stats, strict=True):
+    for name, column in zip(STATS, placed.stats, strict=False):
         assert same(column, getattr(stats, name)), name
     return placed
 
@@ -126,6 +129,17 @@ def test_more_positions_than_a_program_holds(selector, monkeypatch):
 @pytest.mark.parametrize("n", [0, 1, 2])
 def test_few_positions(n):
     check_choice(4, check_scores(4, n, "teachability"))
+
+
+def test_masked_positions_have_statistics_but_are_not_valid():
+    table, unmasked = drawn_table(6, 40), torch.arange(40) % 3 != 0
+    table[NAMES.index("forward_kl"), ::2] = INF
+    every, some = (place_fwd(table, None, 40, mask, selector="entropy", loss="forward_kl") for mask in (None, unmasked.byte()))
+    assert same(every.stats, some.stats)
+    assert every.infinite.sum() > some.infinite.sum() > 0
+    for all_flags, flags in zip(every.flags, some.flags, strict=True):
+        assert torch.equal(flags.bool(), all_flags.bool() & unmasked)
+    assert torch.equal(some.scores, every.scores.masked_fill(~unmasked, -INF))
 
 
 def test_quantiles_of_equal_and_of_close_values_are_exact():

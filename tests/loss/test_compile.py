@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opd_ops import LinearHead, StudentStats, selective_opd_loss
+from opd_ops import LinearHead, Mixture, StudentStats, selective_opd_loss
 from opd_ops.arguments import traced_as_constant
 from opd_ops.backends.triton import operators as triton_ops
 from opd_ops.inputs.sources import Source
@@ -28,11 +28,19 @@ from tests.support.cases import head_pair, leaf, leaf_head, logit_pair
 OPTIONS = 2**20, 130, 0.7  # workspace_bytes, vocab_size, temperature
 HEAD_OPTIONS = "jsd,released_kl,topk_entropy", torch.float32  # optional columns, score_dtype
 FLAGS = torch.ones(2, dtype=torch.uint8)
+PLACES = torch.tensor([0, 2, 3])
 OPERATORS = {
     "token_columns": lambda s, t, rows: (s, t, rows, 8, "jsd,released_kl,topk_entropy", *OPTIONS),
     "divergence_gradient": lambda s, t, rows: (s, t, rows, torch.ones(2), "reverse_kl", *OPTIONS),
     "selected_losses": lambda s, t, rows: (leaf(s), t, rows, torch.ones(2), "forward_kl", *OPTIONS),
-    "placed_scores": lambda s, t, rows: (s.view(-1)[:48].view(16, 3).exp(), torch.tensor([0, 2, 3]), 4, "tip", "reverse_kl"),
+    "placed_scores": lambda s, t, rows: (
+        s.view(-1)[:51].view(17, 3).exp(),
+        torch.tensor([0, 2, 3]),
+        4,
+        None,
+        "tip",
+        "reverse_kl",
+    ),
     "chosen_positions": lambda s, t, rows: (s[0, :, 0], FLAGS, 0 * FLAGS, 1, 2, 1, 0, None),
 }
 
@@ -104,7 +112,7 @@ class _NoSynchronisation(TorchDispatchMode):
 def test_a_captured_call_never_asks_the_host(inputs, monkeypatch):
     heads, options = head_pair((2, 3), 131), {"fraction": 0.4, "backend": "triton", "num_items_in_batch": 7}
     if "rollout" in inputs:
-        options["student_stats"] = StudentStats.of_logits(heads[0].hidden @ heads[0].weight.T)
+        options["student_stats"] = StudentStats.from_logits(heads[0].hidden @ heads[0].weight.T)
     monkeypatch.setattr("opd_ops.call.prepare.check_student_stats", lambda *_, **__: None)  # which looks at ids, on a CPU alone
     runs = []
     for capturing in (False, True):
@@ -229,6 +237,18 @@ def test_inplace_backward_is_rejected_while_tracing():
 
     with pytest.raises(Exception, match="inplace_backward"):
         compiled(call)(leaf(student), teacher)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_mixture_is_refused_while_tracing(backend):
+    s, u = logit_pair(2, 31)
+    teacher = Mixture((u, s), (0.6, 0.4))
+
+    def loss(x):
+        return selective_opd_loss(x, teacher, backend=backend).loss
+
+    with pytest.raises(Exception, match=r"got Mixture, which torch\.compile cannot trace"):
+        torch.compile(loss, fullgraph=True, dynamic=False, backend="eager")(s)
 
 
 def test_a_constant_of_the_trace_is_marked_as_torch_marks_it():

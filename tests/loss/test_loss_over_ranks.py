@@ -167,10 +167,10 @@ def late_infinities():
     for divergence, stats in (("forward_kl_topk", False), ("forward_kl", True)):
         options = {"divergence": divergence, "selector": "all" if stats else "entropy", "fraction": 1.0}
         whole, own = leaf(student), leaf(student[rows])
-        known = {"student_stats": StudentStats.of_logits(student)} if stats else {}
+        known = {"student_stats": StudentStats.from_logits(student)} if stats else {}
         want = selective_opd_loss(whole, teacher, **options, **known)
         want.loss.backward()
-        known = {"student_stats": StudentStats.of_logits(student[rows])} if stats else {}
+        known = {"student_stats": StudentStats.from_logits(student[rows])} if stats else {}
         with collectives() as sent:
             out = selective_opd_loss(own, teacher[rows], scope="global", **options, **known)
         out.loss.backward()

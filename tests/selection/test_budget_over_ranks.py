@@ -2,6 +2,7 @@
 
   Compared: selected sets and normalised scores exactly; the number of collectives and their bytes with what
   docs/guides/several-gpus.md states. Ranks hold unequal parts, some of them none.
+  Drawn statistics: 20 batches in `full`, 1,000 with OPD_BATCHES=1000.
   Run: make test ARGS=tests/selection/test_budget_over_ranks.py
 
 A function that `ranks.run` calls makes the whole data on every rank, from a seed, and compares its own part.
@@ -10,6 +11,7 @@ Not here: the search itself (distributed/test_order_statistics.py), one process 
 """
 
 import math
+import os
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from opd_ops import (
     selective_opd_loss,
 )
 from opd_ops.distributed.ranks import Ranks
-from opd_ops.selection.normalisers import minmax_norm, over_ranks, quantile_norm, released_norm
+from opd_ops.selection.normalisers import minmax_norm, over_ranks, quantile_norm, rank_norm, released_norm
 from opd_ops.selection.selectors import SELECTORS
 from tests.support.cases import generator, logit_pair
 from tests.support.ranks import SIZE, own_pair
@@ -196,6 +198,10 @@ def normalised(seeds):
             assert_sent(sent, *[(dtype, 1, 4)] * n_columns.get(name, 0))
             want = SELECTORS[name](stats)[mine]
             assert torch.equal(got.nan_to_num(nan=7.0), want.nan_to_num(nan=7.0)), (seed, name)
+        with over_ranks(world), collectives() as sent:
+            got = rank_norm(stats.take(mine).ier, stats.take(mine).valid)
+        assert_sent(sent, gathered=[8, 8 * max(sizes)] if max(sizes) else [8])
+        assert torch.equal(got, rank_norm(stats.ier, stats.valid)[mine])
         released = SELECTORS["teachability-released"]
         with over_ranks(world), collectives() as sent:
             got = released.keep_scores(stats.take(mine))
@@ -212,6 +218,39 @@ def normalised(seeds):
 
 def test_normalisers_over_ranks_equal_those_of_the_concatenated_batch(ranks):
     assert ranks.run(normalised, range(4)) == [4] * SIZE
+
+
+def drawn(seeds):
+    """Drawn statistics, scored and selected by ranks, and by one process: one budget, and one for each sequence."""
+    world = Ranks.world()
+    for seed in seeds:
+        selector = SELECTORS[[name for name in DETERMINISTIC if name != "prefix"][seed % (len(DETERMINISTIC) - 1)]]
+        lengths = torch.randint(0, 12, (1 + seed % 20, SIZE), generator=generator(seed)) * (torch.arange(SIZE) != seed % 5)
+        stats = columns_of(int(lengths.sum()), seed)
+        budget = {"fraction": FRACTIONS[seed % 5]} if seed % 3 else {"count": 1 + seed % 9}
+        owner = torch.arange(SIZE).repeat(len(lengths)).repeat_interleave(lengths.flatten())
+        in_rank_order, mine = owner.sort().values == world.rank, owner == world.rank
+        for here, whole, part in (
+            (in_rank_order, {}, {"scope": "global"}),
+            (
+                mine,
+                {"scope": "sequence", "cu_seqlens": edges(lengths.sum(1))},
+                {"scope": "sequence", "cu_seqlens": edges(lengths[:, world.rank]), "selection_group": dist.group.WORLD},
+            ),
+        ):
+            with over_ranks(world):
+                scores = selector(stats.take(here.nonzero().squeeze(1)))
+            want = selector(stats)
+            assert torch.equal(scores.nan_to_num(nan=7.0), want[here].nan_to_num(nan=7.0)), seed
+            got = select_positions(scores, mask=stats.valid[here], **part, **budget)
+            assert torch.equal(got, select_positions(want, mask=stats.valid, **whole, **budget)[here]), seed
+    return len(seeds)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("first", range(0, int(os.environ.get("OPD_BATCHES", "20")), 20))
+def test_drawn_statistics_over_ranks_select_what_one_process_does(ranks, first):
+    assert ranks.run(drawn, range(first, first + 20)) == [20] * SIZE
 
 
 def test_normalisers_look_at_other_ranks_only_where_told(ranks):

@@ -16,7 +16,7 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM
 
-from opd_ops import LinearHead, Settings, TopKLogprobs
+from opd_ops import LinearHead, SampledToken, Settings, TopKLogprobs
 from opd_ops.trainer.evaluation import accuracy, completions_of, held_out_metrics, is_exact_match
 from opd_ops.trainer.rollouts import Rollouts, head_over
 from opd_ops.trainer.teachers import LocalTeacher
@@ -70,6 +70,18 @@ def test_a_fraction_goes_from_one_value_to_another_and_is_resumed_exactly(schedu
     assert (tmp_path / "a" / "log.jsonl").read_text() == (tmp_path / "b" / "log.jsonl").read_text()
     with pytest.raises(ValueError, match=r"resume: .* is of another run: steps was 5 and is 6"):
         trainer(tmp_path / "b", fraction_schedule=schedule, resume=True, **(options | {"steps": 6}))
+
+
+def test_a_count_and_a_weighting_are_those_of_the_loss(tmp_path):
+    options = {"count": 2, "scope": "sequence", "weighting": "iw", "weight_mean": "selected"}
+    run = trainer(tmp_path, steps=1, eval_size=0, divergence="sampled", **options)
+    assert run.config.settings() == Settings(fraction=0.25, divergence=SampledToken(), **options)
+    run.train()
+    (row,) = _log(tmp_path)
+    assert row["n_selected"] <= 2 * 4
+    assert row["weight"] == pytest.approx(1)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "Of each answer at most 2 tokens, chosen by `teachability`, were trained on with `sampled`, weighted by `iw`" in card
 
 
 def test_resume_without_a_checkpoint_begins_anew_and_of_a_finished_run_changes_nothing(tmp_path):

@@ -16,10 +16,11 @@ from opd_ops import LinearHead
 from opd_ops.integrations.heads import last_hidden
 from opd_ops.trainer import models as named
 from opd_ops.trainer.config import OPDConfig
+from opd_ops.trainer.privileged import PrivilegedContext
 from opd_ops.trainer.prompts import Prompt
-from opd_ops.trainer.rollouts import Rollouts, encode, head_over, in_bf16, model_inputs, sample
+from opd_ops.trainer.rollouts import Rollouts, encode, in_bf16, model_inputs, sample
 from opd_ops.trainer.student import make_trainable
-from opd_ops.trainer.teachers import BaseTeacher, LocalTeacher, check_tokenizers, systems
+from opd_ops.trainer.teachers import LocalTeacher, check_tokenizers
 from tests.integrations.models import language_model, llama_model, tokenizer
 from tests.support.tolerances import relative_error
 from tests.trainer.runs import prompts
@@ -79,33 +80,18 @@ def test_head_over_is_each_conversation_alone_under_its_system_message():
     asked = [Prompt.of("w5"), Prompt.of("w6 w7 w8", teacher_system="w9 w10"), Prompt.of("w3 w4")]
     answers = torch.randint(3, 60, (3, 4), generator=torch.Generator().manual_seed(0))
     rollouts = Rollouts(asked, answers, torch.ones(3, 4, dtype=torch.bool))
-    head = LocalTeacher(model, words, system="w11")(rollouts)
-    assert systems(asked, "w11") == ["w11", "w9 w10", "w11"]
-    for row, (prompt, system) in enumerate(zip(asked, systems(asked, "w11"), strict=True)):
+    head = LocalTeacher(model, words, PrivilegedContext("w11"))(rollouts)
+    for row, (prompt, system) in enumerate(zip(asked, ["w11", "w9 w10", "w11"], strict=True)):
         ids = encode(words, [prompt.conversation(system)])["input_ids"]
         alone = model(torch.cat((ids, answers[row : row + 1]), 1)).logits[0, ids.shape[1] - 1 : -1]
         assert relative_error(head.hidden[row] @ head.weight.T, alone) < 1e-5
-
-
-@torch.no_grad()
-def test_base_teacher_is_the_student_before_training():
-    words, config = tokenizer(), OPDConfig(student="x", prompts="y", lora_rank=4, lora_dropout=0.5)
-    student = make_trainable(language_model(0), config).train()
-    for name, parameter in student.named_parameters():
-        if "lora_B" in name:
-            parameter.normal_()  # trained
-    rollouts = sample(student, words, prompts(2), max_new_tokens=4, seed=0)
-    got = BaseTeacher(student, words)(rollouts)
-    assert relative_error(got.hidden, head_over(language_model(0), words, rollouts).hidden) < 1e-6
-    assert relative_error(head_over(student.eval(), words, rollouts).hidden, got.hidden) > 0.1
-    assert student.training is False
 
 
 def test_last_hidden_of_a_peft_model_computes_logits_of_one_position():
     words, config = tokenizer(), OPDConfig(student="x", prompts="y", lora_rank=4)
     plain = language_model(0)
     rollouts = sample(plain, words, prompts(2), max_new_tokens=4, seed=0)
-    inputs, _ = model_inputs(words, rollouts, [None, None])
+    inputs, _ = model_inputs(words, rollouts)
     counts = []
     for model in (plain, make_trainable(copy.deepcopy(plain), config)):
         with torch.no_grad(), FlopCounterMode(display=False) as flop:

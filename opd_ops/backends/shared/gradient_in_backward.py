@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from opd_ops.backends.shared.first_order import first_order
+from opd_ops.backends.shared.matmul import without_autocast
 
 
 class GradientPlan(ABC):
@@ -44,7 +45,7 @@ class _GradientInBackward(torch.autograd.Function):
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
         ctx.plan.check()
         saved = ctx.saved_tensors
-        with torch.autocast(dlosses.device.type, enabled=False):
+        with without_autocast(dlosses.device):
             gradients = ctx.plan.gradients(saved, dlosses, ctx.needs_input_grad[2:])
         return None, None, *gradients, *(None,) * (len(saved) - len(gradients))
 

@@ -25,7 +25,7 @@ from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Shard
 from opd_ops.inputs.teacher_lists import LAST_ID
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.stats import OwnStats, TokenStats, is_finite
+from opd_ops.selection.stats import OwnStats, Scoring, TokenStats, is_finite
 
 
 class Part(NamedTuple):
@@ -61,15 +61,13 @@ def token_stats(
     parts: Parts,
     shard: Shard,
     rows: Tensor,
-    *,
-    top_k: int,
-    columns: frozenset[str],
-    workspace: Workspace,
+    scoring: Scoring,
     dtype: torch.dtype,
 ) -> TokenStats:
     """The columns of `TokenStats` over the whole vocabulary, but not `jsd`: its terms need the normalisers first
-    (streamed/summed.py).
+    (streamed/summed.py). `dtype`: of the columns.
     """
+    top_k, workspace, _, columns = scoring
     out: dict[str, Tensor] = {}
     n, size = len(rows), rows_at_a_time(shard, top_k, dtype, workspace, columns=len(parts.empty))
     list_rows = workspace.share(1, 16).count(UNION_BYTES * top_k)
@@ -92,10 +90,9 @@ def token_stats(
     return TokenStats(valid=is_finite(out["teacher_logsumexp"]), **out)
 
 
-def own_stats(
-    read: Callable[[], OwnStats], shard: Shard, rows: Tensor, *, top_k: int, workspace: Workspace, dtype: torch.dtype
-) -> OwnStats:
+def own_stats(read: Callable[[], OwnStats], shard: Shard, rows: Tensor, scoring: Scoring, dtype: torch.dtype) -> OwnStats:
     """One model's statistics over the whole vocabulary. `read`: computes this rank's part, with ids of the whole vocabulary."""
+    top_k, workspace = scoring.top_k, scoring.workspace
     if not len(rows):
         empty_column = torch.empty(0, dtype=dtype, device=rows.device)
         empty_logits = empty_column.view(0, 1).expand(0, top_k)

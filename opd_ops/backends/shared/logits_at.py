@@ -28,17 +28,25 @@ def logits_at(source: Source, rows: Tensor, ids: Tensor, dtype: torch.dtype, wor
         zeros = torch.zeros(ids.shape, dtype=dtype, device=rows.device)
         x = logits_at(own_part, rows, ids - shard.first, dtype, workspace) if shard.width else zeros
         return shard.ranks.sum(torch.where(in_part, x, 0)).masked_fill_((ids < 0) | (ids >= shard.total), -torch.inf)
-    missing = (ids < 0) | (ids >= source.transform.vocab_size)
-    inside = ids.masked_fill(missing, 0)
+    inside = ids.clamp(0, max(0, source.transform.vocab_size - 1))
     size = workspace.count(gathered_bytes(source, ids.shape[1]))
-    x = torch.empty(ids.shape, dtype=dtype, device=rows.device)
-    for part in chunks(len(rows), size):
-        x[part] = _gathered(source, rows[part], inside[part], dtype)
-        if source.transform.merged:
-            merged_logit = merged_logits(source, rows[part], dtype)[0]
-            for i, merged in enumerate(source.transform.merged):  # a loop: a tensor of these ids would be a copy from the host
-                x[part] = torch.where(ids[part] == merged, -torch.inf if i else merged_logit, x[part])
-    return x.masked_fill_(missing, -torch.inf)
+    if len(rows) <= size:
+        x = _gathered_and_merged(source, rows, inside, dtype)
+    else:
+        x = torch.empty(ids.shape, dtype=dtype, device=rows.device)
+        for part in chunks(len(rows), size):
+            x[part] = _gathered_and_merged(source, rows[part], inside[part], dtype)
+    return x.masked_fill_(inside != ids, -torch.inf)
+
+
+def _gathered_and_merged(source: Source, rows: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, K) logits."""
+    x = _gathered(source, rows, ids, dtype)
+    if source.transform.merged:
+        merged_logit = merged_logits(source, rows, dtype)[0]
+        for i, merged in enumerate(source.transform.merged):  # a loop: a tensor of these ids would be a copy from the host
+            x = torch.where(ids == merged, -torch.inf if i else merged_logit, x)
+    return x
 
 
 def merged_logits(source: Source, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -53,7 +61,7 @@ def _gathered(source: Source, rows: Tensor, ids: Tensor, dtype: torch.dtype) -> 
     def read(model: Source) -> Tensor:
         if model.weight is None:
             places = (x.unsqueeze(1) for x in coordinates(rows, model.leading.shape[:-1]))
-            return model.leading[(*places, ids)].to(dtype, copy=True)
+            return model.leading[(*places, ids)].to(dtype)  # indexing copies
         hidden = take_rows(model.leading, rows)
         with torch.autocast(hidden.device.type, enabled=False):  # autocast would round these logits to 16 bits
             x = torch.bmm(model.weight[ids].to(dtype), hidden.to(dtype).unsqueeze(2)).squeeze(2)

@@ -3,6 +3,7 @@
   head_product   x @ w.T + bias    logits of some rows
   fp32_product   a @ b             operands of any one dtype, fp32 result
   long_product   a @ b             sums over the vocabulary
+  without_autocast                 autocast would multiply in 16 bits
 
 The vendor's matmul accumulates in fp32; CUDA can also return that sum unrounded. Elsewhere (ROCm, XPU, a CPU) the operands are
 widened first, a slice of the weight at a time.
@@ -11,10 +12,18 @@ Not here: which rows and when (tiles.py, streamed/loss.py, triton/heads_loss.py)
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
 from opd_ops.inputs.chunks import chunks
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast on the device. Where there is none, a context of torch would cost a small call some microseconds."""
+    is_on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if is_on else nullcontext()
 
 
 def operand_dtype(x: Tensor, out: torch.dtype) -> torch.dtype:

@@ -35,7 +35,8 @@ def unchanged(connected: Tensor, rows: Tensor, *sources: Source, workspace: Work
     inference mode are compared. An overwritten tensor raises on a CPU. On other devices it makes every gradient NaN, because
     raising would have to wait for the device.
     """
-    before = digests(sources, rows, workspace) if connected.requires_grad else None
+    is_compared = connected.requires_grad and any(source.is_uncounted for source in sources)
+    before = digests(sources, rows, workspace) if is_compared else None
     if before is None:
         return connected
     emptied = tuple(source.emptied() for source in sources)

@@ -19,6 +19,7 @@ from opd_ops.backends.shared.grids import padded
 from opd_ops.backends.shared.logits_at import merged_logits
 from opd_ops.backends.shared.matmul import head_product, operand_dtype
 from opd_ops.inputs import float8
+from opd_ops.inputs.chunks import span_of
 from opd_ops.inputs.float8 import Float8Rows
 from opd_ops.inputs.sources import Source, Transform, copy_rows, finish_logits, mix, take_rows
 
@@ -70,7 +71,7 @@ class TileReader:
         self._hidden = None
         hidden = self._part_of_taken(group)
         if hidden is None:
-            hidden = take_rows(self.source.leading, self.rows[group])
+            hidden = take_rows(self.source.leading, span_of(self.rows, group))
         self._hidden = group, hidden.to(dtype)
         return self._hidden[1]
 
@@ -110,9 +111,12 @@ class TileReader:
         return out[:, :vocab] if self.source.bias is None else out[:, :vocab].add_(self.source.bias[:vocab])
 
     def logits(self, group: slice, columns: slice, buffer: Tensor, *, by_column: bool = False) -> Tensor:
-        """(n, B) logits of some of the rows, in the flat `buffer`, row by row or column by column."""
+        """(n, B) logits of some of the rows: in `buffer` of this shape, or in a flat one, row by row or column by column."""
         n, width = group.stop - group.start, columns.stop - columns.start
-        out = buffer[: n * width].view(width, n).T if by_column else buffer[: n * width].view(n, width)
+        out = buffer
+        if buffer.dim() == 1:
+            out = span_of(buffer, slice(0, n * width)).view((width, n) if by_column else (n, width))
+            out = out.T if by_column else out
         stored_dtype = self.source.stored_dtype if self.source.transform.mixing is None else None
         finish_logits(self.stored(group, columns, out), self.transform, stored_dtype)
         for i, place in self.merged_in(columns):
@@ -126,10 +130,15 @@ class TileReader:
         """(n, B) logits of this source alone, before its transform."""
         leading, weight, bias = self.source.leading, self.source.weight, self.source.bias
         if weight is None:
-            return copy_rows(leading[..., columns], self.rows[group], out)
+            is_whole = (columns.start, columns.stop) == (0, leading.shape[-1])
+            return copy_rows(leading if is_whole else leading[..., columns], span_of(self.rows, group), out)
         hidden = self.hidden(group, operand_dtype(leading, out.dtype))
         return head_product(
-            hidden, weight[columns], None if bias is None else bias[columns], out, cast_columns=self.cast_columns
+            hidden,
+            span_of(weight, columns),
+            None if bias is None else span_of(bias, columns),
+            out,
+            cast_columns=self.cast_columns,
         )
 
     def merged_in(self, columns: slice) -> list[tuple[int, int]]:

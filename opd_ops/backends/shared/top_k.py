@@ -37,6 +37,8 @@ class TopKList(NamedTuple):
     other: Tensor  # logits of the other model
 
     def rows(self, group: slice) -> TopKList:
+        if (group.start, group.stop) == (0, len(self.ids)):
+            return self
         return TopKList(self.ids[group], self.own[group], self.other[group])
 
     def halves(self) -> tuple[TopKList, TopKList]:

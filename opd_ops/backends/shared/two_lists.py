@@ -26,7 +26,7 @@ from opd_ops.inputs.rollout import StudentStats
 from opd_ops.inputs.sources import Source, compute_dtype, take_rows
 from opd_ops.inputs.teacher_lists import LAST_ID, TeacherLists, is_missing
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.stats import WHOLE_ROW_COLUMNS, OwnStats, TokenStats
+from opd_ops.selection.stats import WHOLE_ROW_COLUMNS, OwnStats, Scoring, TokenStats
 
 OWN_LIST_BYTES = 32  # per row and K: ids, and both models' logits
 SUPPORT_COLUMNS = ("support_mass", "student_support_mass", "overlap_mass", "union_kl")
@@ -38,29 +38,14 @@ def token_stats(
     teacher: Source | TeacherLists,
     rows: Tensor,
     rollout: StudentStats | None,
-    *,
-    top_k: int,
-    columns: frozenset[str],
-    workspace: Workspace,
-    score_dtype: torch.dtype | None,
+    scoring: Scoring,
 ) -> TokenStats:
     """The columns at the rows, (n,) each; NaN in columns that two lists do not give. `rollout`: the student's sent lists."""
+    top_k = scoring.top_k
     sides = student.detach(), teacher.top(top_k) if isinstance(teacher, TeacherLists) else teacher.detach()
     longest = top_k if rollout is None else max(top_k, rollout.ids.shape[-1])  # a sent list is sorted whole
-    size = workspace.share(1, 4).count(OWN_LIST_BYTES * longest)
-    spans = [
-        _span_stats(
-            backend,
-            *sides,
-            rows[span],
-            rollout,
-            top_k=top_k,
-            columns=columns,
-            workspace=workspace,
-            score_dtype=score_dtype,
-        )._asdict()
-        for span in chunks(max(1, len(rows)), size)
-    ]
+    size = scoring.workspace.share(1, 4).count(OWN_LIST_BYTES * longest)
+    spans = [_span_stats(backend, *sides, rows[span], rollout, scoring)._asdict() for span in chunks(max(1, len(rows)), size)]
     return TokenStats(**{name: torch.cat([span[name] for span in spans]) for name, x in spans[0].items() if x is not None})
 
 
@@ -70,25 +55,13 @@ def _span_stats(
     teacher: Source | TeacherLists,
     rows: Tensor,
     rollout: StudentStats | None,
-    *,
-    top_k: int,
-    columns: frozenset[str],
-    workspace: Workspace,
-    score_dtype: torch.dtype | None,
+    scoring: Scoring,
 ) -> TokenStats:
+    columns = scoring.columns
     dtype = compute_dtype(student, *([teacher] if isinstance(teacher, Source) else []))
-
-    def swept(source: Source) -> OwnStats:
-        stats = backend.own_stats(source, rows, top_k=top_k, workspace=workspace, score_dtype=score_dtype)
-        return stats._replace(logsumexp=stats.logsumexp.to(dtype), entropy=stats.entropy.to(dtype))
-
-    s = swept(student) if rollout is None else _from_rollout(rollout, rows, top_k, dtype)
-    if isinstance(teacher, Source):
-        t = swept(teacher)
-        valid = torch.isfinite(t.logsumexp)
-    else:
-        lists = teacher.take(rows)
-        t, valid = _from_server(lists), lists.valid
+    s = list_of_student(backend, student, rows, rollout, scoring, dtype)
+    t = list_of_teacher(backend, teacher, rows, scoring, dtype)
+    valid = torch.isfinite(t.logsumexp) if isinstance(teacher, Source) else teacher.take(rows).valid
     nan_column = torch.full_like(s.logsumexp, math.nan)
     unknown = columns & WHOLE_ROW_COLUMNS
     if isinstance(teacher, TeacherLists) and teacher.is_sampled:
@@ -96,7 +69,7 @@ def _span_stats(
         out = dict.fromkeys(SUPPORT_COLUMNS, nan_column)
         out["student_support_mass"] = torch.exp(s.logits - s.logsumexp.unsqueeze(1)).sum(1).to(dtype)
     else:
-        out = _supports(student, teacher, rows, s, t, columns, workspace, dtype)
+        out = _supports(student, teacher, rows, s, t, columns, scoring.workspace, dtype)
     return TokenStats(
         valid=valid,
         student_entropy=s.entropy,
@@ -109,6 +82,29 @@ def _span_stats(
         **out,
         **dict.fromkeys(unknown, nan_column),
     )
+
+
+def list_of_student(
+    backend: Backend, student: Source, rows: Tensor, rollout: StudentStats | None, scoring: Scoring, dtype: torch.dtype
+) -> OwnStats:
+    """The student's list at the rows, as it was sent, else by a sweep."""
+    if rollout is None:
+        return _swept(backend, student, rows, scoring, dtype)
+    return _from_rollout(rollout, rows, scoring.top_k, dtype)
+
+
+def list_of_teacher(
+    backend: Backend, teacher: Source | TeacherLists, rows: Tensor, scoring: Scoring, dtype: torch.dtype
+) -> OwnStats:
+    """The teacher's list at the rows, as it was sent, else by a sweep."""
+    if isinstance(teacher, Source):
+        return _swept(backend, teacher, rows, scoring, dtype)
+    return _from_server(teacher.take(rows))
+
+
+def _swept(backend: Backend, source: Source, rows: Tensor, scoring: Scoring, dtype: torch.dtype) -> OwnStats:
+    stats = backend.own_stats(source, rows, scoring)
+    return stats._replace(logsumexp=stats.logsumexp.to(dtype), entropy=stats.entropy.to(dtype))
 
 
 def _from_rollout(rollout: StudentStats, rows: Tensor, top_k: int, dtype: torch.dtype) -> OwnStats:

@@ -24,7 +24,7 @@ from opd_ops.divergences import SUPPORTS, OnSupport, Support
 from opd_ops.inputs.sources import Source, compute_dtype
 from opd_ops.inputs.teacher_lists import TeacherLists, tail
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.stats import TokenStats
+from opd_ops.selection.stats import Scoring, TokenStats
 
 
 @torch.no_grad()
@@ -74,11 +74,11 @@ def _student_list(
 ) -> tuple[Tensor, Tensor | None]:
     """(M, K) ids of the student's list, and its log-sum-exp off list and token; None: not known, or not of this list."""
     k = divergence.top_k
-    if listed is not None and listed.of_student:
+    if listed is not None and listed.chosen_by_student:
         logits = logits_at(student, rows, listed.listed_ids, compute_dtype(student), workspace)
         return best_of_sent(listed.listed_ids, logits, k), None
     if student.transform.shard is not None:
-        own = own_stats(student, rows, top_k=k, workspace=workspace, score_dtype=torch.float32)
+        own = own_stats(student, rows, Scoring(k, workspace))
         return without_masked(own.ids, own.logits), None
     ids, logits, off_list = top_k_off_list(student, rows, tokens, top_k=k, workspace=workspace)
     return without_masked(ids, logits), off_list if divergence.support == "student" else None
@@ -97,7 +97,7 @@ def _swept(
     reference = None if stats.reference_teacher is None else Reference(*(x.double() for x in Reference.of(stats)))
     t_ids, entropy = None, stats.teacher_entropy.double()
     if reference is None or "teacher" in SUPPORTS[divergence.support]:
-        own = own_stats(teacher, rows, top_k=max(1, divergence.top_k), workspace=workspace, score_dtype=torch.float32)
+        own = own_stats(teacher, rows, Scoring(max(1, divergence.top_k), workspace))
         t_ids, logits = without_masked(own.ids, own.logits), own.logits
         lse, entropy = own.logsumexp.double(), own.entropy.double()
     ids = list_ids(divergence, s_ids, t_ids, tokens)

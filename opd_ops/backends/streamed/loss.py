@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opd_ops.arguments import may_look
+from opd_ops.arguments import may_look, number_in
+from opd_ops.backends.interface import WeightedRows
 from opd_ops.backends.shared import pages
 from opd_ops.backends.shared.gradient_in_backward import GradientPlan, connected
 from opd_ops.backends.shared.grids import gradient_grid
@@ -38,11 +39,10 @@ from opd_ops.backends.streamed.off_list import places_in, without_ids
 from opd_ops.backends.streamed.reference import Reference
 from opd_ops.backends.streamed.summed import Sums, summed
 from opd_ops.divergences import Divergence, Summed, WholeRow, weighted_sum, without_infinite
-from opd_ops.inputs.chunks import chunks
+from opd_ops.inputs.chunks import chunks, span_of
 from opd_ops.inputs.sources import Source, logit_slope, put_rows, take_rows
 from opd_ops.inputs.teacher_lists import LAST_ID, TeacherLists
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.stats import TokenStats
 
 
 class _Constants(NamedTuple):
@@ -72,7 +72,7 @@ class _Constants(NamedTuple):
 
     def group(self, name: str, group: slice) -> Tensor:
         """(n, 1) or (n, K): one field at some of the rows."""
-        column: Tensor = getattr(self, name)[group]
+        column = span_of(getattr(self, name), group)
         return column.unsqueeze(1) if column.dim() == 1 else column
 
 
@@ -135,10 +135,11 @@ class _Selected:
         # `by_column`: a matmul that writes few rows as columns of its result is up to 1.6 x as fast (benchmarks/LOG.md).
         s = self.student.logits(group, block, self.buffers[0], by_column=self.by_column)
         u = None if self.teacher is None else self.teacher.logits(group, block, self.buffers[1], by_column=self.by_column)
-        no_gradient = (s == -math.inf).logical_or_(self.dlosses[group] == 0)
+        dlosses = span_of(self.dlosses, group)
+        no_gradient = (s == -math.inf).logical_or_(dlosses == 0)
         slope = logit_slope(s, self.student.source.transform)
         first_id = self.student.source.transform.first_id + block.start
-        grad = self._d_finished(s, u, group, first_id).mul_(self.dlosses[group])
+        grad = self._d_finished(s, u, group, first_id).mul_(dlosses)
         if isinstance(slope, Tensor) or slope != 1.0:
             grad.mul_(slope)
         grad.masked_fill_(no_gradient, 0.0)  # where p = 0 or the weight is 0: the formula there is 0 * inf
@@ -186,7 +187,8 @@ class _Selected:
         dense = torch.zeros_like(logits)  # the same strides, else autograd copies the gradient to a leaf's strides
         for block in self.blocks():
             for group in self.groups():
-                put_rows(dense[..., block], self.student.rows[group], self.dlogits(group, block))
+                columns = dense if block == slice(0, dense.shape[-1]) else dense[..., block]
+                put_rows(columns, span_of(self.student.rows, group), self.dlogits(group, block))
         return dense
 
     def head_gradients(self, needs: Sequence[bool]) -> list[Tensor | None]:
@@ -245,20 +247,18 @@ def _add_product(total: Tensor, dlogits: Tensor, w: Tensor) -> Tensor:
 def selected_loss(
     student: Source,
     teacher: Source | TeacherLists,
-    rows: Tensor,
-    weights: Tensor,
-    stats: TokenStats,
-    *,
+    selected: WeightedRows,
     divergence: Divergence,
-    tokens: Tensor | None,
     workspace: Workspace,
+    *,
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of the losses over the selected positions, connected to the student's tensors, and the (M,) losses.
 
-    `stats`: of the selected positions, computed by `token_stats` from the same tensors.
+    `token_stats` computed the rows' statistics from the same tensors.
     """
     assert not inplace
+    rows, weights, stats, tokens = selected
     whole, support = divergence.whole, divergence.on_support
     constants = _Constants(rows, *(None,) * (N_CONSTANTS - 1))
     losses: Tensor | None = None
@@ -295,7 +295,7 @@ def selected_loss(
     total = connected(plan, losses, *tensors)
     read_again = (student,) if read_teacher is None else (student, read_teacher)
     total = unchanged(total, rows, *read_again, workspace=workspace)
-    if may_look(losses) and (not len(losses) or float(losses.amax()) < math.inf):  # neither infinite nor NaN
+    if may_look(losses) and (not len(losses) or number_in(losses.amax()) < math.inf):  # neither infinite nor NaN
         return (total * weights).sum(), losses
     return weighted_sum(total, without_infinite(losses, weights)), losses
 

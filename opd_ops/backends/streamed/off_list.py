@@ -15,6 +15,7 @@ from torch import Tensor
 
 from opd_ops.backends.shared import pages
 from opd_ops.backends.shared.grids import gradient_grid, score_grid
+from opd_ops.backends.shared.matmul import without_autocast
 from opd_ops.backends.shared.supports import matches
 from opd_ops.backends.shared.tiles import TileReader
 from opd_ops.backends.shared.top_k import TopKList, extended
@@ -31,7 +32,7 @@ def off_list_logsumexp(source: Source, rows: Tensor, ids: Tensor, *, workspace: 
     reader = TileReader(source.detach(), rows, dtype, grid.columns)
     buffer = pages.empty((grid.rows * grid.columns,), dtype, rows.device)
     total = torch.full((len(rows),), -math.inf, dtype=torch.float64, device=rows.device)
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows.device):
         for block in chunks(source.transform.vocab_size, grid.columns):
             for group in chunks(len(rows), grid.rows):
                 x = without_ids(reader.logits(group, block, buffer), ids[group], first_id + block.start)
@@ -58,7 +59,7 @@ def top_k_off_list(
     ids = torch.empty((len(rows), top_k), dtype=torch.long, device=rows.device)
     logits = torch.empty((len(rows), top_k), dtype=dtype, device=rows.device)
     total = torch.full((len(rows),), -math.inf, dtype=torch.float64, device=rows.device)
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows.device):
         for part in chunks(len(rows), grid.rows):
             reader = TileReader(source.detach(), rows[part], dtype, grid.cast_columns)
             best: TopKList | None = None

@@ -15,23 +15,24 @@ from torch import Tensor
 
 from opd_ops.backends.shared import joined, pages
 from opd_ops.backends.shared.grids import score_grid
+from opd_ops.backends.shared.matmul import without_autocast
 from opd_ops.backends.shared.tiles import TileReader
 from opd_ops.backends.shared.top_k import TopKList, extended
 from opd_ops.backends.streamed.running import RunningSums, Tops, block_sums, extended_sums, statistics
 from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Source, compute_dtype
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.stats import OwnStats
+from opd_ops.selection.stats import OwnStats, Scoring
 
 
 @torch.no_grad()
-def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace: Workspace, score_dtype: torch.dtype | None) -> OwnStats:
-    """One model's statistics at the rows, from one sweep of its head."""
+def own_stats(source: Source, rows: Tensor, scoring: Scoring) -> OwnStats:
+    """One model's statistics at the rows, from one sweep of its head, always in the compute dtype."""
     shard = source.transform.shard
     if shard is not None:
-        read = partial(_own_part, source, rows, min(top_k, shard.width), workspace)
-        return joined.own_stats(read, shard, rows, top_k=top_k, workspace=workspace, dtype=compute_dtype(source))
-    return _own_part(source, rows, top_k, workspace)
+        read = partial(_own_part, source, rows, min(scoring.top_k, shard.width), scoring.workspace)
+        return joined.own_stats(read, shard, rows, scoring, compute_dtype(source))
+    return _own_part(source, rows, scoring.top_k, scoring.workspace)
 
 
 def _own_part(source: Source, rows: Tensor, top_k: int, workspace: Workspace) -> OwnStats:
@@ -41,7 +42,7 @@ def _own_part(source: Source, rows: Tensor, top_k: int, workspace: Workspace) ->
     buffer = pages.empty((grid.rows * grid.columns,), dtype, rows.device)
     scratch = torch.empty(5 * grid.chunk * grid.columns, dtype=dtype, device=rows.device)
     tiles = []
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows.device):
         for part in chunks(len(rows), grid.rows):
             reader = TileReader(source.detach(), rows[part], dtype, grid.cast_columns)
             all_rows = slice(0, len(reader.rows))
@@ -51,11 +52,11 @@ def _own_part(source: Source, rows: Tensor, top_k: int, workspace: Workspace) ->
                 u = reader.logits(all_rows, block, buffer)
                 first, is_first = first_id + block.start, best is None
                 best = extended(best, u.unsqueeze(0), top_k, first, grid.candidates)
-                both = u.expand(2, -1, -1)  # the model is passed twice
-                sums = extended_sums(sums, block_sums(both, Tops.of_one(best), first, scratch, is_first=is_first))
+                both, tops = u.expand(2, -1, -1), Tops.of_one(best)  # the model is passed twice
+                sums = extended_sums(sums, block_sums(both, tops, first, scratch, is_first=is_first))
             assert best is not None
             assert sums is not None
-            columns = statistics(sums, Tops.of_one(best))
+            columns, _ = statistics(sums, tops)
             tiles.append(OwnStats(columns["teacher_logsumexp"], columns["teacher_entropy"], best.ids, best.own))
     if not tiles:
         empty = torch.empty(0, dtype=dtype, device=rows.device)

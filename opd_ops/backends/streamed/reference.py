@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opd_ops.inputs.chunks import span_of
 from opd_ops.selection.stats import TokenStats
 
 
@@ -39,7 +40,7 @@ class Reference(NamedTuple):
 
     def rows(self, group: slice) -> Reference:
         """The reference of some of the rows, (n, 1) each."""
-        return Reference(*(column[group].unsqueeze(1) for column in self))
+        return Reference(*(span_of(column, group).unsqueeze(1) for column in self))
 
     def log_probabilities(self, s: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """log p and log p - log q of a block of (n, B) logits; overwrites s and u. The columns here are (n, 1)."""

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from opd_ops.backends.shared.top_k import TopKList
 from opd_ops.divergences.equations import LOG_ZERO
+from opd_ops.inputs.chunks import parts
 from opd_ops.selection.stats import is_finite
 
 TINY = torch.finfo(torch.float64).tiny  # a divisor in the place of a sum that is 0
@@ -61,8 +62,8 @@ class Tops(NamedTuple):
     @staticmethod
     def of_both(lists: TopKList) -> Tops:
         """From lists of (2 n, K)."""
-        n = len(lists.ids) // 2
-        return Tops(lists.own[:, 0].view(2, n), lists.ids[:, 0].view(2, n), lists.other[:n, 0])
+        own, ids, other = (column.select(1, 0).view(2, -1) for column in (lists.own, lists.ids, lists.other))
+        return Tops(own, ids, other[0])
 
     @staticmethod
     def of_one(best: TopKList) -> Tops:
@@ -94,14 +95,14 @@ def block_sums(x: Tensor, tops: Tops, first_id: int, scratch: Tensor, *, is_firs
     work = scratch[: 5 * step * width].view(5, step, width)
     square_sums = x.new_empty(n) if squares else None
     # All views are created here, because creating them chunk by chunk costs as much as a pass over the logits.
-    columns = x.split(step, 1), places.split(step, 1), bounds.split(step, 1), sums.split(step, 2)
+    columns = parts(x, step, 1), parts(places, step, 1), parts(bounds, step, 1), parts(sums, step, 2)
 
     def chunks(maximum: Tensor, u_reference: Tensor) -> list[_Chunk]:
-        references = maximum.unsqueeze(2).split(step, 1), u_reference.unsqueeze(1).split(step)
+        references = parts(maximum.unsqueeze(2), step, 1), parts(u_reference.unsqueeze(1), step, 0)
         views = [_Chunk(*views) for views in zip(*references, *columns, strict=True)]
         if square_sums is None:
             return views
-        return [chunk._replace(squares=out) for chunk, out in zip(views, square_sums.split(step), strict=True)]
+        return [chunk._replace(squares=out) for chunk, out in zip(views, parts(square_sums, step, 0), strict=True)]
 
     # On a CPU, masks are used only where a sum is not finite. On a device this test would synchronise: masks are always used.
     maximum, u_reference, alone = tops.logits, tops.teacher, None
@@ -113,14 +114,15 @@ def block_sums(x: Tensor, tops: Tops, first_id: int, scratch: Tensor, *, is_firs
         finite = _finite(maximum)
         u_reference = torch.where(u_reference == -math.inf, finite[1], u_reference)
         alone = x.new_full((2, n), -math.inf)
-        done = is_finite(sums).flatten(0, 1).all(0).split(step) if on_cpu else None
-        for i, (chunk, alone_of_chunk) in enumerate(zip(chunks(finite, u_reference), alone.split(step, 1), strict=True)):
+        done = parts(is_finite(sums).flatten(0, 1).all(0), step, 0) if on_cpu else None
+        for i, (chunk, alone_of_chunk) in enumerate(zip(chunks(finite, u_reference), parts(alone, step, 1), strict=True)):
             if done is None or not bool(done[i].all()):
                 chunk.sum(work, holds_top, alone_of_chunk)
         alone = alone.double()
-    rows = torch.cat((maximum, sums.view(6, n), finite[:1], u_reference.unsqueeze(0))).double()
+    rows = torch.cat((maximum, sums.view(6, n), finite, u_reference.expand(2, n))).double().view(6, 2, n)
+    own, z, of_x, of_gap, reference, of_teacher = rows.unbind()
     block_squares = None if square_sums is None else square_sums.double()
-    return RunningSums(rows[:2], rows[2:4], rows[4:6], rows[6:8], alone, rows[8] - rows[9], block_squares)
+    return RunningSums(own, z, of_x, of_gap, alone, reference[0] - of_teacher[0], block_squares)
 
 
 class _Chunk(NamedTuple):
@@ -136,11 +138,11 @@ class _Chunk(NamedTuple):
 
     def sum(self, work: Tensor, holds_top: bool, alone: Tensor | None = None) -> None:
         """Compute the sums. `alone`: (2, c), to be written; -inf logits are then left out. `work`: (5, c or more, B)."""
-        gap, shifted, weight = work[:, : self.x.shape[1]].split((1, 2, 2))
-        gap, (s_weight, _) = gap[0], weight
+        n = self.x.shape[1]
+        work = work if n == work.shape[1] else work[:, :n]
+        gap, shifted, weight = work[0], work[1:3], work[3:]
         torch.sub(self.x, self.maximum, out=shifted)
-        torch.sub(self.x[1], self.u_reference, out=s_weight)
-        torch.sub(shifted[0], s_weight, out=gap)
+        torch.sub(shifted[0], torch.sub(self.x[1], self.u_reference, out=weight[0]), out=gap)
         torch.exp(shifted, out=weight)
         if alone is not None:
             masked = self.x == -math.inf
@@ -160,7 +162,10 @@ class _Chunk(NamedTuple):
 
 
 def _sum_rows(values: Tensor, out: Tensor) -> None:
-    """Sums of (2, c, B) in (2, c); model by model, because torch shares one row between threads, but not two."""
+    """Sums of (2, c, B) in (2, c); of one row model by model, because torch shares one row between threads, but not two."""
+    if values.shape[1] > 1:
+        torch.sum(values, 2, out=out)
+        return
     for i in range(2):
         torch.sum(values[i], 1, out=out[i])
 
@@ -234,11 +239,11 @@ def joined_sums(parts: dict[str, Tensor], student: TopKList, teacher: TopKList) 
         has_top = keeps_top[:, 0] & (every.maximum[:, 0] > -math.inf)
         squares = _joined_squares(moved.z[:, 0], moved.gap[:, 0], moved.squares, has_top)
     sums = RunningSums(maximum, moved.z.sum(0), moved.x.sum(0), moved.gap.sum(0), pairs[4].amax(0), centre, squares)
-    return statistics(sums, tops)
+    return statistics(sums, tops)[0]
 
 
-def statistics(sums: RunningSums, tops: Tops) -> dict[str, Tensor]:
-    """The full-vocabulary columns of `TokenStats`, (n,) fp64, with the columns that gradients read."""
+def statistics(sums: RunningSums, tops: Tops) -> tuple[dict[str, Tensor], Tensor]:
+    """The full-vocabulary columns of `TokenStats`, (n,) fp64, with those that gradients read; and both log-sum-exps, (2, n)."""
     total, log_z, top = 1 + sums.z, sums.z.log1p(), sums.maximum[0]
     if sums.alone is not None:
         empty = sums.maximum == -math.inf
@@ -257,7 +262,7 @@ def statistics(sums: RunningSums, tops: Tops) -> dict[str, Tensor]:
         divergences, excess = divergences.masked_fill(infinite, math.inf), excess.masked_fill(infinite[0], 0)
         optional = {name: column.masked_fill(infinite[0], math.inf) for name, column in optional.items()}
         top_log_ratio = log_ratio.masked_fill(tops.teacher == -math.inf, math.inf)
-    return optional | {
+    columns = optional | {
         "student_entropy": entropy[0],
         "teacher_entropy": entropy[1],
         "reverse_kl": divergences[0],
@@ -272,6 +277,7 @@ def statistics(sums: RunningSums, tops: Tops) -> dict[str, Tensor]:
         "top_log_ratio": top_log_ratio,
         "reverse_kl_excess": excess,
     }
+    return columns, lse
 
 
 def row_jsd(s: Tensor, u: Tensor) -> Tensor:

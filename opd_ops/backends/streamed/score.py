@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 from opd_ops.backends.shared import joined, pages
 from opd_ops.backends.shared.grids import ScoreGrid, score_grid
 from opd_ops.backends.shared.joined import Part, Parts
+from opd_ops.backends.shared.matmul import without_autocast
 from opd_ops.backends.shared.supports import support_columns
 from opd_ops.backends.shared.tiles import TileReader
 from opd_ops.backends.shared.top_k import TopKList, extended
@@ -36,39 +38,32 @@ from opd_ops.backends.streamed.running import (
     statistics,
 )
 from opd_ops.backends.streamed.summed import with_jsd
-from opd_ops.inputs.chunks import chunks
+from opd_ops.inputs.chunks import chunks, span_of
 from opd_ops.inputs.sources import Source, compute_dtype
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.stats import OPTIONAL_COLUMNS, TokenStats, is_finite
+from opd_ops.selection.stats import OPTIONAL_COLUMNS, Scoring, TokenStats, is_finite
 
 
 @torch.no_grad()
-def token_stats(
-    student: Source,
-    teacher: Source,
-    rows: Tensor,
-    *,
-    top_k: int,
-    columns: frozenset[str],
-    workspace: Workspace,
-    score_dtype: torch.dtype | None,
-) -> TokenStats:
+def token_stats(student: Source, teacher: Source, rows: Tensor, scoring: Scoring) -> TokenStats:
     """All statistics of the given positions, (n,) each, from one sweep of both heads, always in the compute dtype."""
-    dtype, shard = compute_dtype(student, teacher), student.transform.shard
+    dtype, shard, columns = compute_dtype(student, teacher), student.transform.shard, scoring.columns
     if shard is not None:
         sent = EMPTY_SUMS | (SQUARES if "ratio_variance" in columns else {})
         parts = Parts(partial(_part, student, teacher, columns), sent, joined_sums)
-        whole = joined.token_stats(parts, shard, rows, top_k=top_k, columns=columns, workspace=workspace, dtype=dtype)
-        return with_jsd(whole, student, teacher, rows, workspace) if "jsd" in columns else whole
+        whole = joined.token_stats(parts, shard, rows, scoring, dtype)
+        return with_jsd(whole, student, teacher, rows, scoring.workspace) if "jsd" in columns else whole
     names = _computed(columns)
     tiles: list[Tensor] = []
-    for grid, sums, jsd, lists in _sweep(student, teacher, rows, top_k, columns, workspace):
-        whole_row, (s_list, t_list) = jsd | statistics(sums, Tops.of_both(lists)), lists.halves()
-        lse = torch.stack((whole_row["student_logsumexp"], whole_row["teacher_logsumexp"]))
-        for group in chunks(lse.shape[1], grid.list_rows):
-            supports = support_columns(s_list.rows(group), t_list.rows(group), lse[:, group], columns)
-            computed = {name: column[group] for name, column in whole_row.items()} | supports
-            tiles.append(torch.stack([computed[name] for name in names]).to(dtype))
+    for grid, tile in _sweep(student, teacher, rows, scoring):
+        (whole_row, lse), (s_list, t_list) = statistics(tile.sums, tile.tops), tile.lists.halves()
+        groups = [
+            support_columns(s_list.rows(group), t_list.rows(group), lse[:, group], columns)
+            for group in chunks(lse.shape[1], grid.list_rows)
+        ]
+        supports = groups[0] if len(groups) == 1 else {x: torch.cat([group[x] for group in groups]) for x in groups[0]}
+        computed = tile.jsd | whole_row | supports
+        tiles.append(torch.stack([computed[name] for name in names]).to(dtype))
     out = tiles[0] if len(tiles) == 1 else torch.cat([torch.empty(len(names), 0, dtype=dtype, device=rows.device), *tiles], 1)
     stats = dict(zip(names, out.unbind(), strict=True))
     return TokenStats(valid=is_finite(stats["teacher_logsumexp"]), **stats)
@@ -81,9 +76,9 @@ def _computed(columns: frozenset[str]) -> list[str]:
 def _part(student: Source, teacher: Source, columns: frozenset[str], rows: Tensor, top_k: int, workspace: Workspace) -> Part:
     """This rank's sums and lists of the rows."""
     tiles, lists = [], []
-    for _, sums, _, both in _sweep(student, teacher, rows, top_k, columns - {"jsd"}, workspace):
-        tiles.append(named_sums(sums))
-        lists.append(both.halves())
+    for _, tile in _sweep(student, teacher, rows, Scoring(top_k, workspace, columns=columns - {"jsd"})):
+        tiles.append(named_sums(tile.sums))
+        lists.append(tile.lists.halves())
     whole = {name: torch.cat([tile[name] for tile in tiles]) for name in tiles[0]}
     student_list, teacher_list = (
         TopKList(*(torch.cat(column) for column in zip(*side, strict=True))) for side in zip(*lists, strict=True)
@@ -91,33 +86,43 @@ def _part(student: Source, teacher: Source, columns: frozenset[str], rows: Tenso
     return Part(whole, student_list, teacher_list)
 
 
-def _sweep(
-    student: Source, teacher: Source, rows: Tensor, top_k: int, columns: frozenset[str], workspace: Workspace
-) -> Iterator[tuple[ScoreGrid, RunningSums, dict[str, Tensor], TopKList]]:
-    """Per tile: its grid, its rows' fp64 sums over the vocabulary, "jsd" if in `columns`, and both models' lists, (2 n, K)."""
+class _Tile(NamedTuple):
+    """What one sweep over the vocabulary computes of a tile of n rows."""
+
+    sums: RunningSums  # over the vocabulary
+    tops: Tops
+    lists: TopKList  # of both models, (2 n, K)
+    jsd: dict[str, Tensor]  # the column "jsd", if it is asked for
+
+
+def _sweep(student: Source, teacher: Source, rows: Tensor, scoring: Scoring) -> Iterator[tuple[ScoreGrid, _Tile]]:
+    """Each tile, with the grid of all."""
     dtype = compute_dtype(student, teacher)
+    top_k, workspace, _, columns = scoring
     grid = score_grid(student, teacher, len(rows), top_k=top_k, whole_rows="jsd" in columns, workspace=workspace)
     buffer = pages.empty((2 * grid.rows * grid.columns,), dtype, rows.device)
     scratch = torch.empty(5 * grid.chunk * grid.columns, dtype=dtype, device=rows.device)
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows.device):
         for part in chunks(len(rows), grid.rows):
-            sides = [TileReader(source.detach(), rows[part], dtype, grid.cast_columns) for source in (student, teacher)]
-            yield grid, *_tile(sides, grid, top_k, columns, buffer, scratch)
+            own_rows = span_of(rows, part)
+            sides = [TileReader(source.detach(), own_rows, dtype, grid.cast_columns) for source in (student, teacher)]
+            yield grid, _tile(sides, grid, top_k, columns, buffer, scratch)
 
 
 def _tile(
     sides: Sequence[TileReader], grid: ScoreGrid, top_k: int, columns: frozenset[str], buffer: Tensor, scratch: Tensor
-) -> tuple[RunningSums, dict[str, Tensor], TopKList]:
-    """RunningSums, "jsd" and both lists of one tile of rows, from one sweep over the vocabulary."""
+) -> _Tile:
+    """One sweep over the vocabulary."""
     n, transform = len(sides[0].rows), sides[0].source.transform
     rows = slice(0, n)
     sums: RunningSums | None = None
     lists: TopKList | None = None
+    tops: Tops | None = None
     jsd: dict[str, Tensor] = {}
     for block in chunks(transform.vocab_size, grid.columns):
         x = buffer[: 2 * n * (block.stop - block.start)].view(2, n, -1)
-        for side, out in zip(sides, x, strict=True):
-            side.logits(rows, block, out.view(-1))
+        for side, out in zip(sides, x.unbind(), strict=True):
+            side.logits(rows, block, out)
         first_id, is_first = transform.first_id + block.start, lists is None
         lists = extended(lists, x, top_k, first_id, grid.candidates)
         if "jsd" in columns:  # the grid has one block, as wide as the vocabulary
@@ -126,4 +131,5 @@ def _tile(
         sums = extended_sums(sums, block_sums(x, tops, first_id, scratch, is_first=is_first, squares=squares))
     assert sums is not None
     assert lists is not None
-    return sums, jsd, lists
+    assert tops is not None
+    return _Tile(sums, tops, lists, jsd)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from opd_ops.backends.shared import pages
 from opd_ops.backends.shared.grids import gradient_grid
+from opd_ops.backends.shared.matmul import without_autocast
 from opd_ops.backends.shared.tiles import TileReader
 from opd_ops.backends.streamed.reference import Reference
 from opd_ops.divergences import JSD, Summed
@@ -41,7 +42,7 @@ def summed(whole: Summed, student: Source, teacher: Source, rows: Tensor, refere
     sides = [TileReader(source.detach(), rows, dtype, grid.columns) for source in (student, teacher)]
     buffers = [pages.empty((grid.rows * grid.columns,), dtype, rows.device) for _ in sides]
     sums = torch.zeros(3, len(rows), dtype=torch.float64, device=rows.device)
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows.device):
         for block in chunks(student.transform.vocab_size, grid.columns):
             for group in chunks(len(rows), grid.rows):
                 s, u = (side.logits(group, block, buffer) for side, buffer in zip(sides, buffers, strict=True))

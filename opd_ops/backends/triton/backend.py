@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from opd_ops.backends.interface import Backend, Choice, Needs, Placed, is_computed
+from opd_ops.backends.interface import Backend, Choice, Cut, Needs, Placed, WeightedRows, is_computed
 from opd_ops.backends.streamed.backend import STREAMED
 from opd_ops.backends.triton import dense, dense_loss, heads, heads_loss, kernel_loss, selection, shards
 from opd_ops.backends.triton.launches import column_names
@@ -29,8 +29,7 @@ from opd_ops.inputs import float8
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.budget import Budget
-from opd_ops.selection.stats import OwnStats, TokenStats
+from opd_ops.selection.stats import OwnStats, Scoring, TokenStats
 
 _log = logging.getLogger("opd_ops")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,6 +41,7 @@ class Triton(Backend):
 
     name = "triton"
     drops_weightless_rows = True
+    totals = staticmethod(selection.totals)
     _launch_scores = staticmethod(selection.launch_scores)
     _launch_choice = staticmethod(selection.launch_choice)
     _head_loss: ClassVar[Callable[..., tuple[Tensor, Tensor]]] = staticmethod(heads_loss.selected_loss)
@@ -65,61 +65,31 @@ class Triton(Backend):
     def scores_selected_rows(self, student: Source, teacher: Source | TeacherLists) -> bool:
         return student.transform.shard is not None or is_computed(student, teacher)
 
-    def token_stats(
-        self,
-        student: Source,
-        teacher: Source,
-        rows: Tensor,
-        *,
-        top_k: int,
-        columns: frozenset[str],
-        workspace: Workspace,
-        score_dtype: torch.dtype | None,
-    ) -> TokenStats:
+    def token_stats(self, student: Source, teacher: Source, rows: Tensor, scoring: Scoring) -> TokenStats:
         with torch.no_grad():  # not a decorator: torch.compile cannot trace a decorated method
             if student.transform.shard is not None:
-                return shards.token_stats(
-                    student,
-                    teacher,
-                    student.transform.shard,
-                    rows,
-                    top_k=top_k,
-                    columns=columns,
-                    workspace=workspace,
-                    score_dtype=score_dtype,
-                )
-            table = self._columns(student, teacher, rows, top_k, columns, workspace, score_dtype)
-            named = zip(column_names(columns), table.unbind(0), strict=True)
+                return shards.token_stats(student, teacher, student.transform.shard, rows, scoring)
+            table = self._columns(student, teacher, rows, scoring)
+            named = zip(column_names(scoring.columns), table.unbind(0), strict=True)
             # The score kernel also writes normalisers, which are no statistics.
             out = {name: column for name, column in named if name in TokenStats._fields}
             return TokenStats(valid=torch.isfinite(out["teacher_logsumexp"]), **out)
 
-    def _columns(
-        self,
-        student: Source,
-        teacher: Source,
-        rows: Tensor,
-        top_k: int,
-        columns: frozenset[str],
-        workspace: Workspace,
-        score_dtype: torch.dtype | None,
-    ) -> Tensor:
+    def _columns(self, student: Source, teacher: Source, rows: Tensor, scoring: Scoring) -> Tensor:
         """(columns, n) statistics of the rows, in the order of `column_names`."""
         if is_computed(student, teacher):
-            return heads.launch_columns(student.detach(), teacher.detach(), rows, top_k, columns, workspace, score_dtype)
+            return heads.launch_columns(student.detach(), teacher.detach(), rows, scoring)
         vocab, temperature = student.transform.vocab_size, student.transform.temperature
-        logits = student.leading.detach(), teacher.leading.detach()
-        return dense.launch_columns(*logits, rows, top_k, columns, workspace, vocab, temperature)
+        return dense.launch_columns(student.leading.detach(), teacher.leading.detach(), rows, scoring, vocab, temperature)
 
     def placed_stats(
         self,
         student: Source,
         teacher: Source,
         rows: Tensor | None,
+        scoring: Scoring,
         *,
-        top_k: int,
-        workspace: Workspace,
-        score_dtype: torch.dtype | None,
+        unmasked: Tensor | None,
         selector: str | None,
         loss: str | None,
     ) -> Placed | None:
@@ -128,104 +98,58 @@ class Triton(Backend):
         n = student.shape.numel()
         with torch.no_grad():
             every_row = torch.arange(n, device=student.leading.device) if rows is None else rows
-            table = self._columns(student, teacher, every_row, top_k, frozenset(), workspace, score_dtype)
+            table = self._columns(student, teacher, every_row, scoring)
             known = selector if selector is not None and self.scores_by_kernels(selector) else "all"
-            return selection.placed(self._launch_scores(table, rows, n, known, loss), student.shape)
+            mask = None if unmasked is None else selection.bytes_of(unmasked)
+            outputs = self._launch_scores(table, rows, n, mask, known, loss)
+            return selection.placed(outputs, student.shape, sorted(scoring.columns))
 
     def scores_by_kernels(self, selector: str | None) -> bool:
         return selector in selection.SELECTORS
 
-    def choose(
-        self,
-        scores: Tensor,
-        valid: Tensor,
-        infinite: Tensor,
-        *,
-        budget: Budget,
-        n_rows: int,
-        length: int | None,
-        bounds: Tensor | None,
-    ) -> Choice | None:
+    def choose(self, scores: Tensor, valid: Tensor, infinite: Tensor, cut: Cut) -> Choice | None:
         flags = selection.bytes_of(valid), selection.bytes_of(infinite)
-        ratio = budget.ratio
-        return selection.choice(self._launch_choice(scores.reshape(-1), *flags, *ratio, n_rows, length or 0, bounds))
+        columns = scores.reshape(-1), *flags, *cut.budget.ratio
+        return selection.choice(self._launch_choice(*columns, cut.n_rows, cut.length or 0, cut.bounds))
 
-    def totals(
-        self,
-        placed: Placed,
-        selected: Tensor,
-        rows: Tensor,
-        losses: Tensor,
-        row_weights: Tensor | None,
-        unmasked: Tensor | None,
-        *,
-        loss: str | None,
-        by_selected: bool,
-    ) -> dict[str, Tensor]:
-        return selection.totals(placed, selected, rows, losses, row_weights, unmasked, loss=loss, by_selected=by_selected)
-
-    def own_stats(
-        self, source: Source, rows: Tensor, *, top_k: int, workspace: Workspace, score_dtype: torch.dtype | None
-    ) -> OwnStats:
+    def own_stats(self, source: Source, rows: Tensor, scoring: Scoring) -> OwnStats:
         if source.transform.shard is None:
-            return heads.own_stats(source, rows, top_k=top_k, workspace=workspace, score_dtype=score_dtype)
-        shard = source.transform.shard
-        return shards.own_stats(source, shard, rows, top_k=top_k, workspace=workspace, score_dtype=score_dtype)
+            return heads.own_stats(source, rows, scoring)
+        return shards.own_stats(source, source.transform.shard, rows, scoring)
 
     def selected_loss(
         self,
         student: Source,
         teacher: Source | TeacherLists,
-        rows: Tensor,
-        weights: Tensor,
-        stats: TokenStats,
-        *,
+        selected: WeightedRows,
         divergence: Divergence,
-        tokens: Tensor | None,
         workspace: Workspace,
+        *,
         inplace: bool,
     ) -> tuple[Tensor, Tensor]:
         reason = self.hands_over(student, teacher, divergence)
         if reason is not None:
             _log.debug("backend 'triton': the loss %r by backend 'torch' (%s)", divergence.name, reason)
+            stats = selected.stats
             if divergence.reads_whole_rows and isinstance(teacher, Source):  # `stats` may come from 16-bit logits
-                stats = STREAMED.token_stats(
-                    student,
-                    teacher,
-                    rows,
-                    top_k=1,
-                    columns=frozenset(),
-                    workspace=workspace,
-                    score_dtype=None,
-                )
+                stats = STREAMED.token_stats(student, teacher, selected.rows, Scoring(1, workspace))
             elif divergence.whole is None:
                 stats = stats._replace(reference_teacher=None)
-            return STREAMED.selected_loss(
-                student,
-                teacher,
-                rows,
-                weights,
-                stats,
-                divergence=divergence,
-                tokens=tokens,
-                workspace=workspace,
-                inplace=False,
-            )
+            selected = selected._replace(stats=stats)
+            return STREAMED.selected_loss(student, teacher, selected, divergence, workspace, inplace=False)
         assert not inplace or self.overwrites_logits(student, teacher, divergence)
         if student.transform.shard is not None:
             assert isinstance(teacher, Source)
-            return shards.selected_loss(student, teacher, student.transform.shard, rows, weights, divergence, workspace)
+            return shards.selected_loss(student, teacher, student.transform.shard, selected, divergence, workspace)
         if is_computed(student, teacher):
-            return self._head_loss(student, teacher, rows, weights, divergence, tokens, workspace)
+            return self._head_loss(student, teacher, selected, divergence, workspace)
         if not (isinstance(teacher, Source) and is_column(divergence)):
-            return dense_loss.computed_loss(
-                student, teacher, rows, weights, divergence=divergence, tokens=tokens, workspace=workspace
-            )
+            return dense_loss.computed_loss(student, teacher, selected, divergence, workspace)
         whole = divergence.whole
         assert whole is not None
-        losses = getattr(stats, whole.name)
-        connected = self._column_loss(student, teacher, rows, losses, whole, workspace, inplace=inplace)
-        return weighted_sum(connected, weights), losses
+        losses = getattr(selected.stats, whole.name)
+        connected = self._column_loss(student, teacher, selected.rows, losses, whole, workspace, inplace=inplace)
+        return weighted_sum(connected, selected.weights), losses
 
 
 TRITON = Triton()

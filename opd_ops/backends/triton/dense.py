@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from opd_kernels.argmax import argmax_fwd
 from opd_kernels.score import Score, score_fwd
-from opd_kernels.support import Support
+from opd_kernels.support import TopKLists
 from opd_kernels.zero_rows import zero_rows
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from opd_ops.divergences import DIVERGENCES
 from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Transform
 from opd_ops.inputs.workspace import Workspace
+from opd_ops.selection.stats import Scoring
 
 
 def _dense(vocab_size: int, temperature: float) -> tuple[Transform, Transform]:
@@ -35,18 +36,17 @@ def launch_columns(
     student: Tensor,
     teacher: Tensor,
     rows: Tensor,
-    top_k: int,
-    columns: frozenset[str],
-    workspace: Workspace,
+    scoring: Scoring,
     vocab_size: int,
     temperature: float,
     *,
-    keep: Callable[[tuple[Score, Support]], None] | None = None,
+    keep: Callable[[tuple[Score, TopKLists]], None] | None = None,
 ) -> Tensor:
     """(columns, n) statistics of the given positions, in the order of `column_names`.
 
     `keep`: called with the kernels' outputs for each group of consecutive rows.
     """
+    top_k, workspace, _, columns = scoring
     layout, student_table = table_of(student)
     tables = student_table, table_of(teacher)[1]
     places = layout.rows(rows)
@@ -102,7 +102,7 @@ def launch_gradient(
             if constants is None:
                 score = score_fwd(*tables, places[part], **options)
                 top = argmax_fwd(tables[0], places[part], score, vocab_size=vocab_size)
-                part_constants = KernelConstants.of_row(score.columns, top)
+                part_constants = KernelConstants.from_columns(score.columns, top)
             else:
                 part_constants = constants.rows(part)
             GRADIENTS[type(DIVERGENCES[kind])](

@@ -17,6 +17,7 @@ import torch
 from opd_kernels.zero_rows import zero_rows
 from torch import Tensor
 
+from opd_ops.backends.interface import WeightedRows
 from opd_ops.backends.shared.gradient_in_backward import GradientPlan, connected
 from opd_ops.backends.shared.grids import score_bytes
 from opd_ops.backends.shared.overwritten import unchanged
@@ -95,14 +96,12 @@ class _ComputedGradient(GradientPlan):
 def computed_loss(
     student: Source,
     teacher: Source | TeacherLists,
-    rows: Tensor,
-    weights: Tensor,
-    *,
+    selected: WeightedRows,
     divergence: Divergence,
-    tokens: Tensor | None,
     workspace: Workspace,
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum and the (M,) losses of a divergence that is no column of the statistics, on dense logits."""
+    rows, tokens = selected.rows, selected.tokens
     teacher_logits = teacher.leading.detach() if isinstance(teacher, Source) else None
     listed = None if isinstance(teacher, Source) else teacher.take(rows)
     loss = KernelLoss(divergence, student.transform, teacher.transform if isinstance(teacher, Source) else None)
@@ -124,4 +123,4 @@ def computed_loss(
     total = connected(_ComputedGradient(loss), all_losses, student.leading, teacher_logits, rows, *saved)
     read_again = (student, teacher) if teacher_logits is not None and isinstance(teacher, Source) else (student,)
     total = unchanged(total, rows, *read_again, workspace=workspace)
-    return weighted_sum(total, without_infinite(all_losses, weights)), all_losses
+    return weighted_sum(total, without_infinite(all_losses, selected.weights)), all_losses

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from opd_kernels.quantise import quantise_rows
 from opd_kernels.score import Score, score_fwd
-from opd_kernels.support import Support, support_fwd
+from opd_kernels.support import TopKLists, support_fwd
 from torch import Tensor
 
 from opd_ops.backends.shared.grids import ranks_in_float8, score_tile, tile_dtype, weight_casts
@@ -28,7 +28,7 @@ from opd_ops.inputs.chunks import groups
 from opd_ops.inputs.float8 import Float8Rows
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.stats import OwnStats
+from opd_ops.selection.stats import OwnStats, Scoring
 
 # Two half-size tiles on two streams: the statistics of one run during the matmul of the next. Off until a GPU has shown that
 # this is faster: benchmarks/gpu/heads.py times both.
@@ -71,19 +71,15 @@ def launch_columns(
     student: Source,
     teacher: Source,
     rows: Tensor,
-    top_k: int,
-    columns: frozenset[str],
-    workspace: Workspace,
-    score_dtype: torch.dtype | None,
+    scoring: Scoring,
     *,
-    keep: Callable[[tuple[Score, Support]], None] | None = None,
+    keep: Callable[[tuple[Score, TopKLists]], None] | None = None,
 ) -> Tensor:
     """(columns, n) statistics of the given positions, in the order of `column_names`.
 
-    Args:
-        score_dtype: Dtype of a head's logits; None: the head's own.
-        keep: Called with the kernels' outputs for each group of consecutive rows.
+    `score_dtype` None: the head's own. `keep`: called with the kernels' outputs for each group of consecutive rows.
     """
+    top_k, workspace, score_dtype, columns = scoring
     lanes, vocab = _Lanes(rows.device), student.transform.vocab_size
     sides = [_ranking_reader(source, rows, workspace, score_dtype) for source in (student, teacher)]
     transforms = sides[0].transform, sides[1].transform
@@ -113,8 +109,9 @@ def launch_columns(
     return out
 
 
-def own_stats(source: Source, rows: Tensor, *, top_k: int, workspace: Workspace, score_dtype: torch.dtype | None) -> OwnStats:
+def own_stats(source: Source, rows: Tensor, scoring: Scoring) -> OwnStats:
     """One model's statistics at the rows, from its logits alone."""
+    top_k, workspace, score_dtype, _ = scoring
     vocab, n = source.transform.vocab_size, len(rows)
     side = _ranking_reader(source, rows, workspace, score_dtype)
     tile = score_tile(source, n=n, top_k=top_k, optional=False, workspace=workspace, score_dtype=score_dtype)

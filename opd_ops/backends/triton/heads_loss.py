@@ -28,6 +28,7 @@ from opd_kernels.scale import scale
 from opd_kernels.score import COLUMNS
 from torch import Tensor
 
+from opd_ops.backends.interface import WeightedRows
 from opd_ops.backends.shared.first_order import first_order
 from opd_ops.backends.shared.grids import BlockGrid, SelectedGrid, is_narrow, weight_casts
 from opd_ops.backends.shared.matmul import fp32_product, long_product
@@ -317,10 +318,8 @@ class _Gradients(NamedTuple):
 def selected_loss(
     student: Source,
     teacher: Source | TeacherLists,
-    rows: Tensor,
-    weights: Tensor,
+    selected: WeightedRows,
     divergence: Divergence,
-    tokens: Tensor | None,
     workspace: Workspace,
     constants: KernelConstants | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -328,6 +327,7 @@ def selected_loss(
 
     `constants`: as in `launch_loss`.
     """
+    rows, weights, tokens = selected.rows, selected.weights, selected.tokens
     differentiable = torch.is_grad_enabled()  # read here: within an autograd function's forward it is False
     teacher_tensors: tuple[Tensor, ...]
     template: Source | TeacherLists

@@ -91,7 +91,7 @@ class KernelConstants(NamedTuple):
     d_off_list: Tensor | None  # (M,) d loss / d that log-sum-exp
 
     @staticmethod
-    def of_row(
+    def from_columns(
         columns: Tensor | None, top: Tensor | None, *, sums: Tensor | None = None, elsewhere: Tensor | None = None
     ) -> KernelConstants:
         """The constants of a divergence over the whole row."""
@@ -168,7 +168,7 @@ class KernelLoss:
         elif whole is not None:
             assert whole.column is not None
             losses = losses + getattr(score, whole.column)
-        constants = KernelConstants.of_row(columns, top, sums=sums)
+        constants = KernelConstants.from_columns(columns, top, sums=sums)
         if self.divergence.on_support is not None:
             list_losses, constants = self._listed(self.divergence.on_support, s, t, rows, score, tokens, listed, constants)
             losses = losses + list_losses.float()
@@ -233,7 +233,7 @@ class KernelLoss:
     ) -> tuple[Tensor | None, Tensor | None]:
         """(M, K) ids of the student's list and of the teacher's; None: not read, or sent by the teacher."""
         k, models = divergence.top_k, SUPPORTS[divergence.support]
-        if "student" in models and listed is not None and listed.of_student:
+        if "student" in models and listed is not None and listed.chosen_by_student:
             sent = listed.listed_ids
             return best_of_sent(sent, self._at(self.student, s, rows, sent), k), None
         if not models or (t is None and "student" not in models):

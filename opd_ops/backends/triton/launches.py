@@ -8,18 +8,19 @@ Not here: dense logits as tables (dense.py, layout.py), tiles of a head's logits
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from opd_kernels.score import COLUMNS, Score, score_fwd
-from opd_kernels.support import SUPPORT_COLUMNS, Support, support_fwd
+from opd_kernels.support import SUPPORT_COLUMNS, TopKLists, support_fwd
 from torch import Tensor
 
 from opd_ops.backends.shared.grids import UNION_BYTES
-from opd_ops.backends.shared.supports import support_columns
+from opd_ops.backends.shared.supports import list_columns
 from opd_ops.backends.shared.top_k import TopKList
 from opd_ops.backends.streamed.running import row_jsd
-from opd_ops.inputs.chunks import chunks
+from opd_ops.inputs.chunks import chunks, span_of
 from opd_ops.inputs.sources import Transform, finish_logits
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import LIST_COLUMNS
@@ -63,44 +64,38 @@ def write_columns(
     columns: frozenset[str],
     top_k: int,
     workspace: Workspace,
-) -> tuple[Score, Support]:
+) -> tuple[Score, TopKLists]:
     """Fill `out`, (columns, n) in the order of `column_names`, with the statistics of the tables' rows (None: all, in order).
 
     Returns: the kernels' outputs.
     `workspace` bounds the scratch of the optional columns; the launch itself takes `score_bytes` a row besides.
     """
     options = launch_options(*transforms)
-    of_score, of_support, others = out.split((len(COLUMNS), len(SUPPORT_COLUMNS), len(columns)))
+    score_out, support_out, others = out.split((len(COLUMNS), len(SUPPORT_COLUMNS), len(columns)))
     optional = dict(zip(sorted(columns), others, strict=True))
-    score = score_fwd(*tables, rows, out=of_score, variance=optional.get("ratio_variance"), **options)
-    lists = support_fwd(*tables, rows, score, out=of_support, top_k=top_k, **options)
-    for name, column in _list_columns(lists, score, columns & LIST_COLUMNS, workspace).items():
-        optional[name].copy_(column)
+    score = score_fwd(*tables, rows, out=score_out, variance=optional.get("ratio_variance"), **options)
+    lists = support_fwd(*tables, rows, score, out=support_out, top_k=top_k, **options)
+    if columns & LIST_COLUMNS:
+        _write_list_columns(optional, lists, workspace)
     if "jsd" in columns:
         optional["jsd"].copy_(_jsd(tables, rows, transforms, workspace))
     return score, lists
 
 
-def top_k_lists(lists: Support, first_id: int = 0) -> tuple[TopKList, TopKList]:
+def top_k_lists(lists: TopKLists, first_id: int = 0) -> tuple[TopKList, TopKList]:
     """Student's and teacher's list; the kernels counted ids from `first_id`."""
     s_at_s, t_at_s, s_at_t, t_at_t = lists.logits.unbind(1)
-    student = TopKList(lists.s_ids.long() + first_id, s_at_s, t_at_s)
-    return student, TopKList(lists.t_ids.long() + first_id, t_at_t, s_at_t)
+    ids = lists.ids.long() + first_id if first_id else lists.ids.long()
+    return TopKList(ids[:, 0], s_at_s, t_at_s), TopKList(ids[:, 1], t_at_t, s_at_t)
 
 
-def _list_columns(lists: Support, score: Score, columns: frozenset[str], workspace: Workspace) -> dict[str, Tensor]:
-    """Optional columns from the kernels' lists, a group of rows at a time."""
+def _write_list_columns(out: Mapping[str, Tensor], lists: TopKLists, workspace: Workspace) -> None:
+    """Fill those of the (n,) columns that are made of the kernels' lists, a group of rows at a time."""
     n, _, k = lists.ids.shape
-    out = {name: torch.empty(n, dtype=torch.float32, device=lists.ids.device) for name in columns}
-    if not columns:
-        return out
     student, teacher = top_k_lists(lists)
-    lse = torch.stack((score.student_logsumexp, score.teacher_logsumexp)).double()
     for part in chunks(n, workspace.count(UNION_BYTES * k)):
-        values = support_columns(student.rows(part), teacher.rows(part), lse[:, part], columns)
-        for name in columns:
-            out[name][part] = values[name]
-    return out
+        for name, values in list_columns(student.rows(part), teacher.rows(part), frozenset(out)).items():
+            span_of(out[name], part).copy_(values)
 
 
 def _jsd(

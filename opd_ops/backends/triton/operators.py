@@ -20,6 +20,7 @@ from opd_kernels.choose import COUNTS
 from opd_kernels.place import STATS
 from torch import Tensor
 
+from opd_ops.backends.interface import WeightedRows
 from opd_ops.backends.triton import dense, heads, heads_loss, selection
 from opd_ops.backends.triton.launches import column_names, parse_columns
 from opd_ops.backends.triton.layout import Layout
@@ -27,6 +28,7 @@ from opd_ops.divergences import DIVERGENCES, Divergence, WholeRow
 from opd_ops.inputs.sources import Source, Transform
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.inputs.workspace import Workspace
+from opd_ops.selection.stats import Scoring
 
 
 @torch.library.custom_op("opd_ops::token_columns", mutates_args=())
@@ -41,8 +43,8 @@ def token_columns(
     temperature: float,
 ) -> Tensor:
     """(columns, n) statistics of the rows, in the order of `column_names`. `optional`: names of optional columns, "a,b"."""
-    workspace = Workspace(workspace_bytes)
-    return dense.launch_columns(student, teacher, rows, top_k, parse_columns(optional), workspace, vocab_size, temperature)
+    scoring = Scoring(top_k, Workspace(workspace_bytes), columns=parse_columns(optional))
+    return dense.launch_columns(student, teacher, rows, scoring, vocab_size, temperature)
 
 
 @token_columns.register_fake
@@ -52,16 +54,21 @@ def _(student: Tensor, teacher: Tensor, rows: Tensor, top_k: int, optional: str,
 
 
 @torch.library.custom_op("opd_ops::placed_scores", mutates_args=())
-def placed_scores(table: Tensor, rows: Tensor | None, n: int, selector: str, loss: str | None) -> tuple[Tensor, Tensor, Tensor]:
+def placed_scores(
+    table: Tensor, rows: Tensor | None, n: int, unmasked: Tensor | None, selector: str, loss: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """`selection.launch_scores`."""
-    columns, flags, scores = selection.launch_scores(table, rows, n, selector, loss)
+    columns, flags, scores = selection.launch_scores(table, rows, n, unmasked, selector, loss)
     return columns, flags, scores
 
 
 @placed_scores.register_fake
-def _(table: Tensor, rows: Tensor | None, n: int, selector: str, loss: str | None) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    table: Tensor, rows: Tensor | None, n: int, unmasked: Tensor | None, selector: str, loss: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
     flags = torch.empty((2, n), dtype=torch.uint8, device=table.device)
-    return table.new_empty((len(STATS), n)), flags, table.new_empty(n)
+    n_columns = len(STATS) + table.shape[0] - len(column_names(frozenset()))
+    return table.new_empty((n_columns, n)), flags, table.new_empty(n)
 
 
 @torch.library.custom_op("opd_ops::chosen_positions", mutates_args=())
@@ -188,8 +195,8 @@ def head_columns(
 ) -> Tensor:
     """(columns, n) statistics of the rows; the last of the settings is K of the top-K."""
     sources = _sources((s_leading, s_weight, s_bias, t_leading, t_weight, t_bias), settings)
-    columns = parse_columns(optional)
-    return heads.launch_columns(*sources, rows, int(settings[7]), columns, Workspace(int(settings[0])), score_dtype)
+    scoring = Scoring(int(settings[7]), Workspace(int(settings[0])), score_dtype, parse_columns(optional))
+    return heads.launch_columns(*sources, rows, scoring)
 
 
 @head_columns.register_fake
@@ -291,17 +298,15 @@ def column_losses(
 def head_losses(
     student: Source,
     teacher: Source | TeacherLists,
-    rows: Tensor,
-    weights: Tensor,
+    selected: WeightedRows,
     divergence: Divergence,
-    tokens: Tensor | None,
     workspace: Workspace,
 ) -> tuple[Tensor, Tensor]:
     """`heads_loss.selected_loss`, through the operator."""
     assert isinstance(teacher, Source)
-    assert tokens is None
+    assert selected.tokens is None
     assert divergence.whole is not None
     needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in student.tensors]
     arguments = head_arguments(student, teacher.detach(), workspace, *needs)
-    total, losses, *_ = head_loss(*arguments, rows, weights, divergence.whole.name)
+    total, losses, *_ = head_loss(*arguments, selected.rows, selected.weights, divergence.whole.name)
     return total, losses.detach()

@@ -8,6 +8,8 @@ Not here: calls that torch.compile traces (traced.py), kernels (opd_kernels).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from opd_kernels.choose import choose_fwd
 from opd_kernels.place import FITS, STATS, place_fwd
@@ -21,17 +23,22 @@ from opd_ops.selection.stats import TokenStats
 SELECTORS = frozenset(FITS)
 
 
-def launch_scores(table: Tensor, rows: Tensor | None, n: int, selector: str, loss: str | None) -> tuple[Tensor, ...]:
-    """(11, n) statistics, (2, n) flags (valid, infinite) and (n,) scores of n positions; `table`: (16, rows) statistics."""
+def launch_scores(
+    table: Tensor, rows: Tensor | None, n: int, unmasked: Tensor | None, selector: str, loss: str | None
+) -> tuple[Tensor, ...]:
+    """(11 + E, n) statistics, (2, n) flags (valid, infinite) and (n,) scores of n positions.
+
+    `table`: (16 + E, rows) statistics, E optional ones. `unmasked`: (n,) uint8, or None.
+    """
     with on_device(table.device):
-        return tuple(place_fwd(table, rows, n, selector=selector, loss=loss))
+        return tuple(place_fwd(table, rows, n, unmasked, selector=selector, loss=loss))
 
 
-def placed(outputs: tuple[Tensor, ...], shape: torch.Size) -> Placed:
-    """The outputs of `launch_scores`, of the positions' shape."""
+def placed(outputs: tuple[Tensor, ...], shape: torch.Size, optional: Sequence[str]) -> Placed:
+    """The outputs of `launch_scores`, of the positions' shape. `optional`: the names of the optional statistics."""
     columns, flags, scores = outputs
     valid, infinite = (flag.view(shape).view(torch.bool) for flag in flags.unbind(0))
-    named = dict(zip(STATS, (column.view(shape) for column in columns.unbind(0)), strict=True))
+    named = dict(zip((*STATS, *optional), (column.view(shape) for column in columns.unbind(0)), strict=True))
     return Placed(scores.view(shape), TokenStats(valid=valid, **named), infinite, columns)
 
 

@@ -25,10 +25,10 @@ from functools import partial
 
 import torch
 from opd_kernels.score import COLUMNS, Score
-from opd_kernels.support import Support
+from opd_kernels.support import TopKLists
 from torch import Tensor
 
-from opd_ops.backends.interface import is_computed
+from opd_ops.backends.interface import WeightedRows, is_computed
 from opd_ops.backends.shared import joined
 from opd_ops.backends.shared.joined import Part, Parts, joint_entropy, masses
 from opd_ops.backends.shared.tiles import TileReader
@@ -40,28 +40,18 @@ from opd_ops.backends.triton.launches import top_k_lists
 from opd_ops.divergences import Divergence, ReverseKL, WholeRow, weighted_sum, without_infinite
 from opd_ops.inputs.sources import Shard, Source, Transform
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.stats import SWEPT_COLUMNS, OwnStats, TokenStats
+from opd_ops.selection.stats import SWEPT_COLUMNS, OwnStats, Scoring, TokenStats
 
 EMPTY_COLUMNS = {name: -math.inf if name.endswith("logsumexp") else 0.0 for name in SWEPT_COLUMNS}
 VARIANCE = {"ratio_variance": 0.0}  # one more of them, if it is asked for
 
 
-def token_stats(
-    student: Source,
-    teacher: Source,
-    shard: Shard,
-    rows: Tensor,
-    *,
-    top_k: int,
-    columns: frozenset[str],
-    workspace: Workspace,
-    score_dtype: torch.dtype | None,
-) -> TokenStats:
+def token_stats(student: Source, teacher: Source, shard: Shard, rows: Tensor, scoring: Scoring) -> TokenStats:
     """All statistics of the given positions over the whole vocabulary, (n,) each."""
-    sent = EMPTY_COLUMNS | (VARIANCE if "ratio_variance" in columns else {})
-    parts = Parts(partial(_part, student.detach(), teacher.detach(), sent.keys(), score_dtype), sent, joined_columns)
-    stats = joined.token_stats(parts, shard, rows, top_k=top_k, columns=columns, workspace=workspace, dtype=torch.float32)
-    return with_jsd(stats, student, teacher, rows, workspace) if "jsd" in columns else stats
+    sent = EMPTY_COLUMNS | (VARIANCE if "ratio_variance" in scoring.columns else {})
+    parts = Parts(partial(_part, student.detach(), teacher.detach(), sent.keys(), scoring.score_dtype), sent, joined_columns)
+    stats = joined.token_stats(parts, shard, rows, scoring, torch.float32)
+    return with_jsd(stats, student, teacher, rows, scoring.workspace) if "jsd" in scoring.columns else stats
 
 
 def _part(
@@ -74,14 +64,15 @@ def _part(
     workspace: Workspace,
 ) -> Part:
     """This rank's columns and lists of the rows, from its part of the vocabulary; `sent`: the names of the columns."""
-    launches: list[tuple[Score, Support]] = []
+    launches: list[tuple[Score, TopKLists]] = []
     optional = frozenset(sent) & VARIANCE.keys()
+    scoring = Scoring(top_k, workspace, score_dtype, optional)
     if is_computed(student, teacher):
-        table = heads.launch_columns(student, teacher, rows, top_k, optional, workspace, score_dtype, keep=launches.append)
+        table = heads.launch_columns(student, teacher, rows, scoring, keep=launches.append)
     else:
-        stored = student.leading, teacher.leading
         width, temperature = student.transform.vocab_size, student.transform.temperature
-        table = dense.launch_columns(*stored, rows, top_k, optional, workspace, width, temperature, keep=launches.append)
+        stored = student.leading, teacher.leading
+        table = dense.launch_columns(*stored, rows, scoring, width, temperature, keep=launches.append)
     columns = {name: torch.cat([getattr(score, name) for score, _ in launches]) for name in SWEPT_COLUMNS}
     columns |= dict.fromkeys(optional, table[-1])
     names = ("s_ref", "s_log2z", "t_ref", "t_log2z", "log2z_gap")
@@ -91,41 +82,40 @@ def _part(
     columns["teacher_logsumexp"] = logsumexp(models[1], t_ref, t_log2z)
     # In fp32 the gap of models that differ by a constant of 1,000 would have an error of 3e-5.
     columns["logsumexp_gap"] = logsumexp(models[0], s_ref, log2z_gap) - logsumexp(models[1], t_ref, torch.zeros_like(t_ref))
-    lists = Support(torch.cat([x.ids for _, x in launches]), torch.cat([x.logits for _, x in launches]), launches[0][1].columns)
+    lists = TopKLists(
+        torch.cat([x.ids for _, x in launches]), torch.cat([x.logits for _, x in launches]), launches[0][1].columns
+    )
     return Part(columns, *top_k_lists(lists, student.transform.first_id))
 
 
-def own_stats(
-    source: Source, shard: Shard, rows: Tensor, *, top_k: int, workspace: Workspace, score_dtype: torch.dtype | None
-) -> OwnStats:
+def own_stats(source: Source, shard: Shard, rows: Tensor, scoring: Scoring) -> OwnStats:
     """One model's statistics at the rows over the whole vocabulary."""
 
     def read() -> OwnStats:
-        stats = heads.own_stats(source, rows, top_k=min(top_k, shard.width), workspace=workspace, score_dtype=score_dtype)
+        stats = heads.own_stats(source, rows, scoring._replace(top_k=min(scoring.top_k, shard.width)))
         return stats._replace(ids=stats.ids + shard.first)
 
-    return joined.own_stats(read, shard, rows, top_k=top_k, workspace=workspace, dtype=torch.float32)
+    return joined.own_stats(read, shard, rows, scoring, torch.float32)
 
 
 def selected_loss(
     student: Source,
     teacher: Source,
     shard: Shard,
-    rows: Tensor,
-    weights: Tensor,
+    selected: WeightedRows,
     divergence: Divergence,
     workspace: Workspace,
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of reverse or forward KL over the positions, connected to this rank's part, and the (M,) losses."""
     assert divergence.whole is not None
     with torch.no_grad():
-        constants = _constants(student, teacher, shard, rows, divergence.whole, workspace)
+        constants = _constants(student, teacher, shard, selected.rows, divergence.whole, workspace)
     if is_computed(student, teacher):
-        return heads_loss.selected_loss(student, teacher, rows, weights, divergence, None, workspace, constants)
+        return heads_loss.selected_loss(student, teacher, selected, divergence, workspace, constants)
     assert constants.columns is not None
     losses = constants.columns[COLUMNS.index(divergence.whole.name)]
-    total = dense_loss.column_loss(student, teacher, rows, losses, divergence.whole, workspace, constants=constants)
-    return weighted_sum(total, without_infinite(losses, weights)), losses
+    total = dense_loss.column_loss(student, teacher, selected.rows, losses, divergence.whole, workspace, constants=constants)
+    return weighted_sum(total, without_infinite(losses, selected.weights)), losses
 
 
 def _constants(
@@ -146,8 +136,8 @@ def _constants(
     # Statistics again, because the score pass may have read 16-bit logits.
     read = partial(_part, student.detach(), teacher.detach(), EMPTY_COLUMNS.keys(), torch.float32)
     parts = Parts(read, EMPTY_COLUMNS, join)
-    exact = joined.token_stats(parts, shard, rows, top_k=1, columns=frozenset(), workspace=workspace, dtype=torch.float64)
-    return KernelConstants.of_row(_columns(student, teacher, exact), torch.cat(tops), elsewhere=torch.cat(elsewhere))
+    exact = joined.token_stats(parts, shard, rows, Scoring(1, workspace), torch.float64)
+    return KernelConstants.from_columns(_columns(student, teacher, exact), torch.cat(tops), elsewhere=torch.cat(elsewhere))
 
 
 def _columns(student: Source, teacher: Source, exact: TokenStats) -> Tensor:

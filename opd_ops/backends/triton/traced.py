@@ -6,7 +6,6 @@ Not here: eager calls (backend.py). They launch kernels directly: an operator co
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from opd_ops.backends.interface import Needs, is_computed
@@ -15,7 +14,7 @@ from opd_ops.backends.triton.backend import Triton
 from opd_ops.divergences import is_column
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
-from opd_ops.inputs.workspace import Workspace
+from opd_ops.selection.stats import Scoring
 
 
 class TracedTriton(Triton):
@@ -27,23 +26,13 @@ class TracedTriton(Triton):
     _column_loss = staticmethod(operators.column_losses)
 
     def refusal(self, student: Source, teacher: Source | TeacherLists, needs: Needs) -> str | None:
-        if isinstance(teacher, Source) and teacher.transform.mixing is not None:
-            return "the teacher is a Mixture, which torch.compile cannot trace here; call it outside of the graph"
         if not (is_column(needs.divergence) and needs.divergence.importance is None and isinstance(teacher, Source)):
             name = needs.divergence.name
             return f"divergence is {name!r}, which torch.compile cannot trace here; call it outside of the graph"
         return super().refusal(student, teacher, needs)
 
-    def _columns(
-        self,
-        student: Source,
-        teacher: Source,
-        rows: Tensor,
-        top_k: int,
-        columns: frozenset[str],
-        workspace: Workspace,
-        score_dtype: torch.dtype | None,
-    ) -> Tensor:
+    def _columns(self, student: Source, teacher: Source, rows: Tensor, scoring: Scoring) -> Tensor:
+        top_k, workspace, score_dtype, columns = scoring
         optional = ",".join(sorted(columns))
         table: Tensor
         if is_computed(student, teacher):

@@ -35,7 +35,10 @@ class ServedRollouts:
         url: The server's address, with or without `/v1`.
         end_ids: Ids of the tokens that end an answer, like the student's generation_config.eos_token_id; at least one.
         model: The server's name for the student's base model; None: its only model that is no adapter.
-        timeout, retry_seconds, concurrency, api_key: As in `ServerClient`.
+        timeout: Longest time without data from the server, in seconds.
+        retry_seconds: How long a failed request is sent again, in seconds; 0: never.
+        concurrency: Number of requests at the same time.
+        api_key: Sent as a bearer token, if the server needs one.
     Raises: ValueError: an argument out of range.
     """
 

@@ -49,7 +49,10 @@ class TeacherServer(ABC):
         url: The server's address, with or without `/v1`.
         model: The server's name for the teacher; None: its only model that is no adapter.
         top_k: K of `score`, >= 1.
-        timeout, retry_seconds, concurrency, api_key: As in `ServerClient`.
+        timeout: Longest time without data from the server, in seconds.
+        retry_seconds: How long a failed request is sent again, in seconds; 0: never.
+        concurrency: Number of requests at the same time.
+        api_key: Sent as a bearer token, if the server needs one.
     Raises: ValueError: an argument out of range.
     """
 
@@ -125,7 +128,8 @@ class TeacherServer(ABC):
         """The teacher's log-probabilities of given ids, for losses on the student's top-K.
 
         Args:
-            contexts, answers: As in `score`.
+            contexts: As in `score`.
+            answers: As in `score`.
             ids: (B, L, K) integers, L at least the length of the longest answer. Row i has the ids to score in the place of
                 answer token i; -1: no id.
         Returns: The ids, -1 after the end of an answer, and (B, L, K) log-probabilities; -inf where the id is -1.

@@ -128,7 +128,7 @@ def _refused():
     mine, beside = (cut(x, CUTS["uneven"], rank) for x in (student, teacher))
     with pytest.raises(ValueError, match=r"teacher: got 27, 18, 27, 27 positions on the ranks"):
         selective_opd_loss(mine, beside[: 2 if rank == 1 else 3], process_group=group)
-    known = StudentStats.of_logits(student, top_k=6)
+    known = StudentStats.from_logits(student, top_k=6)
     with pytest.raises(
         ValueError, match=r"student_stats: are over the student's own vocabulary of 97, but .* first 70 entries"
     ):

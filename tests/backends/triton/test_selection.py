@@ -11,7 +11,6 @@ import torch
 from opd_ops import selective_opd_loss
 from opd_ops.backends.interface import Backend
 from opd_ops.backends.triton.backend import Triton
-from opd_ops.call import reduce
 from tests.support.cases import generator, gradients, head_pair, leaf, leaf_head, logit_pair
 from tests.support.kernel_oracle import same
 
@@ -32,7 +31,7 @@ def by_both(monkeypatch, call):
     """The results of a call by kernels and by torch; asserts that the first ran the kernels of sums."""
     summed = []
     with monkeypatch.context() as patch:
-        patch.setattr(Triton, "totals", lambda *a, f=Triton.totals, **k: summed.append(1) or f(*a, **k))
+        patch.setattr(Triton, "totals", lambda _, *a, f=Triton.totals, **k: summed.append(1) or f(*a, **k))
         one = call()
     assert summed
     with monkeypatch.context() as patch:
@@ -69,11 +68,17 @@ CASES = {
     "items": {"num_items_in_batch": torch.tensor(17), "mask": MASK},
     "callable": {"selector": lambda stats: stats.union_kl.mul_(-1), "mask": MASK},
     "prefix": {"selector": "prefix", "scope": "sequence"},
+    "variance": {"selector": "ratio-variance", "mask": MASK},
+    "dial": {"selector": "dial", "mask": MASK, "tokens": torch.arange(24).view(3, 8)},
+    "log-ratio": {"selector": "log-ratio", "tokens": torch.arange(24).view(3, 8), "scope": "sequence"},
+    "threshold": {"threshold": 0.3, "mask": MASK},
+    "released": {"selector": "teachability-released", "mask": MASK},
+    "released, packed": {"selector": "tip-released", "cu_seqlens": torch.tensor([0, 5, 5, 17, 24])},
     "nothing": {"mask": torch.zeros(3, 8)},
 }
 
 
-QUICK = "plain", "mask", "packed", "callable", "items"
+QUICK = "plain", "mask", "packed", "callable", "items", "dial", "released"
 
 
 @pytest.mark.parametrize("case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.full) for case in CASES])
@@ -123,7 +128,7 @@ def test_no_items_but_selected_positions_are_refused():
 @pytest.mark.parametrize("options", [{"threshold": 0.5}, {"selector": "teachability-released"}])
 def test_what_kernels_do_not_select_torch_selects(options, monkeypatch):
     """A threshold, and a selector that keeps one position of each sequence."""
-    monkeypatch.setattr(reduce, "_summed_by_kernels", None)
+    monkeypatch.setattr(Triton, "choose", None)
     student, teacher = logit_pair(20, 130)
     out = selective_opd_loss(leaf(student), teacher, backend="triton", **options)
     want = selective_opd_loss(leaf(student), teacher, backend="torch", **options)

@@ -19,7 +19,7 @@ from tests.support.cases import head_pair
 def inputs():
     student, teacher = head_pair((60,), 300, student_dim=32, teacher_dim=48)
     recorded, rounded = (
-        StudentStats.of_logits((h @ w.T).float())
+        StudentStats.from_logits((h @ w.T).float())
         for h, w in ((student.hidden, student.weight), (student.hidden.bfloat16(), student.weight.bfloat16()))
     )
     return ranking.Inputs(student, teacher, recorded, rounded)

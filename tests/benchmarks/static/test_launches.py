@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(kernels.IS_INTERPRETED, reason="an interpreted l
 
 @pytest.mark.parametrize(("n", "most"), [(1024, 47), (16_384, 275)])
 def test_a_call_launches_no_more_than_its_budget(n, most):
-    row = launches.of_call(n)
+    row = launches.call_trace(n)
     assert row["score"]["launches"] + row["loss"]["launches"] <= most
     tiles = [x.rows for x in row["score"]["matmuls"] if x.columns == launches.V]
     assert sum(tiles) == 2 * n
@@ -26,7 +26,7 @@ def test_a_call_launches_no_more_than_its_budget(n, most):
 
 
 def test_rows_that_are_kept_spare_the_second_look_up_to_65536():
-    products = [x for x in launches.of_call(65_536)["loss"]["matmuls"] if x.columns != launches.V]
+    products = [x for x in launches.call_trace(65_536)["loss"]["matmuls"] if x.columns != launches.V]
     spans = -(-3277 // 512)
     assert len(products) == 2 * spans  # of the hidden states and of the weight, for each span of kept rows
 

@@ -64,6 +64,7 @@ SELECTORS = (
     "divergence-reverse-kl",
     "tip",
     "overconfident",
+    "ier",
     "multinomial",
     "random",
     "dial",
@@ -261,7 +262,7 @@ def rollouts() -> Iterator[Call]:
     """The student's statistics come from the rollout."""
     for kind in ("logits", "heads", "logits, head", "head, logits"):
         student, teacher = sides(kind)
-        stats = StudentStats.of_logits(dense(student), top_k=8)
+        stats = StudentStats.from_logits(dense(student), top_k=8)
         for backend in BACKENDS:
             if backend == "triton":
                 divergence = {"logits": "forward_kl", "heads": "reverse_kl"}.get(kind)

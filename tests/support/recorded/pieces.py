@@ -71,8 +71,8 @@ def rollouts() -> Iterator[Custom]:
         logits = sides("logits", dtype)[0]
         yield Custom(
             f"StudentStats/{dtype}",
-            f"StudentStats.of_logits of {dtype} logits, top_k=8, temperature=0.8",
-            partial(StudentStats.of_logits, logits, top_k=8, temperature=0.8),
+            f"StudentStats.from_logits of {dtype} logits, top_k=8, temperature=0.8",
+            partial(StudentStats.from_logits, logits, top_k=8, temperature=0.8),
         )
 
     def recorded() -> StudentStats:

@@ -96,7 +96,7 @@ def shared_out(
         teacher
     ]
     if more.pop("rollout", False):
-        more["student_stats"] = StudentStats.of_logits(dense(student), top_k=8)
+        more["student_stats"] = StudentStats.from_logits(dense(student), top_k=8)
     if more.get("divergence") == "extrapolated":
         more["divergence"] = TotalVariation()
         taught = Extrapolated(1.25, taught, cut(sides(kind, dtype, seed=7)[1]))

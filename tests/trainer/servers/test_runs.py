@@ -14,6 +14,7 @@ import torch
 
 from examples.serve_teacher import Served, running
 from opd_ops.trainer import loop
+from opd_ops.trainer.privileged import PrivilegedContext
 from opd_ops.trainer.rollouts import encode
 from opd_ops.trainer.servers.retries import ServerError
 from opd_ops.trainer.servers.rollouts import ServedRollouts
@@ -34,9 +35,9 @@ def test_a_teacher_behind_a_server_sends_what_the_model_at_hand_says(tmp_path):
         run = trainer(tmp_path, steps=2, taught_by=None, teacher_url=url, teacher_top_k=8, divergence="tail_aware")
         batch = run.sampler(0, 0)
         batch = batch._replace(mask=batch.mask & (torch.arange(batch.mask.shape[1]) < 4))  # columns that nobody asks about
-        lists = ServerTeacher(ServedTeacher(url, top_k=8), words, "w5 w6")(batch)
+        lists = ServerTeacher(ServedTeacher(url, top_k=8), words, PrivilegedContext("w5 w6"))(batch)
         run.train()
-    head = LocalTeacher(model, words, "w5 w6")(batch)
+    head = LocalTeacher(model, words, PrivilegedContext("w5 w6"))(batch)
     log_q = torch.log_softmax(head.hidden @ head.weight.T, -1)
     assert lists.ids.shape[:2] == batch.mask.shape
     assert (lists.ids[~batch.mask] == -1).all()
