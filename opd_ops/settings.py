@@ -14,7 +14,7 @@ import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, wraps
+from functools import wraps
 from typing import TypedDict, TypeVar, cast
 
 import torch
@@ -321,7 +321,7 @@ class Settings:
             raise ValueError("special_ids: got ids, but this host passes no tokens to look among")
         return self
 
-    @cached_property
+    @property
     def needs(self) -> frozenset[str]:
         """The optional columns of statistics that the selector and the weighting read."""
         weighting = named_weighting(self.weighting)
