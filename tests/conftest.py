@@ -5,6 +5,7 @@ that asks for `two_threads`), no network, the same hypothesis examples on every 
 Not here: inputs (support/cases.py), comparisons (support/tolerances.py), kernels on a GPU (benchmarks/gpu/run.py).
 """
 
+import atexit
 import gc
 import os
 
@@ -26,6 +27,13 @@ if "OPD_VLLM" not in os.environ:  # a server in a virtual environment of its own
     collect_ignore.append("vllm")
 from opd_ops.call import choose  # noqa: E402
 from opd_ops.inputs import pair  # noqa: E402
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: no later collection of garbage walks through it, which takes half a second."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # compiled modules complain of what is left at the end
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def calls(draw):
     return student, teacher, options
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     calls(),
     st.sampled_from(sorted(SELECTORS)),
@@ -74,7 +74,7 @@ def test_loss_is_finite_and_its_gradient_is_zero_off_the_selection(call, selecto
         assert not out.selected[~options["mask"]].any()
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(calls())
 def test_backends_agree(call):
     student, teacher, options = call
@@ -90,7 +90,7 @@ def test_backends_agree(call):
         assert_gradient(results["torch"][1], want, 1e-3)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(calls(), st.integers(0, 9))
 def test_permuting_the_vocabulary_changes_no_statistic(call, seed):
     student, teacher, options = call
@@ -104,7 +104,7 @@ def test_permuting_the_vocabulary_changes_no_statistic(call, seed):
     assert_stats(got, want, absolute=3e-6)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(calls(), st.sampled_from([-30.0, 0.5, 11.0]))
 def test_shifting_the_logits_changes_no_statistic_but_the_log_sum_exp(call, shift):
     student, teacher, options = call

@@ -85,7 +85,7 @@ def one_budget(seeds):
 
 
 def test_one_budget_over_all_ranks_selects_what_one_process_does(ranks):
-    assert ranks.run(one_budget, range(30)) == [30] * SIZE
+    assert ranks.run(one_budget, range(12)) == [12] * SIZE
 
 
 def packed(lengths, seed):
@@ -141,7 +141,7 @@ def budgets_of_sequences(seeds):
 
 
 def test_sequences_over_ranks_have_one_budget_each(ranks):
-    assert ranks.run(budgets_of_sequences, range(20)) == [20] * SIZE
+    assert ranks.run(budgets_of_sequences, range(12)) == [12] * SIZE
 
 
 def test_one_process_is_a_group_of_its_own():

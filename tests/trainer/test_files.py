@@ -7,6 +7,8 @@ Not here: options (test_config.py), rows of prompts (test_prompts.py).
 
 from __future__ import annotations
 
+import sys
+
 import datasets
 import pytest
 
@@ -94,10 +96,19 @@ def test_prompts_that_cannot_be_read_are_named_with_their_line(data, message, pr
         (b"steps: 3\na: " + b"[" * 3000, ":2 is nested too deeply, expected lines `name: value`"),
     ],
 )
-def test_a_configuration_that_cannot_be_read_is_named_with_its_line(data, message, good, tmp_path, capsys):
+def test_a_configuration_that_cannot_be_read_is_named_with_its_line(data, message, good, tmp_path, capsys, recursion_limit):
     path = tmp_path / "run.yaml"
     path.write_bytes(data)
     assert f"{path}{message}" in _error(*_train(tmp_path, good, f"--config={path}"), capsys)
+
+
+@pytest.fixture
+def recursion_limit():
+    """A new process's: others of this one may have raised it."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(before)
 
 
 @pytest.mark.parametrize(
