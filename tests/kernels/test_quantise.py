@@ -69,7 +69,7 @@ def test_what_is_no_number_shows_and_tiny_rows_are_zero():
 
 def test_any_strides():
     whole = torch.randn(40, 3000)
-    assert_same(whole.T)
+    assert_same(whole[:, :130].T)  # a program a row
     assert_same(whole[::2, 5:1500:3])
     assert_same(torch.empty(0, 16))
 
