@@ -1,6 +1,6 @@
 """The predicted time of a call over its matmul floor: what a product takes, by hand; the budget of a whole call.
 
-Run: make test ARGS=tests/benchmarks/test_call_time.py
+Run: make test ARGS=tests/benchmarks/static/test_call_time.py
 Not here: the trace (test_launches.py), the replay (test_model.py).
 """
 
@@ -16,7 +16,7 @@ from benchmarks.static import call_time
 from benchmarks.static.call_time import DEVICE, MATMUL_RATE, matmul_ms
 from benchmarks.static.launches import Matmul, V
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_a_product_takes_whole_waves_of_whole_tiles():
