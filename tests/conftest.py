@@ -28,7 +28,6 @@ if "OPD_VLLM" not in os.environ:  # a server in a virtual environment of its own
 from opd_ops.call import choose  # noqa: E402
 from opd_ops.inputs import pair  # noqa: E402
 
-
 LONG = ("tests/examples", "tests/benchmarks", "tests/trainer")
 
 
