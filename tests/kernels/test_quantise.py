@@ -36,7 +36,7 @@ def assert_same(x):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [5001, 48, 1])
 def test_rows_have_the_bits_of_torch_s_conversion(dtype, width):
-    x, _ = logit_pair(70, width, dtype=dtype)
+    x, _ = logit_pair(22, width, dtype=dtype)
     x[3], x[5] = 0, x[5] * 1e-3
     got = assert_same(x)
     assert got.values.float()[:70].any()

@@ -94,7 +94,7 @@ def test_score_fwd_transforms_logits(changed):
 
 @pytest.mark.parametrize("V", [1, 128])
 def test_score_fwd_of_capped_and_plain_logits_side_by_side(V):
-    for seed in range(5):
+    for seed in range(3):
         check(*logit_pair(4, V, dtype=torch.bfloat16, seed=seed), s_softcap=30.0, t_softcap=None)
         check(*logit_pair(4, V, dtype=torch.bfloat16, seed=seed), s_softcap=30.0, t_softcap=30.0)
 
@@ -275,7 +275,7 @@ def test_score_fwd_stores_the_maximum_of_every_group(dtype, V):
     assert score.group_max.stride(1) % 16 == 0
 
 
-@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("parts", [pytest.param(2, marks=pytest.mark.full), 3])
 def test_score_fwd_split_rows_match_oracle_fp64(monkeypatch, parts):
     monkeypatch.setattr(launch_table, "score_parts", lambda *_: parts)
     s, t = logit_pair(2, 13001, scale=20, noise=0.01)
