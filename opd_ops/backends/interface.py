@@ -1,6 +1,7 @@
 """What a backend is: statistics and losses at given rows of two sources, and questions about what else it can do.
 
-All policy (checks, selection, reduction) is outside of the backends.
+A backend with kernels may also score, select and sum by them (`placed_stats`, `choose`, `totals`), with the results of the call's
+own stages (call/), which do so for every other backend. Checks are outside of the backends.
 Not here: the backends: eager.py (the specification), streamed/ (any device), triton/ (GPUs); the choice of a backend for a call
 (resolve.py).
 """
@@ -43,7 +44,7 @@ class Choice(NamedTuple):
     """Positions selected by kernels; N positions."""
 
     selected: Tensor  # (N,) bool
-    rows: Tensor  # (R,) int64: the selected positions in order; with one budget for all, then others in order
+    rows: Tensor  # (R,) int64: the selected positions in order; with one budget for all, others follow up to R
     counts: Tensor  # (3,) int64: selected, valid, infinite positions
 
 
@@ -52,8 +53,8 @@ class Cut(NamedTuple):
 
     budget: Budget
     n_rows: int  # the most positions that can be selected
-    length: int | None  # one budget for each sequence of so many positions
-    bounds: Tensor | None  # one for each sequence between two bounds
+    length: int | None  # each sequence has a budget; all are of this length
+    bounds: Tensor | None  # (sequences + 1,) boundaries of packed sequences, each with a budget
 
 
 class WeightedRows(NamedTuple):

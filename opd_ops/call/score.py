@@ -79,7 +79,7 @@ def _placed(call: Call, rows: Tensor | None, places: Tensor | None) -> Placed | 
         rows,
         Scoring(call.settings.top_k, call.workspace, call.score_dtype, call.needs & BACKEND_COLUMNS),
         unmasked=None if places is None else call.unmasked,
-        selector=own_name(call.selector),
+        selector=own_name(call.selector) if places is None else None,  # kernels would fit it to masked rows too
         loss=None if call.divergence.whole is None else call.divergence.whole.column,
     )
     if placed is None:
@@ -99,7 +99,7 @@ def _placed(call: Call, rows: Tensor | None, places: Tensor | None) -> Placed | 
 
 
 def _scored_placed(call: Call, placed: Placed) -> Scored:
-    if call.backend.scores_by_kernels(own_name(call.selector)):
+    if placed.stats.response_place is None and call.backend.scores_by_kernels(own_name(call.selector)):
         return Scored(call, placed.scores, placed.stats, placed.infinite, placed)
     scored = _scored(call, placed.stats, placed.infinite)
     return replace(scored, placed=placed._replace(scores=scored.scores))
@@ -132,6 +132,9 @@ def stats_of(call: Call, rows: Tensor, score_dtype: torch.dtype | None = None) -
         stats = call.backend.token_stats(student, teacher, rows, scoring)
     if call.needs & TOKEN_COLUMNS:
         logsumexps = {"student": stats.student_logsumexp, "teacher": stats.teacher_logsumexp}
+        if call.student_stats is not None and "student_logprob" in call.needs:  # those of the rollout are of an older student
+            own = call.backend.own_stats(student.detach(), rows, Scoring(1, call.workspace, scoring.score_dtype))
+            logsumexps["student"] = own.logsumexp.to(stats.student_logsumexp.dtype)
         stats = stats._replace(**_token_columns(call, rows, logsumexps))
     if isinstance(teacher, Source) and not all_set(stats.valid):  # a non-finite teacher must not hide a non-finite student
         stats = stats._replace(valid=stats.valid >= is_finite(stats.student_logsumexp))  # valid or not finite

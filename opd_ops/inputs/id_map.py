@@ -69,16 +69,13 @@ class IdMap:
 
     @staticmethod
     def of(student: Tokenizer, teacher: Tokenizer, *, also: Mapping[int, int] | None = None) -> IdMap:
-        """The map of equal bytes; of several ids of the teacher with equal bytes the smallest.
+        """The map of equal bytes; of several ids of one model with equal bytes the smallest that is no byte token.
 
         `also`: further pairs (student's id, teacher's id), like both ends of a turn: special ids are not shared otherwise.
         """
         known = [token_bytes(tokenizer) for tokenizer in (student, teacher)]
-        teacher_ids: dict[bytes, int] = {}
-        for i, text in enumerate(known[1]):
-            teacher_ids.setdefault(text, i)
-        teacher_ids.pop(b"", None)
-        pairs = [teacher_ids.get(text, -1) for text in known[0]]
+        ids = [_first_ids(tokenizer, texts) for tokenizer, texts in zip((student, teacher), known, strict=True)]
+        pairs = [ids[1].get(text, -1) if ids[0].get(text) == i else -1 for i, text in enumerate(known[0])]
         for own, other in (also or {}).items():
             pairs[own] = other
         return IdMap(torch.tensor(pairs), *known)
@@ -139,6 +136,16 @@ def token_bytes(tokenizer: Tokenizer) -> tuple[bytes, ...]:
         else:
             texts[i] = token.replace(SENTENCEPIECE_SPACE, " ").encode()
     return tuple(texts)
+
+
+def _first_ids(tokenizer: Tokenizer, texts: Sequence[bytes]) -> dict[bytes, int]:
+    """The id of each text. A byte token stands for its byte only where no other token does: tokenizers write the other."""
+    byte_tokens = {i for token, i in tokenizer.get_vocab().items() if BYTE_TOKEN.fullmatch(token)}
+    ids: dict[bytes, int] = {}
+    for i in sorted(range(len(texts)), key=byte_tokens.__contains__):
+        ids.setdefault(texts[i], i)
+    ids.pop(b"", None)
+    return ids
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -237,8 +237,8 @@ def check_lists(teacher: SparseTeacher, logprobs: Tensor, valid: Tensor | None) 
             "(of='student')"
         )
     raise ValueError(
-        f"{name}: got no log-probability of the sampled token {place}, which the divergence reads; ask the server for it and "
-        "pass K + 1 columns, the top K and the token"
+        f"{name}: got no log-probability of the sampled token {place}, which the divergence, the selector or the weighting "
+        "reads; ask the server for it and pass K + 1 columns, the top K and the token"
     )
 
 

@@ -63,7 +63,7 @@ class Budget:
     @property
     def ratio(self) -> tuple[int, int]:
         """Numerator and denominator of the fraction, as kernels take them: (count, 0) for a count."""
-        return as_ratio(self.fraction) if self.count is None else (self.count, 0)
+        return as_ratio(self.fraction) if self.count is None else (min(self.count, 2**31 - 1), 0)  # kernels count in int32
 
     def times(self, factor: int) -> Budget:
         """So many times the budget."""

@@ -7,7 +7,7 @@
 
 Over ranks (`over_ranks`) they use the valid positions of all ranks, as one process with all positions would.
 Everything is computed in fp64 on the device. Infinite statistics (student or teacher logits of -inf) are left out of the fit
-of a normaliser and get its largest value, 1.
+of a normaliser and get its largest value, 1; `released_norm` takes them as 0, as that code does.
 Not here: the scores that are made of them (selectors.py), quantiles over ranks (distributed/order_statistics.py).
 """
 
@@ -41,7 +41,8 @@ _ranks: ContextVar[Ranks | None] = ContextVar("ranks", default=None)  # a select
 def over_ranks(ranks: Ranks) -> Iterator[None]:
     """Normalisers called inside this context use the positions of all ranks. All ranks must call them, in the same order.
 
-    Each normaliser makes one search for two quantiles, with two targets each (distributed/order_statistics.py).
+    A normaliser makes one search for two quantiles, with two targets each (distributed/order_statistics.py); `rank_norm` gathers
+    all values.
     """
     token = _ranks.set(ranks)
     try:

@@ -24,9 +24,9 @@ LOGPROBS = frozenset({"student_logprob", "teacher_logprob"})
 
 
 def log_ratio(stats: TokenStats) -> Tensor:
-    """A, fp64."""
+    """A, fp64; 0 where both models mask y."""
     log_p, log_q = logprobs(stats)
-    return log_q - log_p
+    return (log_q - log_p).masked_fill_(log_p == log_q, 0)
 
 
 def logprobs(stats: TokenStats) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,7 @@ class Dial:
 
     def __call__(self, stats: TokenStats) -> Tensor:
         log_p, log_q = logprobs(stats)
-        size, larger = (log_q - log_p).abs_(), torch.maximum(log_p, log_q).exp_()
+        size, larger = log_ratio(stats).abs_(), torch.maximum(log_p, log_q).exp_()
         # L = larger (1 - e^-|A|) / |A|: no difference of nearly equal probabilities
         missing, is_equal = torch.expm1(-size).neg_(), size == 0
         mean = (missing / size.masked_fill(is_equal, 1)).masked_fill_(is_equal, 1).mul_(larger)

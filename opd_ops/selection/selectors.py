@@ -193,6 +193,8 @@ class IER:
 
     def __post_init__(self) -> None:
         check_choice("IER.combine", self.combine, ("and", "or"))
+        if self.base is None and self.combine != "and":
+            raise ValueError(f"IER.combine: got {self.combine!r} without a base to join; pass a base, or no combine")
         if self.base is not None and isinstance(named_selector(self.base), (Multinomial, Random, Prefix, IER)):
             raise ValueError(
                 f"IER.base: got {self.base!r}, expected a selector of statistics alone: not one that draws, counts along "
@@ -363,7 +365,7 @@ PARTLY_KNOWN = {
 }
 
 
-def check_known(selector: Selector, known: str) -> None:
+def check_known(selector: Selector, known: str, argument: str = "selector") -> None:
     """Refuse a selector of this file that needs more than the input `known` holds; `known` is a key of PARTLY_KNOWN."""
 
     def fits(candidate: Selector) -> bool:
@@ -372,13 +374,14 @@ def check_known(selector: Selector, known: str) -> None:
         return candidate not in WHOLE_ROW and not needs_of(candidate) & WHOLE_ROW_COLUMNS
 
     if isinstance(selector, IER) and selector.base is not None:
-        check_known(named_selector(selector.base), known)
+        check_known(named_selector(selector.base), known, argument)
     named = SELECTORS.get(selector_name(selector), selector)  # an instance with other parameters has the same needs
     if not fits(named):
         expected = ", ".join(name for name, x in SELECTORS.items() if fits(x))
         instead = "pass no student_stats" if known == "student_stats" else "pass the teacher's logits or a LinearHead"
         raise ValueError(
-            f"selector: got {selector_name(selector)!r}, which {PARTLY_KNOWN[known]}; expected one of: {expected}; or {instead}"
+            f"{argument}: got {selector_name(selector)!r}, which {PARTLY_KNOWN[known]}; expected one of: {expected}; "
+            f"or {instead}"
         )
 
 

@@ -24,7 +24,7 @@ from opd_ops.arguments import real, shown, take_plain
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.selection.normalisers import largest
 from opd_ops.selection.sampled import LOGPROBS, log_ratio
-from opd_ops.selection.selectors import SELECTORS, Multinomial, Random, Selector, needs_of
+from opd_ops.selection.selectors import SELECTORS, Multinomial, Random, Selector, check_known, needs_of
 from opd_ops.selection.stats import WHOLE_ROW_COLUMNS, TokenStats
 
 MEANS = ("valid", "selected", "sequence")
@@ -126,6 +126,8 @@ def check_weighting_known(weighting: Selector, known: str) -> None:
             f"weighting: got {type(weighting).__name__}, which reads statistics of whole rows that {known} does not know; pass "
             "both models' logits or heads"
         )
+    if not isinstance(weighting, (IW, FiRe)):
+        check_known(weighting, known, "weighting")
 
 
 def with_mean_one(weights: Tensor, among: Tensor, ids: Tensor, n: int, ranks: Ranks | None) -> Tensor:

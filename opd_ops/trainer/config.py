@@ -161,7 +161,7 @@ class OPDConfig:
             return self.fraction
         done = step / max(1, self.steps - 1)
         share = done if self.fraction_schedule == "linear" else (1 - math.cos(math.pi * done)) / 2
-        return self.fraction + (self.fraction_end - self.fraction) * share
+        return (1 - share) * self.fraction + share * self.fraction_end
 
     def settings(self, step: int = 0) -> Settings:
         """Settings of the loss in a step."""

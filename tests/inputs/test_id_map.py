@@ -36,6 +36,12 @@ def test_ids_of_equal_bytes_are_shared_over_byte_level_and_sentencepiece_vocabul
     assert IdMap.of(BYTE_LEVEL, PIECES, also={8: 7}).student_to_teacher.tolist() == [-1, 4, 2, -1, 1, 6, 3, 5, 7]
 
 
+def test_a_byte_token_is_shared_only_where_no_other_token_writes_its_byte():
+    bytes_first = Tokens("<unk>", "<0x61>", "<0x0A>", "\u2581", "a", "b", special=("<unk>",))
+    assert IdMap.of(bytes_first, bytes_first).student_to_teacher.tolist() == [-1, -1, 2, 3, 4, 5]
+    assert IdMap.of(BYTE_LEVEL, bytes_first).student_to_teacher.tolist() == [-1, 4, 5, -1, -1, 3, -1, 2, -1]
+
+
 def test_tokens_that_both_cut_alike_are_aligned():
     id_map = IdMap.of(BYTE_LEVEL, PIECES)
     # " ab ab\n" as <s>, " a", "b", " ", "ab", "\n" and as " a", "b", " ", "a", "b", "\n"

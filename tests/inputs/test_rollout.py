@@ -243,3 +243,15 @@ def test_recorded_while_generate_samples_they_score_what_was_written():
     torch.testing.assert_close(scores, want_scores, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="RolloutRecorder: got no step"):
         RolloutRecorder().stats()
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch"])
+@pytest.mark.parametrize("selector", ["dial", "log-ratio"])
+def test_the_sampled_token_is_scored_by_the_present_student(backend, selector):
+    """Its log-sum-exp is not the rollout's: adding a constant to a row changes no probability, so no score."""
+    student, teacher = logit_pair(6, 61)
+    tokens, known = student.argsort(1)[:, -3], StudentStats.from_logits(student)
+    options = {"tokens": tokens, "student_stats": known, "selector": selector, "fraction": 0.5, "backend": backend}
+    moved = student + torch.tensor([[3.0], [-2.0], [0.5], [9.0], [-4.0], [1.0]])
+    out, want = selective_opd_loss(moved, teacher, **options), selective_opd_loss(student, teacher, **options)
+    torch.testing.assert_close(out.scores, want.scores, rtol=1e-4, atol=1e-5)

@@ -264,3 +264,7 @@ def test_degenerate_shapes(shape):
         selected = select_positions(torch.zeros(shape), scope=scope)
         assert selected.shape == shape
         assert selected.sum() == min(1, selected.numel())
+
+
+def test_a_count_beyond_int32_selects_all():
+    assert Settings(count=2**40).budget.ratio == (2**31 - 1, 0)

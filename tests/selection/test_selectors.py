@@ -478,3 +478,12 @@ def test_a_callable_that_returns_another_shape_is_rejected(case):
     student, teacher, mask = case
     with pytest.raises(ValueError, match=r"selector: returned \(4,\), expected a tensor of scores of shape \(4, 15\)"):
         score_positions(student, teacher, mask=mask, selector=lambda x: x.reverse_kl.sum(-1))
+
+
+@pytest.mark.parametrize("selector", ["dial", "log-ratio"])
+def test_a_token_that_both_models_mask_scores_nothing(selector):
+    student, teacher = logit_pair(4, 31)
+    student[1, 7] = teacher[1, 7] = -math.inf
+    out = selective_opd_loss(student, teacher, tokens=torch.full((4,), 7), selector=selector, fraction=0.5, backend="torch")
+    assert out.scores[1] == 0
+    assert math.isfinite(out.loss)

@@ -20,6 +20,7 @@ from opd_ops import (
     Reading,
     SampledLogprobs,
     Settings,
+    TopKLogprobs,
     selective_opd_loss,
     selective_opd_token_losses,
 )
@@ -190,6 +191,14 @@ def test_a_weighting_that_reads_what_a_call_does_not_have_is_refused():
     sent = SampledLogprobs(tokens(), torch.full(SHAPE, -1.0))
     with pytest.raises(ValueError, match="weighting: got FiRe, which reads statistics of whole rows that SampledLogprobs"):
         selective_opd_loss(student, sent, divergence="sampled", selector="entropy", weighting="fire")
+    for weighting in ("tip", "teachability", "teachability-released", "ier"):
+        with pytest.raises(ValueError, match=f"weighting: got '{weighting}', which needs the teacher's row"):
+            selective_opd_loss(student, sent, divergence="sampled", selector="entropy", weighting=weighting)
+    top = teacher.log_softmax(-1).topk(8)
+    with pytest.raises(ValueError, match="weighting: got 'tip', which needs the teacher's whole row"):
+        selective_opd_loss(
+            student, TopKLogprobs(top.indices, top.values), divergence="local_support", selector="entropy", weighting="tip"
+        )
     with pytest.raises(ValueError, match=r"weighting: returned \(36,\), expected"):
         selective_opd_loss(student, teacher, weighting=lambda stats: stats.reverse_kl.flatten())
     with pytest.raises(ValueError, match=r"Reading\.needs: got .*jds.*, expected names of columns"):

@@ -75,10 +75,11 @@ CASES = {
     "released": {"selector": "teachability-released", "mask": MASK},
     "released, packed": {"selector": "tip-released", "cu_seqlens": torch.tensor([0, 5, 5, 17, 24])},
     "nothing": {"mask": torch.zeros(3, 8)},
+    "weighting by responses": {"selector": "teachability", "weighting": "teachability-released", "mask": MASK},
 }
 
 
-QUICK = "plain", "mask", "packed", "callable", "items", "dial", "released"
+QUICK = "plain", "mask", "packed", "callable", "items", "dial", "released", "weighting by responses"
 
 
 @pytest.mark.parametrize("case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.full) for case in CASES])

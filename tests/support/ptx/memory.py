@@ -3,7 +3,7 @@
   An access is of `count` elements of `size` bytes at each thread's address. One that lies in no tensor of the launch, or is
   not aligned to its whole width, is refused: what a GPU does in silence, or dies of.
 
-Not here: instructions (machine.py).
+Not here: instructions (steps.py).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
   An operand is an int (the bits of a number), a register or special register ("%r1"), a Vector of operands ("{a, b}", and
   "p|q"), an Address, or a name (a label, a parameter).
 
-Not here: what instructions do (operations.py), how threads walk the blocks (machine.py).
+Not here: what instructions do (steps.py, operations.py), how threads walk the blocks (machine.py).
 """
 
 from __future__ import annotations
