@@ -1,7 +1,7 @@
 """What a backend is: statistics and losses at given rows of two sources, and questions about what else it can do.
 
-A backend with kernels may also score, select and sum by them (`placed_stats`, `choose`, `totals`), with the results of the call's
-own stages (call/), which do so for every other backend. Checks are outside of the backends.
+A backend with kernels may also score, select and sum by them (`placed_stats`, `choose`, `totals`), with the same results as the
+stages of a call (call/), which do so for every other backend. Checks are outside of the backends.
 Not here: the backends: eager.py (the specification), streamed/ (any device), triton/ (GPUs); the choice of a backend for a call
 (resolve.py).
 """
@@ -72,7 +72,7 @@ class WeightedRows(NamedTuple):
 
 
 class Backend(ABC):
-    """Computes statistics and losses. `rows` are int64 numbers of flattened positions, `sources` the two models."""
+    """Computes statistics and losses. `rows` are int64 numbers of flattened positions."""
 
     name: ClassVar[str]
     drops_weightless_rows: ClassVar[bool] = False

@@ -126,6 +126,8 @@ def prepare(
     )
     selector = bound_selector(named_selector(settings.selector), settings.generator, checked_positions.sequences)
     needs = Needs(divergence, settings.top_k, inplace=settings.inplace_backward, float8=settings.in_float8, traced=is_traced())
+    if "ier" in settings.needs and is_traced():
+        raise ValueError("selector: got the column 'ier', which torch.compile cannot trace; call the loss outside of the graph")
     if isinstance(teacher_source, Source) and teacher_source.transform.mixing is not None and is_traced():
         raise ValueError("teacher: got Mixture, which torch.compile cannot trace; call the loss outside of the graph")
     if isinstance(teacher_source, Source) and teacher_source.routes is not None:

@@ -41,8 +41,8 @@ _ranks: ContextVar[Ranks | None] = ContextVar("ranks", default=None)  # a select
 def over_ranks(ranks: Ranks) -> Iterator[None]:
     """Normalisers called inside this context use the positions of all ranks. All ranks must call them, in the same order.
 
-    A normaliser makes one search for two quantiles, with two targets each (distributed/order_statistics.py); `rank_norm` gathers
-    all values.
+    A normaliser makes one search for two quantiles, with two targets each (distributed/order_statistics.py); `rank_norm`
+    gathers all values.
     """
     token = _ranks.set(ranks)
     try:

@@ -259,6 +259,16 @@ def test_a_mixture_is_refused_while_tracing(backend):
         torch.compile(loss, fullgraph=True, dynamic=False, backend="eager")(s)
 
 
+def test_ier_is_refused_while_tracing():
+    s, u = logit_pair(2, 31)
+
+    def loss(x):
+        return selective_opd_loss(x, u, selector="ier", tokens=torch.arange(2), backend="triton").loss
+
+    with pytest.raises(Exception, match=r"'ier', which torch\.compile cannot trace"):
+        torch.compile(loss, fullgraph=True, dynamic=False, backend="eager")(s)
+
+
 def test_a_constant_of_the_trace_is_marked_as_torch_marks_it():
     def ours(): ...
 
