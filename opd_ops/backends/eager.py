@@ -20,6 +20,7 @@ from torch import Tensor
 
 from opd_ops.backends.interface import Backend, WeightedRows
 from opd_ops.backends.shared.list_ids import best_of_sent, list_ids, sent_logprobs, without_masked
+from opd_ops.backends.shared.matmul import without_autocast
 from opd_ops.backends.shared.overwritten import unchanged
 from opd_ops.divergences import JSD, Divergence, OnSupport, Support, equations, weighted_sum, without_infinite
 from opd_ops.inputs.sources import Mixing, Shard, Source, compute_dtype, mask_limit, take_rows
@@ -35,7 +36,7 @@ def logits(source: Source, rows: Tensor, dtype: torch.dtype) -> Tensor:
     if source.weight is not None:
         if transform.shard is not None:
             x = _SharedHidden.apply(x, transform.shard)
-        with torch.autocast(rows.device.type, enabled=False):  # autocast would multiply in 16 bits
+        with without_autocast(rows.device):  # autocast would multiply in 16 bits
             # Rows beyond the common vocabulary may hold NaN, and a gradient of 0 times NaN is NaN: cut them first.
             x = x @ source.weight[: transform.vocab_size].to(dtype).T
     x = x[:, : transform.vocab_size]

@@ -118,24 +118,31 @@ def score_again(scored: Scored, shortlist: Tensor) -> Scored:
 
 
 def whole_stats_of(call: Call, rows: Tensor) -> TokenStats:
-    """Statistics of the rows from both models' fp32 logits, without the rollout's statistics."""
-    return stats_of(replace(call, batch=call.batch._replace(student_stats=None)), rows, score_dtype=torch.float32)
+    """Statistics of the rows from both models' fp32 logits, without the rollout's; no columns of the sampled token."""
+    return _row_stats(replace(call, batch=call.batch._replace(student_stats=None)), rows, torch.float32)
 
 
 def stats_of(call: Call, rows: Tensor, score_dtype: torch.dtype | None = None) -> TokenStats:
     """(n,) columns at the rows. `score_dtype`: None: the call's score_dtype."""
+    score_dtype = score_dtype or call.score_dtype
+    stats = _row_stats(call, rows, score_dtype)
+    if call.needs & TOKEN_COLUMNS:
+        logsumexps = {"student": stats.student_logsumexp, "teacher": stats.teacher_logsumexp}
+        if call.student_stats is not None and "student_logprob" in call.needs:  # those of the rollout are of an older student
+            own = call.backend.own_stats(call.student.detach(), rows, Scoring(1, call.workspace, score_dtype))
+            logsumexps["student"] = own.logsumexp.to(stats.student_logsumexp.dtype)
+        stats = stats._replace(**_token_columns(call, rows, logsumexps))
+    return stats
+
+
+def _row_stats(call: Call, rows: Tensor, score_dtype: torch.dtype | None) -> TokenStats:
+    """`stats_of` without the columns of the sampled token."""
     student, teacher = call.student, call.teacher
-    scoring = Scoring(call.settings.top_k, call.workspace, score_dtype or call.score_dtype, call.needs & BACKEND_COLUMNS)
+    scoring = Scoring(call.settings.top_k, call.workspace, score_dtype, call.needs & BACKEND_COLUMNS)
     if call.student_stats is not None or isinstance(teacher, TeacherLists):
         stats = two_lists.token_stats(call.backend, student, teacher, rows, call.student_stats, scoring)
     else:
         stats = call.backend.token_stats(student, teacher, rows, scoring)
-    if call.needs & TOKEN_COLUMNS:
-        logsumexps = {"student": stats.student_logsumexp, "teacher": stats.teacher_logsumexp}
-        if call.student_stats is not None and "student_logprob" in call.needs:  # those of the rollout are of an older student
-            own = call.backend.own_stats(student.detach(), rows, Scoring(1, call.workspace, scoring.score_dtype))
-            logsumexps["student"] = own.logsumexp.to(stats.student_logsumexp.dtype)
-        stats = stats._replace(**_token_columns(call, rows, logsumexps))
     if isinstance(teacher, Source) and not all_set(stats.valid):  # a non-finite teacher must not hide a non-finite student
         stats = stats._replace(valid=stats.valid >= is_finite(stats.student_logsumexp))  # valid or not finite
     return stats

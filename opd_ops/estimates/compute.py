@@ -7,6 +7,8 @@
   a ratio to old probabilities, on "triton": the student's normalisers in fp32, rho; "ppo" those of both models, rho (1 + r)
   a mixture of teachers: r is the sum of theirs; an arithmetic one reads their normalisers first, r more
   student_stats: score r, and K dot products per position and model; backend "torch" scores the selected rows again
+  a column of the sampled token: a dot product per position and model; with student_stats one sweep of the student, 1, too;
+  "ier": one more sweep of each model whose list was not sent
   float8: score in 8 bits, and the 2 M best positions again from fp32 logits
 
 Tile sizes come from the backends' own functions, called on tensors without storage. tests/estimates/test_compute.py compares
@@ -86,7 +88,8 @@ def estimate(
         Ds: Hidden size of the student.
         Dt: Hidden size of the teacher; of a `Mixture` a sequence, the size of each teacher.
         settings: Settings of the call, or `options`, settings by name. Only these are read: fraction, count, workspace_bytes,
-            top_k, score_dtype, divergence, and backend: "triton" (also for "auto") or "torch".
+            top_k, score_dtype, divergence, the columns of the sampled token that selector and weighting need, and backend:
+            "triton" (also for "auto") or "torch".
         dtype: Dtype of hidden states and weights.
         trainable_head: Whether the student's weight requires a gradient. The hidden states require one.
         student_stats: Whether the student's statistics come from the rollout.
@@ -116,12 +119,13 @@ def estimate(
     call = _Costs(N, V, Ds, widths, dtype, settings, backend, trainable_head, student_stats)
     M = budget.most(N)
 
-    passes = [call.score(N, score_dtype)]
+    passes = [call.score(N, score_dtype), call.sampled_token(N)]
     normalisers = _Pass(0, 0)
     if len(widths) > 1 and mixture == "arithmetic":
         normalisers = call.normalisers()
     if in_float8:
-        passes.append(call.score(settings.shortlist_budget.most(N), torch.float32))
+        shortlist = settings.shortlist_budget.most(N)
+        passes += [call.score(shortlist, torch.float32), call.sampled_token(shortlist)]
     divergence = resolve_divergence(settings.divergence)
     if student_stats and divergence.reads_whole_rows and (backend == "torch" or divergence.whole is None):
         passes.append(call.both_again(M))
@@ -209,9 +213,22 @@ class _Costs:
 
     def normalisers(self) -> _Pass:
         """One sweep of each teacher of an arithmetic mixture."""
-        flops = 2 * self.N * self.V * self.Dt
-        moved = self.dtype.itemsize * self.Dt * (self.N + self.V) + 2 * 4 * self.N * self.V * len(self.widths)
-        return _Pass(flops, moved)
+        return self._swept(self.N, self.widths)
+
+    def sampled_token(self, n: int) -> _Pass:
+        """Columns of the sampled token: its logits; the present student's normaliser; both models' lists, for "ier"."""
+        needs = self.settings.needs
+        read = [*([self.Ds] if "student_logprob" in needs else []), *(self.widths if "teacher_logprob" in needs else ())]
+        swept = [self.Ds] if self.student_stats and "student_logprob" in needs else []
+        if "ier" in needs:
+            swept += [*([] if self.student_stats else [self.Ds]), *self.widths]
+        sweeps = self._swept(n, swept)
+        return _Pass(sweeps.flops + 2 * n * sum(read), sweeps.bytes + 2 * self.dtype.itemsize * n * sum(read))
+
+    def _swept(self, n: int, widths: Sequence[int]) -> _Pass:
+        """One sweep of each head of these hidden sizes, by fp32 logits."""
+        moved = self.dtype.itemsize * sum(widths) * (n + self.V) + 2 * 4 * n * self.V * len(widths)
+        return _Pass(2 * n * self.V * sum(widths), moved)
 
     def dots(self, n: int) -> int:
         """FLOP of each model's logits on the other model's top-K, with `student_stats`."""

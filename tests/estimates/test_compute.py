@@ -35,6 +35,9 @@ CASES = [
     {"backend": "torch", "trainable_head": False, "dtype": torch.float32},
     {"student_stats": True},
     {"student_stats": True, "backend": "torch"},
+    {"selector": "dial"},
+    {"selector": "ier", "backend": "torch"},
+    {"selector": "log-ratio", "student_stats": True, "backend": "torch"},
     {"score_dtype": "float8"},
     {"score_dtype": "float8", "student_stats": True},
     pytest.param({"score_dtype": "float32", "fraction": 1.0, "workspace_bytes": 7_000}, marks=pytest.mark.full),
@@ -55,6 +58,8 @@ def call(*, n=N, dtype=torch.bfloat16, trainable_head=True, student_stats=False,
     student = leaf_head(student) if trainable_head else LinearHead(leaf(student.hidden), student.weight)
     inputs = [student.hidden, student.weight, teacher.hidden, teacher.weight]
     options = {"fraction": 0.25, "backend": "triton", "workspace_bytes": 2**17, "student_stats": known, **options}
+    if "selector" in options:
+        options["tokens"] = torch.arange(n) % V
     return lambda: selective_opd_loss(student, teacher, **options).loss, inputs
 
 

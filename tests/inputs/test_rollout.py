@@ -255,3 +255,4 @@ def test_the_sampled_token_is_scored_by_the_present_student(backend, selector):
     moved = student + torch.tensor([[3.0], [-2.0], [0.5], [9.0], [-4.0], [1.0]])
     out, want = selective_opd_loss(moved, teacher, **options), selective_opd_loss(student, teacher, **options)
     torch.testing.assert_close(out.scores, want.scores, rtol=1e-4, atol=1e-5)
+    assert len(want.scores.unique()) == len(tokens)

@@ -486,4 +486,5 @@ def test_a_token_that_both_models_mask_scores_nothing(selector):
     student[1, 7] = teacher[1, 7] = -math.inf
     out = selective_opd_loss(student, teacher, tokens=torch.full((4,), 7), selector=selector, fraction=0.5, backend="torch")
     assert out.scores[1] == 0
+    assert bool((out.scores[[0, 2, 3]] != 0).all())
     assert math.isfinite(out.loss)

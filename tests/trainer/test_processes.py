@@ -105,8 +105,8 @@ def _fork(server, folder, name, *arguments, fails=False, **environment):
     """What the two processes said; the store of a job is its own."""
     output = folder / "said"
     output.write_text("")
-    of_both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    job = (environment | of_both, str(output), name, [str(folder / "two"), *map(str, arguments)])
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    job = (environment | group, str(output), name, [str(folder / "two"), *map(str, arguments)])
     print(json.dumps(job), file=server.stdin, flush=True)
     good = json.loads(server.stdout.readline())
     said = output.read_text()

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from opd_ops.backends.shared.matmul import without_autocast
 from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Source, coordinates, finish_logits, mix, take_rows
 from opd_ops.inputs.workspace import Workspace
@@ -63,7 +64,7 @@ def _gathered(source: Source, rows: Tensor, ids: Tensor, dtype: torch.dtype) -> 
             places = (x.unsqueeze(1) for x in coordinates(rows, model.leading.shape[:-1]))
             return model.leading[(*places, ids)].to(dtype)  # indexing copies
         hidden = take_rows(model.leading, rows)
-        with torch.autocast(hidden.device.type, enabled=False):  # autocast would round these logits to 16 bits
+        with without_autocast(hidden.device):  # autocast would round these logits to 16 bits
             x = torch.bmm(model.weight[ids].to(dtype), hidden.to(dtype).unsqueeze(2)).squeeze(2)
         return x if model.bias is None else x + model.bias[ids]
 
@@ -77,7 +78,7 @@ def _column(source: Source, rows: Tensor, i: int, dtype: torch.dtype) -> Tensor:
         if model.weight is None:
             return take_rows(model.leading[..., i : i + 1], rows).to(dtype, copy=True)
         hidden = take_rows(model.leading, rows)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             x = hidden.to(dtype) @ model.weight[i : i + 1].to(dtype).T
         return x if model.bias is None else x + model.bias[i : i + 1]
 

@@ -52,7 +52,7 @@ def _own_part(source: Source, rows: Tensor, top_k: int, workspace: Workspace) ->
                 u = reader.logits(all_rows, block, buffer)
                 first, is_first = first_id + block.start, best is None
                 best = extended(best, u.unsqueeze(0), top_k, first, grid.candidates)
-                both, tops = u.expand(2, -1, -1), Tops.of_one(best)  # the model is passed twice
+                both, tops = u.expand(2, -1, -1), Tops.from_one(best)  # the model is passed twice
                 sums = extended_sums(sums, block_sums(both, tops, first, scratch, is_first=is_first))
             assert best is not None
             assert sums is not None

@@ -60,13 +60,13 @@ class Tops(NamedTuple):
         return Tops(own, ids, student.other[:, 0])
 
     @staticmethod
-    def of_both(lists: TopKList) -> Tops:
+    def from_both(lists: TopKList) -> Tops:
         """From lists of (2 n, K)."""
         own, ids, other = (column.select(1, 0).view(2, -1) for column in (lists.own, lists.ids, lists.other))
         return Tops(own, ids, other[0])
 
     @staticmethod
-    def of_one(best: TopKList) -> Tops:
+    def from_one(best: TopKList) -> Tops:
         """One model in the place of both."""
         return Tops(best.own[:, 0].expand(2, -1), best.ids[:, 0].expand(2, -1), best.own[:, 0])
 
@@ -120,9 +120,9 @@ def block_sums(x: Tensor, tops: Tops, first_id: int, scratch: Tensor, *, is_firs
                 chunk.sum(work, holds_top, alone_of_chunk)
         alone = alone.double()
     rows = torch.cat((maximum, sums.view(6, n), finite, u_reference.expand(2, n))).double().view(6, 2, n)
-    own, z, of_x, of_gap, reference, of_teacher = rows.unbind()
+    own, z, x_sums, gap_sums, reference, teacher_reference = rows.unbind()
     block_squares = None if square_sums is None else square_sums.double()
-    return RunningSums(own, z, of_x, of_gap, alone, reference[0] - of_teacher[0], block_squares)
+    return RunningSums(own, z, x_sums, gap_sums, alone, reference[0] - teacher_reference[0], block_squares)
 
 
 class _Chunk(NamedTuple):

@@ -127,7 +127,7 @@ def _tile(
         lists = extended(lists, x, top_k, first_id, grid.candidates)
         if "jsd" in columns:  # the grid has one block, as wide as the vocabulary
             jsd["jsd"] = torch.cat([row_jsd(x[0, chunk], x[1, chunk]) for chunk in chunks(rows, grid.chunk)])
-        tops, squares = Tops.of_both(lists), "ratio_variance" in columns
+        tops, squares = Tops.from_both(lists), "ratio_variance" in columns
         sums = extended_sums(sums, block_sums(x, tops, first_id, scratch, is_first=is_first, squares=squares))
     assert sums is not None
     assert lists is not None

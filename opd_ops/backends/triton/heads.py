@@ -22,6 +22,7 @@ from opd_kernels.support import TopKLists, support_fwd
 from torch import Tensor
 
 from opd_ops.backends.shared.grids import ranks_in_float8, score_tile, tile_dtype, weight_casts
+from opd_ops.backends.shared.matmul import without_autocast
 from opd_ops.backends.shared.tiles import TileReader, aligned_buffer
 from opd_ops.backends.triton.launches import column_names, launch_options, on_device, write_columns
 from opd_ops.inputs.chunks import groups
@@ -94,7 +95,7 @@ def launch_columns(
         tiles=lanes.number,
     )
     out = torch.empty((len(column_names(columns)), len(rows)), dtype=torch.float32, device=rows.device)
-    with on_device(rows.device), torch.autocast(rows.device.type, enabled=False), lanes:
+    with on_device(rows.device), without_autocast(rows.device), lanes:
         buffers = [[aligned_buffer(size, vocab, x.dtype, rows.device) for x in sides] for _ in range(lanes.number)]
         for i, (group, span) in enumerate(groups(len(rows), span_size, size)):
             n, tiles = group.stop - group.start, buffers[i % lanes.number]
@@ -119,7 +120,7 @@ def own_stats(source: Source, rows: Tensor, scoring: Scoring) -> OwnStats:
     lse, entropy = torch.empty((2, n), dtype=torch.float32, device=rows.device)
     out = OwnStats(lse, entropy, ids, torch.empty((n, top_k), dtype=torch.float32, device=rows.device))
     options = launch_options(side.transform, side.transform)
-    with torch.no_grad(), on_device(rows.device), torch.autocast(rows.device.type, enabled=False):
+    with torch.no_grad(), on_device(rows.device), without_autocast(rows.device):
         buffer = aligned_buffer(tile.rows, vocab, side.dtype, rows.device)
         for group, span in groups(n, tile.span, tile.rows):
             side.take(span)

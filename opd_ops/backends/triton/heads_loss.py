@@ -31,7 +31,7 @@ from torch import Tensor
 from opd_ops.backends.interface import WeightedRows
 from opd_ops.backends.shared.first_order import first_order
 from opd_ops.backends.shared.grids import BlockGrid, SelectedGrid, is_narrow, weight_casts
-from opd_ops.backends.shared.matmul import fp32_product, long_product
+from opd_ops.backends.shared.matmul import fp32_product, long_product, without_autocast
 from opd_ops.backends.shared.overwritten import digests, verified
 from opd_ops.backends.shared.tiles import TileReader, aligned_buffer
 from opd_ops.backends.triton.kernel_loss import KernelConstants, KernelLoss
@@ -181,7 +181,7 @@ class _SelectedRows:
 
     def run(self, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
         """(M,) losses, and the gradients of their weighted sum before `scale_back`; None for a tensor without need."""
-        with on_device(self.rows.device), torch.autocast(self.rows.device.type, enabled=False):
+        with on_device(self.rows.device), without_autocast(self.rows.device):
             return self._run(needs)
 
     def _run(self, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
