@@ -118,7 +118,7 @@ def traced(run) -> Traced:
         for module in (score, gradient):
             stack.enter_context(patch.object(module, "rows_are_aligned", _rows_are_aligned))
         stack.enter_context(patch.object(launch_table, "_multiprocessors", lambda _: MULTIPROCESSORS))
-        stack.enter_context(patch.object(torch, "autocast", lambda *_, **__: nullcontext()))  # does not know "meta"
+        stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda *_: False))  # does not know "meta"
         for module in (heads, heads_loss):
             stack.enter_context(patch.object(module, "on_device", lambda _: nullcontext()))
         recorder = Recorder()
