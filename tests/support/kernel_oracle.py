@@ -1,9 +1,9 @@
 """The float64 side of the kernel tests: the specification (opd_ops/backends/eager.py) under the kernels' names.
 
-  COMMON is what every launcher of two models takes, ONE that of one; statistics, support, gradient, jsd and off_list are by
-  column or by kernel.
+  COMMON: the arguments of every launcher of two models; ONE: those of a launcher of one.
+  statistics, support, gradient, jsd, off_list: the results of the kernel of that name.
 
-Not here: the tests (test_kernel_*.py), their inputs (cases.py), the numbers they are compared by (tolerances.py).
+Not here: the tests (tests/kernels/), their inputs (cases.py), the numbers they are compared by (tolerances.py).
 """
 
 import math

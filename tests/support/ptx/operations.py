@@ -1,10 +1,10 @@
-"""What the instructions of PTX that only compute do, on numpy arrays with one element a thread.
+"""The arithmetic instructions of PTX, on numpy arrays with one element a thread.
 
-  OPERATIONS[opcode without its types]: a function of the types and of operands, read as arrays of the last type.
-  Approximate instructions are wrong by as much as their documentation allows (APPROXIMATE), up or down as the bits of the
-  result decide, or as `error_sign` says for all.
-  Rounding is to nearest even. Subnormals are kept, but with .ftz; NaN is a quiet one, of any payload.
-  What is not here is an error: fp64 but for EXACT, arithmetic of packed or 16-bit floats but for the largest and smallest.
+  OPERATIONS[opcode without its types]: a function of the types and of the operands, which are arrays of the last type.
+  Approximate instructions (APPROXIMATE) have the largest error that their documentation allows. The bits of the result decide
+  its sign, unless `error_sign` sets one sign for all.
+  Rounding is to nearest even. Subnormals are kept, except with .ftz. A NaN is quiet, of any payload.
+  Other instructions raise an error: fp64 except for those in EXACT; packed or 16-bit floats except for max and min.
 
 Not here: memory, branches, and what threads exchange (machine.py).
 """

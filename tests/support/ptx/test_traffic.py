@@ -1,9 +1,9 @@
-"""What the compiled kernels ask of global memory and how much they execute, at a real vocabulary: counts, where a GPU would
-give a time. Values are in tests/test_kernel_*.py.
+"""Traffic and instructions of the compiled kernels at a real vocabulary: counts, where a GPU would give a time.
 
-  sectors: 32 bytes each, as often as a warp's request touches one; bytes / 32 where every request is made of whole ones
-  instructions: of PTX, of the whole kernel, by warps; for each logit pair a thread. static_roofline.py counts the machine's
-  own, of the main loop.
+  sectors: a sector is 32 bytes of global memory; each request of a warp counts every sector that it touches
+  instructions: of PTX, of the whole kernel, summed over warps, divided by the logit pairs of a thread
+
+Not here: values (tests/kernels/), machine instructions of the main loop (benchmarks/static/roofline.py).
 """
 
 import pytest
