@@ -13,7 +13,7 @@ launchers themselves: they run on shapes alone (meta tensors) with the launch re
 
 Command: python -m benchmarks.static.roofline --json FILE [--targets sm_80 sm_90 sm_100 gfx942] [--configs bf16 "bf16 rows"]
 
-Not here: anything timed on a GPU (gpu_*.py).
+Not here: what a GPU is needed for (benchmarks/gpu/).
 """
 
 import argparse
@@ -26,6 +26,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import networkx
 import torch
 import triton
 from opd_kernels import launch_table
@@ -202,17 +203,17 @@ def configurations():
     # Rows 16 bytes apart but no multiple of 16 elements.
     narrow, other = logits("bf16", 8192, NARROW), logits("bf16", 8192, NARROW)
     narrow_size = {"vocab_size": NARROW}
-    got = record(f"bf16 V={NARROW}", score_fwd, narrow, other, None, **narrow_size, **PLAIN)
-    yield got[:2]
-    yield record(f"bf16 V={NARROW}", support_fwd, narrow, other, None, got[2], top_k=16, **narrow_size, **PLAIN)[:2]
+    score = record(f"bf16 V={NARROW}", score_fwd, narrow, other, None, **narrow_size, **PLAIN)
+    yield score[:2]
+    yield record(f"bf16 V={NARROW}", support_fwd, narrow, other, None, score[2], top_k=16, **narrow_size, **PLAIN)[:2]
     yield record(f"bf16 V={NARROW}", reverse_kl_grad, narrow, other, *chosen, top=top, out=narrow, **narrow_size, **PLAIN)[:2]
     yield record(f"bf16 V={NARROW}", jsd_fwd, narrow, other, rows(409), columns, beta=0.5, **narrow_size, **PLAIN)[:2]
     yield record(f"bf16 V={NARROW}", off_list_fwd, narrow, rows(409), ids, **narrow_size, **ONE_PLAIN)[:2]
     for dtype in ("bf16", "fp32"):
         odd, other, odd_size = logits(dtype, 8192, ODD), logits(dtype, 8192, ODD), {"vocab_size": ODD}
-        got = record(f"{dtype} V={ODD}", score_fwd, odd, other, None, **odd_size, **PLAIN)
-        yield got[:2]
-        yield record(f"{dtype} V={ODD}", support_fwd, odd, other, None, got[2], top_k=16, **odd_size, **PLAIN)[:2]
+        score = record(f"{dtype} V={ODD}", score_fwd, odd, other, None, **odd_size, **PLAIN)
+        yield score[:2]
+        yield record(f"{dtype} V={ODD}", support_fwd, odd, other, None, score[2], top_k=16, **odd_size, **PLAIN)[:2]
         for grad in (reverse_kl_grad, forward_kl_grad):
             yield record(f"{dtype} V={ODD}", grad, odd, other, *chosen, top=top, out=odd, **odd_size, **PLAIN)[:2]
         yield record(f"{dtype} V={ODD}", jsd_fwd, odd, other, rows(409), columns, beta=0.5, **odd_size, **PLAIN)[:2]
@@ -249,34 +250,9 @@ def compile_launch(launch, target: GPUTarget):
 
 
 def components(successors):
-    """Strongly connected components of a graph {node: [node]} that contain a cycle (Tarjan)."""
-    index, low, stack, on_stack, got = {}, {}, [], set(), []
-
-    def visit(v):
-        index[v] = low[v] = len(index)
-        stack.append(v)
-        on_stack.add(v)
-        for w in successors[v]:
-            if w not in index:
-                visit(w)
-            if w in on_stack:
-                low[v] = min(low[v], low[w] if w not in index or low[w] < index[w] else index[w])
-        if low[v] == index[v]:
-            part = set()
-            while True:
-                w = stack.pop()
-                on_stack.discard(w)
-                part.add(w)
-                if w == v:
-                    break
-            if len(part) > 1 or v in successors[v]:
-                got.append(part)
-
-    sys.setrecursionlimit(10000)
-    for v in successors:
-        if v not in index:
-            visit(v)
-    return got
+    """Strongly connected components of a graph {node: [node]} that contain a cycle."""
+    parts = networkx.strongly_connected_components(networkx.DiGraph(successors))
+    return [part for part in parts if len(part) > 1 or any(node in successors[node] for node in part)]
 
 
 def basic_blocks(lines, label, instruction, branch, always):
@@ -420,19 +396,19 @@ def _is_odd(config: str) -> bool:
 
 def failures(row: dict) -> list:
     """What a shipped kernel may not do; the same rules for the test and the command's exit status."""
-    got = [f"{key} = {row[key]}" for key in ("spill_bytes", "local_ops") if row[key]]
+    faults = [f"{key} = {row[key]}" for key in ("spill_bytes", "local_ops") if row[key]]
     if row["shared_bytes"] > SHARED_LIMIT[row["target"]]:
-        got.append(f"shared_bytes = {row['shared_bytes']}")
+        faults.append(f"shared_bytes = {row['shared_bytes']}")
     if row["kernel"].startswith(STREAMING) and not row["pairs"]:
-        got.append("no main loop found")
+        faults.append("no main loop found")
     if row["narrow_loads"] and not _is_odd(row["config"]):
-        got.append(f"narrow_loads = {row['narrow_loads']}")
+        faults.append(f"narrow_loads = {row['narrow_loads']}")
     is_bf16_score = row["kernel"] == "score_fwd" and row["config"] in BF16_SCORE
     if row["target"] == "sm_90" and is_bf16_score and row["registers"] > BF16_SCORE_REGISTERS:
-        got.append(f"registers = {row['registers']} > {BF16_SCORE_REGISTERS}")
+        faults.append(f"registers = {row['registers']} > {BF16_SCORE_REGISTERS}")
     if row["target"] == "sm_90" and row["budget"] and row["instructions_per_pair"] > row["budget"]:
-        got.append(f"instructions_per_pair = {row['instructions_per_pair']} > {row['budget']}")
-    return got
+        faults.append(f"instructions_per_pair = {row['instructions_per_pair']} > {row['budget']}")
+    return faults
 
 
 def measure(targets, only=None):
