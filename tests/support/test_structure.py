@@ -24,6 +24,17 @@ def test_a_figure_above_its_limit_is_named():
     ]
 
 
+def test_the_documentations_table_has_these_figures():
+    page = (structure.ROOT / "docs/architecture.md").read_text().split("## The structure in figures")[1]
+    rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| ")][1:-1]  # the last is a time
+    figures = {name: measure.value for name, measure in structure.measures().items()}
+    expected = [max(figures["circles between modules"], figures["circles between folders"])]
+    expected += [max(figures["arrows back up between modules"], figures["arrows back up between folders"])]
+    expected += [value for name, value in figures.items() if not name.startswith(("circles", "arrows", "README"))]
+    expected[-1:-1] = [f"{figures['README lines']} and {figures['README words']}"]
+    assert [row[-1].strip() for row in rows] == [str(value) for value in expected]
+
+
 def test_json_has_every_figure(capsys):
     structure.main(["--json"])
     table = json.loads(capsys.readouterr().out)
