@@ -68,11 +68,11 @@ def run_gate(name: str, settings: Settings) -> dict[str, Any] | None:
     }
 
 
-def _relative(got: Tensor | None, expected: Tensor | None) -> float:
+def _relative(value: Tensor | None, expected: Tensor | None) -> float:
     assert expected is not None
-    if got is None:
+    if value is None:
         return float("nan")
-    return float((got.double() - expected).norm() / expected.norm())
+    return float((value.double() - expected).norm() / expected.norm())
 
 
 def count_units(name: str, sizes: Sizes, settings: Settings) -> float:

@@ -92,10 +92,10 @@ def main() -> None:
     is_good = True
     for tied in (False, True):
         for n in (1, 2):
-            got = worst(tied=tied, n_micro_batches=n)
-            is_good &= got <= BOUND
+            difference = worst(tied=tied, n_micro_batches=n)
+            is_good &= difference <= BOUND
             if dist.get_rank() == 0:
-                print(f"tied {tied!s:5}  {n} micro-batches a step: largest difference {got:.1e}", flush=True)
+                print(f"tied {tied!s:5}  {n} micro-batches a step: largest difference {difference:.1e}", flush=True)
     dist.destroy_process_group()
     sys.exit(0 if is_good else 1)
 

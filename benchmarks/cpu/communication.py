@@ -120,8 +120,8 @@ def percent(x: float) -> str:
 
 def in_short() -> Iterator[str]:
     N = 16_384
-    got = call_communication(N, tp=8, dp=DP, scope="global")
-    vocabulary, selection = (got.only(group=group) for group in ("vocabulary", "selection"))
+    cost = call_communication(N, tp=8, dp=DP, scope="global")
+    vocabulary, selection = (cost.only(group=group) for group in ("vocabulary", "selection"))
     alone, shared_out = (work_of(N, V, STUDENT.D, TEACHER.D, tp).flops / student_step(STUDENT, N, tp).flops for tp in (1, 8))
     yield "## In short"
     yield ""
@@ -158,8 +158,8 @@ def layouts() -> Iterator[str]:
     for gpus, tp, cp in LAYOUTS:
         dp = gpus // (tp * cp)
         for N in TOKENS:
-            got = call_communication(N, tp=tp, dp=dp, cp=cp, scope="global")
-            both = [got.only(group=group) for group in ("vocabulary", "selection")]
+            cost = call_communication(N, tp=tp, dp=dp, cp=cp, scope="global")
+            both = [cost.only(group=group) for group in ("vocabulary", "selection")]
             work = work_of(N, V, STUDENT.D, TEACHER.D, tp)
             rows.append(
                 (
@@ -208,15 +208,15 @@ def selections() -> Iterator[str]:
             else call_communication(4_096, dp=ranks, scope=scope, selector=selector)
             for ranks in (8, 1024)
         }
-        got = by_ranks[8]
+        cost = by_ranks[8]
         rows.append(
             (
                 f"`{scope}`" + (f", {n_sequences} sequences over ranks" if scope == "sequence" else ""),
                 f"`{selector}`",
-                got.only(kind="all_reduce").count,
-                got.only(kind="all_gather").count,
-                number(got.bytes),
-                number(got.wire_bytes),
+                cost.only(kind="all_reduce").count,
+                cost.only(kind="all_gather").count,
+                number(cost.bytes),
+                number(cost.wire_bytes),
                 number(by_ranks[1024].wire_bytes),
             )
         )
@@ -306,8 +306,8 @@ def steps() -> Iterator[str]:
     rows = []
     for student in STUDENTS:
         for tp in (1, 2, 8):
-            got = call_communication(N, student.D, tp=tp, dp=DP, scope="global")
-            vocabulary, selection = (got.only(group=group).wire_bytes for group in ("vocabulary", "selection"))
+            cost = call_communication(N, student.D, tp=tp, dp=DP, scope="global")
+            vocabulary, selection = (cost.only(group=group).wire_bytes for group in ("vocabulary", "selection"))
             _, over_tp, over_dp = student_step(student, N, tp)
             rows.append(
                 (

@@ -59,20 +59,20 @@ def steps(heads: Heads) -> dict[str, Step]:
         return run
 
     first = ["reverse_kl", *sorted(set(DIVERGENCES) - {"reverse_kl"})]
-    got = {f"`{name}`": step(teacher, name) for name in first}
+    steps = {f"`{name}`": step(teacher, name) for name in first}
     mixed = Extrapolated(1.25, teacher, reference)
-    got["`reverse_kl` to `Extrapolated(1.25, teacher, reference)`, a third head"] = step(mixed, "reverse_kl")
+    steps["`reverse_kl` to `Extrapolated(1.25, teacher, reference)`, a third head"] = step(mixed, "reverse_kl")
     means = Mixture((teacher, reference), (0.5, 0.5), "arithmetic")
-    got['`reverse_kl` to `Mixture(teachers, (0.5, 0.5), "arithmetic")`, a third head'] = step(means, "reverse_kl")
-    got["`tail_aware` from `TopKLogprobs`, one head"] = step(listed, TailAware())
+    steps['`reverse_kl` to `Mixture(teachers, (0.5, 0.5), "arithmetic")`, a third head'] = step(means, "reverse_kl")
+    steps["`tail_aware` from `TopKLogprobs`, one head"] = step(listed, TailAware())
     for words in (("reverse", "student", "drop"), ("reverse", "student", "mass"), ("reverse", "student", "sampled")):
-        got[f"`TopK{words}`".replace("'", '"')] = step(teacher, TopK(*words))
-    got['`TopK("jsd", "union", "bucket")`'] = step(teacher, TopK("jsd", "union", "bucket"))
+        steps[f"`TopK{words}`".replace("'", '"')] = step(teacher, TopK(*words))
+    steps['`TopK("jsd", "union", "bucket")`'] = step(teacher, TopK("jsd", "union", "bucket"))
     student_lists = TopKLogprobs(ids, listed.logprobs, of="student")
-    got['`TopK("reverse", "student", "mass")` from `TopKLogprobs(..., of="student")`, one head'] = step(
+    steps['`TopK("reverse", "student", "mass")` from `TopKLogprobs(..., of="student")`, one head'] = step(
         student_lists, TopK("reverse", "student", "mass")
     )
-    return got
+    return steps
 
 
 def counted(run: Step, sizes: Sizes) -> dict[str, float]:
@@ -99,18 +99,19 @@ def timed(runs: dict[str, Step], rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def page(got: dict[str, Any]) -> str:
-    about, sizes = got["environment"], got["sizes"]
+def page(results: dict[str, Any]) -> str:
+    about, sizes = results["environment"], results["sizes"]
     lines = [
-        f"`{got['command']}` on {about['cpu']}, {got['threads']} threads, commit {about['commit'][:12]}, {about['date']}.",
+        f"`{results['command']}` on {about['cpu']}, {results['threads']} threads, "
+        f"commit {about['commit'][:12]}, {about['date']}.",
         "",
         f"N = {sizes['n']:,}, V = {sizes['vocab']:,}, hidden sizes {sizes['student_dim']} and {sizes['teacher_dim']}, fp32, "
-        f"{FRACTION:.0%} selected, workspace {WORKSPACE_BYTES // MIB} MiB, medians of {got['rounds']} rounds.",
+        f"{FRACTION:.0%} selected, workspace {WORKSPACE_BYTES // MIB} MiB, medians of {results['rounds']} rounds.",
         "",
         "| divergence | × the time of reverse KL (range) | matmul units | scratch, MiB |",
         "|---|---|---|---|",
     ]
-    for row in got["rows"]:
+    for row in results["rows"]:
         low, high = min(row["ratios"]), max(row["ratios"])
         lines.append(
             f"| {row['name']} | {statistics.median(row['ratios']):.2f} ({low:.2f} to {high:.2f}) | {row['units']:.2f} | "
@@ -135,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     counts = {name: counted(run, sizes) for name, run in runs.items()}
     seconds = timed(runs, options.rounds)
     base = next(iter(seconds.values()))
-    got: dict[str, Any] = {
+    results: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.cpu.divergences", *arguments]),
         "environment": describe_environment(ROOT),
         "threads": options.threads,
@@ -147,10 +148,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         ],
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "divergences.json").write_text(json.dumps(got, indent=1) + "\n")
-    (options.out / "divergences.md").write_text(page(got))
-    print(page(got))
-    return got
+    (options.out / "divergences.json").write_text(json.dumps(results, indent=1) + "\n")
+    (options.out / "divergences.md").write_text(page(results))
+    print(page(results))
+    return results
 
 
 if __name__ == "__main__":

@@ -43,12 +43,12 @@ def memory(name: str, sizes: Sizes, settings: Settings) -> dict[str, Any]:
 
 def measure(name: str, sizes: Sizes, settings: Settings) -> dict[str, Any]:
     method, heads = METHODS[name], build_heads(sizes)
-    got = _metered(method, heads, settings)
+    measured = _metered(method, heads, settings)
     start, cpu_start = time.perf_counter(), time.process_time()
     outcome = method.run(heads, settings)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     heads.clear_gradients()
-    return got | {
+    return measured | {
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,  # of all threads: well below threads x seconds says that something else ran too
         "waiting_bytes": waiting_bytes(),

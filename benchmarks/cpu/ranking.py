@@ -94,11 +94,11 @@ def compare(inputs: Inputs) -> list[dict[str, Any]]:
     """One row per ranking and fraction."""
     rows = []
     for fraction in FRACTIONS:
-        got = rankings(inputs, fraction)
-        exact = select_positions(got["exact"], fraction=fraction)
-        for name, scores in got.items():
+        scored = rankings(inputs, fraction)
+        exact = select_positions(scored["exact"], fraction=fraction)
+        for name, scores in scored.items():
             chosen = select_positions(scores, fraction=fraction)
-            kept = got["exact"][chosen].sum() / got["exact"][exact].sum()
+            kept = scored["exact"][chosen].sum() / scored["exact"][exact].sum()
             rows.append(
                 {
                     "ranking": name,
@@ -131,26 +131,27 @@ def differences(inputs: Inputs) -> list[dict[str, Any]]:
     return rows
 
 
-def page(got: dict[str, Any]) -> str:
-    environment = got["environment"]
+def page(results: dict[str, Any]) -> str:
+    environment = results["environment"]
     lines = [
         "# What cheaper rankings select",
         "",
-        f"`{got['command']}` on {environment['cpu']}, commit {environment['commit'][:10]}, {environment['date']}.",
-        f"SmolLM2-135M-Instruct, {got['positions']} sampled tokens; overlap with the exact selection (share of score kept).",
+        f"`{results['command']}` on {environment['cpu']}, commit {environment['commit'][:10]}, {environment['date']}.",
+        f"SmolLM2-135M-Instruct, {results['positions']} sampled tokens; "
+        f"overlap with the exact selection (share of score kept).",
         "",
         "| ranking | " + " | ".join(f"{fraction:.0%}" for fraction in FRACTIONS) + " |",
         "|---|" + "---|" * len(FRACTIONS),
     ]
-    for name in dict.fromkeys(row["ranking"] for row in got["selection"]):
-        cells = (f"{x['overlap']:.3f} ({x['score_kept']:.3f})" for x in got["selection"] if x["ranking"] == name)
+    for name in dict.fromkeys(row["ranking"] for row in results["selection"]):
+        cells = (f"{x['overlap']:.3f} ({x['score_kept']:.3f})" for x in results["selection"] if x["ranking"] == name)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += [
         "",
         "| the student's statistics from | column | median error | largest | median of the column |",
         "|---|---|---|---|---|",
     ]
-    for row in got["differences"]:
+    for row in results["differences"]:
         cells = f"{row['median']:.1e} | {row['largest']:.1e} | {row['scale']:.2g}"
         lines.append(f"| {row['ranking']} | {row['column']} | {cells} |")
     return "\n".join(lines) + "\n"
@@ -163,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of ranking.{json,md}")
     options = parser.parse_args(arguments)
     inputs = real_inputs(options.answers, options.tokens)
-    got = {
+    results = {
         "environment": describe_environment(ROOT),
         "command": " ".join(["python -m benchmarks.cpu.ranking", *(sys.argv[1:] if arguments is None else arguments)]),
         "positions": len(inputs.student.hidden),
@@ -171,10 +172,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "differences": differences(inputs),
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "ranking.json").write_text(json.dumps(got, indent=1) + "\n")
-    (options.out / "ranking.md").write_text(page(got))
-    print(page(got))
-    return got
+    (options.out / "ranking.json").write_text(json.dumps(results, indent=1) + "\n")
+    (options.out / "ranking.md").write_text(page(results))
+    print(page(results))
+    return results
 
 
 if __name__ == "__main__":

@@ -67,20 +67,20 @@ def _largest_peak(run: dict[str, Any]) -> float:
 def _targets(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Each target with what was measured; memory only with the workspace that it was set for."""
     summary = result["methods"].get("ours", {}).get("summary", {})
-    got = [
+    targets = [
         ("time / two score matmuls", summary.get("to_floor"), MOST_FLOORS),
         ("time / eager", summary.get("to_eager"), MOST_EAGERS),
     ]
     if result["settings"]["workspace_mib"] == TARGET_WORKSPACE_MIB:
         n = result["sizes"]["n"]
         above = summary.get("above_gradients_mib_worst")
-        got.append((f"MiB above gradients, either call, N = {n}", above, MOST_MIB_ABOVE_GRADIENTS))
+        targets.append((f"MiB above gradients, either call, N = {n}", above, MOST_MIB_ABOVE_GRADIENTS))
         for at in result["against_n"]:
             above = (_largest_peak(at) - at["gradient_bytes"]) / MIB if at["status"] == "ok" else None
-            got.append((f"MiB above gradients, either call, N = {at['n']}", above, MOST_MIB_ABOVE_GRADIENTS))
+            targets.append((f"MiB above gradients, either call, N = {at['n']}", above, MOST_MIB_ABOVE_GRADIENTS))
     return [
         {"what": what, "measured": measured, "most": most, "met": measured is not None and measured <= most}
-        for what, measured, most in got
+        for what, measured, most in targets
     ]
 
 

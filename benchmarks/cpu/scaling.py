@@ -57,8 +57,8 @@ def series(sizes: Sequence[Sizes], names: Sequence[str], threads: int) -> Points
             point = {"method": name, "n": size.n, "vocab": size.vocab, "gradient_bytes": size.gradient_bytes}
             point |= {key: answer.get(key) for key in ("status", "error", "peak_bytes")}
             points.append(point)
-            got = f"{point['peak_bytes'] / GIB:.2f} GiB" if point["status"] == "ok" else point["error"]
-            print(f"N {size.n:<6} V {size.vocab:<8} {name:<18} {got}", flush=True)
+            shown = f"{point['peak_bytes'] / GIB:.2f} GiB" if point["status"] == "ok" else point["error"]
+            print(f"N {size.n:<6} V {size.vocab:<8} {name:<18} {shown}", flush=True)
     return points
 
 
@@ -66,11 +66,11 @@ def draw(points: Points, along: str, label: str, path: Path) -> None:
     """Peak memory against `along`, "n" or "vocab", one line a method."""
     figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     for place, name in enumerate(dict.fromkeys(point["method"] for point in points)):
-        got = [(p[along], p["peak_bytes"] / GIB) for p in points if p["method"] == name and p["status"] == "ok"]
-        if got:
+        line = [(p[along], p["peak_bytes"] / GIB) for p in points if p["method"] == name and p["status"] == "ok"]
+        if line:
             style = {"color": OURS_COLOUR, "linewidth": 2.5, "zorder": 3} if name == "ours" else {"linewidth": 1.2}
             marker = MARKERS[place % len(MARKERS)]
-            axes.plot(*zip(*got, strict=True), marker=marker, markersize=5, label=METHODS[name].title, **style)
+            axes.plot(*zip(*line, strict=True), marker=marker, markersize=5, label=METHODS[name].title, **style)
     gradients = sorted({(p[along], p["gradient_bytes"] / GIB) for p in points})
     axes.plot(*zip(*gradients, strict=True), color="black", linestyle=":", linewidth=1, label="the gradients asked for")
     axes.set_xlabel(label)
@@ -86,16 +86,17 @@ def draw(points: Points, along: str, label: str, path: Path) -> None:
     plt.close(figure)
 
 
-def page(got: dict[str, Any]) -> str:
-    about = got["environment"]
+def page(results: dict[str, Any]) -> str:
+    about = results["environment"]
     lines = [
-        f"`{got['command']}` on {about['cpu']}, {got['threads']} threads, commit {about['commit'][:12]}, {about['date']}.",
+        f"`{results['command']}` on {about['cpu']}, {results['threads']} threads, "
+        f"commit {about['commit'][:12]}, {about['date']}.",
         "",
         "GiB of peak memory over the inputs.",
         "",
     ]
     for title, key, along in (("N", "against_n", "n"), ("V", "against_vocab", "vocab")):
-        points = got[key]
+        points = results[key]
         sizes = list(dict.fromkeys(p[along] for p in points))
         lines += ["| method | " + " | ".join(f"{title} = {size:,}" for size in sizes) + " |", "|---|" + "---|" * len(sizes)]
         for name in dict.fromkeys(p["method"] for p in points):
@@ -114,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse_arguments(arguments)
     base = Sizes(options.n, options.vocab, *options.dims)
     names = [name for name in METHODS if name != "floor"]  # which computes no loss
-    got: dict[str, Any] = {
+    results: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.cpu.scaling", *arguments]),
         "environment": describe_environment(ROOT),
         "threads": options.threads,
@@ -124,12 +125,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "against_vocab": series([replace(base, vocab=vocab) for vocab in options.vocab_list], names, options.threads),
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "scaling.json").write_text(json.dumps(got, indent=1) + "\n")
-    (options.out / "scaling.md").write_text(page(got))
-    draw(got["against_n"], "n", "positions N", options.out / "memory_against_n.png")
-    draw(got["against_vocab"], "vocab", "vocabulary V", options.out / "memory_against_v.png")
-    print(page(got))
-    return got
+    (options.out / "scaling.json").write_text(json.dumps(results, indent=1) + "\n")
+    (options.out / "scaling.md").write_text(page(results))
+    draw(results["against_n"], "n", "positions N", options.out / "memory_against_n.png")
+    draw(results["against_vocab"], "vocab", "vocabulary V", options.out / "memory_against_v.png")
+    print(page(results))
+    return results
 
 
 if __name__ == "__main__":

@@ -79,8 +79,8 @@ def _ties(s: Tensor, t: Tensor) -> None:
 
 def cases(small: bool) -> list[Case]:
     vocab, odd, many = (160, 131, 2) if small else (151_936, 50_257, 320)
-    got = [Case(str(dtype)[6:], 8 if not small else 1, vocab, vocab, dtype) for dtype in GRADIENT]
-    got += [
+    cases = [Case(str(dtype)[6:], 8 if not small else 1, vocab, vocab, dtype) for dtype in GRADIENT]
+    cases += [
         Case("odd row stride", min(many, 8), odd, odd),
         Case("one program per row", many, vocab, vocab),
         Case("rows gathered", 6, vocab, vocab, rows=(5, 0)),
@@ -96,7 +96,7 @@ def cases(small: bool) -> list[Case]:
         Case("temperature and scales", 2, vocab, vocab, transform={"temperature": 0.7, "s_scale": 0.5, "t_scale": 1.5}),
         Case("soft-caps", 2, vocab, vocab, transform={"s_softcap": 30.0, "t_softcap": 50.0}),
     ]
-    return got
+    return cases
 
 
 def run(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -175,9 +175,9 @@ def check_support(case: Case, s: Tensor, t: Tensor) -> None:
     ids = [eager.top_k_ids(x[pick, : case.vocab].float(), case.top_k) for x in (s, t)]
     assert torch.equal(support.s_ids.long(), ids[0]), "the student's ids differ"
     assert torch.equal(support.t_ids.long(), ids[1]), "the teacher's ids differ"
-    want = oracle.support(*_double(case, s, t), *ids)
+    expected = oracle.support(*_double(case, s, t), *ids)
     for name in SUPPORT_COLUMNS:
-        assert_within(getattr(support, name), want[name], absolute=1e-6, relative=1e-5, name=name)
+        assert_within(getattr(support, name), expected[name], absolute=1e-6, relative=1e-5, name=name)
 
 
 def _check_gradient(kind: str, kernel: Callable[..., None]) -> Callable[[Case, Tensor, Tensor], None]:
@@ -188,8 +188,8 @@ def _check_gradient(kind: str, kernel: Callable[..., None]) -> Callable[[Case, T
         score = score_fwd(s, t, rows, **common)
         top, out = argmax_fwd(s, rows, score, vocab_size=case.vocab), torch.full_like(s, torch.nan)
         kernel(s, t, rows, weights, score.columns, top=top, out=out, **common)
-        want, kl = oracle.gradient(kind, s[pick, : case.vocab], t[pick, : case.vocab], weights, **case.transform)
-        error = relative_error(out[pick, : case.vocab], want)
+        expected, kl = oracle.gradient(kind, s[pick, : case.vocab], t[pick, : case.vocab], weights, **case.transform)
+        error = relative_error(out[pick, : case.vocab], expected)
         smallest = max(kl.min().item(), 1e-12)
         bound = max(GRADIENT[case.dtype], 3e-6 / (2 * smallest) ** 0.5 if smallest < 1e-3 else 0.0)
         assert error <= bound, f"relative error of the gradient {error:.2e} > {bound:.2e}"
@@ -217,9 +217,9 @@ def nan_rows(bench: Bench) -> Iterator[dict[str, Any]]:
 
     def support() -> None:
         score = score_fwd(s, t, None, vocab_size=vocab, **oracle.COMMON)
-        got = support_fwd(s, t, None, score, top_k=16, vocab_size=vocab, **oracle.COMMON)
-        _assert_nan(got.union_kl, "union_kl")
-        inside = (got.ids >= 0) & (got.ids < vocab)
+        actual = support_fwd(s, t, None, score, top_k=16, vocab_size=vocab, **oracle.COMMON)
+        _assert_nan(actual.union_kl, "union_kl")
+        inside = (actual.ids >= 0) & (actual.ids < vocab)
         assert bool(inside.all()), "ids of a row with NaN are outside of the vocabulary"
 
     def gradient(kind: str, kernel: Callable[..., None]) -> None:
@@ -228,8 +228,8 @@ def nan_rows(bench: Bench) -> Iterator[dict[str, Any]]:
         top, out = argmax_fwd(s, None, score, vocab_size=vocab), torch.zeros_like(s)
         kernel(s, t, None, weights, score.columns, top=top, out=out, vocab_size=vocab, **oracle.COMMON)
         assert bool(out[0].isnan().all()), "the student's NaN does not reach its row's gradient"
-        want, _ = oracle.gradient(kind, s[2:], t[2:], weights[2:])
-        error = relative_error(out[2:], want)
+        expected, _ = oracle.gradient(kind, s[2:], t[2:], weights[2:])
+        error = relative_error(out[2:], expected)
         assert error <= GRADIENT[s.dtype], f"relative error of the gradient beside NaN {error:.2e}"
 
     yield attempt(bench, "score", case.name, lambda: check_score(case, s, t))

@@ -33,11 +33,11 @@ def _sizes(bench: Bench) -> tuple[int, int]:
 def _compare(divergence: str | Divergence, sides: tuple[Any, Any], double: tuple[Any, Any], dtype: torch.dtype, n: int) -> None:
     tokens = torch.arange(n, device=sides[0].hidden.device if isinstance(sides[0], LinearHead) else sides[0].device)
     common = {"divergence": divergence, "fraction": 1.0, "selector": "all", "tokens": tokens}
-    got = selective_opd_loss(*sides, backend="triton", **common)
-    want = selective_opd_loss(*double, backend="eager", **common)
-    got.loss.backward()
-    want.loss.backward()
-    assert_within(got.loss[None], want.loss[None], absolute=1e-5, relative=1e-4, name="loss")
+    actual = selective_opd_loss(*sides, backend="triton", **common)
+    expected = selective_opd_loss(*double, backend="eager", **common)
+    actual.loss.backward()
+    expected.loss.backward()
+    assert_within(actual.loss[None], expected.loss[None], absolute=1e-5, relative=1e-4, name="loss")
     pairs = [(x.grad, y.grad) for x, y in [(sides[0], double[0])] if isinstance(x, Tensor)]
     for result, wanted in pairs or zip(gradients(sides[0]), gradients(double[0]), strict=True):
         assert_gradient(result, wanted, GRADIENT[dtype])

@@ -36,9 +36,9 @@ def _pair(bench: Bench, dtype: torch.dtype, **options: Any) -> tuple[LinearHead,
 def statistics(dtype: torch.dtype, **options: Any) -> Check:
     def check(bench: Bench) -> None:
         student, teacher = _pair(bench, dtype, **options)
-        _, got = score_positions(student, teacher, backend="triton", score_dtype="float32")
-        _, want = score_positions(to_double(student), to_double(teacher), backend="eager")
-        assert_stats(got, want, absolute=HEAD_ABSOLUTE)
+        _, actual = score_positions(student, teacher, backend="triton", score_dtype="float32")
+        _, expected = score_positions(to_double(student), to_double(teacher), backend="eager")
+        assert_stats(actual, expected, absolute=HEAD_ABSOLUTE)
 
     return check
 
@@ -48,13 +48,13 @@ def two_streams(bench: Bench) -> None:
     # Tiles are half as large on two streams, and a matmul of another size may sum in another order. Rounded to bf16, that is
     # a difference which would hide a tile read too early; in fp32 it is far below the bound.
     common = {"backend": "triton", "workspace_bytes": 2**14 if bench.dry else 2**21, "score_dtype": "float32"}
-    want, _ = score_positions(student, teacher, **common)
+    expected, _ = score_positions(student, teacher, **common)
     triton_heads.OVERLAP = True
     try:
-        got, _ = score_positions(student, teacher, **common)
+        actual, _ = score_positions(student, teacher, **common)
     finally:
         triton_heads.OVERLAP = False
-    assert relative_error(got, want) < 1e-4, f"scores differ by {relative_error(got, want):.1e}"
+    assert relative_error(actual, expected) < 1e-4, f"scores differ by {relative_error(actual, expected):.1e}"
 
 
 def gradient(dtype: torch.dtype, workspace_bytes: int, divergence: str = "reverse_kl", **options: Any) -> Check:
@@ -63,12 +63,12 @@ def gradient(dtype: torch.dtype, workspace_bytes: int, divergence: str = "revers
         student, double = leaf_head(heads[0]), leaf_head(heads[0], torch.float64)
         common = {"fraction": 0.5, "divergence": divergence}
         size = workspace_bytes if bench.dry else 100 * workspace_bytes
-        got = selective_opd_loss(student, heads[1], backend="triton", workspace_bytes=size, score_dtype="float32", **common)
-        want = selective_opd_loss(double, to_double(heads[1]), backend="eager", **common)
-        got.loss.backward()
-        want.loss.backward()
-        assert torch.equal(got.selected, want.selected), "the selected positions differ"
-        assert_within(got.loss[None], want.loss[None], absolute=1e-6, relative=1e-4, name="loss")
+        actual = selective_opd_loss(student, heads[1], backend="triton", workspace_bytes=size, score_dtype="float32", **common)
+        expected = selective_opd_loss(double, to_double(heads[1]), backend="eager", **common)
+        actual.loss.backward()
+        expected.loss.backward()
+        assert torch.equal(actual.selected, expected.selected), "the selected positions differ"
+        assert_within(actual.loss[None], expected.loss[None], absolute=1e-6, relative=1e-4, name="loss")
         for result, wanted in zip(gradients(student), gradients(double), strict=True):
             assert_gradient(result, wanted, GRADIENT[dtype])
 
@@ -78,9 +78,9 @@ def gradient(dtype: torch.dtype, workspace_bytes: int, divergence: str = "revers
 def rollout(bench: Bench) -> None:
     student, teacher = _pair(bench, torch.float32)
     stats = StudentStats.from_logits(student.hidden.double() @ student.weight.double().T)
-    got, _ = score_positions(student, teacher, student_stats=stats, backend="triton")
-    want, _ = score_positions(to_double(student), to_double(teacher), backend="eager")
-    assert relative_error(got, want) < 1e-3, f"scores differ by {relative_error(got, want):.1e}"
+    actual, _ = score_positions(student, teacher, student_stats=stats, backend="triton")
+    expected, _ = score_positions(to_double(student), to_double(teacher), backend="eager")
+    assert relative_error(actual, expected) < 1e-3, f"scores differ by {relative_error(actual, expected):.1e}"
 
 
 def eight_bits(bench: Bench) -> None:
@@ -91,13 +91,13 @@ def eight_bits(bench: Bench) -> None:
     hidden = student.hidden.flatten(0, -2)
     x, w = triton_heads.quantised(hidden), triton_heads.quantised(student.weight)
     for rows, given in ((x, hidden), (w, student.weight)):
-        want = Float8Rows.of(given)
-        bits, expected = (x.values.view(torch.uint8) for x in (rows, want))
-        assert torch.equal(bits, expected), "the kernel's 8 bits are not those of torch's conversion"
-        assert torch.equal(rows.scales, want.scales), "the kernel's scales are not those of torch"
+        expected = Float8Rows.of(given)
+        bits, expected_bits = (x.values.view(torch.uint8) for x in (rows, expected))
+        assert torch.equal(bits, expected_bits), "the kernel's 8 bits are not those of torch's conversion"
+        assert torch.equal(rows.scales, expected.scales), "the kernel's scales are not those of torch"
     out = float8.product(x, w, torch.empty((len(hidden), len(w.values)), dtype=torch.bfloat16, device=bench.device))
-    want = x.dequantised(len(out)).double() @ w.dequantised(len(w.values)).double().T
-    assert relative_error(out, want) < 5e-3, f"relative error {relative_error(out, want):.1e}"
+    expected = x.dequantised(len(out)).double() @ w.dequantised(len(w.values)).double().T
+    assert relative_error(out, expected) < 5e-3, f"relative error {relative_error(out, expected):.1e}"
 
 
 def _step(bench: Bench) -> tuple[Callable[[], torch.Tensor], LinearHead]:
@@ -130,10 +130,10 @@ def as_in_a_graph() -> Iterator[None]:
 
 def cuda_graph(bench: Bench) -> None:
     step, student = _step(bench)
-    want = [x.clone() for x in _run(step, student)]
+    expected = [x.clone() for x in _run(step, student)]
     if bench.dry:
         with as_in_a_graph():
-            for a, b in zip(_run(step, student), want, strict=True):
+            for a, b in zip(_run(step, student), expected, strict=True):
                 assert relative_error(a, b) < 1e-5, f"the step to capture differs by {relative_error(a, b):.1e}"
         raise CannotRunError("a CPU captures no graph")
     stream = torch.cuda.Stream()
@@ -151,16 +151,16 @@ def cuda_graph(bench: Bench) -> None:
         x.zero_()
     graph.replay()
     torch.cuda.synchronize()
-    for a, b in zip([loss.detach(), *gradients(student)], want, strict=True):
+    for a, b in zip([loss.detach(), *gradients(student)], expected, strict=True):
         assert torch.equal(a, b), f"a replay differs by {relative_error(a, b):.1e}"
 
 
 def compiled(bench: Bench) -> None:
     step, student = _step(bench)
-    want = [x.clone() for x in _run(step, student)]
+    expected = [x.clone() for x in _run(step, student)]
     torch._dynamo.reset()
     traced = torch.compile(step, fullgraph=True, dynamic=False, backend="aot_eager" if bench.dry else "inductor")
-    for a, b in zip(_run(traced, student), want, strict=True):
+    for a, b in zip(_run(traced, student), expected, strict=True):
         assert relative_error(a, b) < 1e-5, f"a compiled step differs by {relative_error(a, b):.1e}"
 
 

@@ -40,14 +40,14 @@ def loss(divergence: str, s_dtype: torch.dtype, t_dtype: torch.dtype, *, inplace
         s, t = _pair(bench, (s_dtype, t_dtype))
         student, double = leaf(s), leaf(s, torch.float64)
         logits = student * 1 if inplace else student  # made by an operation that does not read it again
-        got = _loss(logits, t, divergence=divergence, inplace_backward=inplace)
-        want = _loss(double, t.double(), divergence=divergence, backend="eager")
-        got.loss.backward()
-        want.loss.backward()
-        assert torch.equal(got.selected, want.selected), "the selected positions differ"
-        assert_within(got.loss[None], want.loss[None], absolute=1e-6, relative=1e-4, name="loss")
+        actual = _loss(logits, t, divergence=divergence, inplace_backward=inplace)
+        expected = _loss(double, t.double(), divergence=divergence, backend="eager")
+        actual.loss.backward()
+        expected.loss.backward()
+        assert torch.equal(actual.selected, expected.selected), "the selected positions differ"
+        assert_within(actual.loss[None], expected.loss[None], absolute=1e-6, relative=1e-4, name="loss")
         assert_gradient(student.grad, double.grad, GRADIENT[s_dtype])
-        assert not student.grad[~got.selected].any(), "a position off the selection has a gradient"
+        assert not student.grad[~actual.selected].any(), "a position off the selection has a gradient"
         if inplace:
             assert torch.equal(logits.detach(), student.grad), "the gradient is not in the logits' memory"
 
@@ -64,12 +64,12 @@ def teachers_nan(bench: Bench) -> None:
     s, t = _pair(bench, (B16, B16))
     t[1, 7] = torch.nan
     student, double = leaf(s), leaf(s, torch.float64)
-    got, want = _loss(student, t, fraction=1.0), _loss(double, t.double(), fraction=1.0, backend="eager")
-    got.loss.backward()
-    want.loss.backward()
-    assert torch.equal(got.selected, want.selected), "the selected positions differ"
-    assert not bool(got.selected[1]), "a position without a teacher is selected"
-    assert_within(got.loss[None], want.loss[None], absolute=1e-6, relative=1e-4, name="loss")
+    actual, expected = _loss(student, t, fraction=1.0), _loss(double, t.double(), fraction=1.0, backend="eager")
+    actual.loss.backward()
+    expected.loss.backward()
+    assert torch.equal(actual.selected, expected.selected), "the selected positions differ"
+    assert not bool(actual.selected[1]), "a position without a teacher is selected"
+    assert_within(actual.loss[None], expected.loss[None], absolute=1e-6, relative=1e-4, name="loss")
     assert_gradient(student.grad, double.grad, GRADIENT[B16])
 
 
@@ -86,12 +86,12 @@ def beyond_2_to_31(bench: Bench) -> None:
     mask = torch.zeros(n, dtype=torch.bool, device=bench.device)
     mask[rows] = True
     student, double = s.requires_grad_(), leaf(s[rows], torch.float64)
-    got = _loss(student, t, mask=mask, fraction=1.0)
-    want = _loss(double, t[rows].double(), fraction=1.0, backend="eager")
-    got.loss.backward()
-    want.loss.backward()
-    assert torch.equal(got.selected, mask), "the selected positions differ"
-    assert_within(got.loss[None], want.loss[None], absolute=1e-6, relative=1e-4, name="loss")
+    actual = _loss(student, t, mask=mask, fraction=1.0)
+    expected = _loss(double, t[rows].double(), fraction=1.0, backend="eager")
+    actual.loss.backward()
+    expected.loss.backward()
+    assert torch.equal(actual.selected, mask), "the selected positions differ"
+    assert_within(actual.loss[None], expected.loss[None], absolute=1e-6, relative=1e-4, name="loss")
     assert_gradient(student.grad[rows], double.grad, GRADIENT[B16])
     for part in student.grad[1:-1].split(1024):
         assert not part.any(), "a masked position has a gradient"

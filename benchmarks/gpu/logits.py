@@ -150,8 +150,8 @@ def loss_table(bench: Bench) -> Iterator[Row]:
         row |= measured.get(row["method"], {})
     _compare_to_eager(rows)
     for row in rows:
-        got = f"{row['median_ms']:.2f} ms, peak {row['peak_bytes']}" if "median_ms" in row else row["note"]
-        print(f"loss {row['method']}: {got}", flush=True)
+        shown = f"{row['median_ms']:.2f} ms, peak {row['peak_bytes']}" if "median_ms" in row else row["note"]
+        print(f"loss {row['method']}: {shown}", flush=True)
         yield row
 
 

@@ -38,14 +38,14 @@ SAME = ("commit", "device", "driver", "versions", "dry_run")  # what results in 
 
 def environment(bench: Bench, commit: str | None) -> dict[str, Any]:
     name = device_name(bench.dry)
-    got = describe_environment(Path(__file__).parents[2])
-    got["versions"]["cuda"] = torch.version.cuda or torch.version.hip
-    return got | {
+    about = describe_environment(Path(__file__).parents[2])
+    about["versions"]["cuda"] = torch.version.cuda or torch.version.hip
+    return about | {
         "dry_run": bench.dry,
         "device": name,
         "slug": slug(name),
         "driver": _nvidia("driver_version"),
-        "commit": commit or got["commit"],
+        "commit": commit or about["commit"],
     }
 
 
@@ -94,33 +94,33 @@ def _run(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def title(got: dict[str, Any]) -> str:
-    about = got["environment"]
+def title(results: dict[str, Any]) -> str:
+    about = results["environment"]
     versions = ", ".join(f"{name} {value}" for name, value in about["versions"].items() if value)
     warning = "DRY RUN, NOT A MEASUREMENT: interpreted on a CPU at sizes of no meaning. " if about["dry_run"] else ""
     changed = " with uncommitted changes" if about["uncommitted_changes"] else ""
     return f"{warning}{about['device']}, driver {about['driver']}, {versions}, commit {about['commit']}{changed}"
 
 
-def write(got: dict[str, Any], folder: Path) -> None:
+def write(results: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     half = folder / "gpu.json.part"  # a run that is ended here leaves the file of before
-    half.write_text(json.dumps(got, indent=1) + "\n")
+    half.write_text(json.dumps(results, indent=1) + "\n")
     os.replace(half, folder / "gpu.json")
-    draw(got, folder)
+    draw(results, folder)
     with tarfile.open(folder / ARCHIVE, "w:gz") as archive:
         for path in sorted(folder.iterdir()):
             if path.is_file() and path.name != ARCHIVE:
                 archive.add(path, path.name)
 
 
-def draw(got: dict[str, Any], folder: Path) -> None:
+def draw(results: dict[str, Any], folder: Path) -> None:
     """Everything that is made of the JSON."""
     for name in TABLES:
-        if got.get(name):
-            _csv(folder / f"{name}.csv", got[name])
-    plotted = bool(got.get("score")) and plot(got, folder / "bandwidth.png")
-    (folder / "gpu.md").write_text(markdown(got, plotted))
+        if results.get(name):
+            _csv(folder / f"{name}.csv", results[name])
+    plotted = bool(results.get("score")) and plot(results, folder / "bandwidth.png")
+    (folder / "gpu.md").write_text(markdown(results, plotted))
 
 
 def _csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -130,65 +130,65 @@ def _csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def markdown(got: dict[str, Any], plotted: bool) -> str:
-    about = got["environment"]
-    lines = [f"# {about['device']}, {about['date']}", "", title(got), ""]
-    for name, part in got.get("parts", {}).items():
+def markdown(results: dict[str, Any], plotted: bool) -> str:
+    about = results["environment"]
+    lines = [f"# {about['device']}, {about['date']}", "", title(results), ""]
+    for name, part in results.get("parts", {}).items():
         lines.append(f"* {name}: {part['rounds']} rounds at most, {part['dtype']}, {part['seconds']} s; {_clocks(part)}")
         if "failure" in part:
             lines.append(f"  **It broke off**: {part['failure']}")
     lines.append("")
-    if "check" in got:
-        run = [row for row in got["check"] if not row.get("note")]
+    if "check" in results:
+        run = [row for row in results["check"] if not row.get("note")]
         failed = [row for row in run if row["failure"]]
         lines += [f"{len(run)} comparisons with float64 on the device, {len(failed)} failed.", ""]
         if failed:
             lines += ["**FAILED: times below of what these use are no results.**", ""]
-        told = [row for row in got["check"] if row["failure"] or row.get("note")]
+        told = [row for row in results["check"] if row["failure"] or row.get("note")]
         lines += [f"* {row['kernel']}, {row['case']}: {row['failure'] or row['note']}" for row in told] + [""]
     else:
         lines += ["**Not compared with float64 in this run.**", ""]
-    if "score" in got:
+    if "score" in results:
         lines += ["## Score pass: both rows read once, as a share of a device copy", ""]
-        lines += _table(got["score"], {
+        lines += _table(results["score"], {
             "N": "n", "V": "vocab", "dtype": "dtype", "ms": "median_ms", "min": "min_ms", "max": "max_ms",
             "GB/s": "gb_per_s", "copy GB/s": "copy_gb_per_s", "share": "share", "only reading GB/s": "read_gb_per_s",
             "share of that": "share_of_read", "note": "note",
         })  # fmt: skip
         missing = "No plot: matplotlib was not installed; `python -m benchmarks.gpu.report gpu.json` makes it."
         lines += ["![bandwidth](bandwidth.png)" if plotted else missing, ""]
-    if "few_rows" in got:
+    if "few_rows" in results:
         lines += ["## Score pass of few rows, split over programs and not", ""]
-        lines += _table(got["few_rows"], {
+        lines += _table(results["few_rows"], {
             "N": "n", "V": "vocab", "programs": "programs", "a row": "per_row", "ms": "median_ms", "min": "min_ms",
             "max": "max_ms", "GB/s": "gb_per_s", "note": "note",
         })  # fmt: skip
-    if "loss" in got:
+    if "loss" in results:
         lines += ["## Selective loss, forward and backward to dense logits, 5 % by teachability", ""]
         lines += ["Aim: 8 times eager's speed or more, and a tenth of its peak or less.", ""]
-        lines += _table(got["loss"], {
+        lines += _table(results["loss"], {
             "method": "method", "N": "n", "V": "vocab", "ms": "median_ms", "min": "min_ms", "max": "max_ms",
             "times eager's speed": "speed_to_eager", "peak bytes over inputs and gradient": "peak_bytes",
             "of eager's peak": "peak_to_eager", "loss": "loss", "note": "note",
         })  # fmt: skip
-    if "heads" in got:
+    if "heads" in results:
         lines += ["## Heads in: hidden states and two weights, forward and backward, 5 % by teachability", ""]
         lines += [
             "Aim for ours: 1.15 floors or less, 0.75 of TRL called twice (8 bits: 0.65, overlap 96 %), 512 MiB of peak.",
             "",
         ]
-        lines += _table(got["heads"], {
+        lines += _table(results["heads"], {
             "method": "method", "N": "n", "V": "vocab", "D": "dims", "ms": "median_ms", "min": "min_ms", "max": "max_ms",
             "to floor": "to_floor", "to TRL twice": "to_trl_twice", "peak bytes over gradients": "peak_bytes",
             "overlap": "overlap", "note": "note",
         })  # fmt: skip
-    if "sweep" in got:
+    if "sweep" in results:
         lines += ["## Launch table against others", ""]
         columns = {"kernel": "kernel", "tile": "tile", "shipped": "shipped", "ms": "median_ms", "min": "min_ms", "note": "note"}
-        lines += _table(sorted(got["sweep"], key=lambda r: (r["kernel"], r.get("median_ms", 1e9))), columns)
-    if "sanitize" in got:
+        lines += _table(sorted(results["sweep"], key=lambda r: (r["kernel"], r.get("median_ms", 1e9))), columns)
+    if "sanitize" in results:
         lines += ["## Small calls under compute-sanitizer", ""]
-        lines += _table(got["sanitize"], {"tool": "tool", "calls": "calls", "failure": "failure", "note": "note"})
+        lines += _table(results["sanitize"], {"tool": "tool", "calls": "calls", "failure": "failure", "note": "note"})
     return "\n".join(lines)
 
 
@@ -206,7 +206,7 @@ def _table(rows: list[dict[str, Any]], columns: dict[str, str]) -> list[str]:
     return lines + [f"| {' | '.join(text(row.get(key)) for key in columns.values())} |" for row in rows] + [""]
 
 
-def plot(got: dict[str, Any], path: Path) -> bool:
+def plot(results: dict[str, Any], path: Path) -> bool:
     """False if matplotlib is missing."""
     try:
         import matplotlib
@@ -215,7 +215,7 @@ def plot(got: dict[str, Any], path: Path) -> bool:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in got["score"] if "gb_per_s" in row]
+    rows = [row for row in results["score"] if "gb_per_s" in row]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
     for axis, (along, over) in zip(axes, (("vocab", "n"), ("n", "vocab")), strict=True):
         for value in sorted({row[over] for row in rows}):
@@ -230,7 +230,7 @@ def plot(got: dict[str, Any], path: Path) -> bool:
         if rows:
             axis.legend(fontsize=8)
     axes[0].set_ylabel("GB/s, both rows of logits read once")
-    note = "DRY RUN, not a measurement" if got["environment"]["dry_run"] else got["environment"]["device"]
+    note = "DRY RUN, not a measurement" if results["environment"]["dry_run"] else results["environment"]["device"]
     figure.suptitle(f"Score pass: {note}")
     figure.savefig(path, dpi=130)
     plt.close(figure)

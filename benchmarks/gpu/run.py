@@ -135,14 +135,14 @@ def measure(options: argparse.Namespace, folder: Path) -> int:
 
     bench = gpu_timing.Bench.of(options)
     about = gpu_report.environment(bench, options.commit)
-    got = gpu_report.earlier(folder, about) | {"environment": about}
-    print(gpu_report.title(got), flush=True)
+    results = gpu_report.earlier(folder, about) | {"environment": about}
+    print(gpu_report.title(results), flush=True)
     start, bad, parts = time.monotonic(), False, parts_of(bench, options)
     for name, end in ends(options.parts, options.minutes).items():
         if not options.dry_run:  # nothing is timed there, and no processor too slow
             bench.ends = start + end
-        bad |= not run_part(bench, got, name, parts[name], options)
-        gpu_report.write(got, folder)
+        bad |= not run_part(bench, results, name, parts[name], options)
+        gpu_report.write(results, folder)
     if not options.dry_run:
         print(f"written to {folder}")
     return int(bad)
@@ -156,29 +156,29 @@ def ends(parts: list[str], minutes: float) -> dict[str, float]:
     return {name: 60 * minutes * until / total for name, until in zip(chosen, spent, strict=True)}
 
 
-def run_part(bench: Any, got: dict[str, Any], name: str, tables: Tables, options: argparse.Namespace) -> bool:
-    """Fills `got` with the part's tables and how they were made; False if anything failed."""
+def run_part(bench: Any, results: dict[str, Any], name: str, tables: Tables, options: argparse.Namespace) -> bool:
+    """Fills `results` with the part's tables and how they were made; False if anything failed."""
     from benchmarks.gpu import report as gpu_report
     from benchmarks.gpu.timing import first_line
 
     about = {"rounds": options.rounds, "dtype": options.dtype, "clocks_before": gpu_report.clocks()}
     start = time.monotonic()
     for table, rows in tables.items():
-        got[table] = []
+        results[table] = []
         try:
             for row in rows():
-                got[table].append(row)
+                results[table].append(row)
         except Exception as error:  # the rows before it, and the other parts, are worth keeping
             about["failure"] = f"{table}: {first_line(error)}"
             print(f"{name} broke off: {about['failure']}", flush=True)
             bench.free()
     about |= {"seconds": round(time.monotonic() - start, 1), "clocks_after": gpu_report.clocks()}
-    got.setdefault("parts", {})[name] = about
-    failed = [row for row in got[name] if row.get("failure")]
+    results.setdefault("parts", {})[name] = about
+    failed = [row for row in results[name] if row.get("failure")]
     if name == "check":
-        run = [row for row in got["check"] if not row.get("note")]
+        run = [row for row in results["check"] if not row.get("note")]
         print(f"{len(run)} comparisons with float64, {len(failed)} failed", flush=True)
-        for row in got["check"]:
+        for row in results["check"]:
             if row["failure"] or row.get("note"):
                 print(f"  {row['kernel']} {row['case']}: {row['failure'] or row['note']}", flush=True)
     return not failed and "failure" not in about
