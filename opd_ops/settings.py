@@ -93,6 +93,7 @@ class TokenLossOptions(ScoringOptions, total=False):
     scope: str
     weighting: str | Selector | None
     weight_mean: str | None
+    weighting_share: float
     ignore_index: int
 
 
@@ -142,6 +143,9 @@ class Settings:
         None,
         "Divide these weights by their mean over the 'valid' or 'selected' positions, or the valid ones of each 'sequence'.",
     )
+    weighting_share: float = _setting(
+        1.0, "How much of the weighting acts, 0 to 1: a loss is multiplied by 1 + weighting_share (w - 1), w its weight."
+    )
     divergence: str | Divergence = _setting(
         "reverse_kl",
         f"Loss on the selected positions. A name: {', '.join(DIVERGENCES)}; or an instance with parameters: JSD(beta=0.3).",
@@ -183,6 +187,7 @@ class Settings:
             "fraction": check_fraction(self.fraction),
             "count": None if self.count is None else check_integer("count", self.count, least=1),
             "threshold": check_threshold(self.threshold),
+            "weighting_share": _check_share(self.weighting_share),
             "top_k": check_integer("top_k", self.top_k, least=1),
             "temperature": check_positive("temperature", self.temperature),
             "ignore_index": _check_ignore_index(self.ignore_index),
@@ -208,6 +213,10 @@ class Settings:
                 raise ValueError(
                     f"weight_mean: got {self.weight_mean!r} without a weighting, whose mean it would be; pass both"
                 )
+        if weighting is None and self.weighting_share != 1:
+            raise ValueError(
+                f"weighting_share: got {self.weighting_share} without a weighting, a share of which it would be; pass both"
+            )
         resolve_divergence(self.divergence)
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
             raise TypeError(f"generator: got {self.generator!r}, expected a torch.Generator or None")
@@ -340,6 +349,7 @@ class Settings:
             selection_group=None,
             weighting=None,
             weight_mean=None,
+            weighting_share=1.0,
         )
 
     @property
@@ -389,6 +399,13 @@ def check_fraction(fraction: object) -> float:
     number = real(fraction)
     if not 0 < number <= 1:
         raise ValueError(f"fraction: got {shown(fraction)}, expected a number in (0, 1]")
+    return number
+
+
+def _check_share(share: object) -> float:
+    number = real(share)
+    if not 0 <= number <= 1:
+        raise ValueError(f"weighting_share: got {shown(share)}, expected a number in [0, 1]")
     return number
 
 

@@ -87,7 +87,8 @@ def choose(scored: Scored) -> Chosen:
 def _weights(scored: Scored, selected: Tensor) -> Tensor | None:
     """(...) factors of the losses from the call's weighting, without a graph; None: it has none."""
     call, stats = scored.call, scored.stats
-    if call.weighting is None:
+    share = call.settings.weighting_share
+    if call.weighting is None or share == 0:
         return None
     with torch.no_grad(), nullcontext() if call.ranks is None else over_ranks(call.ranks):
         weights = call.weighting(stats.clone())  # a user's weighting may change its argument in place
@@ -95,14 +96,14 @@ def _weights(scored: Scored, selected: Tensor) -> Tensor | None:
         shard, kind = call.student.transform.shard, call.settings.weight_mean
         if shard is not None:  # to the bit the same on all ranks, whatever the callable does
             weights = shard.ranks.first(weights.clone(memory_format=torch.contiguous_format))
-        if kind is None:
-            return weights
-        among = selected if kind == "selected" else stats.valid
-        ids, n, ranks = torch.zeros_like(among, dtype=torch.long).flatten(), 1, call.ranks
-        if kind == "sequence":
-            ids, n = numbered_sequences(call.shape, call.batch.cu_seqlens, stats.valid.device)
-            ranks = ranks if call.scope == "sequence" else None
-        return with_mean_one(weights.flatten(), among.flatten(), ids, n, ranks).view(call.shape)
+        if kind is not None:
+            among = selected if kind == "selected" else stats.valid
+            ids, n, ranks = torch.zeros_like(among, dtype=torch.long).flatten(), 1, call.ranks
+            if kind == "sequence":
+                ids, n = numbered_sequences(call.shape, call.batch.cu_seqlens, stats.valid.device)
+                ranks = ranks if call.scope == "sequence" else None
+            weights = with_mean_one(weights.flatten(), among.flatten(), ids, n, ranks).view(call.shape)
+        return weights if share == 1 else 1 + share * (weights - 1)
 
 
 def _chosen_by_kernels(scored: Scored) -> Choice | None:

@@ -394,7 +394,7 @@ class _Communication:
     def _weights(self) -> Iterator[Collective]:
         """The weighting's normalisers, its first rank's weights, and their mean (call/choose.py)."""
         weighting = named_weighting(self.settings.weighting)
-        if weighting is None:
+        if weighting is None or self.settings.weighting_share == 0:
             return
         ranks = _RecordingRanks(n=self.n_selecting)
         with torch.no_grad(), over_ranks(ranks):

@@ -128,7 +128,7 @@ def check_resume(path: Path, config: OPDConfig, digests: Mapping[str, str]) -> d
     """
     record, new = _read_record(path), dataclasses.asdict(config)
     # The other schedules depend on the number of steps.
-    is_scheduled = config.lr_scheduler != "constant" or config.fraction_end is not None
+    is_scheduled = config.lr_scheduler != "constant" or config.scheduled(0)
     free = FREE - ({"steps"} if is_scheduled else set())
     different = {
         name: (old, new.get(name)) for name, old in record["config"].items() if name not in free and new.get(name) != old

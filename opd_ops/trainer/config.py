@@ -109,9 +109,6 @@ class OPDConfig:
     selector: str = _option(str(DEFAULTS.selector), HELP["selector"])
     fraction: float = _option(DEFAULTS.fraction, HELP["fraction"])
     fraction_end: float | None = _option(None, "Fraction of the last step; none: `fraction` in every step.")
-    fraction_schedule: Literal["linear", "cosine"] = _option(
-        "linear", "How the fraction goes from `fraction` in the first step to `fraction_end` in the last."
-    )
     count: int | None = _option(DEFAULTS.count, HELP["count"])
     scope: Scope = _option(  # noqa: RUF009  # `_option` is a dataclass field
         cast("Scope", DEFAULTS.scope),
@@ -119,6 +116,11 @@ class OPDConfig:
     )
     weighting: str | None = _option(cast("str | None", DEFAULTS.weighting), HELP["weighting"])
     weight_mean: str | None = _option(DEFAULTS.weight_mean, HELP["weight_mean"])
+    weighting_share: float = _option(DEFAULTS.weighting_share, HELP["weighting_share"])
+    weighting_share_end: float | None = _option(None, "Share of the last step; none: `weighting_share` in every step.")
+    loss_schedule: Literal["linear", "cosine"] = _option(
+        "linear", "How `fraction` and `weighting_share` go from their values in the first step to the `_end` in the last."
+    )
     divergence: str = _option(str(DEFAULTS.divergence), HELP["divergence"])
     divergence_args: str = _option("", "Its parameters, like beta=0.3 or top_k=8,alpha=0.5.")
     top_k: int = _option(DEFAULTS.top_k, HELP["top_k"])
@@ -155,23 +157,24 @@ class OPDConfig:
         """Whether the teacher is a server or a folder, and so no model on this machine."""
         return self.teacher_url is not None or self.teacher_store is not None
 
-    def fraction_at(self, step: int) -> float:
-        """The fraction of the step, 0 ... steps - 1: of the options and the step alone, so that a resumed run has it."""
-        if self.fraction_end is None:
-            return self.fraction
+    def scheduled(self, step: int) -> dict[str, float]:
+        """The options with an `_end`, in a step, 0 ... steps - 1: by options and step alone, so that a resumed run has them."""
         done = step / max(1, self.steps - 1)
-        share = done if self.fraction_schedule == "linear" else (1 - math.cos(math.pi * done)) / 2
-        return (1 - share) * self.fraction + share * self.fraction_end
+        done = done if self.loss_schedule == "linear" else (1 - math.cos(math.pi * done)) / 2
+        ends = {"fraction": self.fraction_end, "weighting_share": self.weighting_share_end}
+        return {name: (1 - done) * getattr(self, name) + done * end for name, end in ends.items() if end is not None}
 
     def settings(self, step: int = 0) -> Settings:
         """Settings of the loss in a step."""
+        now = self.scheduled(step)
         return Settings(
             selector=self.selector,
-            fraction=self.fraction_at(step),
+            fraction=now.get("fraction", self.fraction),
             count=self.count,
             scope=self.scope,
             weighting=self.weighting,
             weight_mean=self.weight_mean,
+            weighting_share=now.get("weighting_share", self.weighting_share),
             divergence=self.resolved_divergence(),
             top_k=self.top_k,
             workspace_bytes=self.workspace_bytes,
@@ -348,10 +351,16 @@ class OPDConfig:
             raise ValueError(
                 f"count: got {self.count} and a fraction_end, each of which decides how many tokens; pass one of them"
             )
-        if self.fraction_end is None and self.fraction_schedule != OPDConfig.__dataclass_fields__["fraction_schedule"].default:
-            raise ValueError(f"fraction_schedule: got {self.fraction_schedule!r} without fraction_end; set that too")
-        if self.fraction_schedule not in ("linear", "cosine"):
-            raise ValueError(f"fraction_schedule: got {self.fraction_schedule!r}, expected 'linear' or 'cosine'")
+        if self.weighting_share_end is not None and not 0 <= self.weighting_share_end <= 1:
+            raise ValueError(f"weighting_share_end: got {self.weighting_share_end}, expected a number in [0, 1]")
+        if self.weighting_share_end is not None and self.weighting is None:
+            raise ValueError("weighting_share_end: got a share of no weighting; pass a weighting")
+        if self.loss_schedule not in ("linear", "cosine"):
+            raise ValueError(f"loss_schedule: got {self.loss_schedule!r}, expected 'linear' or 'cosine'")
+        if not self.scheduled(0) and self.loss_schedule != OPDConfig.__dataclass_fields__["loss_schedule"].default:
+            raise ValueError(
+                f"loss_schedule: got {self.loss_schedule!r} without fraction_end or weighting_share_end; set one of them too"
+            )
         self.settings().for_host(passes_tokens=True, teacher="TopKLogprobs" if self.teacher_sends_lists else None)
 
 

@@ -269,8 +269,7 @@ class OPDTrainer:
                 totals[name] = totals.get(name, 0) + value.double()
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm or math.inf)
         numbers = self._numbers(totals) | {"grad_norm": float(norm), "learning_rate": self.optimizer.param_groups[0]["lr"]}
-        if self.config.fraction_end is not None:
-            numbers["fraction"] = self.config.fraction_at(step)
+        numbers |= self.config.scheduled(step)
         for name, value in (("gradient's norm", numbers["grad_norm"]), ("loss", numbers["loss"])):
             if not math.isfinite(value):
                 what = f"step {step + 1}: the {name} is {value}, expected a finite number; nothing was updated"

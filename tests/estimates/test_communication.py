@@ -102,6 +102,7 @@ CASES = [
     case(kind="logits", dp=2, scope="global", weighting="fire", weight_mean="selected"),
     case(kind="logits", tp=2, cp=2, scope="sequence", weighting="entropy", weight_mean="sequence"),
     case(kind="logits", tp=2, weighting="iw"),
+    case(kind="logits", dp=2, scope="global", weighting="fire", weighting_share=0.0),
     case(kind="logits", dp=2, scope="global", count=3, selector=LogRatio("both")),
     case(kind="logits", dp=2, scope="global", selector=IER("teachability")),
     case(kind="logits", cp=2, scope="sequence"),

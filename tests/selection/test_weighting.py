@@ -116,6 +116,21 @@ def test_a_mean_of_weights_is_one_over_what_it_names(kind):
         torch.testing.assert_close(got.metrics["weight"], torch.ones_like(got.loss), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("kind", [None, "valid"])
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_a_share_of_the_weighting_moves_its_factors_towards_one(share, kind):
+    whole, _ = run("fire", weight_mean=kind)
+    got, gradient = run("fire", weight_mean=kind, weighting_share=share)
+    w = torch.from_numpy(EQUATIONS["fire"](mask().numpy()))
+    w = w if kind is None else w / w[mask()].mean()
+    want, wanted = run(None, weights=1 + share * (w - 1))
+    torch.testing.assert_close(got.loss, want.loss, rtol=1e-9, atol=0)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-15)
+    assert abs(got.loss - whole.loss) > 1e-3 * whole.loss
+    if share:
+        torch.testing.assert_close(got.metrics["weight"], (1 + share * (w - 1))[got.selected].mean(), rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("weighting", ["iw", "fire", "teachability"])
 def test_backends_agree_and_kernels_take_the_sums(weighting):
     want, wanted = run(weighting, backend="eager", weight_mean="selected", mask=None)
@@ -176,6 +191,8 @@ def test_weights_and_their_means_over_ranks_are_those_of_one_process(ranks):
         ({"weighting": "iws"}, "weighting: got 'iws', expected None, a callable, or one of: iw, fire, teachability"),
         ({"weighting": Multinomial()}, "weighting: got Multinomial.*whose scores are drawn"),
         ({"weight_mean": "valid"}, "weight_mean: got 'valid' without a weighting"),
+        ({"weighting_share": 0.5}, "weighting_share: got 0.5 without a weighting"),
+        ({"weighting": "iw", "weighting_share": 1.5}, r"weighting_share: got 1.5, expected a number in \[0, 1\]"),
         ({"weighting": "iw", "weight_mean": "mean"}, "weight_mean: got 'mean', expected one of"),
     ],
 )

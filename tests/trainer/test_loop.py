@@ -48,28 +48,30 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(options, tmp_path):
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_a_fraction_goes_from_one_value_to_another_and_is_resumed_exactly(schedule, tmp_path):
+def test_a_fraction_and_weights_go_from_one_value_to_another_and_are_resumed_exactly(schedule, tmp_path):
     options = {"steps": 5, "save_every": 2, "keep_checkpoints": 9, "fraction": 0.9, "fraction_end": 0.1, "selector": "entropy"}
-    whole = trainer(tmp_path / "a", fraction_schedule=schedule, **options)
+    options |= {"weighting": "entropy", "weight_mean": "selected", "weighting_share": 0.0, "weighting_share_end": 1.0}
+    whole = trainer(tmp_path / "a", loss_schedule=schedule, **options)
     last = whole.train()
     want = [0.9, 0.7, 0.5, 0.3, 0.1]
     if schedule == "cosine":
         want = [0.5 + 0.4 * math.cos(math.pi * i / 4) for i in range(5)]
     rows = [row for row in _log(tmp_path / "a") if "loss" in row]
     assert [row["fraction"] for row in rows] == pytest.approx(want)
+    assert [row["weighting_share"] for row in rows] == pytest.approx([(0.9 - x) / 0.8 for x in want])
     # Each micro-batch rounds up.
     assert all(-1e-6 < row["n_selected"] - x * row["n_valid"] < 5 for x, row in zip(want, rows, strict=True))
     assert "90 % to 10 % of the tokens" in (tmp_path / "a" / "model" / "README.md").read_text()
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     shutil.rmtree(tmp_path / "b" / "checkpoints" / "step-000005")
     shutil.rmtree(tmp_path / "b" / "checkpoints" / "step-000004")
-    resumed = trainer(tmp_path / "b", fraction_schedule=schedule, resume=True, **options)
+    resumed = trainer(tmp_path / "b", loss_schedule=schedule, resume=True, **options)
     assert resumed.train() == last
     for (name, x), (_, y) in zip(whole.unwrapped.named_parameters(), resumed.unwrapped.named_parameters(), strict=True):
         assert torch.equal(x, y), name
     assert (tmp_path / "a" / "log.jsonl").read_text() == (tmp_path / "b" / "log.jsonl").read_text()
     with pytest.raises(ValueError, match=r"resume: .* is of another run: steps was 5 and is 6"):
-        trainer(tmp_path / "b", fraction_schedule=schedule, resume=True, **(options | {"steps": 6}))
+        trainer(tmp_path / "b", loss_schedule=schedule, resume=True, **(options | {"steps": 6}))
 
 
 def test_a_count_and_a_weighting_are_those_of_the_loss(tmp_path):
