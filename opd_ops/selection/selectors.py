@@ -317,6 +317,8 @@ def bound_selector(selector: Selector, generator: torch.Generator | None, sequen
     """The selector, with the call's generator or sequences if it has none."""
     if isinstance(selector, (Multinomial, Random)) and selector.generator is None:
         return replace(selector, generator=generator)
+    if isinstance(selector, IER) and callable(selector.base):
+        return replace(selector, base=bound_selector(selector.base, generator, sequence_ids))
     if getattr(selector, "sequence_ids", sequence_ids) is None:
         return replace(selector, sequence_ids=sequence_ids())  # type: ignore[type-var]
     return selector

@@ -14,6 +14,7 @@ import torch
 
 from opd_ops import (
     IER,
+    IW,
     Dial,
     LogRatio,
     Multinomial,
@@ -173,6 +174,18 @@ def test_ier_joins_its_rank_to_a_base(combine, case):
     np.testing.assert_allclose(got[mask].numpy(), want, rtol=1e-6, atol=1e-7)
     out = selective_opd_loss(student, teacher, mask=mask, tokens=y, selector=IER("entropy-released", combine), fraction=0.02)
     assert bool(out.selected.any(1).all())  # each response has its best position
+
+
+def test_a_base_of_ier_that_counts_along_responses_has_those_of_the_call(case):
+    student, teacher, mask = case
+    given = {"mask": mask, "tokens": torch.randint(0, 211, mask.shape, generator=generator(6))}
+    rows = torch.arange(len(mask)).unsqueeze(1).expand(mask.shape)
+    got, expected, one = (
+        score_positions(student, teacher, selector=IER(base), **given)[0]
+        for base in (IW(), IW(sequence_ids=rows), IW().__call__)
+    )
+    assert torch.equal(got, expected)
+    assert not torch.equal(got, one)  # as if all responses were one
 
 
 def test_rank_norm_takes_the_earlier_of_equal_values_as_the_lower():
