@@ -39,12 +39,15 @@ CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.
 # --- in each process -------------------------------------------------------------------------------------------------
 
 
-def train(folder, steps):
+def train(folder, steps, options="{}"):
+    """`options`: more of them, in JSON."""
     if os.environ.get("ACCELERATE_USE_FSDP"):
         # accelerate decides by the kind of machine and has no FSDP for CPUs: here they pass for another kind, over gloo.
         PartialState(cpu=True)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
-    run = trainer(Path(folder), steps=int(steps), gradient_accumulation_steps=2, resume=True, save_every=1)
+    run = trainer(
+        Path(folder), steps=int(steps), gradient_accumulation_steps=2, resume=True, save_every=1, **json.loads(options)
+    )
     print("kind", run.accelerator.distributed_type.value, type(next(run.unwrapped.parameters())).__name__)
     run.train()
 
@@ -159,6 +162,18 @@ def test_two_processes_are_one_with_twice_the_micro_batches(forks, kind, environ
             assert two[name] == pytest.approx(value, rel=2e-5), (name, one["step"])
     assert any(row.get("n_valid", 0) > 24 for row in _logs(tmp_path)[1])  # more than one process's share
     assert (tmp_path / "two" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.full
+def test_a_live_self_teacher_under_fsdp_reads_the_weights_of_all_processes(forks, tmp_path):
+    live = {"taught_by": None, "teacher_weights": "live", "teacher_prompt": "w20 w21 {prompt}", "fraction": 1.0, "eval_size": 0}
+    trainer(tmp_path / "one", steps=3, gradient_accumulation_steps=4, **live).train()
+    said = _fork(forks, tmp_path, "train", 3, json.dumps(live), **FSDP2)
+    assert "kind FSDP DTensor" in said
+    one, two = ([row["loss"] for row in rows if "loss" in row] for rows in _logs(tmp_path))
+    assert two == pytest.approx(one, rel=2e-5)
+    assert len(one) == 3
+    assert max(one) > 1.05 * min(one)  # the updates show in the losses
 
 
 @pytest.mark.full
