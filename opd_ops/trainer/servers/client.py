@@ -191,11 +191,11 @@ class ServerClient:
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
                 problem = (
-                    f"no answer within {self.timeout:g} s ({reason}); is the server up, and the address right? A long batch "
+                    f"no answer within {self.timeout:g} s ({reason}); check that the server is up and its address. A long batch "
                     "needs a longer timeout or fewer requests at once (concurrency)"
                 )
             elif isinstance(error, urllib.error.URLError):
-                problem = f"cannot be reached ({reason}); is the server up, and the address right?"
+                problem = f"cannot be reached ({reason}); check that the server is up and its address"
             else:
                 problem = (
                     f"the connection broke before the answer was whole ({type(error).__name__}: {error}); see the server's log"
