@@ -104,8 +104,8 @@ def settle(chosen: Chosen, losses: Tensor) -> Settled:
         if chosen.trained is not None:
             values = torch.where(chosen.trained, losses, getattr(stats, column).flatten()[rows])
         stats = stats.with_column(column, rows, values)
-    is_known = call.divergence.whole is not None and call.divergence.whole.column is not None
     # Without such a column only the losses of selected rows are known.
+    is_known = call.divergence.infinite_column is not None
     among, kind = (stats.valid, "valid") if is_known else (chosen.selected, "selected")
     can_look = may_look(losses) and not call.in_graph
     if chosen.trained is None and can_look and (not len(rows) or number_in(losses.amax()) < torch.inf):

@@ -135,13 +135,21 @@ def _trained(values: Tensor, settled: Settled) -> Tensor:
 def _known_factors(chosen: Chosen, num_items: Tensor | float | None) -> Tensor:
     """(M,) 1 / `denominator`, where the CPU knows the counts."""
     assert chosen.counts is not None
-    (n_selected, n_valid), n_rows = chosen.counts, len(chosen.rows)
-    share = n_selected / max(n_valid, 1) if chosen.call.settings.denominator == "selected" else 1.0
-    if isinstance(num_items, Tensor):
-        total = num_items.to(device=chosen.rows.device, dtype=torch.float64) * share
-        return _ratio(1.0, total).to(chosen.scores.dtype).expand(n_rows)
-    known_total = share * (n_valid if num_items is None else num_items)
-    return chosen.scores.new_full((), 1.0 / known_total if known_total else 0.0).expand(n_rows)
+    (n_selected, n_valid), kind = chosen.counts, chosen.call.settings.denominator
+    n_items = n_valid if num_items is None else num_items
+    if isinstance(n_items, Tensor):
+        n_items = n_items.to(device=chosen.rows.device, dtype=torch.float64)
+    total = _selected_share(n_items, n_selected, max(n_valid, 1), kind)
+    if isinstance(total, Tensor):
+        factor = _ratio(1.0, total).to(chosen.scores.dtype)
+    else:
+        factor = chosen.scores.new_full((), 1.0 / total if total else 0.0)
+    return factor.expand(len(chosen.rows))
+
+
+def _selected_share(n_items: Tensor | float, n_selected: Tensor | float, n_valid: Tensor | float, kind: str) -> Tensor | float:
+    """The number of items, for kind "selected" the share of them that is selected; `n_valid` is at least 1."""
+    return n_items * (n_selected / n_valid) if kind == "selected" else n_items
 
 
 def _summed_by_kernels(chosen: Chosen, weighted: Tensor, losses: Tensor, row_weights: Tensor | None) -> SelectiveOPDOutput:
@@ -160,8 +168,7 @@ def _summed_by_kernels(chosen: Chosen, weighted: Tensor, losses: Tensor, row_wei
         by_selected=call.settings.denominator == "selected",
     )
     if may_look(losses):
-        is_known = call.divergence.whole is not None and call.divergence.whole.column is not None
-        among = (counts[1], "valid") if is_known else (counts[0], "selected")
+        among = (counts[0], "selected") if call.divergence.infinite_column is None else (counts[1], "valid")
         warn_of_infinite_counts(int(totals["n_infinite"]), *among, call.divergence.name)
     # A copy: autograd saves it, and the caller may change the metrics, which share its memory, in place.
     scale = totals["scale"].clone().to(weighted.dtype)
@@ -184,9 +191,7 @@ def denominator(
         total = num_items.to(device=n_valid.device, dtype=torch.float64)
     elif num_items is not None:  # filled on the device: with a copy the CPU would wait for the device
         total = torch.full((), num_items, dtype=torch.float64, device=n_valid.device)
-    if kind == "selected":
-        total = total * (n_selected / n_valid.clamp_min(1))
-    return torch.where(n_selected > 0, total, 1.0)
+    return torch.where(n_selected > 0, _selected_share(total, n_selected, n_valid.clamp_min(1), kind), 1.0)
 
 
 def _ids(tokens: Sampled | None) -> Tensor | None:

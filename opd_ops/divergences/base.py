@@ -42,6 +42,11 @@ class Divergence(ABC):
         return None
 
     @property
+    def infinite_column(self) -> str | None:
+        """The column of TokenStats that is +inf where the loss is; None: only the loss itself tells."""
+        return None if self.whole is None else self.whole.column
+
+    @property
     def reads_tokens(self) -> bool:
         """Whether the loss or its weight reads the token that the student sampled."""
         return self.importance is not None or (self.on_support is not None and self.on_support.with_token)

@@ -191,8 +191,8 @@ class ServerClient:
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
                 problem = (
-                    f"no answer within {self.timeout:g} s ({reason}); check that the server is up and its address. A long batch "
-                    "needs a longer timeout or fewer requests at once (concurrency)"
+                    f"no answer within {self.timeout:g} s ({reason}); check that the server is up and its address. A long "
+                    "batch needs a longer timeout or fewer requests at once (concurrency)"
                 )
             elif isinstance(error, urllib.error.URLError):
                 problem = f"cannot be reached ({reason}); check that the server is up and its address"

@@ -179,7 +179,7 @@ def test_a_silent_server_is_not_waited_for():
 
     with scripted(silent) as (address, _):
         start = time.perf_counter()
-        with pytest.raises(ServerError, match=rf"{address}/v1/models: no answer within 0.2 s .*timed out.*check that the server is up"):
+        with pytest.raises(ServerError, match=rf"{address}/v1/models: no answer within 0.2 s .*timed out.*the server is up"):
             ServedTeacher(address, timeout=0.2, retry_seconds=0.5).check()
         assert time.perf_counter() - start < 5
         held.set()
@@ -188,7 +188,7 @@ def test_a_silent_server_is_not_waited_for():
 def test_an_address_where_nothing_is(waits):
     with scripted(StandIn(prompt_logprobs)) as (address, _):
         pass
-    with pytest.raises(ServerError, match=rf"{address}/v1/models: cannot be reached .*refused.*; check that the server is up") as caught:
+    with pytest.raises(ServerError, match=rf"{address}/v1/models: cannot be reached .*refused.*; check that") as caught:
         ServedTeacher(address).check()
     assert "timeout" not in str(caught.value)
     assert waits[:6] == [0.5, 1.0, 2.0, 4.0, 8.0, 10.0]
