@@ -15,8 +15,8 @@ page says so above its tables, and after any part that broke off. Results go to 
 after every part, and all of them together to gpu.tar.gz: one file to bring back. Other parts of the same commit, device and
 versions stay there. `make gpu-wheels`, where there is a network, collects TRL and Liger for the table of heads.
 
-Commands: `make gpu PYTHON=python3`, or with PYTHONPATH=.:kernels python -m benchmarks.gpu.run [--parts check,score,loss,
-heads,sweep] [--rounds 20] [--dtype bf16] [--minutes 8].
+Commands: `make gpu PYTHON=python3`, or with PYTHONPATH=.:kernels python -m benchmarks.gpu.run [--parts warm,check,score,loss,
+heads,sweep,sanitize] [--rounds 20] [--dtype bf16] [--minutes 8].
 `--dry-run` runs every line of it interpreted, on a CPU, at sizes of no meaning: a test of this program, not a measurement;
 it writes to a temporary folder.
 
