@@ -126,6 +126,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_integer(name: str, value: object, *, least: int) -> int:
+    """The value, if it is an integer in `least` ... LARGEST_INTEGER; `name` is the argument's in the error."""
     number = plain(value)
     if isinstance(number, bool) or not isinstance(number, int):
         raise TypeError(f"{name}: got {shown(value)}, expected an integer")

@@ -50,6 +50,8 @@ def takes_ptx(kernel: object, device: torch.device) -> bool:
 
 
 class Tile(NamedTuple):
+    """How a kernel is launched: its block sizes, and how many warps a program has."""
+
     constants: dict  # the compile-time block sizes of the kernel
     num_warps: int
     registers: int | None = None  # the most a thread may take; None: as the assembler likes
@@ -60,6 +62,8 @@ class Tile(NamedTuple):
 
 
 class SupportTile(NamedTuple):
+    """Warps of the three kernels that make the top-K lists: maxima of groups, lists, statistics of both lists."""
+
     groups_warps: int
     topk_warps: int
     stats_warps: int

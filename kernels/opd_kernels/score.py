@@ -73,6 +73,8 @@ COLUMNS = (
 
 
 class Score(NamedTuple):
+    """The results of the score pass over n rows; `score.student_entropy` is the column of that name."""
+
     columns: Tensor  # (12, n) fp32, the order of COLUMNS
     group_max: Tensor  # (n, 2, >= NG), student and teacher
 

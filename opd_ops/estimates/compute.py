@@ -179,6 +179,7 @@ class _Costs:
 
     @property
     def saved_row_bytes(self) -> int:
+        """Bytes that one selected row keeps between forward and backward."""
         if self.backend == "triton":  # gradients are computed in the forward
             return ROW_BYTES
         number, divergence = max(4, self.dtype.itemsize), resolve_divergence(self.settings.divergence)
@@ -188,9 +189,8 @@ class _Costs:
             saved += number * (SUMMED_COLUMNS if isinstance(whole, Summed) else KL_COLUMNS)
         if support is not None:
             saved += support.length * (ID_BYTES + number)
-            saved += (
-                ID_BYTES + number if support.reads_off_list else 0
-            )  # the log-sum-exp off the list, fp64, and its derivative
+            # The log-sum-exp off the list, fp64, and its derivative.
+            saved += ID_BYTES + number if support.reads_off_list else 0
         return saved
 
     def sources(self, n: int) -> tuple[Source, Source]:

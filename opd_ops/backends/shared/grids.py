@@ -38,6 +38,8 @@ GRADIENT_BUFFERS = 7  # blocks of logits alive at once in the backward: both log
 
 
 class ScoreGrid(NamedTuple):
+    """The tile of the score pass: rows, and columns of the vocabulary."""
+
     rows: int
     columns: int
     chunk: int  # rows of element-wise work at a time
@@ -47,6 +49,8 @@ class ScoreGrid(NamedTuple):
 
 
 class GradientGrid(NamedTuple):
+    """The tile of the backward."""
+
     rows: int
     columns: int  # of the vocabulary, and of a weight to convert at a time
 
@@ -214,6 +218,8 @@ def _whole_tiles(n: int, bytes_per_row: int, workspace: Workspace) -> int:
 
 
 class ScoreTile(NamedTuple):
+    """Rows whose whole logits are in memory at once, for kernels that read a head."""
+
     rows: int
     span: int  # rows whose hidden states are copied at once: whole tiles, as many as the tile leaves room for
 
