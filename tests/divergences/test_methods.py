@@ -36,6 +36,8 @@ def names():
         "log_mu": s.log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1) - 0.1,
         "stats": score_positions(s, u)[1],
         "index": torch.tensor([0, 1]),
+        "id_map": opd_ops.IdMap(torch.where(torch.arange(131) % 5 == 0, -1, 130 - torch.arange(131))),
+        "places": torch.where(torch.arange(18) % 4 == 0, -1, torch.arange(18) % 9).view(2, 9),
         "w": 0.5 + torch.rand(2, 9, generator=generator(6)),
     }
 
@@ -55,7 +57,8 @@ def test_the_table_has_every_method_of_the_family():
     text = " ".join(method for method, _ in ROWS)
     families = (
         "Rethinking OPD, MOPD, LSM, SC-TA, EMA-PG, NeMo-RL #3584, verl #7855, SDPO, DistiLLM, OPSD, Tinker, slime, SkyRL, "
-        "prime-rl, PowerOPD, soft-log, DIAL, IER, sparse OPD, SelecTKD, IW-OPD, FiRe, PACED, SCOPE, G-OPD, W2S-OPD"
+        "prime-rl, PowerOPD, soft-log, DIAL, IER, sparse OPD, SelecTKD, IW-OPD, FiRe, PACED, SCOPE, G-OPD, W2S-OPD, "
+        "strict cross-tokenizer"
     )
     missing = [name for name in families.split(", ") if name not in text]
     assert not missing
