@@ -26,7 +26,7 @@ from opd_kernels import gradient, launch_table, score
 from opd_kernels.device import row_step
 
 from benchmarks.static.operators import FREE, Operators
-from benchmarks.static.roofline import Recorder, kernel_name
+from benchmarks.static.roofline import STREAMING, Recorder, kernel_name
 from opd_ops.backends.triton import heads, heads_loss
 from opd_ops.divergences import ReverseKL
 from opd_ops.inputs.sources import Source, Transform
@@ -102,9 +102,21 @@ class Traced(NamedTuple):
     def launches(self) -> int:
         return len(self.kernels) + len(self.matmuls) + sum(self.others.values())
 
+    @property
+    def bytes_moved(self) -> int:
+        """By matmuls, kernels and other operators; each use of a tensor moves it once.
+
+        Of kernels those over the vocabulary count, with their tables of logits; the others read a few numbers a row, and the
+        scaling of gradients by 1 none.
+        """
+        sweeps = [args for fn, args, options in self.kernels if kernel_name((fn, args, options)).startswith(STREAMING)]
+        tables = [_bytes(x) for args in sweeps for x in args if isinstance(x, torch.Tensor) and x.shape[-1] == V]
+        return sum(matmul.nbytes for matmul in self.matmuls) + sum(tables) + sum(self.nbytes.values())
+
     def as_dict(self) -> dict:
         kernels = Counter(map(kernel_name, self.kernels))
-        return {"launches": self.launches, "kernels": dict(kernels), "matmuls": self.matmuls, "others": self.others}
+        counts = {"launches": self.launches, "bytes_moved": self.bytes_moved}
+        return counts | {"kernels": dict(kernels), "matmuls": self.matmuls, "others": self.others}
 
 
 def _rows_are_aligned(*tables: torch.Tensor) -> bool:
@@ -167,12 +179,14 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     rows = [call_trace(n) for n in options.n]
     options.json.write_text(json.dumps(rows, indent=1))
-    print(f"{'N':>7} {'launches':>9} {'score':>6} {'loss':>5}  rows of a score tile, of a group")
+    print(f"{'N':>7} {'launches':>9} {'score':>6} {'loss':>5} {'GB':>6}  rows of a score tile, of a group")
     for row in rows:
         tiles = [matmul[0] for matmul in row["score"]["matmuls"][::2]]
         groups = [matmul[0] for matmul in row["loss"]["matmuls"] if matmul[2] == V][::2]
         counts = row["score"]["launches"], row["loss"]["launches"]
-        print(f"{row['n']:>7} {sum(counts):>9} {counts[0]:>6} {counts[1]:>5}  {_runs(tiles)}; {_runs(groups)}")
+        moved = (row["score"]["bytes_moved"] + row["loss"]["bytes_moved"]) / 1e9
+        sizes = f"{_runs(tiles)}; {_runs(groups)}"
+        print(f"{row['n']:>7} {sum(counts):>9} {counts[0]:>6} {counts[1]:>5} {moved:>6.1f}  {sizes}")
     return 0
 
 

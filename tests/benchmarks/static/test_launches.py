@@ -1,4 +1,5 @@
-"""The trace of launches as a gate: so many launches a call, tiles that fill waves, groups that fill the matmul's tiles.
+"""The trace of launches as a gate: so many launches a call, tiles that fill waves, groups that fill the matmul's tiles; and
+`estimate` against it.
 
 Run: make test ARGS=tests/benchmarks/static/test_launches.py
 """
@@ -8,6 +9,7 @@ import json
 import pytest
 
 from benchmarks.static import launches
+from opd_ops import estimate
 from tests.support import kernels
 
 pytestmark = pytest.mark.skipif(kernels.IS_INTERPRETED, reason="an interpreted launch cannot be recorded")
@@ -29,6 +31,16 @@ def test_rows_that_are_kept_spare_the_second_look_up_to_65536():
     products = [x for x in launches.call_trace(65_536)["loss"]["matmuls"] if x.columns != launches.V]
     spans = -(-3277 // 512)
     assert len(products) == 2 * spans  # of the hidden states and of the weight, for each span of kept rows
+
+
+@pytest.mark.parametrize("n", [4096, 16_384])
+def test_estimate_agrees_with_the_trace(n):
+    parts = launches.parts(n)
+    expected = estimate(n, launches.V, launches.STUDENT_DIM, launches.TEACHER_DIM, fraction=launches.FRACTION)
+    assert sum(x.flops for part in parts for x in part.matmuls) == expected.flops
+    # The estimate scales the gradients, also by 1, and leaves out the copies of hidden rows, half a percent.
+    unscaled = expected.bytes_moved - 2 * expected.gradient_bytes
+    assert sum(part.bytes_moved for part in parts) == pytest.approx(unscaled, rel=0.006)
 
 
 def test_the_command_writes_what_it_prints(tmp_path, capsys):
