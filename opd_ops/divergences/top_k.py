@@ -19,7 +19,7 @@
   local_support = TopK("reverse", "teacher", "drop", 32)                                         arXiv 2603.25562 eqs. 6-8
   tail_aware    = TopK("reverse", "teacher", "bucket", 16)                                             arXiv 2608.14728
 
-The tails of "bucket" are sums over the ids off the list; only the tail of a sparse teacher is 1 - q_A.
+The student's tail of "bucket" is a sum over the ids off the list. The teacher's may be 1 - q_A, where that has the digits.
 Not here: which ids a list has (backends/shared/list_ids.py), a cut forward KL (support.py), the sampled token alone
 (sampled.py).
 """

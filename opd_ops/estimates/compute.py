@@ -3,7 +3,8 @@
   one unit = 2 N V Ds FLOP;  r = Dt / Ds;  M = max(1, ceil(rho N)) selected rows
   score 1 + r;  selected rows again rho (1 + r);  dH rho;  dW rho (none for a frozen head)
   on "torch" a sum over the vocabulary sweeps the selected rows once more, rho (1 + r); a loss on a list sweeps the teacher,
-  rho r, and each model whose mass off the list it reads; the gradient of a list does not read the teacher
+  rho r, and the student if it reads its mass off the list; the gradient of a list does not read the teacher. Not counted: a
+  sweep of rows whose teacher has less than 0.1 % of its mass off the list (backends/streamed/list_losses.py), at most rho r
   a ratio to old probabilities, on "triton": the student's normalisers in fp32, rho; "ppo" those of both models, rho (1 + r)
   a mixture of teachers: r is the sum of theirs; an arithmetic one reads their normalisers first, r more
   student_stats: score r, and K dot products per position and model; backend "torch" scores the selected rows again
@@ -79,8 +80,9 @@ def estimate(
     """The cost of `selective_opd_loss` with a `LinearHead` on both sides, and of its backward.
 
     Kernels count for every divergence on "triton", also where docs/reference/backends.md names another backend for it. The
-    gradient of a list alone ("local_support") counts as if no two rows had an id in common: the most. `Routed` teachers of one
-    width cost as one teacher.
+    gradient of a list alone ("local_support") counts as if no two rows had an id in common: the most. Of a tail "bucket" on
+    "torch" every teacher counts as one with 0.1 % of its mass off the list, or more. `Routed` teachers of one width cost as one
+    teacher.
 
     Args:
         N: Valid positions; with "teachability-released" all positions of the responses.
@@ -272,7 +274,6 @@ class _Costs:
                 swept += [self.Ds] * ("student" in models)  # its list; if no other is read, also the sum off it
                 swept += [self.Dt] * ("teacher" in models or not is_known)  # its list and its normaliser
                 swept += [self.Ds] * (support.reads_off_list and models != ("student",))
-                swept += [self.Dt] * support.reads_teacher_off_list
                 is_of_teacher = models == ("teacher",) and not support.with_token
                 listed += support.length * (self.Ds + (0 if is_of_teacher else self.Dt))
         in_16_bits = ratio is not None and self.backend == "triton"

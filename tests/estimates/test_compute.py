@@ -17,6 +17,7 @@ from opd_ops import (
     SampledToken,
     StudentStats,
     TailAware,
+    TopK,
     estimate,
     selective_opd_loss,
 )
@@ -44,7 +45,8 @@ CASES = [
 ]
 
 OTHERS = [
-    *("forward_kl", "jsd", "skew_kl", "tail_aware", "forward_kl_topk", "entropy_aware", "sampled"),
+    *("forward_kl", "jsd", "skew_kl", "forward_kl_topk", "entropy_aware", "sampled"),
+    *(TailAware(8), TopK("reverse", "student", "bucket", 8)),  # short lists: no row of a teacher without a tail
     SampledToken(baseline="kl", ratio="ppo"),
     ImportanceWeighted(ReverseKL()),
     ImportanceWeighted(TailAware(8), ratio="icepop"),

@@ -6,11 +6,11 @@
       skew_kl, power
     forward_kl_topk          5 rho    the teacher's list, the student off it; the backward does not read the teacher
     sampled                  4 rho    the student off it; the teacher's normaliser is known from the score pass
-    tail_aware               6 rho    and the teacher off its list
+    tail_aware               5 rho    the same; rows whose teacher has less than 0.1 % off the list take a sweep more
     entropy_aware            6 rho    reverse_kl, the teacher's list, the student off it
     local_support            1 rho    the teacher's list; the rest is at few columns
-    TopK, student            4 rho    its list and what is off it by one sweep; bucket 5 rho: the teacher off it; drop 1 rho
-    TopK, union              6 rho    both lists, the student off them; bucket 7 rho; drop 2 rho
+    TopK, student            4 rho    its list and what is off it by one sweep; drop 1 rho
+    TopK, union              6 rho    both lists, the student off them; drop 2 rho
   and K dot products a position, which are K / V of a unit. A mixed teacher counts twice.
   bytes: as in tests/loss/test_cost.py, and O(K) numbers per selected row. Run: make test
   ARGS=tests/loss/test_cost_divergences.py
@@ -30,7 +30,7 @@ from tests.support.meters import LiveBytes, saved_bytes
 VOCAB, DIM, N, FRACTION = 6007, 32, 200, 0.05
 UNITS = {
     "reverse_kl": 4, "forward_kl": 4, "jsd": 6, "total_variation": 6, "skew_kl": 6, "power": 6, "forward_kl_topk": 5,
-    "sampled": 4, "tail_aware": 6, "entropy_aware": 6, "local_support": 1,
+    "sampled": 4, "tail_aware": 5, "entropy_aware": 6, "local_support": 1,
 }  # fmt: skip
 
 
@@ -81,11 +81,11 @@ def test_units_of_two_heads(divergence):
     [
         ("student", "mass", 4),
         ("student", "sampled", 4),
-        ("student", "bucket", 5),
+        ("student", "bucket", 4),
         pytest.param("student", "drop", 1, marks=pytest.mark.full),
         pytest.param("teacher", "mass", 5, marks=pytest.mark.full),
         pytest.param("union", "mass", 6, marks=pytest.mark.full),
-        pytest.param("intersection", "bucket", 7, marks=pytest.mark.full),
+        pytest.param("intersection", "bucket", 6, marks=pytest.mark.full),
     ],
 )
 def test_units_of_top_k_lists_of_two_heads(support, tail, units):
@@ -94,7 +94,7 @@ def test_units_of_top_k_lists_of_two_heads(support, tail, units):
     got = count_units(leaf_head(student), teacher, divergence=divergence, tokens=tokens())
     least = 2 + units * FRACTION
     assert least <= got + 1e-12 <= least + dots(divergence) + 1e-9
-    if (support, tail) in (("student", "mass"), ("student", "sampled")):
+    if support == "student" and tail != "drop":
         for backend in ("torch", "triton"):
             stated = estimate(
                 N, VOCAB, DIM, DIM, divergence=divergence, fraction=FRACTION, backend=backend, dtype=torch.float32
@@ -102,6 +102,18 @@ def test_units_of_top_k_lists_of_two_heads(support, tail, units):
             if backend == "torch":
                 assert stated.matmul_units == pytest.approx(got, rel=1e-12)
             assert least <= stated.matmul_units + 1e-12 <= least + dots(divergence) + 1e-9
+
+
+def test_rows_whose_teacher_has_next_to_no_tail_are_swept_once_more():
+    student, teacher = heads()
+    divergence = TopK("reverse", "student", "bucket", 4)
+    sharp = LinearHead(torch.cat((6 * teacher.hidden[:60], teacher.hidden[60:])), teacher.weight)
+    log_q = (sharp.hidden.double() @ sharp.weight.double().T).log_softmax(1)
+    lists = (student.hidden @ student.weight.T).topk(4, dim=1).indices
+    share = (1 - log_q.gather(1, lists).exp().sum(1) < 2**-10).double().mean()
+    got = count_units(leaf_head(student), sharp, divergence=divergence, fraction=1.0)
+    assert 0.05 < share < 0.3
+    assert 6 + share <= got + 1e-12 <= 6 + share + 8 * dots(divergence) / FRACTION
 
 
 @pytest.mark.parametrize("tail", ["sampled", *(pytest.param(x, marks=pytest.mark.full) for x in ("mass", "bucket", "drop"))])

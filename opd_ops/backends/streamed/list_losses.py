@@ -1,7 +1,8 @@
 """Both models on a divergence's list of ids and off it, from sweeps of the models, and the loss on them.
 
   student   its list and its log-sum-exp off it from one sweep (of a union or an intersection from two)
-  teacher   its list and normaliser from one sweep; without its list the normaliser is known from the score pass: no sweep
+  teacher   its list and normaliser from one sweep; without its list the normaliser is known from the score pass: no sweep.
+            Its mass off the list is 1 - q_A, q_A the mass on it; rows where this has too few digits are swept
 
 Not here: which ids form a list (shared/list_ids.py), the loss and its gradient on a list (shared/list_losses.py), the logits'
 gradient (loss.py).
@@ -14,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from opd_ops.arguments import may_look
 from opd_ops.backends.shared.list_ids import best_of_sent, list_ids, sent_logprobs, without_masked
 from opd_ops.backends.shared.list_losses import Terms, evaluate
 from opd_ops.backends.shared.logits_at import logits_at
@@ -25,6 +27,9 @@ from opd_ops.inputs.sources import Source, compute_dtype
 from opd_ops.inputs.teacher_lists import TeacherLists, tail
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import Scoring, TokenStats
+
+# 1 - q_A is off by 1e-7 in fp32. Down to this log of it log q_t is off by 1e-4, which gradients may be (docs/numerics.md).
+LEAST_DIFFERENCE = math.log(2**-10)
 
 
 @torch.no_grad()
@@ -105,7 +110,13 @@ def _swept(
         logits = logits_at(teacher, rows, ids, compute_dtype(teacher), workspace)
         if reference is not None:  # relative to one of the row's logits: more digits
             lse = reference.teacher - (reference.log_p - reference.log_ratio)
-    log_tail = torch.zeros_like(lse)
+    log_q, log_tail = logits.double() - lse.unsqueeze(1), torch.zeros_like(lse)
     if divergence.reads_teacher_off_list:
-        log_tail = off_list_logsumexp(teacher, rows, ids, workspace=workspace) - lse
-    return ids, logits.double() - lse.unsqueeze(1), log_tail, entropy
+        log_tail = tail(log_q)
+        can_look = may_look(log_tail) and teacher.transform.shard is None  # ranks sweep together
+        swept = torch.arange(len(rows), device=rows.device)
+        swept = swept[~(log_tail > LEAST_DIFFERENCE)] if can_look else swept  # NaN too
+        if len(swept):
+            off_list = off_list_logsumexp(teacher, rows[swept], ids[swept], workspace=workspace)
+            log_tail = log_tail.index_copy(0, swept, off_list - lse[swept])
+    return ids, log_q, log_tail, entropy
