@@ -8,8 +8,8 @@
 Counted: the main loop is the strongly connected component of the machine code's control flow that
 has global loads and the most instructions; pairs are the bytes its loads bring, over the bytes of
 a pair. What a loop inside it holds (the listed ids of off_list.py, fewer than one a block) counts as run
-once, its loads for nothing. Registers, stack, shared memory are the assembler's. Configurations are those of the
-launchers themselves: they run on shapes alone (meta tensors) with the launch recorded.
+once, its loads for nothing. Registers, stack, shared memory are the assembler's; barriers are those of the whole kernel.
+Configurations are those of the launchers themselves: they run on shapes alone (meta tensors) with the launch recorded.
 
 Command: python -m benchmarks.static.roofline --json FILE [--targets sm_80 sm_90 sm_100 gfx942] [--configs bf16 "bf16 rows"]
 
@@ -70,10 +70,19 @@ CAPPED_BUDGET = {
 ODD_BUDGET = {"score_fwd": 27, "reverse_kl_grad": 26, "forward_kl_grad": 30, "jsd_fwd": 35}
 # Models whose multipliers differ: each one's logarithms are rounded by themselves.
 SCALES_BUDGET = {"reverse_kl_grad": 17, "forward_kl_grad": 21}
-VARIANCE_BUDGET = {"score_fwd": 24.1}  # the score with the variance of the log-ratio: a little above what was counted
+VARIANCE_BUDGET = {"score_fwd": 25.3}  # the score with the variance of the log-ratio: what triton 3.6 takes; 3.9 takes 24.1
 # The bf16 score, whose maxima are of words of two logits: fewer instructions, and five programs an SM by its registers.
 BF16_SCORE = ("bf16", "bf16 rows", "bf16 split", "bf16 V=32008")
 BF16_SCORE_BUDGET, BF16_SCORE_REGISTERS = 16, 96
+# Barriers of a whole kernel: what triton 3.6 or 3.9 takes, which is more. The score reduces all maxima at once and all sums at
+# once, so that a row passes 5 of its barriers with 3.6 (its careful sweep has 6 more); 3.9 gives each number one, 11 and 12.
+BARRIERS = {
+    "score_fwd": 23, "merge_fwd": 0, "argmax_fwd": 11, "reverse_kl_grad": 3, "forward_kl_grad": 3, "jsd_fwd": 5, "jsd_grad": 3,
+    "reverse_skew_fwd": 5, "reverse_skew_grad": 3, "forward_skew_fwd": 5, "forward_skew_grad": 3, "off_list_fwd": 5,
+    "off_list_grad": 0, "support_groups_fwd": 39, "support_topk_fwd": 49, "support_stats_fwd": 60, "scale": 0, "zero_rows": 0,
+    "quantise": 2, "quantiles_fwd": 23, "place_fwd": 0, "choose_fwd": 33, "list_fwd": 17, "totals_fwd": 42,
+}  # fmt: skip
+VARIANCE_BARRIERS = 27  # of score_fwd
 STREAMING = ("score", "reverse_", "forward_", "jsd_", "off_list_")  # kernels with a main loop over the vocabulary
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 SKEW = (reverse_skew_fwd, reverse_skew_grad), (forward_skew_fwd, forward_skew_grad)
@@ -306,6 +315,7 @@ GCN = {
 }
 LDG = re.compile(r"\bLDG\b")
 GLOBAL_LOAD = re.compile(r"^(global|buffer|flat)_load")
+BARRIER = re.compile(r"\b(?:bar\.sync|barrier\.(?:cta\.)?sync|s_barrier)\b")  # the assembler keeps each of them
 
 
 def load_bytes(instruction: str) -> int:
@@ -373,7 +383,8 @@ def count(config: str, launch, target: str) -> dict:
         shared_bytes=kernel.metadata.shared,
         ldg128=sum(load_bytes(x) >= 16 for x in loop if load.search(x)) if streams else None,
         narrow_loads=sum(size < 16 for size in loads),
-        barriers=sum(bool(re.search(r"\bBAR\b|s_barrier", x)) for x in loop) if streams else None,
+        loop_barriers=sum(bool(re.search(r"\bBAR\b|s_barrier", x)) for x in loop) if streams else None,
+        barriers=len(BARRIER.findall(kernel.asm["amdgcn" if read is amd_counts else "ptx"])),
         pairs=pairs or None,
         instructions_per_pair=round(len(loop) / pairs, 2) if pairs else None,
         budget=budget(name, config),
@@ -406,6 +417,9 @@ def failures(row: dict) -> list:
     is_bf16_score = row["kernel"] == "score_fwd" and row["config"] in BF16_SCORE
     if row["target"] == "sm_90" and is_bf16_score and row["registers"] > BF16_SCORE_REGISTERS:
         faults.append(f"registers = {row['registers']} > {BF16_SCORE_REGISTERS}")
+    most = VARIANCE_BARRIERS if "variance" in row["config"] else BARRIERS[row["kernel"]]
+    if row["target"] == "sm_90" and row["barriers"] > most:
+        faults.append(f"barriers = {row['barriers']} > {most}")
     if row["target"] == "sm_90" and row["budget"] and row["instructions_per_pair"] > row["budget"]:
         faults.append(f"instructions_per_pair = {row['instructions_per_pair']} > {row['budget']}")
     return faults
@@ -431,7 +445,7 @@ def main():
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--configs", nargs="+", help="only these configurations, like bf16 'bf16 rows'; default: all")
     options = parser.parse_args()
-    columns = ("kernel", "target", "config", "registers", "spill_bytes", "shared_bytes", "ldg128",
+    columns = ("kernel", "target", "config", "registers", "spill_bytes", "shared_bytes", "ldg128", "barriers",
                "instructions_per_pair", "budget")  # fmt: skip
     print("".join(f"{c:<24}" if i == 0 else f"{c:<13}" for i, c in enumerate(columns)))
     rows, bad = [], []
