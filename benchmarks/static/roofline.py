@@ -34,6 +34,7 @@ from opd_kernels.argmax import argmax_fwd
 from opd_kernels.choose import choose_fwd
 from opd_kernels.forward_kl import forward_kl_grad
 from opd_kernels.jsd import jsd_fwd, jsd_grad
+from opd_kernels.list_columns import LIST_COLUMNS
 from opd_kernels.off_list import off_list_fwd, off_list_grad
 from opd_kernels.place import place_fwd
 from opd_kernels.quantise import quantise_rows
@@ -116,27 +117,30 @@ class Recorder:
 def selection():
     """(configuration name, launches) of a selection among n positions, all of them or some of twice as many."""
     for n in (1024, 16_384, 65_536):
-        table = torch.empty((16, n), device="meta")
+        table = torch.empty((18, n), device="meta")
         rows = torch.empty(n, dtype=torch.int64, device="meta")
-        for selector in ("teachability+entropy", "tip"):
+        lists = "released_kl", "topk_entropy"
+        for selector, names in (("teachability-released", lists), ("teachability+entropy", ()), ("tip", ())):
             with Recorder() as launches:
-                placed = place_fwd(table, rows, 2 * n, selector=selector, loss="reverse_kl")
+                own = table[: 16 + len(names)]
+                placed = place_fwd(own, rows, 2 * n, selector=selector, loss="reverse_kl", optional=names)
             yield f"N={n} {selector}", launches
         with Recorder() as launches:  # scores by torch, of optional statistics too
             wide, mask = torch.empty((20, n), device="meta"), placed.valid
             place_fwd(wide, rows, 2 * n, mask, selector="all", loss="reverse_kl")
         yield f"N={n} optional", launches
         given, options = (
-            tuple(x[:n] for x in (placed.scores, *placed.flags.unbind(0))),
+            tuple(x[:n] for x in (placed.scores[0], *placed.flags.unbind(0))),
             {"numerator": 1, "denominator": 20, "n_rows": n // 20},
         )
         bounds = torch.empty(9, dtype=torch.int32, device="meta")
-        for name, more in (("", {}), (" bounds", {"bounds": bounds})):
+        keeps = {"bounds": bounds, "places": rows, "keep_scores": given[0]}
+        for name, more in (("", {}), (" places", {"places": rows}), (" bounds", {"bounds": bounds}), (" keeps", keeps)):
             with Recorder() as launches:
                 choice = choose_fwd(*given, **options, **more)
                 if not more:
-                    losses, loss = placed.scores[: n // 20], {"loss": "reverse_kl", "by_selected": True}
-                    sides = choice.rows, losses, losses, placed.scores, placed.valid, placed.valid
+                    losses, loss = placed.scores[0, : n // 20], {"loss": "reverse_kl", "by_selected": True}
+                    sides = choice.rows, losses, losses, placed.scores[0], placed.valid, placed.valid
                     totals_fwd(*sides, placed.stats, choice.selected, placed.infinite, **loss)
             yield f"N={n}{name}", launches
 
@@ -209,6 +213,9 @@ def configurations():
             yield record(f"fp32 to bf16{name}", grad, s32, t32, *tile_rows, top=top, out=logits("bf16", 409), **pair)[:2]
     yield record("fp32 to bf16", jsd_grad, s32, t32, *tile_rows, sums, top=top, out=logits("bf16", 409), beta=0.5, **PLAIN)[:2]
     yield record("bf16 K=1", support_fwd, s, t, None, whole[2], top_k=1, **PLAIN)[:2]
+    for k in (16, 128):
+        optional = {name: torch.empty(8192, device="meta") for name in LIST_COLUMNS}
+        yield record(f"bf16 K={k} lists", support_fwd, s, t, None, whole[2], top_k=k, optional=optional, **PLAIN)[:2]
     # Rows 16 bytes apart but no multiple of 16 elements.
     narrow, other = logits("bf16", 8192, NARROW), logits("bf16", 8192, NARROW)
     narrow_size = {"vocab_size": NARROW}

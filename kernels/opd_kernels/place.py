@@ -1,6 +1,7 @@
 """Statistics at their positions, with their validity and the score of a selector, in one sweep.
 
   score = selector(statistics), -inf where not valid or where the divergence is infinite
+  Selectors of TA's released code are fitted to all n rows, masked ones too; the others are not for masked rows.
   selectors and their equations: opd_ops/selection/selectors.py; everything in fp64 and in its order of operations, so that
   results equal the selectors' to the bit
 
@@ -12,7 +13,7 @@ Shapes: N positions, n of them have statistics, C columns with quantiles (quanti
   stats        (11 + E, N) out  fp32, the order of STATS, then the optional ones; 0 where the statistics are not valid
   valid        (N,)        out  uint8, 0 or 1
   infinite     (N,)        out  uint8: valid, and the divergence is +inf
-  scores       (N,)        out  fp32
+  scores       (1 or 2, N) out  fp32; the second, of selectors in KEEPS: the scores for a position that every sequence keeps
 
 Grid: (N / BLOCK,). Traffic: 44 + 4 E bytes read and 50 + 4 E written a position. With rows, a position searches its entry by
 bisection.
@@ -20,6 +21,7 @@ bisection.
 Not here: quantiles (quantiles.py), the budget's cut (choose.py). Tests: tests/kernels/test_selection.py.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch_table
-from .quantiles import INF, _is_valid, quantiles_fwd
+from .quantiles import INF, _finite_or_zero, _is_valid, quantiles_fwd
 from .score import COLUMNS
 from .support import SUPPORT_COLUMNS
 
@@ -40,11 +42,13 @@ ENTROPY = tl.constexpr(STATS.index("student_entropy"))
 REVERSE_KL = tl.constexpr(STATS.index("reverse_kl"))
 FORWARD_KL = tl.constexpr(STATS.index("forward_kl"))
 MASS = tl.constexpr(STATS.index("support_mass"))
+OVERLAP = tl.constexpr(STATS.index("overlap_mass"))
 UNION_KL = tl.constexpr(STATS.index("union_kl"))
 # fp64 numbers: a Python float in an expression of a kernel may become fp32
 EPSILON = tl.constexpr(1e-8)
 ROUNDING = tl.constexpr(8 * 2.0**-23)  # 8 units in the last place of fp32
 LARGEST_FP32 = tl.constexpr(3.4028234663852886e38)
+LEAST_RANGE = tl.constexpr(1e-12)  # of a column, for TA's released normaliser
 QUANTILE_LEVELS = (0.05, 0.95)
 MINMAX_LEVELS = (0.0, 1.0, 0.98)
 
@@ -52,10 +56,12 @@ MINMAX_LEVELS = (0.0, 1.0, 0.98)
 class Fit(NamedTuple):
     """What a selector's normalisers are fitted on."""
 
-    columns: tuple[str, ...] = ()
+    columns: tuple[str | tuple[str, str], ...] = ()  # two names: the product of two columns
     levels: tuple[float, ...] = QUANTILE_LEVELS
+    fits_all: bool = False  # fitted on all rows of the table
 
 
+_KEEP = "topk_entropy", ("released_kl", "overlap_mass")
 FITS = {
     "teachability": Fit(("union_kl", "support_mass")),
     "teachability+entropy": Fit(("union_kl", "support_mass", "student_entropy")),
@@ -63,11 +69,16 @@ FITS = {
     "compatibility": Fit(("support_mass",)),
     "tip": Fit(("student_entropy", "reverse_kl"), MINMAX_LEVELS),
     "overconfident": Fit(("student_entropy",), MINMAX_LEVELS),
+    "teachability-released": Fit((*_KEEP, "released_kl", "overlap_mass"), fits_all=True),
+    "teachability+entropy-released": Fit(_KEEP, fits_all=True),
+    "tip-released": Fit((*_KEEP, "released_kl"), fits_all=True),
+    "entropy-released": Fit(_KEEP, fits_all=True),
     "entropy": Fit(),
     "divergence": Fit(),
     "divergence-reverse-kl": Fit(),
     "all": Fit(),
 }
+KEEPS = frozenset(name for name, fit in FITS.items() if fit.fits_all)
 
 
 @triton.jit
@@ -104,6 +115,39 @@ def _minmax_norm(x, quantiles_ptr, C: tl.constexpr, CLIP: tl.constexpr):
     flat = (high <= low) | (high - low <= rounding)
     scaled = tl.where(flat, 0.0, (z - low) / tl.where(flat, 1.0, high - low))
     return _clamped(z, scaled)
+
+
+@triton.jit
+def _released_norm(x, quantiles_ptr, C: tl.constexpr):
+    z = x.to(tl.float64)
+    low = tl.load(quantiles_ptr + 2 * C)
+    width = tl.load(quantiles_ptr + (2 * C + 1)) - low
+    flat = width < tl.full((), LEAST_RANGE, tl.float64)
+    return _clamped(z, tl.where(flat, 0.0, (z - low) / tl.where(flat, 1.0, width)))
+
+
+@triton.jit
+def _released_or(a, b):
+    return 1.0 - (1.0 - a) * (1.0 - b)
+
+
+@triton.jit
+def _released_scores(kl, entropy, overlap, quantiles_ptr, SELECTOR: tl.constexpr):
+    # the selector's score, and the score for a position that every sequence keeps; columns of fp32
+    product = _released_norm(_finite_or_zero(kl * overlap), quantiles_ptr, 1)
+    h = _released_norm(_finite_or_zero(entropy), quantiles_ptr, 0)
+    keep = _released_or(h, product)
+    score = keep
+    if SELECTOR == "entropy-released":
+        score = h
+    elif SELECTOR != "teachability+entropy-released":
+        d = _released_norm(_finite_or_zero(kl), quantiles_ptr, 2)
+        if SELECTOR == "tip-released":
+            score = _released_or(h, d)
+        else:
+            tl.static_assert(SELECTOR == "teachability-released")
+            score = d * _released_norm(_finite_or_zero(overlap), quantiles_ptr, 3)
+    return score.to(tl.float32), keep.to(tl.float32)
 
 
 @triton.jit
@@ -162,7 +206,7 @@ def _entry_of(rows_ptr, position, n, steps):
 def _place_fwd_kernel(
     table_ptr, rows_ptr, unmasked_ptr, quantiles_ptr, stats_ptr, valid_ptr, infinite_ptr, scores_ptr, n, N, stride, steps,
     SELECTOR: tl.constexpr, LOSS: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_MASK: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    RELEASED_KL: tl.constexpr, TOPK_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = position < N
@@ -186,7 +230,13 @@ def _place_fwd_kernel(
     infinite = valid & (inside == 0)
     if LOSS >= 0:
         infinite = valid & (column[LOSS] == INF)
-    score = _selector_score(column, quantiles_ptr, SELECTOR)
+    if RELEASED_KL >= 0:
+        own = column[RELEASED_KL], column[TOPK_ENTROPY], column[OVERLAP]
+        score, keep = _released_scores(own[0], own[1], own[2], quantiles_ptr, SELECTOR)
+        keep = tl.where(valid & (infinite == 0), keep, float("-inf"))
+        tl.store(scores_ptr + N.to(tl.int64) + position, keep, mask=inside)
+    else:
+        score = _selector_score(column, quantiles_ptr, SELECTOR)
     trainable = valid & (infinite == 0)
     tl.store(scores_ptr + position, tl.where(trainable, score, float("-inf")), mask=inside)
     tl.store(valid_ptr + position, valid.to(tl.uint8), mask=inside)
@@ -198,7 +248,7 @@ class Placed(NamedTuple):
 
     stats: Tensor  # (11 + E, N) fp32, the order of STATS, then the optional ones
     flags: Tensor  # (2, N) uint8: valid, infinite
-    scores: Tensor  # (N,) fp32
+    scores: Tensor  # (1, N) fp32; (2, N) of selectors in KEEPS: the second for a position that every sequence keeps
 
     @property
     def valid(self) -> Tensor:
@@ -217,24 +267,28 @@ def place_fwd(
     *,
     selector: str,  # a name in FITS
     loss: str | None,  # the column that holds the divergence; None: no column does
+    optional: Sequence[str] = (),  # the names of the E optional statistics that a selector in KEEPS needs
 ) -> Placed:
     """The statistics of all positions, and their scores."""
     n = table.shape[1]
     assert n <= 1 or table.stride(1) == 1, "unit stride along the rows"
     assert rows is not None or n == n_positions
     fit, tile = FITS[selector], launch_table.place()
+    names = (*COLUMNS, *SUPPORT_COLUMNS, *optional)
     n_columns = len(STATS) + table.shape[0] - len(COLUMNS + SUPPORT_COLUMNS)
     stats = torch.empty((n_columns, n_positions), dtype=torch.float32, device=table.device)
     flags = torch.empty((2, n_positions), dtype=torch.uint8, device=table.device)
-    scores = torch.empty(n_positions, dtype=torch.float32, device=table.device)
+    scores = torch.empty((2 if selector in KEEPS else 1, n_positions), dtype=torch.float32, device=table.device)
     placed = Placed(stats, flags, scores)
     if n_positions == 0:
         return placed
-    names = COLUMNS + SUPPORT_COLUMNS
-    quantiles = quantiles_fwd(table, [names.index(x) for x in fit.columns], fit.levels) if fit.columns else None
+    columns = [names.index(x) if isinstance(x, str) else (names.index(x[0]), names.index(x[1])) for x in fit.columns]
+    quantiles = quantiles_fwd(table, columns, fit.levels, fit_all=fit.fits_all) if columns else None
+    lists = [len(STATS) + optional.index(x) if fit.fits_all else -1 for x in ("released_kl", "topk_entropy")]
     _place_fwd_kernel[(triton.cdiv(n_positions, tile.constants["BLOCK"]),)](
         table, rows, unmasked, quantiles, stats, *flags.unbind(0), scores, n, n_positions, table.stride(0), n.bit_length(),
         SELECTOR=selector, LOSS=-1 if loss is None else STATS.index(loss), HAS_ROWS=rows is not None,
-        HAS_MASK=unmasked is not None, COLUMNS=n_columns, **tile.constants, num_warps=tile.num_warps, enable_fp_fusion=False,
+        HAS_MASK=unmasked is not None, COLUMNS=n_columns, RELEASED_KL=lists[0], TOPK_ENTROPY=lists[1], **tile.constants,
+        num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
     return placed

@@ -4,6 +4,8 @@
   m = 0: Q = +inf.  Q(0) is the smallest value, Q(1) the largest.
   valid    the teacher's log-sum-exp is finite, or the student's is not
   Source: arXiv 2605.26844 eq. 11 takes Q(.05) and Q(.95), arXiv 2604.14084 section 6 the extremes and Q(.98).
+  FIT_ALL, as TA's released code: x are the values of all n rows, 0 where a value is not finite or not valid; a column may be
+  the product of two.
 
 Shapes: n rows of statistics, C columns with quantiles, L levels
   table        (>= 7, n)  in   fp32, the order of score.py's COLUMNS and support.py's SUPPORT_COLUMNS
@@ -31,7 +33,8 @@ from .score import COLUMNS
 S_LSE = tl.constexpr(COLUMNS.index("student_logsumexp"))
 T_LSE = tl.constexpr(COLUMNS.index("teacher_logsumexp"))
 INF = tl.constexpr(float("inf"))
-MAX_COLUMNS = 3
+MAX_COLUMNS = 4
+NO_FACTOR = tl.constexpr(127)
 
 
 @triton.jit
@@ -48,11 +51,22 @@ def _is_valid(table_ptr, stride, i, mask):
 
 
 @triton.jit
-def _fitted_keys(table_ptr, stride, column, first, n, BLOCK: tl.constexpr):
+def _finite_or_zero(x):
+    return tl.where(_is_finite(x), x, 0.0)
+
+
+@triton.jit
+def _fitted_keys(table_ptr, stride, column, factor, first, n, FIT_ALL: tl.constexpr, BLOCK: tl.constexpr):
     i = (first + tl.arange(0, BLOCK)).to(tl.int64)
-    x = tl.load(table_ptr + column * stride + i, mask=i < n, other=INF)
-    fitted = _is_valid(table_ptr, stride, i, i < n) & _is_finite(x)
-    return tl.where(fitted, _order_key(x, 0), ABSENT)
+    inside = i < n
+    valid = inside & _is_valid(table_ptr, stride, i, inside)
+    if FIT_ALL:
+        x = tl.load(table_ptr + column * stride + i, mask=valid, other=0.0)
+        has_factor = factor != NO_FACTOR
+        y = tl.load(table_ptr + tl.where(has_factor, factor, column) * stride + i, mask=valid, other=0.0)
+        return tl.where(inside, _order_key(_finite_or_zero(tl.where(has_factor, x * y, x)), 0), ABSENT)
+    x = tl.load(table_ptr + column * stride + i, mask=inside, other=INF)
+    return tl.where(valid & _is_finite(x), _order_key(x, 0), ABSENT)
 
 
 @triton.jit
@@ -69,14 +83,15 @@ def _above(keys, key):
     return tl.sum(larger.to(tl.int32)), tl.min(tl.where(larger, keys, LARGEST))
 
 
-@triton.jit(do_not_specialize=["n", "stride", "columns"])
+@triton.jit(do_not_specialize=["n", "stride", "columns", "factors"])
 def _quantiles_fwd_kernel(
-    table_ptr, keys_ptr, out_ptr, n, stride, columns,
+    table_ptr, keys_ptr, out_ptr, n, stride, columns, factors,
     LEVEL_0: tl.constexpr, LEVEL_1: tl.constexpr, LEVEL_2: tl.constexpr, LEVELS: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+    FIT_ALL: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     column = ((columns >> (8 * (pid // LEVELS))) & 255).to(tl.int64)  # eight bits each
+    factor = ((factors >> (8 * (pid // LEVELS))) & 255).to(tl.int64)
     which = pid % LEVELS
     level = tl.where(which == 0, tl.full((), LEVEL_0, tl.float64), tl.full((), LEVEL_1, tl.float64))
     level = tl.where(which == 2, tl.full((), LEVEL_2, tl.float64), level)
@@ -84,13 +99,13 @@ def _quantiles_fwd_kernel(
     own_keys = keys_ptr
     keys = tl.full((BLOCK,), ABSENT, tl.int32)
     if WHOLE:
-        keys = _fitted_keys(table_ptr, stride, column, 0, n, BLOCK)
+        keys = _fitted_keys(table_ptr, stride, column, factor, 0, n, FIT_ALL, BLOCK)
         m, smallest, largest = _sizes(keys)
     else:
         own_keys = keys_ptr + pid.to(tl.int64) * n
         m, smallest, largest = 0, LARGEST, ABSENT
         for first in range(0, n, BLOCK):
-            keys = _fitted_keys(table_ptr, stride, column, first, n, BLOCK)
+            keys = _fitted_keys(table_ptr, stride, column, factor, first, n, FIT_ALL, BLOCK)
             i = first + tl.arange(0, BLOCK)
             tl.store(own_keys + i, keys, mask=i < n)
             sizes = _sizes(keys)
@@ -117,8 +132,10 @@ def _quantiles_fwd_kernel(
 
 def quantiles_fwd(
     table: Tensor,  # (>= 7, n) fp32, unit stride along n
-    columns: Sequence[int],  # row numbers of the table
+    columns: Sequence[int | tuple[int, int]],  # row numbers of the table; a pair: the product of two rows, with `fit_all`
     levels: Sequence[float],  # two or three, in [0, 1]
+    *,
+    fit_all: bool = False,
 ) -> Tensor:
     """(columns, levels) fp64 quantiles of these columns."""
     n = table.shape[1]
@@ -129,10 +146,13 @@ def quantiles_fwd(
     tile = launch_table.selection(n)
     whole = n <= tile.constants["BLOCK"]
     n_programs = out.numel()
+    pairs = [(column, NO_FACTOR.value) if isinstance(column, int) else column for column in columns]
+    assert fit_all or all(factor == NO_FACTOR.value for _, factor in pairs)
+    packed = [sum(row << 8 * i for i, row in enumerate(rows)) for rows in zip(*pairs, strict=True)]
     keys = out if whole else torch.empty((n_programs, n), dtype=torch.int32, device=table.device)
     _quantiles_fwd_kernel[(n_programs,)](
-        table, keys, out, n, table.stride(0), sum(column << 8 * i for i, column in enumerate(columns)),
-        *(*map(float, levels), 1.0)[:3], LEVELS=len(levels), WHOLE=whole, **tile.constants,
+        table, keys, out, n, table.stride(0), *packed, *(*map(float, levels), 1.0)[:3], LEVELS=len(levels),
+        FIT_ALL=fit_all, WHOLE=whole, **tile.constants,
         num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
     return out

@@ -12,6 +12,7 @@ Shapes: n rows, V vocabulary, NG = ceil(V / 128) groups, K <= 128, K <= V
   ids        (n, 2, K)   out  int32, S then T, in order
   logits     (n, 4, K)   out  fp32 after scale, soft-cap and temperature: s at S, t at S, s at T, t at T
   columns    (4, n)      out  fp32, the order of SUPPORT_COLUMNS
+  optional   (n,)        out  fp32, each column of list_columns.py that is asked for
 
 Three kernels, because a thread reads numbers that other threads wrote:
   groups  (2n programs)  the K groups with the largest maxima, ties to the lower group. They contain the
@@ -37,6 +38,7 @@ Specification: opd_ops/backends/eager.py. Tests: tests/kernels/test_support.py.
 #   and cancel its effect on the first sum. Clamped at 0.
 #   Masked logits (device.py: _is_masked) are -inf. D = +inf if an id of U has s = -inf and q > 0 in fp64.
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -46,6 +48,7 @@ from torch import Tensor
 
 from . import launch_table
 from .device import LN_2, LOG2_ZERO, _is_masked, _log2_prob, _order_key, _pick, _transform, row_step, transform
+from .list_columns import LIST_COLUMNS, _store_list_columns
 from .score import GROUP, Score
 
 SUPPORT_COLUMNS = ("support_mass", "student_support_mass", "overlap_mass", "union_kl")
@@ -243,10 +246,11 @@ def _union_kl(s_at_s, t_at_s, s_at_t, t_at_t, keep_s, keep_t, k_s, k_t):
 @triton.jit(do_not_specialize=["stride_c", "K", "KG"])
 def _support_stats_fwd_kernel(
     s_ptr, t_ptr, rows_ptr, groups_ptr, found_ptr, score_ptr, ids_ptr, logits_ptr, out_ptr,
+    released_kl_ptr, topk_entropy_ptr, top1_agreement_ptr, teacher_rank_ptr,
     stride_sn, stride_tn, stride_c, K, KG,
     k_s, pre_s, cap_s, k_t, pre_t, cap_t,
     HAS_ROWS: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, GROUP: tl.constexpr, KP: tl.constexpr,
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr, HAS_LIST_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     k_s = tl.cast(k_s, tl.float32)
     k_t = tl.cast(k_t, tl.float32)
@@ -281,6 +285,11 @@ def _support_stats_fwd_kernel(
     tl.store(logits_row + K + s_place, t_at_s * k_t * LN_2, mask=mask_k)
     tl.store(logits_row + 2 * K + t_place, s_at_t * k_s * LN_2, mask=mask_k)
     tl.store(logits_row + 3 * K + t_place, t_at_t * k_t * LN_2, mask=mask_k)
+    if HAS_LIST_COLUMNS:
+        _store_list_columns(
+            released_kl_ptr, topk_entropy_ptr, top1_agreement_ptr, teacher_rank_ptr, pid, K, s_ids, t_ids, s_place, t_place,
+            s_in_t > 0, t_in_s > 0, s_at_s * k_s * LN_2, s_at_t * k_s * LN_2, t_at_t * k_t * LN_2, mask_k,
+        )  # fmt: skip
 
     s_ref = tl.load(score_ptr + 7 * stride_c + pid)
     s_log2z = tl.load(score_ptr + 8 * stride_c + pid)
@@ -304,6 +313,7 @@ def support_fwd(
     score: Score,
     *,
     out: Tensor | None = None,  # (4, n) fp32, of the strides of score.columns; None: a new tensor
+    optional: Mapping[str, Tensor] | None = None,  # by a name in LIST_COLUMNS, (n,) fp32 of stride 1 to write
     top_k: int,
     vocab_size: int,
     temperature: float,
@@ -346,11 +356,12 @@ def support_fwd(
         )  # fmt: skip
     s = transform(s_scale, s_softcap, temperature)
     t = transform(t_scale, t_softcap, temperature)
+    list_columns = [None if optional is None else optional.get(name) for name in LIST_COLUMNS]
     _support_stats_fwd_kernel[(n,)](
-        student, teacher, rows, groups, places, score.columns, ids, logits, columns,
+        student, teacher, rows, groups, places, score.columns, ids, logits, columns, *list_columns,
         student.stride(0), teacher.stride(0), score.columns.stride(0), top_k, n_picked, s.k, s.pre, s.cap, t.k, t.pre, t.cap,
         HAS_ROWS=rows is not None, CAP_S=s.has_cap, CAP_T=t.has_cap, GROUP=GROUP, KP=triton.next_power_of_2(top_k),
-        CHUNK=min(16, triton.next_power_of_2(top_k)),
+        CHUNK=min(16, triton.next_power_of_2(top_k)), HAS_LIST_COLUMNS=any(x is not None for x in list_columns),
         num_warps=tile.stats_warps, enable_fp_fusion=False,
     )  # fmt: skip
     return TopKLists(ids, logits, columns)

@@ -38,13 +38,14 @@ class Placed(NamedTuple):
     stats: TokenStats  # columns (...), 0 where not valid
     infinite: Tensor  # (...) bool: valid positions whose divergence is known to be +inf
     columns: Tensor  # (columns, N) the memory of the fp32 columns of `stats`
+    keep_scores: Tensor | None = None  # (...) fp32, the selector's, where kernels scored and it has any
 
 
 class Choice(NamedTuple):
     """Positions selected by kernels; N positions."""
 
     selected: Tensor  # (N,) bool
-    rows: Tensor  # (R,) int64: the selected positions in order; with one budget for all, others follow up to R
+    rows: Tensor  # (R,) int64: the selected positions in order, then others up to R
     counts: Tensor  # (3,) int64: selected, valid, infinite positions
 
 
@@ -53,8 +54,10 @@ class Cut(NamedTuple):
 
     budget: Budget
     n_rows: int  # the most positions that can be selected
-    length: int | None  # each sequence has a budget; all are of this length
-    bounds: Tensor | None  # (sequences + 1,) boundaries of packed sequences, each with a budget
+    length: int | None = None  # each sequence has a budget; all are of this length
+    bounds: Tensor | None = None  # (sequences + 1,) boundaries of packed sequences, each with a budget
+    places: Tensor | None = None  # (...) int64: of equal scores the smaller place wins; with one budget
+    keep_scores: Tensor | None = None  # (...) there is one budget; a sequence without a selected position gets its best
 
 
 class WeightedRows(NamedTuple):

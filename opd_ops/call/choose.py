@@ -53,15 +53,16 @@ class Chosen:
 
 def shortlist(scored: Scored) -> Tensor:
     """(...) bool: the best positions of a first ranking in 8 bits, twice the budget. They are scored again."""
-    return _selected(scored, scored.call.settings.shortlist_budget)
+    return _selected(scored, scored.call.settings.shortlist_budget, _selection_options(scored))
 
 
 def choose(scored: Scored) -> Chosen:
     """Select positions by the call's budget or threshold."""
     call, stats, counts = scored.call, scored.stats, None
-    choice = _chosen_by_kernels(scored)
+    options = _selection_options(scored)
+    choice = _chosen_by_kernels(scored, options)
     if choice is None:
-        selected = _selected(scored, call.settings.budget)
+        selected = _selected(scored, call.settings.budget, options)
         rows, trained = _rows_of(selected, call)
         if not call.in_graph:  # the CPU has just waited for the device, to list the rows
             n_valid, n_infinite = _counts(stats.valid, scored.infinite)
@@ -106,33 +107,34 @@ def _weights(scored: Scored, selected: Tensor) -> Tensor | None:
         return weights if share == 1 else 1 + share * (weights - 1)
 
 
-def _chosen_by_kernels(scored: Scored) -> Choice | None:
+def _chosen_by_kernels(scored: Scored, options: SelectionOptions) -> Choice | None:
     """The selected positions, where the backend's kernels can select them: by a budget, on this process alone."""
-    call, selector = scored.call, scored.call.selector
-    by_place = getattr(selector, "ties_by_place", False) and call.scope != "sequence"
-    keeps_one = getattr(selector, "keep_one_per_sequence", False) or getattr(selector, "both_ends", False)
-    if call.ranks is not None or call.settings.threshold is not None or keeps_one or by_place:
+    call, budget = scored.call, scored.call.settings.budget
+    if call.ranks is not None or budget.threshold is not None or options["both_ends"]:
         return None
     if call.in_graph and not _has_fixed_list(call):
         return None
-    n, length, bounds = call.shape.numel(), None, None
-    budget = call.settings.budget
-    n_rows = budget.most(n)
-    if call.scope == "sequence":
-        n_rows = min(n, n_rows + call.positions.n_sequences if budget.count is None else n_rows * call.positions.n_sequences)
+    n, length, bounds, keep_scores = call.shape.numel(), None, None, None
+    n_rows, n_sequences = budget.most(n), call.positions.n_sequences
+    if call.scope == "sequence":  # a budget selects one of each sequence at least, so that it leaves none to keep
+        n_rows = n_rows + n_sequences if budget.count is None else n_rows * n_sequences
+    elif options["keep_one_per_sequence"]:
+        n_rows += n_sequences
+        keep_scores = scored.scores if options["keep_scores"] is None else options["keep_scores"]
+    if call.scope == "sequence" or keep_scores is not None:
         bounds = call.batch.cu_seqlens
         if bounds is None:
             length = call.shape[-1] if len(call.shape) else 1
         else:
             bounds = bounds.to(scored.scores.device)
     with torch.no_grad():
-        cut = Cut(budget, n_rows, length, bounds)
+        cut = Cut(budget, min(n, n_rows), length, bounds, options["places"], keep_scores)
         return call.backend.choose(scored.scores, scored.stats.valid, scored.infinite, cut)
 
 
-def _selected(scored: Scored, budget: Budget) -> Tensor:
+def _selected(scored: Scored, budget: Budget, options: SelectionOptions) -> Tensor:
     """(...) bool: the best-scored share of the valid positions."""
-    call, options = scored.call, _selection_options(scored)
+    call = scored.call
     with torch.no_grad():
         return select_in_scope(
             scored.scores,
@@ -187,7 +189,8 @@ def _selection_options(scored: Scored) -> SelectionOptions:
     """The options that the selector sets for the selection."""
     call, stats = scored.call, scored.stats
     with torch.no_grad(), nullcontext() if call.ranks is None else over_ranks(call.ranks):
-        options = selection_options(call.selector, stats if is_own(call.selector) else stats.clone(), scored.keep_scores)
+        is_read = hasattr(call.selector, "keep_scores") and not is_own(call.selector)  # a user's may change its argument
+        options = selection_options(call.selector, stats.clone() if is_read else stats, scored.keep_scores)
     if options["keep_scores"] is not None:
         check_scores(options["keep_scores"], call.shape, stats.valid.device)
     if call.scope == "sequence":  # in one sequence the smaller place is the earlier position anyway, also over ranks

@@ -79,7 +79,7 @@ def _placed(call: Call, rows: Tensor | None, places: Tensor | None) -> Placed | 
         rows,
         Scoring(call.settings.top_k, call.workspace, call.score_dtype, call.needs & BACKEND_COLUMNS),
         unmasked=None if places is None else call.unmasked,
-        selector=own_name(call.selector) if places is None else None,  # kernels would fit it to masked rows too
+        selector=own_name(call.selector) if _is_fitted_by_kernels(call) else None,
         loss=None if call.divergence.whole is None else call.divergence.whole.column,
     )
     if placed is None:
@@ -98,9 +98,14 @@ def _placed(call: Call, rows: Tensor | None, places: Tensor | None) -> Placed | 
     return placed._replace(stats=stats)
 
 
+def _is_fitted_by_kernels(call: Call) -> bool:
+    """Whether kernels fit a normaliser as the selector does. They fit to all rows that are scored, masked ones too."""
+    return "response_place" not in call.needs or isinstance(call.selector, Released)
+
+
 def _scored_placed(call: Call, placed: Placed) -> Scored:
-    if placed.stats.response_place is None and call.backend.scores_by_kernels(own_name(call.selector)):
-        return Scored(call, placed.scores, placed.stats, placed.infinite, placed)
+    if _is_fitted_by_kernels(call) and call.backend.scores_by_kernels(own_name(call.selector)):
+        return Scored(call, placed.scores, placed.stats, placed.infinite, placed, placed.keep_scores)
     scored = _scored(call, placed.stats, placed.infinite)
     return replace(scored, placed=placed._replace(scores=scored.scores))
 

@@ -12,6 +12,7 @@ Not here: budgets (selection/budget.py), merged ids (sources.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -114,10 +115,8 @@ def positions(
         _check_token_dtype("labels", targets)
     tokens = targets if tokens is None else tokens
     if vocab_size is not None and tokens is not None:  # a position without a token cannot be trained on
-        conditions.append((tokens >= 0) & (tokens < vocab_size))
-    valid = None
-    if conditions:
-        valid = conditions[0] if len(conditions) == 1 else torch.stack(conditions).all(0)
+        conditions.append(tokens.clamp(0, vocab_size - 1) == tokens)
+    valid = reduce(torch.logical_and, conditions) if conditions else None
     allowed = valid
     if len(special_ids):
         if tokens is None:

@@ -53,13 +53,15 @@ class Dial:
 
     def __call__(self, stats: TokenStats) -> Tensor:
         log_p, log_q = logprobs(stats)
-        size, larger = log_ratio(stats).abs_(), torch.maximum(log_p, log_q).exp_()
-        # L = larger (1 - e^-|A|) / |A|: no difference of nearly equal probabilities
-        missing, is_equal = torch.expm1(-size).neg_(), size == 0
-        mean = (missing / size.masked_fill(is_equal, 1)).masked_fill_(is_equal, 1).mul_(larger)
-        gap = missing.mul_(larger)
+        log_larger = torch.maximum(log_p, log_q)
+        minus_size = torch.minimum(log_p, log_q).sub_(log_larger).masked_fill_(log_p == log_q, 0)  # 0 where both mask y
+        # |q(y) - p(y)| = larger (1 - e^-|A|): no difference of nearly equal probabilities
+        larger = log_larger.exp_()
+        gap = torch.expm1(minus_size).mul_(larger).neg_()
         if self.beta == 1:
-            return torch.where(size == math.inf, gap, mean.mul_(size))
+            return gap
+        size = minus_size.neg_()
+        mean = torch.where(size == 0, larger, gap / size.masked_fill(size == 0, 1))  # L
         return torch.where(size == math.inf, size.pow(1 - self.beta) * gap.pow(self.beta), mean.pow(self.beta).mul_(size))
 
 

@@ -1,6 +1,6 @@
 """The support kernels, interpreted or compiled, against the float64 specification (support/kernel_oracle.py): ids exactly,
 masses
-and union KL to 1e-5 (absolute 1e-6).
+and union KL to 1e-5 (absolute 1e-6); the columns of list_columns.py to 1e-6.
 
 Run: make test ARGS=tests/kernels/test_support.py
 Not here: the group maxima themselves (test_score.py).
@@ -8,10 +8,12 @@ Not here: the group maxima themselves (test_score.py).
 
 import pytest
 import torch
+from opd_kernels.list_columns import LIST_COLUMNS
 from opd_kernels.score import score_fwd
 from opd_kernels.support import SUPPORT_COLUMNS, support_fwd
 
 from opd_ops.backends import eager
+from opd_ops.divergences.equations import topk_entropy
 from tests.support import kernel_oracle as oracle
 from tests.support.cases import generator, logit_pair
 from tests.support.kernel_oracle import COMMON
@@ -148,6 +150,36 @@ def test_support_fwd_takes_mixed_types_and_transforms():
 def test_support_fwd_offsets_pass_two_to_the_31(tmp_path):
     s, t = oracle.sparse_pair(tmp_path)
     check(s, t, 16, rows=torch.tensor([69999, 0]))
+
+
+def list_oracle(s, t, K):
+    """The columns of list_columns.py, from (n, V) fp64 logits."""
+    s_ids, t_ids = eager.top_k_ids(s, K), eager.top_k_ids(t, K)
+    in_s, in_t = (eager.membership(ids, s.shape[1]) for ids in (s_ids, t_ids))
+    return {
+        "released_kl": eager.released_kl(s, t, in_s, in_t),
+        "topk_entropy": topk_entropy(torch.log_softmax(s.gather(1, s_ids), 1)),
+        "top1_agreement": (s_ids[:, 0] == t_ids[:, 0]).double(),
+        "teacher_rank": eager.teacher_rank(s_ids, t_ids, t).double(),
+    }
+
+
+@pytest.mark.parametrize(("K", "names"), [(16, LIST_COLUMNS), (1, LIST_COLUMNS), (100, LIST_COLUMNS[1:3])])
+def test_columns_of_the_lists_match_the_oracle(K, names):
+    s, t = logit_pair(9, 900, noise=0.5)
+    s[1], t[2] = s[1, 0], s[2]  # equal logits, equal models
+    t[3] = s[3] + 1e-3 * (t[3] - s[3])  # models that nearly agree
+    s[4, t[4].topk(3).indices] = -INF  # ids of T that the student masks
+    s[5, 10:], t[6, s[6].argmax()] = -INF, -INF  # fewer ids than K; the student's first id, masked by the teacher
+    s[7] *= 40  # probabilities of 0
+    s[8] = -INF
+    columns = {name: torch.empty(9) for name in names}
+    common = {**COMMON, "vocab_size": 900}
+    support_fwd(s, t, None, score_fwd(s, t, None, **common), top_k=K, optional=columns, **common)
+    want = list_oracle(s.double(), t.double(), K)
+    for name, column in columns.items():
+        assert torch.equal(column.isnan(), want[name].isnan()), name
+        assert_within(column.nan_to_num(), want[name].nan_to_num(), relative=1e-6, absolute=1e-6, name=name)
 
 
 def test_support_fwd_rejects_k_above_the_vocabulary():

@@ -34,14 +34,15 @@ OPERATORS = {
     "divergence_gradient": lambda s, t, rows: (s, t, rows, torch.ones(2), "reverse_kl", *OPTIONS),
     "selected_losses": lambda s, t, rows: (leaf(s), t, rows, torch.ones(2), "forward_kl", *OPTIONS),
     "placed_scores": lambda s, t, rows: (
-        s.view(-1)[:51].view(17, 3).exp(),
-        torch.tensor([0, 2, 3]),
+        s.view(-1)[:54].view(18, 3).exp(),
+        PLACES,
         4,
         None,
-        "tip",
+        "tip-released",
         "reverse_kl",
+        "released_kl,topk_entropy",
     ),
-    "chosen_positions": lambda s, t, rows: (s[0, :, 0], FLAGS, 0 * FLAGS, 1, 2, 1, 0, None),
+    "chosen_positions": lambda s, t, rows: (s[0, :, 0], FLAGS, 0 * FLAGS, 1, 2, 1, 1, None, torch.arange(2), s[0, :, 1]),
 }
 
 

@@ -101,16 +101,20 @@ class Triton(Backend):
             table = self._columns(student, teacher, every_row, scoring)
             known = selector if selector is not None and self.scores_by_kernels(selector) else "all"
             mask = None if unmasked is None else selection.bytes_of(unmasked)
-            outputs = self._launch_scores(table, rows, n, mask, known, loss)
-            return selection.placed(outputs, student.shape, sorted(scoring.columns))
+            optional = sorted(scoring.columns)
+            outputs = self._launch_scores(table, rows, n, mask, known, loss, ",".join(optional))
+            return selection.placed(outputs, student.shape, optional)
 
     def scores_by_kernels(self, selector: str | None) -> bool:
         return selector in selection.SELECTORS
 
     def choose(self, scores: Tensor, valid: Tensor, infinite: Tensor, cut: Cut) -> Choice | None:
         flags = selection.bytes_of(valid), selection.bytes_of(infinite)
-        columns = scores.reshape(-1), *flags, *cut.budget.ratio
-        return selection.choice(self._launch_choice(*columns, cut.n_rows, cut.length or 0, cut.bounds))
+        places = None if cut.places is None else cut.places.reshape(-1)
+        keep_scores = None if cut.keep_scores is None else cut.keep_scores.reshape(-1).float()
+        sequences = cut.length or 0, cut.bounds
+        columns = scores.reshape(-1), *flags, *cut.budget.ratio, cut.n_rows
+        return selection.choice(self._launch_choice(*columns, *sequences, places, keep_scores))
 
     def own_stats(self, source: Source, rows: Tensor, scoring: Scoring) -> OwnStats:
         if source.transform.shard is None:

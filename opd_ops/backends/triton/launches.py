@@ -8,7 +8,6 @@ Not here: dense logits as tables (dense.py, layout.py), tiles of a head's logits
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -16,14 +15,11 @@ from opd_kernels.score import COLUMNS, Score, score_fwd
 from opd_kernels.support import SUPPORT_COLUMNS, TopKLists, support_fwd
 from torch import Tensor
 
-from opd_ops.backends.shared.grids import UNION_BYTES
-from opd_ops.backends.shared.supports import list_columns
 from opd_ops.backends.shared.top_k import TopKList
 from opd_ops.backends.streamed.running import row_jsd
-from opd_ops.inputs.chunks import chunks, span_of
+from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Transform, finish_logits
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.stats import LIST_COLUMNS
 
 JSD_BUFFERS = 10  # fp32 rows of V alive at once in row_jsd
 
@@ -74,9 +70,7 @@ def write_columns(
     score_out, support_out, others = out.split((len(COLUMNS), len(SUPPORT_COLUMNS), len(columns)))
     optional = dict(zip(sorted(columns), others, strict=True))
     score = score_fwd(*tables, rows, out=score_out, variance=optional.get("ratio_variance"), **options)
-    lists = support_fwd(*tables, rows, score, out=support_out, top_k=top_k, **options)
-    if columns & LIST_COLUMNS:
-        _write_list_columns(optional, lists, workspace)
+    lists = support_fwd(*tables, rows, score, out=support_out, optional=optional, top_k=top_k, **options)
     if "jsd" in columns:
         optional["jsd"].copy_(_jsd(tables, rows, transforms, workspace))
     return score, lists
@@ -87,15 +81,6 @@ def top_k_lists(lists: TopKLists, first_id: int = 0) -> tuple[TopKList, TopKList
     s_at_s, t_at_s, s_at_t, t_at_t = lists.logits.unbind(1)
     ids = lists.ids.long() + first_id if first_id else lists.ids.long()
     return TopKList(ids[:, 0], s_at_s, t_at_s), TopKList(ids[:, 1], t_at_t, s_at_t)
-
-
-def _write_list_columns(out: Mapping[str, Tensor], lists: TopKLists, workspace: Workspace) -> None:
-    """Fill those of the (n,) columns that are made of the kernels' lists, a group of rows at a time."""
-    n, _, k = lists.ids.shape
-    student, teacher = top_k_lists(lists)
-    for part in chunks(n, workspace.count(UNION_BYTES * k)):
-        for name, values in list_columns(student.rows(part), teacher.rows(part), frozenset(out)).items():
-            span_of(out[name], part).copy_(values)
 
 
 def _jsd(

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from opd_kernels.choose import COUNTS
-from opd_kernels.place import STATS
+from opd_kernels.place import KEEPS, STATS
 from torch import Tensor
 
 from opd_ops.backends.interface import WeightedRows
@@ -55,20 +55,20 @@ def _(student: Tensor, teacher: Tensor, rows: Tensor, top_k: int, optional: str,
 
 @torch.library.custom_op("opd_ops::placed_scores", mutates_args=())
 def placed_scores(
-    table: Tensor, rows: Tensor | None, n: int, unmasked: Tensor | None, selector: str, loss: str | None
+    table: Tensor, rows: Tensor | None, n: int, unmasked: Tensor | None, selector: str, loss: str | None, optional: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`selection.launch_scores`."""
-    columns, flags, scores = selection.launch_scores(table, rows, n, unmasked, selector, loss)
+    columns, flags, scores = selection.launch_scores(table, rows, n, unmasked, selector, loss, optional)
     return columns, flags, scores
 
 
 @placed_scores.register_fake
 def _(
-    table: Tensor, rows: Tensor | None, n: int, unmasked: Tensor | None, selector: str, loss: str | None
+    table: Tensor, rows: Tensor | None, n: int, unmasked: Tensor | None, selector: str, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     flags = torch.empty((2, n), dtype=torch.uint8, device=table.device)
     n_columns = len(STATS) + table.shape[0] - len(column_names(frozenset()))
-    return table.new_empty((n_columns, n)), flags, table.new_empty(n)
+    return table.new_empty((n_columns, n)), flags, table.new_empty((2 if selector in KEEPS else 1, n))
 
 
 @torch.library.custom_op("opd_ops::chosen_positions", mutates_args=())
@@ -81,9 +81,13 @@ def chosen_positions(
     n_rows: int,
     length: int,
     bounds: Tensor | None,
+    places: Tensor | None,
+    keep_scores: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`selection.launch_choice`."""
-    outputs = selection.launch_choice(scores, valid, infinite, numerator, denominator, n_rows, length, bounds)
+    outputs = selection.launch_choice(
+        scores, valid, infinite, numerator, denominator, n_rows, length, bounds, places, keep_scores
+    )
     selected, rows, counts = outputs
     return selected, rows, counts
 
@@ -98,6 +102,8 @@ def _(
     n_rows: int,
     length: int,
     bounds: Tensor | None,
+    places: Tensor | None,
+    keep_scores: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = torch.empty(n_rows, dtype=torch.int64, device=scores.device)
     return torch.empty_like(valid), rows, rows.new_empty(len(COUNTS))

@@ -17,21 +17,22 @@ from opd_kernels.totals import COUNTS, NUMBERS, totals_fwd
 from torch import Tensor
 
 from opd_ops.backends.interface import Choice, Placed
-from opd_ops.backends.triton.launches import on_device
+from opd_ops.backends.triton.launches import on_device, parse_columns
 from opd_ops.selection.stats import TokenStats
 
 SELECTORS = frozenset(FITS)
 
 
 def launch_scores(
-    table: Tensor, rows: Tensor | None, n: int, unmasked: Tensor | None, selector: str, loss: str | None
+    table: Tensor, rows: Tensor | None, n: int, unmasked: Tensor | None, selector: str, loss: str | None, optional: str
 ) -> tuple[Tensor, ...]:
-    """(11 + E, n) statistics, (2, n) flags (valid, infinite) and (n,) scores of n positions.
+    """(11 + E, n) statistics, (2, n) flags (valid, infinite) and (1, n) scores of n positions; (2, n) with keep_scores.
 
-    `table`: (16 + E, rows) statistics, E optional ones. `unmasked`: (n,) uint8, or None.
+    `table`: (16 + E, rows) statistics, E optional ones: `optional`, "a,b". `unmasked`: (n,) uint8, or None.
     """
+    names = sorted(parse_columns(optional))
     with on_device(table.device):
-        return tuple(place_fwd(table, rows, n, unmasked, selector=selector, loss=loss))
+        return tuple(place_fwd(table, rows, n, unmasked, selector=selector, loss=loss, optional=names))
 
 
 def placed(outputs: tuple[Tensor, ...], shape: torch.Size, optional: Sequence[str]) -> Placed:
@@ -39,7 +40,8 @@ def placed(outputs: tuple[Tensor, ...], shape: torch.Size, optional: Sequence[st
     columns, flags, scores = outputs
     valid, infinite = (flag.view(shape).view(torch.bool) for flag in flags.unbind(0))
     named = dict(zip((*STATS, *optional), (column.view(shape) for column in columns.unbind(0)), strict=True))
-    return Placed(scores.view(shape), TokenStats(valid=valid, **named), infinite, columns)
+    own_scores, *keep_scores = (column.view(shape) for column in scores.unbind(0))
+    return Placed(own_scores, TokenStats(valid=valid, **named), infinite, columns, *keep_scores)
 
 
 def launch_choice(
@@ -51,8 +53,10 @@ def launch_choice(
     n_rows: int,
     length: int,
     bounds: Tensor | None,
+    places: Tensor | None,
+    keep_scores: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """(N,) uint8 selected positions, (n_rows,) rows and (3,) counts, of flat fp32 scores and uint8 flags.
+    """(N,) uint8 selected positions, (n_rows,) rows and (3,) counts, of flat fp32 scores, uint8 flags and int64 places.
 
     `length`: 0: one budget for all, if there are no `bounds`.
     """
@@ -67,6 +71,8 @@ def launch_choice(
                 n_rows=n_rows,
                 length=length or None,
                 bounds=None if bounds is None else bounds.contiguous(),
+                places=places,
+                keep_scores=keep_scores,
             )
         )
 

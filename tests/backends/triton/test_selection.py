@@ -8,7 +8,7 @@ Not here: the kernels (tests/kernels/test_selection.py, test_totals.py), operato
 import pytest
 import torch
 
-from opd_ops import selective_opd_loss
+from opd_ops import LogRatio, Released, selective_opd_loss
 from opd_ops.backends.interface import Backend
 from opd_ops.backends.triton.backend import Triton
 from tests.support.cases import generator, gradients, head_pair, leaf, leaf_head, logit_pair
@@ -74,12 +74,15 @@ CASES = {
     "threshold": {"threshold": 0.3, "mask": MASK},
     "released": {"selector": "teachability-released", "mask": MASK},
     "released, packed": {"selector": "tip-released", "cu_seqlens": torch.tensor([0, 5, 5, 17, 24])},
+    "released, by sequence": {"selector": "teachability+entropy-released", "scope": "sequence", "mask": MASK},
+    "released, fitted to valid": {"selector": Released("entropy", fit="valid"), "mask": MASK},
+    "kept by its scores": {"selector": "ier", "tokens": torch.arange(24).view(3, 8)},
     "nothing": {"mask": torch.zeros(3, 8)},
     "weighting by responses": {"selector": "teachability", "weighting": "teachability-released", "mask": MASK},
 }
 
 
-QUICK = "plain", "mask", "packed", "callable", "items", "dial", "released", "weighting by responses"
+QUICK = "released, packed", "plain", "mask", "packed", "callable", "items", "dial", "released", "weighting by responses"
 
 
 @pytest.mark.parametrize("case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.full) for case in CASES])
@@ -126,9 +129,9 @@ def test_no_items_but_selected_positions_are_refused():
         selective_opd_loss(leaf(student), teacher, backend="triton", fraction=0.1, num_items_in_batch=0.0)
 
 
-@pytest.mark.parametrize("options", [{"threshold": 0.5}, {"selector": "teachability-released"}])
+@pytest.mark.parametrize("options", [{"threshold": 0.5}, {"selector": LogRatio("both"), "tokens": torch.arange(20)}])
 def test_what_kernels_do_not_select_torch_selects(options, monkeypatch):
-    """A threshold, and a selector that keeps one position of each sequence."""
+    """A threshold, and a selector of both ends."""
     monkeypatch.setattr(Triton, "choose", None)
     student, teacher = logit_pair(20, 130)
     out = selective_opd_loss(leaf(student), teacher, backend="triton", **options)
