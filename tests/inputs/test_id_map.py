@@ -150,13 +150,12 @@ def words(tokenizer, text):
 @pytest.mark.full
 def test_two_real_tokenizers_share_most_ids_and_positions_and_the_held_out_loss_falls(tokenizers):
     """A bigram student of SmolLM2's ids learns from a bigram teacher, which counts GPT-2's ids."""
-    pages = ("performance.md", "scaling.md", "architecture.md")
-    text = "".join((REPOSITORY / "docs" / name).read_text() for name in pages)[:24_000]
+    text = (REPOSITORY / "LICENSE").read_text()  # 11,358 characters that nobody edits
     ids = [torch.tensor(words(x, text)) for x in tokenizers]
     id_map = IdMap.of(*tokenizers)
     places = id_map.align(*(x.tolist() for x in ids))
     assert id_map.n_shared > 25_000
-    assert (places >= 0).double().mean() > 0.6  # of pages with tables and code
+    assert (places >= 0).double().mean() > 0.6
     # Position t predicts token t + 1; the token before it must be aligned too, for it is all that bigrams read.
     index = torch.where((places[1:] > 0) & (places[:-1] >= 0) & (places[:-1] == places[1:] - 1), places[1:] - 1, -1)
     counts: dict[int, list[int]] = {}
@@ -184,11 +183,11 @@ def test_two_real_tokenizers_share_most_ids_and_positions_and_the_held_out_loss_
     # On the student's own list a student that knows nothing has nothing to learn: it begins with its text's frequent tokens.
     optimiser = torch.optim.Adam(parameters, lr=0.02)
     for step in range(12):
-        part = slice(400 * step, 400 * step + 400)
+        part = slice(150 * step, 150 * step + 150)
         optimiser.zero_grad()
         torch.nn.functional.cross_entropy(head(embedding(ids[0][:-1][part])), ids[0][1:][part]).backward()
         optimiser.step()
-    held_out, optimiser = slice(3_000, 3_200), torch.optim.Adam(parameters, lr=0.01)
+    held_out, optimiser = slice(1_800, 2_000), torch.optim.Adam(parameters, lr=0.01)
     with torch.no_grad():
         before, _ = loss(held_out)
     for step in range(8):
