@@ -207,6 +207,7 @@ class Settings:
         check_choice("denominator", self.denominator, DENOMINATORS)
         check_backend(self.backend)
         selector, weighting = named_selector(self.selector), named_weighting(self.weighting)
+        takes_both_ends = getattr(selector, "both_ends", False)
         if self.weight_mean is not None:
             check_choice("weight_mean", self.weight_mean, MEANS)
             if weighting is None:
@@ -228,14 +229,14 @@ class Settings:
                 raise ValueError(
                     "threshold: score_dtype='float8' scores only a shortlist of the budget exactly; pass one of the two"
                 )
-            if getattr(selector, "both_ends", False):
+            if takes_both_ends:
                 raise ValueError(
                     "score_dtype: got 'float8', whose shortlist has the highest scores alone, but the selector takes both ends"
                 )
         self._check_groups()
         if self.threshold is not None and self.count is not None:
             raise ValueError("threshold: got one beside a count, each of which decides how many positions; pass one of the two")
-        if self.threshold is not None and getattr(selector, "both_ends", False):
+        if self.threshold is not None and takes_both_ends:
             raise ValueError(
                 "threshold: the selector takes both ends of its scores by a budget; pass fraction or count instead"
             )

@@ -36,7 +36,7 @@ from opd_ops.inputs.teacher_lists import (
 )
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.selectors import Selector, bound_selector, check_known, named_selector, needs_of, selector_name
-from opd_ops.selection.stats import TOKEN_COLUMNS
+from opd_ops.selection.stats import BACKEND_COLUMNS, TOKEN_COLUMNS, Scoring
 from opd_ops.selection.weighting import check_weighting_known, named_weighting
 from opd_ops.settings import SCORE_DTYPES, Settings, check_divergence_top_k, check_top_k, scalar_of
 
@@ -80,6 +80,11 @@ class Call:
     @property
     def workspace(self) -> Workspace:
         return Workspace(self.settings.workspace_bytes)
+
+    @property
+    def scoring(self) -> Scoring:
+        """How a backend computes the statistics that the call reads."""
+        return Scoring(self.settings.top_k, self.workspace, self.score_dtype, self.needs & BACKEND_COLUMNS)
 
     @property
     def score_dtype(self) -> torch.dtype | None:

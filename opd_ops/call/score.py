@@ -25,7 +25,7 @@ from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.selection.normalisers import over_ranks
 from opd_ops.selection.selectors import Released, is_deterministic, is_own, own_name
-from opd_ops.selection.stats import BACKEND_COLUMNS, TOKEN_COLUMNS, Scoring, TokenStats, all_set, is_finite
+from opd_ops.selection.stats import TOKEN_COLUMNS, Scoring, TokenStats, all_set, is_finite
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def score(call: Call) -> Scored:
 
 
 def _every_row(call: Call, rows: Tensor | None) -> Tensor:
+    """(n,) numbers of flattened positions: `rows`; None: all."""
     return torch.arange(call.shape.numel(), device=call.student.leading.device) if rows is None else rows
 
 
@@ -77,10 +78,10 @@ def _placed(call: Call, rows: Tensor | None, places: Tensor | None) -> Placed | 
         call.student,
         call.teacher,
         rows,
-        Scoring(call.settings.top_k, call.workspace, call.score_dtype, call.needs & BACKEND_COLUMNS),
+        call.scoring,
         unmasked=None if places is None else call.unmasked,
         selector=own_name(call.selector) if _is_fitted_by_kernels(call) else None,
-        loss=None if call.divergence.whole is None else call.divergence.whole.column,
+        loss=call.divergence.infinite_column,
     )
     if placed is None:
         return None
@@ -104,6 +105,7 @@ def _is_fitted_by_kernels(call: Call) -> bool:
 
 
 def _scored_placed(call: Call, placed: Placed) -> Scored:
+    """The call with statistics that kernels placed, and with their scores, where they have the selector."""
     if _is_fitted_by_kernels(call) and call.backend.scores_by_kernels(own_name(call.selector)):
         return Scored(call, placed.scores, placed.stats, placed.infinite, placed, placed.keep_scores)
     scored = _scored(call, placed.stats, placed.infinite)
@@ -124,26 +126,26 @@ def score_again(scored: Scored, shortlist: Tensor) -> Scored:
 
 def whole_stats_of(call: Call, rows: Tensor) -> TokenStats:
     """Statistics of the rows from both models' fp32 logits, without the rollout's; no columns of the sampled token."""
-    return _row_stats(replace(call, batch=call.batch._replace(student_stats=None)), rows, torch.float32)
+    scoring = call.scoring._replace(score_dtype=torch.float32)
+    return _row_stats(replace(call, batch=call.batch._replace(student_stats=None)), rows, scoring)
 
 
 def stats_of(call: Call, rows: Tensor, score_dtype: torch.dtype | None = None) -> TokenStats:
     """(n,) columns at the rows. `score_dtype`: None: the call's score_dtype."""
-    score_dtype = score_dtype or call.score_dtype
-    stats = _row_stats(call, rows, score_dtype)
+    scoring = call.scoring if score_dtype is None else call.scoring._replace(score_dtype=score_dtype)
+    stats = _row_stats(call, rows, scoring)
     if call.needs & TOKEN_COLUMNS:
         logsumexps = {"student": stats.student_logsumexp, "teacher": stats.teacher_logsumexp}
         if call.student_stats is not None and "student_logprob" in call.needs:  # those of the rollout are of an older student
-            own = call.backend.own_stats(call.student.detach(), rows, Scoring(1, call.workspace, score_dtype))
+            own = call.backend.own_stats(call.student.detach(), rows, Scoring(1, call.workspace, scoring.score_dtype))
             logsumexps["student"] = own.logsumexp.to(stats.student_logsumexp.dtype)
         stats = stats._replace(**_token_columns(call, rows, logsumexps))
     return stats
 
 
-def _row_stats(call: Call, rows: Tensor, score_dtype: torch.dtype | None) -> TokenStats:
+def _row_stats(call: Call, rows: Tensor, scoring: Scoring) -> TokenStats:
     """`stats_of` without the columns of the sampled token."""
     student, teacher = call.student, call.teacher
-    scoring = Scoring(call.settings.top_k, call.workspace, score_dtype, call.needs & BACKEND_COLUMNS)
     if call.student_stats is not None or isinstance(teacher, TeacherLists):
         stats = two_lists.token_stats(call.backend, student, teacher, rows, call.student_stats, scoring)
     else:
@@ -172,9 +174,9 @@ def _token_columns(call: Call, rows: Tensor, logsumexps: Mapping[str, Tensor]) -
 
 def is_infinite(stats: TokenStats, divergence: Divergence) -> Tensor:
     """Bool: where the divergence is known to be +inf."""
-    if divergence.whole is None or divergence.whole.column is None:
+    if divergence.infinite_column is None:
         return torch.zeros_like(stats.valid)
-    column: Tensor = getattr(stats, divergence.whole.column)
+    column: Tensor = getattr(stats, divergence.infinite_column)
     return column == torch.inf
 
 
