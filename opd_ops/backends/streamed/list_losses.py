@@ -112,11 +112,16 @@ def _swept(
             lse = reference.teacher - (reference.log_p - reference.log_ratio)
     log_q, log_tail = logits.double() - lse.unsqueeze(1), torch.zeros_like(lse)
     if divergence.reads_teacher_off_list:
-        log_tail = tail(log_q)
-        can_look = may_look(log_tail) and teacher.transform.shard is None  # ranks sweep together
-        swept = torch.arange(len(rows), device=rows.device)
-        swept = swept[~(log_tail > LEAST_DIFFERENCE)] if can_look else swept  # NaN too
-        if len(swept):
-            off_list = off_list_logsumexp(teacher, rows[swept], ids[swept], workspace=workspace)
-            log_tail = log_tail.index_copy(0, swept, off_list - lse[swept])
+        log_tail = _log_tail(teacher, rows, ids, log_q, lse, workspace)
     return ids, log_q, log_tail, entropy
+
+
+def _log_tail(teacher: Source, rows: Tensor, ids: Tensor, log_q: Tensor, lse: Tensor, workspace: Workspace) -> Tensor:
+    """(M,) log of the teacher's mass off the ids: of 1 - q_A, and of a sum over a sweep where that has too few digits."""
+    log_tail, swept = tail(log_q), torch.arange(len(rows), device=rows.device)
+    if may_look(log_tail) and teacher.transform.shard is None:  # ranks sweep together
+        swept = swept[~(log_tail > LEAST_DIFFERENCE)]  # NaN too
+    if not len(swept):
+        return log_tail
+    off_list = off_list_logsumexp(teacher, rows[swept], ids[swept], workspace=workspace)
+    return log_tail.index_copy(0, swept, off_list - lse[swept])
