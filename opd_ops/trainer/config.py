@@ -74,6 +74,9 @@ class OPDConfig:
     teacher_store: str | None = _option(
         None, "Folder that keeps that server's log-probabilities, so that it is asked once; without teacher_url: the teacher."
     )
+    teacher_digest: str | None = _option(
+        None, "Digest of the teacher's weights, kept in teacher_store and compared; none: the server's name for its model."
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = _option("float32", "Of the student's weights; 'auto': as stored.")
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option("auto", "Of the teacher's weights.")
     mixed_precision: Literal["no", "bf16"] = _option("no", "bf16: the student's body computes in 16 bits, its weights stay.")
@@ -317,6 +320,8 @@ class OPDConfig:
                 f"teacher_store: got {self.teacher_store!r}, expected a folder that exists; with teacher_url a run makes and "
                 "fills it"
             )
+        if self.teacher_digest is not None and self.teacher_store is None:
+            raise ValueError(f"teacher_digest: got {self.teacher_digest!r} without a teacher_store, whose shards would have it")
         if self.teacher_api not in ("vllm", "sglang"):
             raise ValueError(f"teacher_api: got {self.teacher_api!r}, expected 'vllm' or 'sglang'")
         for role in ("teacher", "rollout"):

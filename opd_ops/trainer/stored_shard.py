@@ -64,8 +64,8 @@ class Shard:
                         "the folder of the stored teacher"
                     )
                 self._tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in NAMES}
-                self.source = Source(header["teacher"], header["tokenizer"], int(header["top_k"]))
-        except (SafetensorError, KeyError) as error:
+                self.source = Source(header["teacher"], header["tokenizer"], _integer(header["top_k"]))
+        except (SafetensorError, KeyError, OSError) as error:
             raise ValueError(f"{path}: cannot be read as a whole shard ({error}), maybe it was truncated; {REMEDY}") from None
         if _sha256(self.source, self._tensors) != header.get("sha256"):
             raise ValueError(f"{path}: is not what was written, its SHA-256 differs from the one in its header; {REMEDY}")
@@ -89,7 +89,7 @@ class Shard:
 
 
 def write_shard(path: Path, source: Source, answers: Sequence[StoredAnswer]) -> None:
-    """Write a shard of at least one answer, or replace one, whole or not at all."""
+    """Write a shard of at least one answer, or replace one, whole or not at all. Ids are less than 2^31."""
     from safetensors.torch import save
 
     tensors: dict[str, Tensor] = {
@@ -101,6 +101,10 @@ def write_shard(path: Path, source: Source, answers: Sequence[StoredAnswer]) -> 
         tensors[f"{what}_ends"] = torch.tensor([len(row) for row in rows]).cumsum(0)
     header = {"format": FORMAT, "teacher": source.teacher, "tokenizer": source.tokenizer, "top_k": str(source.top_k)}
     write_whole(path, save(tensors, header | {"sha256": _sha256(source, tensors)}))
+
+
+def _integer(text: str) -> int:
+    return int(text) if text.isdecimal() else -1  # no K: the SHA-256 will not agree
 
 
 def _sha256(source: Source, tensors: Mapping[str, Tensor]) -> str:

@@ -88,9 +88,11 @@ def check_teacher(config: OPDConfig, tokenizer: PreTrainedTokenizerBase, prompts
         server.check_length(longest, config.max_new_tokens)
         if config.teacher_store is None:
             return server
-        return StoringTeacher(server, config.teacher_store, tokenizer=vocabulary_digest(tokenizer))
+        vocabulary = vocabulary_digest(tokenizer)
+        return StoringTeacher(server, config.teacher_store, tokenizer=vocabulary, teacher=config.teacher_digest)
     if config.teacher_store is not None:
-        return StoredTeacher(config.teacher_store, tokenizer=vocabulary_digest(tokenizer), top_k=config.teacher_top_k)
+        vocabulary, k = vocabulary_digest(tokenizer), config.teacher_top_k
+        return StoredTeacher(config.teacher_store, tokenizer=vocabulary, teacher=config.teacher_digest, top_k=k)
     if config.teacher != SAME:
         check_tokenizers(tokenizer, load_tokenizer(config.teacher))
     return None

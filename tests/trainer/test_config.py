@@ -85,6 +85,7 @@ def test_every_option_has_a_help_text_and_a_flag(capsys):
         (["--teacher_url=http://x", "--teacher=y"], "teacher: got 'y' and a teacher_url, expected one of the two"),
         (["--teacher_store=x", "--teacher=y"], "teacher: got 'y' and a teacher_store, expected one of the two"),
         (["--teacher_store=x"], "teacher_store: got 'x', expected a folder that exists; with teacher_url"),
+        (["--teacher_digest=a1"], "teacher_digest: got 'a1' without a teacher_store, whose shards would have it"),
         (["--rollout_url=http://x"], "rollout_url: .* set lora_rank"),
         (["--report_to=tensorboard,paper"], "report_to: got 'paper', expected some of: .*tensorboard"),
         (["--report_to=clearml"], "report_to: got 'clearml', whose package is not installed; pip install it"),

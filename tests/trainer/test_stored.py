@@ -210,6 +210,17 @@ def renamed(path):
     save_file(load_file(path), path, header | {"teacher": "huge"})
 
 
+def without_a_number(path):
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    save_file(load_file(path), path, header | {"top_k": "x"})
+
+
+def folder_of_its_name(path):
+    path.unlink()
+    path.mkdir()
+
+
 def truncated(path):
     path.write_bytes(path.read_bytes()[:-9])
 
@@ -225,6 +236,8 @@ def other_file(path):
         (lambda path: path.write_bytes(b""), "cannot be read as a whole shard"),
         (altered, "is not what was written, its SHA-256 differs .*; put the file back"),
         (renamed, "is not what was written, its SHA-256 differs"),
+        (without_a_number, "is not what was written, its SHA-256 differs"),
+        (folder_of_its_name, "cannot be read as a whole shard"),
         (other_file, "its header has format None, expected 'opd_ops stored teacher, version 1'; move the file out"),
     ],
 )
@@ -291,6 +304,14 @@ def test_a_run_that_lacks_an_answer_saves_and_continues_once_it_is_there(tmp_pat
     trainer(tmp_path / "whole", steps=2, teacher_url=url, teacher_store=folder, **LISTS).train()
     trainer(tmp_path / "alone", steps=2, teacher_store=folder, resume=True, **LISTS).train()
     assert outcome(tmp_path / "alone") == outcome(tmp_path / "whole")
+
+
+def test_a_folder_of_other_weights_of_the_same_name_is_refused(tmp_path, server):
+    url, folder = server[0], str(tmp_path / "answers")
+    trainer(tmp_path / "old", steps=1, teacher_url=url, teacher_store=folder, teacher_digest="a1", **LISTS).train()
+    for options in ({}, {"teacher_url": url}):
+        with pytest.raises(ValueError, match=r"safetensors: has teacher 'a1', expected 'b2'; use one folder for each teacher"):
+            trainer(tmp_path / "new", steps=1, teacher_store=folder, teacher_digest="b2", **options, **LISTS)
 
 
 def test_a_damaged_or_foreign_folder_is_refused_before_the_student_loads(tmp_path, server, monkeypatch):

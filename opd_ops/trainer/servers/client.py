@@ -76,6 +76,11 @@ class ServerClient:
             raise ValueError(f"retry_seconds: got {retry_seconds!r}, expected a finite number of seconds >= 0")
         if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
             raise ValueError(f"concurrency: got {concurrency!r}, expected an integer of at least 1")
+        if api_key is not None and not (api_key and all("!" <= character <= "~" for character in api_key)):
+            raise ValueError(
+                f"api_key: got {len(api_key)} characters, expected visible ASCII alone; a line break is often copied with a "
+                f"key (opd-train: {role}_api_key_env)"
+            )
         self.url, self.role = url.rstrip("/").removesuffix("/v1"), role
         self.timeout, self.retries, self.concurrency, self.api_key = timeout, Retries(retry_seconds), concurrency, api_key
 
@@ -84,7 +89,7 @@ class ServerClient:
         answer = self._parsed("/v1/models", self._send("/v1/models", None))
         try:
             return [_model(entry) for entry in answer["data"]]  # type: ignore[index]
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise ServerError(f"{self.url}/v1/models: answered {_shown(answer)}, expected a list of models") from error
 
     def choose(self, name: str | None) -> ServedModel:
@@ -214,7 +219,7 @@ class ServerClient:
 
 def _model(entry: Mapping[str, object]) -> ServedModel:
     parent, length = entry.get("parent"), entry.get("max_model_len")
-    return ServedModel(str(entry["id"]), None if parent is None else str(parent), length if isinstance(length, int) else None)
+    return ServedModel(str(entry["id"]), None if parent is None else str(parent), length if type(length) is int else None)
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

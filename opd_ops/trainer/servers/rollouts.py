@@ -196,7 +196,7 @@ class ServedRollouts:
 
     def _tokens(self, choice: Mapping[str, object], n_prompt: int, most: int) -> list[int]:
         where, tokens, reason = f"{self.client.url}/v1/completions", choice.get("token_ids"), choice.get("finish_reason")
-        if not isinstance(tokens, list) or not all(isinstance(token, int) for token in tokens):
+        if not isinstance(tokens, list) or not all(type(token) is int and token >= 0 for token in tokens):
             raise ServerError(f"{where}: answered without token_ids; serve the student with vLLM 0.10.2 or newer")
         if reason == "length" and len(tokens) < most:
             length = self._base().max_length
@@ -208,9 +208,10 @@ class ServedRollouts:
                 "max_new_tokens, serve it with --generation-config vllm"
             )
         ended = bool(tokens) and tokens[-1] in self.end_ids
-        if not 1 <= len(tokens) <= most or not (reason == "length" or (reason == "stop" and ended)):
+        goes_on = any(token in self.end_ids for token in tokens[:-1])
+        if not 1 <= len(tokens) <= most or goes_on or not (reason == "length" or (reason == "stop" and ended)):
             raise ServerError(
                 f"{where}: answered {len(tokens)} tokens with finish_reason {reason!r}, the last {tokens[-1:]}; expected "
-                f"{most}, cut off by length, or at most so many that end with one of {self.end_ids} (end_ids)"
+                f"{most}, cut off by length, or at most so many that end with the first of {self.end_ids} (end_ids)"
             )
         return tokens

@@ -24,6 +24,7 @@ from opd_ops.trainer.servers.retries import RETRY_SECONDS, ServerError
 
 LARGEST_VOCABULARY = 2**24
 MOST_LOGPROB = 1e-3  # 0, and the error of a sum in 16 bits; as TopKLogprobs
+MOST_MASS = 1.01  # 1, and the errors of a sum of numbers in 16 bits
 
 Pairs = list[tuple[int, float]]  # (token id, log-probability)
 
@@ -89,10 +90,10 @@ class TeacherServer(ABC):
         mass = logprobs.exp().sum().item()
         # The K likeliest of V tokens have a mass of K / V at least; fewer are listed only if the others have none.
         least = int(logprobs.isfinite().sum()) / LARGEST_VOCABULARY
-        if not least < mass <= 1 + 1e-3:
+        if not mass > least:
             raise ServerError(
                 f"{self.client.url}: its {self.top_k} log-probabilities of one position hold a mass of {mass:.4g}, expected "
-                f"one in (0, 1]; {self.not_normalised}"
+                f"more than {least:.2g}; {self.not_normalised}"
             )
 
     def check_length(self, n_context: int, n_answer: int) -> None:
@@ -188,12 +189,17 @@ class TeacherServer(ABC):
     def _check_pairs(self, where: str, pairs: Pairs, token: int) -> None:
         """Check one position's pairs; an error begins with `where`."""
         listed = dict(pairs)
-        if len(pairs) > self.top_k + 1 or token not in listed or any(map(math.isnan, listed.values())):
+        is_odd = len(listed) < len(pairs) or any(map(math.isnan, listed.values()))
+        is_odd |= not all(0 <= id_ < LARGEST_VOCABULARY for id_ in listed)
+        if len(pairs) > self.top_k + 1 or token not in listed or is_odd:
             raise ServerError(
-                f"{where} lists {len(pairs)} tokens, {sorted(listed)[:8]} …, expected the top {self.top_k} and token {token} "
-                "of the prompt, each with a number"
+                f"{where} lists {len(pairs)} tokens, {sorted(token for token, _ in pairs)[:8]} …, expected the top "
+                f"{self.top_k} and token {token} of the prompt, each once and with a number"
             )
         self._check_logprobs(where, listed.values())
+        mass = sum(map(math.exp, listed.values()))
+        if mass > MOST_MASS:
+            raise ServerError(f"{where} holds a mass of {mass:.4g}, expected at most 1; {self.not_normalised}")
 
     def _check_logprobs(self, where: str, logprobs: Iterable[float]) -> None:
         largest = max(logprobs, default=0.0)

@@ -240,9 +240,7 @@ def test_check_refuses_what_is_no_distribution():
 
     with (
         scripted(StandIn(choice)) as (address, _),
-        pytest.raises(
-            ServerError, match=r"hold a mass of 2.6\d+, expected one in \(0, 1\]; start the server with --logprobs-mode"
-        ),
+        pytest.raises(ServerError, match=r"holds a mass of 2.6\d+, expected at most 1; start the server with --logprobs-mode"),
     ):
         ServedTeacher(address, top_k=2).check()
 
@@ -258,8 +256,11 @@ def test_check_refuses_what_is_no_distribution():
         ({"prompt_logprobs": [None, None, {"6": {"logprob": -1}}]}, r"lists 1 tokens, \[6\] …, expected the top 2 and token 5"),
         (
             {"prompt_logprobs": [None, None, {"5": {"logprob": float("nan")}}]},
-            r"lists 1 tokens, \[5\] …, .* each with a number",
+            r"lists 1 tokens, \[5\] …, .* each once and with a number",
         ),
+        ({"prompt_logprobs": [None, None, {"5": {"logprob": -9}, "05": {"logprob": -8}}]}, r"lists 2 tokens, \[5, 5\] …"),
+        ({"prompt_logprobs": [None, None, {"5": {"logprob": -9}, "-7": {"logprob": -8}}]}, r"lists 2 tokens, \[-7, 5\] …"),
+        ({"prompt_logprobs": [None, None, {"5": {"logprob": -9}, str(2**33): {"logprob": -8}}]}, r"\[5, 8589934592\] …"),
         ({"prompt_logprobs": [None, None, {str(i): {"logprob": -9} for i in range(2, 6)}]}, "lists 4 tokens"),
     ],
 )
@@ -274,6 +275,7 @@ def test_an_answer_that_does_not_fit_is_refused(choice, message):
         (b"<html>", "/v1/models: answered <html>, expected JSON; is this the API's address"),
         ({"object": "list"}, "/v1/models: answered .*, expected a list of models"),
         ([], "/v1/models: answered .*, expected a list of models"),
+        ({"data": ["tiny"]}, "/v1/models: answered .*, expected a list of models"),
     ],
 )
 def test_an_address_of_something_else_is_refused(content, message):
@@ -298,6 +300,9 @@ def test_more_or_less_than_one_choice_is_refused(content):
         ({"timeout": 0.0}, "timeout: got 0.0, expected a number of seconds > 0"),
         ({"retry_seconds": -1}, "retry_seconds: got -1, expected a finite number of seconds >= 0"),
         ({"concurrency": 0}, "concurrency: got 0, expected an integer of at least 1"),
+        ({"api_key": "SECRET\n"}, "^api_key: got 7 characters, expected visible ASCII alone; .* teacher_api_key_env"),
+        ({"api_key": "schlüssel"}, "^api_key: got 9 characters"),
+        ({"api_key": ""}, "^api_key: got 0 characters"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options, message):
@@ -414,6 +419,9 @@ def test_full_fine_tuning_is_refused(tmp_path):
     [
         ({"text": "hm", "finish_reason": "length"}, "answered without token_ids; serve the student with vLLM 0.10.2 or newer"),
         ({"token_ids": ["4"], "finish_reason": "length"}, "answered without token_ids"),
+        ({"token_ids": [4, True], "finish_reason": "length"}, "answered without token_ids"),
+        ({"token_ids": [4, -4], "finish_reason": "length"}, "answered without token_ids"),
+        ({"token_ids": [END, 4], "finish_reason": "length"}, r"or at most so many that end with the first of \[1\]"),
         (
             {"token_ids": [4], "finish_reason": "stop"},
             r"answered 1 tokens with finish_reason 'stop', the last \[4\]; expected 2, cut off by",
@@ -422,7 +430,7 @@ def test_full_fine_tuning_is_refused(tmp_path):
         ({"token_ids": [], "finish_reason": "stop"}, "answered 0 tokens"),
         (
             {"token_ids": [4, 5, 6], "finish_reason": "length"},
-            r"answered 3 tokens .* cut off by length, or at most so many that end with one of \[1\]",
+            r"answered 3 tokens .* cut off by length, or at most so many that end with the first of \[1\]",
         ),
     ],
 )
