@@ -6,7 +6,8 @@ Two ways to rank a block, with equal results:
   pruned   (CPU) ranks only newcomers: logits above the bar, the K-th logit of the list so far. After the first block newcomers
            are few. The maxima of groups of columns find them, so that most of a block is read once.
   ranked   ranks only the K groups with the largest maxima (ties by lower group): they contain the block's K largest logits.
-           No host synchronisation; also used on a CPU where pruning does not pay.
+           No host synchronisation; also used on a CPU where pruning does not pay. In a narrow block on a CPU a group is some
+           columns at equal distances, whose maxima cost a seventh; where groups tie for the K-th place, all columns are ranked.
 
 Not here: the oracle's plain full sort (backends/eager.py), the statistics on the supports (supports.py).
 """
@@ -23,6 +24,7 @@ from opd_ops.inputs.order import best_places
 from opd_ops.inputs.teacher_lists import LAST_ID
 
 PRUNED_GROUP = 64  # columns; maxima over 64 cost little more than over 128, and half as much is read again (benchmarks/LOG.md)
+NARROW_GROUP = 8  # columns of a group of a narrow block
 # Limits of pruning, in multiples of K. Beyond them (ties, or logits that rise with the id) it does not pay and lacks memory.
 MOST_GROUPS = 2  # groups read again per row, on average
 MOST_NEWCOMERS = 2  # newcomers per row, on average
@@ -146,12 +148,23 @@ def _ranked(x: Tensor, k: int, first_id: int, candidates: int) -> TopKList:
 
 def _ranked_part(own: Tensor, k: int) -> Tensor:
     """(n, k) columns of the k best of some rows of a block, in order."""
-    if _group_size(own.shape[1], k) == 1:
+    columns = _narrow_candidates(own, k) if _group_size(own.shape[1], k) == 1 else _candidates(own, k)
+    if columns is None:
         return best_places(own, torch.arange(own.shape[1], device=own.device), k)
-    columns = _candidates(own, k)
     beyond = columns >= own.shape[1]
     values = own.gather(1, columns.clamp_max(own.shape[1] - 1)).masked_fill_(beyond, -math.inf)
     return columns.gather(1, best_places(values, columns, k))
+
+
+def _narrow_candidates(x: Tensor, k: int) -> Tensor | None:
+    """(n, G * k) column numbers that contain the row's top-k of a narrow (n, B); None where all columns are to be ranked."""
+    width = x.shape[1] // NARROW_GROUP
+    if x.device.type != "cpu" or x.shape[1] % NARROW_GROUP or width <= 2 * k:
+        return None
+    maxima, groups = x.view(len(x), NARROW_GROUP, width).amax(1).topk(k + 1, dim=1)
+    if not bool((maxima[:, k - 1] > maxima[:, k]).all()):  # a tie, or NaN
+        return None
+    return (groups[:, :k].unsqueeze(1) + torch.arange(0, x.shape[1], width).unsqueeze(1)).flatten(1)
 
 
 def _candidates(x: Tensor, k: int) -> Tensor:
