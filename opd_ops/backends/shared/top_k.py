@@ -148,11 +148,15 @@ def _ranked(x: Tensor, k: int, first_id: int, candidates: int) -> TopKList:
 
 def _ranked_part(own: Tensor, k: int) -> Tensor:
     """(n, k) columns of the k best of some rows of a block, in order."""
-    columns = _narrow_candidates(own, k) if _group_size(own.shape[1], k) == 1 else _candidates(own, k)
-    if columns is None:
-        return best_places(own, torch.arange(own.shape[1], device=own.device), k)
-    beyond = columns >= own.shape[1]
-    values = own.gather(1, columns.clamp_max(own.shape[1] - 1)).masked_fill_(beyond, -math.inf)
+    if _group_size(own.shape[1], k) > 1:
+        columns = _candidates(own, k)
+        beyond = columns >= own.shape[1]
+        values = own.gather(1, columns.clamp_max(own.shape[1] - 1)).masked_fill_(beyond, -math.inf)
+    else:
+        narrow = _narrow_candidates(own, k)
+        if narrow is None:
+            return best_places(own, torch.arange(own.shape[1], device=own.device), k)
+        columns, values = narrow, own.gather(1, narrow)
     return columns.gather(1, best_places(values, columns, k))
 
 

@@ -132,3 +132,15 @@ def test_nan_takes_the_first_place_of_its_row_alone(pruned):
     kept = torch.ones(N, dtype=torch.bool)
     kept[5:7] = False
     check(own[kept], other[kept], 16, 2048)
+
+
+@pytest.mark.parametrize("case", ["distinct", "tie", "nan"])
+def test_a_narrow_block_ranks_candidates_unless_groups_tie(case):
+    own, other = logit_pair(N, 512)
+    if case == "tie":
+        own[4, [50, 69]] = own[4].max() + 1  # the lower id is in the later group: 50, not 69 - 64
+    if case == "nan":
+        own[4, 69] = math.nan
+    assert (top_k._narrow_candidates(own, 1) is None) == (case != "distinct")
+    got = built(own, other, 1, 512)
+    assert torch.equal(got.ids, torch.sort(own, dim=1, descending=True, stable=True).indices[:, :1])
