@@ -29,7 +29,8 @@ def is_traced() -> bool:
     """Whether torch.compile traces the call. Traced code must not read a value, log or warn.
 
     call/prepare.py asks for the whole call (`Call.in_graph`, `Needs.traced`). Checks before a `Call` exists ask too, and two
-    functions that read what torch.compile cannot trace: inference mode (inputs/sources.py), a ContextVar (selectors.py).
+    functions that read what torch.compile cannot trace: inference mode (inputs/sources.py), a ContextVar
+    (selection/normalisers.py).
     """
     return torch.compiler.is_compiling()
 
@@ -123,6 +124,14 @@ def check_positive(name: str, value: object, more: str = "") -> float:
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}, expected one of: {', '.join(choices)}")
+
+
+def check_flag(name: str, value: object) -> bool:
+    """The value, if it is True or False; a text like "no" would count as True."""
+    flag = plain(value)
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name}: got {shown(value)}, expected True or False")
+    return flag
 
 
 def check_integer(name: str, value: object, *, least: int) -> int:

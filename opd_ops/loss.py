@@ -40,6 +40,7 @@ def selective_opd_loss(
     cu_seqlens: Tensor | None = None,
     student_stats: StudentStats | None = None,
     num_items_in_batch: Tensor | float | None = None,
+    settings: Settings | None = None,
     **options: Unpack[LossOptions],
 ) -> SelectiveOPDOutput:
     """Reverse KL from student to teacher, or another divergence, on the best-scored share of the student's tokens.
@@ -58,26 +59,26 @@ def selective_opd_loss(
         teacher: The same; or `TopKLogprobs` or `SampledLogprobs` from a server; or several models, `Mixture` or `Routed`.
         mask: (...) non-zero on the tokens that the student wrote; None: all.
         weights: (...) a factor per position's loss.
-        labels: (...) int64 targets, which the loss shifts.
-        shift_labels: (...) targets that are shifted already; they win.
-        tokens: (...) integers, the predicted tokens, for "sampled" and `special_ids`; None: taken from the labels.
-        old_logprobs: (...) the tokens' log-probabilities when they were sampled, for a divergence with a ratio: `SampledToken`.
-        cu_seqlens: (n_sequences + 1,) int32 or int64 boundaries of packed sequences in the flattened positions.
+        labels: (...) int64 ids, `ignore_index` where not trained on; shifted here.
+        shift_labels: (...) the same, shifted already; `labels` are then not read.
+        tokens: (...) the predicted tokens, for what reads the sampled token; None: from the labels.
+        old_logprobs: (...) the tokens' log-probabilities when they were sampled, for a divergence with a ratio.
+        cu_seqlens: (n_sequences + 1,) int32 or int64 boundaries of packed sequences.
         student_stats: `StudentStats` from the rollout: scoring then runs only the teacher's head.
-        num_items_in_batch: Valid tokens of the whole step, over micro-batches and ranks. It divides the loss in the place of
-            this call's count.
+        num_items_in_batch: Valid tokens of the whole step, over micro-batches and ranks, in place of this call's count.
+        settings: A `Settings`, in place of settings by name.
         {settings}
     Returns: `SelectiveOPDOutput`: `loss`, 0-dim; `selected`, `scores`, `stats` of the mask's shape; `metrics`.
-    Raises: ValueError, TypeError: a wrong argument, before any work, with the value that came and the value that was expected.
+    Raises: ValueError, TypeError: a wrong argument, before any work, with what came and what was expected.
         ValueError: logits that are not finite (`check_finite`), a `num_items_in_batch` of 0, after scoring.
     More: docs/reference/ (selectors, divergences, metrics, errors), docs/numerics.md, docs/guides/.
-    Example: a student equal to its teacher has nothing to learn.
+    Example: equal models have nothing to learn.
         >>> logits = torch.randn(6, 32)
         >>> selective_opd_loss(logits, logits).loss
         tensor(0.)
     """
     batch = Batch(mask, weights, labels, shift_labels, tokens, cu_seqlens, student_stats, num_items_in_batch, old_logprobs)
-    return _loss(student, teacher, batch, Settings.of(options))
+    return _loss(student, teacher, batch, Settings.given_or_named(settings, options))
 
 
 class SelectiveOPDLoss(nn.Module):

@@ -26,6 +26,7 @@ from opd_ops.arguments import (
     DEFAULT_TOP_K,
     DEFAULT_WORKSPACE_BYTES,
     check_choice,
+    check_flag,
     check_ids,
     check_integer,
     check_layout,
@@ -137,7 +138,7 @@ class Settings:
     weighting: str | Selector | None = _setting(
         None,
         f"The rule that weights the losses, detached: {', '.join(WEIGHTINGS)}, a selector's name, or a callable that takes "
-        "`TokenStats` and returns weights, (...). They multiply `weights`.",
+        "`TokenStats` and returns factors, (...). They multiply the argument `weights`.",
     )
     weight_mean: str | None = _setting(
         None,
@@ -157,8 +158,8 @@ class Settings:
     )
     top_k: int = _setting(
         DEFAULT_TOP_K,
-        "K, at most V. A model's K likeliest ids are its support: on them teachability reads how much the models disagree, and "
-        "the mass that the teacher gives to the student's.",
+        "K, at most V. A model's support is its K likeliest ids. Teachability compares the models on both supports, and reads "
+        "how much probability the teacher gives to the student's.",
     )
     temperature: float = _setting(
         DEFAULT_TEMPERATURE, "Divides both models' logits, > 0; the loss is not scaled back by its square."
@@ -169,7 +170,9 @@ class Settings:
     )
     eos_ids: Sequence[int] = _setting((), "Ids of one meaning, like two ends of a turn: their probabilities are added up.")
     vocab_size: int | None = _setting(None, "Number of entries that both models are cut to; None: the smaller vocabulary.")
-    process_group: dist.ProcessGroup | None = _setting(None, "Ranks that share out the vocabulary; DTensors bring their own.")
+    process_group: dist.ProcessGroup | None = _setting(
+        None, "Ranks that each hold a part of the vocabulary; DTensors bring their own."
+    )
     generator: torch.Generator | None = _setting(None, "For selectors that draw; must be None under activation checkpointing.")
     backend: str = _setting("auto", "'triton' (a GPU), 'torch' (any device), 'eager' (the specification); 'auto' chooses.")
     workspace_bytes: int = _setting(
@@ -194,8 +197,8 @@ class Settings:
             "special_ids": check_ids("special_ids", self.special_ids),
             "eos_ids": eos_ids,
             "workspace_bytes": check_integer("workspace_bytes", self.workspace_bytes, least=1),
-            "inplace_backward": bool(self.inplace_backward),
-            "check_finite": bool(self.check_finite),
+            "inplace_backward": check_flag("inplace_backward", self.inplace_backward),
+            "check_finite": check_flag("check_finite", self.check_finite),
         }
         if len(set(eos_ids)) != len(eos_ids):
             raise ValueError(f"eos_ids: got {list(eos_ids)}, expected different ids")
@@ -374,6 +377,10 @@ def _passed_by_host(name: str) -> str:
 
 
 def _unknown(name: str, names: Sequence[str]) -> str:
+    if name in HELP:
+        return f"{name}: got a setting that this function does not read; leave it out"
+    if name in Batch._fields:
+        return f"{name}: got an argument of a batch where only settings are taken; pass it to the loss, by its name"
     nearest = difflib.get_close_matches(name, [*names, *Batch._fields], n=1)
     instead = f"; did you mean {nearest[0]!r}?" if nearest else f", expected some of: {', '.join(sorted(names))}"
     return f"settings: got {name!r}, which no setting is called{instead}"
@@ -469,7 +476,9 @@ def documented(options: type) -> Callable[[Function], Function]:
         lines = [
             line
             for name in names
-            for line in textwrap.wrap(f"{name}: {HELP[name]}", 116, initial_indent=" " * 8, subsequent_indent=" " * 12)
+            for line in textwrap.wrap(
+                f"{name}: {HELP[name]}", 116, initial_indent=" " * 8, subsequent_indent=" " * 12, break_on_hyphens=False
+            )
         ]
         assert function.__doc__ is not None
         function.__doc__ = function.__doc__.replace("        {settings}", "\n".join(lines))

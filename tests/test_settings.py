@@ -48,6 +48,8 @@ GIVEN = ("mask", "num_items_in_batch", "temperature")
         ({"score_dtype": "float8", "threshold": 0.5}, ValueError, "threshold: score_dtype='float8'"),
         ({"score_dtype": "float8", "selector": "random"}, ValueError, "selector: got 'random', which draws"),
         ({"generator": 3}, TypeError, "generator: got 3"),
+        ({"check_finite": "no"}, TypeError, "check_finite: got 'no', expected True or False"),
+        ({"inplace_backward": 1}, TypeError, "inplace_backward: got 1, expected True or False"),
         ({"eos_ids": [7, 7]}, ValueError, "eos_ids: got"),
         ({"denominator": "all"}, ValueError, "denominator: got 'all'"),
         ({"selection_group": "world"}, TypeError, "selection_group: got str"),
@@ -100,7 +102,7 @@ def test_a_teacher_of_lists_takes_what_lists_allow():
         Settings().for_host(passes_tokens=False, teacher="TopKLogprobs")
     with pytest.raises(ValueError, match="selector: got 'tip', which needs the teacher's whole row"):
         Settings(divergence="tail_aware", selector="tip").for_host(passes_tokens=False, teacher="TopKLogprobs")
-    with pytest.raises(TypeError, match="settings: got 'denominator'"):
+    with pytest.raises(TypeError, match="denominator: got a setting that this function does not read"):
         Settings.of({"denominator": "valid"}, of=TokenLossOptions)
 
 
@@ -151,12 +153,14 @@ def test_the_module_is_the_function():
 
 def test_functions_refuse_settings_that_they_do_not_have():
     student, teacher = logit_pair(6, 31)
-    with pytest.raises(TypeError, match="settings: got 'fraction'"):
+    with pytest.raises(TypeError, match="fraction: got a setting that this function does not read"):
         score_positions(student, teacher, fraction=0.5)
-    with pytest.raises(TypeError, match="settings: got 'inplace_backward'"):
+    with pytest.raises(TypeError, match="inplace_backward: got a setting that this function does not read"):
         selective_opd_token_losses(student, teacher, inplace_backward=True)
     with pytest.raises(TypeError, match="inplace_backward: got True in settings, which this function does not read"):
         selective_opd_token_losses(student, teacher, settings=Settings(inplace_backward=True))
+    with pytest.raises(TypeError, match="num_items_in_batch: got an argument of a batch where only settings are taken"):
+        selective_opd_token_losses(student, teacher, num_items_in_batch=3)
     with pytest.raises(TypeError, match="settings: got 'masc', which no setting is called; did you mean 'mask'"):
         selective_opd_loss(student, teacher, masc=torch.ones(6))
 

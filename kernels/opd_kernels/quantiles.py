@@ -13,7 +13,7 @@ Shapes: n rows of statistics, C columns with quantiles, L levels
   out          (C, L)     out  fp64
 
 Grid: (C L,), a program for each quantile. Traffic: three columns of the table read once a program; keys as order.py says.
-Results equal those of opd_ops/selection/selectors.py (`_quantiles`) to the bit.
+Results equal those of opd_ops/selection/normalisers.py (`_quantiles`) to the bit.
 
 Not here: the search (order.py), normalisers and scores (place.py). Tests: tests/kernels/test_selection.py.
 """

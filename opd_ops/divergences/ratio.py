@@ -34,10 +34,6 @@ class Ratio:
     low: float
     high: float
 
-    @property
-    def reads_advantage(self) -> bool:
-        return self.kind == "ppo"
-
     def weights(self, ratios: Tensor, advantages: Tensor | None) -> Tensor:
         """(M,) weights of the (M,) ratios. `advantages`: (M,), if the rule reads them."""
         if self.kind == "tis":

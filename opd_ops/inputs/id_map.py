@@ -22,7 +22,6 @@ from torch import Tensor
 
 from opd_ops.inputs.teacher_lists import TopKLogprobs
 
-BYTE_LEVEL_SPACE = "\u0120"
 SENTENCEPIECE_SPACE = "\u2581"
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 

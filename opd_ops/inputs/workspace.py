@@ -1,6 +1,6 @@
 """`Workspace`: the scratch memory of a call, and its division. No other code divides bytes.
 
-Not here: the sizes of tiles and blocks (backends/shared/grids.py), the default (opd_ops/settings.py).
+Not here: the sizes of tiles and blocks (backends/shared/grids.py), the default (opd_ops/arguments.py).
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from tests.support.cases import logit_pair
 def card_example(opd, student, teacher):
     """The names that the card's block leaves behind, on the CPU, with these kernels and logits."""
     [block] = re.findall(r"```python\n(.*?)```", (write_hub.HERE / "hub" / "CARD.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert 'get_local_kernel(Path("out/hub"))' in block  # no text: the library takes a path alone
     lines = [line for line in block.replace('"cuda"', '"cpu"').splitlines() if "get_local_kernel" not in line]
     drawn = next(i for i, line in enumerate(lines) if line.startswith("student, teacher = "))
     names = {"opd": opd, "student": student, "teacher": teacher}
