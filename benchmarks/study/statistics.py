@@ -1,0 +1,115 @@
+"""Intervals over seeds and prompts together, and p-values corrected for the number of comparisons.
+
+  difference  d = sum_sp D_sp / sum_sp n_sp;  D_sp: sum over the held-out tokens of seed s and prompt p, n_sp their number
+  resample    seeds and prompts are drawn with replacement, independently: cell (s, p) counts w_s w_p times. The standard
+              deviation of d over the resamples is its standard error; for crossed factors it is somewhat too large, never
+              too small on average (Owen, "The pigeonhole bootstrap", 2007, arXiv 0712.1111).
+  interval    d +- t se, p-value from t = d / se, by Student's t with one degree of freedom less than there are seeds: few
+              seeds know their own spread badly, and percentiles of a bootstrap over few seeds are too narrow
+  Holm        sorted p-values p_1 <= p_2 <= ...: adjusted p_i = max_{j <= i} min(1, (m - j + 1) p_j)
+
+Not here: which arms are compared (arms.py), gains on fixed contexts (gains.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from opd_ops.diagnostics.intervals import LEVEL, Interval, draw_weights
+
+RESAMPLES = 2000
+
+
+class Resamples(NamedTuple):
+    """How often each seed and each prompt is in each resample."""
+
+    seeds: Tensor  # (R, S) fp64
+    prompts: Tensor  # (R, P) fp64
+
+    @property
+    def cells(self) -> Tensor:
+        """(R, S P): how often each cell is in each resample, seed after seed."""
+        return (self.seeds.unsqueeze(2) * self.prompts.unsqueeze(1)).flatten(1)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over tokens. With one seed the standard error, and all that depends on it, is NaN."""
+
+    value: float
+    error: float
+    n_seeds: int
+
+    @property
+    def interval(self) -> Interval:
+        margin = self.error * t_quantile((1 + LEVEL) / 2, self.n_seeds - 1) if self.n_seeds > 1 else math.nan
+        return Interval(self.value, self.value - margin, self.value + margin)
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided, that the true value is 0; 1 where it is not known."""
+        if self.n_seeds < 2 or not self.error > 0:
+            return 1.0
+        return 1 - t_within(abs(self.value) / self.error, self.n_seeds - 1)
+
+
+def draw_resamples(n_seeds: int, n_prompts: int, resamples: int = RESAMPLES) -> Resamples:
+    """Raises: ValueError: fewer than 2 seeds or prompts."""
+    return Resamples(draw_weights(n_seeds, resamples, 0), draw_weights(n_prompts, resamples, 1))
+
+
+def estimate(sums: Tensor, counts: Tensor) -> Estimate:
+    """The mean of (S, P) `sums` over (S, P) `counts` of tokens, with its standard error."""
+    value = float(sums.sum() / counts.sum())
+    n_seeds = len(sums)
+    if n_seeds < 2:
+        return Estimate(value, math.nan, n_seeds)
+    drawn = draw_resamples(*sums.shape)
+    means = [((drawn.seeds @ cells.double()) * drawn.prompts).sum(1) for cells in (sums, counts)]
+    return Estimate(value, float((means[0] / means[1]).std()), n_seeds)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The adjusted p-values, in the order of `p_values`."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def t_within(t: float, degrees: int) -> float:
+    """P(|T| < t) for Student's t (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(degrees))
+    term, total = 1.0, 0.0
+    if degrees % 2 == 0:
+        for k in range(0, degrees - 1, 2):
+            total += term
+            term *= (k + 1) / (k + 2) * math.cos(angle) ** 2
+        return math.sin(angle) * total
+    term = math.cos(angle)
+    for k in range(1, degrees - 1, 2):
+        total += term
+        term *= (k + 1) / (k + 2) * math.cos(angle) ** 2
+    return 2 / math.pi * (angle + math.sin(angle) * total)
+
+
+def t_quantile(level: float, degrees: int) -> float:
+    """The t with P(T < t) = level, for a level of at least 1/2."""
+    low, high = 0.0, 1e6
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (1 + t_within(middle, degrees)) / 2 < level else (low, middle)
+    return high
+
+
+def visible_difference(deviation: float, n_seeds: int, n_comparisons: int, power: float = 0.8) -> float:
+    """The true difference that the first step of Holm's test sees with this power, from the deviation over seeds."""
+    degrees = n_seeds - 1
+    margin = t_quantile(1 - (1 - LEVEL) / 2 / n_comparisons, degrees) + t_quantile(power, degrees)
+    return margin * deviation / math.sqrt(n_seeds)

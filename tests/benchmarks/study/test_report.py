@@ -1,0 +1,203 @@
+"""The study's statistics and page on made-up runs: against tables, hand-made means, and known spreads.
+
+  D_sp = n_sp (difference + seed_s + prompt_p), so the true standard error is known
+
+Command: make test ARGS=tests/benchmarks/study/test_report.py
+Not here: the runs (test_run.py), the diagnostics' equations (tests/diagnostics/).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from benchmarks.study import report
+from benchmarks.study.arms import Runs, rows_of
+from benchmarks.study.gains import contexts_at, gains_of
+from benchmarks.study.plan import ARMS, SIZES, Arm, Job
+from benchmarks.study.records import COLUMNS, Frozen, Run, frozen_name, to_integers, write
+from benchmarks.study.statistics import estimate, holm, t_quantile, visible_difference
+from tests.support.cases import generator
+
+STEPS = [0, 2, 4, 8]
+N_PROMPTS, LENGTH = 6, 12
+DIFFERENCES = {"all": 0.0, "random-5": 0.05, "entropy-5": -0.1, "random-20": 0.0, "teachability-20": 0.0}
+
+
+def frozen_answers(pair: str, seed: int) -> Frozen:
+    g = generator(10 + seed)
+    n_tokens = torch.randint(4, LENGTH + 1, (N_PROMPTS,), generator=g)
+    valid = torch.arange(LENGTH) < n_tokens.unsqueeze(1)
+    columns = {name: torch.rand(valid.shape, generator=g, dtype=torch.float64).pow(4) for name in COLUMNS}
+    columns["forward_kl"] = columns["forward_kl"] + 0.2
+    return Frozen(pair, seed, n_tokens.tolist(), {name: to_integers(x, valid) for name, x in columns.items()}, 1.0)
+
+
+def made_up_run(frozen: Frozen, arm: str) -> Run:
+    """KL halves with the steps; an arm differs from "all" after the last step, by seed and prompt."""
+    g = generator(100 * frozen.seed + list(DIFFERENCES).index(arm))
+    n = torch.tensor(frozen.n_tokens, dtype=torch.float64)
+    sums = [n * kl for kl in (0.8, 0.6, 0.4, 0.2)]
+    if arm != "all":
+        noise = 0.01 * torch.randn(1, generator=g, dtype=torch.float64) + 0.01 * torch.randn(N_PROMPTS, generator=g)
+        sums[-1] = sums[-1] + n * (DIFFERENCES[arm] + noise)
+    share = 1.0 if arm == "all" else int(arm.rpartition("-")[2]) / 100
+    before = torch.tensor(frozen.columns["forward_kl"])
+    teachable = torch.tensor(frozen.columns["union_kl"]) * torch.tensor(frozen.columns["support_mass"]) / 1e4
+    after = {str(step): (before - teachable * step / 8).round().long().tolist() for step in STEPS[1:]}
+    return Run(
+        pair=frozen.pair,
+        arm=arm,
+        seed=frozen.seed,
+        sizes={},
+        steps=STEPS,
+        forward_kl=[x.tolist() for x in sums],
+        reverse_kl=[x.tolist() for x in sums],
+        n_valid=1000,
+        n_trained=round(1000 * share),
+        losses=[1.0] * 8,
+        multiply_adds={"sampling": 300, "teacher": 400, "student": 700, "head": 100},
+        cpu_seconds=dict.fromkeys(("sampling", "teacher", "student", "loss", "backward", "update", "copy"), 8.0),
+        wall_seconds=1.0,
+        peak_gib=1.0,
+        after=after if arm == "all" else None,
+        environment={},
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("study")
+    for seed in range(4):
+        frozen = frozen_answers("shallow", seed)
+        write(frozen, path / frozen_name("shallow", seed))
+        for arm in (arm for arm in ARMS if arm.name in DIFFERENCES):
+            write(made_up_run(frozen, arm.name), path / Job(seed, "shallow", arm).file_name)
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    done = report.finished(folder, 4)
+    return Runs(done.runs["shallow"], {seed: frozen.n_tokens for seed, frozen in done.frozen["shallow"].items()})
+
+
+@pytest.mark.parametrize(
+    ("level", "degrees", "expected"),
+    [(0.975, 1, 12.7062), (0.975, 2, 4.30265), (0.9, 3, 1.63774), (0.975, 8, 2.306), (0.995, 8, 3.35539), (0.975, 9, 2.26216)],
+)
+def test_quantiles_of_students_t_are_those_of_the_tables(level, degrees, expected):
+    assert t_quantile(level, degrees) == pytest.approx(expected, rel=1e-5)
+
+
+def test_holm_is_the_textbook_example():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+
+
+def test_the_standard_error_holds_the_spread_over_seeds_and_over_prompts():
+    """Of many studies with spreads .02 over seeds and .03 over prompts: the mean squared error is the mean's variance."""
+    g, n_seeds, n_prompts = generator(0), 8, 20
+    counts = torch.full((n_seeds, n_prompts), 10.0, dtype=torch.float64)
+    errors, values = [], []
+    for _ in range(200):
+        seeds = 0.02 * torch.randn(n_seeds, 1, generator=g, dtype=torch.float64)
+        prompts = 0.03 * torch.randn(1, n_prompts, generator=g, dtype=torch.float64)
+        got = estimate(counts * (0.1 + seeds + prompts), counts)
+        errors.append(got.error**2)
+        values.append(got.value)
+    true = 0.02**2 / n_seeds + 0.03**2 / n_prompts
+    assert torch.tensor(values).var().item() == pytest.approx(true, rel=0.25)
+    # Resampling n values shows (n - 1) / n of their variance.
+    expected = 0.02**2 / n_seeds * (n_seeds - 1) / n_seeds + 0.03**2 / n_prompts * (n_prompts - 1) / n_prompts
+    assert sum(errors) / len(errors) == pytest.approx(expected, rel=0.1)
+
+
+def test_the_visible_difference_is_seen_with_its_power():
+    """Normal differences of that size: four of five studies are beyond the corrected bound."""
+    deviation, n_seeds, n_comparisons = 0.01, 9, 27
+    difference = visible_difference(deviation, n_seeds, n_comparisons)
+    draws = difference + deviation * torch.randn(4000, n_seeds, generator=generator(1), dtype=torch.float64)
+    t = draws.mean(1) / (draws.std(1) / math.sqrt(n_seeds))
+    seen = (t > t_quantile(1 - 0.025 / n_comparisons, n_seeds - 1)).double().mean().item()
+    assert 0.7 < seen < 0.9
+
+
+def test_an_arm_is_compared_at_the_same_tokens(runs):
+    rows = {row.arm: row for row in rows_of(runs)}
+    counts = runs.counts(range(4))
+    entropy = runs.sums("entropy-5", range(4))[:, -1]
+    expected = (entropy - runs.sums("all", range(4))[:, -1]).sum() / counts.sum()
+    row = rows["entropy-5"]
+    assert row.equal_steps.difference.value == pytest.approx(expected.item())
+    assert row.random.base == "random-5"
+    against_random = (entropy - runs.sums("random-5", range(4))[:, -1]).sum() / counts.sum()
+    assert row.random.difference.value == pytest.approx(against_random.item())
+    assert row.by_seed == pytest.approx((entropy.sum(1) / counts.sum(1)).tolist())
+    assert row.equal_steps.adjusted_p < 0.05
+    assert rows["teachability-20"].random.adjusted_p > 0.05
+    assert rows["all"].equal_steps is rows["all"].random is rows["random-5"].random is None
+
+
+def test_equal_cost_stops_the_base_where_it_has_cost_as_much(runs):
+    """14 units of passes: 16.2 of 20 units a step, so 6.48 of 8 steps; KL of "all" is linear from .4 at 4 to .2 at 8."""
+    row = {row.arm: row for row in rows_of(runs)}["entropy-5"]
+    assert (row.loss_units, row.units, row.seconds) == pytest.approx((2.2, 16.2, 6.0))
+    reached = 0.4 - 0.2 * (6.48 - 4) / 4
+    assert row.equal_cost.difference.value - row.equal_steps.difference.value == pytest.approx(0.2 - reached)
+
+
+def test_gains_are_those_of_the_frozen_tokens(folder):
+    done = report.finished(folder, 4)
+    everything = {run.seed: run for run in done.runs["shallow"] if run.arm == "all"}
+    gains = gains_of(done.frozen["shallow"], everything)
+    assert [at.step for at in gains] == [2, 4, 8]
+    pairs = [(done.frozen["shallow"][seed], everything[seed]) for seed in range(4)]
+    measured = contexts_at(8, pairs)
+    expected = [
+        1e-4 * (b - a) for frozen, run in pairs for b, a in zip(frozen.columns["forward_kl"], run.after["8"], strict=True)
+    ]
+    assert gains[-1].n_tokens == len(expected) == int(measured.measured.sum())
+    assert gains[-1].by_selector[0].gain.value == pytest.approx(sum(expected) / len(expected))
+    # The gain was made from D C, so teachability explains it.
+    assert gains[-1].regression.teachability.value > 0.7 > 0.3 > gains[-1].regression.incompatibility.value
+    assert gains[-1].correlations["teachability"] > 0.8 > gains[-1].correlations["incompatibility"]
+    tenths = gains[-1].tenths["teachability"]
+    assert tenths[-1] > 5 * abs(tenths[0])
+
+
+def test_the_page_tells_which_runs_are_missing(folder, tmp_path):
+    report.write(folder, tmp_path, 4)
+    text = (tmp_path / "report.md").read_text()
+    n_planned = 4 * len(ARMS) * len(SIZES)
+    assert f"**20 of {n_planned} runs**" in text
+    assert "shallow-prefix-5 seeds 0, 1, 2, 3" in text
+    numbers = json.loads((tmp_path / "report.json").read_text())
+    assert len(numbers["missing"]) == n_planned - 20
+    rows = {row["arm"]: row for row in numbers["arms"]["shallow"]}
+    assert f"{rows['entropy-5']['equal_steps']['difference']['value']:+.3f}" in text
+    for name in ("arms.png", "cost.png", "fixed_contexts.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_seed_alone_has_values_and_no_intervals(folder, tmp_path):
+    for path in folder.glob("*seed0.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    report.write(tmp_path, tmp_path / "out", 4)
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "No diagnostic on fixed contexts" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| `entropy-5`")]
+    assert "[" not in row
+
+
+def test_no_run_at_all_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"runs: got none in .*; python -m benchmarks.study.run makes them"):
+        report.finished(tmp_path)
+
+
+def test_every_arm_has_a_base_of_its_own_loss(runs):
+    bases = {row.arm: row.equal_steps and row.equal_steps.base for row in rows_of(runs)}
+    assert bases == {"all": None, **dict.fromkeys(set(DIFFERENCES) - {"all"}, Arm().name)}
