@@ -24,7 +24,7 @@ import torch
 from benchmarks.study.pairs import Pair, load_pairs
 from benchmarks.study.plan import CPU_HOURS, SIZES, Job, Sizes, jobs
 from benchmarks.study.records import RUNS, Run, frozen_name, read, sizes_of, spent_hours, write
-from benchmarks.study.train import HeldOut, hold_out, run_arm
+from benchmarks.study.train import HeldOut, environment, hold_out, run_arm
 
 
 def left(folder: Path, planned: Iterable[Job], sizes: Mapping[str, Sizes]) -> list[Job]:
@@ -62,6 +62,7 @@ def run_job(pair: Pair, sizes: Sizes, job: Job, held_out: HeldOut, path: Path) -
 def run_all(folder: Path, pairs: Mapping[str, Pair], sizes: Mapping[str, Sizes], planned: Sequence[Job]) -> list[Job]:
     """Every job that is not done, in the given order, as far as the plan's CPU hours reach; the jobs that failed."""
     folder.mkdir(parents=True, exist_ok=True)
+    environment()  # before the first fork
     failed: list[Job] = []
     for (seed, name), group in groupby(left(folder, planned, sizes), key=lambda job: (job.seed, job.pair)):
         pair = pairs[name]

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -150,8 +151,14 @@ def run_arm(pair: Pair, sizes: Sizes, arm: Arm, seed: int, held_out: HeldOut) ->
         wall_seconds=round(time.perf_counter() - began, 1),
         peak_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         after=after if arm == Arm() else None,
-        environment=describe_environment(ROOT),
+        environment=environment(),
     )
+
+
+@cache
+def environment() -> dict[str, object]:
+    """Of the process that loaded this code: its children inherit the answer, whatever is committed meanwhile."""
+    return describe_environment(ROOT)
 
 
 def step_work(pair: Pair, rollouts: Rollouts) -> dict[str, int]:
