@@ -1,4 +1,4 @@
-"""The arms of a pair, compared: held-out KL at equal steps and at equal cost, with intervals over seeds and prompts.
+"""The arms of a pair, compared: held-out reverse KL at equal steps and at equal cost, intervals over seeds and prompts.
 
   equal steps   difference of two arms after the last step, at the same held-out tokens of the seeds that both have
   equal cost    the same against an arm that was stopped once it had cost as much, linear between its evaluations
@@ -6,6 +6,7 @@
   dense one, and the models' own passes: sampling, the teacher's, three times the student's (train.py counts them)
 
 p-values are corrected by Holm's rule among all comparisons of a pair with the same kind of base.
+Forward KL is compared at equal steps alone.
 Not here: reading files (report.py), the equations of the intervals (statistics.py).
 """
 
@@ -21,6 +22,8 @@ from benchmarks.study.plan import ARMS, Arm
 from benchmarks.study.records import Run
 from benchmarks.study.statistics import Estimate, estimate, holm
 
+MEASURE = "reverse_kl"  # KL(p || q), which all the losses reduce
+KINDS = ("equal_steps", "equal_cost", "random", "forward")  # of comparisons, each with its own correction
 PASSES = ("sampling", "teacher", "student")
 PARTS_OF_A_STEP = ("sampling", "teacher", "student", "loss", "backward", "update")
 
@@ -45,12 +48,13 @@ class Row:
     loss_units: float  # of a step's loss
     seconds: float  # of a step, CPU
     steps: list[int]
-    forward_kl: list[Estimate]  # after each of the steps
-    reverse_kl: Estimate  # after the last step
-    by_seed: list[float]  # the last forward KL
+    kl: list[Estimate]  # reverse KL after each of the steps
+    forward_kl: list[Estimate]
+    by_seed: list[float]  # the last reverse KL
     equal_steps: Comparison | None  # against all tokens, with the same loss
     equal_cost: Comparison | None
     random: Comparison | None  # against random tokens, of the same fraction and loss
+    forward: Comparison | None  # as equal_steps, of forward KL
 
 
 class Runs:
@@ -70,9 +74,9 @@ class Runs:
     def counts(self, seeds: Sequence[int]) -> Tensor:
         return torch.tensor([self.n_tokens[seed] for seed in seeds], dtype=torch.float64)
 
-    def sums(self, arm: str, seeds: Sequence[int], direction: str = "forward_kl") -> Tensor:
+    def sums(self, arm: str, seeds: Sequence[int], measure: str = MEASURE) -> Tensor:
         """(S, E, P): KL of the tokens of each prompt at each evaluation."""
-        kls = [getattr(self.by_arm[arm][seed], direction) for seed in seeds]
+        kls = [getattr(self.by_arm[arm][seed], measure) for seed in seeds]
         return torch.tensor(kls, dtype=torch.float64)
 
     def mean(self, arm: str, value: str) -> float:
@@ -103,7 +107,7 @@ _PER_STEP = {"share": _share, "loss_units": _loss_units, "units": _units, "secon
 def rows_of(runs: Runs) -> list[Row]:
     """The rows of the arms that have a run, in the plan's order."""
     rows = [_row(runs, arm) for arm in ARMS if runs.seeds(arm.name)]
-    for kind in ("equal_steps", "equal_cost", "random"):
+    for kind in KINDS:
         compared = [(i, comparison) for i, row in enumerate(rows) if (comparison := getattr(row, kind)) is not None]
         adjusted = holm([comparison.difference.p_value for _, comparison in compared])
         for (i, comparison), p in zip(compared, adjusted, strict=True):
@@ -125,7 +129,7 @@ def random_of(arm: Arm) -> Arm | None:
 
 def _row(runs: Runs, arm: Arm) -> Row:
     seeds = runs.seeds(arm.name)
-    counts, sums = runs.counts(seeds), runs.sums(arm.name, seeds)
+    counts, sums, forward = runs.counts(seeds), runs.sums(arm.name, seeds), runs.sums(arm.name, seeds, "forward_kl")
     steps = runs.by_arm[arm.name][seeds[0]].steps
     base = base_of(arm)
     return Row(
@@ -133,12 +137,13 @@ def _row(runs: Runs, arm: Arm) -> Row:
         seeds=seeds,
         **{name: runs.mean(arm.name, name) for name in _PER_STEP},
         steps=steps,
-        forward_kl=[estimate(sums[:, i], counts) for i in range(len(steps))],
-        reverse_kl=estimate(runs.sums(arm.name, seeds, "reverse_kl")[:, -1], counts),
+        kl=[estimate(sums[:, i], counts) for i in range(len(steps))],
+        forward_kl=[estimate(forward[:, i], counts) for i in range(len(steps))],
         by_seed=(sums[:, -1].sum(1) / counts.sum(1)).tolist(),
         equal_steps=_against(runs, arm, base, float(steps[-1])),
         equal_cost=None if base is None else _at_equal_cost(runs, arm, base, steps[-1]),
         random=_against(runs, arm, random_of(arm), float(steps[-1])),
+        forward=_against(runs, arm, base, float(steps[-1]), "forward_kl"),
     )
 
 
@@ -149,7 +154,7 @@ def _at_equal_cost(runs: Runs, arm: Arm, base: Arm, n_steps: int) -> Comparison 
     return _against(runs, arm, base, min(afforded, n_steps))
 
 
-def _against(runs: Runs, arm: Arm, base: Arm | None, base_steps: float) -> Comparison | None:
+def _against(runs: Runs, arm: Arm, base: Arm | None, base_steps: float, measure: str = MEASURE) -> Comparison | None:
     """The arm after its last step against the base after `base_steps`, linear between evaluations."""
     seeds = [] if base is None else runs.seeds(arm.name, base.name)
     if base is None or not seeds:
@@ -158,6 +163,6 @@ def _against(runs: Runs, arm: Arm, base: Arm | None, base_steps: float) -> Compa
     later = next(i for i, step in enumerate(steps) if step >= base_steps)
     earlier = max(later - 1, 0)
     part = (base_steps - steps[earlier]) / max(steps[later] - steps[earlier], 1)
-    base_sums = runs.sums(base.name, seeds)
+    base_sums = runs.sums(base.name, seeds, measure)
     reached = torch.lerp(base_sums[:, earlier], base_sums[:, later], part)
-    return Comparison(base.name, estimate(runs.sums(arm.name, seeds)[:, -1] - reached, runs.counts(seeds)))
+    return Comparison(base.name, estimate(runs.sums(arm.name, seeds, measure)[:, -1] - reached, runs.counts(seeds)))

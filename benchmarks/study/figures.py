@@ -62,10 +62,10 @@ def draw_cost(pairs: Mapping[str, Sequence[Row]], path: Path) -> None:
                     plain = row.arm.partition("-")[0] in ("all", "random")
                     color = "black" if row.arm == "all" else "#888888" if plain else f"C{number % 10}"
                     cost = [row.units * step for step in row.steps]
-                    kls = [kl.value for kl in row.forward_kl]
+                    kls = [kl.value for kl in row.kl]
                     panel.plot(cost, kls, marker=".", color=color, ls="--" if plain else "-", label=shown[row.arm])
                 panel.set(title=f"{pair}, {fraction:.0%} of the tokens", xlabel="cost, head matmuls over the answers")
-                panel.set_ylabel("held-out forward KL, nats")
+                panel.set_ylabel("held-out reverse KL, nats")
                 panel.legend(frameon=False, fontsize=7, ncols=2)
 
 

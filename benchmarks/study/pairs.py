@@ -5,7 +5,7 @@
                 tokens of the teacher's own answers with forward KL, a fixed number of steps
                 healing loss = 1/N sum_t KL(q || p), answers drawn from q; AdamW, a linear warm-up and a linear decay
 
-Healing takes a fifth of a CPU hour. Its weights are kept in a cache outside the repository, and made again if missing.
+Healing takes a quarter of a CPU hour. Its weights are kept in a cache outside the repository, and made again if missing.
 The chat template has no default system message: a prompt is then 16 tokens instead of 37, and a step costs a third less.
 Not here: the training of the study (train.py).
 """

@@ -2,6 +2,7 @@
 
   arm     a selector with a fraction, or a weighting of all tokens, and a loss. Exact reverse KL: all arms;
           the sampled token's loss, in which the paper on teachability trained (arXiv 2605.26844): four arms.
+  measure KL(student || teacher) at held-out tokens, the quantity that the losses reduce; KL(teacher || student) second
   order   seed 0 of every arm and both pairs, then seed 1, ...: a study that was cut short is balanced all the same
 
 Nothing of the issue's list is left out. Sizes and the number of seeds come from a pilot on other seeds (benchmarks/LOG.md).

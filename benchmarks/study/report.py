@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.study import figures
-from benchmarks.study.arms import Comparison, Row, Runs, rows_of
+from benchmarks.study.arms import KINDS, Comparison, Row, Runs, rows_of
 from benchmarks.study.gains import FRACTIONS, RANKED, Gains, gains_of
 from benchmarks.study.plan import SEEDS, SIZES, Arm, jobs
 from benchmarks.study.records import RUNS, Frozen, Run, frozen_name, read, spent_hours
@@ -86,15 +86,23 @@ def page(done: Finished, rows: Mapping[str, Sequence[Row]], gains: Mapping[str, 
         "",
         f"**{done.n_runs} of {done.n_planned} runs**, {done.cpu_hours:.1f} CPU hours. {_missing(done.missing)}",
         "",
-        "KL is the forward KL(teacher ‖ student) at held-out tokens, nats. Brackets: 95 % intervals over seeds and prompts",
-        "together. A star: the p-value, corrected by Holm's rule among all comparisons of the column, is below 0.05. A unit",
-        "is one head's matmul over the answers. Below 0: better. Equations: benchmarks/study/statistics.py and arms.py.",
+        "KL is the reverse KL(student ‖ teacher) at held-out tokens, nats, which the losses reduce. Below 0: better.",
+        "Brackets: 95 % intervals over seeds and prompts together. A star: the p-value, corrected by Holm's rule among all",
+        "comparisons of the column, is below 0.05. A unit is one head's matmul over the answers. Equations:",
+        "benchmarks/study/statistics.py and arms.py.",
     ]
     for pair, pair_rows in rows.items():
         sizes = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in asdict(SIZES[pair]).items())
-        start = pair_rows[0].forward_kl[0]
+        start = pair_rows[0]
         n_tokens = sum(sum(frozen.n_tokens) for frozen in done.frozen[pair].values())
-        lines += ["", f"## {pair}", "", f"{sizes}; {n_tokens:,} held-out tokens; KL before training {start.value:.3f}.", ""]
+        lines += [
+            "",
+            f"## {pair}",
+            "",
+            f"{sizes}; {n_tokens:,} held-out tokens; "
+            f"before training KL {start.kl[0].value:.3f}, forward KL {start.forward_kl[0].value:.3f}.",
+            "",
+        ]
         lines += _arms_table(pair_rows)
         if pair in gains:
             lines += _gains_tables(gains[pair])
@@ -116,13 +124,14 @@ def _missing(names: Sequence[str]) -> str:
 def _arms_table(rows: Sequence[Row]) -> list[str]:
     heads = ["arm", "seeds", "tokens", "units of the loss", "units a step", "CPU s a step"]
     heads += [f"KL, step {step}" for step in rows[0].steps[1:]]
-    heads += ["reverse KL", "− all, equal steps", "− all, equal cost", "− random"]
+    heads += ["− all, equal steps", "− all, equal cost", "− random", "forward KL", "forward KL − all"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
         cells = [f"`{row.arm}`", str(len(row.seeds)), f"{row.share:.1%}"]
         cells += [f"{row.loss_units:.2f}", f"{row.units:.1f}", f"{row.seconds:.2f}"]
-        cells += [f"{kl.value:.3f}" for kl in row.forward_kl[1:]] + [f"{row.reverse_kl.value:.3f}"]
+        cells += [f"{kl.value:.3f}" for kl in row.kl[1:]]
         cells += [_difference(comparison) for comparison in (row.equal_steps, row.equal_cost, row.random)]
+        cells += [f"{row.forward_kl[-1].value:.3f}", _difference(row.forward)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -181,8 +190,8 @@ def _numbers(done: Finished, rows: Mapping[str, Sequence[Row]], gains: Mapping[s
         "n_tokens": {pair: {seed: frozen.n_tokens for seed, frozen in seeds.items()} for pair, seeds in done.frozen.items()},
         "arms": _rounded({pair: [_row(row) for row in pair_rows] for pair, pair_rows in rows.items()}),
         "fixed_contexts": _rounded({pair: [asdict(at) for at in pair_gains] for pair, pair_gains in gains.items()}),
-        "sums_of_kl": {
-            pair: {f"{run.arm} seed {run.seed}": [_short(x) for x in run.forward_kl[1:]] for run in runs}
+        "sums_of_reverse_kl": {
+            pair: {f"{run.arm} seed {run.seed}": [_short(x) for x in run.reverse_kl[1:]] for run in runs}
             for pair, runs in done.runs.items()
         },
     }
@@ -190,7 +199,7 @@ def _numbers(done: Finished, rows: Mapping[str, Sequence[Row]], gains: Mapping[s
 
 def _row(row: Row) -> dict[str, object]:
     numbers = asdict(row)
-    for kind in ("equal_steps", "equal_cost", "random"):
+    for kind in KINDS:
         comparison: Comparison | None = getattr(row, kind)
         if comparison is not None:
             numbers[kind]["interval"] = asdict(comparison.difference.interval)

@@ -55,7 +55,7 @@ def run_job(pair: Pair, sizes: Sizes, job: Job, held_out: HeldOut, path: Path) -
     run = run_arm(pair, sizes, job.arm, job.seed, held_out)
     write(run, path)
     n_tokens = int(held_out.before.valid.sum())
-    first, last = (sum(sums) / n_tokens for sums in (run.forward_kl[0], run.forward_kl[-1]))
+    first, last = (sum(sums) / n_tokens for sums in (run.reverse_kl[0], run.reverse_kl[-1]))
     print(f"{path.stem:48} KL {first:.4f} -> {last:.4f} nats, {sum(run.cpu_seconds.values()):.0f} CPU seconds", flush=True)
 
 

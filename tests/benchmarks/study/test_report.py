@@ -54,7 +54,7 @@ def made_up_run(frozen: Frozen, arm: str) -> Run:
         seed=frozen.seed,
         sizes={},
         steps=STEPS,
-        forward_kl=[x.tolist() for x in sums],
+        forward_kl=[(2 * x).tolist() for x in sums],
         reverse_kl=[x.tolist() for x in sums],
         n_valid=1000,
         n_trained=round(1000 * share),
@@ -137,9 +137,10 @@ def test_an_arm_is_compared_at_the_same_tokens(runs):
     against_random = (entropy - runs.sums("random-5", range(4))[:, -1]).sum() / counts.sum()
     assert row.random.difference.value == pytest.approx(against_random.item())
     assert row.by_seed == pytest.approx((entropy.sum(1) / counts.sum(1)).tolist())
+    assert row.forward.difference.value == pytest.approx(2 * expected.item())
     assert row.equal_steps.adjusted_p < 0.05
     assert rows["teachability-20"].random.adjusted_p > 0.05
-    assert rows["all"].equal_steps is rows["all"].random is rows["random-5"].random is None
+    assert rows["all"].equal_steps is rows["all"].random is rows["random-5"].random is rows["all"].forward is None
 
 
 def test_equal_cost_stops_the_base_where_it_has_cost_as_much(runs):
