@@ -2,7 +2,7 @@
 
   arms.png             difference of each arm from all tokens, and from random tokens, after the last step
   cost.png             held-out KL against the cost so far, in units of one head's matmul
-  fixed_contexts.png   mean gain of each tenth of the tokens by three scores, after two, four and eight steps
+  fixed_contexts.png   mean gain of each tenth of the tokens by three scores, after two, four and eight steps, in both KLs
 
 Not here: the numbers (arms.py, gains.py).
 """
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ALPHA = 0.05
 SURE, UNSURE = "#15803d", "#888888"
+HUES = {"forward_kl": "#1f77b4", "reverse_kl": SURE}
 DASHES = ("-", "--", ":")
 
 
@@ -70,16 +71,18 @@ def draw_cost(pairs: Mapping[str, Sequence[Row]], path: Path) -> None:
 
 
 def draw_fixed_contexts(pairs: Mapping[str, Sequence[Gains]], path: Path) -> None:
-    """A panel per pair and score, a line per number of steps."""
+    """A panel per pair and score, a line per measure and number of steps."""
     with _figure(path, len(pairs), len(CURVES), (11, 3.2 * len(pairs))) as panels:
         for i, (pair, gains) in enumerate(pairs.items()):
             for j, score in enumerate(CURVES):
                 panel = panels[len(CURVES) * i + j]
-                for at, dash in zip(gains, DASHES, strict=False):
-                    panel.plot(range(1, TENTHS + 1), at.tenths[score], dash, color=SURE, marker=".", label=f"{at.step} steps")
+                for at in gains:
+                    dash = DASHES[sorted({other.step for other in gains}).index(at.step)]
+                    label = f"{at.measure.replace('_kl', ' KL')}, {at.step} steps"
+                    panel.plot(range(1, TENTHS + 1), at.tenths[score], dash, color=HUES[at.measure], marker=".", label=label)
                 panel.axhline(0, color="black", lw=0.6)
                 panel.set(title=f"{pair}: {score}", xlabel="tenth of the tokens by the score", ylabel="mean gain, nats")
-                panel.legend(frameon=False, fontsize=8)
+                panel.legend(frameon=False, fontsize=7)
 
 
 @contextmanager

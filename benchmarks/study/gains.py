@@ -1,6 +1,7 @@
 """The fixed-context diagnostic: gains of training on all tokens, at frozen answers, against what each score said before.
 
   G = KL(q || p_before) - KL(q || p_after), p_after after two, four and eight steps        (arXiv 2605.26844 section 3)
+  and the same of KL(p || q), which the losses reduce
   mean G of the tokens that a selector ranks highest; the paper's regression of G on teachability and incompatibility;
   mean G of each tenth of the tokens by teachability, divergence and incompatibility; rank correlations of G with them
 
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.study.records import Frozen, Run, from_integers, stats_of
+from benchmarks.study.records import MEASURES, Frozen, Run, from_integers, stats_of
 from benchmarks.study.statistics import draw_resamples
 from opd_ops import TokenStats
 from opd_ops.diagnostics import Contexts, Regression, SelectorGain
@@ -42,8 +43,9 @@ TENTHS = 10
 
 @dataclass(frozen=True)
 class Gains:
-    """The diagnostic after one number of steps."""
+    """The diagnostic after one number of steps, in one measure."""
 
+    measure: str
     step: int
     n_tokens: int
     by_selector: tuple[SelectorGain, ...]
@@ -55,15 +57,17 @@ class Gains:
 def gains_of(frozen: Mapping[int, Frozen], runs: Mapping[int, Run]) -> list[Gains]:
     """The diagnostic at every evaluation of the arm "all"; by seed, at least two of them."""
     seeds = sorted(frozen.keys() & runs.keys())
-    return [_gains_at(step, [(frozen[seed], runs[seed]) for seed in seeds]) for step in runs[seeds[0]].steps[1:]]
+    pairs = [(frozen[seed], runs[seed]) for seed in seeds]
+    return [_gains_at(measure, step, pairs) for measure in MEASURES for step in runs[seeds[0]].steps[1:]]
 
 
-def _gains_at(step: int, pairs: list[tuple[Frozen, Run]]) -> Gains:
-    contexts = contexts_at(step, pairs)
+def _gains_at(measure: str, step: int, pairs: list[tuple[Frozen, Run]]) -> Gains:
+    contexts = contexts_at(measure, step, pairs)
     weights = draw_resamples(len(pairs), len(pairs[0][0].n_tokens)).cells
     gains = gain(contexts)
     scores = {name: SELECTORS[name](contexts.stats)[contexts.measured] for name in CURVES}
     return Gains(
+        measure,
         step,
         len(gains),
         gains_by_selector(contexts, named_selectors(RANKED), FRACTIONS, weights=weights, seed=0),
@@ -76,17 +80,19 @@ def _gains_at(step: int, pairs: list[tuple[Frozen, Run]]) -> Gains:
     )
 
 
-def contexts_at(step: int, pairs: list[tuple[Frozen, Run]]) -> Contexts:
+def contexts_at(measure: str, step: int, pairs: list[tuple[Frozen, Run]]) -> Contexts:
     """The answers of all seeds, one after the other; each answer is a cluster."""
     before = [stats_of(frozen) for frozen, _ in pairs]
     after = []
     for stats, (_, run) in zip(before, pairs, strict=True):
         assert run.after is not None
-        after.append(from_integers(run.after[str(step)], stats.valid))
+        after.append(from_integers(run.after[measure][str(step)], stats.valid))
     length = max(stats.valid.shape[1] for stats in before)
     names = [name for name, column in before[0]._asdict().items() if column is not None]
     joined = TokenStats(**{name: _stacked([getattr(stats, name) for stats in before], length) for name in names})
     n_answers = len(joined.valid)
+    # The diagnostics read a gain from the columns of forward KL. No score of RANKED does.
+    joined = joined._replace(forward_kl=getattr(joined, measure))
     no_texts = [[""] * length] * n_answers  # no diagnostic here shows tokens
     return Contexts(joined, _stacked(after, length), no_texts, [""] * n_answers, torch.arange(n_answers))
 

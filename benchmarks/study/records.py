@@ -22,6 +22,7 @@ from opd_ops import TokenStats
 
 RUNS = Path(__file__).parents[1] / "results" / "study" / "runs"
 UNIT = 1e-4  # of the integers in `Frozen` and `Run.after`, nats or shares
+MEASURES = ("forward_kl", "reverse_kl")  # KL(q || p) and KL(p || q)
 COLUMNS = ("student_entropy", "reverse_kl", "forward_kl", "union_kl", "support_mass")
 Record = TypeVar("Record", "Run", "Frozen")
 
@@ -44,7 +45,7 @@ class Run:
     cpu_seconds: dict[str, float]  # of each part of the run
     wall_seconds: float
     peak_gib: float
-    after: dict[str, list[int]] | None  # step -> KL(q || p) of every held-out token, of the arm "all" alone
+    after: dict[str, dict[str, list[int]]] | None  # measure -> step -> KL of every held-out token; of the arm "all" alone
     environment: dict[str, object]
 
 

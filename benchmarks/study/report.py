@@ -21,7 +21,7 @@ from benchmarks.study import figures
 from benchmarks.study.arms import KINDS, Comparison, Row, Runs, rows_of
 from benchmarks.study.gains import FRACTIONS, RANKED, Gains, gains_of
 from benchmarks.study.plan import SEEDS, SIZES, Arm, jobs
-from benchmarks.study.records import RUNS, Frozen, Run, frozen_name, read, spent_hours
+from benchmarks.study.records import MEASURES, RUNS, Frozen, Run, frozen_name, read, spent_hours
 from opd_ops.diagnostics.intervals import Interval
 
 
@@ -105,7 +105,8 @@ def page(done: Finished, rows: Mapping[str, Sequence[Row]], gains: Mapping[str, 
         ]
         lines += _arms_table(pair_rows)
         if pair in gains:
-            lines += _gains_tables(gains[pair])
+            for measure in MEASURES:
+                lines += _gains_tables([at for at in gains[pair] if at.measure == measure])
         else:
             lines += ["", "No diagnostic on fixed contexts: it needs the arm `all` of two seeds."]
     return "\n".join(lines) + "\n"
@@ -151,7 +152,8 @@ def _interval(interval: Interval) -> str:
 def _gains_tables(gains: Sequence[Gains]) -> list[str]:
     lines = [
         "",
-        f"Fixed contexts: gain in KL of training on all tokens, {gains[0].n_tokens:,} tokens, mean over what a score ranks "
+        f"Fixed contexts: gain in {gains[0].measure.replace('_kl', ' KL')} of training on all tokens, "
+        f"{gains[0].n_tokens:,} tokens, mean over what a score ranks "
         "highest before training.",
         "",
         "| score | " + " | ".join(f"best {fraction:.0%}, {at.step} steps" for at in gains for fraction in FRACTIONS) + " |",

@@ -25,7 +25,7 @@ import torch
 from benchmarks.cpu.environment import describe_environment
 from benchmarks.study.pairs import Pair
 from benchmarks.study.plan import Arm, Sizes
-from benchmarks.study.records import COLUMNS, Frozen, Run, to_integers
+from benchmarks.study.records import COLUMNS, MEASURES, Frozen, Run, to_integers
 from opd_ops import LinearHead, TokenStats, score_positions, selective_opd_loss
 from opd_ops.trainer.order import prompt_indices, seed_of
 from opd_ops.trainer.rollouts import Rollouts, head_over, model_inputs, sample
@@ -135,7 +135,10 @@ def run_arm(pair: Pair, sizes: Sizes, arm: Arm, seed: int, held_out: HeldOut) ->
             with clock.part("evaluation"):
                 evaluations[step + 1] = measure(pair, student, held_out.answers, held_out.teacher_head)
     valid = held_out.before.valid
-    after = {str(step): to_integers(stats.forward_kl, valid) for step, stats in evaluations.items() if step}
+    after = {
+        measure: {str(step): to_integers(getattr(stats, measure), valid) for step, stats in evaluations.items() if step}
+        for measure in MEASURES
+    }
     return Run(
         pair=pair.name,
         arm=arm.name,

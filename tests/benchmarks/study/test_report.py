@@ -48,6 +48,7 @@ def made_up_run(frozen: Frozen, arm: str) -> Run:
     before = torch.tensor(frozen.columns["forward_kl"])
     teachable = torch.tensor(frozen.columns["union_kl"]) * torch.tensor(frozen.columns["support_mass"]) / 1e4
     after = {str(step): (before - teachable * step / 8).round().long().tolist() for step in STEPS[1:]}
+    worse = {str(step): [2 * x for x in frozen.columns["reverse_kl"]] for step in STEPS[1:]}
     return Run(
         pair=frozen.pair,
         arm=arm,
@@ -63,7 +64,7 @@ def made_up_run(frozen: Frozen, arm: str) -> Run:
         cpu_seconds=dict.fromkeys(("sampling", "teacher", "student", "loss", "backward", "update", "copy"), 8.0),
         wall_seconds=1.0,
         peak_gib=1.0,
-        after=after if arm == "all" else None,
+        after={"forward_kl": after, "reverse_kl": worse} if arm == "all" else None,
         environment={},
     )
 
@@ -155,11 +156,16 @@ def test_gains_are_those_of_the_frozen_tokens(folder):
     done = report.finished(folder, 4)
     everything = {run.seed: run for run in done.runs["shallow"] if run.arm == "all"}
     gains = gains_of(done.frozen["shallow"], everything)
-    assert [at.step for at in gains] == [2, 4, 8]
+    assert [(at.measure, at.step) for at in gains] == [(m, s) for m in ("forward_kl", "reverse_kl") for s in (2, 4, 8)]
+    lost = -1e-4 * sum(sum(frozen.columns["reverse_kl"]) for frozen in done.frozen["shallow"].values())
+    assert gains[-1].by_selector[0].gain.value == pytest.approx(lost / gains[-1].n_tokens)
+    gains = gains[:3]
     pairs = [(done.frozen["shallow"][seed], everything[seed]) for seed in range(4)]
-    measured = contexts_at(8, pairs)
+    measured = contexts_at("forward_kl", 8, pairs)
     expected = [
-        1e-4 * (b - a) for frozen, run in pairs for b, a in zip(frozen.columns["forward_kl"], run.after["8"], strict=True)
+        1e-4 * (b - a)
+        for frozen, run in pairs
+        for b, a in zip(frozen.columns["forward_kl"], run.after["forward_kl"]["8"], strict=True)
     ]
     assert gains[-1].n_tokens == len(expected) == int(measured.measured.sum())
     assert gains[-1].by_selector[0].gain.value == pytest.approx(sum(expected) / len(expected))

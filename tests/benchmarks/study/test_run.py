@@ -79,8 +79,9 @@ def test_the_files_hold_the_statistics_of_the_frozen_tokens(pair, runs):
         torch.testing.assert_close(getattr(stats, name), getattr(expected, name).double(), rtol=0, atol=6e-5)
     sums = (expected.forward_kl.double() * expected.valid).sum(1)
     torch.testing.assert_close(torch.tensor(run.forward_kl[0]).double(), sums, rtol=0, atol=6e-5)
-    after = torch.tensor(run.after["2"]).sum() * 1e-4
-    assert after.item() == pytest.approx(sum(run.forward_kl[2]), abs=1e-4 * len(run.after["2"]))
+    for measure, sums in (("forward_kl", run.forward_kl[2]), ("reverse_kl", run.reverse_kl[2])):
+        after = run.after[measure]["2"]
+        assert 1e-4 * sum(after) == pytest.approx(sum(sums), abs=1e-4 * len(after))
     assert max(path.stat().st_size for path in runs.iterdir()) < 20_000
 
 
