@@ -76,7 +76,7 @@ class Sizes:
     held_out_tokens: int = 32
 
 
-SIZES = {"instruction": Sizes(learning_rate=1e-5), "shallow": Sizes(learning_rate=1e-5)}
+SIZES = {"instruction": Sizes(learning_rate=1e-5), "shallow": Sizes(learning_rate=5e-5)}
 
 
 @dataclass(frozen=True)
