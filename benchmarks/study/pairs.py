@@ -33,7 +33,6 @@ from opd_ops.trainer.rollouts import Rollouts, end_tokens, head_over, sample
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PAIRS = ("instruction", "shallow")
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -78,23 +77,27 @@ class Pair:
     held_out: tuple[Prompt, ...]
 
 
-def load_pairs(names: tuple[str, ...] = PAIRS, healing: Healing | None = None) -> dict[str, Pair]:
-    """The pairs by name; they share the teacher's memory."""
+def load_pairs() -> dict[str, Pair]:
+    """The pairs by name; they share the teacher's memory. Heals the shallow student if it is not in the cache."""
     teacher, tokenizer = smollm2.load_model()
     teacher.requires_grad_(False)
     tokenizer.chat_template = CHAT_TEMPLATE
     prompts = (tuple(TRAINING), tuple(HELD_OUT))
-    pairs = {}
-    if "instruction" in names:
-        pairs["instruction"] = Pair("instruction", teacher, teacher, tokenizer, INSTRUCTION, *prompts)
-    if "shallow" in names:
-        student = healed_student(teacher, tokenizer, prompts[0], healing or Healing(), cache_folder())
-        pairs["shallow"] = Pair("shallow", teacher, student, tokenizer, None, *prompts)
-    return pairs
+    student = healed_student(teacher, tokenizer, prompts[0], Healing(), cache_folder())
+    pairs = (
+        Pair("instruction", teacher, teacher, tokenizer, INSTRUCTION, *prompts),
+        Pair("shallow", teacher, student, tokenizer, None, *prompts),
+    )
+    return {pair.name: pair for pair in pairs}
 
 
 def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "opd_ops" / "study"
+
+
+def is_healed() -> bool:
+    """Whether the shallow student's weights are in the cache."""
+    return (cache_folder() / Healing().file_name).exists()
 
 
 def without_layers(model: PreTrainedModel, first: int, n: int) -> PreTrainedModel:

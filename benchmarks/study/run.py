@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.study.pairs import Pair, load_pairs
+from benchmarks.study.pairs import Pair, is_healed, load_pairs
 from benchmarks.study.plan import CPU_HOURS, SIZES, Job, Sizes, jobs
 from benchmarks.study.records import RUNS, Run, frozen_name, read, sizes_of, spent_hours, write
 from benchmarks.study.train import HeldOut, environment, hold_out, run_arm
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"all {len(planned)} runs are done")
         return
     # In a child: a process that has computed gradients should not fork.
-    if not in_child(load_pairs):
+    if not is_healed() and not in_child(load_pairs):
         sys.exit("the shallow student could not be healed")
     if failed := run_all(folder, load_pairs(), SIZES, planned):
         sys.exit(f"{len(failed)} of {len(planned)} runs failed: {', '.join(job.file_name for job in failed)}")
