@@ -3,7 +3,8 @@
   equal steps   difference of two arms after the last step, at the same held-out tokens of the seeds that both have
   equal cost    the same against an arm that was stopped once it had cost as much, linear between its evaluations
   cost of a step, in units of one head's matmul over the answers: 2 + 4 rho for a loss on a share rho of the tokens, 6 for a
-  dense one, and the models' own passes: sampling, the teacher's, three times the student's (train.py counts them)
+  dense one, and the models' own passes: sampling, the teacher's, three times the student's (train.py counts them). The
+  sampled token's loss is counted as the exact one.
 
 p-values are corrected by Holm's rule among all comparisons of a pair with the same kind of base.
 Forward KL is compared at equal steps alone.

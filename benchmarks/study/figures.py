@@ -82,7 +82,7 @@ def draw_fixed_contexts(pairs: Mapping[str, Sequence[Gains]], path: Path) -> Non
                     panel.plot(range(1, TENTHS + 1), at.tenths[score], dash, color=HUES[at.measure], marker=".", label=label)
                 panel.axhline(0, color="black", lw=0.6)
                 panel.set(title=f"{pair}: {score}", xlabel="tenth of the tokens by the score", ylabel="mean gain, nats")
-                panel.legend(frameon=False, fontsize=7)
+            panels[len(CURVES) * i].legend(frameon=False, fontsize=7)
 
 
 @contextmanager

@@ -5,8 +5,8 @@
   mean G of the tokens that a selector ranks highest; the paper's regression of G on teachability and incompatibility;
   mean G of each tenth of the tokens by teachability, divergence and incompatibility; rank correlations of G with them
 
-Intervals: seeds and prompts are resampled together (statistics.py); the selection is made once, on the answers of all seeds.
-Scores that need columns which are not kept are left out: teachability-released and dial.
+Intervals are percentiles over resamples of seeds and prompts together (statistics.py). The selection is made once, on the
+answers of all seeds. Scores that need columns which are not kept are left out: teachability-released and dial.
 Not here: the diagnostics' equations (opd_ops/diagnostics/).
 """
 

@@ -84,12 +84,15 @@ def page(done: Finished, rows: Mapping[str, Sequence[Row]], gains: Mapping[str, 
     lines = [
         "# What selecting does to SmolLM2-135M: the numbers",
         "",
-        f"**{done.n_runs} of {done.n_planned} runs**, {done.cpu_hours:.1f} CPU hours. {_missing(done.missing)}",
+        f"**{done.n_runs} of {done.n_planned} runs**, {done.cpu_hours:.1f} CPU hours. {_summary(done.missing)}",
         "",
         "KL is the reverse KL(student ‖ teacher) at held-out tokens, nats, which the losses reduce. Below 0: better.",
         "Brackets: 95 % intervals over seeds and prompts together. A star: the p-value, corrected by Holm's rule among all",
         "comparisons of the column, is below 0.05. A unit is one head's matmul over the answers. Equations:",
         "benchmarks/study/statistics.py and arms.py.",
+        "",
+        "![Difference of every arm from all tokens and from random tokens, with intervals](arms.png)",
+        "![Held-out KL against the cost so far, by selector and fraction](cost.png)",
     ]
     for pair, pair_rows in rows.items():
         sizes = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in asdict(SIZES[pair]).items())
@@ -105,21 +108,27 @@ def page(done: Finished, rows: Mapping[str, Sequence[Row]], gains: Mapping[str, 
         ]
         lines += _arms_table(pair_rows)
         if pair in gains:
+            lines += ["", "![Mean gain of each tenth of the tokens by three scores](fixed_contexts.png)"]
             for measure in MEASURES:
                 lines += _gains_tables([at for at in gains[pair] if at.measure == measure])
         else:
             lines += ["", "No diagnostic on fixed contexts: it needs the arm `all` of two seeds."]
+    if done.missing:
+        lines += ["", "## Missing runs", "", *_missing(done.missing)]
     return "\n".join(lines) + "\n"
 
 
-def _missing(names: Sequence[str]) -> str:
-    if not names:
-        return "No run of the plan is missing."
+def _summary(missing: Sequence[str]) -> str:
+    return f"{len(missing)} are missing: the last section names them." if missing else "No run of the plan is missing."
+
+
+def _missing(names: Sequence[str]) -> list[str]:
+    """A line per arm with the seeds that it lacks."""
     by_arm: dict[str, list[str]] = defaultdict(list)
     for name in names:
         arm, _, seed = name.rpartition("-seed")
         by_arm[arm].append(seed)
-    return "Missing: " + "; ".join(f"{arm} seeds {', '.join(seeds)}" for arm, seeds in by_arm.items()) + "."
+    return [f"* {arm}: seeds {', '.join(seeds)}" for arm, seeds in by_arm.items()]
 
 
 def _arms_table(rows: Sequence[Row]) -> list[str]:

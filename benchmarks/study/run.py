@@ -67,7 +67,8 @@ def run_all(folder: Path, pairs: Mapping[str, Pair], sizes: Mapping[str, Sizes],
     for (seed, name), group in groupby(left(folder, planned, sizes), key=lambda job: (job.seed, job.pair)):
         pair = pairs[name]
         held_out = hold_out(pair, sizes[name], seed)
-        write(held_out.record(pair, seed), folder / frozen_name(name, seed))
+        if not (folder / frozen_name(name, seed)).exists():
+            write(held_out.record(pair, seed), folder / frozen_name(name, seed))
         for job in group:
             path = folder / job.file_name
             if spent_hours(folder) >= CPU_HOURS:

@@ -181,7 +181,8 @@ def test_the_page_tells_which_runs_are_missing(folder, tmp_path):
     text = (tmp_path / "report.md").read_text()
     n_planned = 4 * len(ARMS) * len(SIZES)
     assert f"**20 of {n_planned} runs**" in text
-    assert "shallow-prefix-5 seeds 0, 1, 2, 3" in text
+    assert "* shallow-prefix-5: seeds 0, 1, 2, 3" in text
+    assert "shallow-entropy-5: seeds" not in text
     numbers = json.loads((tmp_path / "report.json").read_text())
     assert len(numbers["missing"]) == n_planned - 20
     rows = {row["arm"]: row for row in numbers["arms"]["shallow"]}
@@ -190,11 +191,10 @@ def test_the_page_tells_which_runs_are_missing(folder, tmp_path):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_one_seed_alone_has_values_and_no_intervals(folder, tmp_path):
-    for path in folder.glob("*seed0.json"):
-        (tmp_path / path.name).write_text(path.read_text())
-    report.write(tmp_path, tmp_path / "out", 4)
-    text = (tmp_path / "out" / "report.md").read_text()
+def test_one_seed_alone_has_values_and_no_intervals(runs, folder):
+    done = report.finished(folder, 1)
+    rows = rows_of(Runs(done.runs["shallow"], {0: done.frozen["shallow"][0].n_tokens}))
+    text = report.page(done, {"shallow": rows}, {})
     assert "No diagnostic on fixed contexts" in text
     (row,) = [line for line in text.splitlines() if line.startswith("| `entropy-5`")]
     assert "[" not in row
