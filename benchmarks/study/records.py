@@ -10,6 +10,7 @@ Not here: how the numbers come about (train.py), what they say (report.py).
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -101,7 +102,7 @@ def spent_hours(folder: Path) -> float:
 
 
 def write(record: Run | Frozen, path: Path) -> None:
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{os.getpid()}.part")  # a killed study's last child may still write
     part.write_text(json.dumps(asdict(record), separators=(",", ":")) + "\n", encoding="utf-8")
     part.rename(path)
 
