@@ -13,6 +13,7 @@ Not here: reading files (report.py), the equations of the intervals (statistics.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -114,6 +115,20 @@ def rows_of(runs: Runs) -> list[Row]:
         for (i, comparison), p in zip(compared, adjusted, strict=True):
             rows[i] = replace(rows[i], **{kind: replace(comparison, adjusted_p=p)})
     return rows
+
+
+def spread_over_seeds(rows: Sequence[Row]) -> float:
+    """The standard deviation over seeds of an arm's difference from its base, pooled over arms; NaN with one seed."""
+    by_arm = {row.arm: dict(zip(row.seeds, row.by_seed, strict=True)) for row in rows}
+    squares, degrees = 0.0, 0
+    for row in rows:
+        if row.equal_steps is None:
+            continue
+        base = by_arm[row.equal_steps.base]
+        differences = torch.tensor([by_arm[row.arm][seed] - base[seed] for seed in row.seeds if seed in base])
+        squares += float((differences - differences.mean()).square().sum())
+        degrees += len(differences) - 1
+    return math.sqrt(squares / degrees) if degrees else math.nan
 
 
 def base_of(arm: Arm) -> Arm | None:

@@ -18,10 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.study import figures
-from benchmarks.study.arms import KINDS, Comparison, Row, Runs, rows_of
+from benchmarks.study.arms import KINDS, Comparison, Row, Runs, rows_of, spread_over_seeds
 from benchmarks.study.gains import FRACTIONS, RANKED, Gains, gains_of
 from benchmarks.study.plan import SEEDS, SIZES, Arm, jobs
 from benchmarks.study.records import MEASURES, RUNS, Frozen, Run, frozen_name, read, spent_hours
+from benchmarks.study.statistics import visible_difference
 from opd_ops.diagnostics.intervals import Interval
 
 
@@ -106,7 +107,7 @@ def page(done: Finished, rows: Mapping[str, Sequence[Row]], gains: Mapping[str, 
             f"before training KL {start.kl[0].value:.3f}, forward KL {start.forward_kl[0].value:.3f}.",
             "",
         ]
-        lines += _arms_table(pair_rows)
+        lines += [*_arms_table(pair_rows), "", _what_is_seen(pair_rows)]
         if pair in gains:
             lines += ["", "![Mean gain of each tenth of the tokens by three scores](fixed_contexts.png)"]
             for measure in MEASURES:
@@ -144,6 +145,19 @@ def _arms_table(rows: Sequence[Row]) -> list[str]:
         cells += [f"{row.forward_kl[-1].value:.3f}", _difference(row.forward)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _what_is_seen(rows: Sequence[Row]) -> str:
+    spread = spread_over_seeds(rows)
+    n_seeds = max(len(row.seeds) for row in rows)
+    if math.isnan(spread):
+        return "One seed does not show the spread over seeds."
+    n_comparisons = sum(row.equal_steps is not None for row in rows)
+    seen = visible_difference(spread, n_seeds, n_comparisons)
+    return (
+        f"Differences from all tokens spread over seeds by {spread:.4f} nats (pooled). With {n_seeds} seeds and {n_comparisons} "
+        f"comparisons a true difference of {seen:.3f} nats is seen with power 0.8, the spread over prompts apart."
+    )
 
 
 def _difference(comparison: Comparison | None) -> str:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks.study import report
-from benchmarks.study.arms import Runs, rows_of
+from benchmarks.study.arms import Runs, rows_of, spread_over_seeds
 from benchmarks.study.gains import contexts_at, gains_of
 from benchmarks.study.plan import ARMS, SIZES, Arm, Job
 from benchmarks.study.records import COLUMNS, Frozen, Run, frozen_name, to_integers, write
@@ -107,9 +107,9 @@ def test_the_standard_error_holds_the_spread_over_seeds_and_over_prompts():
     for _ in range(200):
         seeds = 0.02 * torch.randn(n_seeds, 1, generator=g, dtype=torch.float64)
         prompts = 0.03 * torch.randn(1, n_prompts, generator=g, dtype=torch.float64)
-        got = estimate(counts * (0.1 + seeds + prompts), counts)
-        errors.append(got.error**2)
-        values.append(got.value)
+        estimated = estimate(counts * (0.1 + seeds + prompts), counts)
+        errors.append(estimated.error**2)
+        values.append(estimated.value)
     true = 0.02**2 / n_seeds + 0.03**2 / n_prompts
     assert torch.tensor(values).var().item() == pytest.approx(true, rel=0.25)
     # Resampling n values shows (n - 1) / n of their variance.
@@ -142,6 +142,13 @@ def test_an_arm_is_compared_at_the_same_tokens(runs):
     assert row.equal_steps.adjusted_p < 0.05
     assert rows["teachability-20"].random.adjusted_p > 0.05
     assert rows["all"].equal_steps is rows["all"].random is rows["random-5"].random is rows["all"].forward is None
+
+
+def test_the_spread_over_seeds_is_that_of_the_differences(runs):
+    rows = rows_of(runs)
+    everything = torch.tensor(next(row for row in rows if row.arm == "all").by_seed)
+    variances = [(torch.tensor(row.by_seed) - everything).var() for row in rows if row.arm != "all"]
+    assert spread_over_seeds(rows) == pytest.approx(torch.stack(variances).mean().sqrt().item())
 
 
 def test_equal_cost_stops_the_base_where_it_has_cost_as_much(runs):
