@@ -155,8 +155,8 @@ def _what_is_seen(rows: Sequence[Row]) -> str:
     n_comparisons = sum(row.equal_steps is not None for row in rows)
     seen = visible_difference(spread, n_seeds, n_comparisons)
     return (
-        f"Differences from all tokens spread over seeds by {spread:.4f} nats (pooled). With {n_seeds} seeds and {n_comparisons} "
-        f"comparisons a true difference of {seen:.3f} nats is seen with power 0.8, the spread over prompts apart."
+        f"Differences from all tokens spread over seeds by {spread:.4f} nats (pooled). With {n_seeds} seeds and "
+        f"{n_comparisons} comparisons a true difference of {seen:.3f} nats is seen with power 0.8, the spread over prompts apart."
     )
 
 
