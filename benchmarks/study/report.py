@@ -156,7 +156,7 @@ def _what_is_seen(rows: Sequence[Row]) -> str:
     seen = visible_difference(spread, n_seeds, n_comparisons)
     return (
         f"Differences from all tokens spread over seeds by {spread:.4f} nats (pooled). With {n_seeds} seeds and "
-        f"{n_comparisons} comparisons a true difference of {seen:.3f} nats is seen with power 0.8, the spread over prompts apart."
+        f"{n_comparisons} comparisons a true difference of {seen:.3f} nats is seen with power 0.8, prompts apart."
     )
 
 
