@@ -15,7 +15,7 @@ from benchmarks.study import pairs as study_pairs
 from benchmarks.study import run as study
 from benchmarks.study.plan import ARMS, FRACTIONS, SELECTORS, SIZES, Arm, Job, Sizes, jobs
 from benchmarks.study.records import Frozen, Run, frozen_name, read, stats_of
-from benchmarks.study.train import hold_out
+from benchmarks.study.train import hold_out, run_arm
 from opd_ops import score_positions
 from opd_ops.trainer.order import prompt_indices
 from opd_ops.trainer.rollouts import context_ids, head_over
@@ -66,6 +66,20 @@ def test_arms_of_a_seed_share_their_tokens_and_their_start(runs):
     assert 0.2 * part.n_valid <= part.n_trained < 0.2 * part.n_valid + 2
     assert sum(whole.forward_kl[2]) < sum(whole.forward_kl[0])
     assert part.forward_kl[2] != whole.forward_kl[2]
+
+
+def test_every_arm_of_the_plan_trains_on_its_share(pair):
+    sizes = replace(TINY, steps=1, evaluated=(1,))
+    held_out = hold_out(pair, sizes, 0)
+    runs = {arm: run_arm(pair, sizes, arm, 0, held_out) for arm in ARMS}
+    for arm, run in runs.items():
+        # "teachability-released" adds a token for every answer without one.
+        added = sizes.batch_size if arm.selector == "teachability-released" else 0
+        assert arm.fraction * run.n_valid <= run.n_trained <= arm.fraction * run.n_valid + 1 + added, arm.name
+        assert run.reverse_kl[1] != run.reverse_kl[0], arm.name
+    ends = {arm.name: tuple(run.reverse_kl[1]) for arm, run in runs.items()}
+    names = ("all", "all-sampled", "weights-teachability", "random-20", "random-20-sampled", "prefix-20", "entropy-20")
+    assert len({ends[name] for name in names}) == len(names)
 
 
 def test_the_files_hold_the_statistics_of_the_frozen_tokens(pair, runs):
