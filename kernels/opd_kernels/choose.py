@@ -18,8 +18,8 @@ Shapes: N positions, G sequences, R rows of the list
   rows        (R,)      out  int64: the selected positions in order, then others in order
   counts      (3,)      out  int64: selected, valid, infinite
 
-Grid: choose (1,) for one budget; for sequences (G + 1,), and then list (1,). With keep_scores choose (1,), keep (G + 1,) and
-list (1,). Traffic: 6 bytes read a position and 1 written, 8 a row; 8 more read for places, 9 for keep_scores; keys as order.py
+Grid: choose (1,) for one budget, with places then list (1,); for sequences choose (G + 1,) and list (1,); with keep_scores
+choose (1,), keep (G + 1,) and list (1,). Traffic: 6 bytes read a position and 1 written, 8 a row; 8 more read for places, 9 for keep_scores; keys as order.py
 says.
 The host knows R beforehand (the largest budget) and learns the number of selected positions from `counts`.
 
@@ -247,8 +247,8 @@ def choose_fwd(
     selected = torch.empty(n, dtype=torch.uint8, device=device)
     rows = torch.empty(n_rows, dtype=torch.int64, device=device)
     counts = torch.empty(len(COUNTS), dtype=torch.int64, device=device)
-    lists = length is None and bounds is None
-    one_budget = lists or keep_scores is not None
+    one_budget = (length is None and bounds is None) or keep_scores is not None
+    lists = one_budget and keep_scores is None and places is None  # with places, a list in the same kernel would spill
     assert places is None or one_budget
     longest = n if length is None else length
     n_sequences = triton.cdiv(n, max(1, longest)) if bounds is None else bounds.shape[0]
