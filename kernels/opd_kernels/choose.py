@@ -19,8 +19,8 @@ Shapes: N positions, G sequences, R rows of the list
   counts      (3,)      out  int64: selected, valid, infinite
 
 Grid: choose (1,) for one budget, with places then list (1,); for sequences choose (G + 1,) and list (1,); with keep_scores
-choose (1,), keep (G + 1,) and list (1,). Traffic: 6 bytes read a position and 1 written, 8 a row; 8 more read for places, 9 for keep_scores; keys as order.py
-says.
+choose (1,), keep (G + 1,) and list (1,). Traffic: 6 bytes read a position and 1 written, 8 a row; 8 more read for places, 9
+for keep_scores; keys as order.py says.
 The host knows R beforehand (the largest budget) and learns the number of selected positions from `counts`.
 
 Not here: scores (place.py), the search (order.py). Tests: tests/kernels/test_selection.py.
