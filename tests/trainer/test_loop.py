@@ -58,7 +58,9 @@ def test_a_fraction_and_weights_go_from_one_value_to_another_and_are_resumed_exa
         want = [0.5 + 0.4 * math.cos(math.pi * i / 4) for i in range(5)]
     rows = [row for row in _log(tmp_path / "a") if "loss" in row]
     assert [row["fraction"] for row in rows] == pytest.approx(want)
-    assert [row["weighting_share"] for row in rows] == pytest.approx([(0.9 - x) / 0.8 for x in want])
+    shares = pytest.approx([(0.9 - x) / 0.8 for x in want])
+    assert [row["weighting_share"] for row in rows] == shares
+    assert [whole.config.settings(step).weighting_share for step in range(5)] == shares
     # Each micro-batch rounds up.
     assert all(-1e-6 < row["n_selected"] - x * row["n_valid"] < 5 for x, row in zip(want, rows, strict=True))
     assert "90 % to 10 % of the tokens" in (tmp_path / "a" / "model" / "README.md").read_text()
@@ -72,6 +74,13 @@ def test_a_fraction_and_weights_go_from_one_value_to_another_and_are_resumed_exa
     assert (tmp_path / "a" / "log.jsonl").read_text() == (tmp_path / "b" / "log.jsonl").read_text()
     with pytest.raises(ValueError, match=r"resume: .* is of another run: steps was 5 and is 6"):
         trainer(tmp_path / "b", loss_schedule=schedule, resume=True, **(options | {"steps": 6}))
+
+
+def test_the_scheduled_share_of_a_weighting_reaches_the_loss(tmp_path):
+    options = {"count": 1, "scope": "sequence", "selector": "prefix", "weighting": "iw", "divergence": "sampled"}
+    trainer(tmp_path, steps=3, eval_size=0, weighting_share=0.2, weighting_share_end=1.0, **options).train()
+    # The first token of an answer alone is trained on: IW gives it the weight 1.5.
+    assert [row["weight"] for row in _log(tmp_path)] == pytest.approx([1 + 0.5 * share for share in (0.2, 0.6, 1.0)])
 
 
 def test_a_count_and_a_weighting_are_those_of_the_loss(tmp_path):
