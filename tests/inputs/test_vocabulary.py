@@ -15,10 +15,12 @@ import torch
 import torch.distributed as dist
 
 from opd_ops import (
+    IER,
     JSD,
     ImportanceWeighted,
     LinearHead,
     Mixture,
+    Reading,
     Routed,
     SampledLogprobs,
     SampledToken,
@@ -154,11 +156,24 @@ def _pieces(kind, name):
     _agree(*sides_of(kind), CUTS["uneven"], dist.group.WORLD, **options)
 
 
-def _selectors(kind, backend, names):
+def _weightings(kind, backend):
+    """By names, and by a callable that draws: all ranks take the weights that the first one draws, as one process does."""
+    draws = iter((generator(0), generator(dist.get_rank())))
+    drawn = Reading(lambda stats: torch.rand(stats.valid.shape, generator=next(draws)))
+    for weighting in ("iw", "fire", drawn):
+        options = options_of(backend=backend, weighting=weighting, weight_mean="selected")
+        _agree(*sides_of(kind), CUTS["uneven"], dist.group.WORLD, **options)
+
+
+def _agreement(stats):
+    return stats.teacher_rank - stats.top1_agreement
+
+
+def _selectors(kind, backend, selectors):
     student, teacher = sides_of(kind)
-    for name in names:
+    for selector in selectors:
         torch.manual_seed(dist.get_rank())  # draws of different ranks: the first one's count
-        options = options_of(backend=backend, selector=name)
+        options = options_of(backend=backend, selector=selector)
         options.pop("fraction")
         rank = dist.get_rank()
         parts = cut(student, CUTS["uneven"], rank), cut(teacher, CUTS["uneven"], rank)
@@ -372,8 +387,16 @@ def test_the_models_of_a_mixture_have_the_same_parts(ranks, kind, backend):
 def test_selectors_score_as_one_process_and_draw_alike_on_every_rank(ranks):
     names = ["teachability", "tip", "teachability-released", "overconfident", "random", "dial", "ratio-variance", "multinomial"]
     ranks.run(_selectors, "logits", "torch", names)
+    of_lists = ["log-ratio", "ier", IER("tip-released", "or"), Reading(_agreement, {"top1_agreement", "teacher_rank"})]
+    for kind, backend in (("logits", "torch"), ("heads", "torch"), ("logits", "triton")):
+        ranks.run(_selectors, kind, backend, of_lists)
     ranks.run(_selectors, "logits", "triton", names[-2:])
     ranks.run(_selectors, "heads", "triton", ["ratio-variance"])
+
+
+@pytest.mark.parametrize(("kind", "backend"), [("logits", "torch"), ("heads", "torch"), ("logits", "triton")])
+def test_weights_are_those_of_one_process_and_drawn_alike_on_every_rank(ranks, kind, backend):
+    ranks.run(_weightings, kind, backend)
 
 
 @pytest.mark.parametrize("name", [*LIST_ALONE, "sampled", "topk_student"])
