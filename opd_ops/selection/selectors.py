@@ -341,6 +341,12 @@ def is_deterministic(selector: Selector) -> bool:
     return is_own(selector) and not isinstance(selector, (Multinomial, Random))
 
 
+def why_no_weights(selector: Selector) -> str | None:
+    """Why this selector's scores are no weights of losses; None: they may be, none is negative."""
+    reasons = {Multinomial: "are drawn", Random: "are drawn", LogRatio: "may be negative", Prefix: "read no statistic"}
+    return "are all 0" if selector is everything else reasons.get(type(selector))
+
+
 def selection_options(selector: Selector, stats: TokenStats, keep_scores: Tensor | None = None) -> SelectionOptions:
     """The options of `select_positions` that a selector's attributes set, from the statistics that it ranked.
 
@@ -379,7 +385,8 @@ def check_known(selector: Selector, known: str, argument: str = "selector") -> N
         check_known(named_selector(selector.base), known, argument)
     named = SELECTORS.get(selector_name(selector), selector)  # an instance with other parameters has the same needs
     if not fits(named):
-        expected = ", ".join(name for name, x in SELECTORS.items() if fits(x))
+        can_serve = {name: x for name, x in SELECTORS.items() if argument == "selector" or why_no_weights(x) is None}
+        expected = ", ".join(name for name, x in can_serve.items() if fits(x))
         instead = "pass no student_stats" if known == "student_stats" else "pass the teacher's logits or a LinearHead"
         raise ValueError(
             f"{argument}: got {selector_name(selector)!r}, which {PARTLY_KNOWN[known]}; expected one of: {expected}; "

@@ -1,4 +1,4 @@
-"""Weights: from statistics to one factor per position's loss, detached. Any selector's scores serve too, but those that draw.
+"""Weights: from statistics to one factor per position's loss, detached. Scores of most selectors serve too.
 
   loss = sum_t w_t l_t / n,   gradient w_t grad l_t: the step scales with the mean of w over the selected, unless it is made 1
   IW     1 + (w_max - 1) (1 - sum_{k<t} d_k / (sum d + 1e-8)), d = |log q(y) - log p(y)|, per response    arXiv 2606.22600
@@ -24,7 +24,7 @@ from opd_ops.arguments import real, shown, take_plain
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.selection.normalisers import largest
 from opd_ops.selection.sampled import LOGPROBS, log_ratio
-from opd_ops.selection.selectors import SELECTORS, Multinomial, Random, Selector, check_known, needs_of
+from opd_ops.selection.selectors import SELECTORS, Selector, check_known, needs_of, why_no_weights
 from opd_ops.selection.stats import WHOLE_ROW_COLUMNS, TokenStats
 
 MEANS = ("valid", "selected", "sequence")
@@ -105,17 +105,17 @@ def named_weighting(weighting: str | Selector | None) -> Selector | None:
     """The weighting with this name; a callable, or None, is returned unchanged."""
     if weighting is None:
         return None
-    rules = {name: rule for name, rule in (WEIGHTINGS | SELECTORS).items() if not isinstance(rule, (Multinomial, Random))}
-    names = f"a callable, or one of: {', '.join(rules)}"
-    if isinstance(weighting, str):
-        if weighting not in rules:
-            raise ValueError(f"weighting: got {weighting!r}, expected None, {names}")
-        return rules[weighting]
-    if isinstance(weighting, type) or not callable(weighting):
+    rules = WEIGHTINGS | SELECTORS
+    names = f"a callable, or one of: {', '.join(name for name, rule in rules.items() if why_no_weights(rule) is None)}"
+    if isinstance(weighting, str) and weighting not in rules:
+        raise ValueError(f"weighting: got {weighting!r}, expected None, {names}")
+    if isinstance(weighting, type) or not (isinstance(weighting, str) or callable(weighting)):
         raise TypeError(f"weighting: got {shown(weighting)}, expected None, {names}")
-    if isinstance(weighting, (Multinomial, Random)):
-        raise ValueError(f"weighting: got {weighting!r}, whose scores are drawn, expected None, {names}")
-    return weighting
+    rule = rules[weighting] if isinstance(weighting, str) else weighting
+    reason = why_no_weights(rule)
+    if reason is not None:
+        raise ValueError(f"weighting: got {weighting!r}, whose scores {reason}, expected None, {names}")
+    return rule
 
 
 def check_weighting_known(weighting: Selector, known: str) -> None:

@@ -7,6 +7,7 @@ Not here: the lines of the documentation (tests/divergences/test_methods.py), se
 """
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -16,14 +17,17 @@ import torch.distributed as dist
 from opd_ops import (
     IW,
     FiRe,
+    LogRatio,
     Multinomial,
     Reading,
     SampledLogprobs,
     Settings,
     TopKLogprobs,
+    score_positions,
     selective_opd_loss,
     selective_opd_token_losses,
 )
+from opd_ops.selection.selectors import SELECTORS, why_no_weights
 from opd_ops.selection.weighting import WEIGHTINGS
 from tests.support.cases import generator, leaf, logit_pair
 from tests.support.ranks import SIZE
@@ -190,6 +194,10 @@ def test_weights_and_their_means_over_ranks_are_those_of_one_process(ranks):
     [
         ({"weighting": "iws"}, "weighting: got 'iws', expected None, a callable, or one of: iw, fire, teachability"),
         ({"weighting": Multinomial()}, "weighting: got Multinomial.*whose scores are drawn"),
+        ({"weighting": "random"}, "weighting: got 'random', whose scores are drawn, expected None, .*: iw, fire, teachability"),
+        ({"weighting": "all"}, "weighting: got 'all', whose scores are all 0"),
+        ({"weighting": LogRatio("both")}, "weighting: got LogRatio.*whose scores may be negative"),
+        ({"weighting": "prefix"}, "weighting: got 'prefix', whose scores read no statistic"),
         ({"weight_mean": "valid"}, "weight_mean: got 'valid' without a weighting"),
         ({"weighting_share": 0.5}, "weighting_share: got 0.5 without a weighting"),
         ({"weighting": "iw", "weighting_share": 1.5}, r"weighting_share: got 1.5, expected a number in \[0, 1\]"),
@@ -201,6 +209,15 @@ def test_a_wrong_weighting_is_refused_when_settings_are_made(options, message):
         Settings(**options)
 
 
+@pytest.mark.parametrize("name", SELECTORS)
+def test_every_selector_that_may_weight_has_weights_and_the_others_are_refused(name):
+    with pytest.raises(ValueError, match=f"got {name!r}") if why_no_weights(SELECTORS[name]) else nullcontext():
+        Settings(weighting=name)
+        scores, _ = score_positions(*sides(), mask=mask(), tokens=tokens(), selector=name, top_k=6)
+        assert scores[mask()].min() >= 0
+        assert 0 < scores[mask()].mean() < math.inf
+
+
 def test_a_weighting_that_reads_what_a_call_does_not_have_is_refused():
     student, teacher = sides()
     with pytest.raises(ValueError, match="tokens: got None, but the weighting reads the sampled token"):
@@ -209,7 +226,7 @@ def test_a_weighting_that_reads_what_a_call_does_not_have_is_refused():
     with pytest.raises(ValueError, match="weighting: got FiRe, which reads statistics of whole rows that SampledLogprobs"):
         selective_opd_loss(student, sent, divergence="sampled", selector="entropy", weighting="fire")
     for weighting in ("tip", "teachability", "teachability-released", "ier"):
-        with pytest.raises(ValueError, match=f"weighting: got '{weighting}', which needs the teacher's row"):
+        with pytest.raises(ValueError, match=f"weighting: got '{weighting}', which needs the teacher's row.* entropy, dial;"):
             selective_opd_loss(student, sent, divergence="sampled", selector="entropy", weighting=weighting)
     top = teacher.log_softmax(-1).topk(8)
     with pytest.raises(ValueError, match="weighting: got 'tip', which needs the teacher's whole row"):
