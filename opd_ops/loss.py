@@ -77,7 +77,17 @@ def selective_opd_loss(
         >>> selective_opd_loss(logits, logits).loss
         tensor(0.)
     """
-    batch = Batch(mask, weights, labels, shift_labels, tokens, cu_seqlens, student_stats, num_items_in_batch, old_logprobs)
+    batch = Batch(
+        mask=mask,
+        weights=weights,
+        labels=labels,
+        shift_labels=shift_labels,
+        tokens=tokens,
+        cu_seqlens=cu_seqlens,
+        student_stats=student_stats,
+        num_items_in_batch=num_items_in_batch,
+        old_logprobs=old_logprobs,
+    )
     return _loss(student, teacher, batch, Settings.given_or_named(settings, options))
 
 
@@ -113,7 +123,17 @@ class SelectiveOPDLoss(nn.Module):
         num_items_in_batch: Tensor | float | None = None,
     ) -> SelectiveOPDOutput:
         """The loss of one batch; arguments as of `selective_opd_loss`."""
-        batch = Batch(mask, weights, labels, shift_labels, tokens, cu_seqlens, student_stats, num_items_in_batch, old_logprobs)
+        batch = Batch(
+            mask=mask,
+            weights=weights,
+            labels=labels,
+            shift_labels=shift_labels,
+            tokens=tokens,
+            cu_seqlens=cu_seqlens,
+            student_stats=student_stats,
+            num_items_in_batch=num_items_in_batch,
+            old_logprobs=old_logprobs,
+        )
         return _loss(student, teacher, batch, self.settings)
 
 
@@ -159,7 +179,16 @@ def selective_opd_token_losses(
     """
     settings = Settings.given_or_named(settings, options, of=TokenLossOptions)
     check_transforms(settings.backend, has_vmap=False, has_gradient=False)
-    batch = Batch(mask, weights, labels, shift_labels, tokens, cu_seqlens, student_stats, None, old_logprobs)
+    batch = Batch(
+        mask=mask,
+        weights=weights,
+        labels=labels,
+        shift_labels=shift_labels,
+        tokens=tokens,
+        cu_seqlens=cu_seqlens,
+        student_stats=student_stats,
+        old_logprobs=old_logprobs,
+    )
     call = prepare(student, teacher, batch, settings, selects=True)
     return token_losses(_chosen(call))
 

@@ -53,7 +53,7 @@ def score_positions(
     """
     settings = Settings.of({"divergence": divergence_of(teacher), **options}, of=ScoringOptions)
     check_transforms(settings.backend, has_vmap=True, has_gradient=True)
-    batch = Batch(mask, weights, None, None, tokens, cu_seqlens, student_stats)
+    batch = Batch(mask=mask, weights=weights, tokens=tokens, cu_seqlens=cu_seqlens, student_stats=student_stats)
     scored = score(prepare(student, teacher, batch, settings, selects=False))
     return scored.scores, scored.stats
 

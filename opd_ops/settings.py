@@ -209,23 +209,25 @@ class Settings:
         check_choice("scope", self.scope, SCOPES)
         check_choice("denominator", self.denominator, DENOMINATORS)
         check_backend(self.backend)
-        selector, weighting = named_selector(self.selector), named_weighting(self.weighting)
-        takes_both_ends = getattr(selector, "both_ends", False)
         if self.weight_mean is not None:
             check_choice("weight_mean", self.weight_mean, MEANS)
-            if weighting is None:
-                raise ValueError(
-                    f"weight_mean: got {self.weight_mean!r} without a weighting, whose mean it would be; pass both"
-                )
+        if self.score_dtype is not None:
+            check_choice("score_dtype", self.score_dtype, tuple(SCORE_DTYPES))
+        resolve_divergence(self.divergence)
+        if self.generator is not None and not isinstance(self.generator, torch.Generator):
+            raise TypeError(f"generator: got {self.generator!r}, expected a torch.Generator or None")
+        self._check_groups()
+        self._check_together(named_selector(self.selector), named_weighting(self.weighting))
+
+    def _check_together(self, selector: Selector, weighting: Selector | None) -> None:
+        """Refuse settings that exclude each other."""
+        takes_both_ends = getattr(selector, "both_ends", False)
+        if self.weight_mean is not None and weighting is None:
+            raise ValueError(f"weight_mean: got {self.weight_mean!r} without a weighting, whose mean it would be; pass both")
         if weighting is None and self.weighting_share != 1:
             raise ValueError(
                 f"weighting_share: got {self.weighting_share} without a weighting, a share of which it would be; pass both"
             )
-        resolve_divergence(self.divergence)
-        if self.generator is not None and not isinstance(self.generator, torch.Generator):
-            raise TypeError(f"generator: got {self.generator!r}, expected a torch.Generator or None")
-        if self.score_dtype is not None:
-            check_choice("score_dtype", self.score_dtype, tuple(SCORE_DTYPES))
         if self.score_dtype == "float8":
             check_ranks_twice(selector)
             if self.threshold is not None:
@@ -236,7 +238,6 @@ class Settings:
                 raise ValueError(
                     "score_dtype: got 'float8', whose shortlist has the highest scores alone, but the selector takes both ends"
                 )
-        self._check_groups()
         if self.threshold is not None and self.count is not None:
             raise ValueError("threshold: got one beside a count, each of which decides how many positions; pass one of the two")
         if self.threshold is not None and takes_both_ends:
@@ -308,9 +309,7 @@ class Settings:
         divergence = resolve_divergence(self.divergence)
         if teacher is not None:
             check_list_divergence(divergence, teacher)
-            check_known(named_selector(self.selector), teacher)
-            if (weighting := named_weighting(self.weighting)) is not None:
-                check_weighting_known(weighting, teacher)
+            check_rules_known(named_selector(self.selector), named_weighting(self.weighting), teacher)
         if divergence.importance is not None:
             raise ValueError(
                 f"old_logprobs: got None, but divergence {divergence.name!r} has the ratio {divergence.importance.kind!r} to "
@@ -424,6 +423,13 @@ def check_threshold(value: object) -> Tensor | float | None:
     if number is not None and math.isnan(number):
         raise ValueError(f"threshold: got {shown(value)}, expected a number or a 0-dim tensor of one")
     return value if isinstance(value, Tensor) else number
+
+
+def check_rules_known(selector: Selector, weighting: Selector | None, known: str) -> None:
+    """Refuse a rule that needs more than the input `known` holds: a key of `selectors.PARTLY_KNOWN`."""
+    check_known(selector, known)
+    if weighting is not None:
+        check_weighting_known(weighting, known)
 
 
 def check_top_k(top_k: int, vocab_size: int) -> None:

@@ -35,10 +35,10 @@ from opd_ops.inputs.teacher_lists import (
     plus_tokens,
 )
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.selectors import Selector, bound_selector, check_known, named_selector, needs_of, selector_name
+from opd_ops.selection.selectors import Selector, bound_selector, named_selector, needs_of, selector_name
 from opd_ops.selection.stats import BACKEND_COLUMNS, TOKEN_COLUMNS, Scoring
-from opd_ops.selection.weighting import check_weighting_known, named_weighting
-from opd_ops.settings import SCORE_DTYPES, Settings, check_divergence_top_k, check_top_k, scalar_of
+from opd_ops.selection.weighting import named_weighting
+from opd_ops.settings import SCORE_DTYPES, Settings, check_divergence_top_k, check_rules_known, check_top_k, scalar_of
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,8 @@ def prepare(
     )
     selector = bound_selector(named_selector(settings.selector), settings.generator, checked_positions.sequences)
     needs = Needs(divergence, settings.top_k, inplace=settings.inplace_backward, float8=settings.in_float8, traced=is_traced())
-    if "ier" in settings.needs and is_traced():
-        raise ValueError("selector: got the column 'ier', which torch.compile cannot trace; call the loss outside of the graph")
-    if isinstance(teacher_source, Source) and teacher_source.transform.mixing is not None and is_traced():
-        raise ValueError("teacher: got Mixture, which torch.compile cannot trace; call the loss outside of the graph")
+    if needs.traced:
+        _check_traceable(settings, teacher_source)
     if isinstance(teacher_source, Source) and teacher_source.routes is not None:
         reads_responses = "response_place" in settings.needs
         teacher_source = _with_checked_routes(teacher_source, None if reads_responses else checked_positions.valid)
@@ -148,33 +146,13 @@ def prepare(
             "tokens and a mask"
         )
     if batch.student_stats is not None:
-        if student_source.transform.merged:
-            raise ValueError("eos_ids: student_stats are of the ids apart; pass no student_stats")
-        student_vocab_size = student_source.width if shard is None else shard.uncut
-        check_student_stats(
-            batch.student_stats,
-            shape,
-            device,
-            top_k=settings.top_k,
-            vocab_size=vocab,
-            student_vocab_size=student_vocab_size,
-            valid=checked_positions.valid,
-        )
-        check_known(selector, "student_stats")
-        if weighting is not None:
-            check_weighting_known(weighting, "student_stats")
+        _check_rollout(batch.student_stats, student_source, checked_positions.valid, settings)
+        check_rules_known(selector, weighting, "student_stats")
     if isinstance(teacher, (TopKLogprobs, SampledLogprobs)):
         assert isinstance(teacher_source, TeacherLists)
-        tokens, support = checked_positions.tokens, divergence.on_support
-        reads_log_q = support is not None and support.with_token  # a ratio alone reads the student
-        reads_log_q = reads_log_q or "teacher_logprob" in settings.needs
-        if reads_log_q and tokens is not None and not teacher_source.with_token:
-            lists = plus_tokens(teacher_source.ids, teacher_source.logprobs, tokens.flatten(), tuple(settings.eos_ids))
-            teacher_source = teacher_source._replace(ids=lists[0], logprobs=lists[1], with_token=True)
+        teacher_source = _with_lists(teacher_source, checked_positions.tokens, divergence, settings)
         check_lists(teacher, teacher_source.logprobs, checked_positions.valid)
-        check_known(selector, type(teacher).__name__)
-        if weighting is not None:
-            check_weighting_known(weighting, type(teacher).__name__)
+        check_rules_known(selector, weighting, type(teacher).__name__)
     scope = settings.scope if selects and not (settings.scope == "global" and ranks is None) else "batch"
     call = Call(
         student=student_source,
@@ -196,6 +174,41 @@ def prepare(
     if selects:
         _check_loss(call)
     return call
+
+
+def _check_traceable(settings: Settings, teacher: Source | TeacherLists) -> None:
+    """Refuse, in a graph of torch.compile, the work that it cannot trace."""
+    if "ier" in settings.needs:
+        raise ValueError("selector: got the column 'ier', which torch.compile cannot trace; call the loss outside of the graph")
+    if isinstance(teacher, Source) and teacher.transform.mixing is not None:
+        raise ValueError("teacher: got Mixture, which torch.compile cannot trace; call the loss outside of the graph")
+
+
+def _check_rollout(stats: StudentStats, student: Source, valid: Tensor | None, settings: Settings) -> None:
+    """Check that the statistics of the rollout are of this call's student."""
+    if student.transform.merged:
+        raise ValueError("eos_ids: student_stats are of the ids apart; pass no student_stats")
+    shard = student.transform.shard
+    check_student_stats(
+        stats,
+        student.shape,
+        student.device,
+        top_k=settings.top_k,
+        vocab_size=student.transform.whole_vocab_size,
+        student_vocab_size=student.width if shard is None else shard.uncut,
+        valid=valid,
+    )
+
+
+def _with_lists(teacher: TeacherLists, tokens: Tensor | None, divergence: Divergence, settings: Settings) -> TeacherLists:
+    """The lists of a sparse teacher, with the sampled tokens appended if their log-probabilities are read."""
+    support = divergence.on_support
+    reads_log_q = support is not None and support.with_token  # a ratio alone reads the student
+    reads_log_q = reads_log_q or "teacher_logprob" in settings.needs
+    if not reads_log_q or tokens is None or teacher.with_token:
+        return teacher
+    ids, logprobs = plus_tokens(teacher.ids, teacher.logprobs, tokens.flatten(), tuple(settings.eos_ids))
+    return teacher._replace(ids=ids, logprobs=logprobs, with_token=True)
 
 
 def _with_checked_routes(teacher: Source, valid: Tensor | None) -> Source:

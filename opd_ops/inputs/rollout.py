@@ -23,6 +23,7 @@ from opd_ops.arguments import (
     may_look,
     per_position,
 )
+from opd_ops.inputs.chunks import parts
 from opd_ops.inputs.order import best_places
 
 CANDIDATES = 1 << 22  # most logits ranked at a time
@@ -81,7 +82,7 @@ class StudentStats:
         entropy = torch.where(log_p == -torch.inf, 0, log_p.exp() * log_p).sum(1).neg_()
         every_id, k = torch.arange(x.shape[1], device=x.device), min(top_k, x.shape[1])
         size = max(1, CANDIDATES // x.shape[1])
-        ids = torch.cat([best_places(group, every_id.expand_as(group), k) for group in x.split(size)])
+        ids = torch.cat([best_places(group, every_id.expand_as(group), k) for group in parts(x, size, 0)])
         shape = logits.shape[:-1]
         return cls(
             torch.logsumexp(x, 1).view(shape),

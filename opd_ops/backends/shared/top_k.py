@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opd_ops.inputs.chunks import parts
 from opd_ops.inputs.order import best_places
 from opd_ops.inputs.teacher_lists import LAST_ID
 
@@ -139,8 +140,8 @@ def _ranked(x: Tensor, k: int, first_id: int, candidates: int) -> TopKList:
     """The k best of a block, in order."""
     own = x.flatten(0, 1)
     size = max(1, candidates // ranked_per_row(own.shape[1], k))
-    parts = [_ranked_part(rows, k) for rows in own.split(size)]
-    columns = parts[0] if len(parts) == 1 else torch.cat(parts)
+    ranked = [_ranked_part(rows, k) for rows in parts(own, size, 0)]
+    columns = ranked[0] if len(ranked) == 1 else torch.cat(ranked)
     at_own = columns.view(len(x), -1, k)
     other = x.gather(2, at_own.flip(0)).flip(0)  # the model of the other list at this list's columns
     return TopKList(columns + first_id if first_id else columns, own.gather(1, columns), other.view(-1, k))

@@ -13,7 +13,7 @@ Not here: the backend that calls them (traced.py), the launches (dense.py, heads
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from opd_kernels.choose import COUNTS
@@ -168,20 +168,40 @@ def head_arguments(student: Source, teacher: Source, workspace: Workspace, *more
 
     The numbers: bytes of the workspace, the numbers of both transforms (no soft-cap: 0), then `more`.
     """
-    settings = [float(workspace.nbytes), float(student.transform.vocab_size), student.transform.temperature]
+    numbers = [float(workspace.nbytes), float(student.transform.vocab_size), student.transform.temperature]
     for source in (student, teacher):
-        settings += [source.transform.scale, source.transform.softcap or 0.0]
-    return (*student[1:4], *teacher[1:4], settings + [float(x) for x in more])
+        numbers += [source.transform.scale, source.transform.softcap or 0.0]
+    return (*student[1:4], *teacher[1:4], numbers + [float(x) for x in more])
 
 
-def _sources(tensors: Sequence[Tensor | None], settings: Sequence[float]) -> tuple[Source, Source]:
-    """The two sources from the tensors and numbers of `head_arguments`."""
-    vocab, temperature, *transforms = settings[1:7]
+class _Numbers(NamedTuple):
+    """The list of numbers that `head_arguments` made, by name."""
+
+    workspace: Workspace
+    vocab_size: int
+    temperature: float
+    scales: tuple[float, float]  # of the student and of the teacher
+    softcaps: tuple[float | None, float | None]
+    more: list[float]
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> _Numbers:
+        nbytes, vocab, temperature, s_scale, s_softcap, t_scale, t_softcap, *more = numbers
+        softcaps = s_softcap or None, t_softcap or None
+        return cls(Workspace(int(nbytes)), int(vocab), temperature, (s_scale, t_scale), softcaps, more)
+
+    @property
+    def flags(self) -> list[bool]:
+        return [bool(x) for x in self.more]
+
+
+def _sources(tensors: Sequence[Tensor | None], named: _Numbers) -> tuple[Source, Source]:
+    """The two sources from the six tensors and the numbers of `head_arguments`."""
     sources = []
-    for i in range(2):
-        (leading, weight, bias), (scale, softcap) = tensors[3 * i : 3 * i + 3], transforms[2 * i : 2 * i + 2]
+    for own, scale, softcap in zip((tensors[:3], tensors[3:]), named.scales, named.softcaps, strict=True):
+        leading, weight, bias = own
         assert leading is not None
-        transform = Transform(weight is not None, int(vocab), temperature, scale, softcap or None)
+        transform = Transform(weight is not None, named.vocab_size, named.temperature, scale, softcap)
         sources.append(Source(transform, leading, weight, bias))
     return sources[0], sources[1]
 
@@ -194,14 +214,16 @@ def head_columns(
     t_leading: Tensor,
     t_weight: Tensor | None,
     t_bias: Tensor | None,
-    settings: Sequence[float],
+    numbers: Sequence[float],
     rows: Tensor,
     optional: str,
     score_dtype: torch.dtype | None,
 ) -> Tensor:
-    """(columns, n) statistics of the rows; the last of the settings is K of the top-K."""
-    sources = _sources((s_leading, s_weight, s_bias, t_leading, t_weight, t_bias), settings)
-    scoring = Scoring(int(settings[7]), Workspace(int(settings[0])), score_dtype, parse_columns(optional))
+    """(columns, n) statistics of the rows; the last of the numbers is K of the top-K."""
+    named = _Numbers.of(numbers)
+    sources = _sources((s_leading, s_weight, s_bias, t_leading, t_weight, t_bias), named)
+    (top_k,) = named.more
+    scoring = Scoring(int(top_k), named.workspace, score_dtype, parse_columns(optional))
     return heads.launch_columns(*sources, rows, scoring)
 
 
@@ -213,17 +235,13 @@ def _(
     t_leading: Tensor,
     t_weight: Tensor | None,
     t_bias: Tensor | None,
-    settings: Sequence[float],
+    numbers: Sequence[float],
     rows: Tensor,
     optional: str,
     score_dtype: torch.dtype | None,
 ) -> Tensor:
     names = column_names(parse_columns(optional))
     return torch.empty((len(names), rows.shape[0]), dtype=torch.float32, device=rows.device)
-
-
-def _needs(settings: Sequence[float]) -> list[bool]:
-    return [bool(x) for x in settings[7:]]
 
 
 @torch.library.custom_op("opd_ops::head_loss", mutates_args=())
@@ -234,19 +252,19 @@ def head_loss(
     t_leading: Tensor,
     t_weight: Tensor | None,
     t_bias: Tensor | None,
-    settings: Sequence[float],
+    numbers: Sequence[float],
     rows: Tensor,
     weights: Tensor,
     kind: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The weighted sum, the losses, and the gradients of hidden states, weight and bias; a gradient not needed is empty.
 
-    The last of the settings are 1 for each gradient needed, else 0.
+    The last of the numbers are 1 for each gradient needed, else 0.
     """
-    student, teacher = _sources((s_leading, s_weight, s_bias, t_leading, t_weight, t_bias), settings)
-    divergence = DIVERGENCES[kind]
+    named, divergence = _Numbers.of(numbers), DIVERGENCES[kind]
+    student, teacher = _sources((s_leading, s_weight, s_bias, t_leading, t_weight, t_bias), named)
     total, losses, gradients = heads_loss.launch_loss(
-        student, teacher, rows, weights, divergence, None, Workspace(int(settings[0])), _needs(settings)
+        student, teacher, rows, weights, divergence, None, named.workspace, named.flags
     )
     outputs = [s_leading.new_empty(0) if gradient is None else gradient for gradient in (*gradients, None, None)[:3]]
     return total, losses, outputs[0], outputs[1], outputs[2]
@@ -260,12 +278,12 @@ def _(
     t_leading: Tensor,
     t_weight: Tensor | None,
     t_bias: Tensor | None,
-    settings: Sequence[float],
+    numbers: Sequence[float],
     rows: Tensor,
     weights: Tensor,
     kind: str,
 ) -> tuple[Tensor, ...]:
-    needs, tensors = (*_needs(settings), False, False), (s_leading, s_weight, s_bias)
+    needs, tensors = (*_Numbers.of(numbers).flags, False, False), (s_leading, s_weight, s_bias)
     formats = torch.preserve_format, torch.contiguous_format, torch.contiguous_format
     gradients = [
         torch.empty_like(tensor, memory_format=layout) if need and tensor is not None else s_leading.new_empty(0)
@@ -276,7 +294,7 @@ def _(
 
 def _setup_head_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(inputs[8], *output[2:])
-    ctx.needs = (*_needs(inputs[6]), False, False)
+    ctx.needs = (*_Numbers.of(inputs[6]).flags, False, False)
     ctx.is_fp16 = heads_loss.has_fp16(inputs[0], inputs[2])
 
 
