@@ -41,7 +41,6 @@ from opd_ops.inputs.sequences import check_same_sequences, numbered_sequences
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.selection.stats import TokenStats
-from opd_ops.settings import scalar_of
 
 
 class SelectiveOPDOutput(NamedTuple):
@@ -219,7 +218,7 @@ def _check_some_items(value: Tensor | float | None, selected: Tensor) -> None:
     """Refuse a count of 0 if positions are selected. A count on a device is not read: there the loss is 0."""
     if value is None:
         return
-    number = scalar_of("num_items_in_batch", value) if isinstance(value, Tensor) else value
+    number = (number_in(value) if may_look(value) else None) if isinstance(value, Tensor) else value
     if number == 0 and bool(selected.any()):
         raise ValueError(
             f"num_items_in_batch: got 0, but {int(selected.sum())} positions are selected; pass the count of valid tokens, at "
