@@ -151,10 +151,10 @@ def _targets(
     The last position of a packed sequence has no target: the next label belongs to another sequence.
     """
     if shift_labels is not None:
-        return _check_holds(ignore_index, "shift_labels", per_position("shift_labels", shift_labels, shape, device))
+        return _check_label_dtype(ignore_index, "shift_labels", per_position("shift_labels", shift_labels, shape, device))
     if labels is None:
         return None
-    labels = _check_holds(ignore_index, "labels", per_position("labels", labels, shape, device))
+    labels = _check_label_dtype(ignore_index, "labels", per_position("labels", labels, shape, device))
     if not labels.dim():
         raise ValueError("labels: got a 0-dim tensor, expected at least one dimension to shift along")
     targets = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
@@ -164,15 +164,19 @@ def _targets(
     return targets
 
 
-def _check_holds(ignore_index: int, name: str, labels: Tensor) -> Tensor:
+def _check_label_dtype(ignore_index: int, name: str, labels: Tensor) -> Tensor:
     """The labels, checked that their dtype can hold `ignore_index`: torch would compare a uint8 with 156 instead of -100."""
-    if not labels.is_floating_point() and labels.dtype != torch.bool:
-        range_ = torch.iinfo(labels.dtype)
-        if not range_.min <= ignore_index <= range_.max:
-            raise ValueError(
-                f"ignore_index: got {shown(ignore_index)}, which {name} of dtype {labels.dtype} cannot hold; pass them as "
-                "int64, or another ignore_index"
-            )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(
+            f"{name}: got dtype {labels.dtype}, expected token ids as int64; pass {name}.long(), or mask= for a mask of valid "
+            "positions"
+        )
+    bounds = torch.iinfo(labels.dtype)
+    if not bounds.min <= ignore_index <= bounds.max:
+        raise ValueError(
+            f"ignore_index: got {shown(ignore_index)}, which {name} of dtype {labels.dtype} cannot hold; pass them as int64, "
+            "or another ignore_index"
+        )
     return labels
 
 

@@ -106,6 +106,12 @@ ARGUMENTS = [
     ({"workspace_bytes": HUGE}, ValueError, r"workspace_bytes: got 1000.*\.\.\., expected at most 9223372036854775807"),
     ({"ignore_index": HUGE, "labels": IDS}, ValueError, r"ignore_index: got 1000.*, which labels of dtype torch\.int64 cannot"),
     ({"shift_labels": IDS.byte()}, ValueError, "ignore_index: got -100, which shift_labels of dtype torch.uint8 cannot hold"),
+    (
+        {"labels": IDS.float()},
+        TypeError,
+        r"labels: got dtype torch\.float32, expected token ids as int64; pass labels\.long\(\)",
+    ),
+    ({"shift_labels": IDS > 3}, TypeError, r"shift_labels: got dtype torch\.bool, .*, or mask= for a mask of valid positions"),
     ({"special_ids": [HUGE], "tokens": IDS}, ValueError, r"special_ids: got 1000.*\.\.\., expected at most"),
     ({"special_ids": [2**40], "tokens": IDS.int()}, ValueError, "special_ids: got 1099511627776, expected ids of at most 2147"),
     ({"eos_ids": np.array(3)}, TypeError, r"eos_ids: got array\(3\), expected a sequence of token ids"),
