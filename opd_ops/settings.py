@@ -1,7 +1,7 @@
 """`Settings`: the choices of a user for a run, as one frozen object that is checked when it is made.
 
-Only this file has a setting's default, check and sentence. `documented` puts the sentences into the docstrings of functions
-that take settings by name; command lines print the same sentences.
+Only this file has a setting's default, check and sentence; three defaults that inputs share stand in arguments.py. `documented`
+puts the sentences into the docstrings of functions that take settings by name; command lines print the same sentences.
 A host is a trainer that calls this package: TRL, verl, NeMo-RL, transformers (opd_ops/integrations/).
 Not here: tensors of a batch (inputs/batch.py), checks that need the models (call/prepare.py).
 """
