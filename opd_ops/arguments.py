@@ -7,10 +7,13 @@ Not here: arguments that depend on others (call/prepare.py, inputs/pair.py).
 
 from __future__ import annotations
 
+import difflib
 import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from functools import wraps
 from typing import TypeVar, cast
 
 import torch
@@ -156,6 +159,26 @@ def check_ids(name: str, ids: object) -> tuple[int, ...]:
         if token_id > LARGEST_ID:
             raise ValueError(f"{name}: got {token_id}, expected ids of at most {LARGEST_ID}")
     return token_ids
+
+
+def did_you_mean(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """The nearest of the names, as the end of an error message; "" where none is near. `prefix`: shown before that name."""
+    nearest = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {prefix + nearest[0]!r}?" if nearest else ""
+
+
+def refuse_unknown_names(cls: type, error: Callable[[str], str]) -> None:
+    """Let a dataclass refuse an unknown name with the text `error(name)`, in place of Python's."""
+    init, names = cls.__init__, {x.name for x in fields(cls)}  # type: ignore[misc]
+
+    @wraps(init)
+    def checked(self: object, *given: object, **options: object) -> None:
+        for name in options:
+            if name not in names:
+                raise TypeError(error(name))
+        init(self, *given, **options)
+
+    cls.__init__ = checked  # type: ignore[misc]
 
 
 def check_layout(name: str, tensor: Tensor) -> None:

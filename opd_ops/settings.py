@@ -8,13 +8,11 @@ Not here: tensors of a batch (inputs/batch.py), checks that need the models (cal
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import wraps
 from typing import TypedDict, TypeVar, cast
 
 import torch
@@ -31,9 +29,11 @@ from opd_ops.arguments import (
     check_integer,
     check_layout,
     check_positive,
+    did_you_mean,
     may_look,
     plain,
     real,
+    refuse_unknown_names,
     shown,
 )
 from opd_ops.backends.resolve import check_backend
@@ -380,26 +380,11 @@ def _unknown(name: str, names: Sequence[str]) -> str:
         return f"{name}: got a setting that this function does not read; leave it out"
     if name in Batch._fields:
         return f"{name}: got an argument of a batch where only settings are taken; pass it to the loss, by its name"
-    nearest = difflib.get_close_matches(name, [*names, *Batch._fields], n=1)
-    instead = f"; did you mean {nearest[0]!r}?" if nearest else f", expected some of: {', '.join(sorted(names))}"
+    instead = did_you_mean(name, [*names, *Batch._fields]) or f", expected some of: {', '.join(sorted(names))}"
     return f"settings: got {name!r}, which no setting is called{instead}"
 
 
-def _suggesting(init: Callable[..., None]) -> Callable[..., None]:
-    """The dataclass's `__init__`, which also suggests the nearest name for an unknown name."""
-    names = [setting.name for setting in fields(Settings)]
-
-    @wraps(init)
-    def suggesting(self: Settings, **options: object) -> None:
-        for name in options:
-            if name not in names:
-                raise TypeError(_unknown(name, names))
-        init(self, **options)
-
-    return suggesting
-
-
-Settings.__init__ = _suggesting(Settings.__init__)  # type: ignore[method-assign]
+refuse_unknown_names(Settings, lambda name: _unknown(name, list(HELP)))
 
 
 def check_fraction(fraction: object) -> float:
@@ -463,7 +448,7 @@ def _check_ignore_index(value: object) -> int:
 
 
 DEFAULTS = Settings()
-HELP = {x.name: str(x.metadata["help"]) for x in fields(Settings)}
+HELP: dict[str, str] = {x.name: str(x.metadata["help"]) for x in fields(Settings)}
 NAMES: dict[type, list[str]] = {  # of each TypedDict, in the order of `Settings`
     options: [name for name in HELP if name in options.__optional_keys__]
     for options in (ScoringOptions, TokenLossOptions, LossOptions)

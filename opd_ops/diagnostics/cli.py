@@ -27,7 +27,7 @@ from opd_ops.diagnostics.measure import Reader, compare, sample_answers
 from opd_ops.diagnostics.study import FRACTIONS, SELECTED, Study, study
 from opd_ops.selection.selectors import SELECTORS
 from opd_ops.selection.stats import OPTIONAL_COLUMNS
-from opd_ops.settings import DEFAULTS, check_fraction
+from opd_ops.settings import DEFAULTS, HELP, check_fraction
 from opd_ops.trainer.files import check_path, check_text
 from opd_ops.trainer.models import load_model, load_tokenizer
 from opd_ops.trainer.privileged import PrivilegedContext
@@ -81,7 +81,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Flags, list[Prompt]]:
     add("--batch-size", type=_integer(1), default=8, metavar="N", help="answers at a time")
     add("--selectors", type=_selectors, default=list(SELECTED), metavar="A,B", help=f"any of: {', '.join(SELECTORS)}")
     add("--fractions", type=_fractions, default=list(FRACTIONS), metavar="X,Y", help="shares of the tokens, each in (0, 1]")
-    add("--top-k", type=_integer(1), default=DEFAULTS.top_k, metavar="K", help="of the supports of support mass and union KL")
+    add("--top-k", type=_integer(1), default=DEFAULTS.top_k, metavar="K", help=HELP["top_k"])
     add("--resamples", type=_integer(1), default=1000, metavar="N", help="of the prompts, for 95 %% intervals")
     add("--seed", type=_integer(0), default=0, metavar="N", help="of the answers, the resamples and selectors that draw")
     add("--dtype", choices=DTYPES, default="auto", help="of all models; auto: each checkpoint's own")

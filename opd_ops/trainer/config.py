@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
+from opd_ops.arguments import did_you_mean, refuse_unknown_names, shown
 from opd_ops.divergences import Divergence, resolve_divergence
 from opd_ops.settings import DEFAULTS, HELP, Settings
 from opd_ops.trainer.files import check_path, check_text, read_text
@@ -382,12 +383,32 @@ def read_config(arguments: Sequence[str] | None = None) -> OPDConfig:
     parsed, flags = config_parser.parse_known_args(arguments)
     try:
         from_file = [] if parsed.config is None else read_yaml(parsed.config)
-        (config, _) = parser.parse_args_into_dataclasses([*from_file, *flags], look_for_args_file=False)
+        config, _, unread = parser.parse_args_into_dataclasses(
+            [*from_file, *flags], return_remaining_strings=True, look_for_args_file=False
+        )
+        if unread:
+            raise ValueError(_unread(unread[0]))
         config.check()
     except (ValueError, TypeError) as error:
         parser.error(str(error))
     checked: OPDConfig = config
     return checked
+
+
+def _unread(word: str) -> str:
+    """The error about a word of the command line that is no flag of an option and no flag's value."""
+    name = word.partition("=")[0]
+    if not name.startswith("-"):
+        return f"got {shown(word)}, expected flags: --name value"
+    return f"got {shown(name)}, {_unknown(name.lstrip('-').replace('-', '_'), '--')}"
+
+
+def _unknown(name: str, prefix: str = "") -> str:
+    nearest = did_you_mean(name, [x.name for x in dataclasses.fields(OPDConfig)], prefix)
+    return f"which no option is called{nearest or '; opd-train --help lists all'}"
+
+
+refuse_unknown_names(OPDConfig, lambda name: f"OPDConfig: got {name!r}, {_unknown(name)}")
 
 
 def read_yaml(path: Path) -> list[str]:
@@ -413,15 +434,15 @@ def read_yaml(path: Path) -> list[str]:
         return []
     if not isinstance(root, yaml.MappingNode):
         kind = type(loader.construct_document(root)).__name__
-        raise ValueError(f"config: {path} has {kind}, expected lines `name: value` with names of: {', '.join(names)}")
+        raise ValueError(f"config: {path} has {kind}, expected lines `name: value`")
     flags: dict[str, str] = {}
     lines: dict[str, int] = {}
     for key, value in root.value:
         name, line = key.value if isinstance(key, yaml.ScalarNode) else key.id, key.start_mark.line + 1
         where = f"config: {path}:{line}"
         if name not in names:
-            shown = name if name.isidentifier() else repr(name[:40])
-            raise ValueError(f"{where} has {shown}, expected lines `name: value` with names of: {', '.join(names)}")
+            key_text = name if name.isidentifier() else repr(name[:40])
+            raise ValueError(f"{where} has {key_text}, {_unknown(name)}")
         if name in lines:
             raise ValueError(f"{where} has {name} again, which line {lines[name]} has already; keep one of them")
         lines[name] = line

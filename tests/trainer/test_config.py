@@ -105,7 +105,9 @@ def test_every_option_has_a_help_text_and_a_flag(capsys):
         (["--teacher_model=big"], "teacher_model: got one without teacher_url, the server that it is about"),
         (["--rollout_api_key_env=KEY"], "rollout_api_key_env: got one without rollout_url"),
         (["--scope=rows"], "invalid choice: 'rows'"),
-        (["--frac=0.1"], "frac"),
+        (["--frac=0.1"], r"got '--frac', which no option is called"),
+        (["--fractoin", "0.1"], r"error: got '--fractoin', which no option is called; did you mean '--fraction'\?"),
+        (["0.1"], "error: got '0.1', expected flags: --name value"),
     ],
 )
 def test_main_rejects_bad_options_before_loading(flags, message, needed, monkeypatch, capsys):
@@ -119,7 +121,8 @@ def test_main_rejects_bad_options_before_loading(flags, message, needed, monkeyp
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fractoin: 0.1", "has fractoin, expected lines `name: value` with names of: student, teacher"),
+        ("fractoin: 0.1", "run.yaml:1 has fractoin, which no option is called; did you mean 'fraction'?"),
+        ("zzzz: 0.1", "has zzzz, which no option is called; opd-train --help lists all"),
         ("- 1\n- 2", "has list, expected lines"),
         ("a: [", "is no YAML"),
     ],
@@ -133,6 +136,11 @@ def test_read_config_rejects_other_files(text, message, needed, tmp_path, capsys
     with pytest.raises(SystemExit):
         read_config(["--config", str(tmp_path / "none.yaml"), *needed])
     assert "expected a YAML file that exists" in capsys.readouterr().err
+
+
+def test_a_misspelled_name_is_an_error_with_the_nearest_name():
+    with pytest.raises(TypeError, match=r"OPDConfig: got 'fractoin', which no option is called; did you mean 'fraction'\?"):
+        OPDConfig(fractoin=0.1)
 
 
 def test_files_have_no_configurations_and_are_not_evaluated_on_themselves(needed, tmp_path, capsys):
