@@ -154,8 +154,6 @@ def test_two_real_tokenizers_share_most_ids_and_positions_and_the_held_out_loss_
     ids = [torch.tensor(words(x, text)) for x in tokenizers]
     id_map = IdMap.of(*tokenizers)
     places = id_map.align(*(x.tolist() for x in ids))
-    assert id_map.n_shared > 25_000
-    assert (places >= 0).double().mean() > 0.6
     # Position t predicts token t + 1; the token before it must be aligned too, for it is all that bigrams read.
     index = torch.where((places[1:] > 0) & (places[:-1] >= 0) & (places[:-1] == places[1:] - 1), places[1:] - 1, -1)
     counts: dict[int, list[int]] = {}
@@ -191,13 +189,13 @@ def test_two_real_tokenizers_share_most_ids_and_positions_and_the_held_out_loss_
     with torch.no_grad():
         before, _ = loss(held_out)
     for step in range(8):
-        value, mass = loss(slice(200 * step, 200 * step + 200))
+        value, _ = loss(slice(200 * step, 200 * step + 200))
         optimiser.zero_grad()
         value.backward()
         optimiser.step()
     with torch.no_grad():
         after, mass = loss(held_out)
-    shares = float((places >= 0).double().mean()), float((index >= 0).double().mean()), float(mass)
-    print(f"shared {id_map.n_shared} ids; aligned {shares[0]:.3f}, with context {shares[1]:.3f}, mass {shares[2]:.3f}")
-    print(f"held out {before:.3f} -> {after:.3f} nats")
-    assert after < 0.9 * before
+    # The figures that docs/reference/teachers.md states.
+    assert id_map.n_shared == 36_960
+    figures = (places >= 0).double().mean(), mass, before, after
+    assert [float(x) for x in figures] == pytest.approx([0.85, 0.16, 2.59, 1.70], rel=0.03)
