@@ -27,6 +27,7 @@ from opd_ops import (
     selective_opd_loss,
     selective_opd_token_losses,
 )
+from opd_ops.inputs.rollout import StudentStats
 from opd_ops.selection.selectors import SELECTORS, why_no_weights
 from opd_ops.selection.weighting import WEIGHTINGS
 from tests.support.cases import generator, leaf, logit_pair
@@ -241,6 +242,17 @@ def test_a_weighting_that_reads_what_a_call_does_not_have_is_refused():
         IW(0.5)
     with pytest.raises(ValueError, match=r"FiRe\.beta: got -1"):
         FiRe(beta=-1)
+
+
+@pytest.mark.parametrize("known", ["student_stats", "TopKLogprobs"])
+def test_a_callable_that_reads_a_kl_which_the_call_does_not_know_is_refused(known):
+    student, teacher = sides()
+    best = teacher.log_softmax(-1).topk(8)
+    options = {"student_stats": StudentStats.from_logits(student)} if known == "student_stats" else {"divergence": "tail_aware"}
+    given = teacher if known == "student_stats" else TopKLogprobs(best.indices, best.values)
+    with pytest.raises(ValueError, match=r"weighting: returned NaN at a selected position, .*forward_kl are NaN"):
+        selective_opd_loss(student, given, weighting=lambda stats: stats.reverse_kl, **options)
+    assert selective_opd_loss(student, given, weighting=lambda stats: stats.union_kl, **options).metrics["weight"] > 0
 
 
 def test_a_weighting_of_ones_own_may_change_its_statistics_and_read_optional_columns():
