@@ -190,7 +190,7 @@ class Settings:
             "fraction": check_fraction(self.fraction),
             "count": None if self.count is None else check_integer("count", self.count, least=1),
             "threshold": check_threshold(self.threshold),
-            "weighting_share": _check_share(self.weighting_share),
+            "weighting_share": check_share(self.weighting_share),
             "top_k": check_integer("top_k", self.top_k, least=1),
             "temperature": check_positive("temperature", self.temperature),
             "ignore_index": _check_ignore_index(self.ignore_index),
@@ -387,17 +387,17 @@ def _unknown(name: str, names: Sequence[str]) -> str:
 refuse_unknown_names(Settings, lambda name: _unknown(name, list(HELP)))
 
 
-def check_fraction(fraction: object) -> float:
+def check_fraction(fraction: object, name: str = "fraction") -> float:
     number = real(fraction)
     if not 0 < number <= 1:
-        raise ValueError(f"fraction: got {shown(fraction)}, expected a number in (0, 1]")
+        raise ValueError(f"{name}: got {shown(fraction)}, expected a number in (0, 1]")
     return number
 
 
-def _check_share(share: object) -> float:
+def check_share(share: object, name: str = "weighting_share") -> float:
     number = real(share)
     if not 0 <= number <= 1:
-        raise ValueError(f"weighting_share: got {shown(share)}, expected a number in [0, 1]")
+        raise ValueError(f"{name}: got {shown(share)}, expected a number in [0, 1]")
     return number
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 from opd_ops.arguments import did_you_mean, refuse_unknown_names, shown
 from opd_ops.divergences import Divergence, resolve_divergence
-from opd_ops.settings import DEFAULTS, HELP, Settings
+from opd_ops.settings import DEFAULTS, HELP, Settings, check_fraction, check_share
 from opd_ops.trainer.files import check_path, check_text, read_text
 from opd_ops.trainer.privileged import PrivilegedContext
 from opd_ops.trainer.prompts import PromptSource
@@ -351,14 +351,14 @@ class OPDConfig:
             raise ValueError(f"report_to: got {missing[0]!r}, whose package is not installed; pip install it, or leave it out")
 
     def _check_loss(self) -> None:
-        if self.fraction_end is not None and not 0 < self.fraction_end <= 1:
-            raise ValueError(f"fraction_end: got {self.fraction_end}, expected a number in (0, 1]")
+        for name, check in (("fraction", check_fraction), ("weighting_share", check_share)):
+            if getattr(self, f"{name}_end") is not None:
+                for option in (name, f"{name}_end"):
+                    check(getattr(self, option), option)
         if self.fraction_end is not None and self.count is not None:
             raise ValueError(
                 f"count: got {self.count} and a fraction_end, each of which decides how many tokens; pass one of them"
             )
-        if self.weighting_share_end is not None and not 0 <= self.weighting_share_end <= 1:
-            raise ValueError(f"weighting_share_end: got {self.weighting_share_end}, expected a number in [0, 1]")
         if self.weighting_share_end is not None and self.weighting is None:
             raise ValueError("weighting_share_end: got a share of no weighting; pass a weighting")
         if self.loss_schedule not in ("linear", "cosine"):

@@ -118,6 +118,14 @@ def test_main_rejects_bad_options_before_loading(flags, message, needed, monkeyp
     assert re.search(message, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("option", ["fraction", "fraction_end", "weighting_share", "weighting_share_end"])
+def test_a_scheduled_option_that_is_no_number_is_refused(option, needed):
+    given = {"fraction_end": 0.5, "weighting_share_end": 0.5, "weighting": "iw", option: "0.1"}
+    config = OPDConfig(prompts=needed[0].removeprefix("--prompts="), student="somewhere", divergence="sampled", **given)
+    with pytest.raises(ValueError, match=rf"^{option}: got '0\.1', expected a number in"):
+        config.check()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
