@@ -347,7 +347,7 @@ def test_a_divergence_must_say_what_it_sums():
 
 def test_sampled_rejects_tokens_that_are_none():
     s, u = logit_pair(2, 61)
-    with pytest.raises(TypeError, match=r"labels: got dtype torch.float32, expected int32 or int64"):
+    with pytest.raises(TypeError, match=r"labels: got dtype torch.float32, expected token ids as int64"):
         selective_opd_loss(s, u, divergence="sampled", shift_labels=torch.ones(2))
     with pytest.raises(TypeError, match=r"divergence: got JSD, expected an instance, like JSD\(beta=0.3\), or one of"):
         run(JSD, s, u, "torch")

@@ -369,8 +369,8 @@ def test_a_missing_entry_of_the_student_s_ids_is_an_error_with_its_position(abse
         run(divergence, s, lists, "torch", mask=mask)
     mask[2] = False
     assert run(divergence, s, lists, "torch", mask=mask).loss > 0
-    of_calls = TeacherLists.of(lists, 97, torch.float32)
-    assert of_calls.valid.tolist() == [True, True, False, True]  # where the call cannot look: not valid, as NaN
+    lists_of_call = TeacherLists.of(lists, 97, torch.float32)
+    assert lists_of_call.valid.tolist() == [True, True, False, True]  # where the call cannot look: not valid, as NaN
 
 
 def test_a_token_that_is_not_listed_is_an_error_with_its_position():
