@@ -64,9 +64,9 @@ def together(by_rank: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The metrics of all ranks' tokens: losses, sums and counts add up, means are made of these, the least score is kept."""
     if len(by_rank) == 1:
         return dict(by_rank[0])
-    found = {name: sum(metrics[name] for metrics in by_rank) for name in by_rank[0]}
-    for name in found.keys() - {"loss"}:  # the mean of "loss_sum" has the loss's own denominator
-        if f"{name}_sum" in found:
-            count = found["n_selected" if name.endswith("_selected") else "n_valid"]
-            found[name] = found[f"{name}_sum"] / max(1, count)
-    return found | {"score_threshold": min(metrics["score_threshold"] for metrics in by_rank)}
+    totals = {name: sum(metrics[name] for metrics in by_rank) for name in by_rank[0]}
+    for name in totals.keys() - {"loss"}:  # the mean of "loss_sum" has the loss's own denominator
+        if f"{name}_sum" in totals:
+            count = totals["n_selected" if name.endswith("_selected") else "n_valid"]
+            totals[name] = totals[f"{name}_sum"] / max(1, count)
+    return totals | {"score_threshold": min(metrics["score_threshold"] for metrics in by_rank)}

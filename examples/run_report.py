@@ -47,11 +47,11 @@ class Record:
 
     def shares(self) -> str:
         """What each rank trained on, over all steps."""
-        found = []
+        lines = []
         for rank in range(self.n_ranks):
             trained, sampled = (sum(step[rank][name] for step in self.by_rank) for name in ("n_selected", "n_valid"))
-            found.append(f"rank {rank}: {trained:,.0f} of {sampled:,.0f}, {trained / max(1, sampled):.1%}")
-        return "; ".join(found)
+            lines.append(f"rank {rank}: {trained:,.0f} of {sampled:,.0f}, {trained / max(1, sampled):.1%}")
+        return "; ".join(lines)
 
     def status(self) -> str:
         """The last step, in one line."""

@@ -53,9 +53,9 @@ def gradient(student, teacher, mask, cuts, *, num_items, selector="entropy", ext
     """The weight's gradient, accumulated over micro-batches."""
     weight = leaf(student.weight)
     for rows in pieces(cuts):
-        of_rows = {"selector": selector[rows] if isinstance(selector, list) else selector, **options, **extra(rows)}
+        row_options = {"selector": selector[rows] if isinstance(selector, list) else selector, **options, **extra(rows)}
         got = LinearHead(student.hidden[rows], weight)
-        out = selective_opd_loss(got, part(teacher, rows), mask=mask[rows], num_items_in_batch=num_items, **of_rows)
+        out = selective_opd_loss(got, part(teacher, rows), mask=mask[rows], num_items_in_batch=num_items, **row_options)
         out.loss.backward()
     return weight.grad
 

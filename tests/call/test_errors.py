@@ -322,8 +322,8 @@ def test_numpy_s_numbers_in_objects_become_python_s(make):
     head = LinearHead(HIDDEN, WEIGHT, scale=half, softcap=half)
     assert (type(head.scale), type(head.softcap)) == (float, float)
     assert type(TopKLogprobs(IDS, -torch.ones(4, 3), temperature=half).temperature) is float
-    of_python, of_numpy = (StudentStats.from_logits(LOGITS, top_k=k, temperature=t) for k, t in ((4, 0.5), (four, half)))
-    assert torch.equal(of_numpy.logprobs, of_python.logprobs)
+    by_python, by_numpy = (StudentStats.from_logits(LOGITS, top_k=k, temperature=t) for k, t in ((4, 0.5), (four, half)))
+    assert torch.equal(by_numpy.logprobs, by_python.logprobs)
     assert estimate(four, four * 10, four, four, fraction=half, top_k=four) == estimate(4, 40, 4, 4, fraction=0.5, top_k=4)
     sizes = {"tp": np.int64(2), "fraction": half}
     assert estimate_communication(four * 10, four * 10, four, **sizes) == estimate_communication(40, 40, 4, tp=2, fraction=0.5)

@@ -42,11 +42,11 @@ def expected(values, among, groups, n_groups, index):
     return out
 
 
-def assert_found(got, values, among, groups, n_groups):
+def assert_order_statistics(got, values, among, groups, n_groups):
     want = expected(values, among, groups, n_groups, got.places)
     assert torch.equal(got.values, want[0])
-    is_found = got.places < got.total.unsqueeze(1)
-    assert torch.equal(got.below[is_found], want[1][is_found])
+    is_there = got.places < got.total.unsqueeze(1)
+    assert torch.equal(got.below[is_there], want[1][is_there])
     assert torch.equal(got.equal, want[2])
     assert got.total.tolist() == [int((among & (groups == g)).sum()) for g in range(n_groups)]
 
@@ -63,7 +63,7 @@ def test_one_process_finds_what_a_sort_finds(n_groups, n_targets, dtype):
         values, g = values_of(n, dtype, seed), generator(seed)
         among, groups = torch.rand(n, generator=g) > 0.2, torch.randint(0, n_groups, (n,), generator=g)
         got = order_statistics(values, among, quarters(n_targets), n_targets, Ranks(), groups=groups, n_groups=n_groups)
-        assert_found(got, values, among, groups, n_groups)
+        assert_order_statistics(got, values, among, groups, n_groups)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -127,7 +127,7 @@ def over_ranks(seeds):
                 groups=groups[part],
                 n_groups=n_groups,
             )
-            assert_found(got, values, among, groups, n_groups)
+            assert_order_statistics(got, values, among, groups, n_groups)
             assert (len(sent), sum(sent)) == cost(dtype, n_groups, n_targets)
     finally:
         dist.all_reduce = all_reduce

@@ -26,12 +26,12 @@ class Block(NamedTuple):
 
 def blocks(text: str) -> list[Block]:
     """The blocks of a page in order."""
-    found = []
+    page_blocks = []
     for match in CODE.finditer(text):
         kind = "shown" if match["hidden"] is None else "hidden"
         line = text.count("\n", 0, match.start(kind))
-        found.append(Block(line, match[kind], kind == "hidden", match["full"] is not None))
-    return found
+        page_blocks.append(Block(line, match[kind], kind == "hidden", match["full"] is not None))
+    return page_blocks
 
 
 def run(page: Path, chosen: list[Block]) -> dict[str, object]:

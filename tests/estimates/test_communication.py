@@ -189,10 +189,10 @@ def sent(
     vocabulary, selection, i = groups(tp, dp, cp, scope)
     widths = (EVEN if backend == "eager" else CUTS)[tp]
     student, teacher = sides(kind, widths, i, dtype)
-    of_mixture = {}
+    mixture_options = {}
     if mixture is not None:
         teacher = Mixture((teacher, teacher + 0.1 * student.detach()), (0.75, 0.25), mixture)
-        of_mixture = {"n_teachers": 2, "mixture": mixture}
+        mixture_options = {"n_teachers": 2, "mixture": mixture}
     options = {"workspace_bytes": 2**22, "top_k": 6, "fraction": 0.3, "selector": "teachability"} | options
     tokens = torch.randint(0, VOCAB, SHAPE, generator=generator(5))
     old_logprobs = -torch.ones(SHAPE) if "," in divergence else None
@@ -239,7 +239,7 @@ def sent(
         n_sequences=SHAPE[0],
         n_selected=int(out.metrics["n_selected"]),
         n_positions=27,
-        **of_mixture,
+        **mixture_options,
         **options,
     )
     assert (tp == 1 and dp * cp == 1) or scope == "batch" or calls

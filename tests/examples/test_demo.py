@@ -306,9 +306,9 @@ def test_the_plain_loop_trains_a_smaller_student(loaded, capsys):
     assert all(kl > 0 for kl in kls)
     assert "step   1: KL" in capsys.readouterr().out
     assert len(student.model.layers) == 20
-    of_teacher, of_student = dict(model.named_parameters()), dict(student.named_parameters())
-    assert all(torch.equal(of_teacher[name], value) for name, value in before.items())
-    assert not any(torch.equal(of_student[name], value) for name, value in before.items())
+    teacher_weights, student_weights = dict(model.named_parameters()), dict(student.named_parameters())
+    assert all(torch.equal(teacher_weights[name], value) for name, value in before.items())
+    assert not any(torch.equal(student_weights[name], value) for name, value in before.items())
 
 
 @pytest.mark.full

@@ -119,9 +119,9 @@ def test_a_step_on_two_ranks_is_that_of_one_process(launched):
 def test_ranks_share_out_each_step_s_questions_also_where_the_selector_draws(launched):
     _, _, (first, second) = launched
     order = prompt_distillation.question_batches(21, torch.Generator().manual_seed(0))
-    for of_first, of_second in zip(first["asked"], second["asked"], strict=True):
-        assert (len(of_first), len(of_second)) == (10, 11)
-        assert of_first + of_second == [prompt.text for prompt in next(order)]
+    for asked_by_first, asked_by_second in zip(first["asked"], second["asked"], strict=True):
+        assert (len(asked_by_first), len(asked_by_second)) == (10, 11)
+        assert asked_by_first + asked_by_second == [prompt.text for prompt in next(order)]
 
 
 @pytest.mark.full

@@ -51,8 +51,8 @@ def top_k(u, k=K):
 def as_vllm(u, tokens, k=K, seed=0):
     """K + 1 columns in any order: the sampled token's, then the top K (which may repeat it), some of them missing."""
     ids, logprobs = top_k(u, k)
-    of_token = u.double().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).float()
-    ids, logprobs = torch.cat((tokens.unsqueeze(-1), ids), -1), torch.cat((of_token, logprobs), -1)
+    token_logprobs = u.double().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).float()
+    ids, logprobs = torch.cat((tokens.unsqueeze(-1), ids), -1), torch.cat((token_logprobs, logprobs), -1)
     padding = torch.tensor([-1, 0]).expand(*ids.shape[:-1], 2)
     ids, logprobs = torch.cat((ids, padding), -1), torch.cat((logprobs, torch.full(padding.shape, -INF)), -1)
     order = torch.rand(ids.shape, generator=generator(seed)).argsort(-1)
@@ -228,9 +228,9 @@ def test_nan_in_a_list_is_an_error_with_its_position(backend):
     message = r"logprobs: got NaN at position \(1, 2\) \(2 such positions\), expected log-probabilities, -inf or id -1 where"
     with pytest.raises(ValueError, match=rf"TopKLogprobs\.{message}"):
         selective_opd_loss(s, TopKLogprobs(ids, logprobs), **options)
-    of_tokens = {"divergence": "sampled", "backend": backend, **ALL}
+    token_options = {"divergence": "sampled", "backend": backend, **ALL}
     with pytest.raises(ValueError, match=rf"SampledLogprobs\.{message}"):
-        selective_opd_loss(s, SampledLogprobs(tokens, torch.where(mask, -1.0, math.nan)), **of_tokens)
+        selective_opd_loss(s, SampledLogprobs(tokens, torch.where(mask, -1.0, math.nan)), **token_options)
     # Rows outside the mask may hold anything, and an id of -1 beside anything is missing.
     got = selective_opd_loss(s, TopKLogprobs(ids, logprobs), mask=mask, **options).loss
     whole = selective_opd_loss(s, TopKLogprobs(ids, logprobs.nan_to_num(-1.0)), mask=mask, **options).loss

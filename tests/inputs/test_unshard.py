@@ -96,8 +96,8 @@ def _mixed_precision():
     selective_opd_loss(head, teacher, fraction=1.0, selector="all").loss.backward()
     for rank in range(SIZE):
         tokens, teacher = _batch(rank)
-        of_rank = LinearHead.from_module(whole(tokens), whole.head)
-        (selective_opd_loss(of_rank, teacher, fraction=1.0, selector="all").loss / SIZE).backward()
+        student = LinearHead.from_module(whole(tokens), whole.head)
+        (selective_opd_loss(student, teacher, fraction=1.0, selector="all").loss / SIZE).backward()
     for got, wanted in zip(model.head.parameters(), whole.head.parameters(), strict=True):
         assert got.grad.dtype == torch.float32
         assert relative_error(got.grad.full_tensor(), wanted.grad) < 0.02  # what bf16 rounds

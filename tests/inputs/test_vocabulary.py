@@ -59,9 +59,9 @@ def _agree(student, teacher, widths, group, *, teacher_part=None, loss=selective
     """The loss on shared-out sides is that on whole ones: statistics, selection, gradients of every part."""
     rank = dist.get_rank(group)
     whole, mine = leaf_side(student), cut(student, widths, rank, requires_grad=True)
-    beside = cut(teacher, widths, rank) if teacher_part is None else teacher_part
+    taught = cut(teacher, widths, rank) if teacher_part is None else teacher_part
     want = loss(whole, teacher, **(options | {"backend": "eager" if options["backend"] == "eager" else "torch"}))
-    got = loss(mine, beside, process_group=group, **options)
+    got = loss(mine, taught, process_group=group, **options)
     assert torch.equal(got.selected, want.selected)
     assert int(want.selected.sum()) > 1
     # Statistics from the rollout: kernels find the selected rows' own divergence alone.
@@ -143,11 +143,11 @@ def _mixed(kind, backend, mixture, divergence):
     torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=1e-6)
     want.loss.backward()
     got.loss.backward()
-    of_parts, of_all = gradients_of(mine)[0], gradients_of(whole)[0]  # logits, or hidden states
+    part_gradient, whole_gradient = gradients_of(mine)[0], gradients_of(whole)[0]  # logits, or hidden states
     if kind == "logits":
-        of_all = cut(of_all, widths, rank)
-    assert float(of_all.norm()) > 0
-    assert relative_error(of_parts, of_all) < 1e-5
+        whole_gradient = cut(whole_gradient, widths, rank)
+    assert float(whole_gradient.norm()) > 0
+    assert relative_error(part_gradient, whole_gradient) < 1e-5
 
 
 def _pieces(kind, name):
@@ -179,9 +179,9 @@ def _selectors(kind, backend, selectors):
         parts = cut(student, CUTS["uneven"], rank), cut(teacher, CUTS["uneven"], rank)
         got, stats = score_positions(*parts, process_group=dist.group.WORLD, **options)
         torch.manual_seed(0)
-        want, of_whole = score_positions(student, teacher, **(options | {"backend": "torch"}))
+        want, whole_stats = score_positions(student, teacher, **(options | {"backend": "torch"}))
         torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-4)
-        assert (stats.jsd is None) == (of_whole.jsd is None)
+        assert (stats.jsd is None) == (whole_stats.jsd is None)
         assert len({tuple(x.flatten().tolist()) for x in Ranks.world().gather(got)}) == 1  # to the last bit
 
 

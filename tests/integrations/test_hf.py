@@ -267,7 +267,7 @@ def test_evaluation_on_ranks_is_each_rank_s_own(ranks):
     ranks.run(ranks_result)
 
 
-def of_family(family):
+def model_of_family(family):
     sizes = {
         "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "initializer_range": 0.2,
@@ -280,7 +280,7 @@ def of_family(family):
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "granite"])
 def test_the_head_gives_the_model_s_own_logits(family):
-    model = language_model(3).eval() if family == "qwen2" else of_family(family)
+    model = language_model(3).eval() if family == "qwen2" else model_of_family(family)
     ids = torch.randint(3, VOCAB, (2, 7), generator=generator(1))
     with torch.no_grad():
         want = model(ids).logits
@@ -304,14 +304,14 @@ def test_a_sharded_head_is_gathered_for_both_adapters():
             tensor = distribute_tensor(getattr(head, name).detach().clone(), mesh, [Shard(0)])
             setattr(sharded, name, torch.nn.Parameter(tensor))
         gathered = LinearHead.from_module(hidden, sharded)
-        of_trl = trl._head(hidden, sharded.weight, sharded.bias, 1.0, None)
-        for got in (gathered, of_trl):
+        trl_head = trl._head(hidden, sharded.weight, sharded.bias, 1.0, None)
+        for got in (gathered, trl_head):
             assert torch.equal(got.weight, head.weight)
             assert torch.equal(got.bias, head.bias)
         in_bf16 = trl._head(hidden.bfloat16(), sharded.weight, sharded.bias, 1.0, None)
         assert in_bf16.weight.dtype == in_bf16.bias.dtype == torch.bfloat16
         assert torch.equal(in_bf16.bias, head.bias.bfloat16())
-        (of_trl.weight.sum() + gathered.weight.sum()).backward()
+        (trl_head.weight.sum() + gathered.weight.sum()).backward()
         assert torch.equal(sharded.weight.grad.full_tensor(), torch.full_like(head.weight, 2.0))
     finally:
         torch.distributed.destroy_process_group()

@@ -239,7 +239,7 @@ def test_it_rejects_what_it_cannot_do(make):
         backward(make(), shard, data)
 
 
-def of_parts(kind, divergence):
+def assert_loss_on_parts(kind, divergence):
     """On every rank: logits of which it has a part, as Megatron and as DTensors share them out, against whole ones."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -253,21 +253,21 @@ def of_parts(kind, divergence):
         want, gradient, metrics = backward(loss_fn, student, data)
         if kind == "DTensor":
             mine = distribute_tensor(student, init_device_mesh("cpu", (SIZE,)), [Shard(2)])
-            loss, of_parts, got = backward(loss_fn, mine, data)
-            of_parts = of_parts.full_tensor()
+            loss, part_gradient, got = backward(loss_fn, mine, data)
+            part_gradient = part_gradient.full_tensor()
         else:
             state = SimpleNamespace(model_parallel_is_initialized=lambda: True)
             state.get_tensor_model_parallel_world_size = lambda: SIZE
             state.get_tensor_model_parallel_group = lambda: dist.group.WORLD
             patch.setitem(sys.modules, "megatron.core.parallel_state", state)
-            loss, of_parts, got = backward(loss_fn, student.chunk(SIZE, 2)[rank].clone(), data)
+            loss, part_gradient, got = backward(loss_fn, student.chunk(SIZE, 2)[rank].clone(), data)
             gradient = gradient.chunk(SIZE, 2)[rank]
         assert loss.item() == pytest.approx(want.item(), rel=1e-5)
-        assert_gradient(of_parts, gradient, 1e-5)
+        assert_gradient(part_gradient, gradient, 1e-5)
         assert got == pytest.approx(metrics, rel=1e-4, nan_ok=True)
 
 
 @pytest.mark.parametrize("divergence", ["local_support", "forward_kl_topk"])
 @pytest.mark.parametrize("kind", ["DTensor", "Megatron"])
 def test_ranks_may_share_out_the_vocabulary(ranks, kind, divergence):
-    ranks.run(of_parts, kind, divergence)
+    ranks.run(assert_loss_on_parts, kind, divergence)

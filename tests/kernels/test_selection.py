@@ -154,12 +154,14 @@ def test_few_positions(n):
 def test_masked_positions_have_statistics_but_are_not_valid():
     table, unmasked = drawn_table(6, 40), torch.arange(40) % 3 != 0
     table[NAMES.index("forward_kl"), ::2] = INF
-    every, some = (place_fwd(table, None, 40, mask, selector="entropy", loss="forward_kl") for mask in (None, unmasked.byte()))
-    assert same(every.stats, some.stats)
-    assert every.infinite.sum() > some.infinite.sum() > 0
-    for all_flags, flags in zip(every.flags, some.flags, strict=True):
+    every, masked = (
+        place_fwd(table, None, 40, mask, selector="entropy", loss="forward_kl") for mask in (None, unmasked.byte())
+    )
+    assert same(every.stats, masked.stats)
+    assert every.infinite.sum() > masked.infinite.sum() > 0
+    for all_flags, flags in zip(every.flags, masked.flags, strict=True):
         assert torch.equal(flags.bool(), all_flags.bool() & unmasked)
-    assert torch.equal(some.scores, every.scores.masked_fill(~unmasked, -INF))
+    assert torch.equal(masked.scores, every.scores.masked_fill(~unmasked, -INF))
 
 
 def test_quantiles_of_equal_and_of_close_values_are_exact():

@@ -60,10 +60,10 @@ def test_sums_and_counts_are_those_of_torch(n, n_rows, given):
         values = stats[STATS.index(column)].double()
         want[f"{name}_sum"] = values[valid.bool()].sum()
         want[name] = want[f"{name}_sum"] / max(1, n_valid)
-        of_selected = f"{name.removesuffix('_all')}_selected"
+        selected_name = f"{name.removesuffix('_all')}_selected"
         if name != "teacher_entropy":
-            want[f"{of_selected}_sum"] = values[rows[finite]].sum()
-            want[of_selected] = want[f"{of_selected}_sum"] / max(1, n_selected)
+            want[f"{selected_name}_sum"] = values[rows[finite]].sum()
+            want[selected_name] = want[f"{selected_name}_sum"] / max(1, n_selected)
     assert set(want) == set(NUMBERS)
     for name, number in zip(NUMBERS, numbers.tolist(), strict=True):
         assert number == pytest.approx(float(want[name]), rel=1e-6), name

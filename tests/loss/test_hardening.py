@@ -88,8 +88,8 @@ class Call:
             got = log_q.topk(K, dim=-1)
             teacher = TopKLogprobs(got.indices, got.values.to(self.dtype))
         elif self.teacher == "sampled":
-            of_tokens = log_q.gather(-1, self.tokens.unsqueeze(-1)).squeeze(-1)
-            teacher = SampledLogprobs(self.tokens, of_tokens.to(self.dtype))
+            token_logprobs = log_q.gather(-1, self.tokens.unsqueeze(-1)).squeeze(-1)
+            teacher = SampledLogprobs(self.tokens, token_logprobs.to(self.dtype))
         else:
             teacher = self.side(self.teacher, self.u)
         return student, passed, teacher

@@ -191,9 +191,9 @@ def test_a_nan_of_the_student_makes_the_loss_nan_wherever_it_is(backend):
         others = mask.clone()
         others[2, 3] = False
         assert selective_opd_loss(broken, teacher, mask=others, backend=backend).loss.isfinite()
-    nothing = student.clone()
-    nothing[1, 1] = -math.inf  # no distribution at all
-    assert selective_opd_loss(nothing, teacher, mask=mask, backend=backend).loss.isnan()
+    masked_row = student.clone()
+    masked_row[1, 1] = -math.inf  # no distribution at all
+    assert selective_opd_loss(masked_row, teacher, mask=mask, backend=backend).loss.isnan()
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])

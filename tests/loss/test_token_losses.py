@@ -234,15 +234,15 @@ UNITS += [("triton", "reverse_kl", 6), ("triton", "jsd", 6)]
 
 
 @pytest.mark.parametrize("is_frozen", [False, True])
-@pytest.mark.parametrize(("backend", "divergence", "of_selected"), UNITS)
-def test_units_are_those_of_the_docstring(backend, divergence, of_selected, is_frozen):
+@pytest.mark.parametrize(("backend", "divergence", "units_per_selected"), UNITS)
+def test_units_are_those_of_the_docstring(backend, divergence, units_per_selected, is_frozen):
     n, dim, fraction = (4, 32, 0.5) if backend == "triton" else (20, 32, 0.25)
     student, teacher = head_pair((n,), 131, student_dim=dim, teacher_dim=dim)
     side = LinearHead(leaf(student.hidden), student.weight) if is_frozen else leaf_head(student)
     with FlopCounterMode(display=False) as counter:
         out = selective_opd_token_losses(side, teacher, fraction=fraction, divergence=divergence, backend=backend)
         (out.losses * torch.linspace(-1, 2, n)).sum().backward()
-    units = 2 + (of_selected - is_frozen) * fraction
+    units = 2 + (units_per_selected - is_frozen) * fraction
     assert counter.get_total_flops() / (2 * n * 131 * dim) == pytest.approx(units, rel=1e-12)
 
 

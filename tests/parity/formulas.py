@@ -63,8 +63,8 @@ def tail_aware(student: Tensor, teacher: Tensor, k: int, *, forward: bool = Fals
     sides = []
     on_list = torch.zeros_like(teacher, dtype=torch.bool).scatter(-1, teacher.topk(k).indices, True)
     for logits, top in zip((student, teacher), on_teacher_s_top_k(student, teacher, k), strict=False):
-        rest = logits.log_softmax(-1).masked_fill(on_list, -math.inf).logsumexp(-1, keepdim=True)
-        sides.append(torch.cat((top, rest), -1))
+        off_list = logits.log_softmax(-1).masked_fill(on_list, -math.inf).logsumexp(-1, keepdim=True)
+        sides.append(torch.cat((top, off_list), -1))
     log_p, log_q = sides
     return kl(log_q, log_p) if forward else kl(log_p, log_q)
 

@@ -401,8 +401,8 @@ def test_trl_differs_where_a_tail_is_lighter_than_1e_7():
     """
     teacher, _ = logit_pair(40, 1031, scale=20.0)
     student = teacher / 8
-    rest = 1 - teacher.double().softmax(-1).topk(16).values.sum(-1)
-    assert rest.median() < 1e-8
+    off_list_mass = 1 - teacher.double().softmax(-1).topk(16).values.sum(-1)
+    assert off_list_mass.median() < 1e-8
     want, peer = leaf(student, torch.float64), leaf(student)
     expected = tail_aware(want, teacher.double(), 16).mean()
     expected.backward()

@@ -362,8 +362,8 @@ def test_released_names_its_choices():
     with pytest.raises(ValueError, match="selector: got 'teachability-released', which needs the teacher's row"):
         selective_opd_loss(s, lists, selector=Released("entropy", fit="valid"), divergence="sampled")
     exact = {"selector": Released(exact_mass=True), "mask": torch.ones(3), "top_k": 4}
-    of_student = TopKLogprobs(s.topk(4).indices, u.log_softmax(1).gather(1, s.topk(4).indices), of="student")
-    both = [score_positions(s, t, **exact)[1].support_mass for t in (u, of_student)]
+    by_student_ids = TopKLogprobs(s.topk(4).indices, u.log_softmax(1).gather(1, s.topk(4).indices), of="student")
+    both = [score_positions(s, t, **exact)[1].support_mass for t in (u, by_student_ids)]
     torch.testing.assert_close(*both)
 
 

@@ -121,8 +121,8 @@ def forward_kl_topk(s, u, top_k=16):
 
 def sampled(s, u, y, clip=math.inf, shape="log", baseline=False, alpha=5.0):
     log_p, log_q = _rows(s, u)
-    of_y = y.unsqueeze(1)
-    at_p, at_q = log_p.gather(1, of_y), log_q.gather(1, of_y)
+    column_y = y.unsqueeze(1)
+    at_p, at_q = log_p.gather(1, column_y), log_q.gather(1, column_y)
     log_ratio = at_q - at_p
     advantage = {
         "log": log_ratio,
@@ -133,8 +133,8 @@ def sampled(s, u, y, clip=math.inf, shape="log", baseline=False, alpha=5.0):
     if baseline:
         advantage = advantage + reverse_kl(s, u)[0].unsqueeze(1)
     advantage = advantage.clamp(-clip, clip)
-    one_hot = torch.zeros_like(log_p).scatter(1, of_y, 1.0)
-    return -(advantage * log_p.gather(1, of_y)).squeeze(1), -advantage * (one_hot - log_p.exp())
+    one_hot = torch.zeros_like(log_p).scatter(1, column_y, 1.0)
+    return -(advantage * log_p.gather(1, column_y)).squeeze(1), -advantage * (one_hot - log_p.exp())
 
 
 def entropy_aware(s, u, alpha=1.0, tau=0.8, top_k=16):
@@ -151,12 +151,12 @@ def entropy_aware(s, u, alpha=1.0, tau=0.8, top_k=16):
 def top_k(s, u, y=None, *, direction="reverse", support="teacher", tail="bucket", top_k=16, beta=0.5):
     """The family of losses on a list of top-K ids, each gradient in closed form."""
     log_p, log_q = _rows(s, u)
-    of_student, of_teacher = (_teachers_best(x, top_k) for x in (log_p, log_q))
+    student_list, teacher_list = (_teachers_best(x, top_k) for x in (log_p, log_q))
     on = {
-        "student": of_student,
-        "teacher": of_teacher,
-        "union": of_student | of_teacher,
-        "intersection": of_student & of_teacher,
+        "student": student_list,
+        "teacher": teacher_list,
+        "union": student_list | teacher_list,
+        "intersection": student_list & teacher_list,
     }
     on = on[support]
     if tail == "drop":
@@ -180,19 +180,19 @@ def top_k(s, u, y=None, *, direction="reverse", support="teacher", tail="bucket"
         if direction == "forward":
             loss = summed(q, q_off, -ratio)
             return loss.squeeze(1), torch.where(on, p - q, p * (1 - q_off / p_off))
-        of_p, of_q = (torch.where(on, x, off) for x, off in ((p, p_off), (q, q_off)))
-        mixed = beta * of_q + (1 - beta) * of_p
-        to_p = summed(p, p_off, torch.log(of_p / mixed))
-        loss = beta * summed(q, q_off, torch.log(of_q / mixed)) + (1 - beta) * to_p
-        return loss.squeeze(1), (1 - beta) * _times(p, torch.log(of_p / mixed) - to_p)
+        smoothed_p, smoothed_q = (torch.where(on, x, off) for x, off in ((p, p_off), (q, q_off)))
+        mixed = beta * smoothed_q + (1 - beta) * smoothed_p
+        to_p = summed(p, p_off, torch.log(smoothed_p / mixed))
+        loss = beta * summed(q, q_off, torch.log(smoothed_q / mixed)) + (1 - beta) * to_p
+        return loss.squeeze(1), (1 - beta) * _times(p, torch.log(smoothed_p / mixed) - to_p)
     if direction == "forward":
         loss = torch.where(on, _times(q, -ratio), 0).sum(1) + (p_on - q_on).squeeze(1)
         return loss, torch.where(on, p - q, 0) + p * (q_on - p_on)
     cut = torch.where(on, _times(p, ratio), 0).sum(1, keepdim=True)
     loss, gradient = (cut + q_on - p_on).squeeze(1), torch.where(on, _times(p, ratio), 0) - p * cut
     if tail == "sampled":
-        of_y = y.unsqueeze(1)
-        alone = torch.where(on.gather(1, of_y), 0, ratio.gather(1, of_y))
+        column_y = y.unsqueeze(1)
+        alone = torch.where(on.gather(1, column_y), 0, ratio.gather(1, column_y))
         loss = loss + alone.squeeze(1)
-        gradient = gradient + alone * (torch.zeros_like(p).scatter(1, of_y, 1.0) - p)
+        gradient = gradient + alone * (torch.zeros_like(p).scatter(1, column_y, 1.0) - p)
     return loss, gradient

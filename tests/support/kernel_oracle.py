@@ -84,8 +84,8 @@ def mixture_kls(s, t, beta):
 
 def jsd(s, t, beta):
     """The generalised Jensen-Shannon divergence (n,) of arXiv:2306.13649, with TRL's beta."""
-    of_p, of_q = mixture_kls(s, t, beta)
-    return (1 - beta) * of_p + beta * of_q
+    kl_p, kl_q = mixture_kls(s, t, beta)
+    return (1 - beta) * kl_p + beta * kl_q
 
 
 def listed(ids, V):

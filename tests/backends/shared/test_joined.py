@@ -45,11 +45,11 @@ def _both_ways():
         whole = leaf_side(together[0])
         if scope == "sequence":  # each of the three sequences goes on from row to row
             flat = [x.view(2, *SHAPE, *x.shape[2:]).transpose(0, 1).flatten(1, 2) for x in (whole.hidden, together[1].hidden)]
-            of_whole = [replace(x, hidden=hidden) for x, hidden in zip((whole, together[1]), flat, strict=True)]
-            beside = {"mask": mask.transpose(0, 1).flatten(1), "tokens": tokens.transpose(0, 1).flatten(1)}
+            whole_sides = [replace(x, hidden=hidden) for x, hidden in zip((whole, together[1]), flat, strict=True)]
+            tensors = {"mask": mask.transpose(0, 1).flatten(1), "tokens": tokens.transpose(0, 1).flatten(1)}
         else:
-            of_whole, beside = [whole, together[1]], {"mask": mask.flatten(0, 1), "tokens": tokens.flatten(0, 1)}
-        want = selective_opd_loss(*of_whole, **options, **beside, scope="batch" if scope == "global" else scope)
+            whole_sides, tensors = [whole, together[1]], {"mask": mask.flatten(0, 1), "tokens": tokens.flatten(0, 1)}
+        want = selective_opd_loss(*whole_sides, **options, **tensors, scope="batch" if scope == "global" else scope)
         want.loss.backward()
         hidden = [sides[row][i].hidden.clone() for i in range(2)]
         mine = leaf_head(cut(replace(together[0], hidden=hidden[0]), widths, place))
@@ -61,8 +61,9 @@ def _both_ways():
         assert torch.equal(got.selected, selected), name
         assert relative_error(mine.hidden.grad, whole.hidden.grad.view(2, *SHAPE, -1)[row]) < 1e-5
         part = slice(sum(widths[:place]), sum(widths[: place + 1]))
-        for gradient, of_all in ((mine.weight.grad, whole.weight.grad), (mine.bias.grad, whole.bias.grad)):
-            assert relative_error(Ranks(across).sum(gradient.clone()), of_all[part]) < 1e-5  # what data parallelism adds up
+        for gradient, whole_gradient in ((mine.weight.grad, whole.weight.grad), (mine.bias.grad, whole.bias.grad)):
+            added_up = Ranks(across).sum(gradient.clone())  # as data parallelism does
+            assert relative_error(added_up, whole_gradient[part]) < 1e-5
         total = Ranks(across).sum(got.loss.detach().clone())
         torch.testing.assert_close(total, want.loss.detach(), rtol=1e-5, atol=1e-6)
     for selector in ("random", "multinomial"):  # one draw for a pair
@@ -97,8 +98,8 @@ def _dtensors(kind):
     assert torch.equal(got.selected, want.selected)
     want.loss.backward()
     got.loss.backward()
-    for mine_, of_whole in zip(gradients_of(mine), gradients_of(whole), strict=True):
-        assert relative_error(mine_.full_tensor(), of_whole) < 1e-5
+    for mine_, whole_gradient in zip(gradients_of(mine), gradients_of(whole), strict=True):
+        assert relative_error(mine_.full_tensor(), whole_gradient) < 1e-5
     if kind == "heads":  # hidden states that are no DTensor, as modules give them
         with_local = replace(
             mine, hidden=leaf(student.hidden), weight=leaf(mine.weight.detach()), bias=leaf(mine.bias.detach())
@@ -111,8 +112,8 @@ def _dtensors(kind):
     # A whole teacher, as a DTensor that every rank has and as a plain tensor.
     if kind == "logits":
         replicated = share(teacher, Replicate())
-        for beside in (replicated, teacher):
-            assert torch.equal(selective_opd_loss(shared_out(student), beside, **options).selected, want.selected)
+        for side in (replicated, teacher):
+            assert torch.equal(selective_opd_loss(shared_out(student), side, **options).selected, want.selected)
         with pytest.raises(ValueError, match=r"student: got a DTensor placed .*expected Shard"):
             selective_opd_loss(share(student, Shard(0)), teacher, **options)
         with pytest.raises(ValueError, match="teacher: is shared out over ranks, but the student is not"):
@@ -125,14 +126,14 @@ def _refused():
 
     student, teacher = sides_of("logits")
     rank, group, options = dist.get_rank(), dist.group.WORLD, options_of()
-    mine, beside = (cut(x, CUTS["uneven"], rank) for x in (student, teacher))
+    mine, taught = (cut(x, CUTS["uneven"], rank) for x in (student, teacher))
     with pytest.raises(ValueError, match=r"teacher: got 27, 18, 27, 27 positions on the ranks"):
-        selective_opd_loss(mine, beside[: 2 if rank == 1 else 3], process_group=group)
+        selective_opd_loss(mine, taught[: 2 if rank == 1 else 3], process_group=group)
     known = StudentStats.from_logits(student, top_k=6)
     with pytest.raises(
         ValueError, match=r"student_stats: are over the student's own vocabulary of 97, but .* first 70 entries"
     ):
-        selective_opd_loss(mine, beside, process_group=group, student_stats=known, vocab_size=70, **options)
+        selective_opd_loss(mine, taught, process_group=group, student_stats=known, vocab_size=70, **options)
     strided = cut(student, CUTS["empty"], rank).transpose(0, 1).contiguous().transpose(0, 1)
     on_kernels = options | {"backend": "triton"}
     with pytest.raises(ValueError, match="backend: got 'triton', but"):
@@ -140,7 +141,7 @@ def _refused():
     with pytest.raises(ValueError, match="teacher: got 70 entries on each rank beside a student of 97 in all"):
         selective_opd_loss(mine, teacher[..., :70], process_group=group, **options)
     with pytest.raises(ValueError, match=r"selection_group: has ranks \[0, 1, 2, 3\] in common with the group"):
-        selective_opd_loss(mine, beside, process_group=group, scope="global", selection_group=group, **options)
+        selective_opd_loss(mine, taught, process_group=group, scope="global", selection_group=group, **options)
     turned = DeviceMesh("cpu", torch.tensor([3, 1, 2, 0]))
     with pytest.raises(ValueError, match=r"student: got a DTensor on a mesh of ranks \[3, 1, 2, 0\], expected ascending"):
         selective_opd_loss(distribute_tensor(student, turned, [Shard(2)]), teacher, **options)
@@ -154,17 +155,17 @@ def _refused():
         selective_opd_loss(*parts, **options)
     few = slice(0, 2 if rank == 1 else 3)
     with pytest.raises(ValueError, match=r"student: got 27, 18, 27, 27 positions on the ranks"):
-        selective_opd_loss(mine[few], beside[few], process_group=group)
+        selective_opd_loss(mine[few], taught[few], process_group=group)
     with pytest.raises(ValueError, match=r"teacher: its 97 ids are shared out as \(60, 0, 37, 0\).*\(30, 7, 41, 19\)"):
         selective_opd_loss(mine, cut(teacher, CUTS["empty"], rank), process_group=group, **options)
     with pytest.raises(ValueError, match="eos_ids: ids cannot be merged where ranks"):
-        selective_opd_loss(mine, beside, process_group=group, eos_ids=(1, 2), **options)
+        selective_opd_loss(mine, taught, process_group=group, eos_ids=(1, 2), **options)
     with pytest.raises(ValueError, match="top_k: got 98, expected at most the vocabulary size, 97"):
-        selective_opd_loss(mine, beside, process_group=group, **(options | {"top_k": 98}))
+        selective_opd_loss(mine, taught, process_group=group, **(options | {"top_k": 98}))
     with pytest.raises(ValueError, match="selection_group: got None where ranks share out the vocabulary"):
-        selective_opd_loss(mine, beside, process_group=group, scope="global", **options)
+        selective_opd_loss(mine, taught, process_group=group, scope="global", **options)
     with pytest.raises(ValueError, match="inplace_backward: got True"):
-        selective_opd_loss(mine, beside, process_group=group, inplace_backward=True, **(options | {"backend": "triton"}))
+        selective_opd_loss(mine, taught, process_group=group, inplace_backward=True, **(options | {"backend": "triton"}))
 
 
 # --- what is sent ----------------------------------------------------------------------------------------------------

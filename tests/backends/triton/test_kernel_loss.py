@@ -69,7 +69,7 @@ def test_loss_and_gradient_of_logits_match_the_equations(case):
     assert not x.grad[2].any()
 
 
-def of_heads(case, dtype, bound, *, n=4, **options):
+def assert_head_losses(case, dtype, bound, *, n=4, **options):
     """Compare a call on two heads with the equations; the output of the call."""
     student, teacher = head_pair((n,), 301, bias=True, seed=5, dtype=dtype)
     rows = torch.arange(n)
@@ -90,7 +90,7 @@ def of_heads(case, dtype, bound, *, n=4, **options):
 
 @pytest.mark.parametrize("case", [*KERNELS, WITHOUT[0], *(pytest.param(x, marks=pytest.mark.full) for x in WITHOUT[1:])])
 def test_loss_and_gradient_of_heads_match_fp64(case):
-    of_heads(case, torch.float32, 1e-4)
+    assert_head_losses(case, torch.float32, 1e-4)
 
 
 @pytest.mark.parametrize("case", ["jsd-0.1", "sampled", "entropy_aware-2"])
@@ -99,7 +99,7 @@ def test_16_bit_heads_are_trained_on_fp32_logits(case, workspace_bytes, monkeypa
     looks = []
     second_look = triton_heads_loss._SelectedRows._second_look
     monkeypatch.setattr(triton_heads_loss._SelectedRows, "_second_look", lambda *x: (looks.append(1), second_look(*x)))
-    of_heads(case, torch.bfloat16, 2**-7, workspace_bytes=workspace_bytes)
+    assert_head_losses(case, torch.bfloat16, 2**-7, workspace_bytes=workspace_bytes)
     assert len(looks) == (workspace_bytes == 4_000)  # the weight gradient by blocks of the vocabulary
 
 
@@ -113,8 +113,8 @@ def test_units_of_two_heads_are_those_of_reverse_kl(divergence):
             leaf_head(student), teacher, divergence=divergence, tokens=ids, fraction=fraction, backend="triton"
         ).loss.backward()
     units = counter.get_total_flops() / (2 * n * vocab * dim)
-    of_metric = 2 * n * fraction * dim * 2 / (2 * n * vocab * dim) if divergence == "sampled" else 0  # kl_sampled
-    assert units == pytest.approx(2 + 4 * fraction + of_metric, rel=1e-12)
+    metric_units = 2 * n * fraction * dim * 2 / (2 * n * vocab * dim) if divergence == "sampled" else 0  # kl_sampled
+    assert units == pytest.approx(2 + 4 * fraction + metric_units, rel=1e-12)
 
 
 @pytest.mark.parametrize("divergence", ["jsd", "entropy_aware"])
@@ -184,7 +184,7 @@ def test_statistics_of_the_rollout_are_not_what_is_trained_on(case):
 
 
 def test_without_a_kernel_16_bit_heads_are_trained_on_fp32_logits_too():
-    of_heads("total_variation", torch.bfloat16, 2**-7)
+    assert_head_losses("total_variation", torch.bfloat16, 2**-7)
 
 
 def test_infinite_losses_are_left_out_of_logits_and_heads():
@@ -257,7 +257,7 @@ def test_kernels_compute_the_same_losses_for_a_mixture_of_teachers_as_for_one(ki
         assert TRITON.hands_over(s, mixture, divergence) == TRITON.hands_over(s, u, divergence)
         needs = Needs(divergence, 5)
         assert TRITON.refusal(s, mixture, needs) is None
-        of_double = mixture._replace(others=(s, u._replace(leading=u.leading.double())))
-        assert "teacher has dtype torch.float64" in TRITON.refusal(s, of_double, needs)
+        fp64_mixture = mixture._replace(others=(s, u._replace(leading=u.leading.double())))
+        assert "teacher has dtype torch.float64" in TRITON.refusal(s, fp64_mixture, needs)
     assert routed.scores_selected_rows(s, mixture)
     assert not routed.scores_selected_rows(s, u)

@@ -40,7 +40,7 @@ def test_differences_are_those_of_the_precision(inputs):
     assert errors["rollout", "union_kl"] < 1e-5 < errors["rollout, bf16", "union_kl"]
 
 
-def test_the_program_writes_what_it_found(inputs, tmp_path, monkeypatch, capsys):
+def test_the_program_writes_its_results(inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ranking, "real_inputs", lambda *_: inputs)
     ranking.main(["--out", str(tmp_path)])
     got = json.loads((tmp_path / "ranking.json").read_text())

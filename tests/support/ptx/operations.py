@@ -164,7 +164,7 @@ def count_ones(types, a):
     return np.unpackbits(octets, axis=-1).sum(-1).astype(np.uint32)
 
 
-def of_all(function):
+def over_operands(function):
     """Of two operands, or three from sm_100 on."""
     return lambda types, *operands: reduce(function, operands)
 
@@ -219,10 +219,10 @@ OPERATIONS = {
     "neg": lambda types, a: -a,
     "abs": magnitude,
     "max.relu": lambda types, a, b: np.maximum(np.maximum(a, b), a.dtype.type(0)),
-    "min": of_all(np.fmin),  # of a number and NaN: the number
-    "max": of_all(np.fmax),
-    "min.NaN": of_all(np.minimum),  # NaN
-    "max.NaN": of_all(np.maximum),
+    "min": over_operands(np.fmin),  # of a number and NaN: the number
+    "max": over_operands(np.fmax),
+    "min.NaN": over_operands(np.minimum),  # NaN
+    "max.NaN": over_operands(np.maximum),
     "min.xorsign.abs": minimum_xorsign,
     "and": lambda types, a, b: a & b,
     "or": lambda types, a, b: a | b,

@@ -169,9 +169,9 @@ def hf_function(more: dict[str, Any]) -> dict[str, Any]:
 def hf_head(family: str) -> dict[str, Any]:
     from opd_ops.integrations.heads import head_of, last_hidden
     from tests.integrations.models import VOCAB, language_model
-    from tests.integrations.test_hf import of_family
+    from tests.integrations.test_hf import model_of_family
 
-    model = language_model(3).eval() if family == "qwen2" else of_family(family)
+    model = language_model(3).eval() if family == "qwen2" else model_of_family(family)
     ids = torch.randint(3, VOCAB, (2, 7), generator=generator(1))
     hidden, _ = last_hidden(model, model, {"input_ids": ids})
     head = head_of(model, hidden)

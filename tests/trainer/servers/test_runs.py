@@ -110,10 +110,10 @@ def test_keys_and_names_of_servers_reach_them_and_no_file(tmp_path, monkeypatch)
         options |= {"teacher_url": url, "rollout_url": url, "divergence": "tail_aware", "taught_by": None}
         trainer(tmp_path, steps=1, lora_rank=2, teacher_top_k=1, report_to="tensorboard", **options).train()
     completions = [(body, key) for path, body, key in asked if path == "/v1/completions"]
-    of_teacher = [(body["model"], key) for body, key in completions if "prompt_logprobs" in body]
-    of_rollouts = [key for body, key in completions if "return_token_ids" in body]
-    assert set(of_teacher) == {("teacher", "Bearer sk-teacher")}
-    assert set(of_rollouts) == {"Bearer sk-rollout"}
+    teacher_requests = [(body["model"], key) for body, key in completions if "prompt_logprobs" in body]
+    rollout_keys = [key for body, key in completions if "return_token_ids" in body]
+    assert set(teacher_requests) == {("teacher", "Bearer sk-teacher")}
+    assert set(rollout_keys) == {"Bearer sk-rollout"}
     assert {key for path, _, key in asked if path != "/v1/completions"} == {"Bearer sk-teacher", "Bearer sk-rollout"}
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.name == "run.json" for path in files)

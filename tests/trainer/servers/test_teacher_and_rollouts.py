@@ -97,10 +97,10 @@ def test_the_loss_is_that_of_lists_made_here(model, url):
         out = selective_opd_loss(x, teacher, mask=mask, fraction=0.5, divergence=TailAware(top_k=4), top_k=4)
         out.loss.backward()
         results.append((out, x.grad))
-    (got, of_got), (want, of_want) = results
+    (got, got_gradient), (want, want_gradient) = results
     assert torch.equal(got.selected, want.selected)
     torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=0)
-    assert (of_got - of_want).norm() < 1e-5 * of_want.norm()
+    assert (got_gradient - want_gradient).norm() < 1e-5 * want_gradient.norm()
     with pytest.raises(ValueError, match=r"temperature: got 0.7, but .* holds log-probabilities at 1"):
         selective_opd_loss(logits, served, mask=mask, divergence=TailAware(top_k=4), temperature=0.7)
 
@@ -479,7 +479,7 @@ def test_the_small_server_refuses_as_openai_does(url, path, body, message):
 def test_the_small_server_reads_text_too(url):
     client = client_of(url)
     body = {"model": "tiny", "max_tokens": 3, "temperature": 0, "return_token_ids": True}
-    of_text, of_ids = client.complete([{**body, "prompt": "w5 w6"}, {**body, "prompt": [5, 6]}])
-    assert of_text["token_ids"] == of_ids["token_ids"]
-    assert of_text["text"].startswith("w")
+    by_text, by_ids = client.complete([{**body, "prompt": "w5 w6"}, {**body, "prompt": [5, 6]}])
+    assert by_text["token_ids"] == by_ids["token_ids"]
+    assert by_text["text"].startswith("w")
     assert Server.request_queue_size > 64  # requests that `ServedRollouts` sends at once, not refused
