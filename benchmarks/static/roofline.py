@@ -31,6 +31,7 @@ import torch
 import triton
 from opd_kernels import launch_table
 from opd_kernels.argmax import argmax_fwd
+from opd_kernels.candidates import ier_fwd
 from opd_kernels.choose import choose_fwd
 from opd_kernels.forward_kl import forward_kl_grad
 from opd_kernels.jsd import jsd_fwd, jsd_grad
@@ -82,6 +83,7 @@ BARRIERS = {
     "reverse_skew_fwd": 5, "reverse_skew_grad": 3, "forward_skew_fwd": 5, "forward_skew_grad": 3, "off_list_fwd": 5,
     "off_list_grad": 0, "support_groups_fwd": 39, "support_topk_fwd": 49, "support_stats_fwd": 93, "scale": 0, "zero_rows": 0,
     "quantise": 2, "quantiles_fwd": 23, "place_fwd": 0, "choose_fwd": 42, "list_fwd": 18, "keep_fwd": 8, "totals_fwd": 42,
+    "ier_fwd": 48,
 }  # fmt: skip
 VARIANCE_BARRIERS = 27  # of score_fwd
 STREAMING = ("score", "reverse_", "forward_", "jsd_", "off_list_")  # kernels with a main loop over the vocabulary
@@ -215,7 +217,12 @@ def configurations():
     yield record("bf16 K=1", support_fwd, s, t, None, whole[2], top_k=1, **PLAIN)[:2]
     for k in (16, 128):
         optional = {name: torch.empty(8192, device="meta") for name in LIST_COLUMNS}
-        yield record(f"bf16 K={k} lists", support_fwd, s, t, None, whole[2], top_k=k, optional=optional, **PLAIN)[:2]
+        lists = record(f"bf16 K={k} lists", support_fwd, s, t, None, whole[2], top_k=k, optional=optional, **PLAIN)
+        yield lists[:2]
+        tokens, at_tokens = torch.empty(8192, dtype=torch.int64, device="meta"), torch.empty((2, 8192), device="meta")
+        with Recorder() as launches:
+            ier_fwd(lists[2], whole[2], tokens, at_tokens, optional[LIST_COLUMNS[0]])
+        yield f"bf16 K={k} token", launches
     # Rows 16 bytes apart but no multiple of 16 elements.
     narrow, other = logits("bf16", 8192, NARROW), logits("bf16", 8192, NARROW)
     narrow_size = {"vocab_size": NARROW}

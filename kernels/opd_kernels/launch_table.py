@@ -131,6 +131,13 @@ def support(top_k: int, n_groups: int) -> SupportTile:
     return SupportTile(*(max(1, int(w * scale)) for w in (groups_warps, topk_warps, stats_warps)))
 
 
+def candidates(top_k: int) -> Tile:
+    """2 K + 1 candidates, each compared with 16 listed ids at a time: 32 comparisons a thread. K = 16 is one warp."""
+    size = 2 ** (2 * top_k).bit_length()
+    warps = max(1, 16 * size // 32 // _warp_size())
+    return Tile({"SIZE": size, "CHUNK": 16}, min(8, warps))
+
+
 def run(n_picked: int, n_keys: int) -> int:
     """Keys in a run, so that n_keys / run tops and then n_picked * run keys are searched: near the square root, at most 16."""
     run = 1

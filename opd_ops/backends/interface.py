@@ -126,6 +126,10 @@ class Backend(ABC):
         """Whether `placed_stats` knows the selector."""
         return False
 
+    def makes_ier(self, student: Source) -> bool:
+        """Whether `placed_stats` makes the column "ier", if `scoring` names it and has the sampled tokens."""
+        return False
+
     def choose(self, scores: Tensor, valid: Tensor, infinite: Tensor, cut: Cut) -> Choice | None:
         """The budget's cut by kernels, on positions of any shape; None: this backend has no such kernel."""
         return None

@@ -18,14 +18,14 @@ from opd_ops.backends.ensembles import with_normalisers
 from opd_ops.backends.interface import Placed
 from opd_ops.backends.shared import two_lists
 from opd_ops.backends.shared.candidates import ier
-from opd_ops.backends.shared.token_logprobs import token_logprobs, tokens_at
+from opd_ops.backends.shared.token_logprobs import sampled, token_logprobs, tokens_at
 from opd_ops.call.prepare import Call
 from opd_ops.divergences import Divergence
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.selection.normalisers import over_ranks
 from opd_ops.selection.selectors import Released, is_deterministic, is_own, own_name
-from opd_ops.selection.stats import TOKEN_COLUMNS, Scoring, TokenStats, all_set, is_finite
+from opd_ops.selection.stats import TOKEN_COLUMNS, Sampled, Scoring, TokenStats, all_set, is_finite
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,17 @@ def _placed(call: Call, rows: Tensor | None, places: Tensor | None) -> Placed | 
     is_plain = call.ranks is None and call.student_stats is None and not call.settings.in_float8
     if not is_plain or not isinstance(call.teacher, Source) or (places is not None and call.needs & TOKEN_COLUMNS):
         return None
+    scoring = call.scoring
+    if "ier" in call.needs and call.backend.makes_ier(call.student):
+        every_row = _every_row(call, rows)
+        tokens = tokens_at(call.positions.tokens, call.student, call.teacher, every_row)
+        at_tokens = sampled(call.student, call.teacher, every_row, tokens, call.workspace)
+        scoring = scoring._replace(columns=scoring.columns | {"ier"}, sampled=at_tokens)
     placed = call.backend.placed_stats(
         call.student,
         call.teacher,
         rows,
-        call.scoring,
+        scoring,
         unmasked=None if places is None else call.unmasked,
         selector=own_name(call.selector) if _is_fitted_by_kernels(call) else None,
         loss=call.divergence.infinite_column,
@@ -90,7 +96,7 @@ def _placed(call: Call, rows: Tensor | None, places: Tensor | None) -> Placed | 
         logsumexps = {name: getattr(stats, f"{name}_logsumexp").flatten() for name in ("student", "teacher")}
         if rows is not None:
             logsumexps = {name: column[rows] for name, column in logsumexps.items()}
-        columns = _token_columns(call, _every_row(call, rows), logsumexps)
+        columns = _token_columns(call, _every_row(call, rows), logsumexps, scoring.sampled)
         values = torch.stack(list(columns.values()))
         if rows is not None:
             values = values.new_zeros((len(columns), call.shape.numel())).index_copy_(1, rows, values)
@@ -155,9 +161,15 @@ def _row_stats(call: Call, rows: Tensor, scoring: Scoring) -> TokenStats:
     return stats
 
 
-def _token_columns(call: Call, rows: Tensor, logsumexps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """(n,) columns of the sampled tokens at the rows that are asked for."""
+def _token_columns(
+    call: Call, rows: Tensor, logsumexps: Mapping[str, Tensor], known: Sampled | None = None
+) -> dict[str, Tensor]:
+    """(n,) columns of the sampled tokens at the rows that are asked for. `known`: the tokens, where kernels made "ier"."""
     columns: dict[str, Tensor] = {}
+    if known is not None:
+        names = [f"{name}_logprob" for name in logsumexps]
+        both = (known.logits - torch.stack(list(logsumexps.values()))).clamp_max_(0)
+        return dict(zip(names, both.unbind(), strict=True))
     tokens = tokens_at(call.positions.tokens, call.student, call.teacher, rows)
     for name, side in (("student", call.student), ("teacher", call.teacher)):  # in one order on all ranks
         if f"{name}_logprob" in call.needs:

@@ -9,7 +9,7 @@
   a mixture of teachers: r is the sum of theirs; an arithmetic one reads their normalisers first, r more
   student_stats: score r, and K dot products per position and model; backend "torch" scores the selected rows again
   a column of the sampled token: a dot product per position and model; with student_stats one sweep of the student, 1, too;
-  "ier": one more sweep of each model whose list was not sent
+  "ier": one more sweep of each model whose list was not sent; on "triton" none where the score pass has both lists
   float8: score in 8 bits, and the 2 M best positions again from fp32 logits
 
 Tile sizes come from the backends' own functions, called on tensors without storage. tests/estimates/test_compute.py compares
@@ -218,11 +218,14 @@ class _Costs:
         return self._swept(self.N, self.widths)
 
     def sampled_token(self, n: int) -> _Pass:
-        """Columns of the sampled token: its logits; the present student's normaliser; both models' lists, for "ier"."""
+        """Columns of the sampled token: its logits; the present student's normaliser; for "ier" both lists, if swept."""
         needs = self.settings.needs
         read = [*([self.Ds] if "student_logprob" in needs else []), *(self.widths if "teacher_logprob" in needs else ())]
         swept = [self.Ds] if self.student_stats and "student_logprob" in needs else []
-        if "ier" in needs:
+        is_from_score_pass = self.backend == "triton" and not (
+            self.student_stats or self.settings.in_float8 or "response_place" in needs
+        )
+        if "ier" in needs and not is_from_score_pass:
             swept += [*([] if self.student_stats else [self.Ds]), *self.widths]
         sweeps = self._swept(n, swept)
         return _Pass(sweeps.flops + 2 * n * sum(read), sweeps.bytes + 2 * self.dtype.itemsize * n * sum(read))

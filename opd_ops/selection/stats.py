@@ -171,6 +171,17 @@ class TokenStats(NamedTuple):
         return TokenStats(**{name: function(column) for name, column in columns if column is not None})
 
 
+class Sampled(NamedTuple):
+    """The sampled tokens of n positions, and both models' logits of them."""
+
+    tokens: Tensor  # (n,) int64
+    logits: Tensor  # (2, n) fp32, student's and teacher's; -inf: masked
+
+    def take(self, part: slice) -> Sampled:
+        """Those of consecutive positions."""
+        return Sampled(self.tokens[part], self.logits[:, part])
+
+
 class Scoring(NamedTuple):
     """How a backend computes statistics."""
 
@@ -178,6 +189,7 @@ class Scoring(NamedTuple):
     workspace: Workspace
     score_dtype: torch.dtype | None = None  # of a head's logits; None: the backend's choice, which may be the head's 16 bits
     columns: frozenset[str] = frozenset()  # the optional columns to compute
+    sampled: Sampled | None = None  # of the rows, where `columns` has "ier"
 
 
 class OwnStats(NamedTuple):

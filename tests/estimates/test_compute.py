@@ -37,6 +37,7 @@ CASES = [
     {"student_stats": True},
     {"student_stats": True, "backend": "torch"},
     {"selector": "dial"},
+    {"selector": "ier"},
     {"selector": "ier", "backend": "torch"},
     {"selector": "log-ratio", "student_stats": True, "backend": "torch"},
     {"score_dtype": "float8"},

@@ -5,7 +5,8 @@
   ier = Var_p(c) / max(sum_C (1 - p) (c - b)^2 - Var_p(c), 1e-8)                            IER, arXiv 2609.24432
   b is the baseline of least variance: with L = 1/p - 1, sum_C (1 - p) (c - b)^2 = E_p[L (c - b)^2].
 
-The score pass keeps no lists, so each model that is read here is swept once more.
+The score pass keeps no lists, so each model that is read here is swept once more. Backend "triton" makes the column in its
+score pass, on one process and from both models' logits (opd_kernels/candidates.py).
 Not here: the fusion with another score (selection/selectors.py), the lists (two_lists.py).
 """
 

@@ -67,7 +67,7 @@ def token_stats(
     """The columns of `TokenStats` over the whole vocabulary, but not `jsd`: its terms need the normalisers first
     (streamed/summed.py). `dtype`: of the columns.
     """
-    top_k, workspace, _, columns = scoring
+    top_k, workspace, _, columns, _ = scoring
     out: dict[str, Tensor] = {}
     n, size = len(rows), rows_at_a_time(shard, top_k, dtype, workspace, columns=len(parts.empty))
     list_rows = workspace.share(1, 16).count(UNION_BYTES * top_k)

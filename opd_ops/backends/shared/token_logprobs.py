@@ -8,12 +8,14 @@ Not here: logits at other ids (logits_at.py), what divergences make of the token
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from opd_ops.backends.shared.logits_at import logits_at
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.inputs.workspace import Workspace
+from opd_ops.selection.stats import Sampled
 
 
 def tokens_at(tokens: Tensor | None, student: Source, teacher: Source | TeacherLists, rows: Tensor) -> Tensor:
@@ -25,6 +27,12 @@ def tokens_at(tokens: Tensor | None, student: Source, teacher: Source | TeacherL
     for token_id in merged[1:]:
         at_rows = at_rows.masked_fill(at_rows == token_id, merged[0])
     return at_rows
+
+
+def sampled(student: Source, teacher: Source, rows: Tensor, tokens: Tensor, workspace: Workspace) -> Sampled:
+    """The (n,) tokens with both models' fp32 logits."""
+    sides, ids = (student.detach(), teacher.detach()), tokens.unsqueeze(1)
+    return Sampled(tokens, torch.stack([logits_at(x, rows, ids, torch.float32, workspace).squeeze(1) for x in sides]))
 
 
 def token_logprobs(

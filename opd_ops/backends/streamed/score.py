@@ -98,7 +98,7 @@ class _Tile(NamedTuple):
 def _sweep(student: Source, teacher: Source, rows: Tensor, scoring: Scoring) -> Iterator[tuple[ScoreGrid, _Tile]]:
     """Each tile, with the grid of all."""
     dtype = compute_dtype(student, teacher)
-    top_k, workspace, _, columns = scoring
+    top_k, workspace, _, columns, _ = scoring
     grid = score_grid(student, teacher, len(rows), top_k=top_k, whole_rows="jsd" in columns, workspace=workspace)
     buffer = pages.empty((2 * grid.rows * grid.columns,), dtype, rows.device)
     scratch = torch.empty(5 * grid.chunk * grid.columns, dtype=dtype, device=rows.device)

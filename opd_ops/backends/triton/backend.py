@@ -108,6 +108,9 @@ class Triton(Backend):
     def scores_by_kernels(self, selector: str | None) -> bool:
         return selector in selection.SELECTORS
 
+    def makes_ier(self, student: Source) -> bool:
+        return student.transform.shard is None
+
     def choose(self, scores: Tensor, valid: Tensor, infinite: Tensor, cut: Cut) -> Choice | None:
         flags = selection.bytes_of(valid), selection.bytes_of(infinite)
         places = None if cut.places is None else cut.places.reshape(-1)

@@ -46,7 +46,7 @@ def launch_columns(
 
     `keep`: called with the kernels' outputs for each group of consecutive rows.
     """
-    top_k, workspace, _, columns = scoring
+    top_k, workspace, _, columns, sampled = scoring
     layout, student_table = table_of(student)
     tables = student_table, table_of(teacher)[1]
     places = layout.rows(rows)
@@ -62,6 +62,7 @@ def launch_columns(
                 columns=columns,
                 top_k=top_k,
                 workspace=share,
+                sampled=None if sampled is None else sampled.take(part),
             )
             if keep is not None:
                 keep(outputs)

@@ -80,7 +80,7 @@ def launch_columns(
 
     `score_dtype` None: the head's own. `keep`: called with the kernels' outputs for each group of consecutive rows.
     """
-    top_k, workspace, score_dtype, columns = scoring
+    top_k, workspace, score_dtype, columns, sampled = scoring
     lanes, vocab = _Lanes(rows.device), student.transform.vocab_size
     sides = [_ranking_reader(source, rows, workspace, score_dtype) for source in (student, teacher)]
     transforms = sides[0].transform, sides[1].transform
@@ -104,7 +104,16 @@ def launch_columns(
                     side.take(span)
                 s, u = (side.ranked(group, tile[:n]) for side, tile in zip(sides, tiles, strict=True))
                 half = workspace.share(1, 2)
-                outputs = write_columns(out[:, group], (s, u), None, transforms, columns=columns, top_k=top_k, workspace=half)
+                outputs = write_columns(
+                    out[:, group],
+                    (s, u),
+                    None,
+                    transforms,
+                    columns=columns,
+                    top_k=top_k,
+                    workspace=half,
+                    sampled=None if sampled is None else sampled.take(group),
+                )
                 if keep is not None:
                     keep(outputs)
     return out
@@ -112,7 +121,7 @@ def launch_columns(
 
 def own_stats(source: Source, rows: Tensor, scoring: Scoring) -> OwnStats:
     """One model's statistics at the rows, from its logits alone."""
-    top_k, workspace, score_dtype, _ = scoring
+    top_k, workspace, score_dtype, _, _ = scoring
     vocab, n = source.transform.vocab_size, len(rows)
     side = _ranking_reader(source, rows, workspace, score_dtype)
     tile = score_tile(source, n=n, top_k=top_k, optional=False, workspace=workspace, score_dtype=score_dtype)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from opd_kernels.candidates import ier_fwd
 from opd_kernels.score import COLUMNS, Score, score_fwd
 from opd_kernels.support import SUPPORT_COLUMNS, TopKLists, support_fwd
 from torch import Tensor
@@ -20,6 +21,7 @@ from opd_ops.backends.streamed.running import row_jsd
 from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Transform, finish_logits
 from opd_ops.inputs.workspace import Workspace
+from opd_ops.selection.stats import Sampled
 
 JSD_BUFFERS = 10  # fp32 rows of V alive at once in row_jsd
 
@@ -60,10 +62,11 @@ def write_columns(
     columns: frozenset[str],
     top_k: int,
     workspace: Workspace,
+    sampled: Sampled | None = None,
 ) -> tuple[Score, TopKLists]:
     """Fill `out`, (columns, n) in the order of `column_names`, with the statistics of the tables' rows (None: all, in order).
 
-    Returns: the kernels' outputs.
+    Returns: the kernels' outputs. `sampled`: the rows' tokens, if `columns` has "ier".
     `workspace` bounds the scratch of the optional columns; the launch itself takes `score_bytes` a row besides.
     """
     options = launch_options(*transforms)
@@ -71,6 +74,8 @@ def write_columns(
     optional = dict(zip(sorted(columns), others, strict=True))
     score = score_fwd(*tables, rows, out=score_out, variance=optional.get("ratio_variance"), **options)
     lists = support_fwd(*tables, rows, score, out=support_out, optional=optional, top_k=top_k, **options)
+    if sampled is not None:
+        ier_fwd(lists, score, *sampled, optional["ier"])
     if "jsd" in columns:
         optional["jsd"].copy_(_jsd(tables, rows, transforms, workspace))
     return score, lists

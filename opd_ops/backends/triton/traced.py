@@ -32,7 +32,7 @@ class TracedTriton(Triton):
         return super().refusal(student, teacher, needs)
 
     def _columns(self, student: Source, teacher: Source, rows: Tensor, scoring: Scoring) -> Tensor:
-        top_k, workspace, score_dtype, columns = scoring
+        top_k, workspace, score_dtype, columns, _ = scoring
         optional = ",".join(sorted(columns))
         table: Tensor
         if is_computed(student, teacher):

@@ -8,7 +8,7 @@ Not here: the kernels (tests/kernels/test_selection.py, test_totals.py), operato
 import pytest
 import torch
 
-from opd_ops import LogRatio, Released, selective_opd_loss
+from opd_ops import LogRatio, Released, score_positions, selective_opd_loss
 from opd_ops.backends.interface import Backend
 from opd_ops.backends.triton.backend import Triton
 from tests.support.cases import generator, gradients, head_pair, leaf, leaf_head, logit_pair
@@ -153,3 +153,13 @@ def test_metrics_may_be_changed_in_place_before_the_backward():
         gradients.append(x.grad)
     assert torch.equal(*gradients)
     assert gradients[0].any()
+
+
+@pytest.mark.parametrize("pair", [logit_pair, head_pair])
+def test_ier_of_small_tiles_is_that_of_one_tile(pair):
+    sizes = {"student_dim": 32, "teacher_dim": 48} if pair is head_pair else {}
+    student, teacher = pair((40,) if sizes else 40, 512, **sizes)
+    options = {"tokens": torch.arange(40) * 7, "mask": torch.arange(40) % 7 != 0, "selector": "ier", "backend": "triton"}
+    one, small = (score_positions(student, teacher, workspace_bytes=x, **options)[1].ier for x in (2**24, 2**15))
+    assert one.std() > 0
+    torch.testing.assert_close(small, one, rtol=1e-5, atol=1e-9)

@@ -16,7 +16,7 @@ KERNELS = {
     "score_fwd", "merge_fwd", "argmax_fwd", "support_groups_fwd", "support_topk_fwd", "support_stats_fwd",
     "reverse_kl_grad", "forward_kl_grad", "jsd_fwd", "jsd_grad", "off_list_fwd", "off_list_grad", "scale", "zero_rows",
     "reverse_skew_fwd", "reverse_skew_grad", "forward_skew_fwd", "forward_skew_grad",
-    "quantise", "quantiles_fwd", "place_fwd", "choose_fwd", "keep_fwd", "list_fwd", "totals_fwd",
+    "quantise", "quantiles_fwd", "place_fwd", "choose_fwd", "keep_fwd", "list_fwd", "totals_fwd", "ier_fwd",
 }  # fmt: skip
 GOOD = {
     "kernel": "score_fwd", "target": "sm_90", "config": "bf16", "registers": 96, "spill_bytes": 0, "local_ops": 0,
@@ -40,6 +40,7 @@ def test_static_roofline_other_targets_keep_their_limits(tmp_path):
     targets = "sm_80", "sm_100", "gfx942"
     configs = "bf16", "bf16 rows", "bf16 K=128", "bf16 K=32", "bf16 split", "fp32 to bf16"
     configs += "N=16384", "N=16384 tip", "N=16384 bounds", "N=16384 keeps", "N=16384 teachability-released", "bf16 K=128 lists"
+    configs += "bf16 K=16 token", "bf16 K=128 token"
     got = rows_of("roofline", tmp_path, "--targets", *targets, "--configs", *configs)["rows"]
     assert {row["target"] for row in got} == set(targets)
     for target in targets:
