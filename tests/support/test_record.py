@@ -6,14 +6,22 @@ Not here: the recorded calls themselves, which take minutes (`python -m tests.su
 """
 
 import json
+from itertools import product
 
 import pytest
 import torch
 
+from opd_ops import ImportanceWeighted, Routed, SampledToken, TopK
 from opd_ops.divergences import DIVERGENCES
+from opd_ops.divergences.base import SUPPORTS
+from opd_ops.divergences.ratio import DEFAULT_BOUNDS
+from opd_ops.divergences.top_k import DIRECTIONS, TAILS
+from opd_ops.inputs.batch import Batch
 from opd_ops.selection.selectors import SELECTORS
+from opd_ops.selection.weighting import MEANS, WEIGHTINGS
+from opd_ops.settings import HELP
 from tests.support import record, recorded
-from tests.support.recorded import calls
+from tests.support.recorded import calls, family
 from tests.support.recorded.case import Call, Custom
 from tests.support.recorded.ranks import ON_RANKS
 
@@ -103,6 +111,40 @@ def test_every_divergence_and_selector_is_recorded_on_every_backend():
     for kind, known in (("divergence", DIVERGENCES), ("selector", SELECTORS)):
         missing = {(name, backend) for name in known for backend in calls.BACKENDS} - recorded_names[kind]
         assert not missing, kind
+
+
+def test_every_member_of_a_family_is_recorded():
+    by_backend = {name: [case for case in family.cases() if case.options["backend"] == name] for name in calls.BACKENDS}
+    for backend, cases in by_backend.items():
+        divergences = [case.options.get("divergence") for case in cases]
+        lists = {(x.direction, x.support, x.tail) for x in divergences if isinstance(x, TopK)}
+        ensembles = {getattr(case.teacher, "kind", type(case.teacher)) for case in cases}
+        assert {"geometric", "arithmetic", Routed} <= ensembles
+        if backend == "triton":  # each support and each tail, in pairs
+            assert {support for _, support, _ in lists} == set(family.SUPPORTS)
+            assert {tail for _, _, tail in lists} == set(TAILS)
+            continue
+        assert lists == {named for named in product(DIRECTIONS, SUPPORTS, TAILS) if is_offered(*named)}
+        for kind in (SampledToken, ImportanceWeighted):
+            ratios = {x.ratio for x in divergences if isinstance(x, kind)}
+            assert ratios == set(DEFAULT_BOUNDS) - ({"ppo"} if kind is ImportanceWeighted else set())
+        weightings = {case.options.get("weighting") for case in cases}
+        assert set(WEIGHTINGS) <= {x for x in weightings if isinstance(x, str)}
+        assert set(MEANS) <= {case.options.get("weight_mean") for case in cases}
+
+
+def is_offered(direction, support, tail):
+    try:
+        TopK(direction, support, tail, 8)
+    except ValueError:
+        return False
+    return True
+
+
+def test_every_setting_and_every_tensor_of_a_batch_is_recorded():
+    given = {name for case in recorded.cases() if isinstance(case, Call) for name in case.options}
+    elsewhere = {"process_group", "selection_group", "generator"}  # on ranks; a generator's draws depend on earlier calls
+    assert {*HELP, *Batch._fields} - given == elsewhere
 
 
 def test_every_divergence_and_selector_is_recorded_on_ranks():

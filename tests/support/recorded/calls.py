@@ -2,7 +2,8 @@
 
 Kernels run in Triton's interpreter, about 0.3 s a row on one core: they get three rows, of which one or two are selected, and
 fewer combinations than the backends in plain torch.
-Not here: ranks (support/ranks.py), trainers of others (hosts.py), functions that are not of two models (pieces.py).
+Not here: members of families (family.py), ranks (ranks.py), trainers of others (hosts.py), functions that are not of two models
+(pieces.py).
 """
 
 from __future__ import annotations
@@ -298,11 +299,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "scope-global": {"scope": "global"},  # one process alone
     "scope-sequence-packed": {"scope": "sequence", "cu_seqlens": CU_SEQLENS},
     "prefix-packed": {"selector": "prefix", "cu_seqlens": CU_SEQLENS},
+    "count": {"count": 5},
+    "count-sequence": {"count": 2, "scope": "sequence"},
     "threshold": {"threshold": 0.2},
     "threshold-tensor": {"threshold": torch.tensor(0.2), "selector": "tip"},
     "weights": {"weights": weights()},
     "labels": {"mask": None, "labels": LABELS},
     "shift_labels": {"shift_labels": LABELS},
+    "ignore_index": {"mask": None, "labels": LABELS.masked_fill(LABELS == -100, -7), "ignore_index": -7},
     "special_ids": {"tokens": tokens(), "special_ids": [int(x) for x in tokens()[0, :3]]},
     "eos_ids": {"eos_ids": [3, 17, 40]},
     "eos_ids-sampled": {"eos_ids": [3, 17, 40], "divergence": "sampled", "tokens": tokens().masked_fill(tokens() < 30, 17)},
@@ -310,6 +314,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "num_items-tensor": {"num_items_in_batch": torch.tensor(70.0)},
     "num_items-valid": {"num_items_in_batch": 100, "denominator": "valid"},
     "denominator-valid": {"denominator": "valid"},
+    "denominator-sequence": {"denominator": "sequence"},
     "temperature": {"temperature": 0.7},
     "temperature-jsd": {"temperature": 1.6, "divergence": JSD(0.3)},
     "vocab_size": {"vocab_size": 70},

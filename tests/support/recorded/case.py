@@ -4,7 +4,7 @@
   Custom   anything else: a function without arguments that returns named values
 
 All calls go through the public functions here, so that a change of their signatures is followed in one place.
-Not here: which calls there are (calls.py, support/ranks.py, hosts.py), digests (record.py).
+Not here: which calls there are (calls.py, family.py, ranks.py, hosts.py), digests (record.py).
 """
 
 from __future__ import annotations
