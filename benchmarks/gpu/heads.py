@@ -29,7 +29,6 @@ from benchmarks.gpu.timing import LATE, Bench, first_line
 from opd_ops import Float8Rows, LinearHead, StudentStats, selective_opd_loss
 from opd_ops.backends.shared import grids
 from opd_ops.backends.shared.matmul import head_product, operand_dtype
-from opd_ops.backends.triton import heads as triton_heads
 
 FRACTION = 0.05
 TILE_ROWS = 768  # of the floor's score matmuls
@@ -74,19 +73,6 @@ def ours(**options: Any) -> Run:
         return out.selected
 
     return run
-
-
-def two_streams(run: Run) -> Run:
-    """The same with score tiles on two streams."""
-
-    def overlapped(case: Case) -> Tensor | None:
-        triton_heads.OVERLAP = True
-        try:
-            return run(case)
-        finally:
-            triton_heads.OVERLAP = False
-
-    return overlapped
 
 
 def in_tiles(run: Run, *steps: int) -> Run:
@@ -135,7 +121,6 @@ METHODS: dict[str, Run] = {
     "ours": ours(),
     "ours, 640-row tiles": in_tiles(ours(), 128, 256),  # the second entry is the groups' of selected rows
     "ours, 1,024-row tiles": in_tiles(ours(workspace_bytes=768 * 2**20), 1024, 256, 128),
-    "ours, two streams": two_streams(ours()),
     "ours, fp32 tiles": ours(score_dtype="float32"),
     "ours, 8 bits": ours(score_dtype="float8"),
     "ours, rollout": ours(rollout=True),

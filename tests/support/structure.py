@@ -49,7 +49,7 @@ LIMITS = {
     "places of a default": 1,
     "words of a docstring": 346,
     "README lines": 136,
-    "README words": 689,
+    "README words": 692,
     "Any in signatures": 0,
 }
 Graph = Mapping[str, set[str]]

@@ -231,19 +231,17 @@ def score_tile(
     optional: bool,
     workspace: Workspace,
     score_dtype: torch.dtype | None,
-    tiles: int = 1,
 ) -> ScoreTile:
-    """The tile of a score pass over n rows; `tiles` tiles are alive at once."""
+    """The tile of a score pass over n rows."""
     vocab = sources[0].transform.vocab_size
     dtypes = [tile_dtype(source, score_dtype) for source in sources]
     per_row = score_bytes(vocab, top_k)
     for source, dtype in zip(sources, dtypes, strict=True):
         per_row += (dtype.itemsize * copies(source) + mask_bytes(source)) * padded(vocab)
         per_row += row_bytes(source, dtype, in_float8=ranks_in_float8(source, score_dtype))
-    budget = workspace.share(7 if optional else 15, 16).share(1, tiles)
+    budget = workspace.share(7 if optional else 15, 16)
     rows = _whole_tiles(n, per_row, budget)
-    # A stream must not read what another one copies: with two tiles alive each copies its own.
-    further = budget.less(rows * per_row).nbytes if tiles == 1 else 0
+    further = budget.less(rows * per_row).nbytes
     return ScoreTile(rows, rows * (1 + max(0, further) // max(1, rows * sum(map(hidden_bytes, sources)))))
 
 

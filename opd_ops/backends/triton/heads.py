@@ -13,7 +13,6 @@ any device (streamed/backend.py).
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from opd_kernels.quantise import quantise_rows
@@ -30,29 +29,6 @@ from opd_ops.inputs.float8 import Float8Rows
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import OwnStats, Scoring
-
-# Two half-size tiles on two streams: the statistics of one run during the matmul of the next. Off until a GPU has shown that
-# this is faster: benchmarks/gpu/heads.py times both.
-OVERLAP = False
-
-
-class _Lanes:
-    """The streams of a score pass: the current stream, or two streams in turn, which start and end with the current one."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.streams = [torch.cuda.Stream(device) for _ in range(2)] if OVERLAP and device.type == "cuda" else []
-        self.number = 2 if OVERLAP else 1
-
-    def __enter__(self) -> None:
-        for stream in self.streams:
-            stream.wait_stream(torch.cuda.current_stream(stream.device))
-
-    def __exit__(self, *_: object) -> None:
-        for stream in self.streams:
-            torch.cuda.current_stream(stream.device).wait_stream(stream)
-
-    def turn(self, i: int) -> AbstractContextManager[object]:
-        return torch.cuda.stream(self.streams[i % 2]) if self.streams else nullcontext()
 
 
 def _ranking_reader(source: Source, rows: Tensor, workspace: Workspace, score_dtype: torch.dtype | None) -> TileReader:
@@ -81,41 +57,33 @@ def launch_columns(
     `score_dtype` None: the head's own. `keep`: called with the kernels' outputs for each group of consecutive rows.
     """
     top_k, workspace, score_dtype, columns, sampled = scoring
-    lanes, vocab = _Lanes(rows.device), student.transform.vocab_size
+    vocab = student.transform.vocab_size
     sides = [_ranking_reader(source, rows, workspace, score_dtype) for source in (student, teacher)]
     transforms = sides[0].transform, sides[1].transform
     size, span_size = score_tile(
-        student,
-        teacher,
-        n=len(rows),
-        top_k=top_k,
-        optional=bool(columns),
-        workspace=workspace,
-        score_dtype=score_dtype,
-        tiles=lanes.number,
+        student, teacher, n=len(rows), top_k=top_k, optional=bool(columns), workspace=workspace, score_dtype=score_dtype
     )
     out = torch.empty((len(column_names(columns)), len(rows)), dtype=torch.float32, device=rows.device)
-    with on_device(rows.device), without_autocast(rows.device), lanes:
-        buffers = [[aligned_buffer(size, vocab, x.dtype, rows.device) for x in sides] for _ in range(lanes.number)]
-        for i, (group, span) in enumerate(groups(len(rows), span_size, size)):
-            n, tiles = group.stop - group.start, buffers[i % lanes.number]
-            with lanes.turn(i):
-                for side in sides:
-                    side.take(span)
-                s, u = (side.ranked(group, tile[:n]) for side, tile in zip(sides, tiles, strict=True))
-                half = workspace.share(1, 2)
-                outputs = write_columns(
-                    out[:, group],
-                    (s, u),
-                    None,
-                    transforms,
-                    columns=columns,
-                    top_k=top_k,
-                    workspace=half,
-                    sampled=None if sampled is None else sampled.take(group),
-                )
-                if keep is not None:
-                    keep(outputs)
+    with on_device(rows.device), without_autocast(rows.device):
+        tiles = [aligned_buffer(size, vocab, x.dtype, rows.device) for x in sides]
+        for group, span in groups(len(rows), span_size, size):
+            n = group.stop - group.start
+            for side in sides:
+                side.take(span)
+            s, u = (side.ranked(group, tile[:n]) for side, tile in zip(sides, tiles, strict=True))
+            half = workspace.share(1, 2)
+            outputs = write_columns(
+                out[:, group],
+                (s, u),
+                None,
+                transforms,
+                columns=columns,
+                top_k=top_k,
+                workspace=half,
+                sampled=None if sampled is None else sampled.take(group),
+            )
+            if keep is not None:
+                keep(outputs)
     return out
 
 

@@ -55,16 +55,6 @@ def test_sixteen_bit_heads_are_ranked_by_sixteen_bit_logits():
     assert relative_error(got.reverse_kl, exact.reverse_kl) > 1e-4
 
 
-def test_two_half_size_tiles_give_the_same_and_keep_to_the_workspace(monkeypatch, prompt_launches):
-    student, teacher = head_pair((16,), 1100, dtype=torch.bfloat16)
-    (_, one), workspace_bytes = score_positions(student, teacher, backend="triton"), 2**16
-    monkeypatch.setattr("opd_ops.backends.triton.heads.OVERLAP", True)
-    with LiveBytes() as meter:
-        _, two = score_positions(student, teacher, backend="triton", workspace_bytes=workspace_bytes)
-    assert_stats(two, one)
-    assert meter.peak <= workspace_bytes + 8 * 60 * 16
-
-
 @pytest.mark.parametrize("sides", ["student", "teacher"])
 def test_one_side_may_be_dense(sides):
     heads = dict(zip(("student", "teacher"), head_pair((2, 3), 131), strict=True))
