@@ -289,7 +289,7 @@ def test_undo_refuses_below_somebody_else_s_replacement(name, monkeypatch):
     [
         ({"fractoin": 0.1}, TypeError, "settings: got 'fractoin', which no setting is called; did you mean 'fraction'?"),
         ({"fraction": 1.5}, ValueError, "fraction: got 1.5, expected"),
-        ({"denominator": "valid"}, TypeError, "settings: got 'denominator'"),  # verl reduces
+        ({"denominator": "valid"}, TypeError, "denominator: got a setting that this function does not read"),  # verl reduces
         ({"selector": "tip"}, ValueError, "selector: got 'tip', which needs the teacher's whole row"),
         ({"divergence": JSD()}, ValueError, "divergence: got 'jsd', which TopKLogprobs cannot give"),
         ({"mask": None}, TypeError, "mask: got it among the settings of the loss"),
