@@ -124,7 +124,7 @@ def _support_groups_fwd_kernel(
 
 @triton.jit(do_not_specialize=["K", "KG", "first_side"])
 def _support_topk_fwd_kernel(
-    s_ptr, t_ptr, rows_ptr, groups_ptr, found_ptr, stride_sn, stride_tn, V, K, KG, first_side,
+    s_ptr, t_ptr, rows_ptr, groups_ptr, unordered_ptr, stride_sn, stride_tn, V, K, KG, first_side,
     HAS_ROWS: tl.constexpr, SIDES: tl.constexpr, UNIT_S: tl.constexpr, UNIT_T: tl.constexpr,
     GROUP: tl.constexpr, KGP: tl.constexpr, KP: tl.constexpr, RUN: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
@@ -139,7 +139,7 @@ def _support_topk_fwd_kernel(
         row = tl.load(rows_ptr + row).to(tl.int64)
     x_row = tl.where(side == 0, s_ptr + row * stride_sn * UNIT_S, t_ptr + row * stride_tn * UNIT_T)
     groups_row = groups_ptr + place_of * KG
-    found_row = found_ptr + place_of * K
+    unordered_row = unordered_ptr + place_of * K
     j = tl.arange(0, KGP)
     group = tl.load(groups_row + j, mask=j < KG, other=0)
     ids = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (KGP, GROUP), ascending
@@ -153,7 +153,7 @@ def _support_topk_fwd_kernel(
     least = tl.where(KG < K, LOWEST, least)
     high = tl.max(in_group, 0)
     n_runs = tl.minimum(K, KG * IN_GROUP)
-    runs = _pick_list(found_row, tops, n_runs, least, high, KP)
+    runs = _pick_list(unordered_row, tops, n_runs, least, high, KP)
     is_run = tl.arange(0, KP) < n_runs
     group = tl.load(groups_row + runs // IN_GROUP, mask=is_run, other=0)
     place_in = tl.arange(0, RUN)[None, :]
@@ -163,13 +163,13 @@ def _support_topk_fwd_kernel(
     keys = tl.where(inside, _order_key(x, SHIFT), LOWEST)
     least = tl.min(tl.where(is_run, tl.max(keys, 1), INT_MAX), 0)
     picked, place = _pick(keys, K, tl.where(n_runs < K, LOWEST, least), high)
-    tl.store(found_row + place, runs[:, None] * RUN + place_in, mask=picked)
+    tl.store(unordered_row + place, runs[:, None] * RUN + place_in, mask=picked)
 
 
 @triton.jit
-def _list(x_row, found_ptr, groups_ptr, j, mask_k, GROUP: tl.constexpr):
+def _list(x_row, unordered_ptr, groups_ptr, j, mask_k, GROUP: tl.constexpr):
     # ids and keys of entries j of an unordered list; entries outside mask_k: largest int32, lowest key
-    place = tl.load(found_ptr + j, mask=mask_k, other=0)
+    place = tl.load(unordered_ptr + j, mask=mask_k, other=0)
     group = tl.load(groups_ptr + place // GROUP, mask=mask_k, other=0)
     ids = tl.where(mask_k, group * GROUP + place % GROUP, 2147483647)
     x = tl.load(x_row + ids, mask=mask_k, other=float("-inf"))
@@ -186,7 +186,7 @@ def _before(keys, ids, chunk_keys, chunk_ids):
 
 @triton.jit
 def _place_lists(
-    s_row, t_row, found_row, groups_row, s_ids, s_keys, t_ids, t_keys, K, KG,
+    s_row, t_row, unordered_row, groups_row, s_ids, s_keys, t_ids, t_keys, K, KG,
     GROUP: tl.constexpr, KP: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     # The place of each entry in its ordered list, and how often its id is in the other list. By chunks,
@@ -197,8 +197,8 @@ def _place_lists(
     t_in_s = tl.zeros((KP,), tl.int32)
     for c in range(0, KP, CHUNK):
         j = c + tl.arange(0, CHUNK)
-        s_c, s_key_c = _list(s_row, found_row, groups_row, j, j < K, GROUP)
-        t_c, t_key_c = _list(t_row, found_row + K, groups_row + KG, j, j < K, GROUP)
+        s_c, s_key_c = _list(s_row, unordered_row, groups_row, j, j < K, GROUP)
+        t_c, t_key_c = _list(t_row, unordered_row + K, groups_row + KG, j, j < K, GROUP)
         s_place += _before(s_keys, s_ids, s_key_c, s_c)
         t_place += _before(t_keys, t_ids, t_key_c, t_c)
         s_in_t += tl.sum((s_ids[:, None] == t_c[None, :]).to(tl.int32), 1)
@@ -245,7 +245,7 @@ def _union_kl(s_at_s, t_at_s, s_at_t, t_at_t, keep_s, keep_t, k_s, k_t):
 
 @triton.jit(do_not_specialize=["stride_c", "K", "KG"])
 def _support_stats_fwd_kernel(
-    s_ptr, t_ptr, rows_ptr, groups_ptr, found_ptr, score_ptr, ids_ptr, logits_ptr, out_ptr,
+    s_ptr, t_ptr, rows_ptr, groups_ptr, unordered_ptr, score_ptr, ids_ptr, logits_ptr, out_ptr,
     released_kl_ptr, topk_entropy_ptr, top1_agreement_ptr, teacher_rank_ptr,
     stride_sn, stride_tn, stride_c, K, KG,
     k_s, pre_s, cap_s, k_t, pre_t, cap_t,
@@ -262,12 +262,12 @@ def _support_stats_fwd_kernel(
     mask_k = j < K
     s_row = s_ptr + row * stride_sn
     t_row = t_ptr + row * stride_tn
-    found_row = found_ptr + pid * 2 * K
+    unordered_row = unordered_ptr + pid * 2 * K
     groups_row = groups_ptr + pid * 2 * KG
-    s_ids, s_keys = _list(s_row, found_row, groups_row, j, mask_k, GROUP)
-    t_ids, t_keys = _list(t_row, found_row + K, groups_row + KG, j, mask_k, GROUP)
+    s_ids, s_keys = _list(s_row, unordered_row, groups_row, j, mask_k, GROUP)
+    t_ids, t_keys = _list(t_row, unordered_row + K, groups_row + KG, j, mask_k, GROUP)
     s_place, t_place, s_in_t, t_in_s = _place_lists(
-        s_row, t_row, found_row, groups_row, s_ids, s_keys, t_ids, t_keys, K, KG, GROUP, KP, CHUNK
+        s_row, t_row, unordered_row, groups_row, s_ids, s_keys, t_ids, t_keys, K, KG, GROUP, KP, CHUNK
     )
     x_ss = tl.load(s_row + s_ids, mask=mask_k, other=float("-inf"))
     x_ts = tl.load(t_row + s_ids, mask=mask_k, other=float("-inf"))

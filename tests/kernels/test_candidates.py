@@ -2,7 +2,7 @@
 to 1e-7, the rounding to fp32; from logits to 1e-5.
 
 Run: make test ARGS=tests/kernels/test_candidates.py
-Not here: the equation by itself (tests/selection/test_selectors.py holds the float64 side to it), the lists (test_support.py).
+Not here: the equation by itself (tests/selection/test_ier.py holds the float64 side to it), the lists (test_support.py).
 """
 
 import pytest
