@@ -1,6 +1,7 @@
 """The study on real weights: every run of the plan in a process of its own, one after the other, on one thread.
 
-  python -m benchmarks.study.run     some 9 CPU hours; continues where it was stopped; progress on stdout
+  python -m benchmarks.study.run                  some 9 CPU hours; continues where it was stopped; progress on stdout
+  python -m benchmarks.study.run --seeds 1 3 5    the runs of these seeds; with other seeds a second command may run beside it
 
 The parent loads the models once and forks, so that teacher and first student take memory once. A finished run is one file in
 benchmarks/results/study/runs/; a run that was cut short leaves none and is made again. Stop it with SIGTERM to this process,
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.study.pairs import Pair, is_healed, load_pairs
-from benchmarks.study.plan import CPU_HOURS, SIZES, Job, Sizes, jobs
+from benchmarks.study.plan import CPU_HOURS, SEEDS, SIZES, Job, Sizes, jobs
 from benchmarks.study.records import RUNS, Run, frozen_name, read, sizes_of, spent_hours, write
 from benchmarks.study.train import HeldOut, environment, hold_out, run_arm
 
@@ -83,10 +84,13 @@ def run_all(folder: Path, pairs: Mapping[str, Pair], sizes: Mapping[str, Sizes],
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study.run", description="What selecting does, on SmolLM2-135M.")
     parser.add_argument("--runs", type=Path, default=RUNS, help="the folder of the runs' files")
-    folder = parser.parse_args(arguments).runs
+    seeds = range(SEEDS)
+    parser.add_argument("--seeds", type=int, nargs="+", choices=seeds, default=seeds, metavar="SEED", help="only these")
+    options = parser.parse_args(arguments)
+    folder = options.runs
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     torch.set_num_threads(1)
-    planned = list(jobs())
+    planned = [job for job in jobs() if job.seed in options.seeds]
     if not left(folder, planned, SIZES):
         print(f"all {len(planned)} runs are done")
         return

@@ -141,6 +141,16 @@ def test_runs_of_another_plan_are_refused(runs):
         study.left(runs, PLANNED, {"tiny": replace(TINY, steps=3)})
 
 
+def test_a_command_makes_the_runs_of_its_seeds(tmp_path, monkeypatch):
+    planned = []
+    monkeypatch.setattr(study, "is_healed", lambda: True)
+    monkeypatch.setattr(study, "load_pairs", dict)
+    monkeypatch.setattr(study, "run_all", lambda folder, pairs, sizes, jobs: planned.extend(jobs))
+    monkeypatch.setattr(study.signal, "signal", lambda *_: None)
+    study.main(["--runs", str(tmp_path), "--seeds", "3", "1"])
+    assert [job.file_name for job in planned] == [job.file_name for job in jobs() if job.seed in (1, 3)]
+
+
 def test_a_child_tells_whether_it_succeeded(tmp_path):
     assert study.in_child((tmp_path / "made").touch)
     assert (tmp_path / "made").exists()
