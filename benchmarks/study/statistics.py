@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from scipy.special import stdtr, stdtrit
 from torch import Tensor
 
 from opd_ops.diagnostics.intervals import LEVEL, Interval, draw_weights
@@ -47,7 +48,7 @@ class Estimate:
 
     @property
     def interval(self) -> Interval:
-        margin = self.error * t_quantile((1 + LEVEL) / 2, self.n_seeds - 1) if self.n_seeds > 1 else math.nan
+        margin = self.error * float(stdtrit(self.n_seeds - 1, (1 + LEVEL) / 2)) if self.n_seeds > 1 else math.nan
         return Interval(self.value, self.value - margin, self.value + margin)
 
     @property
@@ -55,7 +56,7 @@ class Estimate:
         """Two-sided, that the true value is 0; 1 where it is not known."""
         if self.n_seeds < 2 or not self.error > 0:
             return 1.0
-        return 1 - t_within(abs(self.value) / self.error, self.n_seeds - 1)
+        return 2 * float(stdtr(self.n_seeds - 1, -abs(self.value) / self.error))
 
 
 def draw_resamples(n_seeds: int, n_prompts: int, resamples: int = RESAMPLES) -> Resamples:
@@ -83,33 +84,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def t_within(t: float, degrees: int) -> float:
-    """P(|T| < t) for Student's t (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
-    angle = math.atan(t / math.sqrt(degrees))
-    term, total = 1.0, 0.0
-    if degrees % 2 == 0:
-        for k in range(0, degrees - 1, 2):
-            total += term
-            term *= (k + 1) / (k + 2) * math.cos(angle) ** 2
-        return math.sin(angle) * total
-    term = math.cos(angle)
-    for k in range(1, degrees - 1, 2):
-        total += term
-        term *= (k + 1) / (k + 2) * math.cos(angle) ** 2
-    return 2 / math.pi * (angle + math.sin(angle) * total)
-
-
-def t_quantile(level: float, degrees: int) -> float:
-    """The t with P(T < t) = level, for a level of at least 1/2."""
-    low, high = 0.0, 1e6
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if (1 + t_within(middle, degrees)) / 2 < level else (low, middle)
-    return high
-
-
 def visible_difference(deviation: float, n_seeds: int, n_comparisons: int, power: float = 0.8) -> float:
     """The true difference that the first step of Holm's test sees with this power, from the deviation over seeds."""
     degrees = n_seeds - 1
-    margin = t_quantile(1 - (1 - LEVEL) / 2 / n_comparisons, degrees) + t_quantile(power, degrees)
-    return margin * deviation / math.sqrt(n_seeds)
+    margin = stdtrit(degrees, 1 - (1 - LEVEL) / 2 / n_comparisons) + stdtrit(degrees, power)
+    return float(margin * deviation / math.sqrt(n_seeds))
