@@ -127,7 +127,7 @@ class Backend(ABC):
         return False
 
     def makes_ier(self, student: Source) -> bool:
-        """Whether `placed_stats` makes the column "ier", if `scoring` names it and has the sampled tokens."""
+        """Whether statistics of both models hold the column "ier", if `scoring` names it and has the sampled tokens."""
         return False
 
     def choose(self, scores: Tensor, valid: Tensor, infinite: Tensor, cut: Cut) -> Choice | None:

@@ -50,11 +50,12 @@ def score(call: Call) -> Scored:
         if isinstance(call.teacher, Source) and call.teacher.others:
             teacher = with_normalisers(call.backend, call.teacher, _every_row(call, rows), call.workspace)
             call = replace(call, teacher=teacher)
-        placed = _placed(call, rows, places)
+        scoring = _with_sampled(call, rows, call.scoring)
+        placed = _placed(call, rows, places, scoring)
         if placed is not None:
             scored = _scored_placed(call, placed)
         else:
-            stats = stats_of(call, _every_row(call, rows)).spread(rows, call.shape)
+            stats = stats_of(call, _every_row(call, rows), scoring).spread(rows, call.shape)
             if places is not None:
                 valid = stats.valid if call.unmasked is None else stats.valid & call.unmasked
                 stats = stats._replace(valid=valid, response_place=places)
@@ -69,17 +70,11 @@ def _every_row(call: Call, rows: Tensor | None) -> Tensor:
     return torch.arange(call.shape.numel(), device=call.student.leading.device) if rows is None else rows
 
 
-def _placed(call: Call, rows: Tensor | None, places: Tensor | None) -> Placed | None:
+def _placed(call: Call, rows: Tensor | None, places: Tensor | None, scoring: Scoring) -> Placed | None:
     """Statistics of all positions, and maybe scores, by kernels; None where the backend has none for this call."""
     is_plain = call.ranks is None and call.student_stats is None and not call.settings.in_float8
     if not is_plain or not isinstance(call.teacher, Source) or (places is not None and call.needs & TOKEN_COLUMNS):
         return None
-    scoring = call.scoring
-    if "ier" in call.needs and call.backend.makes_ier(call.student):
-        every_row = _every_row(call, rows)
-        tokens = tokens_at(call.positions.tokens, call.student, call.teacher, every_row)
-        at_tokens = sampled(call.student, call.teacher, every_row, tokens, call.workspace)
-        scoring = scoring._replace(columns=scoring.columns | {"ier"}, sampled=at_tokens)
     placed = call.backend.placed_stats(
         call.student,
         call.teacher,
@@ -105,6 +100,17 @@ def _placed(call: Call, rows: Tensor | None, places: Tensor | None) -> Placed | 
     return placed._replace(stats=stats)
 
 
+def _with_sampled(call: Call, rows: Tensor | None, scoring: Scoring) -> Scoring:
+    """The scoring, with all that the backend's score pass needs for the column "ier", if that pass can make it."""
+    is_plain = "ier" in call.needs and call.student_stats is None and not call.settings.in_float8
+    if not is_plain or not isinstance(call.teacher, Source) or not call.backend.makes_ier(call.student):
+        return scoring
+    every_row = _every_row(call, rows)
+    tokens = tokens_at(call.positions.tokens, call.student, call.teacher, every_row)
+    at_tokens = sampled(call.student, call.teacher, every_row, tokens, call.workspace)
+    return scoring._replace(columns=scoring.columns | {"ier"}, sampled=at_tokens)
+
+
 def _is_fitted_by_kernels(call: Call) -> bool:
     """Whether kernels fit a normaliser as the selector does. They fit to all rows that are scored, masked ones too."""
     return "response_place" not in call.needs or isinstance(call.selector, Released)
@@ -122,7 +128,7 @@ def score_again(scored: Scored, shortlist: Tensor) -> Scored:
     """Score the (...) bool shortlist of a first ranking in 8 bits again, from fp32 logits; other positions score -inf."""
     call, stats = scored.call, scored.stats
     with torch.no_grad():
-        exact = stats_of(call, shortlist.flatten().nonzero().squeeze(1), score_dtype=torch.float32)
+        exact = stats_of(call, shortlist.flatten().nonzero().squeeze(1), call.scoring._replace(score_dtype=torch.float32))
         scored = _scored(call, stats.replaced(shortlist, exact))
         scored = replace(scored, scores=torch.where(shortlist, scored.scores, -torch.inf))
     if call.settings.check_finite:
@@ -136,16 +142,15 @@ def whole_stats_of(call: Call, rows: Tensor) -> TokenStats:
     return _row_stats(replace(call, batch=call.batch._replace(student_stats=None)), rows, scoring)
 
 
-def stats_of(call: Call, rows: Tensor, score_dtype: torch.dtype | None = None) -> TokenStats:
-    """(n,) columns at the rows. `score_dtype`: None: the call's score_dtype."""
-    scoring = call.scoring if score_dtype is None else call.scoring._replace(score_dtype=score_dtype)
+def stats_of(call: Call, rows: Tensor, scoring: Scoring) -> TokenStats:
+    """(n,) columns at the rows."""
     stats = _row_stats(call, rows, scoring)
     if call.needs & TOKEN_COLUMNS:
         logsumexps = {"student": stats.student_logsumexp, "teacher": stats.teacher_logsumexp}
         if call.student_stats is not None and "student_logprob" in call.needs:  # those of the rollout are of an older student
             own = call.backend.own_stats(call.student.detach(), rows, Scoring(1, call.workspace, scoring.score_dtype))
             logsumexps["student"] = own.logsumexp.to(stats.student_logsumexp.dtype)
-        stats = stats._replace(**_token_columns(call, rows, logsumexps))
+        stats = stats._replace(**_token_columns(call, rows, logsumexps, scoring.sampled))
     return stats
 
 
@@ -164,7 +169,7 @@ def _row_stats(call: Call, rows: Tensor, scoring: Scoring) -> TokenStats:
 def _token_columns(
     call: Call, rows: Tensor, logsumexps: Mapping[str, Tensor], known: Sampled | None = None
 ) -> dict[str, Tensor]:
-    """(n,) columns of the sampled tokens at the rows that are asked for. `known`: the tokens, where kernels made "ier"."""
+    """(n,) columns of the sampled tokens at the rows that are asked for. `known`: of the rows, where scoring made "ier"."""
     columns: dict[str, Tensor] = {}
     if known is not None:
         names = [f"{name}_logprob" for name in logsumexps]

@@ -9,7 +9,7 @@
   a mixture of teachers: r is the sum of theirs; an arithmetic one reads their normalisers first, r more
   student_stats: score r, and K dot products per position and model; backend "torch" scores the selected rows again
   a column of the sampled token: a dot product per position and model; with student_stats one sweep of the student, 1, too;
-  "ier": one more sweep of each model whose list was not sent; on "triton" none where the score pass has both lists
+  "ier": no sweep where the score pass has both lists; with student_stats or float8 one of each model whose list was not sent
   float8: score in 8 bits, and the 2 M best positions again from fp32 logits
 
 Tile sizes come from the backends' own functions, called on tensors without storage. tests/estimates/test_compute.py compares
@@ -222,10 +222,7 @@ class _Costs:
         needs = self.settings.needs
         read = [*([self.Ds] if "student_logprob" in needs else []), *(self.widths if "teacher_logprob" in needs else ())]
         swept = [self.Ds] if self.student_stats and "student_logprob" in needs else []
-        is_from_score_pass = self.backend == "triton" and not (
-            self.student_stats or self.settings.in_float8 or "response_place" in needs
-        )
-        if "ier" in needs and not is_from_score_pass:
+        if "ier" in needs and (self.student_stats or self.settings.in_float8):
             swept += [*([] if self.student_stats else [self.Ds]), *self.widths]
         sweeps = self._swept(n, swept)
         return _Pass(sweeps.flops + 2 * n * sum(read), sweeps.bytes + 2 * self.dtype.itemsize * n * sum(read))

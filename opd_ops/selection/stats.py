@@ -175,7 +175,7 @@ class Sampled(NamedTuple):
     """The sampled tokens of n positions, and both models' logits of them."""
 
     tokens: Tensor  # (n,) int64
-    logits: Tensor  # (2, n) fp32, student's and teacher's; -inf: masked
+    logits: Tensor  # (2, n) student's and teacher's, fp32, or fp64 if an input is; -inf: masked
 
     def take(self, part: slice) -> Sampled:
         """Those of consecutive positions."""

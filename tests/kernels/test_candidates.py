@@ -30,13 +30,13 @@ def run(s, t, tokens, K):
     lse = torch.stack((score.student_logsumexp, score.teacher_logsumexp))
     at_y = (at_tokens - lse).clamp_max(0).double().unsqueeze(2)
     log_p, log_q = lists.logits[:, 0] - lse[0].double()[:, None], lists.logits[:, 3] - lse[1].double()[:, None]
-    return column, on_candidates(lists.s_ids.long(), log_p, lists.t_ids.long(), log_q, tokens[:, None], list(at_y))
+    return column, on_candidates(lists.s_ids.long(), log_p, lists.t_ids.long(), log_q, tokens[:, None], at_y)
 
 
 def oracle(s, t, tokens, K):
     log_p, log_q = (x.double().log_softmax(1) for x in (s, t))
     s_ids, t_ids, y = eager.top_k_ids(s, K), eager.top_k_ids(t, K), tokens[:, None]
-    at_y = [log_p.gather(1, y), log_q.gather(1, y)]
+    at_y = torch.stack((log_p.gather(1, y), log_q.gather(1, y)))
     return on_candidates(s_ids, log_p.gather(1, s_ids), t_ids, log_q.gather(1, t_ids), y, at_y)
 
 

@@ -43,11 +43,12 @@ def count_operators(student, teacher, **options):
 
 
 @pytest.mark.parametrize(
-    ("selector", "most"), [("teachability", 165), ("entropy", 150), ("tip", 168), ("teachability-released", 250)]
+    ("selector", "most"), [("teachability", 165), ("entropy", 150), ("tip", 168), ("teachability-released", 222), ("ier", 245)]
 )
 def test_a_call_of_torch_runs_no_more_operators_than_counted(selector, most):
     student, teacher = logit_pair(64, 512)
-    assert count_operators(leaf(student), teacher, selector=selector, backend="torch") <= most
+    tokens = torch.arange(64) if selector == "ier" else None
+    assert count_operators(leaf(student), teacher, selector=selector, backend="torch", tokens=tokens) <= most
 
 
 def test_heads_of_torch_run_no_more_operators_than_counted():
@@ -117,10 +118,11 @@ def test_masked_rows_cost_nothing():
     assert units == pytest.approx((2 + 4 * FRACTION) / 2, rel=1e-12)
 
 
-def test_optional_statistics_cost_no_further_sweep():
+@pytest.mark.parametrize(("selector", "dot_products"), [("multinomial", 0), ("ier", 2)])
+def test_optional_statistics_cost_no_further_sweep(selector, dot_products):
     student, teacher = heads(100)
-    units = count_units(leaf_head(student), teacher, 100, fraction=FRACTION, selector="multinomial")
-    assert units == pytest.approx(2 + 4 * FRACTION, rel=1e-12)
+    units = count_units(leaf_head(student), teacher, 100, fraction=FRACTION, selector=selector, tokens=torch.arange(100))
+    assert units == pytest.approx(2 + 4 * FRACTION + dot_products / VOCAB, rel=1e-12)
 
 
 @pytest.mark.parametrize("n", [100, 400])

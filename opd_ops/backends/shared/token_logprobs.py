@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opd_ops.backends.shared.logits_at import logits_at
-from opd_ops.inputs.sources import Source
+from opd_ops.inputs.sources import Source, compute_dtype
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.inputs.workspace import Workspace
 from opd_ops.selection.stats import Sampled
@@ -30,9 +30,10 @@ def tokens_at(tokens: Tensor | None, student: Source, teacher: Source | TeacherL
 
 
 def sampled(student: Source, teacher: Source, rows: Tensor, tokens: Tensor, workspace: Workspace) -> Sampled:
-    """The (n,) tokens with both models' fp32 logits."""
-    sides, ids = (student.detach(), teacher.detach()), tokens.unsqueeze(1)
-    return Sampled(tokens, torch.stack([logits_at(x, rows, ids, torch.float32, workspace).squeeze(1) for x in sides]))
+    """The (n,) tokens with both models' logits."""
+    dtype, ids = compute_dtype(student, teacher), tokens.unsqueeze(1)
+    both = [logits_at(side.detach(), rows, ids, dtype, workspace).squeeze(1) for side in (student, teacher)]
+    return Sampled(tokens, torch.stack(both))
 
 
 def token_logprobs(

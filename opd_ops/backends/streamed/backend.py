@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from opd_ops.backends.interface import Backend
 from opd_ops.backends.streamed import loss, one_model, score
+from opd_ops.inputs.sources import Source
 
 
 class Streamed(Backend):
@@ -21,6 +22,9 @@ class Streamed(Backend):
     token_stats = staticmethod(score.token_stats)
     own_stats = staticmethod(one_model.own_stats)
     selected_loss = staticmethod(loss.selected_loss)
+
+    def makes_ier(self, student: Source) -> bool:
+        return student.transform.shard is None
 
 
 STREAMED = Streamed()

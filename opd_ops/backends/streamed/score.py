@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from opd_ops.backends.shared import joined, pages
+from opd_ops.backends.shared.candidates import ier_of_lists
 from opd_ops.backends.shared.grids import ScoreGrid, score_grid
 from opd_ops.backends.shared.joined import Part, Parts
 from opd_ops.backends.shared.matmul import without_autocast
@@ -55,7 +56,7 @@ def token_stats(student: Source, teacher: Source, rows: Tensor, scoring: Scoring
         return with_jsd(whole, student, teacher, rows, scoring.workspace) if "jsd" in columns else whole
     names = _computed(columns)
     tiles: list[Tensor] = []
-    for grid, tile in _sweep(student, teacher, rows, scoring):
+    for part, grid, tile in _sweep(student, teacher, rows, scoring):
         (whole_row, lse), (s_list, t_list) = statistics(tile.sums, tile.tops), tile.lists.halves()
         groups = [
             support_columns(s_list.rows(group), t_list.rows(group), lse[:, group], columns)
@@ -63,6 +64,13 @@ def token_stats(student: Source, teacher: Source, rows: Tensor, scoring: Scoring
         ]
         supports = groups[0] if len(groups) == 1 else {x: torch.cat([group[x] for group in groups]) for x in groups[0]}
         computed = tile.jsd | whole_row | supports
+        if scoring.sampled is not None:
+            computed["ier"] = torch.cat(
+                [
+                    ier_of_lists(s_list.rows(group), t_list.rows(group), lse[:, group], scoring.sampled.take(part).take(group))
+                    for group in chunks(lse.shape[1], grid.list_rows)
+                ]
+            )
         tiles.append(torch.stack([computed[name] for name in names]).to(dtype))
     out = tiles[0] if len(tiles) == 1 else torch.cat([torch.empty(len(names), 0, dtype=dtype, device=rows.device), *tiles], 1)
     stats = dict(zip(names, out.unbind(), strict=True))
@@ -76,7 +84,7 @@ def _computed(columns: frozenset[str]) -> list[str]:
 def _part(student: Source, teacher: Source, columns: frozenset[str], rows: Tensor, top_k: int, workspace: Workspace) -> Part:
     """This rank's sums and lists of the rows."""
     tiles, lists = [], []
-    for _, tile in _sweep(student, teacher, rows, Scoring(top_k, workspace, columns=columns - {"jsd"})):
+    for _, _, tile in _sweep(student, teacher, rows, Scoring(top_k, workspace, columns=columns - {"jsd"})):
         tiles.append(named_sums(tile.sums))
         lists.append(tile.lists.halves())
     whole = {name: torch.cat([tile[name] for tile in tiles]) for name in tiles[0]}
@@ -95,8 +103,8 @@ class _Tile(NamedTuple):
     jsd: dict[str, Tensor]  # the column "jsd", if it is asked for
 
 
-def _sweep(student: Source, teacher: Source, rows: Tensor, scoring: Scoring) -> Iterator[tuple[ScoreGrid, _Tile]]:
-    """Each tile, with the grid of all."""
+def _sweep(student: Source, teacher: Source, rows: Tensor, scoring: Scoring) -> Iterator[tuple[slice, ScoreGrid, _Tile]]:
+    """Each tile, with its part of the rows and the grid of all."""
     dtype = compute_dtype(student, teacher)
     top_k, workspace, _, columns, _ = scoring
     grid = score_grid(student, teacher, len(rows), top_k=top_k, whole_rows="jsd" in columns, workspace=workspace)
@@ -106,7 +114,7 @@ def _sweep(student: Source, teacher: Source, rows: Tensor, scoring: Scoring) -> 
         for part in chunks(len(rows), grid.rows):
             own_rows = span_of(rows, part)
             sides = [TileReader(source.detach(), own_rows, dtype, grid.cast_columns) for source in (student, teacher)]
-            yield grid, _tile(sides, grid, top_k, columns, buffer, scratch)
+            yield part, grid, _tile(sides, grid, top_k, columns, buffer, scratch)
 
 
 def _tile(
