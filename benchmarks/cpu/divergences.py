@@ -5,8 +5,7 @@
   time     forward and backward over those of reverse KL, interleaved in one process, medians of the rounds' ratios
 
 Run: python -m benchmarks.cpu.divergences [--n 512 --rounds 5]: divergences.{json,md} under benchmarks/results; some 5 minutes
-on
-2 cores.
+on 2 cores.
 Not here: reverse KL against its peers (compare.py), the same counts as tests (tests/loss/test_cost_divergences.py).
 """
 

@@ -4,8 +4,8 @@
 
 Each method and size once, in a process of its own, in a call after a first one (measure.py): peaks repeat to a few MiB.
 Times would not, and are not kept.
-Run: python -m benchmarks.cpu.scaling [--n-list 256,1024,2048 --vocab-list 32000,128256,256000]: scaling.{json,md} and two
-pictures under benchmarks/results. On 2 cores some 25 minutes and 12 GiB of memory.
+Run: python -m benchmarks.cpu.scaling [--n-list 256,1024,2048 --vocab-list 32000,128256,256000]: scaling.{json,md} and a
+picture under benchmarks/results. On 2 cores some 25 minutes and 12 GiB of memory.
 Not here: times, as medians at one size (compare.py), a GPU (`make gpu`).
 """
 
@@ -62,26 +62,25 @@ def series(sizes: Sequence[Sizes], names: Sequence[str], threads: int) -> Points
     return points
 
 
-def draw(points: Points, along: str, label: str, path: Path) -> None:
-    """Peak memory against `along`, "n" or "vocab", one line a method."""
+def draw(points: Points, path: Path) -> None:
+    """Peak memory against the vocabulary, one line a method."""
     figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     for place, name in enumerate(dict.fromkeys(point["method"] for point in points)):
-        line = [(p[along], p["peak_bytes"] / GIB) for p in points if p["method"] == name and p["status"] == "ok"]
+        line = [(p["vocab"], p["peak_bytes"] / GIB) for p in points if p["method"] == name and p["status"] == "ok"]
         if line:
             style = {"color": OURS_COLOUR, "linewidth": 2.5, "zorder": 3} if name == "ours" else {"linewidth": 1.2}
             marker = MARKERS[place % len(MARKERS)]
             axes.plot(*zip(*line, strict=True), marker=marker, markersize=5, label=METHODS[name].title, **style)
-    gradients = sorted({(p[along], p["gradient_bytes"] / GIB) for p in points})
+    gradients = sorted({(p["vocab"], p["gradient_bytes"] / GIB) for p in points})
     axes.plot(*zip(*gradients, strict=True), color="black", linestyle=":", linewidth=1, label="the gradients asked for")
-    axes.set_xlabel(label)
+    axes.set_xlabel("vocabulary V")
     axes.set_ylabel("peak memory over the inputs, GiB")
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
-    fixed = f"V = {points[0]['vocab']:,}" if along == "n" else f"N = {points[0]['n']:,}"
-    axes.set_title(f"Forward and backward from hidden states, {fixed}, fp32, CPU", fontsize=10)
+    axes.set_title(f"Forward and backward from hidden states, N = {points[0]['n']:,}, fp32, CPU", fontsize=10)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -127,8 +126,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "scaling.json").write_text(json.dumps(results, indent=1) + "\n")
     (options.out / "scaling.md").write_text(page(results))
-    draw(results["against_n"], "n", "positions N", options.out / "memory_against_n.png")
-    draw(results["against_vocab"], "vocab", "vocabulary V", options.out / "memory_against_v.png")
+    draw(results["against_vocab"], options.out / "memory_against_v.png")
     print(page(results))
     return results
 

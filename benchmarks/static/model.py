@@ -63,8 +63,8 @@ class Kernel:
         a_quarter = max(1, self.warps // pipes.QUARTERS)
         resident = min(self.programs, most or self.programs)
         programs = max(1, resident * self.warps // (pipes.QUARTERS * a_quarter))
-        result = replay.replay(steps, self.path.steps, programs=programs, warps=a_quarter, latency=latency_ns * ghz)
-        return result.cycles * self.warps / (pipes.QUARTERS * a_quarter)
+        cycles = replay.replay(steps, self.path.steps, programs=programs, warps=a_quarter, latency=latency_ns * ghz)
+        return cycles * self.warps / (pipes.QUARTERS * a_quarter)
 
     def seconds(self, rows: int, ghz: float, latency_ns: float) -> float:
         return rows * self.cycles(ghz, latency_ns) / (self.device.multiprocessors * ghz * 1e9)

@@ -45,12 +45,6 @@ class Step(NamedTuple):
     is_barrier: bool
 
 
-class Result(NamedTuple):
-    cycles: float  # between the ends of two programs
-    issued: float  # instructions a cycle
-    on_memory: float  # share of the warps' time in which they wait for a load
-
-
 def make_step(instruction: Instruction, moved: float, device: Device, ghz: float) -> Step:
     """The step of an instruction that moves `moved` bytes a warp to or from memory."""
     name, control, base = pipes.pipe(instruction), instruction.control, instruction.base
@@ -74,8 +68,8 @@ def make_step(instruction: Instruction, moved: float, device: Device, ghz: float
     )
 
 
-def replay(steps: list[Step], path: list[int], *, programs: int, warps: int, latency: float, rounds: int = 1) -> Result:
-    """Cycles a program, on a quarter with `programs` resident ones of `warps` warps each, out of phase.
+def replay(steps: list[Step], path: list[int], *, programs: int, warps: int, latency: float, rounds: int = 1) -> float:
+    """Cycles between the ends of two programs, on a quarter with `programs` resident ones of `warps` warps each, out of phase.
 
     Args:
         path: Numbers of steps, of one program.
@@ -86,12 +80,11 @@ def replay(steps: list[Step], path: list[int], *, programs: int, warps: int, lat
     jumps = frozenset(i for i in range(n - 1) if path[i + 1] != path[i] + 1)
     position = [(k // warps) * n // programs for k in range(n_warps)]
     boards = [[0.0] * 6 for _ in range(n_warps)]
-    loaded = [[False] * 6 for _ in range(n_warps)]  # whether the scoreboard waits for memory
     begun = list(range(n_warps))  # the greater, the younger
     parked: list[list[tuple[float, int]]] = [[] for _ in range(programs)]
     free = [0.0] * len(PIPES)
-    memory_free = port_free = on_memory = t = start = 0.0
-    issued = completed = before = 0
+    memory_free = port_free = t = start = 0.0
+    completed = before = 0
     later = [(0.0, k) for k in range(n_warps)]  # when a warp can issue
     ready: list[int] = []
     last = -1  # the warp that issued in the cycle before and goes on
@@ -112,7 +105,6 @@ def replay(steps: list[Step], path: list[int], *, programs: int, warps: int, lat
         ready.remove(k)
         step, board = steps[path[position[k]]], boards[k]
         pipe = 0 if step.pipe == SECOND_HALF and free[0] < free[1] else step.pipe
-        issued += 1
         begins = max(free[pipe], t)
         if step.busy:
             free[pipe] = begins + step.busy
@@ -123,8 +115,7 @@ def replay(steps: list[Step], path: list[int], *, programs: int, warps: int, lat
             if step.is_load:
                 port_free = max(port_free, begins) + step.port
                 done = max(port_free, memory_free) + (latency if step.memory else latency / 2)
-            if done > board[step.write]:
-                board[step.write], loaded[k][step.write] = done, step.is_load
+            board[step.write] = max(board[step.write], done)
         if step.read is not None:
             board[step.read] = max(board[step.read], begins + step.busy + pipes.READ_LATENCY)
         able = t + step.stall + (pipes.BRANCH_CYCLES if position[k] in jumps else 0)
@@ -137,9 +128,7 @@ def replay(steps: list[Step], path: list[int], *, programs: int, warps: int, lat
             if completed == n_warps:
                 before, start = completed * n + sum(position), t
         for b in steps[path[position[k]]].wait:
-            if board[b] > able:
-                on_memory += board[b] - able if loaded[k][b] else 0.0
-                able = board[b]
+            able = max(able, board[b])
         if not step.is_barrier:
             heapq.heappush(later, (able, k))
         else:
@@ -151,4 +140,4 @@ def replay(steps: list[Step], path: list[int], *, programs: int, warps: int, lat
                 waiting.clear()
         t += 1
     done_programs = (completed * n + sum(position) - before) / (n * warps)
-    return Result((t - start) / done_programs, issued / t, on_memory / (t * n_warps))
+    return (t - start) / done_programs

@@ -142,8 +142,8 @@ def _may_be_constant(quantiles: Tensor, dtype: torch.dtype) -> bool:
     return any(high - low <= eps * max(abs(low), abs(high)) for low, high in pairs)
 
 
-def quantile_norm(z: Tensor, valid: Tensor, *, epsilon: float = EPSILON) -> Tensor:
-    """TA eq. 11: clip((z - Q.05) / (Q.95 - Q.05 + epsilon), 0, 1); a constant z gives 0.
+def quantile_norm(z: Tensor, valid: Tensor) -> Tensor:
+    """TA eq. 11: clip((z - Q.05) / (Q.95 - Q.05 + eps), 0, 1), eps = 1e-8; a constant z gives 0.
 
     `z`: Of the shape of `valid`, or several such columns on a first dimension, each with quantiles of its own.
     """
@@ -152,7 +152,7 @@ def quantile_norm(z: Tensor, valid: Tensor, *, epsilon: float = EPSILON) -> Tens
     quantiles = _quantiles(z, fitted, [(0.05, 0.95)] * len(z), dtype)
     low, high = quantiles.unbind(1)
     height, width = z - low, high - low
-    scaled = height / (width + epsilon)
+    scaled = height / (width + EPSILON)
     if _may_be_constant(quantiles, dtype):
         constant = torch.maximum(height.abs(), width) <= _rounding(quantiles, dtype)  # False where z is NaN or infinite
         scaled.masked_fill_(constant, 0.0)

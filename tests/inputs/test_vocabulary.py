@@ -297,7 +297,7 @@ def _ties(backend):
     assert_stats(selective_opd_loss(*parts, process_group=dist.group.WORLD, **options).stats, want, absolute=2e-6)
 
 
-def _nothing_valid():
+def _no_valid_position():
     student, teacher = sides_of("heads")
     mine = cut(student, CUTS["empty"], dist.get_rank(), requires_grad=True)
     options = options_of(mask=torch.zeros(SHAPE), process_group=dist.group.WORLD)
@@ -387,9 +387,9 @@ def test_the_models_of_a_mixture_have_the_same_parts(ranks, kind, backend):
 def test_selectors_score_as_one_process_and_draw_alike_on_every_rank(ranks):
     names = ["teachability", "tip", "teachability-released", "overconfident", "random", "dial", "ratio-variance", "multinomial"]
     ranks.run(_selectors, "logits", "torch", names)
-    of_lists = ["log-ratio", "ier", IER("tip-released", "or"), Reading(_agreement, {"top1_agreement", "teacher_rank"})]
+    list_selectors = ["log-ratio", "ier", IER("tip-released", "or"), Reading(_agreement, {"top1_agreement", "teacher_rank"})]
     for kind, backend in (("logits", "torch"), ("heads", "torch"), ("logits", "triton")):
-        ranks.run(_selectors, kind, backend, of_lists)
+        ranks.run(_selectors, kind, backend, list_selectors)
     ranks.run(_selectors, "logits", "triton", names[-2:])
     ranks.run(_selectors, "heads", "triton", ["ratio-variance"])
 
@@ -461,7 +461,7 @@ def test_a_part_whose_mass_underflows_makes_nothing_infinite(ranks):
 
 
 def test_no_valid_position(ranks):
-    ranks.run(_nothing_valid)
+    ranks.run(_no_valid_position)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

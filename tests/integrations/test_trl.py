@@ -36,7 +36,7 @@ HOOK = distillation_trainer._chunked_divergence_loss
 
 
 @pytest.fixture(autouse=True)
-def _nothing_stays_patched():
+def _patches_end_with_the_test():
     yield
     assert distillation_trainer._chunked_divergence_loss is HOOK
 

@@ -133,7 +133,7 @@ def test_off_list_grad_rounds_once_to_the_stored_type(dtype, tolerance):
     assert_off_list(out, columns, x, ids, values, coef, tolerance=tolerance)
 
 
-def test_assert_rest_rejects_a_zero_gradient():
+def test_assert_off_list_rejects_a_zero_gradient():
     x, _ = logit_pair(1, 300)
     ids, values = lists(1, 300, 5)
     out, columns = run(x, ids, values, torch.ones(1))

@@ -1,9 +1,9 @@
-"""The divergences of the parity suites in fp64, written from their definitions: what both sides of every comparison are held
-to.
+"""The divergences of the parity suites in fp64, from their definitions. Both sides of every comparison are held to them.
 
   p = softmax(student), q = softmax(teacher), T = the teacher's top K
-  jsd            beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p; 0: KL(q||p), 1: KL(p||q)   arXiv
-  2306.13649 local_support  KL(p|T || q|T), both renormalised on T
+  jsd            beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p; 0: KL(q||p), 1: KL(p||q)
+                 (arXiv 2306.13649)
+  local_support  KL(p|T || q|T), both renormalised on T
   tail_aware     KL of (p on T, the rest of p) from (q on T, the rest of q)
   top_k_forward  sum over T of q (log q - log p)
   variation      1/2 sum |p - q|

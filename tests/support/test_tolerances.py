@@ -1,6 +1,6 @@
-"""The comparison helper itself: it must reject what a lenient one lets pass. Run: make test
-ARGS=tests/support/test_tolerances.py
+"""The comparison helper itself: it must reject what a lenient one lets pass.
 
+Run: make test ARGS=tests/support/test_tolerances.py
 Not here: anything of the library (tests/loss/test_loss.py and its neighbours).
 """
 

@@ -39,5 +39,4 @@ def test_a_method_that_fails_says_so_and_spoils_nothing(got):
     page = (folder / "scaling.md").read_text()
     assert "| Liger chunked, eager | failed: out of memory | failed: out of memory |" in page
     assert "| ours, streamed | 0.00 | 0.00 |" in page
-    for name in ("memory_against_n.png", "memory_against_v.png"):
-        assert (folder / name).stat().st_size > 10_000
+    assert (folder / "memory_against_v.png").stat().st_size > 10_000

@@ -77,47 +77,46 @@ def test_a_listing_without_encodings_is_refused():
     ],
 )
 def test_a_pipe_takes_an_instruction_in_32_over_its_lanes_cycles(text, cycles):
-    result = run(*[line(text)] * 50, programs=4)
-    assert result.cycles == pytest.approx(50 * cycles, rel=0.03)
+    assert run(*[line(text)] * 50, programs=4) == pytest.approx(50 * cycles, rel=0.03)
 
 
 def test_one_half_of_the_fma_pipe_takes_two_cycles():
-    assert run(*[line("FFMA R1, R2, R3, R4")] * 50, device=TINY._replace(fma_halves=1)).cycles == pytest.approx(100, rel=0.03)
+    assert run(*[line("FFMA R1, R2, R3, R4")] * 50, device=TINY._replace(fma_halves=1)) == pytest.approx(100, rel=0.03)
 
 
 def test_a_lone_warp_waits_for_its_stalls_and_a_second_one_fills_them():
     stalled = [line("FADD R1, R1, R2", stall=4)] * 20
-    assert run(*stalled).cycles == pytest.approx(80, rel=0.01)
-    assert run(*stalled, programs=2).cycles == pytest.approx(40, rel=0.03)
-    assert run(*stalled, programs=8).cycles == pytest.approx(20, rel=0.03)
+    assert run(*stalled) == pytest.approx(80, rel=0.01)
+    assert run(*stalled, programs=2) == pytest.approx(40, rel=0.03)
+    assert run(*stalled, programs=8) == pytest.approx(20, rel=0.03)
 
 
 def test_a_wait_mask_holds_an_instruction_until_its_scoreboard_is_clear():
     load, use = line("LDG.E R1, [R2.64]", write=0), line("FADD R3, R1, R1", wait=1)
     # 4 cycles of LSU, 32 of the way from L2 for 128 bytes, which is also the share of memory less 5 %
-    assert run(load, use, latency=500, moved={0: 128.0}).cycles == pytest.approx(500 + 8 + 1, abs=4)
-    assert run(load, line("FADD R3, R4, R4"), latency=500, moved={0: 128.0}, rounds=400).cycles < 40
+    assert run(load, use, latency=500, moved={0: 128.0}) == pytest.approx(500 + 8 + 1, abs=4)
+    assert run(load, line("FADD R3, R4, R4"), latency=500, moved={0: 128.0}, rounds=400) < 40
 
 
 def test_loads_come_no_faster_than_memory_brings_them():
     code = [line("LDG.E.128 R4, [R2.64]", write=0), line("FADD R3, R4, R4", wait=1)]
-    result = run(*code, programs=16, latency=200, moved={0: 512.0}, rounds=400)
-    assert result.cycles == pytest.approx(512 / 4 * pipes.READ_COST, rel=0.03)
-    assert run(*code, programs=1, latency=1000, moved={0: 512.0}).cycles > 1000
+    cycles = run(*code, programs=16, latency=200, moved={0: 512.0}, rounds=400)
+    assert cycles == pytest.approx(512 / 4 * pipes.READ_COST, rel=0.03)
+    assert run(*code, programs=1, latency=1000, moved={0: 512.0}) > 1000
 
 
 def test_stores_take_bandwidth_so_that_a_copy_costs_what_a_copy_costs():
     code = [line("LDG.E.128 R4, [R2.64]", write=0), line("STG.E.128 [R2.64], R4", wait=1, read=1), line("MOV R4, R5", wait=2)]
-    result = run(*code, programs=16, latency=100, moved={0: 512.0, 1: 512.0}, rounds=400)
-    assert result.cycles == pytest.approx(1024 / 4, rel=0.03)
+    cycles = run(*code, programs=16, latency=100, moved={0: 512.0, 1: 512.0}, rounds=400)
+    assert cycles == pytest.approx(1024 / 4, rel=0.03)
 
 
 def test_a_barrier_waits_for_the_last_warp_of_its_program():
     ahead = [line("MUFU.EX2 R1, R2")] * 2
-    result = run(*ahead, line("BAR.SYNC 0x0"), line("FADD R1, R1, R1"), warps=4)
-    assert result.cycles >= 4 * 2 * 8 - pipes.QUEUE_CYCLES
-    assert result.cycles >= pipes.BARRIER_CYCLES
-    assert run(*ahead, line("FADD R1, R1, R1"), warps=1).cycles < result.cycles
+    cycles = run(*ahead, line("BAR.SYNC 0x0"), line("FADD R1, R1, R1"), warps=4)
+    assert cycles >= 4 * 2 * 8 - pipes.QUEUE_CYCLES
+    assert cycles >= pipes.BARRIER_CYCLES
+    assert run(*ahead, line("FADD R1, R1, R1"), warps=1) < cycles
 
 
 ROW = 4096  # bytes: 8 iterations of 32 threads with 16 bytes each
