@@ -81,12 +81,12 @@ def warn_user(message: str) -> None:
 
 
 def plain(value: object) -> object:
-    """A NumPy number or 0-dim array becomes a Python number; anything else is returned unchanged."""
+    """A NumPy number becomes a Python number, a NumPy array a list; anything else is returned unchanged."""
     if type(value) in (bool, int, float) or isinstance(value, Tensor):
         return value
-    item = getattr(value, "item", None)
-    is_numpy = hasattr(value, "dtype") and getattr(value, "ndim", None) == 0
-    return item() if is_numpy and callable(item) else value
+    tolist = getattr(value, "tolist", None)
+    is_numpy = hasattr(value, "dtype") and hasattr(value, "ndim")
+    return tolist() if is_numpy and callable(tolist) else value
 
 
 def take_plain(instance: object, *names: str) -> None:

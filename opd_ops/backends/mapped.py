@@ -28,9 +28,9 @@ from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.id_map import IdMap, MappedTeacher
 from opd_ops.inputs.linear_head import LinearHead
 from opd_ops.inputs.sources import Source, compute_dtype, take_rows
-from opd_ops.inputs.teacher_lists import TopKLogprobs
+from opd_ops.inputs.teacher_lists import TopKLogprobs, is_missing
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.stats import Scoring
+from opd_ops.selection.stats import OwnStats, Scoring
 
 
 @torch.no_grad()
@@ -79,10 +79,11 @@ def mapped_teacher(
     mask = index >= 0
     rows = mask.flatten().nonzero().squeeze(1)
     other_rows = rows // own.shape[-1] * length + index.flatten()[rows]
-    ids = _shared_ids(own, to_teacher >= 0, rows, k, workspace)
+    ids, is_complete = _shared_ids(own, to_teacher >= 0, rows, k, workspace)
     dtype = compute_dtype(other)
     normaliser = own_stats(other.detach(), other_rows, Scoring(1, workspace)).logsumexp
     log_q = (logits_at(other.detach(), other_rows, to_teacher[ids], dtype, workspace) - normaliser.unsqueeze(1)).to(dtype)
+    mask = mask.flatten().index_put((rows,), is_complete & ~is_missing(log_q).any(1)).view(mask.shape)
     all_ids = torch.full((mask.numel(), k), -1, dtype=torch.long, device=own.device).index_copy(0, rows, ids)
     logprobs = torch.full((mask.numel(), k), -torch.inf, dtype=dtype, device=own.device).index_copy(0, rows, log_q.clamp_max(0))
     shape = (*own.shape, k)
@@ -90,8 +91,8 @@ def mapped_teacher(
     return MappedTeacher(TopKLogprobs(all_ids.view(shape), logprobs.view(shape), temperature, of="student"), mask, metrics)
 
 
-def _shared_ids(student: Source, is_shared: Tensor, rows: Tensor, k: int, workspace: Workspace) -> Tensor:
-    """(n, k) the student's most likely ids among the shared ones."""
+def _shared_ids(student: Source, is_shared: Tensor, rows: Tensor, k: int, workspace: Workspace) -> tuple[Tensor, Tensor]:
+    """(n, k) the student's most likely ids among the shared ones, and (n,) bool: whether it masks none of them."""
     half, n = workspace.share(1, 2), len(is_shared)
     unshared = torch.zeros(n, dtype=torch.float32, device=rows.device).masked_fill(~is_shared, -torch.inf)
     if student.weight is not None:
@@ -99,10 +100,17 @@ def _shared_ids(student: Source, is_shared: Tensor, rows: Tensor, k: int, worksp
         bias = unshared if student.bias is None else student.bias[:n] + unshared
         plain = replace(student.transform, softcap=None, scale=1.0, temperature=1.0)
         head = student._replace(bias=bias, transform=plain)
-        return own_stats(head, rows, Scoring(k, workspace)).ids
+        return _complete(own_stats(head, rows, Scoring(k, workspace)))
     lists = [torch.empty((0, k), dtype=torch.long, device=rows.device)]
+    complete = [torch.empty(0, dtype=torch.bool, device=rows.device)]
     for part in chunks(len(rows), half.count(16 * n)):
         logits = take_rows(student.leading, rows[part])[:, :n] + unshared
         every = torch.arange(len(logits), device=rows.device)
-        lists.append(own_stats(Source.of(logits), every, Scoring(k, half)).ids)
-    return torch.cat(lists)
+        ids, is_complete = _complete(own_stats(Source.of(logits), every, Scoring(k, half)))
+        lists.append(ids)
+        complete.append(is_complete)
+    return torch.cat(lists), torch.cat(complete)
+
+
+def _complete(stats: OwnStats) -> tuple[Tensor, Tensor]:
+    return stats.ids, (stats.logits > -torch.inf).all(1)

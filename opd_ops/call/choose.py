@@ -16,17 +16,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd_ops.arguments import may_look, number_in, warn_user
+from opd_ops.arguments import warn_user
 from opd_ops.backends.interface import Choice, Cut, Placed
 from opd_ops.call.prepare import Call
-from opd_ops.call.score import Scored, check_scores, is_infinite, whole_stats_of
+from opd_ops.call.score import Scored, check_known, check_scores, is_infinite, whole_stats_of
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.inputs.sequences import numbered_sequences
-from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.selection.budget import Budget, SelectionOptions, select, select_over_ranks
 from opd_ops.selection.normalisers import over_ranks
 from opd_ops.selection.selectors import is_own, selection_options
-from opd_ops.selection.stats import TokenStats, is_finite
+from opd_ops.selection.stats import TokenStats
 from opd_ops.selection.weighting import with_mean_one
 
 
@@ -95,7 +94,8 @@ def _weights(scored: Scored, selected: Tensor) -> Tensor | None:
     with torch.no_grad(), nullcontext() if call.ranks is None else over_ranks(call.ranks):
         weights = call.weighting(stats.clone())  # a user's weighting may change its argument in place
         check_scores(weights, call.shape, stats.valid.device, "weighting")
-        _check_known_weights(scored, weights, selected)
+        weights = weights.double() if weights.dtype == torch.bool else weights
+        check_known(call, weights, selected, stats, "weighting")
         shard, kind = call.student.transform.shard, call.settings.weight_mean
         if shard is not None:  # to the bit the same on all ranks, whatever the callable does
             weights = shard.ranks.first(weights.clone(memory_format=torch.contiguous_format))
@@ -107,19 +107,6 @@ def _weights(scored: Scored, selected: Tensor) -> Tensor | None:
                 ranks = ranks if call.scope == "sequence" else None
             weights = with_mean_one(weights.flatten(), among.flatten(), ids, n, ranks).view(call.shape)
         return weights if share == 1 else 1 + share * (weights - 1)
-
-
-def _check_known_weights(scored: Scored, weights: Tensor, selected: Tensor) -> None:
-    """Refuse weights that are NaN because the rule reads a KL that this call does not know, where a CPU sees them."""
-    call = scored.call
-    is_partly_known = call.student_stats is not None or isinstance(call.teacher, TeacherLists)
-    if not is_partly_known or call.ranks is not None or not may_look(weights):
-        return
-    if number_in((weights.isnan() & selected & is_finite(scored.stats.student_logsumexp)).any()):
-        raise ValueError(
-            "weighting: returned NaN at a selected position, expected numbers; with student_stats and with lists of a teacher "
-            "reverse_kl and forward_kl are NaN for a weighting; read other statistics, or pass both models' logits or heads"
-        )
 
 
 def _chosen_by_kernels(scored: Scored, options: SelectionOptions) -> Choice | None:

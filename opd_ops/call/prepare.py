@@ -290,6 +290,8 @@ def _check_tokens(call: Call, reader: str) -> None:
     if isinstance(teacher, TeacherLists) and teacher.is_sampled:
         if tokens is not None and may_look(tokens):
             differ = (teacher.ids[:, 0] != tokens.flatten()) & teacher.valid
+            if call.unmasked is not None:
+                differ &= call.unmasked.flatten()
             if bool(differ.any()):
                 raise ValueError(
                     f"tokens: differ from the ids of SampledLogprobs at {int(differ.sum())} positions, the first "

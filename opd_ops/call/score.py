@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from opd_ops.arguments import may_look, number_in
 from opd_ops.backends.ensembles import with_normalisers
 from opd_ops.backends.interface import Placed
 from opd_ops.backends.shared import two_lists
@@ -215,6 +216,8 @@ def _scored(call: Call, stats: TokenStats, infinite: Tensor | None = None) -> Sc
         with nullcontext() if call.ranks is None else over_ranks(call.ranks):
             scores = call.selector(selector_stats)
     check_scores(scores, call.shape, stats.valid.device)
+    if not is_own(call.selector):
+        check_known(call, scores, stats.valid, stats, "selector")
     infinite = stats.valid & is_infinite(stats, call.divergence) if infinite is None else infinite
     shard = call.student.transform.shard
     if shard is not None and not is_deterministic(call.selector):  # all ranks take the scores that the first rank drew
@@ -236,6 +239,20 @@ def check_scores(scores: object, shape: torch.Size, device: torch.device, argume
         raise ValueError(f"{argument}: returned a tensor of layout {scores.layout}, {expected}")
     if scores.device != device or scores.is_complex():
         raise ValueError(f"{argument}: returned {scores.dtype} scores on {scores.device}, expected real ones on {device}")
+
+
+def check_known(call: Call, values: Tensor, among: Tensor, stats: TokenStats, argument: str) -> None:
+    """Refuse scores or weights that are NaN because the rule reads a column that this call does not know; a CPU sees them."""
+    is_partly_known = call.student_stats is not None or isinstance(call.teacher, TeacherLists)
+    if not is_partly_known or call.ranks is not None or not may_look(values):
+        return
+    if number_in((values.isnan() & among & is_finite(stats.student_logsumexp)).any()):
+        place = "selected" if argument == "weighting" else "valid"
+        raise ValueError(
+            f"{argument}: returned NaN at a {place} position, expected numbers; with student_stats and with lists of a teacher "
+            f"reverse_kl and forward_kl are NaN for a {argument}, with lists teacher_entropy too; read other statistics, or "
+            "pass both models' logits or heads"
+        )
 
 
 def _check_finite(scored: Scored) -> None:

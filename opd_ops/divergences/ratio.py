@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd_ops.arguments import check_choice, real, shown
+from opd_ops.arguments import check_choice, plain, real, shown
 
 NONE = "none"
 DEFAULT_BOUNDS = {"is": (0.0, math.inf), "tis": (0.0, 2.0), "icepop": (0.0, 2.0), "ppo": (0.8, 1.28)}
@@ -55,6 +55,7 @@ def check_ratio(owner: str, kind: object, bounds: object, kinds: Sequence[str]) 
     name = f"{owner}.bounds"
     if kind not in ("tis", "icepop", "ppo"):
         raise ValueError(f"{name}: got {shown(bounds)}, but ratio {kind!r} has no bounds; leave them out")
+    bounds = plain(bounds)
     pair = tuple(real(x) for x in bounds) if isinstance(bounds, Sequence) and not isinstance(bounds, str) else ()
     if len(pair) != 2 or not 0 <= pair[0] < pair[1]:
         raise ValueError(f"{name}: got {shown(bounds)}, expected (low, high) with 0 <= low < high, like {DEFAULT_BOUNDS[kind]}")

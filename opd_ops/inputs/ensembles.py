@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd_ops.arguments import check_choice, check_layout, real, shown
+from opd_ops.arguments import check_choice, check_layout, plain, real, shown
 from opd_ops.inputs.linear_head import LinearHead
 from opd_ops.inputs.teacher_lists import SampledLogprobs, SparseTeacher, TopKLogprobs
 
@@ -51,9 +51,10 @@ class Mixture:
         object.__setattr__(self, "teachers", _sequence("Mixture", self.teachers))
         for i, teacher in enumerate(self.teachers):
             _check_member(f"Mixture.teachers[{i}]", teacher, "a mixture has no equation for it")
-        if not isinstance(self.weights, Sequence):
-            raise TypeError(f"Mixture.weights: got {type(self.weights).__name__}, expected a sequence of a number per teacher")
-        numbers, got = tuple(map(real, self.weights)), f"Mixture.weights: got {shown(self.weights)}"
+        weights = plain(self.weights)
+        if not isinstance(weights, Sequence):
+            raise TypeError(f"Mixture.weights: got {type(weights).__name__}, expected a sequence of a number per teacher")
+        numbers, got = tuple(map(real, weights)), f"Mixture.weights: got {shown(self.weights)}"
         if len(numbers) != len(self.teachers):
             raise ValueError(f"{got}, expected one for each of the {len(self.teachers)} teachers")
         if not all(map(math.isfinite, numbers)):

@@ -39,7 +39,7 @@ class MappedTeacher(NamedTuple):
     """What a call takes in the place of the teacher; (...) is the student's positions' shape."""
 
     lists: TopKLogprobs  # (..., K) of="student"; missing where not aligned
-    mask: Tensor  # (...) bool: aligned positions; `mask=` of the call
+    mask: Tensor  # (...) bool: aligned positions where neither model masks a listed id; `mask=` of the call
     metrics: dict[str, Tensor]  # "aligned", the share of the positions; "listed_mass", the mean of q on the list
 
 

@@ -104,7 +104,7 @@ def _combined(teacher: object, models: Sequence[Source]) -> Source:
         )
     if index.device != models[0].device:
         raise ValueError(f"Routed.index: is on {index.device}, the teachers are on {models[0].device}; move them to one device")
-    routes = index.long().reshape(*index.shape, *(1,) * (len(positions) - index.dim())).expand(positions).flatten()
+    routes = index.long().reshape((*index.shape, *(1,) * (len(positions) - index.dim()))).expand(positions).flatten()
     transform = replace(sources[0].transform, mixing=None)
     return sources[0]._replace(transform=transform, others=tuple(sources), routes=routes, logsumexp=None)
 

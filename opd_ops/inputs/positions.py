@@ -130,7 +130,7 @@ def _without_first(valid: Tensor | None, tokens: Tensor, ids: Sequence[int], seq
     remaining = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
     n = tokens.numel()
     places = torch.arange(n, device=tokens.device)
-    for special_id in ids:
+    for special_id in dict.fromkeys(ids):
         occurrences = (tokens == special_id) & remaining
         candidate_places = torch.where(occurrences.flatten(), places, n)
         first = torch.full((n + 1,), n, device=tokens.device).scatter_reduce(0, sequences, candidate_places, "amin")

@@ -87,8 +87,8 @@ class StudentStats:
         return cls(
             torch.logsumexp(x, 1).view(shape),
             entropy.view(shape),
-            ids.view(*shape, -1),
-            log_p.gather(1, ids).view(*shape, -1),
+            ids.view(*shape, k),
+            log_p.gather(1, ids).view(*shape, k),
         )
 
 

@@ -29,7 +29,7 @@ Not here: Norm (normalisers.py), the number of selected positions and ties (budg
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -319,14 +319,22 @@ def bound_selector(selector: Selector, generator: torch.Generator | None, sequen
         return replace(selector, generator=generator)
     if isinstance(selector, IER) and callable(selector.base):
         return replace(selector, base=bound_selector(selector.base, generator, sequence_ids))
-    if getattr(selector, "sequence_ids", sequence_ids) is None:
+    if hasattr(selector, "__dataclass_fields__") and getattr(selector, "sequence_ids", sequence_ids) is None:
         return replace(selector, sequence_ids=sequence_ids())  # type: ignore[type-var]
     return selector
 
 
 def needs_of(selector: Selector) -> frozenset[str]:
-    """The optional columns of statistics that the selector reads."""
-    return frozenset(getattr(selector, "needs", ()))
+    """The optional columns of statistics that the selector reads. Raises: ValueError: its `needs` are no columns."""
+    return checked_needs(getattr(selector, "__name__", type(selector).__name__), getattr(selector, "needs", ()))
+
+
+def checked_needs(owner: str, needs: object) -> frozenset[str]:
+    """The set of the names, if all are columns of `TokenStats`."""
+    names = frozenset(needs) if isinstance(needs, Iterable) and not isinstance(needs, str) else None
+    if names is None or names - frozenset(TokenStats._fields):
+        raise ValueError(f"{owner}.needs: got {shown(needs)}, expected names of columns of TokenStats")
+    return names
 
 
 def is_own(selector: Selector) -> bool:

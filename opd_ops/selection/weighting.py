@@ -24,7 +24,7 @@ from opd_ops.arguments import real, shown, take_plain
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.selection.normalisers import largest
 from opd_ops.selection.sampled import LOGPROBS, log_ratio
-from opd_ops.selection.selectors import SELECTORS, Selector, check_known, needs_of, why_no_weights
+from opd_ops.selection.selectors import SELECTORS, Selector, check_known, checked_needs, needs_of, why_no_weights
 from opd_ops.selection.stats import WHOLE_ROW_COLUMNS, TokenStats
 
 MEANS = ("valid", "selected", "sequence")
@@ -89,10 +89,7 @@ class Reading:
     def __post_init__(self) -> None:
         if not callable(self.rule):
             raise TypeError(f"Reading.rule: got {type(self.rule).__name__}, expected a callable TokenStats -> tensor")
-        unknown = frozenset(self.needs) - frozenset(TokenStats._fields)
-        if isinstance(self.needs, str) or unknown:
-            raise ValueError(f"Reading.needs: got {shown(self.needs)}, expected names of columns of TokenStats")
-        object.__setattr__(self, "needs", frozenset(self.needs))
+        object.__setattr__(self, "needs", checked_needs("Reading", self.needs))
 
     def __call__(self, stats: TokenStats) -> Tensor:
         return self.rule(stats)

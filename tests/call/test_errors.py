@@ -41,6 +41,17 @@ NAMELESS = 10**5000  # and Python does not write it
 IDS = torch.randint(0, 20, (4, 3), generator=torch.Generator().manual_seed(1))
 HIDDEN, WEIGHT = torch.ones(4, 3, 8), torch.ones(20, 8)
 
+
+class Needing:
+    """A selector of a user, with `needs` as given."""
+
+    def __init__(self, needs):
+        self.needs = needs
+
+    def __call__(self, stats):
+        return stats.reverse_kl
+
+
 ARGUMENTS = [
     ({"fraction": 0.0}, ValueError, r"fraction: got 0.0, expected a number in \(0, 1\]"),
     ({"fraction": 1.5}, ValueError, r"fraction: got 1.5, expected a number in \(0, 1\]"),
@@ -82,6 +93,8 @@ ARGUMENTS = [
     ({"scope": None}, ValueError, "scope: got None, expected one of: batch, sequence, global"),
     ({"selector": Multinomial}, TypeError, "selector: got the class Multinomial, expected an instance of it"),
     ({"selector": lambda stats: stats.jsd}, ValueError, "selector: returned NoneType, .*name it in the selector's `needs`"),
+    ({"selector": Needing("jsd")}, ValueError, "Needing.needs: got 'jsd', expected names of columns of TokenStats"),
+    ({"selector": Needing({"nope"})}, ValueError, "Needing.needs: got {'nope'}, expected names of columns of TokenStats"),
     ({"selector": lambda stats: stats.reverse_kl.to("meta")}, ValueError, "scores on meta, expected real ones on cpu"),
     ({"mask": torch.ones(4, 20)}, ValueError, r"mask: got shape \(4, 20\), expected \(4, 3\)"),
     ({"mask": [1, 0]}, TypeError, "mask: got list"),
@@ -318,7 +331,9 @@ def test_numpy_s_numbers_in_objects_become_python_s(make):
     for got, want in pairs:
         assert got == want
         assert repr(got) == repr(want)
-    assert type(Mixture((LOGITS, LOGITS), (half, half)).weights[0]) is float
+    for weights in ((half, half), np.array([half, half])):
+        assert type(Mixture((LOGITS, LOGITS), weights).weights[0]) is float
+    assert SampledToken(ratio="tis", bounds=np.array([0.0, 2.0])) == SampledToken(ratio="tis", bounds=(0.0, 2.0))
     head = LinearHead(HIDDEN, WEIGHT, scale=half, softcap=half)
     assert (type(head.scale), type(head.softcap)) == (float, float)
     assert type(TopKLogprobs(IDS, -torch.ones(4, 3), temperature=half).temperature) is float

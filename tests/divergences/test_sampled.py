@@ -310,9 +310,12 @@ def test_a_bounded_advantage_is_finite_where_the_teacher_masks_the_token():
     s, u = logit_pair(2, 61, scale=2.0, seed=4)
     tokens = draw_tokens(s)
     u[0, tokens[0]] = -INF
-    for shape, n_infinite in (("log", 1), ("soft_log", 1), ("tanh", 0), ("power", 0)):
+    cases = ({}, 1), ({"shape": "soft_log"}, 1), ({"shape": "tanh"}, 0), ({"shape": "power"}, 0)
+    # With KL as the baseline the advantage would be inf - inf, with a clip the number of the clip.
+    cases += ({"baseline": "kl"}, 1), ({"baseline": "kl", "clip": 2.0}, 1)
+    for options, n_infinite in cases:
         x = leaf(s)
-        out = run(SampledToken(shape=shape), x, u, "torch", tokens)
+        out = run(SampledToken(**options), x, u, "torch", tokens)
         out.loss.backward()
         assert out.metrics["n_infinite"] == n_infinite
         assert x.grad.isfinite().all()

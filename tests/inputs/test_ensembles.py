@@ -294,6 +294,13 @@ LIST = TopKLogprobs(torch.ones(4, 2, dtype=torch.long), -torch.ones(4, 2))
 INDEX = torch.tensor([0, 1, 0, 1])
 
 
+def test_routed_takes_one_position_without_dimensions():
+    s, u = logit_pair(1, 131, seed=9)
+    (first, second), _ = routed(s, u)
+    out = selective_opd_loss(s[0], Routed((first[0], second[0]), torch.tensor(1)))
+    assert_within(out.loss, selective_opd_loss(s, second).loss, absolute=1e-6, relative=1e-5, name="loss")
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [

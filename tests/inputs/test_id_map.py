@@ -95,6 +95,27 @@ def test_the_loss_is_reverse_kl_renormalised_on_the_students_likeliest_shared_id
     assert bool((gradient[index >= 0].abs().sum(-1) > 0).all())
 
 
+@pytest.mark.parametrize("kind", ["logits", "heads"])
+def test_positions_where_a_model_masks_a_listed_id_are_not_in_the_mask(kind):
+    if kind == "logits":
+        student, teacher = logit_pair(4, 9, scale=2.0)
+        student[1, 2:8] = -torch.inf  # three of the shared ids are left
+        teacher[2, student[2, :7].argmax()] = -torch.inf
+        want = [True, False, False, True]
+    else:
+        student, teacher = head_pair((4,), 9, bias=True)
+        student.bias[2:8] = -torch.inf
+        want = [False] * 4
+    shared = torch.tensor([0, 1, 2, 3, 4, 5, 6, -1, -1])
+    mapped = mapped_teacher(IdMap(shared), student, teacher, torch.arange(4), top_k=5)
+    assert mapped.mask.tolist() == want
+    divergence = TopK("reverse", "student", "drop", 5)
+    options = {"divergence": divergence, "selector": "entropy", "top_k": 5}
+    out = selective_opd_loss(student, mapped.lists, mask=mapped.mask, **options)
+    assert out.loss.isfinite()
+    assert out.metrics["n_valid"] == sum(want)
+
+
 def test_without_an_aligned_position_there_is_nothing_to_learn():
     student, teacher = logit_pair(3, 9)[0], logit_pair(4, 11)[0]
     mapped = mapped_teacher(IdMap(torch.arange(9)), student, teacher, torch.full((3,), -1))

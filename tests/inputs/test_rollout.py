@@ -214,6 +214,7 @@ def test_statistics_of_logits_match_eager_fp64():
     assert_within(got.logsumexp.flatten(), double.logsumexp(1), absolute=1e-6, relative=1e-5, name="logsumexp")
     ids = eager.top_k_ids(double, 7)
     assert torch.equal(got.ids.view(4, 7), ids)
+    assert StudentStats.from_logits(x[:0], top_k=7).ids.shape == (0, 7)
     assert_within(got.logprobs.view(4, 7), double.log_softmax(1).gather(1, ids), absolute=1e-5, relative=1e-5, name="logprobs")
 
 

@@ -321,6 +321,9 @@ def test_tokens_must_be_those_of_a_sampled_teacher():
     teacher = SampledLogprobs(torch.tensor([1, 2, 3]), -torch.ones(3))
     with pytest.raises(ValueError, match="tokens: differ from the ids of SampledLogprobs at 1 positions, the first 2 of the"):
         selective_opd_loss(s, teacher, divergence="sampled", selector="all", tokens=torch.tensor([1, 2, 4]))
+    mask = torch.tensor([1, 1, 0])  # where not valid, tokens may differ
+    out = selective_opd_loss(s, teacher, mask=mask, divergence="sampled", selector="all", tokens=torch.tensor([1, 2, 4]))
+    assert out.loss.isfinite()
 
 
 def test_listed_merges_equivalent_ids_into_the_first():

@@ -236,8 +236,9 @@ def test_a_weighting_that_reads_what_a_call_does_not_have_is_refused():
         )
     with pytest.raises(ValueError, match=r"weighting: returned \(36,\), expected"):
         selective_opd_loss(student, teacher, weighting=lambda stats: stats.reverse_kl.flatten())
-    with pytest.raises(ValueError, match=r"Reading\.needs: got .*jds.*, expected names of columns"):
-        Reading(lambda stats: stats.jsd, {"jds"})
+    for needs in ({"jds"}, "jsd", None):
+        with pytest.raises(ValueError, match=r"Reading\.needs: got .*, expected names of columns"):
+            Reading(lambda stats: stats.jsd, needs)
     with pytest.raises(ValueError, match=r"IW\.w_max: got 0\.5"):
         IW(0.5)
     with pytest.raises(ValueError, match=r"FiRe\.beta: got -1"):
@@ -252,6 +253,8 @@ def test_a_callable_that_reads_a_kl_which_the_call_does_not_know_is_refused(know
     given = teacher if known == "student_stats" else TopKLogprobs(best.indices, best.values)
     with pytest.raises(ValueError, match=r"weighting: returned NaN at a selected position, .*forward_kl are NaN"):
         selective_opd_loss(student, given, weighting=lambda stats: stats.reverse_kl, **options)
+    with pytest.raises(ValueError, match=r"selector: returned NaN at a valid position, .*forward_kl are NaN"):
+        selective_opd_loss(student, given, selector=lambda stats: stats.reverse_kl, **options)
     assert selective_opd_loss(student, given, weighting=lambda stats: stats.union_kl, **options).metrics["weight"] > 0
 
 
@@ -260,6 +263,16 @@ def test_a_weighting_of_ones_own_may_change_its_statistics_and_read_optional_col
         stats.reverse_kl.zero_()
         return stats.jsd + stats.top1_agreement
 
-    got, _ = run(Reading(rule, {"jsd", "top1_agreement"}))
+    got, _ = run(Reading(rule, (name for name in ("jsd", "top1_agreement"))))
     assert got.metrics["kl_all"] > 0
     assert got.metrics["weight"] > 0
+
+
+def test_flags_are_weights_of_one_and_zero():
+    def rule(stats):
+        return stats.union_kl > stats.union_kl.quantile(0.8)
+
+    flags = run(rule, weighting_share=0.5)[0]
+    numbers = run(lambda stats: rule(stats).double(), weighting_share=0.5)[0]
+    assert flags.loss == numbers.loss
+    assert 0.5 < flags.metrics["weight"] < 1
