@@ -223,10 +223,10 @@ class Settings:
         """Refuse settings that exclude each other."""
         takes_both_ends = getattr(selector, "both_ends", False)
         if self.weight_mean is not None and weighting is None:
-            raise ValueError(f"weight_mean: got {self.weight_mean!r} without a weighting, whose mean it would be; pass both")
+            raise ValueError(f"weight_mean: got {self.weight_mean!r} without a weighting, expected None; pass a weighting too")
         if weighting is None and self.weighting_share != 1:
             raise ValueError(
-                f"weighting_share: got {self.weighting_share} without a weighting, a share of which it would be; pass both"
+                f"weighting_share: got {self.weighting_share} without a weighting, expected 1; pass a weighting too"
             )
         if self.score_dtype == "float8":
             check_ranks_twice(selector)
@@ -239,7 +239,7 @@ class Settings:
                     "score_dtype: got 'float8', whose shortlist has the highest scores alone, but the selector takes both ends"
                 )
         if self.threshold is not None and self.count is not None:
-            raise ValueError("threshold: got one beside a count, each of which decides how many positions; pass one of the two")
+            raise ValueError("threshold: got it together with count, expected one of the two; leave one out")
         if self.threshold is not None and takes_both_ends:
             raise ValueError(
                 "threshold: the selector takes both ends of its scores by a budget; pass fraction or count instead"
@@ -380,8 +380,8 @@ def _unknown(name: str, names: Sequence[str]) -> str:
         return f"{name}: got a setting that this function does not read; leave it out"
     if name in Batch._fields:
         return f"{name}: got an argument of a batch where only settings are taken; pass it to the loss, by its name"
-    instead = did_you_mean(name, [*names, *Batch._fields]) or f", expected some of: {', '.join(sorted(names))}"
-    return f"settings: got {name!r}, which no setting is called{instead}"
+    instead = did_you_mean(name, [*names, *Batch._fields]) or f"; expected one of: {', '.join(sorted(names))}"
+    return f"settings: got {name!r}, an unknown name{instead}"
 
 
 refuse_unknown_names(Settings, lambda name: _unknown(name, list(HELP)))

@@ -33,8 +33,8 @@ GIVEN = ("mask", "num_items_in_batch", "temperature")
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"fractoin": 0.1}, TypeError, "settings: got 'fractoin', which no setting is called; did you mean 'fraction'?"),
-        ({"xyz": 0.1}, TypeError, "settings: got 'xyz', which no setting is called, expected some of: backend, check_finite"),
+        ({"fractoin": 0.1}, TypeError, "settings: got 'fractoin', an unknown name; did you mean 'fraction'?"),
+        ({"xyz": 0.1}, TypeError, "settings: got 'xyz', an unknown name; expected one of: backend, check_finite"),
         ({"fraction": 1.5}, ValueError, "fraction: got 1.5, expected"),
         ({"selector": "best"}, ValueError, "selector: got 'best', expected"),
         ({"divergence": "l2"}, ValueError, "divergence: got 'l2', expected one of"),
@@ -161,7 +161,7 @@ def test_functions_refuse_settings_that_they_do_not_have():
         selective_opd_token_losses(student, teacher, settings=Settings(inplace_backward=True))
     with pytest.raises(TypeError, match="num_items_in_batch: got an argument of a batch where only settings are taken"):
         selective_opd_token_losses(student, teacher, num_items_in_batch=3)
-    with pytest.raises(TypeError, match="settings: got 'masc', which no setting is called; did you mean 'mask'"):
+    with pytest.raises(TypeError, match="settings: got 'masc', an unknown name; did you mean 'mask'"):
         selective_opd_loss(student, teacher, masc=torch.ones(6))
 
 

@@ -405,7 +405,7 @@ def _unread(word: str) -> str:
 
 def _unknown(name: str, prefix: str = "") -> str:
     nearest = did_you_mean(name, [x.name for x in dataclasses.fields(OPDConfig)], prefix)
-    return f"which no option is called{nearest or '; opd-train --help lists all'}"
+    return f"an unknown option{nearest or '; opd-train --help lists all'}"
 
 
 refuse_unknown_names(OPDConfig, lambda name: f"OPDConfig: got {name!r}, {_unknown(name)}")

@@ -96,7 +96,7 @@ def _errors():
     lora = nn.Linear(4, 31)
     lora.lora_A = nn.Linear(4, 2)
     return {
-        "settings: got 'fractoin', which no setting is called; did you mean 'fraction'?": lambda: Settings(fractoin=0.1),
+        "settings: got 'fractoin', an unknown name; did you mean 'fraction'?": lambda: Settings(fractoin=0.1),
         "mask: got shape (2, 12), expected (2, 11)": lambda: selective_opd_loss(s[:, 1:], u[:, 1:], mask=torch.ones(2, 12)),
         "LinearHead.weight: got a module": lambda: LinearHead(torch.ones(2, 4), nn.Linear(4, 31)),
         "a LoRA-wrapped head": lambda: LinearHead.from_module(torch.ones(2, 4), lora),

@@ -198,7 +198,7 @@ def test_without_a_teacher_it_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"fractoin": 0.1}, TypeError, "settings: got 'fractoin', which no setting is called; did you mean 'fraction'?"),
+        ({"fractoin": 0.1}, TypeError, "settings: got 'fractoin', an unknown name; did you mean 'fraction'?"),
         ({"fraction": 0}, ValueError, "fraction: got 0, expected"),
         ({"labels": None}, TypeError, "labels: got an argument of a batch where only settings are taken"),
         (

@@ -223,7 +223,7 @@ def test_it_rejects_what_it_cannot_do(make):
     with pytest.raises(ValueError, match="divergence: got 'tail_aware', expected one of: local_support, forward_kl_topk"):
         make(divergence="tail_aware")
     for options, error, message in (
-        ({"fractoin": 0.1}, TypeError, "settings: got 'fractoin', which no setting is called; did you mean 'fraction'?"),
+        ({"fractoin": 0.1}, TypeError, "settings: got 'fractoin', an unknown name; did you mean 'fraction'?"),
         ({"fraction": 1.5}, ValueError, "fraction: got 1.5, expected"),
         ({"selector": "tip"}, ValueError, "selector: got 'tip', which needs the teacher's whole row"),
         ({"weights": None}, TypeError, "weights: got it among the settings of the loss"),

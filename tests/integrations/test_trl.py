@@ -148,7 +148,7 @@ def test_undo_refuses_below_somebody_else_s_replacement(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"fractoin": 0.1}, TypeError, "settings: got 'fractoin', which no setting is called; did you mean 'fraction'?"),
+        ({"fractoin": 0.1}, TypeError, "settings: got 'fractoin', an unknown name; did you mean 'fraction'?"),
         ({"fraction": 1.5}, ValueError, "fraction: got 1.5, expected"),
         ({"temperature": 0.8}, TypeError, "temperature: got it among the settings of the loss, but the host passes its own"),
         ({"divergence": "sampled"}, ValueError, "tokens: got None"),

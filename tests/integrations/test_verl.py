@@ -287,7 +287,7 @@ def test_undo_refuses_below_somebody_else_s_replacement(name, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"fractoin": 0.1}, TypeError, "settings: got 'fractoin', which no setting is called; did you mean 'fraction'?"),
+        ({"fractoin": 0.1}, TypeError, "settings: got 'fractoin', an unknown name; did you mean 'fraction'?"),
         ({"fraction": 1.5}, ValueError, "fraction: got 1.5, expected"),
         ({"denominator": "valid"}, TypeError, "denominator: got a setting that this function does not read"),  # verl reduces
         ({"selector": "tip"}, ValueError, "selector: got 'tip', which needs the teacher's whole row"),

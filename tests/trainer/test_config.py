@@ -105,8 +105,8 @@ def test_every_option_has_a_help_text_and_a_flag(capsys):
         (["--teacher_model=big"], "teacher_model: got one without teacher_url, the server that it is about"),
         (["--rollout_api_key_env=KEY"], "rollout_api_key_env: got one without rollout_url"),
         (["--scope=rows"], "invalid choice: 'rows'"),
-        (["--frac=0.1"], r"got '--frac', which no option is called"),
-        (["--fractoin", "0.1"], r"error: got '--fractoin', which no option is called; did you mean '--fraction'\?"),
+        (["--frac=0.1"], r"got '--frac', an unknown option"),
+        (["--fractoin", "0.1"], r"error: got '--fractoin', an unknown option; did you mean '--fraction'\?"),
         (["0.1"], "error: got '0.1', expected flags: --name value"),
     ],
 )
@@ -129,8 +129,8 @@ def test_a_scheduled_option_that_is_no_number_is_refused(option, needed):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fractoin: 0.1", "run.yaml:1 has fractoin, which no option is called; did you mean 'fraction'?"),
-        ("zzzz: 0.1", "has zzzz, which no option is called; opd-train --help lists all"),
+        ("fractoin: 0.1", "run.yaml:1 has fractoin, an unknown option; did you mean 'fraction'?"),
+        ("zzzz: 0.1", "has zzzz, an unknown option; opd-train --help lists all"),
         ("- 1\n- 2", "has list, expected lines"),
         ("a: [", "is no YAML"),
     ],
@@ -147,7 +147,7 @@ def test_read_config_rejects_other_files(text, message, needed, tmp_path, capsys
 
 
 def test_a_misspelled_name_is_an_error_with_the_nearest_name():
-    with pytest.raises(TypeError, match=r"OPDConfig: got 'fractoin', which no option is called; did you mean 'fraction'\?"):
+    with pytest.raises(TypeError, match=r"OPDConfig: got 'fractoin', an unknown option; did you mean 'fraction'\?"):
         OPDConfig(fractoin=0.1)
 
 
