@@ -19,14 +19,14 @@ from opd_ops.backends.ensembles import with_normalisers
 from opd_ops.backends.interface import Placed
 from opd_ops.backends.shared import two_lists
 from opd_ops.backends.shared.candidates import ier
-from opd_ops.backends.shared.token_logprobs import sampled, token_logprobs, tokens_at
+from opd_ops.backends.shared.token_logprobs import sampled_logits, token_logprobs, tokens_at
 from opd_ops.call.prepare import Call
 from opd_ops.divergences import Divergence
 from opd_ops.inputs.sources import Source
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.selection.normalisers import over_ranks
 from opd_ops.selection.selectors import Released, is_deterministic, is_own, own_name
-from opd_ops.selection.stats import TOKEN_COLUMNS, Sampled, Scoring, TokenStats, all_set, is_finite
+from opd_ops.selection.stats import TOKEN_COLUMNS, SampledLogits, Scoring, TokenStats, all_set, is_finite
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _with_sampled(call: Call, rows: Tensor | None, scoring: Scoring) -> Scoring:
         return scoring
     every_row = _every_row(call, rows)
     tokens = tokens_at(call.positions.tokens, call.student, call.teacher, every_row)
-    at_tokens = sampled(call.student, call.teacher, every_row, tokens, call.workspace)
+    at_tokens = sampled_logits(call.student, call.teacher, every_row, tokens, call.workspace)
     return scoring._replace(columns=scoring.columns | {"ier"}, sampled=at_tokens)
 
 
@@ -168,7 +168,7 @@ def _row_stats(call: Call, rows: Tensor, scoring: Scoring) -> TokenStats:
 
 
 def _token_columns(
-    call: Call, rows: Tensor, logsumexps: Mapping[str, Tensor], known: Sampled | None = None
+    call: Call, rows: Tensor, logsumexps: Mapping[str, Tensor], known: SampledLogits | None = None
 ) -> dict[str, Tensor]:
     """(n,) columns of the sampled tokens at the rows that are asked for. `known`: of the rows, where scoring made "ier"."""
     columns: dict[str, Tensor] = {}

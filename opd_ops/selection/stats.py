@@ -171,15 +171,15 @@ class TokenStats(NamedTuple):
         return TokenStats(**{name: function(column) for name, column in columns if column is not None})
 
 
-class Sampled(NamedTuple):
+class SampledLogits(NamedTuple):
     """The sampled tokens of n positions, and both models' logits of them."""
 
     tokens: Tensor  # (n,) int64
     logits: Tensor  # (2, n) student's and teacher's, fp32, or fp64 if an input is; -inf: masked
 
-    def take(self, part: slice) -> Sampled:
+    def take(self, part: slice) -> SampledLogits:
         """Those of consecutive positions."""
-        return Sampled(self.tokens[part], self.logits[:, part])
+        return SampledLogits(self.tokens[part], self.logits[:, part])
 
 
 class Scoring(NamedTuple):
@@ -189,7 +189,7 @@ class Scoring(NamedTuple):
     workspace: Workspace
     score_dtype: torch.dtype | None = None  # of a head's logits; None: the backend's choice, which may be the head's 16 bits
     columns: frozenset[str] = frozenset()  # the optional columns to compute
-    sampled: Sampled | None = None  # of the rows, where `columns` has "ier"
+    sampled: SampledLogits | None = None  # of the rows, where `columns` has "ier"
 
 
 class OwnStats(NamedTuple):

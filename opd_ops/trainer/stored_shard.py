@@ -28,8 +28,8 @@ NAMES = ("answer_ends", "answer_tokens", "context_ends", "context_tokens", "ids"
 REMEDY = "put the file back as it was, or remove it: a run with teacher_url and teacher_store asks for its answers again"
 
 
-class Source(NamedTuple):
-    """The origin of log-probabilities."""
+class Origin(NamedTuple):
+    """The teacher, the tokenizer and the K of log-probabilities."""
 
     teacher: str  # a server's name for its model, or a digest of the weights
     tokenizer: str  # a digest of the vocabulary
@@ -64,10 +64,10 @@ class Shard:
                         "the folder of the stored teacher"
                     )
                 self._tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in NAMES}
-                self.source = Source(header["teacher"], header["tokenizer"], _integer(header["top_k"]))
+                self.origin = Origin(header["teacher"], header["tokenizer"], _integer(header["top_k"]))
         except (SafetensorError, KeyError, OSError) as error:
             raise ValueError(f"{path}: cannot be read as a whole shard ({error}), maybe it was truncated; {REMEDY}") from None
-        if _sha256(self.source, self._tensors) != header.get("sha256"):
+        if _sha256(self.origin, self._tensors) != header.get("sha256"):
             raise ValueError(f"{path}: is not what was written, its SHA-256 differs from the one in its header; {REMEDY}")
 
     def __len__(self) -> int:
@@ -88,7 +88,7 @@ class Shard:
         return slice(int(ends[number - 1]) if number else 0, int(ends[number]))
 
 
-def write_shard(path: Path, source: Source, answers: Sequence[StoredAnswer]) -> None:
+def write_shard(path: Path, origin: Origin, answers: Sequence[StoredAnswer]) -> None:
     """Write a shard of at least one answer, or replace one, whole or not at all. Ids are less than 2^31."""
     from safetensors.torch import save
 
@@ -99,17 +99,17 @@ def write_shard(path: Path, source: Source, answers: Sequence[StoredAnswer]) -> 
     for what, rows in (("context", [x.context for x in answers]), ("answer", [x.answer for x in answers])):
         tensors[f"{what}_tokens"] = torch.tensor([token for row in rows for token in row], dtype=torch.int32)
         tensors[f"{what}_ends"] = torch.tensor([len(row) for row in rows]).cumsum(0)
-    header = {"format": FORMAT, "teacher": source.teacher, "tokenizer": source.tokenizer, "top_k": str(source.top_k)}
-    write_whole(path, save(tensors, header | {"sha256": _sha256(source, tensors)}))
+    header = {"format": FORMAT, "teacher": origin.teacher, "tokenizer": origin.tokenizer, "top_k": str(origin.top_k)}
+    write_whole(path, save(tensors, header | {"sha256": _sha256(origin, tensors)}))
 
 
 def _integer(text: str) -> int:
     return int(text) if text.isdecimal() else -1  # no K: the SHA-256 will not agree
 
 
-def _sha256(source: Source, tensors: Mapping[str, Tensor]) -> str:
+def _sha256(origin: Origin, tensors: Mapping[str, Tensor]) -> str:
     layout = [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in NAMES]
-    digest = hashlib.sha256(json.dumps([FORMAT, source, layout]).encode())
+    digest = hashlib.sha256(json.dumps([FORMAT, origin, layout]).encode())
     for name in NAMES:
         digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -25,7 +25,7 @@ import torch
 from opd_ops.inputs.teacher_lists import TopKLogprobs
 from opd_ops.trainer.servers.retries import ServerError
 from opd_ops.trainer.servers.scoring import TeacherServer, check_questions
-from opd_ops.trainer.stored_shard import SUFFIX, Shard, Source, StoredAnswer, write_shard
+from opd_ops.trainer.stored_shard import SUFFIX, Origin, Shard, StoredAnswer, write_shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,8 +64,8 @@ class StoredTeacher:
                 f"{self.folder}: has no shard (*{SUFFIX}), expected a folder that a run with teacher_url and teacher_store "
                 "has filled"
             )
-        given = zip(expected, shards[0].source if shards else expected, strict=True)
-        self.source = Source(*(first if value is None else value for value, first in given))  # type: ignore[arg-type]
+        given = zip(expected, shards[0].origin if shards else expected, strict=True)
+        self.origin = Origin(*(first if value is None else value for value, first in given))  # type: ignore[arg-type]
         for shard in shards:
             self.add(shard)
 
@@ -92,7 +92,7 @@ class StoredTeacher:
         Raises: ValueError: an answer without a context. StoreError: the folder lacks an answer.
         """
         check_questions(contexts, answers)
-        shape = len(answers), max(map(len, answers), default=0), self.source.top_k + 1
+        shape = len(answers), max(map(len, answers), default=0), self.origin.top_k + 1
         ids, logprobs = torch.full(shape, -1), torch.full(shape, -torch.inf)
         missing = []
         for b, (context, answer) in enumerate(zip(contexts, answers, strict=True)):
@@ -115,7 +115,7 @@ class StoredTeacher:
 
         Raises: ValueError: it is of another teacher, tokenizer or K.
         """
-        for name, value, expected in zip(Source._fields, shard.source, self.source, strict=True):
+        for name, value, expected in zip(Origin._fields, shard.origin, self.origin, strict=True):
             if value != expected:
                 raise ValueError(
                     f"{shard.path}: has {name} {value!r}, expected {expected!r}; use one folder for each teacher, tokenizer "
@@ -166,7 +166,7 @@ class StoringTeacher:
             self._growing.append(StoredAnswer(context, answer, lists.ids[b, : len(answer)], lists.logprobs[b, : len(answer)]))
         path = self.stored.folder / f"{self._name}-{self._n_full:06}{SUFFIX}"
         try:
-            write_shard(path, self.stored.source, self._growing)
+            write_shard(path, self.stored.origin, self._growing)
         except OSError as error:
             raise StoreError(f"{path}: cannot be written ({error.strerror}); free some room, or check the folder") from error
         self.stored.add(Shard(path))

@@ -22,7 +22,7 @@ from opd_ops.trainer import loop
 from opd_ops.trainer import stored_teacher as stored
 from opd_ops.trainer.servers.retries import ServerError
 from opd_ops.trainer.servers.teacher import ServedTeacher
-from opd_ops.trainer.stored_shard import Shard, Source, StoredAnswer, write_shard
+from opd_ops.trainer.stored_shard import Origin, Shard, StoredAnswer, write_shard
 from opd_ops.trainer.stored_teacher import StoredTeacher, StoreError, StoringTeacher, vocabulary_digest
 from tests.integrations.models import VOCAB, tokenizer
 from tests.support.cases import generator, leaf
@@ -175,10 +175,10 @@ def test_a_full_disk_is_an_error_that_ends_all_processes(tmp_path, server, monke
 
 def fill(folder, rank):
     """What a process does; no server: its answers are made here."""
-    source = Source("tiny", "t", 1)
+    origin = Origin("tiny", "t", 1)
     for i in range(20):
         lists = torch.full((2, 2), 100 * rank + i), torch.full((2, 2), -1.0)
-        write_shard(folder / f"{rank}-{i}.safetensors", source, [StoredAnswer([rank, i], [1, 2], *lists)])
+        write_shard(folder / f"{rank}-{i}.safetensors", origin, [StoredAnswer([rank, i], [1, 2], *lists)])
         if i % 5 == 0:
             StoredTeacher(folder)  # no half shard of the other process is seen
 
@@ -261,7 +261,7 @@ def test_a_foreign_shard_is_refused_by_name(tmp_path, server):
     with pytest.raises(ValueError, match=f"{path}: has teacher 'tiny', expected 'huge'"):
         keeping(server[0], tmp_path, teacher="huge")
     answer = StoredAnswer([1], [2], torch.tensor([[2, 3]]), torch.tensor([[-1.0, -2.0]]))
-    write_shard(tmp_path / "z.safetensors", Source("tiny", "t", 1), [answer])
+    write_shard(tmp_path / "z.safetensors", Origin("tiny", "t", 1), [answer])
     with pytest.raises(ValueError, match=r"z\.safetensors: has top_k 1, expected 4"):
         StoredTeacher(tmp_path)
 
@@ -318,8 +318,8 @@ def test_a_damaged_or_foreign_folder_is_refused_before_the_student_loads(tmp_pat
     monkeypatch.setattr(loop, "make_trainable", lambda *_: pytest.fail("the student was prepared"))
     url, folder = server[0], tmp_path / "answers"
     folder.mkdir()
-    source = {"tokenizer": vocabulary_digest(tokenizer())}
-    keeping(url, folder, **source).score(CONTEXTS, ANSWERS)
+    origin = {"tokenizer": vocabulary_digest(tokenizer())}
+    keeping(url, folder, **origin).score(CONTEXTS, ANSWERS)
     for options in ({}, {"teacher_url": url}):
         with pytest.raises(ValueError, match="has top_k 4, expected 16"):
             trainer(tmp_path, steps=1, teacher_store=str(folder), **options, **LISTS | {"teacher_top_k": 16})

@@ -26,7 +26,7 @@ from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.rollout import StudentStats
 from opd_ops.inputs.sources import Source, compute_dtype
 from opd_ops.inputs.teacher_lists import TeacherLists
-from opd_ops.selection.stats import Sampled, Scoring
+from opd_ops.selection.stats import SampledLogits, Scoring
 
 FLOOR = -12.0  # log-probability of an id that a list does not have
 LARGEST_RATIO = 30.0  # nats
@@ -57,7 +57,7 @@ def ier(
     return out
 
 
-def ier_of_lists(student: TopKList, teacher: TopKList, lse: Tensor, tokens: Sampled) -> Tensor:
+def ier_of_lists(student: TopKList, teacher: TopKList, lse: Tensor, tokens: SampledLogits) -> Tensor:
     """(n,) fp64 column, from both lists and both models' (2, n) fp64 log-sum-exps."""
     at_s, at_t = (best.own.double() - total.unsqueeze(1) for best, total in zip((student, teacher), lse, strict=True))
     at_y = (tokens.logits.double() - lse).clamp_max_(0).unsqueeze(2)

@@ -15,7 +15,7 @@ from opd_ops.backends.shared.logits_at import logits_at
 from opd_ops.inputs.sources import Source, compute_dtype
 from opd_ops.inputs.teacher_lists import TeacherLists
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.stats import Sampled
+from opd_ops.selection.stats import SampledLogits
 
 
 def tokens_at(tokens: Tensor | None, student: Source, teacher: Source | TeacherLists, rows: Tensor) -> Tensor:
@@ -29,11 +29,11 @@ def tokens_at(tokens: Tensor | None, student: Source, teacher: Source | TeacherL
     return at_rows
 
 
-def sampled(student: Source, teacher: Source, rows: Tensor, tokens: Tensor, workspace: Workspace) -> Sampled:
+def sampled_logits(student: Source, teacher: Source, rows: Tensor, tokens: Tensor, workspace: Workspace) -> SampledLogits:
     """The (n,) tokens with both models' logits."""
     dtype, ids = compute_dtype(student, teacher), tokens.unsqueeze(1)
     both = [logits_at(side.detach(), rows, ids, dtype, workspace).squeeze(1) for side in (student, teacher)]
-    return Sampled(tokens, torch.stack(both))
+    return SampledLogits(tokens, torch.stack(both))
 
 
 def token_logprobs(

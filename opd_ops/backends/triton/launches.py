@@ -21,7 +21,7 @@ from opd_ops.backends.streamed.running import row_jsd
 from opd_ops.inputs.chunks import chunks
 from opd_ops.inputs.sources import Transform, finish_logits
 from opd_ops.inputs.workspace import Workspace
-from opd_ops.selection.stats import Sampled
+from opd_ops.selection.stats import SampledLogits
 
 JSD_BUFFERS = 10  # fp32 rows of V alive at once in row_jsd
 
@@ -62,7 +62,7 @@ def write_columns(
     columns: frozenset[str],
     top_k: int,
     workspace: Workspace,
-    sampled: Sampled | None = None,
+    sampled: SampledLogits | None = None,
 ) -> tuple[Score, TopKLists]:
     """Fill `out`, (columns, n) in the order of `column_names`, with the statistics of the tables' rows (None: all, in order).
 
