@@ -131,8 +131,8 @@ def in_short() -> Iterator[str]:
         f"{percent(vocabulary.wire_bytes / student_step(STUDENT, N, 8).over_tp)} of what tensor parallelism sends for it."
     )
     yield (
-        f"* Selecting over all ranks sends {number(selection.bytes / 1000)} kB in {selection.count} collectives a call, for "
-        "any number of tokens; each further rank adds 8 bytes. It costs latency, not bytes: see the last table."
+        f"* Selecting over all ranks by `teachability` sends {number(selection.bytes / 1000)} kB in {selection.count} "
+        "collectives a call, for any number of tokens; each further rank adds 8 bytes. It costs latency, not bytes: see the last table."
     )
     shares = (
         f"{percent(work_of(N, V, student.D, TEACHER.D, 1).flops / student_step(student, N, 1).flops)} ({student.name})"
@@ -327,8 +327,8 @@ def steps() -> Iterator[str]:
     )
     yield ""
     yield (
-        "Small collectives cost their latency, not their bytes. How long each of those of selection may take before all of "
-        f"them are 1 % of 6 P N at {RATES['bf16'] / 1e12:.0f} TFLOP/s, in µs:"
+        "Small collectives cost their latency, not their bytes. How long each collective of the selection may take before all "
+        f"of them are 1 % of 6 P N at {RATES['bf16'] / 1e12:.0f} TFLOP/s, in µs:"
     )
     yield ""
     rows = []

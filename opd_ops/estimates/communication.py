@@ -15,6 +15,7 @@
                                         all-reduce   other divergences: 24 M, summed over the vocabulary, or lists of K ids
                gradient of M rows       all-reduce   c M Ds with a head; in the forward if kernels compute it there
   selection    normalisers, budget      all-reduce   the searches of distributed/order_statistics.py, for any N
+               ranks of `ier`           all-gather   8, and 8 a position: `IER` with a base alone
                ties                     all-gather   8 a sequence; with scope "sequence" also 8, the number of sequences
                responses                all-gather   8, and 24 a sequence for their ends, if the selector reads responses
                denominators             all-reduce   16
