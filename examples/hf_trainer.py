@@ -4,9 +4,9 @@ writes.
   loss = 1/|M| sum_{t in M} KL(student || teacher) on the student's own answers; M: the best-scored fifth of their tokens
   (arXiv 2605.26844, eqs. 6, 12, 13)
 
-A Trainer reads data, on-policy training writes them: here the data are prompts, and the student answers them when the Trainer
-  collects the batches of an optimizer step. A data set or a collator that samples would be off-policy by a step, since the
-  loader reads a batch ahead.
+A `Trainer` reads a fixed data set. On-policy training makes its data during training. So here the data are prompts, and the
+  student answers them when the Trainer collects the batches of an optimizer step. A data set or a collator that samples would
+  be off-policy by a step, since the loader reads a batch ahead.
 You will see: a line of the Trainer's log every 4 steps; opd/kl_all is the KL over all sampled tokens, 3.8 nats in the first 4
   steps; with 16 steps, 2.6 in the last 4. On 2 CPU cores, 8 steps take 80 seconds.
 Run: python -m examples.hf_trainer [STEPS]; needs pip install '.[hf]'

@@ -44,7 +44,7 @@ def share(items: Sequence[Item], ranks: Ranks) -> Sequence[Item]:
 
 
 def seed_of_rank(seed: int, ranks: Ranks) -> int:
-    """Ranks draw apart; the first, or only one, by the run's own seed."""
+    """Each rank has its own seed; rank 0 uses the run's seed."""
     return seed_of(seed, ranks.rank) if ranks.rank else seed
 
 

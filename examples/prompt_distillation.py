@@ -9,13 +9,13 @@ Held-out forward KL(teacher || student), nats per token: on 16 questions never t
   only the model changes between two numbers (the fixed-context diagnostic of arXiv 2605.26844, section 3).
 You will see: a line for each phase; a progress bar; that KL before and after; two greedy answers before and after;
   tokens.html (the answers of the first and the last step, every token with its score, the selected ones outlined) and kl.png.
-  On 2 CPU cores, in 2.5 minutes and 5 GB of memory.
+  On 2 CPU cores, in 1.5 to 2.5 minutes and 5 GB of memory.
 Run: make demo, or make demo ARGS="--selector entropy --fraction 0.1". The same seed gives the same numbers.
 
 make demo RANKS=2: data parallel on two processes over gloo. Each answers its half of a step's questions, one budget selects
-  from the tokens of both, gradients are summed. Rank 0 evaluates and shows: held-out answers are those of one process,
-  metrics those of all ranks, the page's tokens its own. The questions of a step are those of one process (unless the selector
-  draws), the sampled answers are not: a batch is drawn from one stream of numbers, and each rank has a batch and a stream.
+  from the tokens of both, gradients are summed. Rank 0 evaluates and writes the page. It uses the held-out answers that a run
+  on one process would use. Metrics cover all ranks; the page shows rank 0's tokens. The questions of a step are those of one
+  process, unless the selector draws. The sampled answers differ, because each rank has its own random numbers.
 
 Not here: sampling and alignment (opd_ops/trainer/rollouts.py), questions (prompts.py), weights (smollm2.py), flags
 (flags.py), what ranks send (processes.py), what is shown (run_report.py, opd_ops/diagnostics/token_heatmap.py).

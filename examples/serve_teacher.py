@@ -35,7 +35,7 @@ LEAST_LOGPROB = -9999.0  # JSON has no -inf
 
 
 class Served(NamedTuple):
-    """What answers, under which name."""
+    """The served model, its tokenizer and its name."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase

@@ -3,8 +3,8 @@
   loss = 1/|M| sum_{t in M} KL over the teacher's top K and one more outcome, the tail (arXiv 2608.14728); M: the best-scored
   fifth of the sampled tokens, by teachability from the same lists (arXiv 2605.26844, eqs. 12, 13, 17)
 
-The teacher is SmolLM2-135M told to answer like a pirate, the student the same weights, never told: what the teacher reads
-  before an answer is its own affair, and goes into the contexts that it is sent.
+The teacher is SmolLM2-135M told to answer like a pirate, the student the same weights, never told. Each request has a
+  context: the text that the teacher reads before the answer. This context holds the instruction; the student never reads it.
 You will see: every few steps that KL over all sampled tokens, 0.23 nats at first and 0.11 after 12 steps, and the seconds
   that the server took. On 2 CPU cores, in about three minutes.
 Run: python -m examples.served_teacher, which starts a server of its own; or with --url http://teacher:8000, vLLM's or that of
