@@ -51,17 +51,17 @@ def selective_opd_loss(
     Gradients of positions outside M are exactly zero. Scores carry no gradient, and the teacher receives none.
 
     Shapes: (...) is the positions' shape, usually (B, T), N their number, V the vocabulary's size. Position i predicts the next
-    token: `mask`, `weights`, `tokens` and `shift_labels` belong to that token. A position is valid if its mask and weight are
-    not 0, its label is not `ignore_index`, and the teacher's row is finite.
+    token: `mask`, `weights`, `tokens` and `shift_labels` belong to that token. A position is valid unless its mask or weight is
+    0, its label is `ignore_index`, or only the teacher's row is not finite.
 
     Args:
         student: (..., V) logits, or a `LinearHead`, whose logits are never materialised whole.
         teacher: The same; or `TopKLogprobs` or `SampledLogprobs` from a server; or several models, `Mixture` or `Routed`.
         mask: (...) non-zero on the tokens that the student wrote; None: all.
-        weights: (...) a factor per position's loss.
+        weights: (...) a factor per position.
         labels: (...) int64 ids, `ignore_index` where not trained on; shifted here.
-        shift_labels: (...) the same, shifted already; `labels` are then not read.
-        tokens: (...) the predicted tokens, for what reads the sampled token; None: from the labels.
+        shift_labels: (...) the same, shifted already; `labels` are then ignored.
+        tokens: (...) the predicted tokens, for selectors and losses of the sampled token; None: from the labels.
         old_logprobs: (...) the tokens' log-probabilities when they were sampled, for a divergence with a ratio.
         cu_seqlens: (n_sequences + 1,) int32 or int64 boundaries of packed sequences.
         student_stats: `StudentStats` from the rollout: scoring then runs only the teacher's head.
@@ -94,7 +94,7 @@ def selective_opd_loss(
 class SelectiveOPDLoss(nn.Module):
     """`selective_opd_loss` as a module that carries its settings, as `nn.CrossEntropyLoss` does for `F.cross_entropy`.
 
-    Args: a `Settings`, or settings by name, as of `Settings`: SelectiveOPDLoss(fraction=0.1, divergence="jsd").
+    Args: a `Settings`, or settings by name, the same as for `Settings`: SelectiveOPDLoss(fraction=0.1, divergence="jsd").
     Raises: as `Settings`, when the module is made.
     """
 
@@ -122,7 +122,7 @@ class SelectiveOPDLoss(nn.Module):
         student_stats: StudentStats | None = None,
         num_items_in_batch: Tensor | float | None = None,
     ) -> SelectiveOPDOutput:
-        """The loss of one batch; arguments as of `selective_opd_loss`."""
+        """The loss of one batch; arguments are the same as for `selective_opd_loss`."""
         batch = Batch(
             mask=mask,
             weights=weights,
@@ -161,9 +161,9 @@ def selective_opd_token_losses(
     |M| / n_valid: multiply by n_valid / |M| (`metrics` has both counts). Ranks of a `selection_group` share only the selection:
     nothing is divided here.
 
-    Args: as of `selective_opd_loss`, without `denominator` and `inplace_backward`. `settings`: a `Settings`, instead of names.
+    Args: the same as for `selective_opd_loss`, without `denominator` and `inplace_backward`.
     Returns: `TokenLosses`: `losses` of the mask's shape, fp32 (fp64 if any input is), connected to the student's tensors even
-        when nothing is selected; `selected`, `scores`, `stats`, `metrics` as of `selective_opd_loss`.
+        when nothing is selected; `selected`, `scores`, `stats`, `metrics` as `selective_opd_loss` returns them.
     Raises: as `selective_opd_loss`. A second derivative is an error, and so are torch.func's transforms.
     Non-finite logits: if `selective_opd_loss` is NaN, every loss and every gradient is NaN.
     Cost in head matmuls, two heads of equal width, a share rho selected: 2 + 4 rho on backend "torch" with reverse or forward

@@ -42,11 +42,11 @@ def score_positions(
 ) -> tuple[Tensor, TokenStats]:
     """How much each position is worth training on, without a graph: the first half of `selective_opd_loss`.
 
-    Arguments are as of `selective_opd_loss`; `options` are the settings that scores depend on. `divergence` is the loss that
-    will be applied; by default "reverse_kl", or a divergence that a sparse teacher allows. A position with an infinite
-    divergence scores -inf, so that it is never selected; `stats` keep the true value. With `score_dtype="float8"` all scores
-    are from the first ranking, in 8 bits; `selective_opd_loss` scores its shortlist again. With a `selection_group` selectors
-    normalise over the positions of all its ranks, and all its ranks must call. "prefix", `special_ids` and
+    Arguments are the same as for `selective_opd_loss`; `options` are the settings that scores depend on. `divergence` is the
+    loss that will be applied; by default "reverse_kl", or a divergence that a sparse teacher allows. A position with an
+    infinite divergence scores -inf, so that it is never selected; `stats` keep the true value. With `score_dtype="float8"` all
+    scores are from the first ranking, in 8 bits; `selective_opd_loss` scores its shortlist again. With a `selection_group`
+    selectors normalise over the positions of all its ranks, and all its ranks must call. "prefix", `special_ids` and
     "teachability-released" use only the sequences of this rank. torch.func's transforms need backend "eager".
 
     Returns: `scores` (...) fp32, -inf where not valid; `stats`, `TokenStats` of the same shape.

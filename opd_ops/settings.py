@@ -159,21 +159,25 @@ class Settings:
     top_k: int = _setting(
         DEFAULT_TOP_K,
         "K, at most V. A model's support is its K likeliest ids. Teachability compares the models on both supports, and reads "
-        "how much probability the teacher gives to the student's.",
+        "the teacher's probability of the ids in the student's support.",
     )
     temperature: float = _setting(
         DEFAULT_TEMPERATURE, "Divides both models' logits, > 0; the loss is not scaled back by its square."
     )
     ignore_index: int = _setting(-100, "Label of positions that are not valid.")
     special_ids: Sequence[int] = _setting(
-        (), "Of each of these ids, the first valid position in each sequence becomes not valid."
+        (), "In each sequence, the first valid position of each of these ids is not trained on."
     )
-    eos_ids: Sequence[int] = _setting((), "Ids of one meaning, like two ends of a turn: their probabilities are added up.")
+    eos_ids: Sequence[int] = _setting(
+        (), "Ids with the same meaning, like two ids that end a turn: their probabilities are added up."
+    )
     vocab_size: int | None = _setting(None, "Number of entries that both models are cut to; None: the smaller vocabulary.")
     process_group: dist.ProcessGroup | None = _setting(
         None, "Ranks that each hold a part of the vocabulary; DTensors bring their own."
     )
-    generator: torch.Generator | None = _setting(None, "For selectors that draw; must be None under activation checkpointing.")
+    generator: torch.Generator | None = _setting(
+        None, "Generator of selectors that draw; must be None under activation checkpointing."
+    )
     backend: str = _setting("auto", "'triton' (a GPU), 'torch' (any device), 'eager' (the specification); 'auto' chooses.")
     workspace_bytes: int = _setting(
         DEFAULT_WORKSPACE_BYTES, "Most scratch memory of a call, beyond inputs, outputs, gradients and O(N) numbers."
@@ -281,7 +285,7 @@ class Settings:
     def given_or_named(
         cls, settings: Settings | None, options: Mapping[str, object], *, given: Sequence[str] = (), of: type = LossOptions
     ) -> Settings:
-        """`settings`, or settings from `options`; passing both is an error. Other arguments as of `of`.
+        """`settings`, or settings from `options`; passing both is an error. Other arguments are the same as for `of`.
 
         Raises: TypeError: also for `settings` with a value, other than the default, that the function does not take.
         """

@@ -206,7 +206,7 @@ def _response_places(call: Call) -> Tensor | None:
 
 
 def _scored(call: Call, stats: TokenStats, infinite: Tensor | None = None) -> Scored:
-    """`infinite`: as of `Scored`; None: it is computed."""
+    """`infinite`: as in `Scored`; None: it is computed."""
     # A user's selector may change its argument in place: the losses must not see that.
     selector_stats = stats if is_own(call.selector) else stats.clone()
     keep_scores = None

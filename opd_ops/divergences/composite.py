@@ -89,7 +89,7 @@ class ImportanceWeighted(Divergence):
 
     Args:
         divergence: Any but `SampledToken`, which has a ratio of its own.
-        ratio: "is", "tis" or "icepop", as of `SampledToken`.
+        ratio: "is", "tis" or "icepop", the same as for `SampledToken`.
         bounds: (low, high) of the ratio; None: (0, 2).
     """
 

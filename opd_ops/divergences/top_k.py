@@ -58,8 +58,8 @@ NO_TAIL = {
 class TopK(OnSupport):
     """A divergence on a list of top-K ids; the module's docstring has the equations.
 
-    A position without an id on its list, like an empty intersection, is not trained on and not counted, but with tail
-    "sampled": there the token alone is left.
+    A position with an empty list, like an empty intersection, is neither trained on nor counted. With tail "sampled" it is:
+    the sampled token alone gives its loss.
 
     Args:
         direction: "reverse": KL(p || q); "forward": KL(q || p); "jsd": their generalised Jensen-Shannon divergence.

@@ -80,9 +80,9 @@ def estimate(
     """The cost of `selective_opd_loss` with a `LinearHead` on both sides, and of its backward.
 
     Kernels count for every divergence on "triton", also where docs/reference/backends.md names another backend for it. The
-    gradient of a list alone ("local_support") counts as if no two rows had an id in common: the most. Of a tail "bucket" on
-    "torch" every teacher counts as one with 0.1 % of its mass off the list, or more. `Routed` teachers of one width cost as one
-    teacher.
+    gradient of a list alone ("local_support") counts as if no two rows had an id in common: the most. For a tail
+    "bucket" on "torch" the estimate assumes that the teacher has at least 0.1 % of its mass off the list. `Routed` teachers of
+    one width cost as one teacher.
 
     Args:
         N: Valid positions; with "teachability-released" all positions of the responses.

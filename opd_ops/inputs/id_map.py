@@ -68,7 +68,9 @@ class IdMap:
 
     @staticmethod
     def of(student: Tokenizer, teacher: Tokenizer, *, also: Mapping[int, int] | None = None) -> IdMap:
-        """The map of equal bytes; of several ids of one model with equal bytes the smallest that is no byte token.
+        """The map of ids with equal bytes.
+
+        If several ids of one model have the same bytes, it takes the smallest that is no byte token.
 
         `also`: further pairs (student's id, teacher's id), like both ends of a turn: special ids are not shared otherwise.
         """
@@ -86,7 +88,8 @@ class IdMap:
     def align(self, student_ids: Sequence[int], teacher_ids: Sequence[int]) -> Tensor:
         """(T,) for each token of the student's, the place of the teacher's token that is the same bytes of the text; else -1.
 
-        Both sequences of ids are of one text, such as a response. Position t of a model predicts the next token: shift.
+        Both sequences of ids are of one text, such as a response. Position t predicts token t + 1. So the `index` of
+        `mapped_teacher` is one earlier on both sides: index[:-1] = (places[1:] - 1).clamp_min(-1).
         Raises: ValueError: the two texts differ.
         """
         if self.student_bytes is None or self.teacher_bytes is None:

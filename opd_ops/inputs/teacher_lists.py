@@ -54,22 +54,23 @@ def _check(name: str, ids: object, logprobs: object, temperature: object) -> Non
 
 @dataclass(frozen=True, eq=False)
 class TopKLogprobs:
-    """The teacher's log-probabilities of its most likely tokens, or of ids that the student chose, at the student's positions.
+    """The teacher's log-probabilities of its most likely ids, or of ids that the student chose, at the student's positions.
 
     Entries need no order. An entry is missing if its id is negative or beyond the vocabulary, or its log-probability is -9999
     or less. An id that comes twice counts once, with the larger log-probability: K + 1 columns, the sampled token and the top
-    K, may be passed unchanged. Of merged ids (`eos_ids`) only listed ids count as merged.
+    K, may be passed unchanged. `eos_ids` merges only ids that are on the list.
 
     On a CPU a NaN at a valid position is an error. On a device the check would make the CPU wait: there the position is not
     valid and is counted in `metrics["n_teacher_nonfinite"]`; with `check_finite=True` it is an error.
-    So are two more: with `of="student"` a missing entry, and with a loss on the sampled token a token that is not listed.
+    Two more gaps are treated like NaN: with `of="student"` a missing entry, and with a loss on the sampled token a token that
+    is not listed.
 
     Args:
         ids: (..., K) int64 or int32.
         logprobs: (..., K) log q, q over the whole vocabulary; at most 0.
         temperature: The server's temperature; must be the call's.
-        of: "teacher": the teacher's own top-K. "student": ids that the student chose, as the losses on the student's list read
-            them; its list is its `top_k` most likely ids among them, so that the sampled token may be one more id.
+        of: "teacher": the teacher's own top-K. "student": ids that the student chose. A loss on the student's list uses the
+            `top_k` ids of these that the student finds most likely. So the sampled token may be sent as one more id.
     Raises:
         ValueError: shapes or devices that do not fit each other, or numbers that are no log-probabilities (checked on a CPU).
         TypeError: ids that are not integers, log-probabilities that are not floating point.

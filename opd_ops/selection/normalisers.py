@@ -162,7 +162,7 @@ def quantile_norm(z: Tensor, valid: Tensor) -> Tensor:
 def released_norm(z: Tensor, among: Tensor) -> Tensor:
     """The normaliser of TA's released code: no epsilon; 0 if the range is below 1e-12; non-finite values count as 0.
 
-    `z`: As of `quantile_norm`.
+    `z`: The same as for `quantile_norm`.
     """
     dtype, shape = z.dtype, z.shape
     z = (z if z.dim() > among.dim() else z.unsqueeze(0)).double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
@@ -175,7 +175,7 @@ def released_norm(z: Tensor, among: Tensor) -> Tensor:
 def minmax_norm(z: Tensor, valid: Tensor, *, clip: float | Sequence[float | None] | None = None) -> Tensor:
     """TIP section 6: (z - min) / (max - min) after z <- min(z, its `clip` quantile); a constant z gives 0.
 
-    `z`: As of `quantile_norm`. `clip`: None: no clip; a sequence: one for each column.
+    `z`: The same as for `quantile_norm`. `clip`: None: no clip; a sequence: one for each column.
     """
     dtype, shape = z.dtype, z.shape
     z, fitted = _fitted(z, valid)

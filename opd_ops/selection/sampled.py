@@ -67,9 +67,11 @@ class Dial:
 
 @dataclass(frozen=True)
 class LogRatio:
-    """A of the sampled token. side "high": where the teacher likes it most beyond the student; "low": least; "both": both ends.
+    """A of the sampled token: how much more likely the teacher finds it than the student does.
 
-    With "both" the budget of n positions takes the ceil(n / 2) highest, then the lowest of the others. It takes no threshold.
+    `side`: "high" selects tokens that the teacher finds much more likely than the student does; "low" those that it finds much
+    less likely; "both" takes half of the budget from each. With "both" a budget of n positions takes the ceil(n / 2) highest,
+    then the lowest of the others; a threshold is refused.
     """
 
     side: str = "high"

@@ -121,8 +121,10 @@ class Released:
 
     Args:
         score: The code's `dlearn_high`, `ca_softor`, `tip` or `entropy`.
-        fit: Norm is fitted on "all" positions of the responses, masked ones too, or on the "valid" ones, as in IER's copy.
-        exact_mass: C is the sum of q over S, the code's `--opd-exact-cmass`; from a teacher's own list it is the same bound.
+        fit: Norm is fitted on "all" positions of the responses, masked ones too, or on the "valid" ones, as in the copy
+            of this code that the authors of IER use.
+        exact_mass: C is the sum of q over S, the code's `--opd-exact-cmass`. With a teacher that sends only its own list, this
+            option changes nothing.
     """
 
     score: str = "teachability"

@@ -32,7 +32,7 @@ MEANS = ("valid", "selected", "sequence")
 
 @dataclass(frozen=True)
 class IW:
-    """Weights that fall from w_max at a response's first position to 1: by the share of the disagreement that came before.
+    """The weight is w_max at the start of a response. It falls towards 1 as the disagreement of the earlier tokens adds up.
 
     An infinite disagreement counts as 0.
     """
@@ -58,7 +58,10 @@ class IW:
 
 @dataclass(frozen=True)
 class FiRe:
-    """Larger weights where the teacher is sure and the student is not. The paper's code divides by their mean: "valid"."""
+    """Larger weights where the teacher is sure and the student is not.
+
+    To divide by the mean as the paper's code does, pass `weight_mean="valid"`.
+    """
 
     alpha: float = 1.0
     beta: float = 1.0

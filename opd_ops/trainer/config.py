@@ -51,9 +51,11 @@ class OPDConfig:
     student: str = _option(
         "", "Model to train: a folder, a name on the hub, a .gguf file, or package:NAME for one in a package."
     )
-    teacher: str = _option(SAME, "Model that teaches, named alike; 'same': the student's own.")
+    teacher: str = _option(SAME, "Model that teaches, given in the same ways as `student`; 'same': the student's own.")
     teacher_weights: str = _option(
-        FROZEN, "Of the teacher 'same': frozen (the initial ones), live, lag=N (of N updates before), ema=D (average, decay D)."
+        FROZEN,
+        "Weights of the teacher 'same'. 'frozen': the student's initial weights; 'live': its present weights; 'lag=N': its "
+        "weights N updates ago; 'ema=D': their moving average with decay D.",
     )
     teacher_system: str | None = _option(
         None, "System message that only the teacher reads; a prompt's own teacher_system wins."
@@ -78,8 +80,10 @@ class OPDConfig:
     teacher_digest: str | None = _option(
         None, "Digest of the teacher's weights, kept in teacher_store and compared; none: the server's name for its model."
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = _option("float32", "Of the student's weights; 'auto': as stored.")
-    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option("auto", "Of the teacher's weights.")
+    dtype: Literal["auto", "float32", "bfloat16"] = _option("float32", "Dtype of the student's weights; 'auto': as stored.")
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto", "Dtype of the teacher's weights; 'auto': as stored."
+    )
     mixed_precision: Literal["no", "bf16"] = _option("no", "bf16: the student's body computes in 16 bits, its weights stay.")
     gradient_checkpointing: bool = _option(False, "Compute activations again in the backward instead of keeping them.")
     lora_rank: int = _option(0, "Rank of LoRA adapters on every linear layer but the head; 0: train all weights.")
@@ -89,7 +93,9 @@ class OPDConfig:
     prompts: str = _option("", "Prompts: a JSONL file, a folder saved by `datasets`, or a dataset's name.")
     prompts_split: str = _option("train", "Split of a dataset.")
     prompts_name: str | None = _option(None, "Configuration of a dataset that has several, like 'main' of gsm8k.")
-    eval_prompts: str | None = _option(None, "Held-out prompts, named alike; none: the last eval_size of the prompts.")
+    eval_prompts: str | None = _option(
+        None, "Held-out prompts, given in the same ways as `prompts`; none: the last eval_size of the prompts."
+    )
     eval_prompts_split: str | None = _option(None, "Split of eval_prompts; none: prompts_split.")
     eval_prompts_name: str | None = _option(None, "Configuration of eval_prompts; none: prompts_name, of the same dataset.")
     eval_size: int = _option(16, "Held-out prompts; 0: no evaluation.")
@@ -112,7 +118,7 @@ class OPDConfig:
     # loss
     selector: str = _option(str(DEFAULTS.selector), HELP["selector"])
     fraction: float = _option(DEFAULTS.fraction, HELP["fraction"])
-    fraction_end: float | None = _option(None, "Fraction of the last step; none: `fraction` in every step.")
+    fraction_end: float | None = _option(None, "`fraction` in the last step; none: the same in every step.")
     count: int | None = _option(DEFAULTS.count, HELP["count"])
     scope: Scope = _option(  # noqa: RUF009  # `_option` is a dataclass field
         cast("Scope", DEFAULTS.scope),
@@ -121,12 +127,12 @@ class OPDConfig:
     weighting: str | None = _option(cast("str | None", DEFAULTS.weighting), HELP["weighting"])
     weight_mean: str | None = _option(DEFAULTS.weight_mean, HELP["weight_mean"])
     weighting_share: float = _option(DEFAULTS.weighting_share, HELP["weighting_share"])
-    weighting_share_end: float | None = _option(None, "Share of the last step; none: `weighting_share` in every step.")
+    weighting_share_end: float | None = _option(None, "`weighting_share` in the last step; none: the same in every step.")
     loss_schedule: Literal["linear", "cosine"] = _option(
         "linear", "How `fraction` and `weighting_share` go from their values in the first step to the `_end` in the last."
     )
     divergence: str = _option(str(DEFAULTS.divergence), HELP["divergence"])
-    divergence_args: str = _option("", "Its parameters, like beta=0.3 or top_k=8,alpha=0.5.")
+    divergence_args: str = _option("", "Parameters of the divergence, like beta=0.3 or top_k=8,alpha=0.5.")
     top_k: int = _option(DEFAULTS.top_k, HELP["top_k"])
     workspace_bytes: int = _option(DEFAULTS.workspace_bytes, HELP["workspace_bytes"])
     # optimisation
@@ -150,7 +156,7 @@ class OPDConfig:
     save_every: int = _option(
         0, "Steps between checkpoints, each written once the next gradient is finite; 0: only at the end and on SIGTERM."
     )
-    keep_checkpoints: int = _option(2, "The latest ones that are kept.")
+    keep_checkpoints: int = _option(2, "Number of latest checkpoints to keep.")
     output_dir: str = _option("out/run", "Folder of log, checkpoints and the trained model.")
     resume: bool = _option(False, "Continue from the newest intact checkpoint in output_dir, if there is one.")
     report_to: str = _option("", "Trackers, like tensorboard,wandb.")

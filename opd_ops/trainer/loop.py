@@ -5,8 +5,9 @@
   (arXiv 2605.26844, eqs. 6, 12, 13); n: valid tokens of the whole step; n_selected, n_valid: counts of the micro-batch.
   So neither accumulation, the number of processes nor selection changes the size of a step.
 
-Answers are sampled once a step, with the weights that the step updates. Budgets are per micro-batch (scope "batch") or per
-answer. Both models run only to their hidden states; logits exist only in blocks inside the loss, and in the sampler's last row.
+Answers are sampled once a step, with the weights that the step updates. A budget is per micro-batch (scope "batch"), per
+answer ("sequence"), or over all processes ("global"). Both models run only to their hidden states; logits exist only in blocks
+inside the loss, and in the sampler's last row.
 Not here: the options (config.py), the prompts and seeds of a step (order.py), the loss (opd_ops/loss.py).
 """
 

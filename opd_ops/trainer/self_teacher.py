@@ -2,9 +2,10 @@
 
   Weights after t updates; theta_t: the student's
     frozen   theta_0                                     under LoRA: adapters switched off, no memory; else a copy (teachers.py)
-    live     theta_t                                     no memory; OPSD, arXiv 2601.18734
+    live     theta_t                                     no memory
     lag=N    theta_max(0, t - N)                         N copies of the trained weights, the oldest also on the device
-    ema=D    m_t = D m_(t-1) + (1 - D) theta_t, m_0 = theta_0    one fp32 copy of them; D .999 OPSD, .95 SDPO, arXiv 2601.20802
+    ema=D    m_t = D m_(t-1) + (1 - D) theta_t, m_0 = theta_0    one fp32 copy of them
+  OPSD, arXiv 2601.18734: frozen (advised), live, or ema=.999; SDPO, arXiv 2601.20802: ema=.95; prime-rl: live
 
 The module is the student's. For the teacher's forward its trained parameters take the other values, so under LoRA a copy is one
 of the adapters alone. `ema` then averages A and B, not their product. Copies are part of a checkpoint.
