@@ -132,7 +132,8 @@ def in_short() -> Iterator[str]:
     )
     yield (
         f"* Selecting over all ranks by `teachability` sends {number(selection.bytes / 1000)} kB in {selection.count} "
-        "collectives a call, for any number of tokens; each further rank adds 8 bytes. It costs latency, not bytes: see the last table."
+        "collectives a call, for any number of tokens; each further rank adds 8 bytes. It costs latency, not bytes: see the "
+        "last table."
     )
     shares = (
         f"{percent(work_of(N, V, student.D, TEACHER.D, 1).flops / student_step(student, N, 1).flops)} ({student.name})"
