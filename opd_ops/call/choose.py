@@ -95,7 +95,8 @@ def _weights(scored: Scored, selected: Tensor) -> Tensor | None:
         weights = call.weighting(stats.clone())  # a user's weighting may change its argument in place
         check_scores(weights, call.shape, stats.valid.device, "weighting")
         weights = weights.double() if weights.dtype == torch.bool else weights
-        check_known(call, weights, selected, stats, "weighting")
+        if not call.reads_whole_rows and call.ranks is None:
+            check_known(weights, selected, stats, "weighting")
         shard, kind = call.student.transform.shard, call.settings.weight_mean
         if shard is not None:  # to the bit the same on all ranks, whatever the callable does
             weights = shard.ranks.first(weights.clone(memory_format=torch.contiguous_format))

@@ -73,6 +73,11 @@ class Call:
         return self.batch.student_stats
 
     @property
+    def reads_whole_rows(self) -> bool:
+        """Whether both models' whole rows are scored; else some statistics are NaN."""
+        return self.student_stats is None and isinstance(self.teacher, Source)
+
+    @property
     def needs(self) -> frozenset[str]:
         """The optional columns of statistics that the call reads."""
         return self.settings.needs

@@ -216,8 +216,8 @@ def _scored(call: Call, stats: TokenStats, infinite: Tensor | None = None) -> Sc
         with nullcontext() if call.ranks is None else over_ranks(call.ranks):
             scores = call.selector(selector_stats)
     check_scores(scores, call.shape, stats.valid.device)
-    if not is_own(call.selector):
-        check_known(call, scores, stats.valid, stats, "selector")
+    if not (is_own(call.selector) or call.reads_whole_rows) and call.ranks is None:
+        check_known(scores, stats.valid, stats, "selector")
     infinite = stats.valid & is_infinite(stats, call.divergence) if infinite is None else infinite
     shard = call.student.transform.shard
     if shard is not None and not is_deterministic(call.selector):  # all ranks take the scores that the first rank drew
@@ -241,12 +241,9 @@ def check_scores(scores: object, shape: torch.Size, device: torch.device, argume
         raise ValueError(f"{argument}: returned {scores.dtype} scores on {scores.device}, expected real ones on {device}")
 
 
-def check_known(call: Call, values: Tensor, among: Tensor, stats: TokenStats, argument: str) -> None:
-    """Refuse scores or weights that are NaN because the rule reads a column that this call does not know; a CPU sees them."""
-    is_partly_known = call.student_stats is not None or isinstance(call.teacher, TeacherLists)
-    if not is_partly_known or call.ranks is not None or not may_look(values):
-        return
-    if number_in((values.isnan() & among & is_finite(stats.student_logsumexp)).any()):
+def check_known(values: Tensor, among: Tensor, stats: TokenStats, argument: str) -> None:
+    """Refuse scores or weights that are NaN because the rule reads a column that the call does not know; a CPU sees them."""
+    if may_look(values) and number_in((values.isnan() & among & is_finite(stats.student_logsumexp)).any()):
         place = "selected" if argument == "weighting" else "valid"
         raise ValueError(
             f"{argument}: returned NaN at a {place} position, expected numbers; with student_stats and with lists of a teacher "
