@@ -383,7 +383,7 @@ def _unknown(name: str, names: Sequence[str]) -> str:
     if name in HELP:
         return f"{name}: got a setting that this function does not read; leave it out"
     if name in Batch._fields:
-        return f"{name}: got an argument of a batch where only settings are taken; pass it to the loss, by its name"
+        return f"{name}: got an argument of a batch, which is not taken here; pass it to selective_opd_loss"
     instead = did_you_mean(name, [*names, *Batch._fields]) or f"; expected one of: {', '.join(sorted(names))}"
     return f"settings: got {name!r}, an unknown name{instead}"
 

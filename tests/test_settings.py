@@ -159,7 +159,7 @@ def test_functions_refuse_settings_that_they_do_not_have():
         selective_opd_token_losses(student, teacher, inplace_backward=True)
     with pytest.raises(TypeError, match="inplace_backward: got True in settings, which this function does not read"):
         selective_opd_token_losses(student, teacher, settings=Settings(inplace_backward=True))
-    with pytest.raises(TypeError, match="num_items_in_batch: got an argument of a batch where only settings are taken"):
+    with pytest.raises(TypeError, match="num_items_in_batch: got an argument of a batch, which is not taken here"):
         selective_opd_token_losses(student, teacher, num_items_in_batch=3)
     with pytest.raises(TypeError, match="settings: got 'masc', an unknown name; did you mean 'mask'"):
         selective_opd_loss(student, teacher, masc=torch.ones(6))

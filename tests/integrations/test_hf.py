@@ -200,7 +200,7 @@ def test_without_a_teacher_it_says_so(tmp_path):
     [
         ({"fractoin": 0.1}, TypeError, "settings: got 'fractoin', an unknown name; did you mean 'fraction'?"),
         ({"fraction": 0}, ValueError, "fraction: got 0, expected"),
-        ({"labels": None}, TypeError, "labels: got an argument of a batch where only settings are taken"),
+        ({"labels": None}, TypeError, "labels: got an argument of a batch, which is not taken here"),
         (
             {"divergence": SampledToken(ratio="is")},
             ValueError,
