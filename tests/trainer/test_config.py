@@ -44,6 +44,32 @@ def test_flags_win_over_the_file(needed, tmp_path):
     assert config.settings().divergence == JSD(beta=0.3)
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("output_dir: 2024_10_01", "2024_10_01"),
+        ("run_name: 1.10", "1.10"),
+        ("run_name: 0123", "0123"),
+        ("run_name: 12:30:45", "12:30:45"),
+        ("run_name: 2001-99-99", "2001-99-99"),
+        ("run_name: '-1'", "-1"),
+        ("prompts_split: on", "on"),
+        ("mixed_precision: no", "no"),
+        ("teacher_model: ~", None),
+        ("resume: yes", True),
+        ("gradient_checkpointing: False", False),
+        ("max_new_tokens: 1_000", 1000),
+        ("seed: 010", 10),
+        ("learning_rate: 1e-6", 1e-6),
+    ],
+)
+def test_a_value_of_the_file_is_its_text_as_it_stands(line, expected, needed, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(line)
+    config = read_config(["--config", str(path), *needed])
+    assert getattr(config, line.partition(":")[0]) == expected
+
+
 def test_every_option_has_a_help_text_and_a_flag(capsys):
     with pytest.raises(SystemExit):
         read_config(["--help"])
