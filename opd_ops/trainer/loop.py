@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor
 from transformers import get_scheduler
 
@@ -126,11 +126,12 @@ class OPDTrainer:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"output_dir: got {config.output_dir!r}, expected a folder ({error.strerror})") from None
-        precision = None if config.mixed_precision == "no" else config.mixed_precision
         trackers = config.trackers() or None
         timeout = None if config.process_timeout is None else timedelta(seconds=config.process_timeout)
+        # Precision and accumulation are the options' own: by itself accelerate reads both from the launcher's environment.
         self.accelerator = Accelerator(
-            mixed_precision=precision,
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             log_with=trackers,
             project_dir=str(self.folder),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],

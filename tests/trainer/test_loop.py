@@ -208,6 +208,15 @@ def test_options_of_memory_and_precision_train_alike(options, tmp_path):
     assert other["forward_kl"] < _log(tmp_path / "other")[0]["eval_forward_kl"]
 
 
+def test_a_launcher_s_precision_and_accumulation_do_not_act(tmp_path, monkeypatch):
+    trainer(tmp_path / "plain", steps=1, eval_size=0).train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    trainer(tmp_path / "launched", steps=1, eval_size=0).train()
+    assert _log(tmp_path / "launched") == _log(tmp_path / "plain")
+
+
 def test_a_teacher_that_sends_lists(tmp_path):
     """Log-probabilities of the teacher's best eight, as a server sends them."""
     local = LocalTeacher(language_model(1), tokenizer())
