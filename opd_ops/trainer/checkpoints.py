@@ -2,7 +2,8 @@
 
   output_dir/checkpoints/step-000040/  weights (safetensors), optimizer, learning-rate schedule, by accelerate;
                                        held_out.safetensors, the answers that evaluations read;
-                                       run.json: step, options, digests of the prompts, size and SHA-256 of every other file
+                                       run.json: step, number of processes, options, digests of the prompts, size and SHA-256
+                                       of every other file
   output_dir/model/                    the student by `save_pretrained`, its tokenizer, README.md
 
 run.json is written last and in one piece. A checkpoint without it is incomplete: its save was interrupted. A checkpoint is
@@ -55,6 +56,7 @@ class RunRecord(TypedDict):
     """The content of run.json."""
 
     step: int
+    num_processes: int  # checkpoints of earlier versions lack it
     config: dict[str, object]  # every option by name
     prompts: Mapping[str, str]  # digest by kind of prompts
     files: dict[str, SavedFile]  # by path in the checkpoint's folder
@@ -121,15 +123,21 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def check_resume(path: Path, config: OPDConfig, digests: Mapping[str, str]) -> dict[str, tuple[object, object]]:
+def check_resume(
+    path: Path, config: OPDConfig, digests: Mapping[str, str], num_processes: int
+) -> dict[str, tuple[object, object]]:
     """Check that an intact checkpoint belongs to this run. Returns the changed options: name -> (old, new). Needs no model.
 
-    Raises: ValueError: its run had other options or other prompts, which are named, or it is beyond the last step.
+    Raises: ValueError: its run had other options, other prompts or another number of micro-batches in a step, which are named,
+        or it is beyond the last step.
     """
     record, new = _read_record(path), dataclasses.asdict(config)
     # The other schedules depend on the number of steps.
     is_scheduled = config.lr_scheduler != "constant" or config.scheduled(0)
     free = FREE - ({"steps"} if is_scheduled else set())
+    if "num_processes" in record:
+        _check_micro_batches(path, record, config, num_processes)
+        free = free | {"gradient_accumulation_steps"}
     different = {
         name: (old, new.get(name)) for name, old in record["config"].items() if name not in free and new.get(name) != old
     }
@@ -148,6 +156,18 @@ def check_resume(path: Path, config: OPDConfig, digests: Mapping[str, str]) -> d
     if record["step"] > config.steps:
         raise ValueError(f"steps: got {config.steps}, expected at least {record['step']}, as {path} has done")
     return different
+
+
+def _check_micro_batches(path: Path, record: RunRecord, config: OPDConfig, now: int) -> None:
+    """Check that a step has as many micro-batches as before. Scope "global" selects over the processes: their number stays."""
+    was, accumulated = record["num_processes"], int(str(record["config"]["gradient_accumulation_steps"]))
+    is_same = was * accumulated == now * config.gradient_accumulation_steps and (config.scope != "global" or was == now)
+    if not is_same:
+        what = "both" if config.scope == "global" else "the same product of the two"
+        raise ValueError(
+            f"resume: {path} is of another run: gradient_accumulation_steps was {accumulated} on {was} processes and is "
+            f"{config.gradient_accumulation_steps} on {now}; keep {what}, or pass another output_dir"
+        )
 
 
 class Checkpoints:
@@ -213,7 +233,13 @@ class Checkpoints:
             if file.is_file()
         }
         config = dataclasses.asdict(self.config)
-        record: RunRecord = {"step": step, "config": config, "prompts": self.digests, "files": files}
+        record: RunRecord = {
+            "step": step,
+            "num_processes": self.accelerator.num_processes,
+            "config": config,
+            "prompts": self.digests,
+            "files": files,
+        }
         write_whole(path / SETTINGS, json.dumps(record, indent=1))
 
     def _save_adapters(self, models: list[nn.Module], weights: list[dict[str, Tensor]], path: str) -> None:

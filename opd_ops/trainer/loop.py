@@ -141,7 +141,8 @@ class OPDTrainer:
             check_sharded(config.teacher_weights)
         digests = {"prompts": digest_of(self.prompts), "held-out prompts": digest_of(self.held_out)}
         self.start, self.damaged = choose(self.folder / FOLDER, self.accelerator) if config.resume else (None, {})
-        self.changed = {} if self.start is None else check_resume(self.start, config, digests)
+        ranks = self.accelerator.num_processes
+        self.changed = {} if self.start is None else check_resume(self.start, config, digests, ranks)
         self.tokenizer = load_tokenizer(config.student) if tokenizer is None else tokenizer
         lists = check_teacher(config, self.tokenizer, [*self.prompts, *self.held_out]) if teacher is None else None
         check_rollout_server(config, self.accelerator.num_processes, self.tokenizer, self.prompts)

@@ -156,9 +156,9 @@ def test_resume_refuses_every_other_option(tmp_path):
     path = tmp_path / "step-000001"
     path.mkdir()
     (path / SETTINGS).write_text(json.dumps({"step": 1, "config": dataclasses.asdict(config), "prompts": {}}))
-    assert check_resume(path, config, {}) == {}
+    assert check_resume(path, config, {}, 1) == {}
     for name in {field.name for field in dataclasses.fields(config)} - FREE - LOGGED | {"steps"}:
         value = getattr(config, name)
         other = dataclasses.replace(config, **{name: "other" if value is None or isinstance(value, str) else value + 1})
         with pytest.raises(ValueError, match=f"resume: .* is of another run: {name} was .* and is .*; pass the same options"):
-            check_resume(path, other, {})
+            check_resume(path, other, {}, 1)

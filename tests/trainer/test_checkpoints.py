@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opd_ops.trainer.checkpoints import SETTINGS, complete, damage
+from opd_ops.trainer.checkpoints import SETTINGS, check_resume, complete, damage
+from opd_ops.trainer.config import OPDConfig
 from opd_ops.trainer.files import write_whole
 from tests.trainer.runs import prompts, trainer
 
@@ -131,6 +132,31 @@ def test_resume_refuses_prompts_that_were_edited(edited, name, folder):
     asked[edited] = dataclasses.replace(asked[edited], answer="w10")
     with pytest.raises(ValueError, match=f"resume: the {name} are not those that .*step-000003 was trained with; put their"):
         trainer(folder, steps=4, resume=True, asked=asked, **OPTIONS)
+
+
+def test_a_step_keeps_its_number_of_micro_batches_on_other_processes(finished):
+    path = complete(finished / "checkpoints")[-1]
+    assert json.loads((path / SETTINGS).read_text())["num_processes"] == 1
+
+    def resumed(accumulated, ranks, **options):
+        record = json.loads((path / SETTINGS).read_text())["config"]  # two micro-batches on one process
+        config = OPDConfig(**record | {"gradient_accumulation_steps": accumulated} | options)
+        return check_resume(path, config, {}, ranks)
+
+    assert resumed(2, 1) == resumed(1, 2) == {}
+    message = "resume: .* is of another run: gradient_accumulation_steps was 2 on 1 processes and is {} on {}; keep the same"
+    for accumulated, ranks in ((2, 2), (1, 1), (4, 1)):
+        with pytest.raises(ValueError, match=message.format(accumulated, ranks)):
+            resumed(accumulated, ranks)
+
+
+def test_a_budget_over_the_processes_keeps_their_number(finished, tmp_path):
+    record = json.loads((complete(finished / "checkpoints")[-1] / SETTINGS).read_text())
+    record["config"]["scope"] = "global"
+    (tmp_path / SETTINGS).write_text(json.dumps(record))
+    assert check_resume(tmp_path, OPDConfig(**record["config"]), {}, 1) == {}
+    with pytest.raises(ValueError, match="gradient_accumulation_steps was 2 on 1 processes and is 1 on 2; keep both"):
+        check_resume(tmp_path, OPDConfig(**record["config"] | {"gradient_accumulation_steps": 1}), {}, 2)
 
 
 def test_resume_names_the_line_of_a_log_that_it_cannot_read(folder):
