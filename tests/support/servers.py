@@ -14,7 +14,10 @@ from opd_ops.trainer.servers import retries
 
 @contextmanager
 def scripted(answer):
-    """A server that answers `answer(path, body) -> (code, content)`; yields its address, and (path, body, key) of requests."""
+    """A server that answers `answer(path, body) -> (code, content, *headers)`; a header is a pair.
+
+    Yields its address, and (path, body, key) of requests.
+    """
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -24,9 +27,11 @@ def scripted(answer):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
             asked.append((self.path, body, self.headers["Authorization"]))
-            code, content = answer(self.path, body)
+            code, content, *headers = answer(self.path, body)
             content = content if isinstance(content, bytes) else json.dumps(content).encode()
             self.send_response(code)
+            for header in headers:
+                self.send_header(*header)
             self.end_headers()
             try:
                 self.wfile.write(content)

@@ -4,6 +4,7 @@
   the request, and is raised at once. retries.py has the times of the tries.
 
 Only the standard library is used, so the client needs no other package. HTTP(S)_PROXY and NO_PROXY have their usual effect.
+Redirects are errors: urllib would send the key to their target, and make a GET of a POST.
 Not here: the content of requests and answers (teacher.py, sglang.py, rollouts.py).
 """
 
@@ -35,6 +36,13 @@ WHOLE_DISTRIBUTION = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect is not followed, and so becomes an HTTPError."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
 
 
 class ServedModel(NamedTuple):
@@ -83,6 +91,7 @@ class ServerClient:
             )
         self.url, self.role = url.rstrip("/").removesuffix("/v1"), role
         self.timeout, self.retries, self.concurrency, self.api_key = timeout, Retries(retry_seconds), concurrency, api_key
+        self._opener = urllib.request.build_opener(_NoRedirects)
 
     def models(self) -> list[ServedModel]:
         """The models that the server has, including adapters."""
@@ -179,7 +188,7 @@ class ServerClient:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, headers)
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+            with self._opener.open(request, timeout=self.timeout) as reply:
                 content: bytes = reply.read()
                 return content
         except urllib.error.HTTPError as error:
@@ -189,6 +198,11 @@ class ServerClient:
                 refused = "no key was sent" if self.api_key is None else "the key that was sent is not accepted"
                 about = refused if error.code == 401 else f"if this is about a key: {refused}"
                 message += f"; {about}, pass api_key= (opd-train: {self.role}_api_key_env, the variable that holds the key)"
+            elif 300 <= error.code < 400:
+                message += (
+                    f"; it redirects to {error.headers['Location']!r}, expected an answer: pass the server's own address as "
+                    f"url= (opd-train: {self.role}_url)"
+                )
             is_temporary = error.code >= 500 or error.code == 429
             raise ServerError(message, code=error.code, is_temporary=is_temporary) from error
         except (OSError, http.client.HTTPException) as error:

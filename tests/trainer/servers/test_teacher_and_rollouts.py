@@ -170,6 +170,20 @@ def test_what_the_request_is_to_blame_for_is_not_tried_again(waits):
     assert not waits
 
 
+@pytest.mark.parametrize("code", [301, 302, 307])
+def test_a_redirect_is_refused_and_its_target_gets_no_key(code, waits):
+    with scripted(StandIn(prompt_logprobs)) as (target, asked):
+        there = ("Location", f"{target}/v1/completions")
+        with scripted(lambda *_: (code, b"", there)) as (address, _):
+            client = ServerClient(address, role="teacher", timeout=5.0, retry_seconds=9, concurrency=1, api_key="secret")
+            message = rf"{address}/v1/.*: answered {code}: .*; it redirects to '{target}/v1/completions', .* teacher_url"
+            for send in (client.models, lambda: client.complete([{}])):
+                with pytest.raises(ServerError, match=message):
+                    send()
+    assert not asked
+    assert not waits
+
+
 def test_a_silent_server_is_not_waited_for():
     held = threading.Event()
 
