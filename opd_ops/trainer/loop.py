@@ -127,7 +127,10 @@ class OPDTrainer:
         except OSError as error:
             raise ValueError(f"output_dir: got {config.output_dir!r}, expected a folder ({error.strerror})") from None
         trackers = config.trackers() or None
-        timeout = None if config.process_timeout is None else timedelta(seconds=config.process_timeout)
+        # accelerate leaves out a timeout that equals its own default, 600 s, whatever the backend: gloo would then wait 1800 s.
+        # So a microsecond is added, which torch rounds away.
+        seconds = config.process_timeout
+        timeout = None if seconds is None else timedelta(seconds=seconds, microseconds=1)
         # Precision and accumulation are the options' own: by itself accelerate reads both from the launcher's environment.
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,

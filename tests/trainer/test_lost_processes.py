@@ -13,10 +13,13 @@ from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
 from torch.distributed import TCPStore
 
 from opd_ops.trainer import lost_processes
 from opd_ops.trainer.lost_processes import ENDED, KEY, LostProcessError, LostProcesses
+from tests.trainer.runs import trainer
 
 TIMED_OUT = "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 15000ms for recv operation to complete"
 
@@ -89,3 +92,16 @@ def test_other_errors_stay_as_they_are(error, store):
 def test_one_process_needs_no_store():
     with pytest.raises(RuntimeError, match="gloo"), process(0, size=1):
         raise RuntimeError("gloo")
+
+
+@pytest.mark.parametrize("seconds", [600.0, 1800.0, 90.0])
+def test_process_timeout_is_the_timeout_of_gloo(seconds, tmp_path, monkeypatch):
+    """Also where it is the default of a backend (600 of NCCL), which accelerate leaves out. The group has one process."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "ACCELERATE_USE_CPU": "true"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "0")
+    trainer(tmp_path, steps=1, process_timeout=seconds)
+    group = dist.group.WORLD._get_backend(torch.device("cpu"))
+    dist.destroy_process_group()
+    assert (group.name(), group.options._timeout.total_seconds()) == ("gloo", seconds)
