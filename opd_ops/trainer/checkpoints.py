@@ -36,10 +36,16 @@ if TYPE_CHECKING:
 # Options that may change between a run and its continuation without a note in the log: no step depends on them.
 FREE = {"steps", "eval_every", "completions", "save_every", "keep_checkpoints", "output_dir", "resume", "report_to", "run_name"}
 FREE |= {"teacher_api_key_env", "rollout_api_key_env", "server_retry_seconds", "process_timeout"}
+# Places of prompts: digests of the prompts themselves are compared.
+FREE |= {"prompts", "prompts_split", "prompts_name", "eval_prompts", "eval_prompts_split", "eval_prompts_name"}
+# Of each group one must be set before and after, or none: a server may come back elsewhere, its answers from a folder.
+PLACES = (("rollout_url",), ("teacher_url", "teacher_store"))
 # Options that may change with a note in the log: size of the next updates, and their memory. All other options decide what is
 # learned, from which prompts, and the meaning of the logged numbers. These may not change: all lines of a log mean the same.
 LOGGED = {"learning_rate", "weight_decay", "max_grad_norm", "gradient_checkpointing", "workspace_bytes"}
 FOLDER = "checkpoints"  # in output_dir
+TEACHER = "teacher's weights"  # of a teacher that sends lists: the digest is a server's name for its model, or `teacher_digest`
+ADVICE = {TEACHER: "let the server serve the same model under the same name"}  # what to do about a digest that differs
 ADAPTERS = "adapters.safetensors"
 CONTEXTS = "held_out.safetensors"
 SETTINGS = "run.json"
@@ -58,7 +64,7 @@ class RunRecord(TypedDict):
     step: int
     num_processes: int  # checkpoints of earlier versions lack it
     config: dict[str, object]  # every option by name
-    prompts: Mapping[str, str]  # digest by kind of prompts
+    prompts: Mapping[str, str]  # digests of what is read: of each kind of prompts, and TEACHER
     files: dict[str, SavedFile]  # by path in the checkpoint's folder
 
 
@@ -128,19 +134,23 @@ def check_resume(
 ) -> dict[str, tuple[object, object]]:
     """Check that an intact checkpoint belongs to this run. Returns the changed options: name -> (old, new). Needs no model.
 
-    Raises: ValueError: its run had other options, other prompts or another number of micro-batches in a step, which are named,
-        or it is beyond the last step.
+    Raises: ValueError: its run had other options, another digest or another number of micro-batches in a step, which are
+        named, or it is beyond the last step.
     """
     record, new = _read_record(path), dataclasses.asdict(config)
+    before = dataclasses.asdict(OPDConfig()) | record["config"]  # an earlier version had its options alone
     # The other schedules depend on the number of steps.
     is_scheduled = config.lr_scheduler != "constant" or config.scheduled(0)
     free = FREE - ({"steps"} if is_scheduled else set())
     if "num_processes" in record:
         _check_micro_batches(path, record, config, num_processes)
         free = free | {"gradient_accumulation_steps"}
-    different = {
-        name: (old, new.get(name)) for name, old in record["config"].items() if name not in free and new.get(name) != old
-    }
+    if TEACHER in record["prompts"] and TEACHER in digests:
+        free = free | {"teacher_model"}
+    for group in PLACES:
+        if all(any(options[name] is not None for name in group) for options in (before, new)):
+            free = free | set(group)
+    different = {name: (old, new.get(name)) for name, old in before.items() if name not in free and new.get(name) != old}
     fixed = [f"{name} was {old!r} and is {now!r}" for name, (old, now) in different.items() if name not in LOGGED]
     if fixed:
         raise ValueError(
@@ -148,10 +158,10 @@ def check_resume(
             f"(what may change: {', '.join(sorted(LOGGED))})"
         )
     for name, digest in digests.items():
-        if record["prompts"].get(name) != digest:
+        if record["prompts"].get(name, digest) != digest:  # an earlier version had fewer digests
+            advice = ADVICE.get(name, "put their file back as it was")
             raise ValueError(
-                f"resume: the {name} are not those that {path} was trained with; put their file back as it was, or pass "
-                "another output_dir"
+                f"resume: the {name} are not those that {path} was trained with; {advice}, or pass another output_dir"
             )
     if record["step"] > config.steps:
         raise ValueError(f"steps: got {config.steps}, expected at least {record['step']}, as {path} has done")

@@ -32,7 +32,7 @@ from opd_ops.call.reduce import SelectiveOPDOutput
 from opd_ops.loss import SelectiveOPDLoss
 from opd_ops.trainer import evaluation
 from opd_ops.trainer.blow_up import are_finite, blow_up
-from opd_ops.trainer.checkpoints import FOLDER, Checkpoints, check_resume, choose, save_model
+from opd_ops.trainer.checkpoints import FOLDER, TEACHER, Checkpoints, check_resume, choose, save_model
 from opd_ops.trainer.config import PASSED_AS_OBJECT, SAME, OPDConfig
 from opd_ops.trainer.lost_processes import LostProcesses
 from opd_ops.trainer.model_card import describe_teacher, model_card
@@ -142,12 +142,14 @@ class OPDTrainer:
         self.is_sharded = self.accelerator.distributed_type == DistributedType.FSDP
         if self.is_sharded:
             check_sharded(config.teacher_weights)
+        self.tokenizer = load_tokenizer(config.student) if tokenizer is None else tokenizer
+        lists = check_teacher(config, self.tokenizer, [*self.prompts, *self.held_out]) if teacher is None else None
         digests = {"prompts": digest_of(self.prompts), "held-out prompts": digest_of(self.held_out)}
+        if lists is not None:
+            digests[TEACHER] = lists.identity()
         self.start, self.damaged = choose(self.folder / FOLDER, self.accelerator) if config.resume else (None, {})
         ranks = self.accelerator.num_processes
         self.changed = {} if self.start is None else check_resume(self.start, config, digests, ranks)
-        self.tokenizer = load_tokenizer(config.student) if tokenizer is None else tokenizer
-        lists = check_teacher(config, self.tokenizer, [*self.prompts, *self.held_out]) if teacher is None else None
         check_rollout_server(config, self.accelerator.num_processes, self.tokenizer, self.prompts)
         model = load_student(self.config) if student is None else make_trainable(student, self.config)
         if teacher is None:

@@ -110,6 +110,10 @@ class StoredTeacher:
             )
         return TopKLogprobs(ids, logprobs)
 
+    def identity(self) -> str:
+        """The teacher's name or digest that the shards have."""
+        return self.source.teacher
+
     def add(self, shard: Shard) -> None:
         """Add a shard, or replace the one of its path, which has the same first answers. An answer that is there already stays.
 
@@ -157,6 +161,10 @@ class StoringTeacher:
         if lacking:
             self._keep(lacking)
         return self.stored.score(contexts, answers)
+
+    def identity(self) -> str:
+        """As `StoredTeacher.identity`."""
+        return self.stored.identity()
 
     def _keep(self, questions: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
         """Ask for these answers and write them."""

@@ -56,6 +56,9 @@ class ListSource(Protocol):
     def score(self, contexts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> TopKLogprobs:
         """As `TeacherServer.score`."""
 
+    def identity(self) -> str:
+        """What stands for the teacher's weights: a server's name for its model, or a digest."""
+
 
 class ServerTeacher:
     """Top-K log-probabilities from a server, or from a folder of its answers."""

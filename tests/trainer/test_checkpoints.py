@@ -150,13 +150,57 @@ def test_a_step_keeps_its_number_of_micro_batches_on_other_processes(finished):
             resumed(accumulated, ranks)
 
 
-def test_a_budget_over_the_processes_keeps_their_number(finished, tmp_path):
-    record = json.loads((complete(finished / "checkpoints")[-1] / SETTINGS).read_text())
-    record["config"]["scope"] = "global"
-    (tmp_path / SETTINGS).write_text(json.dumps(record))
-    assert check_resume(tmp_path, OPDConfig(**record["config"]), {}, 1) == {}
+def test_a_budget_over_the_processes_keeps_their_number(tmp_path):
+    two, one = (OPDConfig(scope="global", gradient_accumulation_steps=n) for n in (2, 1))
+    _record(tmp_path, two, num_processes=1)
+    assert check_resume(tmp_path, two, {}, 1) == {}
     with pytest.raises(ValueError, match="gradient_accumulation_steps was 2 on 1 processes and is 1 on 2; keep both"):
-        check_resume(tmp_path, OPDConfig(**record["config"] | {"gradient_accumulation_steps": 1}), {}, 2)
+        check_resume(tmp_path, one, {}, 2)
+
+
+def _record(folder, config, **more):
+    (folder / SETTINGS).write_text(json.dumps({"step": 2, "config": dataclasses.asdict(config), "prompts": {}} | more))
+
+
+SERVED = OPDConfig(teacher_url="http://a", rollout_url="http://b", prompts="p")
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [
+        {"teacher_url": "http://c"},
+        {"teacher_url": None, "teacher_store": "answers"},
+        {"rollout_url": "http://c"},
+        {"prompts": "./p"},
+        {"eval_prompts": "q", "eval_prompts_split": "test"},
+    ],
+)
+def test_servers_and_prompts_may_move(moved, tmp_path):
+    """The prompts' digests stay."""
+    _record(tmp_path, SERVED)
+    assert check_resume(tmp_path, dataclasses.replace(SERVED, **moved), {"prompts": "1"}, 1) == {}
+
+
+@pytest.mark.parametrize("name", ["teacher_url", "rollout_url"])
+def test_a_server_is_no_model_of_this_machine(name, tmp_path):
+    other = dataclasses.replace(SERVED, **{name: None})
+    for old, new in ((SERVED, other), (other, SERVED)):
+        _record(tmp_path, old)
+        with pytest.raises(
+            ValueError, match=f"of another run: {name} was {getattr(old, name)!r} and is {getattr(new, name)!r};"
+        ):
+            check_resume(tmp_path, new, {}, 1)
+
+
+def test_an_option_that_the_record_lacks_has_its_default(tmp_path):
+    """The record of an earlier version."""
+    _record(tmp_path, SERVED)
+    record = json.loads((tmp_path / SETTINGS).read_text())
+    del record["config"]["top_p"], record["config"]["fraction_end"]
+    (tmp_path / SETTINGS).write_text(json.dumps(record))
+    assert check_resume(tmp_path, SERVED, {}, 1) == {}
+    with pytest.raises(ValueError, match=r"of another run: top_p was 1.0 and is 0.5, fraction_end was None and is 0.01;"):
+        check_resume(tmp_path, dataclasses.replace(SERVED, top_p=0.5, fraction_end=0.01), {}, 1)
 
 
 def test_resume_names_the_line_of_a_log_that_it_cannot_read(folder):

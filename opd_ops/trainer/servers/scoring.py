@@ -168,6 +168,10 @@ class TeacherServer(ABC):
             self.model = self._chosen.name
         return self._chosen
 
+    def identity(self) -> str:
+        """The served model's name, which stands for its weights."""
+        return self.served().name
+
     def _questions(
         self, contexts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], ids: Tensor | None
     ) -> dict[int, Question]:

@@ -361,6 +361,23 @@ def test_a_run_whose_server_has_gone_in_the_last_evaluation_saves_and_finishes(t
     assert (tmp_path / "model" / "adapter_model.safetensors").is_file()
 
 
+def test_a_run_continues_with_its_teacher_at_another_address_and_from_a_folder(tmp_path):
+    def run(**options):
+        trainer(tmp_path / "run", resume=True, eval_size=0, **LISTS | {"teacher_model": None} | options).train()
+
+    store = {"teacher_store": str(tmp_path / "store")}
+    with scripted(StandIn(answered)) as (url, _):
+        run(steps=1, teacher_url=url)
+    with scripted(StandIn(answered)) as (url, _):
+        run(steps=2, teacher_url=url, teacher_model="tiny", **store)
+    with scripted(StandIn(answered, models=("other",))) as (url, _), pytest.raises(ValueError) as error:
+        run(steps=2, teacher_url=url)
+    assert re.search(
+        "the teacher's weights are not those that .*step-000002 .*; let the server serve the same model", str(error.value)
+    )
+    run(steps=2, **store)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("at", "done"),
