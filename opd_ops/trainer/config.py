@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from opd_ops.arguments import did_you_mean, refuse_unknown_names, shown
 from opd_ops.divergences import Divergence, resolve_divergence
@@ -230,6 +230,7 @@ class OPDConfig:
 
     def check(self) -> OPDConfig:
         """Check all options and return `self`. Files must exist; no model is loaded."""
+        self._check_kinds()
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, str):
                 check_text(value, name)
@@ -288,6 +289,16 @@ class OPDConfig:
         self._check_loss()
         return self
 
+    def _check_kinds(self) -> None:
+        """The parser of the command line refuses such values itself; from Python any may come."""
+        named = {int: "an integer", bool: "True or False"}
+        for name, hint in get_type_hints(OPDConfig).items():
+            value, kinds = getattr(self, name), get_args(hint) or (hint,)
+            if get_origin(hint) is Literal and value not in kinds:
+                raise ValueError(f"{name}: got {value!r}, expected one of: {', '.join(map(repr, kinds))}")
+            if named.keys() & kinds and type(value) not in kinds:
+                raise ValueError(f"{name}: got {value!r}, expected {named[kinds[0]]}")
+
     def _check_own_weights(self) -> None:
         self.privileged_context()
         own_weights(self.teacher_weights)
@@ -329,8 +340,6 @@ class OPDConfig:
             )
         if self.teacher_digest is not None and self.teacher_store is None:
             raise ValueError(f"teacher_digest: got {self.teacher_digest!r} without a teacher_store, whose shards would have it")
-        if self.teacher_api not in ("vllm", "sglang"):
-            raise ValueError(f"teacher_api: got {self.teacher_api!r}, expected 'vllm' or 'sglang'")
         for role in ("teacher", "rollout"):
             for name in (f"{role}_model", f"{role}_api_key_env", *(["teacher_api"] if role == "teacher" else [])):
                 is_set = getattr(self, name) != OPDConfig.__dataclass_fields__[name].default
@@ -367,8 +376,6 @@ class OPDConfig:
             )
         if self.weighting_share_end is not None and self.weighting is None:
             raise ValueError("weighting_share_end: got a share of no weighting; pass a weighting")
-        if self.loss_schedule not in ("linear", "cosine"):
-            raise ValueError(f"loss_schedule: got {self.loss_schedule!r}, expected 'linear' or 'cosine'")
         if not self.scheduled(0) and self.loss_schedule != OPDConfig.__dataclass_fields__["loss_schedule"].default:
             raise ValueError(
                 f"loss_schedule: got {self.loss_schedule!r} without fraction_end or weighting_share_end; set one of them too"

@@ -153,6 +153,27 @@ def test_a_scheduled_option_that_is_no_number_is_refused(option, needed):
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("dtype", "bf16", "one of: 'auto', 'float32', 'bfloat16'"),
+        ("mixed_precision", "fp16", "one of: 'no', 'bf16'"),
+        ("lr_scheduler", "polynomial", "one of: 'constant', 'linear', 'cosine'"),
+        ("teacher_api", "openai", "one of: 'vllm', 'sglang'"),
+        ("loss_schedule", "steps", "one of: 'linear', 'cosine'"),
+        ("scope", "rows", "one of: 'batch', 'sequence', 'global'"),
+        ("steps", 10.5, "an integer"),
+        ("seed", True, "an integer"),
+        ("count", 2.0, "an integer"),
+        ("resume", "no", "True or False"),
+    ],
+)
+def test_a_value_of_another_kind_from_python_is_refused(name, value, expected, needed):
+    options = {"prompts": needed[0].removeprefix("--prompts="), "student": "somewhere", name: value}
+    with pytest.raises(ValueError, match=re.escape(f"{name}: got {value!r}, expected {expected}") + "$"):
+        OPDConfig(**options).check()
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("fractoin: 0.1", "run.yaml:1 has fractoin, an unknown option; did you mean 'fraction'?"),

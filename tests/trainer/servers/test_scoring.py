@@ -193,7 +193,7 @@ def test_the_trainer_learns_from_an_sglang_teacher(tmp_path, model):
     assert {path for path, _, _ in asked} == {"/v1/models", "/generate"}
     with pytest.raises(ValueError, match="teacher_api: got one without teacher_url"):
         trainer(tmp_path, steps=1, teacher_api="sglang")
-    with pytest.raises(ValueError, match="teacher_api: got 'SGLang', expected 'vllm' or 'sglang'"):
+    with pytest.raises(ValueError, match="teacher_api: got 'SGLang', expected one of: 'vllm', 'sglang'"):
         trainer(tmp_path, steps=1, **options | {"teacher_api": "SGLang"})
 
 
