@@ -25,6 +25,7 @@ from opd_ops.trainer.files import check_path, check_text, read_text
 from opd_ops.trainer.privileged import PrivilegedContext
 from opd_ops.trainer.prompts import PromptSource
 from opd_ops.trainer.self_teacher import FROZEN, own_weights
+from opd_ops.trainer.servers.client import check_address
 
 if TYPE_CHECKING:
     import yaml
@@ -267,8 +268,8 @@ class OPDConfig:
             raise ValueError(f"warmup_steps: got {self.warmup_steps}, expected at most steps, {self.steps}")
         for name in ("teacher_url", "rollout_url"):
             url = getattr(self, name)
-            if url is not None and not url.startswith(("http://", "https://")):
-                raise ValueError(f"{name}: got {url!r}, expected an address that begins with http:// or https://")
+            if url is not None:
+                check_address(url, name)
         try:
             re.compile(self.answer_pattern)
         except re.error as error:

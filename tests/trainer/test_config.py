@@ -118,6 +118,7 @@ def test_every_option_has_a_help_text_and_a_flag(capsys):
         (["--lora_dropout=1.5"], r"lora_dropout: got 1.5, expected a number in \[0, 1\)"),
         (["--warmup_steps=500"], "warmup_steps: got 500, expected at most steps, 100"),
         (["--teacher_url=teacher:8000", "--divergence=tail_aware"], "teacher_url: got 'teacher:8000', expected an address"),
+        (["--rollout_url=http://x:80a0", "--lora_rank=2"], "rollout_url: got 'http://x:80a0', expected an address"),
         (["--answer_pattern=("], "answer_pattern: got '\\(', expected a regular expression"),
         (["--output_dir="], "output_dir: got nothing"),
         (["--lora_rank=4", "--teacher_dtype=bfloat16"], "teacher_dtype: got 'bfloat16', but this teacher is"),
@@ -236,6 +237,16 @@ def test_a_server_s_key_is_read_from_the_environment_and_never_shown(needed, mon
     assert config.api_key("teacher") == "sk-secret"
     assert config.api_key("rollout") is None
     assert "secret" not in repr(config)
+
+
+def test_a_password_in_an_address_is_refused_and_never_shown(needed, capsys):
+    for url in ("http://user:secret@x:8000", "http://user:secret@x:80a0"):
+        with pytest.raises(SystemExit):
+            read_config([*needed, f"--teacher_url={url}", "--divergence=tail_aware"])
+        said = capsys.readouterr().err
+        assert "teacher_url: got an address with '@', expected one without user and password" in said
+        assert "teacher_api_key_env" in said
+        assert "secret" not in said
 
 
 def test_lora_needs_peft_before_anything_loads(needed, monkeypatch, capsys):

@@ -15,6 +15,7 @@ import json
 import math
 import threading
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -76,8 +77,7 @@ class ServerClient:
         concurrency: int,
         api_key: str | None,
     ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"url: got {url!r}, expected an address as 'http://teacher:8000'")
+        check_address(url, "url")
         if not timeout > 0:
             raise ValueError(f"timeout: got {timeout!r}, expected a number of seconds > 0")
         if not 0 <= retry_seconds < math.inf:
@@ -155,13 +155,14 @@ class ServerClient:
                 stop.set()
                 raise
 
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            futures = [pool.submit(answer, body) for body in bodies]
-            try:
-                wait(futures, return_when=FIRST_EXCEPTION)
-            finally:  # also when the user interrupts the wait
-                stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
+        pool = ThreadPoolExecutor(self.concurrency)
+        futures = [pool.submit(answer, body) for body in bodies]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:  # also when the user interrupts the wait
+            stop.set()
+            # Requests that are under way may take minutes: nobody reads their answers, so nobody waits for them.
+            pool.shutdown(wait=False, cancel_futures=True)
         if failures:
             raise failures[0]
         return [future.result() for future in futures]
@@ -211,7 +212,7 @@ class ServerClient:
             if isinstance(reason, TimeoutError):
                 problem = (
                     f"no answer within {self.timeout:g} s ({reason}); check that the server is up and its address. A long "
-                    "batch needs a longer timeout or fewer requests at once (concurrency)"
+                    "batch needs a longer timeout= or fewer requests at once, concurrency= (opd-train: batch_size)"
                 )
             elif isinstance(error, urllib.error.URLError):
                 problem = f"cannot be reached ({reason}); check that the server is up and its address"
@@ -229,6 +230,25 @@ class ServerClient:
                 f"{self.url}{path}: answered {_shown(content)}, expected JSON; is this the API's address?"
             ) from error
         return answer
+
+
+def check_address(url: str, name: str) -> None:
+    """Check a server's address; an error begins with the argument's name.
+
+    Raises: ValueError: not http(s)://HOST or http(s)://HOST:PORT and perhaps a path, or with a user and a password.
+    """
+    if "@" in url:
+        raise ValueError(
+            f"{name}: got an address with '@', expected one without user and password, which warnings and files would show; "
+            "pass a key as api_key= (opd-train: teacher_api_key_env, rollout_api_key_env)"
+        )
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # the port is no number up to 65535, or a bracket of an IPv6 address is missing
+        is_address = False
+    if not is_address or not all("!" <= character <= "~" for character in url):
+        raise ValueError(f"{name}: got {url!r}, expected an address as 'http://teacher:8000'")
 
 
 def _model(entry: Mapping[str, object]) -> ServedModel:

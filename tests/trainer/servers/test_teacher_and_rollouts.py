@@ -8,6 +8,7 @@ follows a script and keeps what it was asked.
 Not here: faults of servers (test_faults.py); the training with a served teacher (examples/test_demo.py).
 """
 
+import re
 import socket
 import threading
 import time
@@ -199,6 +200,29 @@ def test_a_silent_server_is_not_waited_for():
         held.set()
 
 
+def test_requests_under_way_are_not_waited_for_where_one_is_refused():
+    """The server answers the second request only once the error has come, or after 5 s."""
+    has_failed, is_asked, waited = threading.Event(), threading.Event(), []
+
+    def answer(_, body):
+        if body["number"] == 0:
+            is_asked.wait(5)
+            return 400, {"error": {"message": "no"}}
+        is_asked.set()
+        waited.append(has_failed.wait(5))
+        return 200, {}
+
+    client = ServerClient("http://x", role="teacher", timeout=60.0, retry_seconds=0, concurrency=2, api_key=None)
+    with scripted(answer) as (client.url, _):
+        with pytest.raises(ServerError, match="answered 400: no"):
+            client.post("/x", [{"number": 0}, {"number": 1}])
+        has_failed.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("ThreadPoolExecutor"):
+            thread.join(5)
+    assert waited == [True]
+
+
 def test_an_address_where_nothing_is(waits):
     with scripted(StandIn(prompt_logprobs)) as (address, _):
         pass
@@ -310,6 +334,11 @@ def test_more_or_less_than_one_choice_is_refused(content):
     ("options", "message"),
     [
         ({"url": "localhost:8000"}, "url: got 'localhost:8000', expected an address as 'http://teacher:8000'"),
+        *(
+            ({"url": url}, f"^url: got {re.escape(repr(url))}, expected an address as")
+            for url in ("http://", "http://x:80a0", "http://x:0", "http://x:70000", "http://a b:1", "http://x\n", "http://[::1")
+        ),
+        ({"url": "http://user:secret@x:8000"}, "^url: got an address with '@', expected one without user and password"),
         ({"top_k": 0}, "top_k: got 0, expected an integer of at least 1"),
         ({"timeout": 0.0}, "timeout: got 0.0, expected a number of seconds > 0"),
         ({"retry_seconds": -1}, "retry_seconds: got -1, expected a finite number of seconds >= 0"),
