@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,6 +51,8 @@ ADAPTERS = "adapters.safetensors"
 CONTEXTS = "held_out.safetensors"
 SETTINGS = "run.json"
 
+_log = logging.getLogger("opd_ops")
+
 
 class SavedFile(TypedDict):
     """A file of a checkpoint, as it was written."""
@@ -69,9 +72,14 @@ class RunRecord(TypedDict):
 
 
 def complete(folder: Path) -> list[Path]:
-    """The folder's complete checkpoints, which have a run.json, oldest first. Renamed ones and copies do not count."""
+    """The folder's complete checkpoints, which have a run.json, oldest first."""
+    return [path for path in _numbered(folder) if (path / SETTINGS).is_file()]
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """The folder's checkpoints, also incomplete ones, oldest first. Renamed ones and copies do not count."""
     paths = (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal())
-    return sorted((path for path in paths if (path / SETTINGS).is_file()), key=step_of)
+    return sorted(paths, key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -209,8 +217,8 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self._write_record(path, step, contexts)
-            for old in complete(self.folder)[: -self.config.keep_checkpoints] if prunes else []:
-                shutil.rmtree(old)
+            if prunes:
+                self._prune()
         self.accelerator.wait_for_everyone()
 
     def load(self, path: Path) -> tuple[int, dict[str, Tensor]]:
@@ -230,6 +238,18 @@ class Checkpoints:
             path.rename(aside)
         self.accelerator.wait_for_everyone()
         return aside
+
+    def _prune(self) -> None:
+        """Delete all that is older than the latest `keep_checkpoints`. A file system that refuses does not end the run."""
+        oldest_kept = complete(self.folder)[-self.config.keep_checkpoints :][0]
+        for path in _numbered(self.folder):
+            if step_of(path) >= step_of(oldest_kept):
+                return
+            try:
+                (path / SETTINGS).unlink(missing_ok=True)  # first, so that what is deleted in part is incomplete
+                shutil.rmtree(path)
+            except OSError as error:
+                _log.warning("%s: cannot be deleted (%s); the next checkpoint tries it again", path, error.strerror)
 
     def _write_record(self, path: Path, step: int, contexts: Rollouts | None) -> None:
         """Write the held-out answers, and last run.json, which lists all files."""

@@ -8,6 +8,7 @@ Not here: which checkpoints are good after a blow-up (test_blow_up.py), sharded 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opd_ops.trainer.checkpoints import SETTINGS, check_resume, complete, damage
+from opd_ops.trainer.checkpoints import SETTINGS, Checkpoints, check_resume, complete, damage
 from opd_ops.trainer.config import OPDConfig
 from opd_ops.trainer.files import write_whole
 from tests.trainer.runs import prompts, trainer
@@ -238,6 +239,32 @@ def test_a_run_json_that_cannot_be_written_makes_no_checkpoint(folder, monkeypat
         trainer(folder, steps=4, resume=True, **OPTIONS).train()
     assert (folder / "checkpoints" / "step-000004" / "model.safetensors").exists()
     assert [path.name for path in complete(folder / "checkpoints")] == ["step-000001", "step-000002", "step-000003"]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_incomplete_and_tried_again(folder, monkeypatch, caplog):
+    checkpoints, delete = folder / "checkpoints", shutil.rmtree
+    refused = [checkpoints / "step-000001"]
+
+    def busy(path, **options):
+        if path in refused:  # once; a network file system keeps the name of a file that is open
+            refused.remove(path)
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        delete(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    seen = []
+    write = Checkpoints._write_record
+    monkeypatch.setattr(Checkpoints, "_write_record", lambda self, *x: (seen.append(_names(checkpoints)), write(self, *x)))
+    trainer(folder, steps=5, resume=True, **OPTIONS).train()
+    assert seen[1] == (["1", "2", "3", "4", "5"], ["2", "3", "4"])
+    assert _names(checkpoints) == (["3", "4", "5"], ["3", "4", "5"])
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "opd_ops"]
+    assert warning == f"{checkpoints}/step-000001: cannot be deleted (Directory not empty); the next checkpoint tries it again"
+
+
+def _names(checkpoints):
+    """Of all, and of those that are complete."""
+    return sorted(path.name[-1] for path in checkpoints.iterdir()), [path.name[-1] for path in complete(checkpoints)]
 
 
 def test_write_whole_leaves_the_old_text_where_it_fails(tmp_path, monkeypatch):
