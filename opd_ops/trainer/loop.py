@@ -36,7 +36,7 @@ from opd_ops.trainer.checkpoints import FOLDER, TEACHER, Checkpoints, check_resu
 from opd_ops.trainer.config import PASSED_AS_OBJECT, SAME, OPDConfig
 from opd_ops.trainer.lost_processes import LostProcesses
 from opd_ops.trainer.model_card import describe_teacher, model_card
-from opd_ops.trainer.models import load_tokenizer
+from opd_ops.trainer.models import load_tokenizer, with_padding
 from opd_ops.trainer.order import seed_of
 from opd_ops.trainer.prompts import Prompt, digest_of, held_out, load_prompts
 from opd_ops.trainer.rollouts import Rollouts, end_tokens, head_over, in_bf16, seeded
@@ -82,7 +82,7 @@ class OPDTrainer:
     Args:
         config: The options; checked here.
         student: A causal language model to train (LoRA and gradient checkpointing are still added by the options).
-        tokenizer: The student's tokenizer.
+        tokenizer: The student's tokenizer. Without a padding token it is given its end token as one.
         teacher: `rollouts -> LinearHead (B, L, D) or TopKLogprobs (B, L, K)`, see inputs/teacher_lists.py.
         prompts, eval_prompts: Lists of `Prompt`.
     Raises (before any model loads): ValueError: an invalid option or prompt, a teacher with another vocabulary, a checkpoint of
@@ -106,6 +106,10 @@ class OPDTrainer:
             student=config.student or ("" if student is None else PASSED_AS_OBJECT),
             prompts=config.prompts or ("" if prompts is None else PASSED_AS_OBJECT),
         ).check()
+        if config.student == PASSED_AS_OBJECT and tokenizer is None:
+            raise ValueError(
+                "tokenizer: got none, but student is an object, whose tokenizer no name tells; pass tokenizer= too"
+            )
         self.folder = Path(config.output_dir)
         holds_run = (self.folder / FILE).exists() or any((self.folder / FOLDER).glob("*")) or (self.folder / MODEL).exists()
         if holds_run and not config.resume:
@@ -142,7 +146,7 @@ class OPDTrainer:
         self.is_sharded = self.accelerator.distributed_type == DistributedType.FSDP
         if self.is_sharded:
             check_sharded(config.teacher_weights)
-        self.tokenizer = load_tokenizer(config.student) if tokenizer is None else tokenizer
+        self.tokenizer = load_tokenizer(config.student) if tokenizer is None else with_padding(tokenizer)
         lists = check_teacher(config, self.tokenizer, [*self.prompts, *self.held_out]) if teacher is None else None
         digests = {"prompts": digest_of(self.prompts), "held-out prompts": digest_of(self.held_out)}
         if lists is not None:

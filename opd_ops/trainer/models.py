@@ -34,10 +34,14 @@ def load_model(name: str | Path, *, dtype: str | torch.dtype = "auto") -> PreTra
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Without a padding token of its own it pads with the end token."""
+    """The model's tokenizer, `with_padding`."""
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**location(name))
+    return with_padding(AutoTokenizer.from_pretrained(**location(name)))
+
+
+def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The same object. Without a padding token of its own it pads with the end token from now on."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -17,12 +17,14 @@ from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM
 
 from opd_ops import LinearHead, SampledToken, Settings, TopKLogprobs
+from opd_ops.trainer.config import OPDConfig
 from opd_ops.trainer.evaluation import accuracy, completions_of, held_out_metrics, is_exact_match
+from opd_ops.trainer.loop import OPDTrainer
 from opd_ops.trainer.rollouts import Rollouts, head_over
 from opd_ops.trainer.teachers import LocalTeacher
 from tests.integrations.models import language_model, tokenizer
 from tests.support.tolerances import assert_gradient
-from tests.trainer.runs import prompts, trainer
+from tests.trainer.runs import SMALL, prompts, trainer
 
 NUMBERS = {"loss", "kl", "kl_selected", "entropy", "teacher_entropy", "support_mass", "grad_norm", "learning_rate", "n_valid"}
 
@@ -238,6 +240,21 @@ def test_a_teacher_that_sends_lists(tmp_path):
 def test_a_teacher_that_is_the_student_told_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"teacher: got 'same' and no teacher_system, .* nothing to learn"):
         trainer(tmp_path, steps=1, taught_by=None)
+
+
+def test_a_student_that_is_an_object_needs_its_tokenizer(tmp_path):
+    options = {"student": language_model(0), "teacher": LocalTeacher(language_model(1), tokenizer()), "prompts": prompts()}
+    with pytest.raises(ValueError, match=r"tokenizer: got none, but student is an object, .*; pass tokenizer= too"):
+        OPDTrainer(OPDConfig(output_dir=str(tmp_path)), **options)
+
+
+def test_a_tokenizer_object_without_padding_pads_with_the_end_token(tmp_path):
+    words = tokenizer()
+    words.pad_token = None
+    teacher = LocalTeacher(language_model(1), words)
+    config = OPDConfig(output_dir=str(tmp_path), steps=1, **SMALL)
+    OPDTrainer(config, student=language_model(0), tokenizer=words, teacher=teacher, prompts=prompts()).train()
+    assert words.pad_token == words.eos_token == "w1"
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(tmp_path):
