@@ -46,7 +46,12 @@ PLACES = (("rollout_url",), ("teacher_url", "teacher_store"))
 LOGGED = {"learning_rate", "weight_decay", "max_grad_norm", "gradient_checkpointing", "workspace_bytes"}
 FOLDER = "checkpoints"  # in output_dir
 TEACHER = "teacher's weights"  # of a teacher that sends lists: the digest is a server's name for its model, or `teacher_digest`
-ADVICE = {TEACHER: "let the server serve the same model under the same name"}  # what to do about a digest that differs
+TOKENS = "prompts' token ids"  # of what student and teacher read
+ADVICE = {  # what to do about a digest that differs
+    TEACHER: "let the server serve the same model under the same name",
+    TOKENS: "put the tokenizer and its chat template back as they were; where a template prints the date, write that of the "
+    "first run into it",
+}
 ADAPTERS = "adapters.safetensors"
 CONTEXTS = "held_out.safetensors"
 SETTINGS = "run.json"
@@ -67,7 +72,7 @@ class RunRecord(TypedDict):
     step: int
     num_processes: int  # checkpoints of earlier versions lack it
     config: dict[str, object]  # every option by name
-    prompts: Mapping[str, str]  # digests of what is read: of each kind of prompts, and TEACHER
+    prompts: Mapping[str, str]  # digests of what is read: of each kind of prompts, TOKENS, and TEACHER
     files: dict[str, SavedFile]  # by path in the checkpoint's folder
 
 

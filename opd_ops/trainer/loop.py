@@ -32,14 +32,14 @@ from opd_ops.call.reduce import SelectiveOPDOutput
 from opd_ops.loss import SelectiveOPDLoss
 from opd_ops.trainer import evaluation
 from opd_ops.trainer.blow_up import are_finite, blow_up
-from opd_ops.trainer.checkpoints import FOLDER, TEACHER, Checkpoints, check_resume, choose, save_model
+from opd_ops.trainer.checkpoints import FOLDER, TEACHER, TOKENS, Checkpoints, check_resume, choose, save_model
 from opd_ops.trainer.config import PASSED_AS_OBJECT, SAME, OPDConfig
 from opd_ops.trainer.lost_processes import LostProcesses
 from opd_ops.trainer.model_card import describe_teacher, model_card
 from opd_ops.trainer.models import load_tokenizer, with_padding
 from opd_ops.trainer.order import seed_of
 from opd_ops.trainer.prompts import Prompt, digest_of, held_out, load_prompts
-from opd_ops.trainer.rollouts import Rollouts, end_tokens, head_over, in_bf16, seeded
+from opd_ops.trainer.rollouts import Rollouts, context_digest, end_tokens, head_over, in_bf16, seeded
 from opd_ops.trainer.runlog import FILE, RunLog, read_rows
 from opd_ops.trainer.samplers import (
     LocalSampler,
@@ -147,8 +147,11 @@ class OPDTrainer:
         if self.is_sharded:
             check_sharded(config.teacher_weights)
         self.tokenizer = load_tokenizer(config.student) if tokenizer is None else with_padding(tokenizer)
-        lists = check_teacher(config, self.tokenizer, [*self.prompts, *self.held_out]) if teacher is None else None
+        asked = [*self.prompts, *self.held_out]
+        lists = check_teacher(config, self.tokenizer, asked) if teacher is None else None
+        read = asked if teacher is not None else [*asked, *config.privileged_context().prompts(asked)]
         digests = {"prompts": digest_of(self.prompts), "held-out prompts": digest_of(self.held_out)}
+        digests[TOKENS] = context_digest(self.tokenizer, read)
         if lists is not None:
             digests[TEACHER] = lists.identity()
         self.start, self.damaged = choose(self.folder / FOLDER, self.accelerator) if config.resume else (None, {})

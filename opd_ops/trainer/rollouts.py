@@ -9,6 +9,8 @@ Not here: which prompts (order.py), their text (prompts.py), answers sampled by 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+
+
+DIGESTED = 256  # prompts, for a digest that takes less than a second
 
 
 class SamplingOptions(TypedDict):
@@ -86,6 +91,12 @@ def context_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, system: str 
 def longest_context(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> int:
     """The number of tokens of the longest prompt."""
     return max((len(context_ids(tokenizer, prompt)) for prompt in prompts), default=0)
+
+
+def context_digest(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> str:
+    """A digest of the token ids of up to DIGESTED prompts, at regular distances."""
+    ids = [context_ids(tokenizer, prompt) for prompt in prompts[:: 1 + len(prompts) // DIGESTED]]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from opd_ops.trainer.checkpoints import SETTINGS, Checkpoints, check_resume, complete, damage
 from opd_ops.trainer.config import OPDConfig
 from opd_ops.trainer.files import write_whole
+from tests.integrations.models import tokenizer
+from tests.trainer import runs
 from tests.trainer.runs import prompts, trainer
 
 OPTIONS = {"save_every": 1, "keep_checkpoints": 3, "eval_every": 1}
@@ -133,6 +135,27 @@ def test_resume_refuses_prompts_that_were_edited(edited, name, folder):
     asked[edited] = dataclasses.replace(asked[edited], answer="w10")
     with pytest.raises(ValueError, match=f"resume: the {name} are not those that .*step-000003 was trained with; put their"):
         trainer(folder, steps=4, resume=True, asked=asked, **OPTIONS)
+
+
+MESSAGES = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+
+
+@pytest.mark.parametrize("changed", ["w9 " + MESSAGES, "{% if messages[0]['role'] == 'system' %}w9 {% endif %}" + MESSAGES])
+def test_resume_refuses_another_chat_template(changed, tmp_path, monkeypatch):
+    """One of student and teacher, and one of the teacher alone; a template that prints the date is another one each day."""
+
+    def run(template):
+        words = tokenizer()
+        words.chat_template = template
+        monkeypatch.setattr(runs, "tokenizer", lambda: words)
+        return trainer(tmp_path, steps=1, resume=True, eval_size=0, taught_by=None, teacher_system="w5")
+
+    run(MESSAGES).train()
+    run(MESSAGES)
+    with pytest.raises(
+        ValueError, match=r"resume: the prompts' token ids are not those that .*step-000001 .*; put the tokenizer"
+    ):
+        run(changed)
 
 
 def test_a_step_keeps_its_number_of_micro_batches_on_other_processes(finished):
