@@ -53,7 +53,7 @@ setup(
             "pyyaml>=6",
             "rich>=13",
         ],
-        "inspect": ["transformers>=5.19", "accelerate>=1.10", "gguf>=0.17", "matplotlib>=3.8", "rich>=13"],
+        "inspect": ["transformers>=5.19", "accelerate>=1.10", "peft>=0.19", "gguf>=0.17", "matplotlib>=3.8", "rich>=13"],
         "trl": ["trl>=1.16,<1.17"],
         "hf": ["transformers>=5.19", "accelerate>=1.10"],
     },

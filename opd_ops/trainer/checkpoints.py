@@ -4,7 +4,8 @@
                                        held_out.safetensors, the answers that evaluations read;
                                        run.json: step, number of processes, options, digests of the prompts, size and SHA-256
                                        of every other file
-  output_dir/model/                    the student by `save_pretrained`, its tokenizer, README.md
+  output_dir/model/                    the student by `save_pretrained`, merged or its adapters under LoRA, its tokenizer,
+                                       README.md
 
 run.json is written last and in one piece. A checkpoint without it is incomplete: its save was interrupted. A checkpoint is
 damaged if a file differs from run.json. The random numbers of a step are a function of the step (order.py), so neither the data
@@ -304,11 +305,24 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_model(folder: Path, accelerator: Accelerator, model: nn.Module, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
-    """Save the student for `from_pretrained` (under LoRA its adapters), its tokenizer and its card."""
+def save_model(
+    folder: Path,
+    accelerator: Accelerator,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    card: str,
+    *,
+    merges: bool,
+) -> None:
+    """Save the student for `from_pretrained`, its tokenizer and its card. Under LoRA these are the adapters, or with `merges`
+    the whole model, which then has no adapters any more; a sharded model cannot be merged.
+    """
+    student = accelerator.unwrap_model(model)
+    if merges:
+        model = student = student.merge_and_unload()
     state = accelerator.get_state_dict(model)  # gathered, if the model is sharded
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(folder, state_dict=state, safe_serialization=True)
+        student.save_pretrained(folder, state_dict=state, safe_serialization=True)
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
     accelerator.wait_for_everyone()

@@ -36,7 +36,7 @@ from opd_ops.trainer.checkpoints import FOLDER, TEACHER, TOKENS, Checkpoints, ch
 from opd_ops.trainer.config import PASSED_AS_OBJECT, SAME, OPDConfig
 from opd_ops.trainer.lost_processes import LostProcesses
 from opd_ops.trainer.model_card import describe_teacher, model_card
-from opd_ops.trainer.models import load_tokenizer, with_padding
+from opd_ops.trainer.models import load_tokenizer, location, with_padding
 from opd_ops.trainer.order import seed_of
 from opd_ops.trainer.prompts import Prompt, digest_of, held_out, load_prompts
 from opd_ops.trainer.rollouts import Rollouts, context_digest, end_tokens, head_over, in_bf16, seeded
@@ -144,8 +144,15 @@ class OPDTrainer:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
         )
         self.is_sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        # An adapter names the folder of its base, and nothing can load a .gguf file by its folder.
+        self.merges = config.lora_rank > 0 and "gguf_file" in location(config.student)
         if self.is_sharded:
             check_sharded(config.teacher_weights)
+        if self.is_sharded and self.merges:
+            raise ValueError(
+                f"lora_rank: got {config.lora_rank} for the .gguf file of {config.student!r} under FSDP, which cannot merge "
+                "the adapters at the end, expected 0; or save the student as a folder first (load_model, save_pretrained)"
+            )
         self.tokenizer = load_tokenizer(config.student) if tokenizer is None else with_padding(tokenizer)
         asked = [*self.prompts, *self.held_out]
         lists = check_teacher(config, self.tokenizer, asked) if teacher is None else None
@@ -212,7 +219,7 @@ class OPDTrainer:
                 self.accelerator.end_training()
                 raise failure from error
             card = model_card(self.config, self.taught_by, self._logged(0), after)
-            save_model(self.folder / MODEL, self.accelerator, self.model, self.tokenizer, card)
+            save_model(self.folder / MODEL, self.accelerator, self.model, self.tokenizer, card, merges=self.merges)
             log.say(f"{self.folder}/{MODEL} is the student; {self.folder}/{FILE} has the numbers")
         self.accelerator.end_training()
         return after

@@ -13,17 +13,19 @@ import shutil
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, DistributedType
 from transformers import AutoModelForCausalLM
 
 from opd_ops import LinearHead, SampledToken, Settings, TopKLogprobs
+from opd_ops.trainer import loop
 from opd_ops.trainer.config import OPDConfig
 from opd_ops.trainer.evaluation import accuracy, completions_of, held_out_metrics, is_exact_match
 from opd_ops.trainer.loop import OPDTrainer
+from opd_ops.trainer.models import load_model
 from opd_ops.trainer.rollouts import Rollouts, head_over
 from opd_ops.trainer.teachers import LocalTeacher
 from tests.integrations.models import language_model, tokenizer
-from tests.support.tolerances import assert_gradient
+from tests.support.tolerances import assert_gradient, relative_error
 from tests.trainer.runs import SMALL, prompts, trainer
 
 NUMBERS = {"loss", "kl", "kl_selected", "entropy", "teacher_entropy", "support_mass", "grad_norm", "learning_rate", "n_valid"}
@@ -255,6 +257,22 @@ def test_a_tokenizer_object_without_padding_pads_with_the_end_token(tmp_path):
     config = OPDConfig(output_dir=str(tmp_path), steps=1, **SMALL)
     OPDTrainer(config, student=language_model(0), tokenizer=words, teacher=teacher, prompts=prompts()).train()
     assert words.pad_token == words.eos_token == "w1"
+
+
+def test_adapters_of_a_gguf_file_are_saved_merged(tmp_path):
+    run = trainer(tmp_path, steps=1, eval_size=0, lora_rank=2, learning_rate=0.1, student="tiny.gguf")
+    ids, logits = torch.arange(3, 12)[None], []
+    run.optimizer.optimizer.register_step_post_hook(lambda *_: logits.append(run.unwrapped(ids).logits.detach()))
+    run.train()
+    assert not list((tmp_path / "model").glob("adapter*"))
+    saved, untrained = (model(ids).logits.detach() for model in (load_model(tmp_path / "model"), language_model(0)))
+    assert relative_error(saved, logits[0]) < 1e-5 < 0.01 < relative_error(saved, untrained)
+
+
+def test_adapters_of_a_gguf_file_cannot_be_merged_under_fsdp(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ValueError, match=r"lora_rank: got 2 for the .gguf file of 'tiny.gguf' under FSDP, .* expected 0"):
+        trainer(tmp_path, steps=1, lora_rank=2, student="tiny.gguf")
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(tmp_path):
