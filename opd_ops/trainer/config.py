@@ -81,7 +81,9 @@ class OPDConfig:
     teacher_digest: str | None = _option(
         None, "Digest of the teacher's weights, kept in teacher_store and compared; none: the server's name for its model."
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = _option("float32", "Dtype of the student's weights; 'auto': as stored.")
+    dtype: Literal["auto", "float32", "bfloat16"] = _option(
+        "float32", "Dtype of the student's weights; 'auto': as stored. In 16 bits most small updates round to no change."
+    )
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "auto", "Dtype of the teacher's weights; 'auto': as stored."
     )

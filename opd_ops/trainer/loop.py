@@ -14,6 +14,7 @@ Not here: the options (config.py), the prompts and seeds of a step (order.py), t
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -74,6 +75,8 @@ MEANS = {  # logged name: (sum of the metric, count that divides it)
     "weight": ("weight_sum", "n_selected"),
 }
 COUNTS = ("n_valid", "n_selected", "n_infinite", "n_teacher_nonfinite")
+
+_log = logging.getLogger("opd_ops")
 
 
 class OPDTrainer:
@@ -171,6 +174,12 @@ class OPDTrainer:
         is_alone = self.accelerator.num_processes == 1 or isinstance(teacher, (LocalTeacher, SelfTeacher))
         self.teacher = teacher if is_alone else JointTeacher(teacher, self.accelerator)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if any(parameter.element_size() < 4 for parameter in trained) and self.accelerator.is_main_process:
+            _log.warning(
+                "dtype: weights of 16 bits are trained, and an update of about learning_rate (%g) rounds to no change where a "
+                "weight is large; pass dtype float32 with mixed_precision bf16",
+                config.learning_rate,
+            )
         optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.model, self.optimizer = self.accelerator.prepare(model.train(), optimizer)
         # transformers' "constant" has no warm-up.

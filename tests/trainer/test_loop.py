@@ -275,6 +275,24 @@ def test_adapters_of_a_gguf_file_cannot_be_merged_under_fsdp(tmp_path, monkeypat
         trainer(tmp_path, steps=1, lora_rank=2, student="tiny.gguf")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "options", "warns"),
+    [
+        (torch.bfloat16, {}, True),
+        (torch.bfloat16, {"lora_rank": 2}, False),
+        (torch.float32, {"mixed_precision": "bf16"}, False),
+    ],
+)
+def test_trained_weights_of_16_bits_are_a_warning(dtype, options, warns, tmp_path, caplog):
+    """Adapters of a 16-bit model have 32."""
+    config = OPDConfig(output_dir=str(tmp_path), **SMALL | options)
+    teacher = LocalTeacher(language_model(1), tokenizer())
+    OPDTrainer(config, student=language_model(0).to(dtype), tokenizer=tokenizer(), teacher=teacher, prompts=prompts())
+    said = [record.getMessage() for record in caplog.records if record.name == "opd_ops"]
+    assert len(said) == warns
+    assert all("pass dtype float32 with mixed_precision bf16" in text for text in said)
+
+
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(tmp_path):
     run = trainer(tmp_path, steps=2, eval_size=0)
     before = [parameter.detach().clone() for parameter in run.unwrapped.parameters()]
