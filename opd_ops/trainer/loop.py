@@ -242,13 +242,14 @@ class OPDTrainer:
             log.advance(self._step(step, log, saves=is_due))
             self.done = done = step + 1
             is_last = done == self.config.steps
-            if is_last or done % self.config.eval_every == 0:
-                after = self._evaluate(done, log)
             is_stopped = stopping.is_asked()
+            if not is_stopped and (is_last or done % self.config.eval_every == 0):
+                after = self._evaluate(done, log)
+                is_stopped = stopping.is_asked()
             if is_last or is_stopped:
                 # After a SIGTERM no next gradient has checked these weights, so older checkpoints are not deleted.
-                self.checkpoints.save(done, self.contexts, prunes=is_last)
-            if is_stopped and not is_last:
+                self.checkpoints.save(done, self.contexts, prunes=not is_stopped)
+            if is_stopped:
                 log.say(f"SIGTERM: saved after step {done}; --resume continues")
                 self.accelerator.end_training()
                 raise SystemExit(143)

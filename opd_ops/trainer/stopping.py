@@ -1,5 +1,6 @@
 """SIGTERM, which schedulers send before they take a machine away: the run finishes and saves its step before it ends.
 
+An evaluation that is due waits for the continuation: schedulers and launchers kill a process that takes too long.
 Not here: the saving (checkpoints.py).
 """
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -108,6 +110,30 @@ def test_resume_without_a_checkpoint_begins_anew_and_of_a_finished_run_changes_n
     shutil.rmtree(tmp_path / "checkpoints")
     assert trainer(tmp_path, steps=1, resume=True).train() == last
     assert (tmp_path / "log.jsonl").read_text() == log
+
+
+@pytest.mark.parametrize(("phase", "step", "is_evaluated"), [("_step", 2, False), ("_step", 3, False), ("_evaluate", 2, True)])
+def test_sigterm_saves_at_once_and_an_evaluation_waits_for_the_continuation(phase, step, is_evaluated, tmp_path):
+    options = {"steps": 3, "eval_every": 1}
+    trainer(tmp_path / "whole", **options).train()
+    run = trainer(tmp_path / "cut", **options)
+    act = getattr(run, phase)
+
+    def interrupted(number, *arguments, **more):
+        if number == step - (phase == "_step"):  # a step is counted by the updates before it
+            os.kill(os.getpid(), signal.SIGTERM)
+        return act(number, *arguments, **more)
+
+    setattr(run, phase, interrupted)
+    with pytest.raises(SystemExit, match="143"):
+        run.train()
+    last = _log(tmp_path / "cut")[-1]
+    assert (last["step"], "eval_loss" in last) == (step, is_evaluated)
+    assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == [f"step-{step:06}"]
+    assert not (tmp_path / "cut" / "model").exists()
+    trainer(tmp_path / "cut", resume=True, **options).train()
+    assert _log(tmp_path / "cut") == _log(tmp_path / "whole")
+    assert (tmp_path / "cut" / "model").exists()
 
 
 def test_what_a_run_writes(tmp_path):
