@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from opd_ops.diagnostics.contexts import Contexts
-from opd_ops.diagnostics.intervals import Interval, mean_intervals
+from opd_ops.diagnostics.intervals import Interval, mean_intervals, quantiles
 from opd_ops.inputs.sequences import sequence_ids
 from opd_ops.scoring import select_positions
 from opd_ops.selection.selectors import Selector, bound_selector, everything, named_selector, selection_options
@@ -53,7 +53,7 @@ def gain(contexts: Contexts) -> Tensor:
 def relative_gain(contexts: Contexts) -> Tensor:
     """(n_measured,) fp64: G / max(KL before, 1e-6), clamped to its own 1 % and 99 % quantiles."""
     ratio = gain(contexts) / contexts.before.forward_kl.double()[contexts.measured].clamp_min(LEAST_KL)
-    low, high = torch.quantile(ratio, torch.tensor(TAILS, dtype=ratio.dtype))
+    low, high = quantiles(ratio, TAILS)
     return ratio.clamp(low, high)
 
 

@@ -11,6 +11,7 @@ Not here: the sets of tokens (fixed_context.py, quadrants.py), the regression (r
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,9 +54,16 @@ def interval(value: float, resampled: Tensor) -> Interval:
     defined = resampled[resampled.isfinite()]
     if len(resampled) - len(defined) > MOST_UNDEFINED * len(resampled):
         return Interval(value, math.nan, math.nan)
-    bounds = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=defined.dtype)
-    low, high = torch.quantile(defined, bounds).tolist()
+    low, high = quantiles(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
     return Interval(value, low, high)
+
+
+def quantiles(x: Tensor, levels: Sequence[float]) -> Tensor:
+    """(len(levels),) linearly interpolated quantiles of (N,) values; NaN if a value is. torch.quantile takes up to 2^24."""
+    ordered = x.sort().values  # NaN is the last
+    places = torch.tensor(levels, dtype=torch.float64) * (len(x) - 1)
+    between = torch.lerp(ordered[places.floor().long()], ordered[places.ceil().long()], places.frac().to(x.dtype))
+    return torch.where(ordered[-1].isnan(), ordered[-1], between)
 
 
 def mean_intervals(values: Tensor, members: Tensor, clusters: Tensor, weights: Tensor) -> list[Interval]:

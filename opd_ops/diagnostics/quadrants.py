@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opd_ops.diagnostics.contexts import Contexts
 from opd_ops.diagnostics.fixed_context import gain
-from opd_ops.diagnostics.intervals import Interval, mean_intervals
+from opd_ops.diagnostics.intervals import Interval, mean_intervals, quantiles
 
 NAMES = ("Q1", "Q2", "Q3", "Q4")
 MEANINGS = ("unsure, disagrees", "unsure, agrees", "sure, disagrees: overconfident", "sure, agrees")
@@ -49,7 +49,7 @@ class Quadrants:
 
 def quadrant_numbers(entropy: Tensor, kl: Tensor) -> Tensor:
     """(N,) numbers 0 to 3 for Q1 to Q4, from (N,) entropies and KLs; a value equal to the median is low."""
-    return 2 * (entropy <= entropy.quantile(0.5)).long() + (kl <= kl.quantile(0.5)).long()
+    return 2 * (entropy <= quantiles(entropy, [0.5])).long() + (kl <= quantiles(kl, [0.5])).long()
 
 
 def quadrants(contexts: Contexts, *, weights: Tensor | None) -> Quadrants:
@@ -70,4 +70,4 @@ def quadrants(contexts: Contexts, *, weights: Tensor | None) -> Quadrants:
         counts = Counter(text for text, is_inside in zip(texts, inside.tolist(), strict=True) if is_inside)
         share = kl_inside / total_kl if total_kl > 0 else math.nan
         rows.append(Quadrant(name, meaning, n, n / len(kl), share, gains[i], tuple(counts.most_common(MOST_TOKENS))))
-    return Quadrants(float(entropy.quantile(0.5)), float(kl.quantile(0.5)), tuple(rows))
+    return Quadrants(float(quantiles(entropy, [0.5])), float(quantiles(kl, [0.5])), tuple(rows))

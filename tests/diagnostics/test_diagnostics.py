@@ -18,7 +18,7 @@ import torch
 from opd_ops import score_positions, select_positions
 from opd_ops.diagnostics import Contexts, study
 from opd_ops.diagnostics.fixed_context import gain, relative_gain
-from opd_ops.diagnostics.intervals import Interval, draw_weights, mean_intervals
+from opd_ops.diagnostics.intervals import Interval, draw_weights, mean_intervals, quantiles
 from opd_ops.diagnostics.quadrants import quadrant_numbers, quadrants
 from opd_ops.diagnostics.regression import DegenerateError, ols, regress
 from opd_ops.selection.selectors import SELECTORS, selection_options
@@ -242,6 +242,21 @@ def test_study_of_a_student_equal_to_its_teacher_says_why_there_is_no_regression
 
 
 # --- quadrants -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 6, 101])
+def test_quantiles_are_torch_s_to_the_bit(n):
+    x, levels = torch.randn(n, generator=generator(n), dtype=torch.float64), [0.0, 0.01, 0.025, 0.5, 0.7, 1.0]
+    assert torch.equal(quantiles(x, levels), torch.quantile(x, torch.tensor(levels, dtype=torch.float64)))
+    x[n // 2] = torch.nan
+    assert quantiles(x, levels).isnan().all()
+
+
+def test_quantiles_take_more_values_than_torch_s():
+    x = torch.arange(2**24 + 3, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="too large"):
+        x.quantile(0.25)
+    assert quantiles(x, [0.25]).item() == 2**22 + 0.5
 
 
 def test_quadrants_split_at_the_medians():
