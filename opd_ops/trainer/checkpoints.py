@@ -56,6 +56,7 @@ ADVICE = {  # what to do about a digest that differs
 ADAPTERS = "adapters.safetensors"
 CONTEXTS = "held_out.safetensors"
 SETTINGS = "run.json"
+BLOCK_BYTES = 2**20  # of a file, read at once for its digest
 
 _log = logging.getLogger("opd_ops")
 
@@ -301,8 +302,11 @@ def _read_record(path: Path) -> RunRecord:
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def save_model(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -96,6 +97,14 @@ def test_a_checkpoint_lists_all_its_files(finished):
         assert {*listed, SETTINGS} == {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
         assert {"model.safetensors", "optimizer.bin", "held_out.safetensors"} <= listed.keys()
         assert damage(path) is None
+
+
+def test_a_digest_needs_nothing_of_python_3_11(finished, monkeypatch):
+    path = complete(finished / "checkpoints")[-1] / "model.safetensors"
+    saved = json.loads((path.parent / SETTINGS).read_text())["files"][path.name]["sha256"]
+    monkeypatch.delattr(hashlib, "file_digest")
+    assert damage(path.parent) is None
+    assert saved == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_resume_refuses_when_no_checkpoint_is_intact_and_begins_anew_without_them(finished, folder):
