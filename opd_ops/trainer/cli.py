@@ -14,16 +14,27 @@ from opd_ops.trainer.servers.retries import ServerError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read and check the options, then train. As many errors as possible come before a model loads."""
+    """Read and check the options, then train. As many errors as possible come before a model loads.
+
+    Expected errors are one line. An unexpected one during the training keeps its traceback.
+    """
     try:
         config = read_config(arguments)
         from opd_ops.trainer.loop import OPDTrainer  # takes seconds to import, so only after the options are checked
 
-        OPDTrainer(config).train()
+        run = OPDTrainer(config)
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error}; opd-train needs what pip install 'opd-ops[train]' installs")
-    except (ValueError, OSError, FloatingPointError, ServerError, LostProcessError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")  # one line, also if a library's error has several
+    except (ValueError, OSError, ServerError) as error:
+        sys.exit(_line(error))
+    try:
+        run.train()
+    except (FloatingPointError, ServerError, LostProcessError) as error:
+        sys.exit(_line(error))
+
+
+def _line(error: Exception) -> str:
+    return f"error: {' '.join(str(error).split())}"  # also if a library's error has several lines
 
 
 if __name__ == "__main__":

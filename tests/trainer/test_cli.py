@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from opd_ops.trainer import cli
+from opd_ops.trainer.loop import OPDTrainer
+from opd_ops.trainer.servers.retries import ServerError
 from tests.integrations.models import llama_model, tokenizer
 from tests.trainer.runs import SMALL
 
@@ -84,6 +86,21 @@ def test_the_flags_that_a_blow_up_advises_are_taken(tmp_path):
         cli.main([*flags, "--learning_rate=1e20"])
     cli.main([*flags, "--learning_rate=1e-3", "--resume"])
     assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(ServerError("gone"), SystemExit), (ValueError("no shape"), ValueError), (OSError("full"), OSError)],
+)
+def test_an_unexpected_error_of_the_training_keeps_its_traceback(error, raised, tmp_path, monkeypatch):
+    _write(tmp_path)
+
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(OPDTrainer, "train", fail)
+    with pytest.raises(raised, match=str(error)):
+        cli.main(_flags(tmp_path, tmp_path / "out"))
 
 
 def test_what_is_found_late_is_said_in_one_line(tmp_path):
