@@ -23,7 +23,7 @@ import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from torch import Tensor, nn
 
@@ -161,7 +161,7 @@ def check_resume(
         _check_micro_batches(path, record, config, num_processes)
         free = free | {"gradient_accumulation_steps"}
     if TEACHER in record["prompts"] and TEACHER in digests:
-        free = free | {"teacher_model"}
+        free = free | {"teacher_model", "teacher_api"}
     for group in PLACES:
         if all(any(options[name] is not None for name in group) for options in (before, new)):
             free = free | set(group)
@@ -185,7 +185,7 @@ def check_resume(
 
 def _check_micro_batches(path: Path, record: RunRecord, config: OPDConfig, now: int) -> None:
     """Check that a step has as many micro-batches as before. Scope "global" selects over the processes: their number stays."""
-    was, accumulated = record["num_processes"], int(str(record["config"]["gradient_accumulation_steps"]))
+    was, accumulated = record["num_processes"], cast("int", record["config"]["gradient_accumulation_steps"])
     is_same = was * accumulated == now * config.gradient_accumulation_steps and (config.scope != "global" or was == now)
     if not is_same:
         what = "both" if config.scope == "global" else "the same product of the two"

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opd_ops.trainer.checkpoints import SETTINGS, Checkpoints, check_resume, complete, damage
+from opd_ops.trainer.checkpoints import SETTINGS, TEACHER, Checkpoints, check_resume, complete, damage
 from opd_ops.trainer.config import OPDConfig
 from opd_ops.trainer.files import write_whole
 from tests.integrations.models import tokenizer
@@ -212,6 +212,15 @@ def test_servers_and_prompts_may_move(moved, tmp_path):
     """The prompts' digests stay."""
     _record(tmp_path, SERVED)
     assert check_resume(tmp_path, dataclasses.replace(SERVED, **moved), {"prompts": "1"}, 1) == {}
+
+
+def test_a_folder_takes_the_place_of_a_server_of_any_kind_with_the_same_weights(tmp_path):
+    server = dataclasses.replace(SERVED, teacher_model="m", teacher_api="sglang")
+    _record(tmp_path, server, prompts={TEACHER: "m"})
+    folder = dataclasses.replace(SERVED, teacher_url=None, teacher_store="answers")
+    assert check_resume(tmp_path, folder, {TEACHER: "m"}, 1) == {}
+    with pytest.raises(ValueError, match=r"the teacher's weights are not those that .* was trained with; let the server serve"):
+        check_resume(tmp_path, folder, {TEACHER: "n"}, 1)
 
 
 @pytest.mark.parametrize("name", ["teacher_url", "rollout_url"])
