@@ -32,7 +32,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DOCS = Path(__file__).parent
-STYLE = {"svg.hashsalt": "opd_ops", "svg.fonttype": "none", "font.size": 10, "font.family": ["DejaVu Sans", "sans-serif"], "savefig.transparent": True}
+STYLE = {
+    "svg.hashsalt": "opd_ops",
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "font.family": ["DejaVu Sans", "sans-serif"],
+    "savefig.transparent": True,
+}
 
 
 class Colours(NamedTuple):

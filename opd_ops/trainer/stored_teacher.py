@@ -112,7 +112,7 @@ class StoredTeacher:
 
     def identity(self) -> str:
         """The teacher's name or digest that the shards have."""
-        return self.source.teacher
+        return self.origin.teacher
 
     def add(self, shard: Shard) -> None:
         """Add a shard, or replace the one of its path, which has the same first answers. An answer that is there already stays.
