@@ -114,7 +114,7 @@ class Triton(Backend):
     def choose(self, scores: Tensor, valid: Tensor, infinite: Tensor, cut: Cut) -> Choice | None:
         flags = selection.bytes_of(valid), selection.bytes_of(infinite)
         places = None if cut.places is None else cut.places.reshape(-1)
-        keep_scores = None if cut.keep_scores is None else cut.keep_scores.reshape(-1).float()
+        keep_scores = None if cut.keep_scores is None else cut.keep_scores.reshape(-1).float().contiguous()
         sequences = cut.length or 0, cut.bounds
         columns = scores.reshape(-1), *flags, *cut.budget.ratio, cut.n_rows
         return selection.choice(self._launch_choice(*columns, *sequences, places, keep_scores))

@@ -140,6 +140,33 @@ def test_what_kernels_do_not_select_torch_selects(options, monkeypatch):
     assert out.selected.any()
 
 
+KEEP = torch.stack((torch.randn(40, generator=generator(5)), torch.zeros(40)), 1)
+
+
+class _Keeping:
+    """A user's selector, whose scores of the positions that responses keep have any strides."""
+
+    keep_one_per_sequence = True
+
+    def __init__(self, keep_scores):
+        self.own_keep_scores = keep_scores
+
+    def __call__(self, stats):
+        return stats.student_entropy
+
+    def keep_scores(self, stats):
+        return self.own_keep_scores
+
+
+@pytest.mark.parametrize("keep_scores", [KEEP[:, 0], KEEP[0, 0].expand(40)], ids=["strided", "expanded"])
+def test_keep_scores_may_have_any_strides(keep_scores):
+    student, teacher = logit_pair(40, 61)
+    options = {"cu_seqlens": torch.arange(0, 41, 5), "selector": _Keeping(keep_scores), "fraction": 0.05}
+    out, want = (selective_opd_loss(student, teacher, backend=name, **options) for name in ("triton", "torch"))
+    assert torch.equal(out.selected, want.selected)
+    assert out.selected.sum() > 2  # beyond the budget, which is 2
+
+
 def test_metrics_may_be_changed_in_place_before_the_backward():
     student, teacher = logit_pair(12, 61, scale=3.0)
     gradients = []
