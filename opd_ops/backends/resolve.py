@@ -25,7 +25,7 @@ _log = logging.getLogger("opd_ops")
 KNOWN = ("auto", "eager", "torch", "triton")
 ANYWHERE: dict[str, Backend] = {backend.name: backend for backend in (EAGER, STREAMED)}  # on any device, with torch alone
 OLDEST_TRITON = (3, 6)
-OLDEST_CAPABILITY = (8, 0)  # of the current device: the oldest that triton compiles for and that has bf16
+OLDEST_CAPABILITY = (8, 0)  # the oldest that triton compiles for and that has bf16
 DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
 
 
@@ -39,23 +39,23 @@ def resolve_backend(name: str, student: Source, teacher: Source | TeacherLists, 
 
     Raises: ValueError: that backend cannot run the call; the message says why.
     """
-    device, models = student.leading.device.type, routed_models(teacher)
+    device, models = student.leading.device, routed_models(teacher)
     backend = ANYWHERE.get(name, STREAMED)
     choice_reason = "chosen by name"
-    if name == "triton" or (name == "auto" and device in DEVICES):
+    if name == "triton" or (name == "auto" and device.type in DEVICES):
         reason = _without_triton(device)
         if reason is None:
             triton = _triton(needs.traced)
             reason = next(filter(None, (triton.refusal(student, model, needs) for model in models)), None)
         reason = _any_rank_refuses(reason, student)
         if reason is None:
-            backend, choice_reason = triton, choice_reason if name == "triton" else f"the device is {device}"
+            backend, choice_reason = triton, choice_reason if name == "triton" else f"the device is {device.type}"
         elif name == "triton":
             raise ValueError(f"backend: got 'triton', but {reason}")
         else:
             choice_reason = reason
     elif name == "auto":
-        choice_reason = f"the device is {device}"
+        choice_reason = f"the device is {device.type}"
     if needs.inplace and not all(backend.overwrites_logits(student, model, needs.divergence) for model in models):
         raise ValueError(
             "inplace_backward: got True, which only backend='triton' has, for dense logits of the whole vocabulary and reverse "
@@ -93,7 +93,7 @@ def _any_rank_refuses(reason: str | None, student: Source) -> str | None:
 
 # A property of the machine, so torch.compile may evaluate it once, while tracing.
 @traced_as_constant
-def _without_triton(device: str) -> str | None:
+def _without_triton(device: torch.device) -> str | None:
     """Why no Triton kernel can run on the device; None if one can."""
     try:
         version = str(import_module("triton").__version__)  # not by distribution: that has another name on ROCm and XPU
@@ -103,12 +103,13 @@ def _without_triton(device: str) -> str | None:
         return (
             f"triton {version} is installed, expected {'.'.join(map(str, OLDEST_TRITON))} or newer; upgrade it, or use 'torch'"
         )
-    if device == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < OLDEST_CAPABILITY:
-        capability = ".".join(map(str, torch.cuda.get_device_capability()))
-        return f"the GPU has compute capability {capability}, expected 8.0 or newer (Ampere); use 'torch' there"
-    if device not in DEVICES and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+    if device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < OLDEST_CAPABILITY:
+            return f"{device} has compute capability {major}.{minor}, expected 8.0 or newer (Ampere); use 'torch' there"
+    if device.type not in DEVICES and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return (
-            f"the logits are on {device}, expected one of: {', '.join(DEVICES)}; use 'torch' there "
+            f"the logits are on {device.type}, expected one of: {', '.join(DEVICES)}; use 'torch' there "
             "(on a CPU kernels run only interpreted, for tests: TRITON_INTERPRET=1)"
         )
     return None

@@ -346,11 +346,12 @@ def test_triton_by_name_rejects_a_machine_it_cannot_run_on(monkeypatch):
 
 def test_a_gpu_that_triton_does_not_compile_for_takes_torch(monkeypatch):
     monkeypatch.setattr("torch.version.hip", None)
-    for got, refused in (((7, 5), True), ((8, 0), False), ((9, 0), False)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda got=got: got)
-        answer = backends._without_triton("cuda")
+    for capability, refused in (((7, 5), True), ((8, 0), False), ((9, 0), False)):
+        known = {None: (9, 0), torch.device("cuda:1"): capability}  # None: the current device
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, known=known: known[device])
+        answer = backends._without_triton(torch.device("cuda:1"))
         assert refused == (answer is not None)
-        assert answer is None or "the GPU has compute capability 7.5, expected 8.0 or newer" in answer
+        assert answer is None or "cuda:1 has compute capability 7.5, expected 8.0 or newer" in answer
 
 
 def test_auto_takes_triton_on_a_gpu_where_it_can_run_and_says_so(monkeypatch, caplog):
