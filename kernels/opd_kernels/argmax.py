@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import row_step
+from .device import check_launch, row_step
 from .score import GROUP, Score
 
 
@@ -53,6 +53,8 @@ def argmax_fwd(
 ) -> Tensor:
     """(n,) int32 ids."""
     n, _, stride_g = score.group_max.shape
+    assert student.stride(1) == 1, "unit stride along the vocabulary"
+    check_launch(student, rows=rows)
     top = torch.empty(n, dtype=torch.int32, device=student.device)
     if n == 0:
         return top

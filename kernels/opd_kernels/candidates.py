@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch_table
+from .device import check_launch
 from .list_columns import _exp, _f64, _log
 from .score import Score
 from .support import TopKLists
@@ -99,15 +100,17 @@ def _ier_fwd_kernel(
 def ier_fwd(
     lists: TopKLists,
     score: Score,  # of the same n rows
-    tokens: Tensor,  # (n,) sampled ids, any integers of stride 1
+    tokens: Tensor,  # (n,) sampled ids, any integers, contiguous
     at_tokens: Tensor,  # (2, n) fp32 logits of student and teacher at these ids, rows of stride 1; -inf: masked
-    out: Tensor,  # (n,) fp32 of stride 1
+    out: Tensor,  # (n,) fp32, contiguous
 ) -> Tensor:
     """Fills `out`; returns it."""
     n, _, top_k = lists.ids.shape
     assert tokens.shape == out.shape == (n,)
     assert at_tokens.shape == (2, n)
+    assert n <= 1 or at_tokens.stride(1) == 1, "unit stride along the rows"
     assert at_tokens.dtype == out.dtype == torch.float32
+    check_launch(out, tokens=tokens, out=out)
     if n == 0:
         return out
     tile = launch_table.candidates(top_k)

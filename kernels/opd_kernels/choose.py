@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch_table
-from .device import _order_key
+from .device import _order_key, check_launch
 from .order import ABSENT, LARGEST, _kth_largest
 from .quantiles import _sizes
 
@@ -243,6 +243,7 @@ def choose_fwd(
     keep_scores: Tensor | None = None,  # (N,) fp32, contiguous: one budget for all; each sequence keeps its best by these
 ) -> Choice:
     """The selected positions, by one budget, or one for each sequence."""
+    check_launch(scores, scores=scores, valid=valid, infinite=infinite, bounds=bounds, places=places, keep_scores=keep_scores)
     n, device = scores.shape[0], scores.device
     selected = torch.empty(n, dtype=torch.uint8, device=device)
     rows = torch.empty(n_rows, dtype=torch.int64, device=device)

@@ -1,5 +1,5 @@
-"""Device helpers that two or more kernels share: the transform from a stored logit to a logit, the logarithm of a ratio near
-one, and the integer key that orders logits.
+"""Helpers that two or more kernels share: what launchers demand of tensors, the transform from a stored logit to a logit, the
+logarithm of a ratio near one, and the integer key that orders logits.
 
 A stored logit x stands for the logit  softcap * tanh(scale * x / softcap) / T,  or  scale * x / T  without soft-cap
 (LinearHead in opd_ops/inputs/linear_head.py). Kernels do not compute the logit. They compute
@@ -62,6 +62,18 @@ def row_step(table: torch.Tensor) -> tuple[int, int]:
 def rows_are_aligned(*tables: torch.Tensor) -> bool:
     """Whether every row can be read 16 bytes at a time."""
     return all(row_step(x)[1] > 1 and x.data_ptr() % 16 == 0 for x in tables)
+
+
+def check_launch(table: torch.Tensor, **contiguous: torch.Tensor | None) -> None:
+    """Refuse what kernels would read wrongly in silence: Triton launches on the current device, and kernels know no strides of
+    the tensors that are given by name.
+    """
+    assert not table.is_cuda or table.get_device() == torch.cuda.current_device(), (
+        f"got tensors on {table.device}, expected the current device, cuda:{torch.cuda.current_device()}; "
+        f"launch inside torch.cuda.device({table.get_device()})"
+    )
+    for name, tensor in contiguous.items():
+        assert tensor is None or tensor.is_contiguous(), f"{name}: got strides {tensor.stride()}, expected a contiguous tensor"
 
 
 @triton.jit

@@ -35,7 +35,18 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch_table
-from .device import LN_2, _block_of, _likely_top, _log2_probs, _store_top, _store_zeros, row_step, rows_are_aligned, transform
+from .device import (
+    LN_2,
+    _block_of,
+    _likely_top,
+    _log2_probs,
+    _store_top,
+    _store_zeros,
+    check_launch,
+    row_step,
+    rows_are_aligned,
+    transform,
+)
 from .words import _load_words
 
 
@@ -156,8 +167,8 @@ def launch(
     M = weights.shape[0]
     assert out.stride(1) == student.stride(1) == teacher.stride(1) == 1, "unit stride along the vocabulary"
     assert columns.shape == (12, M)
-    assert columns.is_contiguous()
-    assert sums is None or (sums.shape == (2, M) and sums.is_contiguous())
+    assert sums is None or sums.shape == (2, M)
+    check_launch(out, rows=rows, weights=weights, columns=columns, sums=sums, top=top, elsewhere=elsewhere)
     assert weights.dtype == torch.float32
     if M == 0:
         return

@@ -42,7 +42,18 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch_table
-from .device import FLOOR, LN_2, _log2_prob, _log_ratio, _store_zeros, _transform, _transform_slope, row_step, transform
+from .device import (
+    FLOOR,
+    LN_2,
+    _log2_prob,
+    _log_ratio,
+    _store_zeros,
+    _transform,
+    _transform_slope,
+    check_launch,
+    row_step,
+    transform,
+)
 
 NO_ID = tl.constexpr(2**31 - 1)
 
@@ -221,7 +232,7 @@ def off_list_fwd(
     assert logits.stride(1) == 1, "unit stride along the vocabulary"
     assert 1 <= K <= 128
     assert ids.dtype == torch.int32
-    assert ids.is_contiguous()
+    check_launch(logits, rows=rows, ids=ids)
     columns = torch.empty((2, M), dtype=torch.float32, device=logits.device)
     if M == 0:
         return columns
@@ -261,7 +272,7 @@ def off_list_grad(
     assert columns.shape == (2, M)
     assert ids.dtype == torch.int32
     assert values.dtype == coef.dtype == columns.dtype == torch.float32
-    assert all(x.is_contiguous() for x in (ids, values, coef, columns))
+    check_launch(logits, rows=rows, ids=ids, values=values, coef=coef, columns=columns)
     if M == 0:
         return
     model = transform(scale, softcap, temperature)

@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch_table
+from .device import check_launch
 from .quantiles import INF, _finite_or_zero, _is_valid, quantiles_fwd
 from .score import COLUMNS
 from .support import SUPPORT_COLUMNS
@@ -273,6 +274,7 @@ def place_fwd(
     n = table.shape[1]
     assert n <= 1 or table.stride(1) == 1, "unit stride along the rows"
     assert rows is not None or n == n_positions
+    check_launch(table, rows=rows, unmasked=unmasked)
     fit, tile = FITS[selector], launch_table.place()
     names = (*COLUMNS, *SUPPORT_COLUMNS, *optional)
     n_columns = len(STATS) + table.shape[0] - len(COLUMNS + SUPPORT_COLUMNS)

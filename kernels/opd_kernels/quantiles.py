@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch_table
-from .device import _order_key
+from .device import _order_key, check_launch
 from .order import ABSENT, LARGEST, _kth_largest, _value_of_key
 from .score import COLUMNS
 
@@ -140,6 +140,7 @@ def quantiles_fwd(
     """(columns, levels) fp64 quantiles of these columns."""
     n = table.shape[1]
     assert n <= 1 or table.stride(1) == 1, "unit stride along the rows"
+    check_launch(table)
     assert 1 <= len(columns) <= MAX_COLUMNS
     assert len(levels) in (2, 3)
     out = torch.empty((len(columns), len(levels)), dtype=torch.float64, device=table.device)

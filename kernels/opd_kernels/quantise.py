@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch_table
+from .device import check_launch
 
 INVERSE_LARGEST = tl.constexpr(1 / 448)
 SMALLEST_SCALE = tl.constexpr(2.0**-126)
@@ -67,8 +68,7 @@ def quantise_rows(x: Tensor, values: Tensor, scales: Tensor) -> None:
     n, width = x.shape
     assert values.shape[0] == scales.shape[0] >= n
     assert values.shape[1] == width
-    assert values.is_contiguous()
-    assert scales.is_contiguous()
+    check_launch(x, values=values, scales=scales)
     if values.numel() == 0:
         return
     tile = launch_table.quantise()

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch_table
+from .device import check_launch
 
 
 @triton.jit
@@ -33,6 +34,7 @@ def scale(x: Tensor, factor: Tensor) -> None:
     assert x.numel() == 0 or 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True)) == x.numel(), (
         "elements without gaps"
     )
+    check_launch(x)
     if x.numel() == 0:
         return
     tile = launch_table.scale()

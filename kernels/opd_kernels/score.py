@@ -47,7 +47,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch_table
-from .device import FLOOR, VOID, _is_masked, _transform, row_step, rows_are_aligned, transform
+from .device import FLOOR, VOID, _is_masked, _transform, check_launch, row_step, rows_are_aligned, transform
 from .score_careful import _careful_total
 from .score_sums import N_PARTIALS, N_SPREAD, _add_pair, _join_lanes, _join_spread, _rescale, _spread_of, _write_columns
 from .words import _first_minimum, _largest, _last_minimum, _load_logits, _running_minimum, _widen
@@ -358,6 +358,7 @@ def score_fwd(
 ) -> Score:
     """The columns named in COLUMNS and the group maxima, at the given rows."""
     assert student.stride(1) == teacher.stride(1) == 1, "unit stride along the vocabulary"
+    check_launch(student, rows=rows, variance=variance)
     n = student.shape[0] if rows is None else rows.shape[0]
     stride_g = triton.cdiv(vocab_size, GROUP * ALIGN.value) * ALIGN.value
     same = student.dtype == teacher.dtype

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch_table
-from .device import _load_normalisers, _log2_probs, row_step, transform
+from .device import _load_normalisers, _log2_probs, check_launch, row_step, transform
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def launch(
     assert 0 < beta < 1
     assert student.stride(1) == teacher.stride(1) == 1, "unit stride along the vocabulary"
     assert columns.shape == (12, M)
-    assert columns.is_contiguous()
+    check_launch(student, rows=rows, columns=columns)
     sums = torch.empty((2, M), dtype=torch.float32, device=student.device)
     if M == 0:
         return sums

@@ -47,7 +47,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch_table
-from .device import LN_2, LOG2_ZERO, _is_masked, _log2_prob, _order_key, _pick, _transform, row_step, transform
+from .device import LN_2, LOG2_ZERO, _is_masked, _log2_prob, _order_key, _pick, _transform, check_launch, row_step, transform
 from .list_columns import LIST_COLUMNS, _store_list_columns
 from .score import GROUP, Score
 
@@ -324,6 +324,8 @@ def support_fwd(
 ) -> TopKLists:
     """Both supports in order, both models' logits there, and the columns of SUPPORT_COLUMNS."""
     assert 1 <= top_k <= min(128, vocab_size), f"top_k: got {top_k}, expected 1 .. min(128, {vocab_size})"
+    assert student.stride(1) == teacher.stride(1) == 1, "unit stride along the vocabulary"
+    check_launch(student, rows=rows, **(optional or {}))
     n, _, stride = score.group_max.shape
     n_groups = triton.cdiv(vocab_size, GROUP)
     new = {"device": student.device}

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch_table
+from .device import check_launch
 from .place import ENTROPY, MASS, REVERSE_KL, STATS
 from .quantiles import INF, S_LSE, _is_finite
 
@@ -134,7 +135,10 @@ def totals_fwd(
     by_selected: bool,  # whether the mean is over the selected positions
 ) -> tuple[Tensor, Tensor]:
     """The numbers and the counts, in the order of NUMBERS and COUNTS."""
-    assert stats.is_contiguous()
+    check_launch(
+        stats, rows=rows, losses=losses, row_weights=row_weights, scores=scores, valid=valid, unmasked=unmasked,
+        stats=stats, selected=selected, infinite=infinite,
+    )  # fmt: skip
     n, device = scores.shape[0], scores.device
     numbers = torch.empty(len(NUMBERS), dtype=torch.float32, device=device)
     counts = torch.empty(len(COUNTS), dtype=torch.int64, device=device)

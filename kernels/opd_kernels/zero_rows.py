@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch_table
+from .device import check_launch
 
 
 @triton.jit
@@ -47,6 +48,7 @@ def zero_rows(out: Tensor, keep: Tensor) -> None:
     """Zero the rows of `out` whose entry of `keep` is 0."""
     assert out.stride(1) == 1, "unit stride along the columns"
     assert keep.shape == (out.shape[0],)
+    check_launch(out, keep=keep)
     if out.numel() == 0:
         return
     tile = launch_table.zero_rows()

@@ -42,7 +42,7 @@ OPERATORS = {
         "reverse_kl",
         "released_kl,topk_entropy",
     ),
-    "chosen_positions": lambda s, t, rows: (s[0, :, 0], FLAGS, 0 * FLAGS, 1, 2, 1, 1, None, torch.arange(2), s[0, :, 1]),
+    "chosen_positions": lambda s, t, rows: (s[0, 0, :2], FLAGS, 0 * FLAGS, 1, 2, 1, 1, None, torch.arange(2), s[0, 1, :2]),
 }
 
 
