@@ -265,7 +265,8 @@ def compile_launch(launch, target: GPUTarget):
             signature[param.name] = "*" + POINTERS.get(value.dtype, "i32")
         else:
             signature[param.name] = "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, torch.Tensor) or (plain and type(value) is int and value % 16 == 0):
+        is_aligned = isinstance(value, torch.Tensor) or (plain and type(value) is int and value % 16 == 0)
+        if is_aligned and not param.do_not_specialize_on_alignment:
             attrs[(i,)] = [["tt.divisibility", 16]]
     read = ("s_ptr", "t_ptr", "x_ptr", "out_ptr" if named.get("ADD") else None)
     pair_bytes = sum(named[k].element_size() for k in read if k in named)

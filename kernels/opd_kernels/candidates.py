@@ -42,7 +42,7 @@ def _renormalised(log_p, is_candidate):
     return log_p - (top + _log(tl.sum(tl.where(is_candidate, _exp(log_p - top), _f64(0.0)), 0)))
 
 
-@triton.jit(do_not_specialize=["stride_y", "K"])
+@triton.jit(do_not_specialize=["stride_y", "K"], do_not_specialize_on_alignment=["s_lse_ptr", "t_lse_ptr", "ier_ptr"])
 def _ier_fwd_kernel(
     ids_ptr, logits_ptr, tokens_ptr, s_lse_ptr, t_lse_ptr, at_y_ptr, ier_ptr, stride_y, K,
     SIZE: tl.constexpr, CHUNK: tl.constexpr,

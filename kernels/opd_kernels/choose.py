@@ -73,7 +73,9 @@ def _place_keys(keys, key, places_ptr, i, inside):
     return tl.where(tie, -place, ABSENT)
 
 
-@triton.jit(do_not_specialize=["N", "length", "numerator", "denominator", "n_rows"])
+@triton.jit(
+    do_not_specialize=["N", "length", "numerator", "denominator", "n_rows"], do_not_specialize_on_alignment=["infinite_ptr"]
+)
 def _choose_fwd_kernel(
     scores_ptr, valid_ptr, infinite_ptr, places_ptr, bounds_ptr, keys_ptr, selected_ptr, rows_ptr, counts_ptr,
     N, length, numerator, denominator, n_rows,
@@ -175,7 +177,7 @@ def _choose_fwd_kernel(
         tl.store(counts_ptr + 2, tl.sum(infinite).to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["N", "length"])
+@triton.jit(do_not_specialize=["N", "length"], do_not_specialize_on_alignment=["keep_scores_ptr"])
 def _keep_fwd_kernel(
     scores_ptr, keep_scores_ptr, valid_ptr, bounds_ptr, selected_ptr, N, length,
     HAS_BOUNDS: tl.constexpr, BLOCK: tl.constexpr,
@@ -199,7 +201,7 @@ def _keep_fwd_kernel(
     tl.store(selected_ptr + earliest, 1, mask=(tl.sum(n_selected) == 0) & (largest != ABSENT))
 
 
-@triton.jit(do_not_specialize=["N", "n_rows"])
+@triton.jit(do_not_specialize=["N", "n_rows"], do_not_specialize_on_alignment=["infinite_ptr"])
 def _list_fwd_kernel(selected_ptr, valid_ptr, infinite_ptr, rows_ptr, counts_ptr, N, n_rows, BLOCK: tl.constexpr):
     offset = tl.arange(0, BLOCK)
     n_selected, n_valid, n_infinite = 0, 0, 0

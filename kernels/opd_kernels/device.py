@@ -9,6 +9,8 @@ A stored logit x stands for the logit  softcap * tanh(scale * x / softcap) / T, 
 
 tanh turns a stored -inf into the logit -softcap / T. Logits have the order of stored logits in both cases.
 Python floats may arrive as fp64 (torch.compile before 2.15), hence the casts.
+A pointer to a row of a table is 16-byte aligned only for some numbers of positions. Where loads and stores stay the same,
+`do_not_specialize_on_alignment` names it: Triton would compile the same code twice.
 
 Not here: kernels and launchers (score.py, support.py, argmax.py, reverse_kl.py, forward_kl.py, jsd.py, skew_kl.py,
 off_list.py, zero_rows.py, scale.py); block sizes (launch_table.py).

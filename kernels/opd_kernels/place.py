@@ -203,7 +203,7 @@ def _entry_of(rows_ptr, position, n, steps):
     return low
 
 
-@triton.jit(do_not_specialize=["n", "N", "stride", "steps"])
+@triton.jit(do_not_specialize=["n", "N", "stride", "steps"], do_not_specialize_on_alignment=["infinite_ptr"])
 def _place_fwd_kernel(
     table_ptr, rows_ptr, unmasked_ptr, quantiles_ptr, stats_ptr, valid_ptr, infinite_ptr, scores_ptr, n, N, stride, steps,
     SELECTOR: tl.constexpr, LOSS: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_MASK: tl.constexpr, COLUMNS: tl.constexpr,

@@ -52,6 +52,7 @@ from .list_columns import LIST_COLUMNS, _store_list_columns
 from .score import GROUP, Score
 
 SUPPORT_COLUMNS = ("support_mass", "student_support_mass", "overlap_mass", "union_kl")
+LIST_POINTERS = [f"{name}_ptr" for name in LIST_COLUMNS]
 INT_MIN = tl.constexpr(-(2**31))
 INT_MAX = tl.constexpr(2**31 - 1)
 SHIFT = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # low bits that are constant once a stored number is fp32
@@ -243,7 +244,7 @@ def _union_kl(s_at_s, t_at_s, s_at_t, t_at_t, keep_s, keep_t, k_s, k_t):
     return tl.where((lost > 0) & (kl == kl), float("inf"), kl)
 
 
-@triton.jit(do_not_specialize=["stride_c", "K", "KG"])
+@triton.jit(do_not_specialize=["stride_c", "K", "KG"], do_not_specialize_on_alignment=LIST_POINTERS)
 def _support_stats_fwd_kernel(
     s_ptr, t_ptr, rows_ptr, groups_ptr, unordered_ptr, score_ptr, ids_ptr, logits_ptr, out_ptr,
     released_kl_ptr, topk_entropy_ptr, top1_agreement_ptr, teacher_rank_ptr,

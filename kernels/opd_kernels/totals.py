@@ -42,7 +42,7 @@ def _column(stats_ptr, N, row, i, mask):
     return tl.load(stats_ptr + row * N + i, mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["M", "N"])
+@triton.jit(do_not_specialize=["M", "N"], do_not_specialize_on_alignment=["infinite_ptr"])
 def _totals_fwd_kernel(
     rows_ptr, losses_ptr, row_weights_ptr, scores_ptr, valid_ptr, unmasked_ptr, stats_ptr, selected_ptr,
     infinite_ptr, numbers_ptr, counts_ptr, M, N,
