@@ -2,6 +2,7 @@
 
   use(target)  Triton launches on it from then on: its specialisation of arguments, compiler and cache are those of any GPU.
   counted()    a context: the list of what its launches executed and moved
+  watched()    a context: the list of each launch's kernel and its conflicts (accesses.py); it takes memory and time
 
 Not here: how PTX is run (machine.py).
 """
@@ -25,6 +26,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+from tests.support.ptx.accesses import Accesses
 from tests.support.ptx.machine import launch
 from tests.support.ptx.memory import Buffers, Traffic
 from tests.support.ptx.program import parse
@@ -33,6 +35,7 @@ NUMBERS = {"i32": np.int32, "i64": np.int64, "u32": np.uint32, "u64": np.uint64,
 SHARED_LIMIT = 163 * 1024  # the least of the targets
 COMPILE = triton.compiler.compile
 _counts: list[list[Launched]] = []  # of the contexts that are open
+_watches: list[list[tuple[str, dict[str, int]]]] = []
 
 
 class Launched(NamedTuple):
@@ -50,6 +53,15 @@ def counted() -> Iterator[list[Launched]]:
         _counts.pop()
 
 
+@contextmanager
+def watched() -> Iterator[list[tuple[str, dict[str, int]]]]:
+    _watches.append([])
+    try:
+        yield _watches[-1]
+    finally:
+        _watches.pop()
+
+
 class Launcher:
     """Takes the arguments of a launch as Triton passes them to its own launchers."""
 
@@ -65,9 +77,12 @@ class Launcher:
         numbers = [np.uint64(v.data_ptr()) if kind[0] == "*" else NUMBERS[kind](v) for kind, v in given]
         scratch = [np.uint64(0)] * 2  # of no byte
         traffic = Traffic() if _counts else None
-        executed = launch(program, x, numbers + scratch, self.shared_bytes, Buffers(tensors, traffic))
+        accesses = Accesses() if _watches else None
+        executed = launch(program, x, numbers + scratch, self.shared_bytes, Buffers(tensors, traffic), accesses)
         for count in _counts:
             count.append(Launched(program.name, executed, traffic))
+        for watch in _watches:
+            watch.append((program.name, accesses.conflicts()))
 
 
 class Utilities:

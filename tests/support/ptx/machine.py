@@ -2,7 +2,8 @@
 
   Threads that branch apart go on by themselves, those at the earliest block first, until they meet again. A barrier that
   only a part of a program's threads reaches is an error, and so is a shuffle of a part of a warp.
-  Programs run in batches: none may wait for another. Since threads run in step, a missing barrier does not show.
+  Programs run in batches: none may wait for another. Since threads run in step, a missing barrier changes no number: only
+  noted accesses show it (accesses.py).
   An instruction becomes a function of the threads when its block is first reached (steps.py). A register keeps the type it
   was written in until it is read as another of the same width, so that most reads cost no view.
 
@@ -15,6 +16,7 @@ from functools import cache
 
 import numpy as np
 
+from tests.support.ptx.accesses import Accesses
 from tests.support.ptx.memory import LOCAL, Buffers, Scratch
 from tests.support.ptx.program import Address, Program, Vector
 from tests.support.ptx.steps import DTYPES, WARP, constant, step_of
@@ -23,13 +25,23 @@ BATCH = 8192  # threads that run together
 REGISTERS = {1: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}  # by bits
 
 
-def launch(program: Program, grid: int, arguments: list[np.generic], shared_bytes: int, buffers: Buffers) -> int:
-    """Run the programs 0 .. grid - 1; returns how many instructions their warps executed."""
+def launch(
+    program: Program,
+    grid: int,
+    arguments: list[np.generic],
+    shared_bytes: int,
+    buffers: Buffers,
+    accesses: Accesses | None = None,
+) -> int:
+    """Run the programs 0 .. grid - 1; returns how many instructions their warps executed. `accesses`: notes theirs."""
     parameters = dict(zip(program.parameters, arguments, strict=True))
     executed, step = 0, max(1, BATCH // program.threads)
     for first in range(0, grid, step):
         ids = np.arange(first, min(first + step, grid), dtype=np.uint32)
-        executed += Threads(program, ids, parameters, shared_bytes, buffers).run()
+        threads = Threads(program, ids, parameters, shared_bytes, buffers)
+        if accesses is not None:
+            accesses.watch(threads, ids)
+        executed += threads.run()
     return executed
 
 
@@ -48,6 +60,7 @@ class Threads:
         self.registers = {"%tid.x": thread % np.uint32(program.threads), "%ctaid.x": np.repeat(ids, program.threads)}
         self.shared = Scratch(thread // program.threads, shared_bytes)
         self.local = Scratch(thread, program.local_bytes, LOCAL)
+        self.accesses: Accesses | None = None  # that are noted
 
     def run(self) -> int:
         executed, blocks, steps = 0, self.program.blocks, self.program.steps

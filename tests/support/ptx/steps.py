@@ -254,8 +254,15 @@ def _redux(program, register_type, instruction: Instruction):
 
 
 def _bar(program, register_type, instruction: Instruction):
-    count = WARP if instruction.opcode[1] == "warp" else program.threads
-    return lambda threads, active: threads.come_together(active, count, instruction.text)
+    is_of_warp = instruction.opcode[1] == "warp"
+    count = WARP if is_of_warp else program.threads
+
+    def wait(threads, active):
+        threads.come_together(active, count, instruction.text)
+        if threads.accesses is not None:
+            threads.accesses.pass_barrier(active, is_of_warp=is_of_warp)
+
+    return wait
 
 
 # --- branches --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.ptx.accesses import Accesses
 from tests.support.ptx.machine import launch
 from tests.support.ptx.memory import Buffers
 from tests.support.ptx.operations import APPROXIMATE
@@ -24,7 +25,7 @@ LINE = """
 """
 
 
-def run(body, x, out=None, programs=1, shared_bytes=0):
+def run(body, x, out=None, programs=1, shared_bytes=0, accesses=None):
     """Each thread has its element of x in %r2 and its place in out at %rd4; returns out."""
     ptx = f""".visible .entry test(
     .param .u64 .ptr .global .align 1 test_param_0,
@@ -43,7 +44,7 @@ def run(body, x, out=None, programs=1, shared_bytes=0):
 """
     out = torch.zeros(THREADS, dtype=torch.int32) if out is None else out
     buffers = Buffers([x, out])
-    launch(parse(ptx), programs, [np.uint64(x.data_ptr()), np.uint64(out.data_ptr())], shared_bytes, buffers)
+    launch(parse(ptx), programs, [np.uint64(x.data_ptr()), np.uint64(out.data_ptr())], shared_bytes, buffers, accesses)
     return out
 
 
@@ -236,6 +237,51 @@ def test_it_refuses(body, message):
     base = torch.zeros(3 * THREADS, dtype=torch.int32)  # nothing lies next to out within its own storage
     with pytest.raises(RuntimeError, match=message):
         run(body, base[:THREADS].clone(), base[:THREADS].clone())
+
+
+EXCHANGE = """
+    shl.b32 %r4, %r1, 2;
+    xor.b32 %r5, %r4, {distance};
+    st.shared.b32 [%r4], %r1;
+    {barrier}
+    ld.shared.b32 %r3, [%r5];
+"""
+EVERY_BYTE = 4 * THREADS
+
+
+@pytest.mark.parametrize(
+    ("distance", "barrier", "conflicts"),
+    [
+        (128, "", {"shared, between warps": EVERY_BYTE}),
+        (128, "bar.warp.sync -1;", {"shared, between warps": EVERY_BYTE}),
+        (128, "bar.sync 0;", {}),
+        (4, "", {"shared, in a warp": EVERY_BYTE}),
+        (4, "bar.warp.sync -1;", {}),
+        (4, "bar.sync 0;", {}),
+        (0, "", {}),
+    ],
+)
+def test_noted_accesses_show_a_missing_barrier(distance, barrier, conflicts):
+    accesses = Accesses()
+    exchanged = run(EXCHANGE.format(distance=distance, barrier=barrier) + STORE, bits(0), shared_bytes=256, accesses=accesses)
+    assert exchanged.tolist() == [thread ^ distance // 4 for thread in range(THREADS)]  # with a barrier and without
+    assert accesses.conflicts() == conflicts
+
+
+@pytest.mark.parametrize(
+    ("value", "conflicts"),
+    [
+        ("%ctaid.x", {"global, between programs": 1}),  # the other three bytes are 0
+        ("%tid.x", {"global, between warps": 2, "global, in a warp": 4, "global, between programs": 1}),
+        ("7", {}),  # all write the same
+    ],
+)
+@pytest.mark.parametrize("batch", [THREADS, 2 * THREADS])
+def test_noted_accesses_show_who_writes_to_one_place(value, conflicts, batch, monkeypatch):
+    monkeypatch.setattr("tests.support.ptx.machine.BATCH", batch)
+    accesses = Accesses()
+    run(f"mov.u32 %r3, {value};\nst.global.b32 [ %rd2 + 0 ], {{ %r3 }};", bits(0), programs=2, accesses=accesses)
+    assert accesses.conflicts() == conflicts
 
 
 def test_an_instruction_it_does_not_know_is_an_error():
