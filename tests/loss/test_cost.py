@@ -1,4 +1,4 @@
-"""What a call costs: matmul units, live bytes, bytes saved for backward; counted, never timed.
+"""What a call costs: matmul units, operators, waits, live bytes, bytes saved for backward; counted, never timed.
 
   units: 2 N V D FLOP each; two heads cost 2 + 4 rho forward and backward together, 2 + 3 rho with a frozen student head
   bytes: peak of what the call allocates <= workspace + O(N) + what the selected rows need + required gradients
@@ -7,13 +7,16 @@
 Not here: seconds and resident memory (benchmarks/cpu/compare.py).
 """
 
+import sys
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime.jit import JITFunction
 
 from benchmarks.static.operators import Operators
-from opd_ops import LinearHead, StudentStats, TailAware, TopKLogprobs, score_positions, selective_opd_loss
+from opd_ops import LinearHead, LogRatio, Routed, StudentStats, TailAware, TopKLogprobs, score_positions, selective_opd_loss
 from tests.support import kernels
 from tests.support.cases import head_pair, leaf, leaf_head, logit_pair
 from tests.support.meters import LiveBytes, saved_bytes
@@ -87,6 +90,52 @@ def test_a_call_by_kernels_runs_few_operators_and_launches(selector, most, n_lau
 def test_heads_by_kernels_run_few_operators():
     student, teacher = heads(64)
     assert count_operators(leaf_head(student), teacher, backend="triton") <= 50
+
+
+class _Waits(TorchDispatchMode):
+    """While active, counts the operators for whose result the CPU would wait if the tensors were on a GPU."""
+
+    NAMES = frozenset({"nonzero", "_local_scalar_dense", "is_nonzero", "equal", "_unique2", "masked_select"})
+
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        is_by_mask = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        self.n += is_by_mask or name in self.NAMES
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("options", "n_models", "n_waits"),  # docs/reference/backends.md lists them
+    [
+        ({}, 1, 1),
+        ({"mask": torch.arange(24) % 3 > 0}, 1, 2),
+        ({"threshold": 0.3}, 1, 2),
+        ({"selector": LogRatio("both"), "tokens": torch.arange(24)}, 1, 3),
+        ({"check_finite": True}, 1, 2),
+        ({"denominator": "sequence"}, 1, 2),
+        ({}, 2, 8),
+    ],
+)
+def test_how_often_the_cpu_waits_for_the_device(options, n_models, n_waits, monkeypatch):
+    student, teacher = logit_pair(24, 130)
+    teacher = teacher if n_models == 1 else Routed([teacher] * n_models, torch.arange(24) % n_models)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("opd_ops.") and hasattr(module, "may_look"):
+            monkeypatch.setattr(module, "may_look", lambda tensor: False)
+    waits = _Waits()
+
+    def listed(tensor, tolist=torch.Tensor.tolist):  # no operator of torch on a CPU
+        waits.n += 1
+        return tolist(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", listed)
+    with waits:
+        selective_opd_loss(leaf(student), teacher, backend="triton", **options).loss.backward()
+    assert waits.n == n_waits
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.25, 1.0])
