@@ -5,6 +5,7 @@
   one changed at a time.
   Timed: one launch, kernel time (timing.py's `queued`), at V = 151,936, of the score also 50,257; score and support
   (K = 16) of 8192 rows, the others of 409 (off_list: lists of 32). The sums that gradients read are made before.
+  The score also of rows whose last logits are masked: it sweeps them twice.
 
 Not here: the table and its reasons (kernels/opd_kernels/launch_table.py).
 """
@@ -31,6 +32,7 @@ from benchmarks.gpu.timing import PLAIN, Bench
 
 BETTER = 0.98  # of the table's time: what is worth a line
 TOP_K, LISTED, BETA = 16, 32, 0.5
+MASKED = 64  # logits at the end of each row
 ONE = {"temperature": 1.0, "scale": 1.0, "softcap": None}
 
 
@@ -130,6 +132,8 @@ def sweeps(bench: Bench) -> Iterator[Sweep]:
         "off_list_grad", "off_list_grad", launch_table.off_list_grad(), blocks,
         lambda: off_list_grad(*listed, out=out, add=False, first_id=0, **own),
     )  # fmt: skip
+    student[:, -MASKED:] = -torch.inf  # as of padded ids; the last, because all others read these logits too
+    yield Sweep("score_fwd, masked tail", "score", table, [], lambda: score_fwd(student, teacher, None, **pair))
 
 
 def run(bench: Bench) -> Iterator[dict[str, Any]]:

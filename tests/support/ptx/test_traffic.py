@@ -51,6 +51,18 @@ def test_score_reads_nothing_of_rows_that_are_masked(pair):
     assert 0 <= score.traffic.read_bytes - 2 * pair[0][rows.long()].nbytes <= FEW
 
 
+def test_score_reads_rows_with_masked_padding_twice_and_without_it_once():
+    student, teacher = logit_pair(3, 20_480, dtype=torch.bfloat16)
+    student[:, -64:] = -torch.inf
+    row_bytes, reads, instructions = 2 * student.nbytes, [], []
+    for vocab_size in (20_480, 20_480 - 64):
+        _, (score,) = launched(score_fwd, student, teacher, None, vocab_size=vocab_size, **COMMON)
+        reads.append(score.traffic.read_bytes / row_bytes * 20_480 / vocab_size)
+        instructions.append(score.instructions)
+    assert reads == [2, 1]
+    assert 2 < instructions[0] / instructions[1] < 3
+
+
 def test_score_of_rows_that_start_anywhere_asks_for_each_sector_twice_at_most():
     odd = logit_pair(16, ODD, dtype=torch.bfloat16)
     _, (score,) = launched(score_fwd, *odd, None, vocab_size=ODD, **COMMON)
