@@ -46,6 +46,7 @@ from opd_ops.selection.selectors import (
     SELECTORS,
     Selector,
     check_known,
+    check_needs,
     check_ranks_twice,
     check_whole_sequences,
     named_selector,
@@ -224,7 +225,10 @@ class Settings:
         self._check_together(named_selector(self.selector), named_weighting(self.weighting))
 
     def _check_together(self, selector: Selector, weighting: Selector | None) -> None:
-        """Refuse settings that exclude each other."""
+        """Refuse settings that exclude each other, and rules that need what is no column."""
+        check_needs(selector)
+        if weighting is not None:
+            check_needs(weighting)
         takes_both_ends = getattr(selector, "both_ends", False)
         if self.weight_mean is not None and weighting is None:
             raise ValueError(f"weight_mean: got {self.weight_mean!r} without a weighting, expected None; pass a weighting too")
@@ -243,7 +247,9 @@ class Settings:
                     "score_dtype: got 'float8', whose shortlist has the highest scores alone, but the selector takes both ends"
                 )
         if self.threshold is not None and self.count is not None:
-            raise ValueError("threshold: got it together with count, expected one of the two; leave one out")
+            raise ValueError(
+                f"threshold: got {shown(self.threshold)} and count {self.count}, expected one of them; leave one out"
+            )
         if self.threshold is not None and takes_both_ends:
             raise ValueError(
                 "threshold: the selector takes both ends of its scores by a budget; pass fraction or count instead"

@@ -113,4 +113,4 @@ def _shared_ids(student: Source, is_shared: Tensor, rows: Tensor, k: int, worksp
 
 
 def _complete(stats: OwnStats) -> tuple[Tensor, Tensor]:
-    return stats.ids, (stats.logits > -torch.inf).all(1)
+    return stats.ids, ~(stats.logits == -torch.inf).any(1)  # NaN stays, so that the loss sees it

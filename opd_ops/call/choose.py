@@ -94,7 +94,7 @@ def _weights(scored: Scored, selected: Tensor) -> Tensor | None:
     with torch.no_grad(), nullcontext() if call.ranks is None else over_ranks(call.ranks):
         weights = call.weighting(stats.clone())  # a user's weighting may change its argument in place
         check_scores(weights, call.shape, stats.valid.device, "weighting")
-        weights = weights.double() if weights.dtype == torch.bool else weights
+        weights = weights.to(stats.reverse_kl.dtype) if weights.dtype == torch.bool else weights
         if not call.reads_whole_rows and call.ranks is None:
             check_known(weights, selected, stats, "weighting")
         shard, kind = call.student.transform.shard, call.settings.weight_mean

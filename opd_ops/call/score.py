@@ -246,9 +246,9 @@ def check_known(values: Tensor, among: Tensor, stats: TokenStats, argument: str)
     if may_look(values) and number_in((values.isnan() & among & is_finite(stats.student_logsumexp)).any()):
         place = "selected" if argument == "weighting" else "valid"
         raise ValueError(
-            f"{argument}: returned NaN at a {place} position, expected numbers; with student_stats and with lists of a teacher "
-            f"reverse_kl and forward_kl are NaN for a {argument}, with lists teacher_entropy too; read other statistics, or "
-            "pass both models' logits or heads"
+            f"{argument}: returned NaN at a {place} position, expected numbers. With student_stats and with lists of a teacher "
+            "reverse_kl and forward_kl are NaN, with lists teacher_entropy too: read other statistics, or pass both models' "
+            "logits or heads. Where there is no score, return -inf"
         )
 
 

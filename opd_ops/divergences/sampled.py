@@ -110,7 +110,6 @@ class SampledToken(OnSupport):
         if self.clip is not None:
             advantage = advantage.clamp(-self.clip, self.clip)
         no_loss = advantage.isinf() | (log_p == -math.inf)
-        if self.reads_reverse_kl:  # where KL is infinite too, the advantage of a masked token is inf - inf
-            assert at.reverse_kl is not None
-            no_loss = no_loss | (at.reverse_kl == math.inf)
+        if self.reads_reverse_kl:  # KL is infinite where the teacher masks the token: the advantage is inf - inf
+            no_loss = no_loss | (at.teacher[:, 0] == -math.inf)
         return torch.where(no_loss, math.inf, -advantage * torch.where(no_loss, 0, log_p))

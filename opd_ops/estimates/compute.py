@@ -82,7 +82,7 @@ def estimate(
     Kernels count for every divergence on "triton", also where docs/reference/backends.md names another backend for it. The
     gradient of a list alone ("local_support") counts as if no two rows had an id in common: the most. For a tail
     "bucket" on "torch" the estimate assumes that the teacher has at least 0.1 % of its mass off the list. `Routed` teachers of
-    one width cost as one teacher.
+    one width cost as one teacher; "ier" sweeps them once more, which is not counted.
 
     Args:
         N: Valid positions; with "teachability-released" all positions of the responses.

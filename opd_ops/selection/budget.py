@@ -30,7 +30,6 @@ from opd_ops.arguments import may_look, number_in, traced_as_constant
 from opd_ops.distributed.order_statistics import order_statistics
 from opd_ops.distributed.ranks import Ranks
 from opd_ops.inputs.sequences import check_same_sequences
-from opd_ops.selection.stats import all_set
 
 SHORTLIST = 2  # the budget times this: positions that are scored again exactly after a ranking in 8 bits
 
@@ -133,7 +132,7 @@ def select(
         selected = _at_least(keys, budget.threshold)
     if keep_one_in is not None:
         has_one = _count(selected, keep_one_in) > 0
-        if not all_set(has_one[keep_one_in]):
+        if not (may_look(has_one) and number_in(has_one[keep_one_in].all())):
             selected = selected | _best(_keep_keys(keys, keep_scores), (~has_one).long(), keep_one_in, places)
     return selected
 

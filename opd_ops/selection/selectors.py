@@ -327,8 +327,13 @@ def bound_selector(selector: Selector, generator: torch.Generator | None, sequen
 
 
 def needs_of(selector: Selector) -> frozenset[str]:
-    """The optional columns of statistics that the selector reads. Raises: ValueError: its `needs` are no columns."""
-    return checked_needs(getattr(selector, "__name__", type(selector).__name__), getattr(selector, "needs", ()))
+    """The optional columns of statistics that the selector reads."""
+    return frozenset(getattr(selector, "needs", ()))
+
+
+def check_needs(rule: Selector) -> None:
+    """Refuse a selector or weighting whose `needs` are no columns."""
+    checked_needs(getattr(rule, "__name__", type(rule).__name__), getattr(rule, "needs", ()))
 
 
 def checked_needs(owner: str, needs: object) -> frozenset[str]:

@@ -40,7 +40,8 @@ FREE = {"steps", "eval_every", "completions", "save_every", "keep_checkpoints", 
 FREE |= {"teacher_api_key_env", "rollout_api_key_env", "server_retry_seconds", "process_timeout"}
 # Places of prompts: digests of the prompts themselves are compared.
 FREE |= {"prompts", "prompts_split", "prompts_name", "eval_prompts", "eval_prompts_split", "eval_prompts_name"}
-# Of each group one must be set before and after, or none: a server may come back elsewhere, its answers from a folder.
+# In each group: if one option was set before, one must be set now, maybe another: a server may have moved, or its answers may
+# come from a folder.
 PLACES = (("rollout_url",), ("teacher_url", "teacher_store"))
 # Options that may change with a note in the log: size of the next updates, and their memory. All other options decide what is
 # learned, from which prompts, and the meaning of the logged numbers. These may not change: all lines of a log mean the same.
@@ -183,15 +184,16 @@ def check_resume(
     return different
 
 
-def _check_micro_batches(path: Path, record: RunRecord, config: OPDConfig, now: int) -> None:
+def _check_micro_batches(path: Path, record: RunRecord, config: OPDConfig, n_processes: int) -> None:
     """Check that a step has as many micro-batches as before. Scope "global" selects over the processes: their number stays."""
-    was, accumulated = record["num_processes"], cast("int", record["config"]["gradient_accumulation_steps"])
-    is_same = was * accumulated == now * config.gradient_accumulation_steps and (config.scope != "global" or was == now)
+    n_before, accumulated = record["num_processes"], cast("int", record["config"]["gradient_accumulation_steps"])
+    n_micro_batches = n_processes * config.gradient_accumulation_steps
+    is_same = n_before * accumulated == n_micro_batches and (config.scope != "global" or n_before == n_processes)
     if not is_same:
         what = "both" if config.scope == "global" else "the same product of the two"
         raise ValueError(
-            f"resume: {path} is of another run: gradient_accumulation_steps was {accumulated} on {was} processes and is "
-            f"{config.gradient_accumulation_steps} on {now}; keep {what}, or pass another output_dir"
+            f"resume: {path} is of another run: gradient_accumulation_steps was {accumulated} on {n_before} processes and is "
+            f"{config.gradient_accumulation_steps} on {n_processes}; keep {what}, or pass another output_dir"
         )
 
 

@@ -26,14 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error}; opd-train needs what pip install 'opd-ops[train]' installs")
     except (ValueError, OSError, ServerError) as error:
-        sys.exit(_line(error))
+        sys.exit(_in_one_line(error))
     try:
         run.train()
     except (FloatingPointError, ServerError, LostProcessError) as error:
-        sys.exit(_line(error))
+        sys.exit(_in_one_line(error))
 
 
-def _line(error: Exception) -> str:
+def _in_one_line(error: Exception) -> str:
     return f"error: {' '.join(str(error).split())}"  # also if a library's error has several lines
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from opd_ops.arguments import did_you_mean, refuse_unknown_names, shown
+from opd_ops.arguments import did_you_mean, refuse_unknown_names, shown, take_plain
 from opd_ops.divergences import Divergence, resolve_divergence
 from opd_ops.settings import DEFAULTS, HELP, Settings, check_fraction, check_share
 from opd_ops.trainer.files import check_path, check_text, read_text
@@ -294,12 +294,14 @@ class OPDConfig:
 
     def _check_kinds(self) -> None:
         """The parser of the command line refuses such values itself; from Python any may come."""
-        named = {int: "an integer", bool: "True or False"}
+        named = {bool: "True or False", int: "an integer", float: "a number", str: "text"}
         for name, hint in get_type_hints(OPDConfig).items():
+            take_plain(self, name)
             value, kinds = getattr(self, name), get_args(hint) or (hint,)
-            if get_origin(hint) is Literal and value not in kinds:
-                raise ValueError(f"{name}: got {value!r}, expected one of: {', '.join(map(repr, kinds))}")
-            if named.keys() & kinds and type(value) not in kinds:
+            if get_origin(hint) is Literal:
+                if value not in kinds:
+                    raise ValueError(f"{name}: got {value!r}, expected one of: {', '.join(map(repr, kinds))}")
+            elif type(value) not in kinds and not (type(value) is int and float in kinds):
                 raise ValueError(f"{name}: got {value!r}, expected {named[kinds[0]]}")
 
     def _check_own_weights(self) -> None:

@@ -111,7 +111,7 @@ class OPDTrainer:
         ).check()
         if config.student == PASSED_AS_OBJECT and tokenizer is None:
             raise ValueError(
-                "tokenizer: got none, but student is an object, whose tokenizer no name tells; pass tokenizer= too"
+                "tokenizer: got none, expected the tokenizer of the student, which is an object; pass tokenizer= too"
             )
         self.folder = Path(config.output_dir)
         holds_run = (self.folder / FILE).exists() or any((self.folder / FOLDER).glob("*")) or (self.folder / MODEL).exists()
@@ -159,25 +159,27 @@ class OPDTrainer:
         self.tokenizer = load_tokenizer(config.student) if tokenizer is None else with_padding(tokenizer)
         asked = [*self.prompts, *self.held_out]
         lists = check_teacher(config, self.tokenizer, asked) if teacher is None else None
-        read = asked if teacher is not None else [*asked, *config.privileged_context().prompts(asked)]
+        contexts = asked if teacher is not None else [*asked, *config.privileged_context().prompts(asked)]
         digests = {"prompts": digest_of(self.prompts), "held-out prompts": digest_of(self.held_out)}
-        digests[TOKENS] = context_digest(self.tokenizer, read)
+        digests[TOKENS] = context_digest(self.tokenizer, contexts)
         if lists is not None:
             digests[TEACHER] = lists.identity()
         self.start, self.damaged = choose(self.folder / FOLDER, self.accelerator) if config.resume else (None, {})
-        ranks = self.accelerator.num_processes
-        self.changed = {} if self.start is None else check_resume(self.start, config, digests, ranks)
-        check_rollout_server(config, self.accelerator.num_processes, self.tokenizer, self.prompts)
+        n_processes = self.accelerator.num_processes
+        self.changed = {} if self.start is None else check_resume(self.start, config, digests, n_processes)
+        if (self.folder / FILE).exists():
+            read_rows(self.folder / FILE)  # a damaged line is an error before a model loads
+        check_rollout_server(config, n_processes, self.tokenizer, self.prompts)
         model = load_student(self.config) if student is None else make_trainable(student, self.config)
         if teacher is None:
             teacher = make_teacher(config, model, self.tokenizer, self.accelerator.device, lists)
-        is_alone = self.accelerator.num_processes == 1 or isinstance(teacher, (LocalTeacher, SelfTeacher))
+        is_alone = n_processes == 1 or isinstance(teacher, (LocalTeacher, SelfTeacher))
         self.teacher = teacher if is_alone else JointTeacher(teacher, self.accelerator)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if any(parameter.element_size() < 4 for parameter in trained) and self.accelerator.is_main_process:
             _log.warning(
                 "dtype: weights of 16 bits are trained, and an update of about learning_rate (%g) rounds to no change where a "
-                "weight is large; pass dtype float32 with mixed_precision bf16",
+                "weight is large; load them as float32 (dtype float32, or student.float()), and pass mixed_precision bf16",
                 config.learning_rate,
             )
         optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)

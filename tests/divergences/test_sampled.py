@@ -322,6 +322,17 @@ def test_a_bounded_advantage_is_finite_where_the_teacher_masks_the_token():
         assert bool(x.grad[0].any()) == (n_infinite == 0)
 
 
+def test_a_clip_bounds_an_infinite_kl_where_the_token_itself_is_not_masked():
+    s, u = logit_pair(2, 61, scale=2.0, seed=4)
+    tokens = draw_tokens(s)
+    u[:, (int(tokens[0]) + 1) % 61] = -INF
+    u[1, tokens[1]] = -INF
+    out = run(SampledToken(baseline="kl", clip=2.0), s, u, "torch", tokens)
+    assert out.metrics["n_infinite"] == 1
+    log_p = s.log_softmax(1)[0, tokens[0]]
+    assert_within(out.loss, -2.0 * log_p, absolute=1e-5, relative=1e-5, name="A = clip")
+
+
 def test_old_logprobs_are_checked():
     s, u = logit_pair(3, 20)
     tokens, log_mu, _ = with_old_logprobs(s, u)

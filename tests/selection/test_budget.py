@@ -49,7 +49,7 @@ def test_both_ends_are_the_highest_and_then_the_lowest_of_the_others():
 
 
 def test_a_count_beside_a_threshold_and_a_threshold_for_both_ends_are_refused():
-    with pytest.raises(ValueError, match="threshold: got it together with count, expected one of the two"):
+    with pytest.raises(ValueError, match=r"threshold: got 0\.1 and count 3, expected one of them"):
         Settings(count=3, threshold=0.1)
     with pytest.raises(ValueError, match="threshold: the selector takes both ends"):
         Settings(selector=LogRatio("both"), threshold=0.1)

@@ -250,7 +250,7 @@ def test_resume_names_the_line_of_a_log_that_it_cannot_read(folder):
     lines = log.read_text().splitlines(keepends=True)
     log.write_text("".join([lines[0], "\0\0\n", *lines[1:]]))
     with pytest.raises(ValueError, match=r"log.jsonl:2: got .*, expected a line of the log; remove that line"):
-        trainer(folder, steps=4, resume=True, **OPTIONS).train()
+        trainer(folder, steps=4, resume=True, **OPTIONS)
 
 
 def test_a_checkpoint_beyond_six_digits_is_the_newest(tmp_path):

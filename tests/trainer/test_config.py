@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from opd_ops import JSD
@@ -149,7 +151,7 @@ def test_main_rejects_bad_options_before_loading(flags, message, needed, monkeyp
 def test_a_scheduled_option_that_is_no_number_is_refused(option, needed):
     given = {"fraction_end": 0.5, "weighting_share_end": 0.5, "weighting": "iw", option: "0.1"}
     config = OPDConfig(prompts=needed[0].removeprefix("--prompts="), student="somewhere", divergence="sampled", **given)
-    with pytest.raises(ValueError, match=rf"^{option}: got '0\.1', expected a number in"):
+    with pytest.raises(ValueError, match=rf"^{option}: got '0\.1', expected a number"):
         config.check()
 
 
@@ -166,12 +168,16 @@ def test_a_scheduled_option_that_is_no_number_is_refused(option, needed):
         ("seed", True, "an integer"),
         ("count", 2.0, "an integer"),
         ("resume", "no", "True or False"),
+        ("learning_rate", "fast", "a number"),
+        ("prompts", Path("a.jsonl"), "text"),
     ],
 )
 def test_a_value_of_another_kind_from_python_is_refused(name, value, expected, needed):
-    options = {"prompts": needed[0].removeprefix("--prompts="), "student": "somewhere", name: value}
+    options = {"prompts": needed[0].removeprefix("--prompts="), "student": "somewhere"}
     with pytest.raises(ValueError, match=re.escape(f"{name}: got {value!r}, expected {expected}") + "$"):
-        OPDConfig(**options).check()
+        OPDConfig(**options | {name: value}).check()
+    config = OPDConfig(**options, steps=np.int64(3), learning_rate=np.float32(0.5), resume=np.True_).check()
+    assert (config.steps, config.learning_rate, config.resume) == (3, 0.5, True)
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,8 @@ class ServerClient:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:  # also when the user interrupts the wait
             stop.set()
-            # Requests that are under way may take minutes: nobody reads their answers, so nobody waits for them.
+            # Requests that are under way may take minutes, and nobody reads their answers. The error comes at once; Python
+            # waits for these requests when the process ends.
             pool.shutdown(wait=False, cancel_futures=True)
         if failures:
             raise failures[0]
