@@ -272,7 +272,7 @@ def test_a_teacher_that_is_the_student_told_nothing_is_refused(tmp_path):
 
 def test_a_student_that_is_an_object_needs_its_tokenizer(tmp_path):
     options = {"student": language_model(0), "teacher": LocalTeacher(language_model(1), tokenizer()), "prompts": prompts()}
-    with pytest.raises(ValueError, match=r"tokenizer: got none, but student is an object, .*; pass tokenizer= too"):
+    with pytest.raises(ValueError, match=r"tokenizer: got none, expected the tokenizer of the student, .* too"):
         OPDTrainer(OPDConfig(output_dir=str(tmp_path)), **options)
 
 
@@ -316,7 +316,7 @@ def test_trained_weights_of_16_bits_are_a_warning(dtype, options, warns, tmp_pat
     OPDTrainer(config, student=language_model(0).to(dtype), tokenizer=tokenizer(), teacher=teacher, prompts=prompts())
     said = [record.getMessage() for record in caplog.records if record.name == "opd_ops"]
     assert len(said) == warns
-    assert all("pass dtype float32 with mixed_precision bf16" in text for text in said)
+    assert all("(dtype float32, or student.float()), and pass mixed_precision bf16" in text for text in said)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(tmp_path):
