@@ -10,7 +10,7 @@
 
 Over ranks a search finds the n-th best score, and with `places` the largest selected place among its ties: no scores are
 gathered. One all-gather then tells how many ties each rank holds in each sequence.
-Everything stays on the device: the CPU reads no count.
+The CPU reads no number of a tensor on a GPU. It reads counts of tensors in its own memory: that saves operators.
 Not here: scores (selectors.py), sequences of positions (inputs/sequences.py), the search (distributed/order_statistics.py).
 """
 
