@@ -1,38 +1,42 @@
-"""The arms of a pair, compared: held-out reverse KL at equal steps and at equal cost, intervals over seeds and prompts.
+"""The arms of a pair, compared: held-out KL after the last step, with intervals over seeds and prompts.
 
-  equal steps   difference of two arms after the last step, at the same held-out tokens of the seeds that both have
-  equal cost    the same against an arm that was stopped once it had cost as much, linear between its evaluations
+  before                   minus the untrained student: what the arm learned; forward_before: the same of forward KL
+  all                      minus all tokens by the same loss, after as many steps; the sampled token's loss on all tokens is
+                           compared with the exact loss
+  all_at_equal_units       minus the same, stopped once it had cost as much in units
+  all_at_equal_seconds     the same by measured CPU seconds, the seconds of two arms divided seed by seed
+  random, teachability     minus random tokens, minus the best tokens by teachability; same fraction, same loss. The weighting
+                           is compared with the larger fraction
   cost of a step, in units of one head's matmul over the answers: 2 + 4 rho for a loss on a share rho of the tokens, 6 for a
   dense one, and the models' own passes: sampling, the teacher's, three times the student's (train.py counts them). The
   sampled token's loss is counted as the exact one.
 
-p-values are corrected by Holm's rule among all comparisons of a pair with the same kind of base.
-Forward KL is compared at equal steps alone.
+Between two evaluations log KL is taken as linear in the steps: KL falls along a convex curve.
+p-values are corrected by Holm's rule among all comparisons of a pair with the same kind.
 Not here: reading files (report.py), the equations of the intervals (statistics.py).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from benchmarks.study.plan import ARMS, Arm
+from benchmarks.study.plan import ARMS, FRACTIONS, Arm
 from benchmarks.study.records import Run
 from benchmarks.study.statistics import Estimate, estimate, holm
 
 MEASURE = "reverse_kl"  # KL(p || q), which all the losses reduce
-KINDS = ("equal_steps", "equal_cost", "random", "forward")  # of comparisons, each with its own correction
+KINDS = ("before", "all", "all_at_equal_units", "all_at_equal_seconds", "random", "teachability", "forward_before")
 PASSES = ("sampling", "teacher", "student")
 PARTS_OF_A_STEP = ("sampling", "teacher", "student", "loss", "backward", "update")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """An arm minus its base: below 0 the arm is better."""
+    """An arm minus its base: below 0 the arm's KL is lower."""
 
     base: str
     difference: Estimate
@@ -41,7 +45,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Row:
-    """One arm. Without a run of the base there is no comparison."""
+    """One arm. A comparison is missing where its base has no run."""
 
     arm: str
     seeds: list[int]
@@ -49,14 +53,11 @@ class Row:
     units: float  # of a step, all passes
     loss_units: float  # of a step's loss
     seconds: float  # of a step, CPU
+    relative_seconds: float  # of a step, divided by those of all tokens with the same seed; 1 for all tokens
     steps: list[int]
     kl: list[Estimate]  # reverse KL after each of the steps
     forward_kl: list[Estimate]
-    by_seed: list[float]  # the last reverse KL
-    equal_steps: Comparison | None  # against all tokens, with the same loss
-    equal_cost: Comparison | None
-    random: Comparison | None  # against random tokens, of the same fraction and loss
-    forward: Comparison | None  # as equal_steps, of forward KL
+    compared: dict[str, Comparison] = field(default_factory=dict)  # by kind
 
 
 class Runs:
@@ -81,66 +82,58 @@ class Runs:
         kls = [getattr(self.by_arm[arm][seed], measure) for seed in seeds]
         return torch.tensor(kls, dtype=torch.float64)
 
-    def mean(self, arm: str, value: str) -> float:
-        """The mean over the seeds of a function of a run."""
+    def mean(self, arm: str, quantity: Callable[[Run], float]) -> float:
+        """The mean over the arm's seeds."""
         runs = self.by_arm[arm].values()
-        return sum(_PER_STEP[value](run) for run in runs) / len(runs)
+        return sum(quantity(run) for run in runs) / len(runs)
+
+    def mean_ratio(self, arm: str, base: str, quantity: Callable[[Run], float]) -> float:
+        """The mean over the shared seeds of the arm's quantity divided by the base's."""
+        seeds = self.seeds(arm, base)
+        ratios = [quantity(self.by_arm[arm][seed]) / quantity(self.by_arm[base][seed]) for seed in seeds]
+        return sum(ratios) / len(ratios)
 
 
-def _share(run: Run) -> float:
+def share_of(run: Run) -> float:
     return run.n_trained / run.n_valid
 
 
-def _loss_units(run: Run) -> float:
-    return 2 + 4 * _share(run)
+def loss_units_of(run: Run) -> float:
+    return 2 + 4 * share_of(run)
 
 
-def _units(run: Run) -> float:
-    return _loss_units(run) + sum(run.multiply_adds[name] for name in PASSES) / run.multiply_adds["head"]
+def units_of(run: Run) -> float:
+    return loss_units_of(run) + sum(run.multiply_adds[name] for name in PASSES) / run.multiply_adds["head"]
 
 
-def _seconds(run: Run) -> float:
+def seconds_of(run: Run) -> float:
     return sum(run.cpu_seconds[name] for name in PARTS_OF_A_STEP) / len(run.losses)
-
-
-_PER_STEP = {"share": _share, "loss_units": _loss_units, "units": _units, "seconds": _seconds}
 
 
 def rows_of(runs: Runs) -> list[Row]:
     """The rows of the arms that have a run, in the plan's order."""
     rows = [_row(runs, arm) for arm in ARMS if runs.seeds(arm.name)]
     for kind in KINDS:
-        compared = [(i, comparison) for i, row in enumerate(rows) if (comparison := getattr(row, kind)) is not None]
-        adjusted = holm([comparison.difference.p_value for _, comparison in compared])
-        for (i, comparison), p in zip(compared, adjusted, strict=True):
-            rows[i] = replace(rows[i], **{kind: replace(comparison, adjusted_p=p)})
+        compared = [row.compared[kind] for row in rows if kind in row.compared]
+        adjusted = iter(holm([comparison.difference.p_value for comparison in compared]))
+        for row in rows:
+            if kind in row.compared:
+                row.compared[kind] = replace(row.compared[kind], adjusted_p=next(adjusted))
     return rows
 
 
-def spread_over_seeds(rows: Sequence[Row]) -> float:
-    """The standard deviation over seeds of an arm's difference from its base, pooled over arms; NaN with one seed."""
-    by_arm = {row.arm: dict(zip(row.seeds, row.by_seed, strict=True)) for row in rows}
-    squares, degrees = 0.0, 0
-    for row in rows:
-        if row.equal_steps is None:
-            continue
-        base = by_arm[row.equal_steps.base]
-        differences = torch.tensor([by_arm[row.arm][seed] - base[seed] for seed in row.seeds if seed in base])
-        squares += float((differences - differences.mean()).square().sum())
-        degrees += len(differences) - 1
-    return math.sqrt(squares / degrees) if degrees else math.nan
-
-
 def base_of(arm: Arm) -> Arm | None:
-    """What an arm is compared with: all tokens by the same loss; the sampled token's loss itself with the exact one."""
+    """All tokens by the same loss; for the sampled token's loss on all tokens, the exact loss on them."""
     if arm == Arm():
         return None
     return Arm(divergence=arm.divergence) if arm.selector != "all" else Arm()
 
 
-def random_of(arm: Arm) -> Arm | None:
-    """Random tokens of the same fraction, by the same loss."""
-    return None if arm.selector in ("all", "random") else replace(arm, selector="random")
+def rival_of(arm: Arm, selector: str) -> Arm | None:
+    """The arm with another selector, of the same fraction and loss."""
+    if arm.selector in ("all", "random", selector):
+        return None
+    return replace(arm, selector=selector)
 
 
 def _row(runs: Runs, arm: Arm) -> Row:
@@ -148,30 +141,41 @@ def _row(runs: Runs, arm: Arm) -> Row:
     counts, sums, forward = runs.counts(seeds), runs.sums(arm.name, seeds), runs.sums(arm.name, seeds, "forward_kl")
     steps = runs.by_arm[arm.name][seeds[0]].steps
     base = base_of(arm)
+    has_base = base is not None and bool(runs.seeds(arm.name, base.name))
     return Row(
         arm=arm.name,
         seeds=seeds,
-        **{name: runs.mean(arm.name, name) for name in _PER_STEP},
+        share=runs.mean(arm.name, share_of),
+        units=runs.mean(arm.name, units_of),
+        loss_units=runs.mean(arm.name, loss_units_of),
+        seconds=runs.mean(arm.name, seconds_of),
+        relative_seconds=runs.mean_ratio(arm.name, base.name, seconds_of) if base is not None and has_base else 1.0,
         steps=steps,
         kl=[estimate(sums[:, i], counts) for i in range(len(steps))],
         forward_kl=[estimate(forward[:, i], counts) for i in range(len(steps))],
-        by_seed=(sums[:, -1].sum(1) / counts.sum(1)).tolist(),
-        equal_steps=_against(runs, arm, base, float(steps[-1])),
-        equal_cost=None if base is None else _at_equal_cost(runs, arm, base, steps[-1]),
-        random=_against(runs, arm, random_of(arm), float(steps[-1])),
-        forward=_against(runs, arm, base, float(steps[-1]), "forward_kl"),
+        compared=_comparisons(runs, arm, steps[-1]),
     )
 
 
-def _at_equal_cost(runs: Runs, arm: Arm, base: Arm, n_steps: int) -> Comparison | None:
-    if not runs.seeds(base.name):
-        return None
-    afforded = n_steps * runs.mean(arm.name, "units") / runs.mean(base.name, "units")
-    return _against(runs, arm, base, min(afforded, n_steps))
+def _comparisons(runs: Runs, arm: Arm, n_steps: int) -> dict[str, Comparison]:
+    base = base_of(arm)
+    teachable = Arm("teachability", max(FRACTIONS)) if arm.weighting is not None else rival_of(arm, "teachability")
+    compared = {
+        "before": _against(runs, arm, arm, 0),
+        "all": _against(runs, arm, base, n_steps),
+        "random": _against(runs, arm, rival_of(arm, "random"), n_steps),
+        "teachability": _against(runs, arm, teachable, n_steps),
+        "forward_before": _against(runs, arm, arm, 0, "forward_kl"),
+    }
+    if base is not None and runs.seeds(arm.name, base.name):
+        for kind, cost in (("all_at_equal_units", units_of), ("all_at_equal_seconds", seconds_of)):
+            afforded = n_steps * min(1.0, runs.mean_ratio(arm.name, base.name, cost))
+            compared[kind] = _against(runs, arm, base, afforded)
+    return {kind: comparison for kind, comparison in compared.items() if comparison is not None}
 
 
 def _against(runs: Runs, arm: Arm, base: Arm | None, base_steps: float, measure: str = MEASURE) -> Comparison | None:
-    """The arm after its last step against the base after `base_steps`, linear between evaluations."""
+    """The arm after its last step against the base after `base_steps`, log-linear between evaluations."""
     seeds = [] if base is None else runs.seeds(arm.name, base.name)
     if base is None or not seeds:
         return None
@@ -180,5 +184,5 @@ def _against(runs: Runs, arm: Arm, base: Arm | None, base_steps: float, measure:
     earlier = max(later - 1, 0)
     part = (base_steps - steps[earlier]) / max(steps[later] - steps[earlier], 1)
     base_sums = runs.sums(base.name, seeds, measure)
-    reached = torch.lerp(base_sums[:, earlier], base_sums[:, later], part)
+    reached = torch.lerp(base_sums[:, earlier].log(), base_sums[:, later].log(), part).exp()
     return Comparison(base.name, estimate(runs.sums(arm.name, seeds, measure)[:, -1] - reached, runs.counts(seeds)))

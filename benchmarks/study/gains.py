@@ -6,7 +6,8 @@
   mean G of each tenth of the tokens by teachability, divergence and incompatibility; rank correlations of G with them
 
 Intervals are percentiles over resamples of seeds and prompts together (statistics.py). The selection is made once, on the
-answers of all seeds. Scores that need columns which are not kept are left out: teachability-released and dial.
+answers of all seeds. Left out: teachability-released and dial, which need columns that are not kept; teachability+entropy,
+which gives the highest score, 1, to the 5 % of highest entropy, all alike; random tokens, whose expected gain is that of all.
 Not here: the diagnostics' equations (opd_ops/diagnostics/).
 """
 
@@ -28,13 +29,11 @@ from opd_ops.selection.selectors import SELECTORS
 
 RANKED = (
     "teachability",
-    "teachability+entropy",
+    "incompatibility",
     "divergence",
     "divergence-reverse-kl",
     "tip",
     "entropy",
-    "incompatibility",
-    "random",
 )
 FRACTIONS = (0.03, 0.05, 0.2)  # the first is the paper's
 CURVES = ("teachability", "divergence", "incompatibility")

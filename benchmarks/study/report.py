@@ -12,18 +12,28 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 from benchmarks.study import figures
-from benchmarks.study.arms import KINDS, Comparison, Row, Runs, rows_of, spread_over_seeds
+from benchmarks.study.arms import Comparison, Row, Runs, rows_of
 from benchmarks.study.gains import FRACTIONS, RANKED, Gains, gains_of
-from benchmarks.study.plan import SEEDS, SIZES, Arm, jobs
+from benchmarks.study.plan import ARMS, SEEDS, SIZES, Arm, jobs
 from benchmarks.study.records import MEASURES, RUNS, Frozen, Run, frozen_name, read, spent_hours
 from benchmarks.study.statistics import visible_difference
 from opd_ops.diagnostics.intervals import Interval
+
+COMPARED = {
+    "all": "− all, equal steps",
+    "all_at_equal_units": "− all, equal units",
+    "all_at_equal_seconds": "− all, equal CPU seconds",
+    "random": "− random",
+    "teachability": "− teachability",
+}
+SAMPLED = [arm.name for arm in ARMS if arm.divergence == "sampled"]
 
 
 @dataclass(frozen=True)
@@ -85,16 +95,20 @@ def page(done: Finished, rows: Mapping[str, Sequence[Row]], gains: Mapping[str, 
     lines = [
         "# What selecting does to SmolLM2-135M: the numbers",
         "",
-        f"**{done.n_runs} of {done.n_planned} runs**, {done.cpu_hours:.1f} CPU hours. {_summary(done.missing)}",
+        f"**{done.n_runs} of {done.n_planned} runs**, {done.cpu_hours:.1f} CPU hours; the pilot and healing the student of "
+        f"*shallow* come on top (benchmarks/LOG.md). {_summary(done.missing)}",
         "",
-        "KL is the reverse KL(student ‖ teacher) at held-out tokens, nats, which the losses reduce. Below 0: better.",
-        "Brackets: 95 % intervals over seeds and prompts together. A star: the p-value, corrected by Holm's rule among all",
-        "comparisons of the column, is below 0.05. A unit is one head's matmul over the answers. Equations:",
+        "KL is the reverse KL(student ‖ teacher) at held-out tokens, nats, which the losses reduce. A difference below 0 means",
+        "that the arm's KL is lower. Brackets: 95 % intervals over seeds and prompts together. A star: the p-value is below",
+        "0.05, corrected by Holm's rule among all comparisons of the column and pair. A unit is one head's matmul over the",
+        "answers; `random` and `prefix` pay 2 units of scoring too, since the library scores in any case. Equations:",
         "benchmarks/study/statistics.py and arms.py.",
         "",
         "![Difference of every arm from all tokens and from random tokens, with intervals](arms.png)",
         "![Held-out KL against the cost so far, by selector and fraction](cost.png)",
     ]
+    if gains:
+        lines += ["![Mean gain of each tenth of the tokens by three scores, for both pairs](fixed_contexts.png)"]
     for pair, pair_rows in rows.items():
         sizes = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in asdict(SIZES[pair]).items())
         start = pair_rows[0]
@@ -106,10 +120,25 @@ def page(done: Finished, rows: Mapping[str, Sequence[Row]], gains: Mapping[str, 
             f"{sizes}; {n_tokens:,} held-out tokens; "
             f"before training KL {start.kl[0].value:.3f}, forward KL {start.forward_kl[0].value:.3f}.",
             "",
+            *_arms_table(pair_rows),
+            "",
+            "Compared, after the last step:",
+            "",
+            *_compared_table([row for row in pair_rows if row.arm not in ("all", *SAMPLED)]),
+            "",
+            "The same with the sampled token's loss. Its arms are compared among themselves, `all-sampled` with `all`:",
+            "",
+            *_compared_table([row for row in pair_rows if row.arm in SAMPLED]),
+            "",
+            " ".join(_visible(pair_rows, kind) for kind in ("all", "random")),
         ]
-        lines += [*_arms_table(pair_rows), "", _what_is_seen(pair_rows)]
         if pair in gains:
-            lines += ["", "![Mean gain of each tenth of the tokens by three scores](fixed_contexts.png)"]
+            lines += [
+                "",
+                "Fixed contexts: the gain of training on all tokens, at the tokens that a score ranks highest before training.",
+                "Relative: the gain divided by the KL before. Intervals of gains are percentiles, which are somewhat narrower;",
+                "nothing is corrected.",
+            ]
             for measure in MEASURES:
                 lines += _gains_tables([at for at in gains[pair] if at.measure == measure])
         else:
@@ -133,38 +162,50 @@ def _missing(names: Sequence[str]) -> list[str]:
 
 
 def _arms_table(rows: Sequence[Row]) -> list[str]:
-    heads = ["arm", "seeds", "tokens", "units of the loss", "units a step", "CPU s a step"]
+    heads = ["arm", "seeds", "tokens", "units of the loss", "units a step", "CPU s a step", "÷ all"]
     heads += [f"KL, step {step}" for step in rows[0].steps[1:]]
-    heads += ["− all, equal steps", "− all, equal cost", "− random", "forward KL", "forward KL − all"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    heads += ["− before", "forward KL", "− before"]
+    lines = _head(heads)
     for row in rows:
         cells = [f"`{row.arm}`", str(len(row.seeds)), f"{row.share:.1%}"]
-        cells += [f"{row.loss_units:.2f}", f"{row.units:.1f}", f"{row.seconds:.2f}"]
+        cells += [f"{row.loss_units:.2f}", f"{row.units:.1f}", f"{row.seconds:.2f}", f"{row.relative_seconds:.3f}"]
         cells += [f"{kl.value:.3f}" for kl in row.kl[1:]]
-        cells += [_difference(comparison) for comparison in (row.equal_steps, row.equal_cost, row.random)]
-        cells += [f"{row.forward_kl[-1].value:.3f}", _difference(row.forward)]
-        lines.append(f"| {' | '.join(cells)} |")
+        cells += [_difference(row, "before"), f"{row.forward_kl[-1].value:.3f}", _difference(row, "forward_before")]
+        lines.append(_line(cells))
     return lines
 
 
-def _what_is_seen(rows: Sequence[Row]) -> str:
-    spread = spread_over_seeds(rows)
-    n_seeds = max(len(row.seeds) for row in rows)
-    if math.isnan(spread):
-        return "One seed does not show the spread over seeds."
-    n_comparisons = sum(row.equal_steps is not None for row in rows)
-    seen = visible_difference(spread, n_seeds, n_comparisons)
+def _compared_table(rows: Sequence[Row]) -> list[str]:
+    lines = _head(["arm", *COMPARED.values()])
+    return lines + [_line([f"`{row.arm}`", *(_difference(row, kind) for kind in COMPARED)]) for row in rows]
+
+
+def _head(names: Sequence[str]) -> list[str]:
+    return [_line(names), "|---" * len(names) + "|"]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _visible(rows: Sequence[Row], kind: str) -> str:
+    """What the comparisons of a kind could see, from their standard errors."""
+    comparisons = [row.compared[kind] for row in rows if kind in row.compared]
+    differences = [comparison.difference for comparison in comparisons if not math.isnan(comparison.difference.error)]
+    if not differences:
+        return f"One seed does not show what a comparison with {kind} tokens can see."
+    seen = [visible_difference(difference.error, difference.n_seeds, len(comparisons)) for difference in differences]
     return (
-        f"Differences from all tokens spread over seeds by {spread:.4f} nats (pooled). With {n_seeds} seeds and "
-        f"{n_comparisons} comparisons a true difference of {seen:.3f} nats is seen with power 0.8, prompts apart."
+        f"A comparison with {kind} tokens sees a true difference of {median(seen):.3f} nats with power 0.8 (median; largest "
+        f"{max(seen):.3f})."
     )
 
 
-def _difference(comparison: Comparison | None) -> str:
+def _difference(row: Row, kind: str) -> str:
+    comparison: Comparison | None = row.compared.get(kind)
     if comparison is None:
         return ""
-    star = "*" if comparison.adjusted_p < figures.ALPHA else ""
-    return _interval(comparison.difference.interval) + star
+    return _interval(comparison.difference.interval) + ("*" if comparison.adjusted_p < figures.ALPHA else "")
 
 
 def _interval(interval: Interval) -> str:
@@ -173,37 +214,32 @@ def _interval(interval: Interval) -> str:
 
 
 def _gains_tables(gains: Sequence[Gains]) -> list[str]:
+    steps = [at.step for at in gains]
     lines = [
         "",
-        f"Fixed contexts: gain in {gains[0].measure.replace('_kl', ' KL')} of training on all tokens, "
-        f"{gains[0].n_tokens:,} tokens, mean over what a score ranks "
-        "highest before training.",
+        f"In {gains[0].measure.replace('_kl', ' KL')}, {gains[0].n_tokens:,} tokens:",
         "",
-        "| score | " + " | ".join(f"best {fraction:.0%}, {at.step} steps" for at in gains for fraction in FRACTIONS) + " |",
-        "|---" * (1 + len(FRACTIONS) * len(gains)) + "|",
+        *_head(["score", "tokens", "KL before", *(f"gain, step {n}" for n in steps), f"relative, step {steps[-1]}"]),
     ]
-    for name in ("all", *RANKED):
-        cells = []
-        for at in gains:
-            by_fraction = {gain.fraction: gain.gain for gain in at.by_selector if gain.selector == name}
-            cells += [_interval(by_fraction.get(fraction, at.by_selector[0].gain)) for fraction in FRACTIONS]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "| steps | coefficient of teachability | of incompatibility | R² | rank correlations of the gain |",
-        "|---" * 5 + "|",
-    ]
+    by_score = [{(row.selector, row.fraction): row for row in at.by_selector} for at in gains]
+    for fraction, name in [(1.0, "all"), *((fraction, name) for fraction in FRACTIONS for name in RANKED)]:
+        rows = [selectors[name, fraction] for selectors in by_score]
+        cells = [name, f"highest {fraction:.0%}" if name in RANKED else "all", f"{rows[-1].kl_before:.3f}"]
+        lines.append(_line([*cells, *(_interval(row.gain) for row in rows), _interval(rows[-1].relative_gain)]))
+    lines += ["", *_head(["steps", "coefficient of teachability", "of incompatibility", "R²", "rank correlations of the gain"])]
     for at in gains:
         fit = at.regression
         correlations = ", ".join(f"{name} {value:+.2f}" for name, value in at.correlations.items())
-        cells = [_interval(x) for x in (fit.teachability, fit.incompatibility, fit.r_squared)]
-        lines.append(f"| {at.step} | {' | '.join(cells)} | {correlations} |")
+        lines.append(
+            _line([str(at.step), *map(_interval, (fit.teachability, fit.incompatibility, fit.r_squared)), correlations])
+        )
     return lines
 
 
 def _numbers(done: Finished, rows: Mapping[str, Sequence[Row]], gains: Mapping[str, Sequence[Gains]]) -> dict[str, object]:
-    """Everything that the page says, and the mean KL of every run and prompt."""
+    """Everything that the page says, and the KLs of every run: [evaluation][prompt], sums over the prompt's tokens."""
     every = [run for runs in done.runs.values() for run in runs]
+    environments = Counter(json.dumps(run.environment, sort_keys=True) for run in every)
     return {
         "n_runs": done.n_runs,
         "n_planned": done.n_planned,
@@ -211,24 +247,25 @@ def _numbers(done: Finished, rows: Mapping[str, Sequence[Row]], gains: Mapping[s
         "cpu_hours": round(done.cpu_hours, 3),
         "peak_gib": max(run.peak_gib for run in every),
         "sizes": {pair: asdict(sizes) for pair, sizes in SIZES.items()},
-        "environment": every[0].environment,
+        "environments": [{"runs": count, **json.loads(environment)} for environment, count in environments.items()],
         "n_tokens": {pair: {seed: frozen.n_tokens for seed, frozen in seeds.items()} for pair, seeds in done.frozen.items()},
-        "arms": _rounded({pair: [_row(row) for row in pair_rows] for pair, pair_rows in rows.items()}),
+        "arms": _rounded({pair: [_row_numbers(row) for row in pair_rows] for pair, pair_rows in rows.items()}),
         "fixed_contexts": _rounded({pair: [asdict(at) for at in pair_gains] for pair, pair_gains in gains.items()}),
-        "sums_of_reverse_kl": {
-            pair: {f"{run.arm} seed {run.seed}": [_short(x) for x in run.reverse_kl[1:]] for run in runs}
-            for pair, runs in done.runs.items()
+        "sums": {
+            measure: {
+                pair: {f"{run.arm} seed {run.seed}": [_short(sums) for sums in getattr(run, measure)] for run in runs}
+                for pair, runs in done.runs.items()
+            }
+            for measure in MEASURES
         },
     }
 
 
-def _row(row: Row) -> dict[str, object]:
+def _row_numbers(row: Row) -> dict[str, object]:
     numbers = asdict(row)
-    for kind in KINDS:
-        comparison: Comparison | None = getattr(row, kind)
-        if comparison is not None:
-            numbers[kind]["interval"] = asdict(comparison.difference.interval)
-            numbers[kind]["p"] = comparison.difference.p_value
+    for kind, comparison in row.compared.items():
+        numbers["compared"][kind]["interval"] = asdict(comparison.difference.interval)
+        numbers["compared"][kind]["p"] = comparison.difference.p_value
     return numbers
 
 

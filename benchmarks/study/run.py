@@ -28,7 +28,7 @@ from benchmarks.study.records import RUNS, Run, frozen_name, read, sizes_of, spe
 from benchmarks.study.train import HeldOut, environment, hold_out, run_arm
 
 
-def left(folder: Path, planned: Iterable[Job], sizes: Mapping[str, Sizes]) -> list[Job]:
+def unfinished(folder: Path, planned: Iterable[Job], sizes: Mapping[str, Sizes]) -> list[Job]:
     """The jobs that are not done. Raises: ValueError: a file in the folder is of another plan."""
     open_jobs = []
     for job in planned:
@@ -65,7 +65,7 @@ def run_all(folder: Path, pairs: Mapping[str, Pair], sizes: Mapping[str, Sizes],
     folder.mkdir(parents=True, exist_ok=True)
     environment()  # before the first fork
     failed: list[Job] = []
-    for (seed, name), group in groupby(left(folder, planned, sizes), key=lambda job: (job.seed, job.pair)):
+    for (seed, name), group in groupby(unfinished(folder, planned, sizes), key=lambda job: (job.seed, job.pair)):
         pair = pairs[name]
         held_out = hold_out(pair, sizes[name], seed)
         if not (folder / frozen_name(name, seed)).exists():
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     torch.set_num_threads(1)
     planned = [job for job in jobs() if job.seed in options.seeds]
-    if not left(folder, planned, SIZES):
+    if not unfinished(folder, planned, SIZES):
         print(f"all {len(planned)} runs are done")
         return
     # In a child: a process that has computed gradients should not fork.

@@ -2,8 +2,8 @@
 
   difference  d = sum_sp D_sp / sum_sp n_sp;  D_sp: sum over the held-out tokens of seed s and prompt p, n_sp their number
   resample    seeds and prompts are drawn with replacement, independently: cell (s, p) counts w_s w_p times. The standard
-              deviation of d over the resamples is its standard error; for crossed factors it is somewhat too large, never
-              too small on average (Owen, "The pigeonhole bootstrap", 2007, arXiv 0712.1111).
+              deviation of d over the resamples is its standard error (Owen, "The pigeonhole bootstrap", 2007, arXiv
+              0712.1111). Of n seeds a resample shows (n - 1) / n of their variance, of n prompts likewise.
   interval    d +- t se, p-value from t = d / se, by Student's t with one degree of freedom less than there are seeds: few
               seeds know their own spread badly, and percentiles of a bootstrap over few seeds are too narrow
   Holm        sorted p-values p_1 <= p_2 <= ...: adjusted p_i = max_{j <= i} min(1, (m - j + 1) p_j)
@@ -84,8 +84,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def visible_difference(deviation: float, n_seeds: int, n_comparisons: int, power: float = 0.8) -> float:
-    """The true difference that the first step of Holm's test sees with this power, from the deviation over seeds."""
+def visible_difference(error: float, n_seeds: int, n_comparisons: int, power: float = 0.8) -> float:
+    """The true difference that the first step of Holm's test sees with this power, from a difference's standard error."""
     degrees = n_seeds - 1
-    margin = stdtrit(degrees, 1 - (1 - LEVEL) / 2 / n_comparisons) + stdtrit(degrees, power)
-    return float(margin * deviation / math.sqrt(n_seeds))
+    return float(error * (stdtrit(degrees, 1 - (1 - LEVEL) / 2 / n_comparisons) + stdtrit(degrees, power)))

@@ -136,8 +136,8 @@ def run_arm(pair: Pair, sizes: Sizes, arm: Arm, seed: int, held_out: HeldOut) ->
                 evaluations[step + 1] = measure(pair, student, held_out.answers, held_out.teacher_head)
     valid = held_out.before.valid
     after = {
-        measure: {str(step): to_integers(getattr(stats, measure), valid) for step, stats in evaluations.items() if step}
-        for measure in MEASURES
+        name: {str(step): to_integers(getattr(stats, name), valid) for step, stats in evaluations.items() if step}
+        for name in MEASURES
     }
     return Run(
         pair=pair.name,

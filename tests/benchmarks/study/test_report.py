@@ -10,22 +10,46 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from scipy.special import stdtrit
 
 from benchmarks.study import report
-from benchmarks.study.arms import Runs, rows_of, spread_over_seeds
+from benchmarks.study.arms import Runs, rows_of
 from benchmarks.study.gains import contexts_at, gains_of
-from benchmarks.study.plan import ARMS, SIZES, Arm, Job
+from benchmarks.study.plan import ARMS, SIZES, Job
 from benchmarks.study.records import COLUMNS, Frozen, Run, frozen_name, to_integers, write
 from benchmarks.study.statistics import estimate, holm, visible_difference
 from tests.support.cases import generator
 
 STEPS = [0, 2, 4, 8]
 N_PROMPTS, LENGTH = 6, 12
-DIFFERENCES = {"all": 0.0, "random-5": 0.05, "entropy-5": -0.1, "random-20": 0.0, "teachability-20": 0.0}
+DIFFERENCES = {
+    "all": 0.0,
+    "random-5": 0.05,
+    "entropy-5": -0.1,
+    "random-20": 0.0,
+    "teachability-20": 0.0,
+    "weights-teachability": 0.02,
+    "all-sampled": 0.03,
+    "random-20-sampled": 0.04,
+    "entropy-20-sampled": 0.06,
+    "teachability-20-sampled": 0.05,
+}
+BASES = {
+    "all": {},
+    "random-5": {"all": "all"},
+    "entropy-5": {"all": "all", "random": "random-5"},
+    "random-20": {"all": "all"},
+    "teachability-20": {"all": "all", "random": "random-20"},
+    "weights-teachability": {"all": "all", "teachability": "teachability-20"},
+    "all-sampled": {"all": "all"},
+    "random-20-sampled": {"all": "all-sampled"},
+    "entropy-20-sampled": {"all": "all-sampled", "random": "random-20-sampled", "teachability": "teachability-20-sampled"},
+    "teachability-20-sampled": {"all": "all-sampled", "random": "random-20-sampled"},
+}
 
 
 def frozen_answers(pair: str, seed: int) -> Frozen:
@@ -45,7 +69,7 @@ def made_up_run(frozen: Frozen, arm: str) -> Run:
     if arm != "all":
         noise = 0.01 * torch.randn(1, generator=g, dtype=torch.float64) + 0.01 * torch.randn(N_PROMPTS, generator=g)
         sums[-1] = sums[-1] + n * (DIFFERENCES[arm] + noise)
-    share = 1.0 if arm == "all" else int(arm.rpartition("-")[2]) / 100
+    share = next(planned.fraction for planned in ARMS if planned.name == arm)
     before = torch.tensor(frozen.columns["forward_kl"])
     teachable = torch.tensor(frozen.columns["union_kl"]) * torch.tensor(frozen.columns["support_mass"]) / 1e4
     after = {str(step): (before - teachable * step / 8).round().long().tolist() for step in STEPS[1:]}
@@ -113,7 +137,7 @@ def test_the_standard_error_holds_the_spread_over_seeds_and_over_prompts():
 def test_the_visible_difference_is_seen_with_its_power():
     """Normal differences of that size: four of five studies are beyond the corrected bound."""
     deviation, n_seeds, n_comparisons = 0.01, 9, 27
-    difference = visible_difference(deviation, n_seeds, n_comparisons)
+    difference = visible_difference(deviation / math.sqrt(n_seeds), n_seeds, n_comparisons)
     draws = difference + deviation * torch.randn(4000, n_seeds, generator=generator(1), dtype=torch.float64)
     t = draws.mean(1) / (draws.std(1) / math.sqrt(n_seeds))
     seen = (t > stdtrit(n_seeds - 1, 1 - 0.025 / n_comparisons)).double().mean().item()
@@ -123,33 +147,48 @@ def test_the_visible_difference_is_seen_with_its_power():
 def test_an_arm_is_compared_at_the_same_tokens(runs):
     rows = {row.arm: row for row in rows_of(runs)}
     counts = runs.counts(range(4))
-    entropy = runs.sums("entropy-5", range(4))[:, -1]
-    expected = (entropy - runs.sums("all", range(4))[:, -1]).sum() / counts.sum()
-    row = rows["entropy-5"]
-    assert row.equal_steps.difference.value == pytest.approx(expected.item())
-    assert row.random.base == "random-5"
-    against_random = (entropy - runs.sums("random-5", range(4))[:, -1]).sum() / counts.sum()
-    assert row.random.difference.value == pytest.approx(against_random.item())
-    assert row.by_seed == pytest.approx((entropy.sum(1) / counts.sum(1)).tolist())
-    assert row.forward.difference.value == pytest.approx(2 * expected.item())
-    assert row.equal_steps.adjusted_p < 0.05
-    assert rows["teachability-20"].random.adjusted_p > 0.05
-    assert rows["all"].equal_steps is rows["all"].random is rows["random-5"].random is rows["all"].forward is None
+    entropy, everything = runs.sums("entropy-5", range(4)), runs.sums("all", range(4))
+    expected = (entropy[:, -1] - everything[:, -1]).sum() / counts.sum()
+    compared = rows["entropy-5"].compared
+    assert compared["all"].difference.value == pytest.approx(expected.item())
+    against_random = (entropy - runs.sums("random-5", range(4)))[:, -1].sum() / counts.sum()
+    assert compared["random"].difference.value == pytest.approx(against_random.item())
+    learned = (entropy[:, -1] - entropy[:, 0]).sum() / counts.sum()
+    assert compared["before"].difference.value == pytest.approx(learned.item())
+    assert compared["forward_before"].difference.value == pytest.approx(2 * learned.item())
+    assert compared["all"].adjusted_p < 0.05 < rows["teachability-20"].compared["random"].adjusted_p
 
 
-def test_the_spread_over_seeds_is_that_of_the_differences(runs):
-    rows = rows_of(runs)
-    everything = torch.tensor(next(row for row in rows if row.arm == "all").by_seed)
-    variances = [(torch.tensor(row.by_seed) - everything).var() for row in rows if row.arm != "all"]
-    assert spread_over_seeds(rows) == pytest.approx(torch.stack(variances).mean().sqrt().item())
+def test_p_values_are_corrected_among_the_comparisons_of_a_kind(runs):
+    rows = [row for row in rows_of(runs) if "random" in row.compared]
+    raw = [row.compared["random"].difference.p_value for row in rows]
+    assert len(raw) == 4
+    assert [row.compared["random"].adjusted_p for row in rows] == holm(raw)
 
 
-def test_equal_cost_stops_the_base_where_it_has_cost_as_much(runs):
-    """14 units of passes: 16.2 of 20 units a step, so 6.48 of 8 steps; KL of "all" is linear from .4 at 4 to .2 at 8."""
+def test_equal_units_stop_the_base_where_it_has_cost_as_much(runs):
+    """14 units of passes: 16.2 of 20 units a step, so 6.48 of 8 steps; log KL of "all" is linear from .4 at 4 to .2 at 8."""
     row = {row.arm: row for row in rows_of(runs)}["entropy-5"]
     assert (row.loss_units, row.units, row.seconds) == pytest.approx((2.2, 16.2, 6.0))
-    reached = 0.4 - 0.2 * (6.48 - 4) / 4
-    assert row.equal_cost.difference.value - row.equal_steps.difference.value == pytest.approx(0.2 - reached)
+    reached = 0.4 * 0.5 ** ((6.48 - 4) / 4)
+    later, equal = (row.compared[kind].difference.value for kind in ("all_at_equal_units", "all"))
+    assert later - equal == pytest.approx(0.2 - reached)
+
+
+def test_equal_seconds_divide_the_seconds_of_each_seed(folder):
+    """The seconds of entropy-5: a half and three quarters of those of "all", so 5 of 8 steps."""
+    done = report.finished(folder, 2)
+    ratios = {0: 0.5, 1: 0.75}
+    slow = {0: 3.0, 1: 1.0}  # a busy machine slows a seed's runs alike
+    changed = []
+    for run in done.runs["shallow"]:
+        factor = slow[run.seed] * (ratios[run.seed] if run.arm == "entropy-5" else 1.0)
+        changed.append(replace(run, cpu_seconds={name: factor * x for name, x in run.cpu_seconds.items()}))
+    n_tokens = {seed: done.frozen["shallow"][seed].n_tokens for seed in ratios}
+    row = {row.arm: row for row in rows_of(Runs(changed, n_tokens))}["entropy-5"]
+    assert row.relative_seconds == pytest.approx(0.625)
+    later, equal = (row.compared[kind].difference.value for kind in ("all_at_equal_seconds", "all"))
+    assert later - equal == pytest.approx(0.2 - 0.4 * 0.5**0.25)
 
 
 def test_gains_are_those_of_the_frozen_tokens(folder):
@@ -180,13 +219,15 @@ def test_the_page_tells_which_runs_are_missing(folder, tmp_path):
     report.write(folder, tmp_path, 4)
     text = (tmp_path / "report.md").read_text()
     n_planned = 4 * len(ARMS) * len(SIZES)
-    assert f"**20 of {n_planned} runs**" in text
+    assert f"**40 of {n_planned} runs**" in text
     assert "* shallow-prefix-5: seeds 0, 1, 2, 3" in text
     assert "shallow-entropy-5: seeds" not in text
     numbers = json.loads((tmp_path / "report.json").read_text())
-    assert len(numbers["missing"]) == n_planned - 20
+    assert len(numbers["missing"]) == n_planned - 40
     rows = {row["arm"]: row for row in numbers["arms"]["shallow"]}
-    assert f"{rows['entropy-5']['equal_steps']['difference']['value']:+.3f}" in text
+    assert f"{rows['entropy-5']['compared']['all']['difference']['value']:+.3f}" in text
+    assert [environment["runs"] for environment in numbers["environments"]] == [40]
+    assert "| incompatibility | highest 5% |" in text
     for name in ("arms.png", "cost.png", "fixed_contexts.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
@@ -196,8 +237,9 @@ def test_one_seed_alone_has_values_and_no_intervals(runs, folder):
     rows = rows_of(Runs(done.runs["shallow"], {0: done.frozen["shallow"][0].n_tokens}))
     text = report.page(done, {"shallow": rows}, {})
     assert "No diagnostic on fixed contexts" in text
-    (row,) = [line for line in text.splitlines() if line.startswith("| `entropy-5`")]
-    assert "[" not in row
+    rows = [line for line in text.splitlines() if line.startswith("| `entropy-5`")]
+    assert len(rows) == 2
+    assert "[" not in "".join(rows)
 
 
 def test_no_run_at_all_is_refused(tmp_path):
@@ -205,6 +247,9 @@ def test_no_run_at_all_is_refused(tmp_path):
         report.finished(tmp_path)
 
 
-def test_every_arm_has_a_base_of_its_own_loss(runs):
-    bases = {row.arm: row.equal_steps and row.equal_steps.base for row in rows_of(runs)}
-    assert bases == {"all": None, **dict.fromkeys(set(DIFFERENCES) - {"all"}, Arm().name)}
+def test_every_arm_has_bases_of_its_own_loss(runs):
+    bases = {
+        row.arm: {kind: row.compared[kind].base for kind in ("all", "random", "teachability") if kind in row.compared}
+        for row in rows_of(runs)
+    }
+    assert bases == BASES

@@ -138,7 +138,7 @@ def test_no_run_begins_once_the_hours_are_spent(pair, tmp_path, monkeypatch, cap
 
 def test_runs_of_another_plan_are_refused(runs):
     with pytest.raises(ValueError, match=r"runs: .*tiny-all-seed0.json has .*steps=2.*, expected .*steps=3.*; move it"):
-        study.left(runs, PLANNED, {"tiny": replace(TINY, steps=3)})
+        study.unfinished(runs, PLANNED, {"tiny": replace(TINY, steps=3)})
 
 
 def test_a_command_makes_the_runs_of_its_seeds(tmp_path, monkeypatch):
