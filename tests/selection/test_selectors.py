@@ -277,6 +277,19 @@ def test_the_released_code_s_relatives_match_it(name, exact_mass):
     assert (got - scores)[mask].abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("n", [190, 200, 201])
+def test_teachability_and_entropy_at_five_percent_is_entropy_or_full_teachability(n):
+    """Norm gives h = 1 to as many positions as a budget of 5 % has, so no score of the selected ones is below 1."""
+    student, teacher = logit_pair(n, 211, scale=2.5, seed=n)
+    both, entropy = (
+        selective_opd_loss(student, teacher, selector=name, fraction=0.05).selected
+        for name in ("teachability+entropy", "entropy")
+    )
+    teachability, _ = score_positions(student, teacher, selector="teachability")
+    assert (both & entropy).sum() >= entropy.sum() - 1
+    assert (teachability[both & ~entropy] > 1 - 1e-6).all()
+
+
 def test_released_names_its_choices():
     assert SELECTORS[RELEASED] == Released()
     with pytest.raises(ValueError, match=r"Released.score: got 'ta', expected one of: teachability, .*, tip, entropy"):
