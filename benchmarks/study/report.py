@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from benchmarks.study import figures
+from benchmarks.study import figures, plan
 from benchmarks.study.arms import Comparison, Row, Runs, rows_of
 from benchmarks.study.gains import FRACTIONS, RANKED, Gains, gains_of
 from benchmarks.study.plan import ARMS, SEEDS, SIZES, Arm, jobs
@@ -104,6 +104,10 @@ def page(done: Finished, rows: Mapping[str, Sequence[Row]], gains: Mapping[str, 
         "answers; `random` and `prefix` pay 2 units of scoring too, since the library scores in any case. Equations:",
         "benchmarks/study/statistics.py and arms.py.",
         "",
+        "After the last step, with the difference from random tokens of the same fraction and loss:",
+        "",
+        *short_table(rows),
+        "",
         "![Difference of every arm from all tokens and from random tokens, with intervals](arms.png)",
         "![Held-out KL against the cost so far, by selector and fraction](cost.png)",
     ]
@@ -146,6 +150,38 @@ def page(done: Finished, rows: Mapping[str, Sequence[Row]], gains: Mapping[str, 
     if done.missing:
         lines += ["", "## Missing runs", "", *_missing(done.missing)]
     return "\n".join(lines) + "\n"
+
+
+def short_table(rows: Mapping[str, Sequence[Row]]) -> list[str]:
+    """KL of every selector after the last step: a line per selector, a column per pair, fraction and loss."""
+    settings = [*((fraction, "reverse_kl") for fraction in plan.FRACTIONS), (max(plan.FRACTIONS), "sampled")]
+    by_arm = {pair: {row.arm: row for row in pair_rows} for pair, pair_rows in rows.items()}
+    lines = _head(["selector", *(f"{pair} {_setting(*setting)}" for pair in rows for setting in settings)])
+    for selector in ("all", "weights", *plan.SELECTORS):
+        cells = [by_arm[pair].get(_arm_of(selector, *setting)) for pair in rows for setting in settings]
+        lines.append(_line([f"`{selector}`", *map(_short_cell, cells)]))
+    return lines
+
+
+def _setting(fraction: float, divergence: str) -> str:
+    return f"{fraction:.0%}" + (", sampled" if divergence == "sampled" else "")
+
+
+def _arm_of(selector: str, fraction: float, divergence: str) -> str:
+    """The arm's name. "all" and "weights" have no fraction: their line repeats."""
+    if selector == "all":
+        return Arm(divergence=divergence).name
+    if selector == "weights":
+        return Arm(weighting="teachability", divergence=divergence).name
+    return Arm(selector, fraction, divergence).name
+
+
+def _short_cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    compared = row.compared.get("random")
+    difference = "" if compared is None else f" ({compared.difference.value:+.3f}{_star(compared)})"
+    return f"{row.kl[-1].value:.3f}{difference}"
 
 
 def _summary(missing: Sequence[str]) -> str:
@@ -205,7 +241,11 @@ def _difference(row: Row, kind: str) -> str:
     comparison: Comparison | None = row.compared.get(kind)
     if comparison is None:
         return ""
-    return _interval(comparison.difference.interval) + ("*" if comparison.adjusted_p < figures.ALPHA else "")
+    return _interval(comparison.difference.interval) + _star(comparison)
+
+
+def _star(comparison: Comparison) -> str:
+    return "*" if comparison.adjusted_p < figures.ALPHA else ""
 
 
 def _interval(interval: Interval) -> str:
