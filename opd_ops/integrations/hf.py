@@ -4,8 +4,8 @@
   num_items: `num_items_in_batch`, the Trainer's count of labels over the accumulated micro-batches (and ranks)
 
 So neither accumulation nor selection changes the size of a step.
-On-policy data come from the caller: a batch holds the student's own answers, with labels -100 on the prompt. A batch without
-labels trains on every token that is no padding by its attention mask.
+On-policy data come from the caller: a batch holds the student's own answers, with labels -100 on the prompt. `shift_labels`
+replace labels, as in the Trainer's count. `cu_seq_lens_q`, the boundaries of a batch without padding, separates its sequences.
 Not here: the heads (heads.py), the settings (opd_ops/settings.py), TRL's trainers, which also roll out (trl.py), the loss
 (opd_ops/loss.py).
 """
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 LOGGED = ("kl_selected", "kl_all", "entropy_selected", "entropy", "support_mass", "n_valid", "n_selected", "n_infinite")
 LABELS = ("labels", "shift_labels")
-TEACHER_INPUTS = ("input_ids", "attention_mask", "position_ids")
+BOUNDARIES = "cu_seq_lens_q"  # (n_sequences + 1,), of transformers' DataCollatorWithFlattening
+NEEDS_LOGITS = ("compute_metrics", "preprocess_logits_for_metrics")  # arguments of the Trainer
 Inputs = dict[str, Tensor]  # a batch, by the names of the model's arguments
 
 
@@ -46,8 +47,8 @@ class SelectiveDistillationMixin:
     Args (by name, in addition to those of `Trainer`):
         teacher: A causal language model over the same tokens, or a callable `inputs -> LinearHead or logits`. Never trained.
         settings: `Settings` of the loss: Settings(fraction=0.1, selector="tip"); None: its defaults.
-    Raises: TypeError: `teacher` is no callable, or `settings` is no `Settings`. ValueError: a batch has neither labels nor an
-        attention mask.
+    Raises: TypeError: `teacher` is no callable, or `settings` is no `Settings`. ValueError: the Trainer has metrics of logits
+        or smooths labels; a batch has neither labels nor an attention mask.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class SelectiveDistillationMixin:
         settings = Settings.given_or_named(settings, {})
         self._losses = _losses_by_mode(settings)
         super().__init__(*arguments, **options)
+        _check_no_logits(cast("Trainer", self))
         self.model_accepts_loss_kwargs = True  # so the Trainer counts labels, and the loss divides by that count
         self._teacher = teacher.to(self.args.device).eval() if isinstance(teacher, nn.Module) else teacher  # type: ignore[attr-defined]
         self._opd: dict[str, list[float]] = defaultdict(list)
@@ -83,13 +85,20 @@ class SelectiveDistillationMixin:
         loss_fn = self._losses[model.training]
         student = head_of(unwrapped, hidden)
         out = loss_fn(
-            student, teacher, mask=mask, labels=labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch
+            student,
+            teacher,
+            mask=mask,
+            labels=labels,
+            shift_labels=shift_labels,
+            cu_seqlens=inputs.get(BOUNDARIES),
+            num_items_in_batch=num_items_in_batch,
         )
         for name, value in as_floats({name: out.metrics[name] for name in LOGGED if name in out.metrics}).items():
             self._opd[f"{'' if model.training else 'eval_'}opd/{name}"].append(value)
         loss = out.loss
         if trainer.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * trainer.accelerator.num_processes  # undoes the averaging of gradients over ranks
+            # Undoes the averaging of gradients over ranks. The ranks of tensor parallelism share a batch.
+            loss = loss * (trainer.accelerator.num_processes // trainer.get_tp_size())
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: Inputs, *_: object, **__: object) -> tuple[Tensor, None, None]:
@@ -114,14 +123,14 @@ class SelectiveComputeLoss:
 
     The Trainer passes the student's outputs, but not the inputs that the teacher needs: a hook on the student's forward stores
     them. Here the logits of both models exist in full; the mixin avoids that. Evaluation, which runs without grad mode, takes
-    all tokens. A batch without labels trains on every token that is no padding, as with the mixin.
+    all tokens. A batch needs labels: without them the Trainer counts no tokens, and adds up the means of micro-batches.
 
     Args:
         student: The model that the Trainer trains.
-        teacher: A causal language model over the same tokens.
+        teacher: A causal language model over the same tokens. It moves to the device of the logits.
         settings: `Settings` of the loss.
         options: The same settings by name, if there are no `settings`.
-    Raises: as `Settings`. ValueError: a batch has neither labels nor an attention mask.
+    Raises: as `Settings`. ValueError: a batch has no labels.
     """
 
     def __init__(
@@ -133,15 +142,27 @@ class SelectiveComputeLoss:
         self._hook = student.register_forward_pre_hook(self._store_inputs, with_kwargs=True)
 
     def _store_inputs(self, _: nn.Module, __: tuple[object, ...], inputs: Inputs) -> None:
-        self._inputs = {name: value for name, value in inputs.items() if name in TEACHER_INPUTS}
+        self._inputs = inputs
 
     def __call__(self, outputs: ModelOutput, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The loss of the student's `outputs`; the Trainer calls this with `labels` that are not shifted."""
+        if labels is None:
+            raise ValueError(
+                "labels: got none, expected labels in the batch, -100 on what is not trained on: without them accumulation "
+                "would change the size of a step; or use SelectiveDistillationMixin"
+            )
+        logits = outputs["logits"]
+        inputs = {name: value for name, value in self._inputs.items() if name not in (*LABELS, "num_items_in_batch")}
         with torch.no_grad():
-            teacher = self.teacher(**self._inputs, use_cache=False).logits
-        mask = _without_padding(self._inputs) if labels is None else None
-        loss_fn = self._losses[torch.is_grad_enabled()]
-        out = loss_fn(outputs["logits"], teacher, mask=mask, labels=labels, num_items_in_batch=num_items_in_batch)
+            teacher = self.teacher.to(logits.device)(**{**inputs, "use_cache": False}).logits
+        out = self._losses[torch.is_grad_enabled()](
+            logits,
+            teacher,
+            labels=labels,
+            shift_labels=self._inputs.get("shift_labels"),
+            cu_seqlens=inputs.get(BOUNDARIES),
+            num_items_in_batch=num_items_in_batch,
+        )
         self.metrics = out.metrics
         return out.loss
 
@@ -154,6 +175,17 @@ def _losses_by_mode(settings: Settings) -> dict[bool, SelectiveOPDLoss]:
     """The loss in training (True) and in evaluation (False), which takes every token."""
     settings = settings.for_host(passes_tokens=True)
     return {True: SelectiveOPDLoss(settings), False: SelectiveOPDLoss(settings.every_token)}
+
+
+def _check_no_logits(trainer: Trainer) -> None:
+    for name in NEEDS_LOGITS:
+        if getattr(trainer, name) is not None:
+            raise ValueError(f"{name}: got a function, expected None: this trainer makes no logits; use SelectiveComputeLoss")
+    if trainer.args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor: got {trainer.args.label_smoothing_factor}, expected 0: the loss compares with the "
+            "teacher, not with labels"
+        )
 
 
 def _without_padding(inputs: Inputs) -> Tensor:

@@ -13,7 +13,15 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorWithFlattening,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from opd_ops import LinearHead, SampledToken, Settings, selective_opd_loss
 from opd_ops.backends import eager
@@ -142,17 +150,6 @@ def test_a_batch_without_labels_trains_on_no_padding(tmp_path, side):
     assert logged(made, "grad_norm")[0] == pytest.approx(norm, rel=1e-4)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_compute_loss_func_without_labels_trains_on_no_padding(tmp_path, side):
-    data, student = padded(side), language_model(1)
-    function = SelectiveComputeLoss(student, language_model(2, width=48), selector="entropy", fraction=0.5)
-    made = run(tmp_path, data=data, trainer=Trainer, student=student, compute_loss_func=function)
-    want, norm = padded_result(data, side)
-    assert function.metrics["n_valid"] == 8 * (LENGTH // 2 - 1)
-    assert logged(made, "loss")[0] == pytest.approx(want.loss.item(), rel=1e-4)
-    assert logged(made, "grad_norm")[0] == pytest.approx(norm, rel=1e-4)
-
-
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
@@ -168,11 +165,87 @@ def test_a_batch_that_does_not_say_what_is_padding_is_refused(tmp_path, inputs, 
     ids = torch.randint(3, VOCAB, (2, LENGTH), generator=generator(0))
     with pytest.raises(ValueError, match=message):
         made.compute_loss(made.model, {"input_ids": ids, **inputs})
+
+
+def test_compute_loss_func_refuses_a_batch_without_labels(tmp_path):
     student = language_model(1)
     function = SelectiveComputeLoss(student, language_model(2, width=48))
-    function._inputs = {"input_ids": ids, **inputs}
+    with pytest.raises(ValueError, match=r"labels: got none, expected labels in the batch.*SelectiveDistillationMixin"):
+        run(tmp_path, data=padded("left"), trainer=Trainer, student=student, compute_loss_func=function)
+
+
+def flattened(n):
+    """The rows of `rollouts(n)` in one row, without padding, with their boundaries; and the same rows by themselves."""
+    rows = [
+        {"input_ids": row["input_ids"][: LENGTH - i % 4], "labels": row["labels"][: LENGTH - i % 4]}
+        for i, row in enumerate(rollouts(n))
+    ]
+    return dict(DataCollatorWithFlattening(return_flash_attn_kwargs=True)(rows)), stacked(list(rollouts(n)))
+
+
+@pytest.mark.parametrize("adapter", ["mixin", "function"])
+def test_boundaries_separate_the_sequences_of_a_batch_without_padding(tmp_path, adapter):
+    """One budget a sequence: half of its tokens, whatever the batch looks like."""
+    settings = Settings(scope="sequence", fraction=0.5, selector="prefix")
+    student, teacher = language_model(1), language_model(2, width=48)
+    losses = []
+    for batch in flattened(4):
+        if adapter == "mixin":
+            made = SelectiveDistillationTrainer(
+                student, TrainingArguments(str(tmp_path), use_cpu=True), teacher=teacher, settings=settings
+            )
+            losses.append(made.compute_loss(student, batch).item())
+        else:
+            function = SelectiveComputeLoss(student, teacher, settings)
+            labels = batch.pop("labels")
+            losses.append(function(student(**batch, use_cache=False), labels).item())
+            function.remove()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] > 0
+
+
+def test_compute_loss_func_takes_shifted_labels_which_the_trainer_counts():
+    student, batch = language_model(1), stacked(list(rollouts()))
+    function = SelectiveComputeLoss(student, language_model(2, width=48), fraction=1.0)
+    shifted = torch.full_like(batch["labels"], -100)
+    shifted[:, 5:7] = 1
+    function(student(input_ids=batch["input_ids"], shift_labels=shifted), batch["labels"])
+    assert function.metrics["n_valid"] == 16
+
+
+def test_compute_loss_func_gives_the_teacher_every_input_of_the_student():
+    student, seen = language_model(1), []
+    teacher = language_model(2, width=48)
+    teacher.register_forward_pre_hook(lambda _, __, inputs: seen.append(set(inputs)), with_kwargs=True)
+    function = SelectiveComputeLoss(student, teacher)
+    batch, _ = flattened(2)
+    labels = batch.pop("labels")
+    function(student(**batch, num_items_in_batch=4), labels)
+    assert seen == [{*batch, "use_cache"}]
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "message"),
+    [
+        ({"compute_metrics": lambda _: {}}, {}, "compute_metrics: got a function, expected None"),
+        ({"preprocess_logits_for_metrics": lambda x, _: x}, {}, "preprocess_logits_for_metrics: got a function"),
+        ({}, {"label_smoothing_factor": 0.1}, "label_smoothing_factor: got 0.1, expected 0"),
+    ],
+)
+def test_the_mixin_refuses_what_needs_logits(tmp_path, options, arguments, message):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, **arguments)
     with pytest.raises(ValueError, match=message):
-        function({"logits": torch.zeros(2, LENGTH, VOCAB)}, None)
+        SelectiveDistillationTrainer(language_model(1), arguments, teacher=language_model(2), **options)
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_the_loss_is_scaled_by_the_ranks_that_have_batches_of_their_own(tmp_path, monkeypatch, tensor_parallel):
+    made = run(tmp_path, teacher=language_model(2, width=48))
+    batch = stacked(list(rollouts()))
+    alone = made.compute_loss(made.model, batch, num_items_in_batch=60).item()
+    monkeypatch.setattr(type(made.accelerator), "num_processes", property(lambda _: 4))
+    monkeypatch.setattr(made, "get_tp_size", lambda: tensor_parallel)
+    assert made.compute_loss(made.model, batch, num_items_in_batch=60).item() == pytest.approx(4 // tensor_parallel * alone)
 
 
 def test_the_teacher_may_be_a_callable_and_the_student_lora(tmp_path):
