@@ -1,4 +1,4 @@
-"""TRL: the selective loss inside `DistillationTrainer`, by one line or by a subclass; and the loss of GKD and GOLD.
+"""TRL: the selective loss inside `DistillationTrainer`, by one line or by a subclass; and the loss of GKD.
 
   TRL:   sum over valid tokens of JSD_beta / num_items
   here:  sum over selected tokens of the divergence / (num_items n_selected / n_valid), so selection does not shrink the step
@@ -265,7 +265,7 @@ def generalized_jsd_loss(  # type: ignore[misc]  # `temperature` is a parameter 
     settings: Settings | None = None,
     **options: Unpack[LossOptions],
 ) -> Tensor:
-    """The loss of TRL's GKD and GOLD trainers on the selected tokens.
+    """The loss of TRL's `GKDTrainer` on the selected tokens.
 
     `GKDTrainer.generalized_jsd_loss = staticmethod(partial(generalized_jsd_loss, fraction=0.1))`. Evaluation, which runs
     without grad mode, takes all valid tokens.
