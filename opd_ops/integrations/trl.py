@@ -278,13 +278,13 @@ def generalized_jsd_loss(  # type: ignore[misc]  # `temperature` is a parameter 
             selected tokens, and the sum is n_valid times that mean, so that selection does not shrink the step.
         num_items_in_batch: The host's count of valid tokens; with it, `reduction` has no effect.
         settings, options: As in `patch_trl`.
-    Raises: ValueError: another reduction.
+    Raises: ValueError: another reduction, or a setting that needs tokens or responses, which GKD does not pass.
     """
     if reduction not in ("batchmean", "sum"):
         raise ValueError(f"reduction: got {reduction!r}, expected 'batchmean' or 'sum'")
     mask = None if labels is None else labels != -100
     takes_beta = settings is None and "divergence" not in options
-    settings = Settings.given_or_named(settings, options, given=PASSED_BY_HOST)
+    settings = Settings.given_or_named(settings, options, given=PASSED_BY_HOST).for_host(passes_tokens=False)
     settings = replace(settings, divergence=JSD(beta) if takes_beta else settings.divergence, temperature=temperature)
     loss_fn = SelectiveOPDLoss(settings if torch.is_grad_enabled() else settings.every_token)
     out = loss_fn(student_logits, teacher_logits, mask=mask, num_items_in_batch=num_items_in_batch)

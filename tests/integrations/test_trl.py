@@ -286,6 +286,20 @@ def test_generalized_jsd_loss_of_a_share_does_not_shrink():
         generalized_jsd_loss(s, u, labels, reduction="mean")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"denominator": "sequence"}, "denominator: got 'sequence', a mean over responses, but this host"),
+        ({"special_ids": [3]}, "special_ids: got ids, but this host passes no tokens"),
+        ({"divergence": "sampled"}, "tokens: got None, but divergence 'sampled' reads the sampled token, which this host"),
+    ],
+)
+def test_generalized_jsd_loss_refuses_what_gkd_does_not_pass(options, message):
+    s, u = (x.view(2, 10, 97) for x in logit_pair(20, 97, scale=3.0))
+    with pytest.raises(ValueError, match=message):
+        generalized_jsd_loss(s, u, torch.zeros(2, 10), num_items_in_batch=20, **options)
+
+
 def test_settings_as_an_object_bring_their_divergence():
     s, u = (x.view(2, 10, 97) for x in logit_pair(20, 97, scale=3.0))
     named = generalized_jsd_loss(s, u, beta=0.3, fraction=0.25, divergence="reverse_kl")
