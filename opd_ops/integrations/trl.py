@@ -211,6 +211,7 @@ class SelectiveDistillationTrainer(DistillationTrainer):
 
     Evaluation takes all valid tokens, so that `eval_loss` does not depend on the selection. Logged values are means over this
     process's micro-batches since the last log. Arguments: as `DistillationTrainer`, with a `SelectiveDistillationConfig`.
+    Raises: RuntimeError: it trains inside `patch_trl`.
     """
 
     def __init__(self, *arguments: object, args: SelectiveDistillationConfig | None = None, **options: object) -> None:
@@ -225,6 +226,11 @@ class SelectiveDistillationTrainer(DistillationTrainer):
         self, unwrapped_student: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         mode = "train" if self.model.training else "eval"
+        if hasattr(getattr(distillation_trainer, HOOK, None), "swap"):
+            raise RuntimeError(
+                "trl: patch_trl is active around a SelectiveDistillationTrainer, whose own settings would replace the patch's; "
+                "undo() the patch, or train a DistillationTrainer inside it"
+            )
 
         def log(metrics: Metrics) -> None:
             for name, value in as_floats({name: metrics[name] for name in LOGGED if name in metrics}).items():

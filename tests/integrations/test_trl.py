@@ -206,6 +206,12 @@ def test_the_subclass_selects_and_logs_what_it_selected(tmp_path):
     assert torch.equal(logs(made), logs(same))
 
 
+def test_the_subclass_refuses_to_train_inside_a_patch(tmp_path):
+    message = r"trl: patch_trl is active around a SelectiveDistillationTrainer.* undo\(\) the patch"
+    with patch_trl(fraction=1.0), pytest.raises(RuntimeError, match=message):
+        train(tmp_path, trainer=SelectiveDistillationTrainer, config=SelectiveDistillationConfig, steps=1)
+
+
 def test_the_config_hides_no_option_of_trl():
     ours = set(SelectiveDistillationConfig.__annotations__)
     assert "fraction" in ours
