@@ -16,7 +16,7 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDTrainer
 from trl.trainer import distillation_trainer
 
-from opd_ops import JSD, ImportanceWeighted, Settings
+from opd_ops import JSD, ImportanceWeighted, Settings, selective_opd_loss
 from opd_ops.integrations import trl
 from opd_ops.integrations.trl import (
     SelectiveDistillationConfig,
@@ -26,7 +26,8 @@ from opd_ops.integrations.trl import (
     patch_trl,
 )
 from tests.integrations.models import VOCAB, language_model, prompts, tokenizer
-from tests.support.cases import generator, leaf, logit_pair
+from tests.parity.formulas import jsd, logits_of
+from tests.support.cases import generator, gradients, head_pair, leaf, leaf_head, logit_pair, to_double
 from tests.support.tolerances import assert_gradient, relative_error
 
 pytestmark = pytest.mark.full  # importing the peer takes seconds in each process
@@ -106,14 +107,50 @@ def test_a_quarter_of_the_tokens_does_not_shrink_the_step(tmp_path, accumulation
     with patch_trl(fraction=0.25, denominator="valid"):
         shrunk = logs(train(tmp_path, **options))
     whole = logs(train(tmp_path, **options))
-    loss, grad_norm, entropy = (quarter / whole).mean(0)
-    assert loss > 0.8
+    _, grad_norm, entropy = (quarter / whole).mean(0)
+    sums = torch.tensor([[m["n_valid"] * m["kl_selected"], m["n_valid"]] for m in got]).view(4, accumulation, 2).sum(1)
+    assert relative_error(quarter[:, 0], sums[:, 0] / sums[:, 1]) < 1e-5  # beta 1: reverse KL, a mean over selected tokens
     assert grad_norm > 0.8
     assert entropy == pytest.approx(1.0, rel=1e-5)  # of all tokens, as TRL logs it
     # What leaving the host's count of all tokens alone would do to the step.
     assert (shrunk / whole).mean(0)[1] < 0.5
     assert len(got) == 4 * accumulation
     assert all(0 < m["n_selected"] <= 0.25 * m["n_valid"] + 1 for m in got)
+
+
+def test_the_hook_divides_by_the_selected_share_of_the_host_s_count():
+    """sum over selected tokens of JSD_beta / (num_items n_selected / n_valid), and its gradients."""
+    student, teacher = head_pair((3, 10), 131, bias=True, scale=0.6, softcap=8.0)
+    mask = torch.rand(3, 10, generator=generator(0)) > 0.3
+    selected = selective_opd_loss(student, teacher, mask=mask, fraction=0.25, divergence=JSD(0.3), temperature=0.8).selected
+    want, got = leaf_head(student, torch.float64), leaf_head(student)
+    per_token = jsd(logits_of(want) / 0.8, logits_of(to_double(teacher)) / 0.8, 0.3)
+    expected = per_token[selected].sum() / (50 * selected.sum() / mask.sum())
+    expected.backward()
+    with patch_trl(fraction=0.25):
+        loss, _, n_valid = distillation_trainer._chunked_divergence_loss(
+            got.hidden,
+            teacher.hidden,
+            got.weight,
+            teacher.weight,
+            mask,
+            0.3,
+            num_items_in_batch=torch.tensor(50.0),
+            student_lm_head_bias=got.bias,
+            teacher_lm_head_bias=teacher.bias,
+            student_logit_scale=got.scale,
+            teacher_logit_scale=teacher.scale,
+            student_final_logit_softcapping=got.softcap,
+            teacher_final_logit_softcapping=teacher.softcap,
+            temperature=0.8,
+        )
+    loss.backward()
+    assert 0 < selected.sum() < n_valid == mask.sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for a, b in zip(gradients(got), gradients(want), strict=True):
+        assert_gradient(a, b)
+
+
 
 
 def test_a_plain_call_stays_until_it_is_undone():
@@ -318,6 +355,6 @@ def test_gkd_takes_it_as_its_loss(monkeypatch):
     s, u = (x.view(2, 10, 97) for x in logit_pair(20, 97, scale=3.0))
     x = leaf(s)
     GKDTrainer.generalized_jsd_loss(student_logits=x, teacher_logits=u, labels=torch.zeros(2, 10), beta=0.5).backward()
-    trained = x.grad.abs().sum(-1) > 0
-    assert int(trained.sum()) == 4
-    assert relative_error(x.grad[~trained], torch.zeros(16, 97)) == 0
+    selected = selective_opd_loss(s, u, fraction=0.2, divergence=JSD(0.5)).selected
+    assert selected.sum() == 4
+    assert torch.equal(x.grad.norm(dim=-1) > 0, selected)
