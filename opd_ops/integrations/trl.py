@@ -31,7 +31,7 @@ except ImportError as error:
 from opd_ops.call.metrics import as_floats
 from opd_ops.divergences import JSD
 from opd_ops.inputs.linear_head import LinearHead
-from opd_ops.inputs.unshard import is_dtensor, unshard
+from opd_ops.inputs.unshard import unshard
 from opd_ops.loss import SelectiveOPDLoss
 from opd_ops.settings import DEFAULTS, HELP, LossOptions, Settings
 
@@ -162,10 +162,8 @@ class _Hook:
 
 
 def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> LinearHead:
-    """A model's head. A weight that FSDP2 has sharded is gathered once, in the dtype of the hidden states."""
-    if is_dtensor(weight):
-        weight = unshard(weight, hidden.dtype)
-        bias = None if bias is None else unshard(bias, hidden.dtype).to(hidden.dtype)
+    """A model's head. A weight that FSDP2 or ZeRO-3 shards is gathered once."""
+    weight, bias = unshard(weight, hidden.dtype), None if bias is None else unshard(bias, hidden.dtype)
     return LinearHead(hidden, weight, bias, scale=float(scale), softcap=softcap)
 
 

@@ -151,6 +151,15 @@ def test_the_hook_divides_by_the_selected_share_of_the_host_s_count():
         assert_gradient(a, b)
 
 
+def test_a_head_that_zero3_partitions_is_gathered(monkeypatch):
+    monkeypatch.setattr("opd_ops.inputs.unshard.whole_of_zero3", lambda parameter: parameter.whole)
+    head, _ = head_pair((4,), 31, bias=True)
+    weight, bias = leaf(torch.empty(0)), leaf(torch.empty(0))
+    for parameter, whole in ((weight, head.weight), (bias, head.bias)):
+        parameter.ds_id, parameter.ds_status, parameter.whole = 0, None, whole
+    gathered = trl._head(head.hidden, weight, bias, 1.0, None)
+    assert gathered.weight is head.weight
+    assert gathered.bias is head.bias
 
 
 def test_a_plain_call_stays_until_it_is_undone():
