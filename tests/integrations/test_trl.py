@@ -85,7 +85,7 @@ def test_fraction_one_reproduces_trl(tmp_path, accumulation, lora):
     want = logs(train(tmp_path, accumulation=accumulation, lora=lora))
     with patch_trl(fraction=1.0):
         got = logs(train(tmp_path, accumulation=accumulation, lora=lora))
-    torch.testing.assert_close(got, want, rtol=2e-4, atol=0)
+    torch.testing.assert_close(got, want, rtol=2e-6, atol=0)  # grad_norm 5.2e-7 measured
     assert (want > 0).all()
 
 
@@ -95,7 +95,7 @@ def test_the_trainer_s_beta_and_temperature_are_kept(tmp_path, beta):
     want = logs(train(tmp_path, **options))
     with patch_trl(fraction=1.0):
         got = logs(train(tmp_path, **options))
-    torch.testing.assert_close(got, want, rtol=2e-4, atol=0)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)  # beta 0: grad_norm 2.3e-6 measured
 
 
 @pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.full)])
