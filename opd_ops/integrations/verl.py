@@ -31,10 +31,14 @@ from verl.utils import tensordict_utils
 from verl.utils.ulysses import get_ulysses_sequence_parallel_world_size
 from verl.workers.utils.padding import no_padding_2_padding
 
+from opd_ops.call.choose import choose
 from opd_ops.call.metrics import as_floats
-from opd_ops.call.reduce import TokenLosses
+from opd_ops.call.prepare import prepare
+from opd_ops.call.reduce import TokenLosses, token_losses
+from opd_ops.call.score import score
 from opd_ops.divergences import Divergence, LocalSupport, TailAware, TopKForwardKL
 from opd_ops.divergences.base import Support
+from opd_ops.inputs.batch import Batch
 from opd_ops.inputs.teacher_lists import TopKLogprobs
 from opd_ops.loss import selective_opd_token_losses
 from opd_ops.settings import Settings, TokenLossOptions
@@ -217,13 +221,21 @@ def _packed_losses(
 def _losses_of_copied_rows(
     student_logits: Tensor, teacher: TopKLogprobs, mask: Tensor, cu_seqlens: Tensor, settings: Settings
 ) -> TokenLosses:
-    """The token losses, from a copy of the selected rows: the backward works after the logits are overwritten."""
-    out = selective_opd_token_losses(student_logits.detach(), teacher, mask=mask, cu_seqlens=cu_seqlens, settings=settings)
+    """The token losses, from a copy of the selected rows: the backward works after the logits are overwritten.
+
+    The stages of `selective_opd_token_losses` run here one by one, because its result does not hold the weighting's factors. A
+    weighting may read all valid positions, so its factors cannot come from the copy.
+    """
+    batch = Batch(mask=mask, cu_seqlens=cu_seqlens)
+    chosen = choose(score(prepare(student_logits.detach(), teacher, batch, settings, selects=True)))
+    out = token_losses(chosen)
     rows = out.selected.nonzero(as_tuple=True)
     lists = TopKLogprobs(teacher.ids[rows], teacher.logprobs[rows])
-    copied = selective_opd_token_losses(student_logits[rows], lists, settings=replace(settings.every_token, top_k=1))
+    copied = selective_opd_token_losses(student_logits[rows], lists, settings=replace(settings.every_token, top_k=1)).losses
+    if chosen.weights is not None:
+        copied = copied * chosen.weights[rows].to(copied.dtype)
     has_nan = out.losses.isnan().any()  # at any valid position, selected or not
-    losses = torch.zeros_like(out.losses).index_put(rows, copied.losses) * torch.where(has_nan, torch.nan, 1.0)
+    losses = torch.zeros_like(out.losses).index_put(rows, copied) * torch.where(has_nan, torch.nan, 1.0)
     return out._replace(losses=losses)
 
 

@@ -148,16 +148,17 @@ def test_an_entry_of_minus_9999_is_missing(divergence):
     assert got[0][1].any()
 
 
+@pytest.mark.parametrize("weighting", [{}, {"weighting": "entropy", "weight_mean": "valid", "weighting_share": 0.75}])
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
 @pytest.mark.parametrize(
     ("name", "instance"),
     [("forward_kl_topk", TopKForwardKL(K)), ("local_support", LocalSupport(K)), ("tail_aware", TailAware(K))],
 )
 @pytest.mark.parametrize("distillation_only", [True, False])
-def test_a_share_is_the_scalar_loss_with_verl_s_counts(distillation_only, name, instance, scope):
+def test_a_share_is_the_scalar_loss_with_verl_s_counts(distillation_only, name, instance, scope, weighting):
     student, teacher = pair(noise=1.0)
     starts = torch.tensor([0, *torch.tensor(PROMPTS).add(torch.tensor(RESPONSES)).cumsum(0).tolist()])
-    options = {"fraction": 0.25, "scope": scope}
+    options = {"fraction": 0.25, "scope": scope, **weighting}
     out, want = ours(student, teacher, num_items=50.0, divergence=instance, cu_seqlens=starts, **options)
     with patch_verl(divergence=name, **options):
         loss, got, metrics = run(student, teacher, settings(), distillation_only=distillation_only, dp_size=2)
