@@ -308,13 +308,15 @@ class Settings:
             raise TypeError(f"{name}: got {shown(getattr(settings, name))} in settings, which this function does not read")
         return settings
 
-    def for_host(self, *, passes_tokens: bool, teacher: str | None = None) -> Settings:
+    def for_host(self, *, passes_tokens: bool, teacher: str | None = None, selects_over_ranks: bool = True) -> Settings:
         """The same settings, checked for a host.
 
         Args:
             passes_tokens: Whether the host passes tokens or labels.
             teacher: Class name of the sparse teacher that the host passes; None: logits or heads.
-        Raises: ValueError: a setting that needs an input which the host does not pass.
+            selects_over_ranks: Whether ranks may share a budget: they call the loss equally often, and the host divides by the
+                counts of all of them.
+        Raises: ValueError: a setting that needs an input which the host does not pass, or a budget that it cannot serve.
         """
         divergence = resolve_divergence(self.divergence)
         if teacher is not None:
@@ -341,6 +343,12 @@ class Settings:
             )
         if self.special_ids and not passes_tokens:
             raise ValueError("special_ids: got ids, but this host passes no tokens to look among")
+        if not selects_over_ranks and (self.scope == "global" or self.selection_group is not None):
+            refused = "scope: got 'global'" if self.scope == "global" else "selection_group: got a group"
+            raise ValueError(
+                f"{refused}, but this host cannot share a budget among ranks; expected scope 'batch' or 'sequence' without a "
+                "selection_group; for one budget over ranks use selective_opd_loss in a loop of your own"
+            )
         return self
 
     @property

@@ -11,7 +11,9 @@ Selectors that read the teacher see q^, too: their support mass is q^'s, which i
 Contract and shapes were recorded from NeMo-RL 0.6.0 at commit 7ea279a (2026-08-22): loss/interfaces.py, loss/utils.py,
 loss/loss_functions.py. Logits arrive as [B, S, V] (input type LOGIT): row t predicts token t + 1. Under tensor parallelism
 they are a DTensor, or with Megatron this rank's shard of the vocabulary.
-Not here: logits that are sharded over the sequence (an error), the loss (opd_ops/loss.py).
+With packed sequences NeMo-RL calls the loss once per sequence, so ranks make different numbers of calls. A budget over ranks
+would wait for ever.
+Not here: logits that are sharded over the sequence, a budget over ranks (both are errors); the loss (opd_ops/loss.py).
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ class SelectiveDistillationLossFn:
                 "without their normaliser"
             )
         self.divergence = divergence
-        self.settings = settings.for_host(passes_tokens=False, teacher="TopKLogprobs")
+        self.settings = settings.for_host(passes_tokens=False, teacher="TopKLogprobs", selects_over_ranks=False)
 
     def __call__(
         self,

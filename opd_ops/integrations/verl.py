@@ -3,7 +3,7 @@
   verl:  sum over valid tokens of min(l, loss_max_clamp) / batch_num_tokens
   here:  sum over selected tokens of min(l, loss_max_clamp) / (batch_num_tokens n_selected / n_valid)
 
-n_selected and n_valid are counts of the micro-batch. After verl's clamp and aggregation the scalar is multiplied by
+n_selected and n_valid are counts of this rank's micro-batch. After verl's clamp and aggregation the scalar is multiplied by
 n_valid / n_selected, so that selection does not shrink the step.
 verl calls `compute_topk_loss` inside its logits processor, on packed rows (1, n, V). Row t predicts token t + 1; prompts are
 rows too; logits are already divided by the rollout's temperature; the teacher's lists are at temperature 1. Later verl calls
@@ -11,7 +11,8 @@ rows too; logits are already divided by the rollout's temperature; the teacher's
 loss mode they call verl's own.
 With task rewards the log-probabilities are computed from the same logits, and flash-attn's cross entropy overwrites the logits
 with their gradient before this loss's backward reads them. So the selected rows are copied in that case.
-Not here: sequence parallelism, Megatron, fused kernels, the loss as a reward (all are errors); the loss (opd_ops/loss.py).
+Not here: sequence parallelism, Megatron, fused kernels, the loss as a reward, a budget over ranks (all are errors); the loss
+(opd_ops/loss.py).
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ class patch_verl(AbstractContextManager["patch_verl"]):
 
     Args:
         settings, options: A `Settings`, or settings by name: fraction (1.0 is verl's loss), selector, scope, top_k, ... The
-            temperature is verl's. `divergence`: "forward_kl_topk" (the default of settings by name), "local_support" or
-            "tail_aware" on the teacher's whole list, or an instance.
+            temperature is verl's. `scope`: "batch", each micro-batch of a rank, or "sequence". `divergence`: "forward_kl_topk"
+            (the default of settings by name), "local_support" or "tail_aware" on the teacher's whole list, or an instance.
     Raises: RuntimeError: this verl has other hooks (the message names the version that fits), or is patched already. As
         `Settings`. ValueError, in training: a setting of verl that this loss does not support; says what to set.
     Example:
@@ -93,7 +94,7 @@ class patch_verl(AbstractContextManager["patch_verl"]):
         if isinstance(divergence, str) and divergence not in LIST_DIVERGENCES:
             names = ", ".join(LIST_DIVERGENCES)
             raise ValueError(f"divergence: got {divergence!r}, expected one of: {names}: the teacher sends lists")
-        self.settings = settings.for_host(passes_tokens=False, teacher="TopKLogprobs")
+        self.settings = settings.for_host(passes_tokens=False, teacher="TopKLogprobs", selects_over_ranks=False)
         self._originals, self._is_undone = {name: getattr(hooks, name) for name in PARAMETERS}, False
         self._replacements = {"compute_topk_loss": self._compute_topk_loss(), "distillation_loss": self._distillation_loss()}
         hooks.register_distillation_loss(hooks.DistillationLossSettings(names=[MODE], use_topk=True))(_response_losses)

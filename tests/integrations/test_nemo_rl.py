@@ -227,6 +227,8 @@ def test_it_rejects_what_it_cannot_do(make):
         ({"fraction": 1.5}, ValueError, "fraction: got 1.5, expected"),
         ({"selector": "tip"}, ValueError, "selector: got 'tip', which needs the teacher's whole row"),
         ({"weights": None}, TypeError, "weights: got it among the settings of the loss"),
+        ({"scope": "global"}, ValueError, "scope: got 'global', but this host cannot share a budget among ranks; expected"),
+        ({"scope": "sequence", "selection_group": dist.ProcessGroup(0, 2)}, ValueError, "selection_group: got a group, but"),
     ):
         with pytest.raises(error, match=message):
             make(**options)

@@ -15,6 +15,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from tensordict import TensorDict
 from verl.trainer.distillation import distillation_ppo_loss
 from verl.trainer.distillation import losses as hooks
@@ -294,6 +295,8 @@ def test_undo_refuses_below_somebody_else_s_replacement(name, monkeypatch):
         ({"selector": "tip"}, ValueError, "selector: got 'tip', which needs the teacher's whole row"),
         ({"divergence": JSD()}, ValueError, "divergence: got 'jsd', which TopKLogprobs cannot give"),
         ({"mask": None}, TypeError, "mask: got it among the settings of the loss"),
+        ({"scope": "global"}, ValueError, "scope: got 'global', but this host cannot share a budget among ranks; expected"),
+        ({"scope": "sequence", "selection_group": dist.ProcessGroup(0, 2)}, ValueError, "selection_group: got a group, but"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_patched(options, error, message):
