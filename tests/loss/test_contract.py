@@ -167,8 +167,16 @@ def test_a_head_masks_by_its_bias(mask, temperature, scale, backend):
     assert_within(out.stats.reverse_kl, want, absolute=1e-6, relative=1e-4, name="reverse_kl")
 
 
-@pytest.mark.parametrize("name", ["total_variation", "skew_kl", "power", "tail_aware", "extrapolated"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [
+        (backend, name)
+        for backend in BACKENDS
+        for name in ("total_variation", "skew_kl", "power", "tail_aware", "extrapolated")
+        # Autograd of this equation subtracts powers that agree; the docstring of `Power` says so.
+        if (backend, name) != ("eager", "power")
+    ],
+)
 def test_saturated_rows_of_other_divergences_keep_every_rows_gradient(backend, name):
     """p within 1e-6 to 1e-13 of 1, the teacher there too or elsewhere; "eager" in fp64 computes with the others' sum."""
     s, u = logit_pair(9, 211)
@@ -176,8 +184,6 @@ def test_saturated_rows_of_other_divergences_keep_every_rows_gradient(backend, n
     s = s.scatter(1, top, s.amax(1, keepdim=True) + lift)
     u = u.scatter(1, top, u.amax(1, keepdim=True) + torch.tensor([-3.0, 1.0, 8.0]).repeat_interleave(3).unsqueeze(1))
     gradients = []
-    if (backend, name) == ("eager", "power"):
-        pytest.skip("autograd of its equation subtracts powers that agree; the docstring of `Power` says so")
     for dtype, of in ((torch.float64, "eager"), (torch.float32, backend)):
         is_mixed, teacher = name == "extrapolated", u.to(dtype)
         teacher = Extrapolated(1.25, teacher, (u * 0.9).to(dtype)) if is_mixed else teacher

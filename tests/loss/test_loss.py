@@ -25,7 +25,6 @@ from opd_ops import (
 from opd_ops.call.metrics import as_floats
 from opd_ops.selection.selectors import SELECTORS
 from tests.support.cases import generator, head_pair, leaf, logit_pair
-from tests.support.tolerances import assert_gradient
 
 BACKENDS = ["torch", "eager"]
 
@@ -97,17 +96,6 @@ def test_selected_denominator_does_not_shrink_the_step():
         selective_opd_loss(x, teacher, mask=mask, fraction=0.25, num_items_in_batch=num_items).loss.backward()
         norms[num_items] = x.grad.norm().item()
     assert norms[None] == pytest.approx(norms[int(mask.sum())], rel=1e-6)
-
-
-def test_micro_batches_with_num_items_add_up_to_the_whole_batch():
-    student, teacher, mask = batch()
-    whole, parts = leaf(student), leaf(student)
-    options = {"fraction": 0.2, "scope": "sequence", "denominator": "valid", "num_items_in_batch": int(mask.sum())}
-    options["selector"] = "entropy"  # no normaliser over the batch
-    selective_opd_loss(whole, teacher, mask=mask, **options).loss.backward()
-    for rows in (slice(0, 1), slice(1, 4)):
-        selective_opd_loss(parts[rows], teacher[rows], mask=mask[rows], **options).loss.backward()
-    assert_gradient(parts.grad, whole.grad, 1e-6)
 
 
 def test_scope_sequence_keeps_some_of_every_row():

@@ -356,13 +356,6 @@ def test_masked_rows_are_scored_only_where_a_selector_reads_whole_responses():
         assert torch.equal(stats.valid, mask)
 
 
-def test_teachability_released_ranks_differently_from_the_paper(case):
-    student, teacher, mask = case
-    released, _ = score_positions(student, teacher, mask=mask, selector="teachability-released", top_k=4)
-    exact, _ = score_positions(student, teacher, mask=mask, top_k=4)
-    assert not torch.equal(released[mask].argsort(), exact[mask].argsort())
-
-
 def test_prefix_counts_valid_positions_of_each_sequence():
     student, teacher = logit_pair(8, 33)
     mask = torch.tensor([[0, 1, 1, 1], [1, 0, 1, 0]])
