@@ -50,15 +50,18 @@ def test_a_weight_of_zero_leaves_mask_and_denominator(backend):
     assert not x.grad[weights == 0].any()
 
 
-def test_weights_scale_each_position_and_leave_the_denominator():
+@every_backend
+def test_weights_are_constants_that_scale_each_position_and_leave_the_denominator(backend):
     student, teacher, mask = batch()
     plain, doubled = leaf(student), leaf(student)
-    options = {"mask": mask, "fraction": 0.5, "denominator": "valid", "num_items_in_batch": 11}
+    options = {"mask": mask, "fraction": 0.5, "denominator": "valid", "num_items_in_batch": 11, "backend": backend}
     selective_opd_loss(plain, teacher, **options).loss.backward()
     factors = torch.full((3, 8), 1.0, dtype=torch.float64)
     factors[1] = 2.0
-    selective_opd_loss(doubled, teacher, weights=factors, **options).loss.backward()
+    given = leaf(factors)
+    selective_opd_loss(doubled, teacher, weights=given, **options).loss.backward()
     assert_gradient(doubled.grad, plain.grad * factors.unsqueeze(-1).float(), 1e-6)
+    assert given.grad is None
 
 
 def test_weights_reject_other_shapes_and_masks():

@@ -142,11 +142,13 @@ def test_a_captured_call_never_asks_the_host(inputs, monkeypatch):
 def test_rows_that_fill_up_a_captured_call_may_hold_nan(workspace_bytes, dtype, monkeypatch):
     heads = head_pair((4,), 131, dtype=dtype)
     heads[1].hidden[0] = math.nan  # the teacher's: not valid, and the first to fill up
+    options = {"fraction": 1.0, "backend": "triton", "workspace_bytes": workspace_bytes}
+    options["weighting"] = lambda stats: stats.valid / stats.valid  # NaN where not valid, else 1
     runs = []
     for capturing in (False, True):
         capture(monkeypatch, capturing)
         student = leaf_head(heads[0])
-        out = selective_opd_loss(student, heads[1], fraction=1.0, backend="triton", workspace_bytes=workspace_bytes)
+        out = selective_opd_loss(student, heads[1], **options)
         out.loss.backward()
         assert out.selected.tolist() == [False, True, True, True]
         runs.append([out.loss.detach(), student.weight.grad, student.hidden.grad])

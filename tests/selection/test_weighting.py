@@ -89,13 +89,15 @@ def test_every_named_weighting_has_an_equation_here():
     assert set(EQUATIONS) == set(WEIGHTINGS)
 
 
+# The released selector also scores masked positions of the responses, which no weight may read.
+@pytest.mark.parametrize("selector", ["entropy", "teachability-released"])
 @pytest.mark.parametrize("function", [selective_opd_loss, selective_opd_token_losses])
 @pytest.mark.parametrize("name", sorted(EQUATIONS))
-def test_weights_are_their_equation_and_multiply_the_callers_and_the_gradient(name, function):
+def test_weights_are_their_equation_and_multiply_the_callers_and_the_gradient(name, function, selector):
     valid, given = mask(), 0.5 + torch.rand(SHAPE, generator=generator(7))
     w = torch.from_numpy(EQUATIONS[name](valid.numpy()))
-    got, gradient = run(name, weights=given, function=function)
-    want, wanted = run(None, weights=given * w, function=function)
+    got, gradient = run(name, weights=given, function=function, selector=selector)
+    want, wanted = run(None, weights=given * w, function=function, selector=selector)
     assert torch.equal(got.selected, want.selected)
     value = "loss" if function is selective_opd_loss else "losses"
     torch.testing.assert_close(getattr(got, value), getattr(want, value), rtol=1e-9, atol=0)
@@ -103,15 +105,26 @@ def test_weights_are_their_equation_and_multiply_the_callers_and_the_gradient(na
     torch.testing.assert_close(got.metrics["weight"], w[got.selected].mean(), rtol=1e-9, atol=0)
 
 
+def test_iw_counts_an_infinite_disagreement_as_none():
+    student, teacher = logit_pair(5, 31)
+    agreeing = teacher.clone()
+    teacher[1, 3], agreeing[1] = -math.inf, student[1]  # the teacher masks the sampled token
+    options = {"tokens": torch.full((5,), 3), "selector": "entropy", "fraction": 1.0, "divergence": "forward_kl"}
+    got, want = (selective_opd_loss(student, x, weighting="iw", **options) for x in (teacher, agreeing))
+    assert got.loss.isfinite()
+    torch.testing.assert_close(got.metrics["weight"], want.metrics["weight"])
+
+
 @pytest.mark.parametrize("kind", ["valid", "selected", "sequence"])
-def test_a_mean_of_weights_is_one_over_what_it_names(kind):
+def test_a_mean_of_finite_weights_is_one_over_what_it_names(kind):
     weights = 0.1 + torch.rand(SHAPE, generator=generator(1), dtype=torch.float64)
-    weights[0, 0] = math.inf
     valid = mask()
     valid[0, 0] = False
+    selected = run(None, mask=valid)[0].selected
+    weights[0, 0] = weights[tuple((valid & ~selected).nonzero()[0])] = math.inf
     got, _ = run(lambda stats: weights, weight_mean=kind, mask=valid)
-    selected = got.selected
-    among = selected if kind == "selected" else valid
+    assert torch.equal(got.selected, selected)
+    among = (selected if kind == "selected" else valid) & weights.isfinite()
     mean = weights.masked_fill(~among, 0).sum() / among.sum()
     if kind == "sequence":
         mean = (weights.masked_fill(~among, 0).sum(1) / among.sum(1).clamp_min(1)).unsqueeze(1)
