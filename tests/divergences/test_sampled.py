@@ -132,6 +132,17 @@ def test_each_rule_weighs_the_policy_gradient(ratio, bounds, rule, backend):
     assert out.metrics["n_selected"] == N_RULE  # a weight of 0 stays in the denominator
 
 
+@every_backend
+def test_the_largest_ratio_is_of_the_rows_that_are_trained_on(backend):
+    s, u = logit_pair(N_RULE, 61, scale=2.0, noise=1.5, seed=8)
+    tokens, log_mu, log_p = with_old_logprobs(s, u)
+    ratios = (log_p - log_mu).exp()
+    u[ratios.argmax(), tokens[ratios.argmax()]] = -INF  # its loss is infinite
+    out = run(SampledToken(ratio="is"), s, u, backend, tokens, old_logprobs=log_mu)
+    assert out.metrics["n_infinite"] == 1
+    assert_within(out.metrics["ratio_max"], ratios.sort().values[-2], absolute=1e-6, relative=1e-5, name="ratio_max")
+
+
 @pytest.mark.parametrize("baseline", ["none", "kl"])
 def test_ppo_has_the_gradient_of_the_clipped_objective(baseline):
     s, u = logit_pair(N_RULE, 61, scale=2.0, noise=1.5, dtype=torch.float64, seed=8)

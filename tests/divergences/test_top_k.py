@@ -187,6 +187,7 @@ def test_an_empty_intersection_leaves_mask_and_denominator(tail, backend):
     assert out.metrics["n_infinite"] == 1
     losses, gradient = expected(("reverse", "intersection", tail, None), s[[0, 2]], u[[0, 2]], None)
     assert_within(out.loss, losses.mean(), absolute=1e-5, relative=1e-4, name=tail)
+    assert_within(out.metrics["loss_sum"], losses.sum(), absolute=1e-5, relative=1e-4, name=tail)
     assert_gradient(x.grad[[0, 2]], gradient / 2)
     assert not x.grad[1].any()
 

@@ -181,7 +181,8 @@ def test_a_nan_of_the_student_makes_the_loss_nan_wherever_it_is(backend):
         assert selective_opd_loss(broken, teacher, mask=others, backend=backend).loss.isfinite()
     masked_row = student.clone()
     masked_row[1, 1] = -math.inf  # no distribution at all
-    assert selective_opd_loss(masked_row, teacher, mask=mask, backend=backend).loss.isnan()
+    for selector in ("teachability", "all", "prefix"):  # the last two score the row as any other
+        assert selective_opd_loss(masked_row, teacher, mask=mask, selector=selector, backend=backend).loss.isnan()
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
@@ -242,6 +243,12 @@ def test_a_position_of_infinite_divergence_is_reported_and_not_selected(backend)
     # The forward KL is finite there, so it may be trained on.
     forward = selective_opd_loss(student, teacher, mask=mask, divergence="forward_kl", fraction=1.0, backend=backend)
     assert forward.selected[1, 4]
+    # It takes no place in the budget, though its score would be the best.
+    student[1, 4] *= 0.01
+    best = selective_opd_loss(student, teacher, mask=mask, selector="entropy", count=1, backend=backend)
+    assert best.stats.student_entropy.argmax() == 14
+    assert best.scores[1, 4] == -math.inf
+    assert best.selected.sum() == 1
 
 
 def test_a_callable_s_nan_score_is_never_hidden():
