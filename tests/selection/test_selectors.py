@@ -83,6 +83,16 @@ def test_every_named_selector_has_a_test():
     assert {*EQUATIONS, *RELEASED_KINDS, "random", "multinomial", "prefix"} == set(SELECTORS)
 
 
+def test_an_infinite_kl_at_the_largest_entropy_scores_zero():
+    student, teacher = logit_pair(5, 31)
+    student[2] *= 0.01  # 1 - h is 0
+    student[2, 0] = -math.inf  # KL(q || p) is infinite
+    out = selective_opd_loss(student, teacher, selector="overconfident")
+    assert out.stats.forward_kl[2] == math.inf
+    assert out.scores[2] == 0
+    assert out.loss.isfinite()
+
+
 def test_dial_is_its_equation_from_equal_models_to_an_unlikely_token(case):
     student, teacher, _ = case
     y = torch.randint(0, 211, (4, 15), generator=generator(3))
@@ -178,6 +188,12 @@ def test_a_constant_with_the_noise_of_rounding_normalises_to_zero(normaliser, dt
     z = (1 + noise.double()).to(dtype)
     assert len(z.unique()) > 2
     assert not normaliser(z, torch.ones(200, dtype=torch.bool)).any()
+
+
+@pytest.mark.parametrize("normaliser", [quantile_norm, minmax_norm])
+def test_a_range_of_more_than_rounding_normalises_to_one(normaliser):
+    z = 1 + torch.finfo(torch.float32).eps * torch.arange(32.0)
+    assert normaliser(z, torch.ones(32, dtype=torch.bool)).max() == 1
 
 
 def test_outliers_of_a_constant_still_normalise_to_one():
@@ -398,8 +414,20 @@ def test_multinomial_draws_by_weight_without_replacement():
 
 def test_multinomial_exponents_change_the_weights():
     student, teacher = logit_pair(50, 64, scale=2.0, seed=5)
-    entropy_only, stats = score_positions(student, teacher, selector=Multinomial(alpha=1e6, gamma=0.0, generator=generator(0)))
-    assert torch.equal(entropy_only.argsort(), stats.student_entropy.argsort())
+    for exponents, column in (((1e6, 0.0), "student_entropy"), ((0.0, 1e6), "jsd")):
+        scores, stats = score_positions(student, teacher, selector=Multinomial(*exponents, generator=generator(0)))
+        assert torch.equal(scores.argsort(), getattr(stats, column).argsort())
+
+
+@pytest.mark.parametrize(("gamma", "last"), [(0.0, [2]), (1.0, [1, 2])])
+def test_multinomial_draws_positions_of_weight_zero_last(gamma, last):
+    student, teacher = logit_pair(6, 31)
+    teacher[1] = student[1]  # JSD is 0
+    student[2, 1:] = teacher[2, 1:] = -math.inf  # H is 0 too
+    selector = Multinomial(gamma=gamma, generator=generator(0))
+    out = selective_opd_loss(student, teacher, selector=selector, fraction=1.0)
+    assert out.selected.all()
+    assert sorted(out.scores.argsort()[: len(last)].tolist()) == last
 
 
 def test_a_callable_is_a_selector(case):
