@@ -21,12 +21,19 @@ from tests.support.cases import generator, logit_pair
 
 
 @pytest.mark.parametrize(
-    ("numerator", "denominator"), [(1, 10), (1, 20), (3, 10), (7, 100), (1, 3), (2, 3), (29, 1000), (1, 1)]
+    ("numerator", "denominator"),
+    [(1, 10), (1, 20), (3, 10), (7, 100), (1, 3), (2, 3), (29, 1000), (1, 2000), (1, 10**9), (1, 1)],
 )
 def test_budget_is_the_exact_ceiling(numerator, denominator):
     n = torch.arange(0, 3000)
     want = [max(1, math.ceil(Fraction(numerator, denominator) * int(k))) if k else 0 for k in n]
     assert Budget(numerator / denominator).of(n).tolist() == want
+
+
+def test_twice_a_budget_selects_twice_as_many_up_to_all():
+    n = torch.tensor(99)
+    for settings, twice in ((Settings(count=3), 6), (Settings(fraction=0.1), 20), (Settings(fraction=0.6), 99)):
+        assert settings.budget.times(2).of(n) == twice
 
 
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
@@ -124,8 +131,9 @@ def test_scores_of_minus_infinity_and_nan_are_never_kept():
 
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32, torch.uint8])
 def test_mask_of_any_dtype(mask_dtype):
-    mask = torch.tensor([1, 0, 1, 1, 0], dtype=mask_dtype)
-    assert torch.equal(select_positions(torch.zeros(5), mask=mask, fraction=1.0), mask != 0)
+    mask, valid = torch.tensor([1, 0, 1, -1, 0]).to(mask_dtype), torch.tensor([True, False, True, True, False])
+    assert torch.equal(select_positions(torch.zeros(5), mask=mask, fraction=1.0), valid)
+    assert torch.equal(selective_opd_loss(*logit_pair(5, 31), mask=mask, fraction=1.0).selected, valid)
 
 
 def test_keep_one_per_sequence_adds_the_best_of_those_left_out():
