@@ -204,8 +204,9 @@ def test_it_rejects_statistics_that_do_not_fit():
         score_positions(student, teacher, student_stats=stats, vocab_size=100)
 
 
-def test_statistics_of_logits_match_eager_fp64():
-    x, _ = logit_pair(4, 300)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_statistics_of_logits_match_eager_fp64(dtype):
+    x, _ = logit_pair(4, 300, dtype=dtype)
     x[0, 5:9] = x[0].max() + 1  # ties: lower ids first
     x[1, 100:] = -math.inf
     got = StudentStats.from_logits(x.view(2, 2, 300), top_k=7, temperature=0.5)

@@ -373,6 +373,15 @@ def test_top_k_teacher_rejects_selectors_of_whole_rows(selector):
         selective_opd_loss(s, TopKLogprobs(*top_k(u)), divergence="tail_aware", selector=selector)
 
 
+def test_a_selector_rejects_lists_without_the_sampled_token():
+    s, u = logit_pair(4, 61)
+    lists, tokens = TopKLogprobs(*top_k(u)), u.argmax(1)
+    assert score_positions(s, lists, tokens=tokens, selector="dial", top_k=K)[0].isfinite().all()
+    tokens[2] = u[2].argmin()
+    with pytest.raises(ValueError, match=r"got no log-probability of the sampled token at position \(2,\) \(1 such"):
+        score_positions(s, lists, tokens=tokens, selector="dial", top_k=K)
+
+
 @pytest.mark.parametrize("selector", ["teachability", "compatibility", "teachability-released", "tip"])
 def test_sampled_teacher_rejects_selectors_of_the_teacher(selector):
     s, _ = logit_pair(3, 60)
