@@ -19,9 +19,10 @@ from scipy.special import stdtrit
 from benchmarks.study import report
 from benchmarks.study.arms import Runs, rows_of
 from benchmarks.study.gains import contexts_at, gains_of
-from benchmarks.study.plan import ARMS, SIZES, Job
-from benchmarks.study.records import COLUMNS, Frozen, Run, frozen_name, to_integers, write
+from benchmarks.study.plan import ARMS, SEEDS, SELECTORS, SIZES, Job
+from benchmarks.study.records import COLUMNS, RUNS, Frozen, Run, frozen_name, to_integers, write
 from benchmarks.study.statistics import estimate, holm, visible_difference
+from benchmarks.study.train import ROOT
 from tests.support.cases import generator
 
 STEPS = [0, 2, 4, 8]
@@ -230,6 +231,22 @@ def test_the_page_tells_which_runs_are_missing(folder, tmp_path):
     assert "| incompatibility | highest 5% |" in text
     for name in ("arms.png", "cost.png", "fixed_contexts.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_documentation_has_the_committed_report_s_short_table():
+    lines = (RUNS.parent / "report.md").read_text(encoding="utf-8").splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("| selector |"))
+    table = "\n".join(lines[first : lines.index("", first)])
+    assert table.count("\n") == len(SELECTORS) + 3
+    assert table in (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+
+
+def test_the_committed_report_is_that_of_the_whole_plan():
+    numbers = json.loads((RUNS.parent / "report.json").read_text(encoding="utf-8"))
+    assert numbers["missing"] == []
+    planned = {(pair, f"{arm.name} seed {seed}") for pair in SIZES for arm in ARMS for seed in range(SEEDS)}
+    assert {(pair, run) for pair, runs in numbers["sums"]["reverse_kl"].items() for run in runs} == planned
+    assert all(row["seeds"] == list(range(SEEDS)) for rows in numbers["arms"].values() for row in rows)
 
 
 def test_one_seed_alone_has_values_and_no_intervals(runs, folder):
