@@ -5,7 +5,7 @@
   measure KL(student || teacher) at held-out tokens, the quantity that the losses reduce; KL(teacher || student) second
   order   seed 0 of every arm and both pairs, then seed 1, ...: a study that was cut short is balanced all the same
 
-Nothing of the issue's list is left out. Sizes and the number of seeds come from a pilot on other seeds (benchmarks/LOG.md).
+Sizes come from a pilot on another seed, the number of seeds from the spread over seeds of an earlier study (benchmarks/LOG.md).
 Not here: the pairs' models (pairs.py), the runs (run.py).
 """
 

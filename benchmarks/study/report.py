@@ -140,8 +140,8 @@ def page(done: Finished, rows: Mapping[str, Sequence[Row]], gains: Mapping[str, 
             lines += [
                 "",
                 "Fixed contexts: the gain of training on all tokens, at the tokens that a score ranks highest before training.",
-                "Relative: the gain divided by the KL before. Intervals of gains are percentiles, which are somewhat narrower;",
-                "nothing is corrected.",
+                "Relative: the mean of each token's gain divided by its KL before, ratios cut at their 1 % and 99 % quantiles.",
+                "Intervals of gains are percentiles, which are somewhat narrower; nothing is corrected.",
             ]
             for measure in MEASURES:
                 lines += _gains_tables([at for at in gains[pair] if at.measure == measure])
