@@ -7,8 +7,12 @@
 Not here: TRL (test_trl.py).
 """
 
+import os
+from unittest import mock
+
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
@@ -338,6 +342,33 @@ def ranks_result():
 @pytest.mark.full
 def test_evaluation_on_ranks_is_each_rank_s_own(ranks):
     ranks.run(ranks_result)
+
+
+def training_result(folder, adapter):
+    """On each rank: loss and gradient norm that the Trainer logs of a step of four ranks with two rows each."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    launcher = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    options = {"selector": "entropy", "scope": "sequence", "denominator": "valid", "fraction": 0.25}
+    student, teacher = language_model(1), language_model(2, width=48)
+    with mock.patch.dict(os.environ, {name: str(value) for name, value in launcher.items()}):
+        if adapter == "mixin":
+            made = run(folder, batch=2, student=student, teacher=teacher, settings=Settings(**options))
+        else:
+            function = SelectiveComputeLoss(student, teacher, **options)
+            made = run(folder, batch=2, trainer=Trainer, student=student, compute_loss_func=function)
+    n_ranks = made.args.world_size
+    AcceleratorState._reset_state(True)  # the next function of these processes begins without it
+    want, norm = by_hand(**options)
+    return n_ranks, logged(made, "loss")[0] / want.loss.item(), logged(made, "grad_norm")[0] / norm
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("adapter", ["mixin", "function"])
+def test_ranks_take_the_step_of_the_whole_batch(tmp_path, ranks, adapter):
+    for n_ranks, loss, norm in ranks.run(training_result, tmp_path, adapter):
+        assert n_ranks == 4
+        assert loss == pytest.approx(1, rel=1e-4)
+        assert norm == pytest.approx(1, rel=1e-4)
 
 
 def model_of_family(family):
