@@ -226,9 +226,8 @@ class Settings:
 
     def _check_together(self, selector: Selector, weighting: Selector | None) -> None:
         """Refuse settings that exclude each other, and rules that need what is no column."""
-        check_needs(selector)
-        if weighting is not None:
-            check_needs(weighting)
+        for rule in filter(None, (selector, weighting)):
+            check_needs(rule)
         takes_both_ends = getattr(selector, "both_ends", False)
         if self.weight_mean is not None and weighting is None:
             raise ValueError(f"weight_mean: got {self.weight_mean!r} without a weighting, expected None; pass a weighting too")
@@ -314,8 +313,7 @@ class Settings:
         Args:
             passes_tokens: Whether the host passes tokens or labels.
             teacher: Class name of the sparse teacher that the host passes; None: logits or heads.
-            selects_over_ranks: Whether ranks may share a budget: they call the loss equally often, and the host divides by the
-                counts of all of them.
+            selects_over_ranks: Whether ranks may share a budget: they call equally often, and counts are those of all ranks.
         Raises: ValueError: a setting that needs an input which the host does not pass, or a budget that it cannot serve.
         """
         divergence = resolve_divergence(self.divergence)
@@ -345,10 +343,8 @@ class Settings:
             raise ValueError("special_ids: got ids, but this host passes no tokens to look among")
         if not selects_over_ranks and (self.scope == "global" or self.selection_group is not None):
             refused = "scope: got 'global'" if self.scope == "global" else "selection_group: got a group"
-            raise ValueError(
-                f"{refused}, but this host cannot share a budget among ranks; expected scope 'batch' or 'sequence' without a "
-                "selection_group; for one budget over ranks use selective_opd_loss in a loop of your own"
-            )
+            hint = "scope 'batch' or 'sequence' without a group; for one budget use selective_opd_loss in a loop of your own"
+            raise ValueError(f"{refused}, but this host cannot share a budget among ranks; expected {hint}")
         return self
 
     @property

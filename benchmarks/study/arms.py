@@ -19,7 +19,7 @@ Not here: reading files (report.py), the equations of the intervals (statistics.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Comparison:
     adjusted_p: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
     """One arm. A comparison is missing where its base has no run."""
 
@@ -53,11 +53,11 @@ class Row:
     units: float  # of a step, all passes
     loss_units: float  # of a step's loss
     seconds: float  # of a step, CPU
-    relative_seconds: float  # of a step, divided by those of all tokens with the same seed; 1 for all tokens
+    relative_seconds: float  # of a step, divided by those of all tokens with the same seed and loss; 1 without a base
     steps: list[int]
     kl: list[Estimate]  # reverse KL after each of the steps
     forward_kl: list[Estimate]
-    compared: dict[str, Comparison] = field(default_factory=dict)  # by kind
+    compared: dict[str, Comparison]  # by kind
 
 
 class Runs:
@@ -141,7 +141,7 @@ def _row(runs: Runs, arm: Arm) -> Row:
     counts, sums, forward = runs.counts(seeds), runs.sums(arm.name, seeds), runs.sums(arm.name, seeds, "forward_kl")
     steps = runs.by_arm[arm.name][seeds[0]].steps
     base = base_of(arm)
-    has_base = base is not None and bool(runs.seeds(arm.name, base.name))
+    shares_seeds = base is not None and runs.seeds(arm.name, base.name)
     return Row(
         arm=arm.name,
         seeds=seeds,
@@ -149,7 +149,7 @@ def _row(runs: Runs, arm: Arm) -> Row:
         units=runs.mean(arm.name, units_of),
         loss_units=runs.mean(arm.name, loss_units_of),
         seconds=runs.mean(arm.name, seconds_of),
-        relative_seconds=runs.mean_ratio(arm.name, base.name, seconds_of) if base is not None and has_base else 1.0,
+        relative_seconds=runs.mean_ratio(arm.name, base.name, seconds_of) if base is not None and shares_seeds else 1.0,
         steps=steps,
         kl=[estimate(sums[:, i], counts) for i in range(len(steps))],
         forward_kl=[estimate(forward[:, i], counts) for i in range(len(steps))],

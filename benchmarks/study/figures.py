@@ -98,9 +98,9 @@ def _figure(path: Path, rows: int, columns: int, size: tuple[float, float], shar
     figure: Figure = Figure(figsize=size, layout="constrained")
     panels: list[Axes] = figure.subplots(rows, columns, squeeze=False, sharey=sharey).flatten().tolist()
     yield panels
-    lines = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
+    lines, names = panels[0].get_legend_handles_labels()
     if lines:
-        figure.legend(lines.values(), lines.keys(), frameon=False, fontsize=9, loc="outside right center")
+        figure.legend(lines, names, frameon=False, fontsize=9, loc="outside right center")
     for panel in panels:
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)

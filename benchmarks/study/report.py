@@ -33,7 +33,7 @@ COMPARED = {
     "random": "− random",
     "teachability": "− teachability",
 }
-SAMPLED = [arm.name for arm in ARMS if arm.divergence == "sampled"]
+SAMPLED_ARMS = [arm.name for arm in ARMS if arm.divergence == "sampled"]
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,11 @@ def page(done: Finished, rows: Mapping[str, Sequence[Row]], gains: Mapping[str, 
             "",
             "Compared, after the last step:",
             "",
-            *_compared_table([row for row in pair_rows if row.arm not in ("all", *SAMPLED)]),
+            *_compared_table([row for row in pair_rows if row.arm not in ("all", *SAMPLED_ARMS)]),
             "",
             "The same with the sampled token's loss. Its arms are compared among themselves, `all-sampled` with `all`:",
             "",
-            *_compared_table([row for row in pair_rows if row.arm in SAMPLED]),
+            *_compared_table([row for row in pair_rows if row.arm in SAMPLED_ARMS]),
             "",
             " ".join(_visible(pair_rows, kind) for kind in ("all", "random")),
         ]

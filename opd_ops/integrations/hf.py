@@ -63,7 +63,7 @@ class SelectiveDistillationMixin:
         settings = Settings.given_or_named(settings, {})
         self._losses = _losses_by_mode(settings)
         super().__init__(*arguments, **options)
-        _check_no_logits(cast("Trainer", self))
+        _check_arguments(cast("Trainer", self))
         self.model_accepts_loss_kwargs = True  # so the Trainer counts labels, and the loss divides by that count
         self._teacher = teacher.to(self.args.device).eval() if isinstance(teacher, nn.Module) else teacher  # type: ignore[attr-defined]
         self._opd: dict[str, list[float]] = defaultdict(list)
@@ -177,7 +177,8 @@ def _losses_by_mode(settings: Settings) -> dict[bool, SelectiveOPDLoss]:
     return {True: SelectiveOPDLoss(settings), False: SelectiveOPDLoss(settings.every_token)}
 
 
-def _check_no_logits(trainer: Trainer) -> None:
+def _check_arguments(trainer: Trainer) -> None:
+    """Refuse arguments of the Trainer that the mixin would ignore."""
     for name in NEEDS_LOGITS:
         if getattr(trainer, name) is not None:
             raise ValueError(f"{name}: got a function, expected None: this trainer makes no logits; use SelectiveComputeLoss")

@@ -247,6 +247,7 @@ def test_the_loss_is_scaled_by_the_ranks_that_have_batches_of_their_own(tmp_path
     made = run(tmp_path, teacher=language_model(2, width=48))
     batch = stacked(list(rollouts()))
     alone = made.compute_loss(made.model, batch, num_items_in_batch=60).item()
+    assert alone > 0
     monkeypatch.setattr(type(made.accelerator), "num_processes", property(lambda _: 4))
     monkeypatch.setattr(made, "get_tp_size", lambda: tensor_parallel)
     assert made.compute_loss(made.model, batch, num_items_in_batch=60).item() == pytest.approx(4 // tensor_parallel * alone)
